@@ -1,0 +1,1 @@
+"""Ray application that aligns EventGPT features with Video-LLaVA features, and says honestly how well."""

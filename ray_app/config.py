@@ -1,0 +1,270 @@
+"""Every setting of every command, once: the same frozen models serve YAML, flags, Tune and MLflow.
+
+Unknown keys are refused and values are checked at birth. A field's docstring is its help text.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ray_app.errors import ConfigError
+
+Strategy = Literal["lightweight", "lightweight_reference", "linear", "bottleneck"]
+"""Names of the adapters in `ray_app.core.adapter.STRATEGIES`; a test holds the two equal."""
+
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Config(BaseModel):
+    """Frozen, and strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SplitConfig(Config):
+    """How pairs are divided. Computed from the store's index, never stored in it."""
+
+    by: Literal["sequence", "window"] = "sequence"
+    """`sequence` never cuts a drive; `window` is the reference's random split, which leaks, and says so."""
+    seed: int = 42
+    """Seed of the division."""
+    test: Share = 0.2
+    """Share of all pairs for the test part, which `evaluate` alone reads."""
+    val: Share = 0.1
+    """Share of the training part that is taken out of it for validation."""
+
+
+class SplitFlags(Config):
+    """The split as flat flags, the same on every command that makes one."""
+
+    split: Literal["sequence", "window"] = "sequence"
+    """Divide by whole drives, or by single windows at random as the reference did (leaks)."""
+    split_seed: int = 42
+    """Seed of the division."""
+    test_share: Share = 0.2
+    """Share of all pairs for the test part."""
+    val_share: Share = 0.1
+    """Share of the training part taken out of it for validation."""
+    durations: tuple[str, ...] = ()
+    """Window lengths to use, such as 1s; none named: all that the store has."""
+
+    @property
+    def split_config(self) -> SplitConfig:
+        return SplitConfig(by=self.split, seed=self.split_seed, test=self.test_share, val=self.val_share)
+
+
+class ClusterFlags(Config):
+    """Where a command runs."""
+
+    address: str | None = None
+    """Ray cluster to join (`auto`, host:port); default: RAY_ADDRESS, else one of its own on this machine."""
+
+
+class TrackingFlags(Config):
+    """Where runs and models are recorded."""
+
+    tracking_uri: str | None = None
+    """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
+    experiment: str = "alignment"
+    """MLflow experiment."""
+    model_name: str = "alignment-adapter"
+    """Name of the registered model."""
+
+
+class PrepareFlags(ClusterFlags):
+    """What every source shares."""
+
+    out: Path
+    """Folder of the new pair store; must be new or empty."""
+    num_workers: int = Field(default=0, ge=0)
+    """Ray tasks at a time; 0: one for each CPU of the cluster."""
+    max_quarantined: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Largest share of pairs that may be quarantined before the command ends with an error."""
+
+
+class PrepareScenes(PrepareFlags):
+    """Rendered driving scenes with simulated events: needs no download."""
+
+    num_pairs: Positive = 1000
+    """Pairs in all."""
+    num_sequences: Positive = 60
+    """Drives; pairs are spread evenly over them."""
+    seed: int = 0
+    """Seed of worlds, drives and sensor noise."""
+    width: Annotated[int, Field(ge=32, le=4096)] = 640
+    """Sensor width in pixels."""
+    height: Annotated[int, Field(ge=32, le=4096)] = 480
+    """Sensor height in pixels."""
+    duration: str = "1s"
+    """Window length."""
+    step: str | None = None
+    """Distance between window starts; default: half the duration, as the reference."""
+    event_span: str = "50ms"
+    """Events are simulated and drawn for this long in the middle of each window."""
+
+
+class PrepareVideo(PrepareFlags):
+    """Real footage; its events are simulated, and the manifest says so."""
+
+    files: tuple[Path, ...]
+    """Video files, or folders of frames."""
+    fps: float | None = Field(default=None, gt=0.0)
+    """Frames per second, for folders of frames (needed there) or to override a file's own."""
+    seed: int = 0
+    """Seed of the sensor noise."""
+    width: Annotated[int, Field(ge=32, le=4096)] = 640
+    """Sensor width in pixels."""
+    height: Annotated[int, Field(ge=32, le=4096)] = 480
+    """Sensor height in pixels."""
+    duration: str = "50ms"
+    """Window length, centred on a frame."""
+    every: Positive = 1
+    """One pair for every so many frames."""
+
+
+class PrepareEventGpt(PrepareFlags):
+    """The reference's dataset folder: event_image/, video/ and, where images are missing, event_npy/."""
+
+    root: Path
+    """Dataset folder."""
+    duration: str = "1s"
+    """Window length of the dataset's clips."""
+    step: str | None = None
+    """Distance between the starts of following clips of a sequence; default: half the duration."""
+
+
+class InspectConfig(SplitFlags):
+    """What is in a store: counts, windows, split sizes, leaks, cosine before, checksums."""
+
+    store: Path
+    """Pair store."""
+    picture: Path | None = None
+    """Write a contact sheet of pairs to this PNG file."""
+
+
+class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
+    """Train an adapter with Ray Train."""
+
+    store: Path
+    """Pair store."""
+    out: Path
+    """Folder of the run; must be new or empty."""
+    strategy: Strategy = "lightweight"
+    """Adapter: the reference's diagram, what the reference really ran, one linear map, or a bottleneck."""
+    hidden_dim: Positive = 512
+    """Width of the hidden layers."""
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Dropout probability, where the adapter has dropout."""
+    num_epochs: Positive = 20
+    """Most epochs; early stopping may end sooner."""
+    batch_size: Positive = 32
+    """Pairs per optimizer step, summed over workers."""
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    """AdamW learning rate."""
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    """AdamW weight decay."""
+    grad_clip: float = Field(default=1.0, gt=0.0)
+    """Largest norm of the gradient."""
+    mse_weight: float = Field(default=1.0, ge=0.0)
+    """Weight of the mean squared error."""
+    cosine_weight: float = Field(default=0.5, ge=0.0)
+    """Weight of 1 − cosine."""
+    contrastive_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of the symmetric contrastive loss."""
+    mse_space: Literal["raw", "unit"] = "raw"
+    """Take the squared error on features, or on unit vectors as the reference did."""
+    plateau_patience: int = Field(default=2, ge=0)
+    """Epochs without a better validation loss before the learning rate is halved."""
+    early_stop_patience: int = Field(default=5, ge=1)
+    """Epochs without a better validation loss before training ends."""
+    seed: int = 0
+    """Seed of weights, order and dropout."""
+    num_workers: Positive = 1
+    """Data-parallel workers."""
+    use_gpu: bool = False
+    """One GPU for each worker, NCCL instead of gloo."""
+    cpus_per_worker: float | None = Field(default=None, gt=0.0)
+    """CPUs for each worker; default: the cluster's, divided by the workers (one for each with GPUs)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast in the forward pass."""
+    bf16_gradients: bool = False
+    """All-reduce gradients in bf16."""
+    shard_memory_gib: float = Field(default=8.0, gt=0.0)
+    """A worker's shard up to this size is held in memory; a larger one is streamed each epoch."""
+    max_failures: int = Field(default=2, ge=0)
+    """Restarts from the newest checkpoint after a worker dies."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.batch_size % self.num_workers:
+            low = self.batch_size // self.num_workers * self.num_workers
+            tries = " or ".join(str(n) for n in (low, low + self.num_workers) if n)
+            raise ConfigError(
+                f"--batch-size ({self.batch_size}) must be a multiple of --num-workers ({self.num_workers}); "
+                f"try {tries}."
+            )
+        if self.mse_weight == self.cosine_weight == self.contrastive_weight == 0.0:
+            raise ConfigError(
+                "--mse-weight, --cosine-weight and --contrastive-weight are all 0; give one a weight."
+            )
+        return self
+
+
+class EvaluateConfig(SplitFlags, ClusterFlags, TrackingFlags):
+    """Alignment metrics of a checkpoint on the test part, beside every control, and report.html."""
+
+    store: Path
+    """Pair store."""
+    checkpoint: str
+    """Checkpoint folder, run folder (its best checkpoint), or models:/alignment-adapter@champion."""
+    out: Path
+    """Folder for alignment_metrics_<S>.json and report.html; files of these names are replaced."""
+    batch_size: Positive = 32
+    """Pairs per forward pass."""
+    use_gpu: bool = False
+    """Evaluate on a GPU."""
+
+
+class BenchmarkConfig(EvaluateConfig):
+    """The whole store through a checkpoint: benchmark_adapter_full_<S>.json with throughput."""
+
+
+class PromoteConfig(SplitFlags, ClusterFlags, TrackingFlags):
+    """Register a checkpoint and make it champion if it beats the champion and every control."""
+
+    run: str
+    """Run folder or checkpoint folder."""
+    store: Path | None = None
+    """Pair store to judge on; default: the one the checkpoint was trained on."""
+    min_gain: float = Field(default=0.0, ge=0.0)
+    """How much cosine_accept_rate_0.80 must gain over the present champion."""
+    force: bool = False
+    """Move the alias whatever the verdict; recorded."""
+    batch_size: Positive = 32
+    """Pairs per forward pass."""
+    use_gpu: bool = False
+    """Evaluate on a GPU."""
+
+
+class QuickstartConfig(TrackingFlags):
+    """Scenes, training, evaluation and promotion, small, on this machine."""
+
+    out: Path = Path("quickstart")
+    """Folder for the store, the run and the report."""
+    num_pairs: Positive = 480
+    """Rendered pairs."""
+    num_sequences: Positive = 40
+    """Rendered drives."""
+    num_epochs: Positive = 5
+    """Training epochs."""
+    hidden_dim: Positive = 512
+    """Width of the hidden layers."""
+    seed: int = 0
+    """Seed of everything."""
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """A config as JSON values, for MLflow parameters and provenance."""
+    return config.model_dump(mode="json")

@@ -1,0 +1,1 @@
+"""Pure mathematics of the adapter: torch and numpy, no rank, device choice, file, clock or environment."""

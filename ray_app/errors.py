@@ -1,0 +1,37 @@
+"""What the user can mend. One base class, one message; exit code 2 and no traceback on the command line.
+
+A message gives the number found, the limit, and the way out. Every class takes the message alone, so that an
+error keeps its text when Ray pickles it from a worker to the driver.
+"""
+
+
+class RayAppError(Exception):
+    """Base of every error that the user can mend."""
+
+
+class ConfigError(RayAppError):
+    """A setting that cannot be used: an unknown key, a value out of range, two that do not fit together."""
+
+
+class InputError(RayAppError):
+    """A recording, image or video that cannot be read as what it claims to be."""
+
+
+class StoreError(RayAppError):
+    """A pair store, checkpoint folder or report folder that is damaged, incomplete or in the way."""
+
+
+class CheckpointError(RayAppError):
+    """A checkpoint that does not verify, or does not fit the data or the adapter."""
+
+
+class ResourceError(RayAppError):
+    """The cluster has less than what is asked: CPUs, GPUs, memory or disk."""
+
+
+class TrainingError(RayAppError):
+    """Training cannot go on, for instance because a loss is not finite."""
+
+
+class RegistryError(RayAppError):
+    """The tracking server or the model registry lacks what was asked for."""

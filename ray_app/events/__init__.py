@@ -1,0 +1,1 @@
+"""Pure numpy: recordings, windows, rendering of events, event-camera simulator, driving scenes."""

@@ -1,0 +1,1 @@
+"""The Ray edge: one file a command."""

@@ -1,0 +1,1 @@
+"""Bytes on disk: pair store, split, checkpoint, provenance. No Ray."""

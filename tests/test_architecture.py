@@ -1,0 +1,99 @@
+"""The layers of the project, held by reading every import, those inside functions too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ray_app"
+
+LAYERS: dict[str, tuple[set[str], set[str]]] = {
+    # layer: (layers of ours it may import, foreign packages it may import)
+    "errors": (set(), set()),
+    "config": ({"errors"}, {"pydantic"}),
+    "core": ({"core", "errors"}, {"torch", "numpy"}),
+    "events": ({"events", "errors"}, {"numpy"}),
+    "sources": ({"sources", "events", "errors"}, {"numpy", "PIL", "h5py", "hdf5plugin", "av"}),
+    "store": (
+        {"store", "core", "config", "errors"},
+        {"numpy", "torch", "pyarrow", "safetensors", "pydantic"},
+    ),
+    "jobs": (
+        {"jobs", "store", "sources", "events", "core", "config", "errors"},
+        {"numpy", "torch", "pyarrow", "PIL", "ray", "mlflow", "rich", "jinja2", "matplotlib", "sqlalchemy"},
+    ),
+    "cli": ({"jobs", "config", "errors"}, {"tyro", "yaml", "rich"}),
+    "__main__": ({"cli"}, set()),
+}
+IMPURE = {
+    "os",
+    "time",
+    "pathlib",
+    "shutil",
+    "subprocess",
+    "socket",
+    "datetime",
+    "tempfile",
+    "random",
+    "logging",
+}
+STANDARD = set(__import__("sys").stdlib_module_names)
+
+
+def imports_of(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports from the root"
+            module = node.module or ""
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module == "ray_app" else {module}
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            argument = ast.unparse(node.args[0]).strip("f'\"")
+            names.add(argument)
+    return names
+
+
+def layer_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_what_its_layer_may(path: Path) -> None:
+    layer = layer_of(path)
+    if layer == "__init__":
+        assert not imports_of(path)
+        return
+    ours, foreign = LAYERS[layer]
+    for name in imports_of(path):
+        top, *rest = name.split(".")
+        if top == "ray_app":
+            assert (rest or [""])[0] in ours, f"{layer} may not import {name}"
+        elif top not in STANDARD:
+            assert top in foreign, f"{layer} may not import {name}"
+        elif layer in ("core", "events"):
+            assert top not in IMPURE, f"{layer} is pure and may not import {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=lambda p: p.parent.name)
+def test_a_package_file_holds_a_docstring_and_nothing_else(path: Path) -> None:
+    body = ast.parse(path.read_text()).body
+    assert len(body) == 1
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_every_module_opens_with_its_idea() -> None:
+    silent = [str(path) for path in FILES if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not silent
+
+
+def test_the_walk_sees_lazy_imports(tmp_path: Path) -> None:
+    lazy = tmp_path / "lazy.py"
+    lazy.write_text("def f():\n    import ray\n    from mlflow.tracking import MlflowClient\n")
+    assert imports_of(lazy) == {"ray", "mlflow.tracking"}

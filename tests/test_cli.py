@@ -1,0 +1,106 @@
+"""The command line: YAML below flags, errors that name the mend, one JSON object and nothing else."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ray_app import cli
+from ray_app.config import Config, TrainConfig
+from ray_app.errors import ConfigError
+
+
+def parse(name: str, *argv: str) -> Config:
+    _, config_file, rest = cli.take_common(list(argv))
+    return cli.parse(name, cli.COMMANDS[name], config_file, rest)
+
+
+def test_a_flag_overrides_the_file_and_the_file_overrides_the_default(tmp_path: Path) -> None:
+    settings = tmp_path / "train.yaml"
+    settings.write_text(
+        "store: S\nout: R\nnum_epochs: 7\nhidden-dim: 64\nuse_gpu: true\ndurations: [1s, 2s]\n"
+    )
+    cfg = parse("train", "--config", str(settings), "--num-epochs", "3")
+    assert isinstance(cfg, TrainConfig)
+    assert (cfg.num_epochs, cfg.hidden_dim, cfg.batch_size) == (3, 64, 32)
+    assert cfg.use_gpu
+    assert cfg.durations == ("1s", "2s")
+
+
+def test_the_flags_of_the_reference_are_understood() -> None:
+    argv = ["--store", "S", "--out", "R", "--strategy", "lightweight", "--durations", "1s"]
+    argv += ["--num_epochs", "20", "--batch_size", "32"]
+    cfg = parse("train", *argv, "--learning_rate", "1e-3")
+    assert isinstance(cfg, TrainConfig)
+    assert (cfg.num_epochs, cfg.batch_size, cfg.learning_rate, cfg.durations) == (20, 32, 1e-3, ("1s",))
+
+
+def test_an_unknown_key_in_a_file_is_named(tmp_path: Path) -> None:
+    settings = tmp_path / "train.yaml"
+    settings.write_text("num_epoch: 7\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'num_epoch'.*num_epochs"):
+        parse("train", "--config", str(settings))
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    settings = tmp_path / "train.yaml"
+    settings.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="key: value"):
+        parse("train", "--config", str(settings))
+
+
+def test_a_batch_that_the_workers_do_not_divide_names_two_that_they_do() -> None:
+    with pytest.raises(ConfigError, match="try 48 or 52"):
+        parse("train", "--store", "S", "--out", "R", "--batch-size", "50", "--num-workers", "4")
+
+
+def test_leading_words_are_the_commands_subject() -> None:
+    cfg = parse("prepare video", "a.mp4", "b.mp4", "--out", "S")
+    assert cfg.model_dump()["files"] == (Path("a.mp4"), Path("b.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["nonsense"], ["there is no command 'nonsense'", "train"]),
+        (["prepare"], ["needs one of: scenes, video, eventgpt"]),
+        (["inspect", "/does/not/exist"], ["/does/not/exist"]),
+        (["train", "--config", "/does/not/exist.yaml"], ["cannot be read as YAML"]),
+    ],
+)
+def test_what_the_user_can_mend_is_one_sentence_and_code_2(
+    argv: list[str], words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(argv) == 2
+    out, err = capfd.readouterr()
+    assert not out
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err.replace("\n", " ")
+
+
+def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:
+    code = (
+        "import os, sys\nfrom ray_app.cli import stdout_to_stderr\n"
+        "with stdout_to_stderr() as out:\n"
+        "    print('noise'); os.system('echo child noise')\n"
+        "print('{\"a\": 1}', file=out, flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert json.loads(done.stdout) == {"a": 1}
+    assert "noise" in done.stderr
+    assert "child noise" in done.stderr
+
+
+def test_every_command_teaches_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert command.usage in overview
+        with pytest.raises(SystemExit, match="0"):
+            cli.run([*name.split(), "--help"])
+        assert "--config" in capsys.readouterr().out
