@@ -69,9 +69,9 @@ def training_step(
     grad_norm = float(nn.utils.clip_grad_norm_(objective.parameters(), grad_clip))
     if not torch.isfinite(torch.tensor(grad_norm)):
         raise TrainingError(
-            f"The gradient is not finite ({grad_norm}){f' at {where}' if where else ''}; the weights are as they "
-            "were before this step. Try a smaller --learning-rate or --precision fp32, or look for pairs without "
-            "content with `ray-app inspect`."
+            f"The gradient is not finite ({grad_norm}){f' at {where}' if where else ''}; the weights are as "
+            "they were before this step. Try a smaller --learning-rate or --precision fp32, or look for pairs "
+            "without content with `ray-app inspect`."
         )
     optimizer.step()
     return StepResult(

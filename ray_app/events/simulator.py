@@ -121,9 +121,10 @@ class EventSimulator:
         `random_phase` puts each pixel's memorised level anywhere between its two thresholds, as in a camera
         that has been running: without it no pixel fires until a whole threshold has been crossed.
         """
-        level_P = log_intensity(grey_HW).ravel()
+        level_P: Float = log_intensity(grey_HW).ravel()
         kind = np.float64 if self.config.cutoff_hz else np.float32
-        self._level_P, self._base_P = level_P.astype(kind), level_P.astype(kind)
+        self._level_P: Float = level_P.astype(kind)
+        self._base_P: Float = level_P.astype(kind)
         if random_phase:
             phase_P = self._rng.random(level_P.size, np.float32)
             self._base_P += self._theta_off - phase_P * (self._theta_on + self._theta_off)
@@ -135,7 +136,7 @@ class EventSimulator:
         assert t_us > self._t_us, "frames come in time order"
         config, before_us, before_P = self.config, self._t_us, self._level_P
         length_s = (t_us - before_us) * 1e-6
-        grey_P = np.asarray(grey_HW).ravel()
+        grey_P: Float = np.asarray(grey_HW).ravel()
         level_P = self._filtered(log_intensity(grey_P), grey_P, length_s)
         if config.leak_rate_hz:
             self._base_P -= np.float32(length_s) * self._leak_hz * self._theta_on

@@ -1,0 +1,270 @@
+"""The one evaluator: an adapter on some pairs, beside every rule without learning, pair by pair.
+
+Fed batch by batch. It holds the aligned features in bfloat16 and the targets as they are stored, for the
+controls that pair one with another: 450 KB a pair at 150,528 wide, 0.47 GB for 1,042 pairs.
+
+Shapes: B = pairs of a batch, N = pairs in all, E, D = widths of event and target, S = sequences,
+R = resamples, C = columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ray_app.core.adapter import Adapter
+from ray_app.core.metrics import THETA, THETAS, AlignmentCounts, cos_sim, rate_key, retrieval
+from ray_app.core.step import Precision, decode
+
+CONTROLS = ("before", "white", "mean_target", "shuffled")
+"""Rules without learning that lift is taken over."""
+RESAMPLES = 2000
+"""Bootstrap resamples behind every interval."""
+BLOCKS = 10
+"""Contiguous blocks that are resampled where there are fewer than three sequences."""
+CHUNK = 128
+"""Rows of the aligned features that are compared with all targets at a time."""
+
+Cosines = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingMeans:
+    """Sums over training pairs; `a + b` merges shards; divide once."""
+
+    pairs: int
+    """Number of pairs."""
+    target_sum_D: NDArray[np.float64]
+    """Sum of target features as stored, before the scale."""
+
+    @staticmethod
+    def of(target_BD: NDArray[Any]) -> "TrainingMeans":
+        """Sums of one batch of stored features."""
+        exact = np.uint64 if target_BD.dtype.kind == "u" else np.float64
+        return TrainingMeans(len(target_BD), target_BD.sum(axis=0, dtype=exact).astype(np.float64))
+
+    def __add__(self, other: "TrainingMeans") -> "TrainingMeans":
+        return TrainingMeans(self.pairs + other.pairs, self.target_sum_D + other.target_sum_D)
+
+    def mean_target(self, scale: float) -> Tensor:
+        """Mean training target, shape (D,), float32."""
+        return torch.from_numpy(self.target_sum_D * (scale / self.pairs)).float()
+
+
+@dataclass(frozen=True, slots=True)
+class AlignmentEvaluation:
+    """Cosines pair by pair, each of length N in the order of the pairs, and what follows from them."""
+
+    sequences: tuple[str, ...]
+    """Drive of each pair."""
+    after: Cosines
+    """Aligned feature with its own target."""
+    controls: dict[str, Cosines]
+    """The same for each of `CONTROLS`."""
+    previous_window: Cosines
+    """The preceding window's target with this one; NaN where there is none."""
+    centered: dict[str, float]
+    """Mean cosine of `after` and `before` with the mean training target taken off both sides."""
+    retrieval: dict[str, float]
+    """R@1, R@5, R@10: is a pair's own target the nearest among all, by centred cosine; and chance."""
+    seed: int
+    """Seed of the resampling."""
+
+    def best_control(self, theta: float = THETA) -> str:
+        """The control that accepts most at θ; of equals the first of `CONTROLS`."""
+        return max(CONTROLS, key=lambda name: float((self.controls[name] > theta).mean()))
+
+    def lift(self, theta: float = THETA) -> float:
+        """cosine_accept_rate of the adapter minus that of the best control."""
+        return float((self.after > theta).mean() - (self.controls[self.best_control(theta)] > theta).mean())
+
+    def metrics(self) -> dict[str, Any]:
+        """Everything as JSON values; rates and lifts are fractions."""
+        previous = self.previous_window[~np.isnan(self.previous_window)]
+        controls: dict[str, Any] = {name: _summary(self.controls[name]) for name in CONTROLS}
+        ahead = False
+        if previous.size:
+            controls["previous_window"] = _summary(previous)
+            same = ~np.isnan(self.previous_window)
+            ahead = bool((previous > THETA).mean() > (self.after[same] > THETA).mean())
+        return {
+            **AlignmentCounts.of(self.after).means(),
+            "controls": controls,
+            "best_control": self.best_control(),
+            "lift": self.lift(),
+            "lift_by_theta": {rate_key(theta): self.lift(theta) for theta in THETAS},
+            "previous_window_ahead": ahead,
+            "centered_cos_sim_mean": self.centered["after"],
+            "centered_cos_sim_mean_before": self.centered["before"],
+            "retrieval": self.retrieval,
+            "interval95": self.intervals(),
+        }
+
+    def intervals(self) -> dict[str, Any]:
+        """95 % bootstrap intervals (percentile method) of mean, acceptance and lift.
+
+        Whole sequences are resampled, since windows of one drive are alike; with fewer than three, contiguous
+        blocks of windows. The best control is chosen anew in every resample.
+        """
+        unit, labels = "sequence", np.unique(self.sequences, return_inverse=True)[1]
+        if labels.max() < 2:
+            unit, labels = "block", np.arange(len(labels)) * min(BLOCKS, len(labels)) // len(labels)
+        columns = [self.after, self.after > THETA, *(self.controls[name] > THETA for name in CONTROLS)]
+        sums_SC = np.stack(
+            [np.bincount(labels, column) for column in (np.ones(len(labels)), *columns)], axis=1
+        )
+        rng = np.random.default_rng(self.seed)
+        drawn_RS = rng.multinomial(len(sums_SC), np.full(len(sums_SC), 1 / len(sums_SC)), size=RESAMPLES)
+        totals_RC = drawn_RS @ sums_SC
+        means_RC = totals_RC[:, 1:] / totals_RC[:, :1]
+        lift_R = means_RC[:, 1] - means_RC[:, 2:].max(axis=1)
+        return {
+            "cos_sim_mean": _interval(means_RC[:, 0]),
+            f"cosine_accept_rate_{rate_key(THETA)}": _interval(means_RC[:, 1]),
+            "lift": _interval(lift_R),
+            "unit": unit,
+            "units": len(sums_SC),
+            "resamples": RESAMPLES,
+        }
+
+
+@dataclass(slots=True)
+class AlignmentEvaluator:
+    """Collects batches of pairs, in their order; `result` judges them."""
+
+    adapter: Adapter
+    """In evaluation mode, on `device`."""
+    mean_target_D: Tensor
+    """Mean training target."""
+    event_scale: float
+    """Factor from stored event features to values."""
+    target_scale: float
+    """Factor from stored target features to values."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where to compute."""
+    precision: Precision = "fp32"
+    """bf16: autocast in the forward pass."""
+    hold: bool = True
+    """Keep the features that `result` needs; without it `add` alone can be used."""
+    _cosines: dict[str, list[Tensor]] = field(default_factory=dict)
+    _aligned: list[Tensor] = field(default_factory=list)
+    _targets: list[Tensor] = field(default_factory=list)
+
+    @torch.no_grad()
+    def add(self, event_BE: Tensor, target_BD: Tensor) -> dict[str, Tensor]:
+        """Takes a batch of stored features; returns its cosines `after`, `before`, …, each of shape (B,)."""
+        assert not self.adapter.training
+        event = decode(event_BE, self.event_scale, self.device)
+        target = decode(target_BD, self.target_scale, self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            aligned = self.adapter(event).float()
+        mean_1D = self.mean_target_D.to(self.device)[None]
+        cosines = {
+            "after": cos_sim(aligned, target),
+            "white": cos_sim(torch.ones_like(mean_1D).expand_as(target), target),
+            "mean_target": cos_sim(mean_1D.expand_as(target), target),
+            "centered_after": _cos_or_zero(aligned - mean_1D, target - mean_1D),
+        }
+        if event.shape == target.shape:
+            cosines["before"] = cos_sim(event, target)
+            cosines["centered_before"] = _cos_or_zero(event - mean_1D, target - mean_1D)
+        else:  # features of different width have no cosine: nothing is accepted
+            cosines["before"] = cosines["centered_before"] = torch.zeros(len(target))
+        cosines = {name: cos_B.cpu() for name, cos_B in cosines.items()}
+        if self.hold:
+            for name, cos_B in cosines.items():
+                self._cosines.setdefault(name, []).append(cos_B)
+            self._aligned.append(aligned.bfloat16())
+            self._targets.append(target_BD.clone())
+        return cosines
+
+    @torch.no_grad()
+    def result(
+        self, sequences: Sequence[str], previous: NDArray[np.int64], seed: int = 0
+    ) -> AlignmentEvaluation:
+        """Judges all pairs added; `sequences` names their drives, `previous` their windows before (or −1)."""
+        cosines = {name: torch.cat(parts).double().numpy() for name, parts in self._cosines.items()}
+        aligned_ND, target_ND = torch.cat(self._aligned), torch.cat(self._targets)
+        assert len(sequences) == len(previous) == len(target_ND)
+        others = derangement(sequences, seed)
+        return AlignmentEvaluation(
+            sequences=tuple(sequences),
+            after=cosines["after"],
+            controls={
+                "before": cosines["before"],
+                "white": cosines["white"],
+                "mean_target": cosines["mean_target"],
+                "shuffled": self._against(aligned_ND, target_ND, others),
+            },
+            previous_window=self._targets_against(target_ND, previous),
+            centered={name: float(cosines[f"centered_{name}"].mean()) for name in ("after", "before")},
+            retrieval=self._retrieval(aligned_ND, target_ND),
+            seed=seed,
+        )
+
+    def _against(self, aligned_ND: Tensor, target_ND: Tensor, others: NDArray[np.int64]) -> Cosines:
+        """Aligned feature i with target others[i]."""
+        parts = []
+        for rows in torch.arange(len(others)).split(CHUNK):
+            target = decode(target_ND[torch.from_numpy(others)[rows]], self.target_scale, self.device)
+            parts.append(cos_sim(aligned_ND[rows], target).cpu())
+        return torch.cat(parts).double().numpy()
+
+    def _targets_against(self, target_ND: Tensor, previous: NDArray[np.int64]) -> Cosines:
+        """Target i with target previous[i]; NaN where that is −1."""
+        cosines = np.full(len(previous), np.nan)
+        (there,) = np.nonzero(previous >= 0)
+        for rows in np.array_split(there, max(1, len(there) // CHUNK)):
+            if rows.size:
+                now, past = (
+                    decode(target_ND[torch.from_numpy(which)], self.target_scale, self.device)
+                    for which in (rows, previous[rows])
+                )
+                cosines[rows] = cos_sim(now, past).cpu()
+        return cosines
+
+    def _retrieval(self, aligned_ND: Tensor, target_ND: Tensor) -> dict[str, float]:
+        """By centred cosine: without the mean taken off, all features look alike."""
+        mean_1D = self.mean_target_D.to(self.device)[None]
+        similarity_NN = torch.empty(len(target_ND), len(target_ND))
+        unit = torch.nn.functional.normalize
+        for columns in torch.arange(len(target_ND)).split(CHUNK):
+            target = unit(decode(target_ND[columns], self.target_scale, self.device) - mean_1D, dim=1)
+            for rows in torch.arange(len(aligned_ND)).split(CHUNK):
+                aligned = unit(aligned_ND[rows].float() - mean_1D, dim=1)
+                similarity_NN[rows[:, None], columns] = (aligned @ target.T).cpu()
+        return retrieval(similarity_NN)
+
+
+def derangement(sequences: Sequence[str], seed: int) -> NDArray[np.int64]:
+    """For each pair another one, shape (N,): a permutation without fixed points, seeded.
+
+    Of another sequence wherever no sequence holds more than half of the pairs. A single pair keeps itself.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.unique(sequences, return_inverse=True)[1]
+    # Drives in random order, their windows too; a turn by the longest drive's length leaves every drive.
+    order = np.lexsort((rng.random(len(labels)), rng.permutation(labels.max() + 1)[labels]))
+    turn = int(np.bincount(labels).max()) if labels.max() else 1
+    others = np.empty(len(labels), np.int64)
+    others[order] = np.roll(order, -turn)
+    return others
+
+
+def _cos_or_zero(a_BD: Tensor, b_BD: Tensor) -> Tensor:
+    """Cosine; 0 by convention where nothing is left of a vector, as of the mean target less the mean."""
+    return torch.nn.functional.cosine_similarity(a_BD, b_BD, dim=1, eps=1e-12)
+
+
+def _summary(cos: Cosines) -> dict[str, Any]:
+    means = AlignmentCounts.of(cos).means()
+    return {key: means[key] for key in ("pairs", "cos_sim_mean", "cos_sim_std", "cosine_accept_rate")}
+
+
+def _interval(values: NDArray[np.float64]) -> list[float]:
+    low, high = np.quantile(values, (0.025, 0.975))
+    return [float(low), float(high)]
