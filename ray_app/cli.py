@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ray_app import config as c
 from ray_app.errors import ConfigError, RayAppError
+from ray_app.jobs.environment import set_defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ def run(argv: list[str]) -> int:
         command = COMMANDS[name]
         as_json, config_file, rest = take_common(rest)
         settings = parse(name, command, config_file, rest)
+        set_defaults()
         module = importlib.import_module(f"ray_app.jobs.{command.module}")
         if as_json:
             with stdout_to_stderr() as stdout:

@@ -1,0 +1,23 @@
+"""What Ray and MLflow read from the environment when they are imported: set before, and only where unset."""
+
+import os
+
+DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "120",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+"""Quiet, no telemetry, an early word where data starves, and a tracking server that is away is found out soon."""
+
+
+def set_defaults() -> None:
+    """For this process and those it starts. What the user has set stays."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,185 @@
+"""`ray-app evaluate`: what a checkpoint does on the test part, beside every control; JSON and report.html.
+
+Rates are fractions in [0, 1], but percent under the reference's own keys of alignment_metrics_<S>.json.
+"""
+
+import json
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from ray_app.config import EvaluateConfig, SplitConfig, flat
+from ray_app.core.evaluation import AlignmentEvaluation
+from ray_app.core.metrics import AlignmentCounts
+from ray_app.errors import StoreError
+from ray_app.events.windows import duration_suffix
+from ray_app.jobs.cluster import cluster
+from ray_app.jobs.figures import Cosines
+from ray_app.jobs.judge import Judge
+from ray_app.jobs.reference_files import alignment_metrics
+from ray_app.jobs.registry import checkpoint_folder
+from ray_app.jobs.report import PairPicture, notes, render_html, results_table, verdict_sentence
+from ray_app.store.checkpoint import Checkpoint, load_checkpoint
+from ray_app.store.durable import write_file
+from ray_app.store.manifest import FeatureSpec
+from ray_app.store.pair_store import PairStore
+from ray_app.store.provenance import provenance
+from ray_app.store.split import Rows, Split, split_pairs, test_fingerprint
+
+NUM_PICTURES = 3
+REPORT_FILES = ("alignment_metrics_*.json", "benchmark_adapter_full_*.json", "report.html", ".*")
+
+
+def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
+    """Judges the checkpoint on the test part alone; the training part gives its mean target.
+
+    StoreError: a damaged store, or an --out that holds other things. CheckpointError: a checkpoint that does not
+    verify or fit. RegistryError: no such model.
+    """
+    claim_report_folder(cfg.out)
+    store = PairStore.open(cfg.store, cfg.durations)
+    split = split_pairs(store.index, cfg.split_config)
+    with cluster(cfg.address), checkpoint_folder(cfg.checkpoint, cfg) as folder:
+        checkpoint = load_checkpoint(folder)
+        with closing(Judge(checkpoint, store, split.train, use_gpu=cfg.use_gpu)) as judge:
+            evaluation = judge.evaluate(split.test, cfg.batch_size, "test pairs")
+            best, worst = best_and_worst(judge, store, split.test, evaluation)
+    result = {
+        **judgement(evaluation, checkpoint, store, split, cfg.split_config),
+        "checkpoint": cfg.checkpoint,
+        "provenance": provenance(
+            sys.argv, store.fingerprint, config=flat(cfg), checkpoint=checkpoint.provenance
+        ),
+    }
+    before = AlignmentCounts.of(evaluation.controls["before"]).means()
+    metrics = alignment_metrics(result, before, checkpoint.adapter)
+    files = {
+        cfg.out / f"alignment_metrics_{suffix(store)}.json": as_json(metrics),
+        cfg.out / "report.html": render_html(result, curves(evaluation), best, worst).encode(),
+    }
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    for path, data in files.items():
+        write_file(path, data)
+    return {**result, "files": [str(path) for path in files]}
+
+
+def render_evaluate(result: dict[str, Any], console: Console) -> None:
+    """The results table, the plain sentence, what to know beside it, and the files."""
+    console.print(results_table(result, f"{result['pairs']:,} test pairs; split: {result['split']['label']}"))
+    console.print(result["verdict"], style="bold", highlight=False, markup=False)
+    for note in notes(result):
+        console.print(f"- {note['text']}", style="yellow" if note["warning"] else "dim", markup=False)
+    for path in result["files"]:
+        console.print(path, soft_wrap=True, markup=False)
+
+
+def claim_report_folder(folder: Path) -> None:
+    """StoreError unless `folder` is new or holds nothing but what evaluate and benchmark write."""
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder} is a file; --out names the folder for the report.")
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if not any(path.match(pattern) for pattern in REPORT_FILES):
+                raise StoreError(
+                    f"{folder} already holds something else ({path.name}); nothing is deleted or mixed in. "
+                    f"Name another folder, for instance --out {folder.with_name(folder.name + '-report')}."
+                )
+
+
+def judgement(
+    evaluation: AlignmentEvaluation,
+    checkpoint: Checkpoint,
+    store: PairStore,
+    split: Split,
+    split_config: SplitConfig,
+) -> dict[str, Any]:
+    """The metrics of the test part with all that a reader needs beside them, as JSON values."""
+    metrics = evaluation.metrics()
+    if "previous_window" in metrics["controls"]:
+        same = ~np.isnan(evaluation.previous_window)
+        metrics["controls"]["previous_window"]["adapter_cosine_accept_rate"] = {
+            theta: float((evaluation.after[same] > float(theta)).mean()) for theta in metrics["cosine_accept_rate"]
+        }
+    result = {
+        **metrics,
+        "dataset": dataset_name(store),
+        "fingerprint": store.fingerprint,
+        "test_fingerprint": test_fingerprint(store.index, split.test),
+        "checkpoint_sha256": checkpoint.sha256,
+        "split": {
+            "by": split.by,
+            "label": split.label,
+            "seed": split_config.seed,
+            "train": len(split.train),
+            "val": len(split.val),
+            "test": len(split.test),
+            "test_windows_overlapping_train": split.test_windows_overlapping_train,
+            "test_pairs_trained_on": trained_on(checkpoint, store, split),
+        },
+        "data": {name: store.manifest.source.get(name, "unknown") for name in ("name", "events")},
+    }
+    result["verdict"] = verdict_sentence(result)
+    result["notes"] = [note["text"] for note in notes(result)]
+    return result
+
+
+def as_json(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
+
+
+def dataset_name(store: PairStore) -> str:
+    """Window lengths in use, such as `1s`."""
+    return "+".join(sorted(set(store.index.duration.tolist())))
+
+
+def suffix(store: PairStore) -> str:
+    """The mark of the window lengths in file names, such as `S1`."""
+    return "_".join(duration_suffix(name) for name in sorted(set(store.index.duration.tolist())))
+
+
+def curves(evaluation: AlignmentEvaluation) -> Cosines:
+    """Cosines by the names that the figures use."""
+    return {
+        "adapter": evaluation.after,
+        **evaluation.controls,
+        "previous_window": evaluation.previous_window,
+    }
+
+
+def best_and_worst(
+    judge: Judge, store: PairStore, rows: Rows, evaluation: AlignmentEvaluation
+) -> tuple[list[PairPicture], list[PairPicture]]:
+    """Pictures of the pairs with the highest and the lowest cosine; none where features are no images."""
+    specs = [store.feature("event"), store.feature("target")]
+    if not all(len(spec.shape) == 3 and spec.shape[0] == 3 for spec in specs):
+        return [], []
+    order = np.argsort(evaluation.after, kind="stable")
+    count = min(NUM_PICTURES, len(order) // 2)
+    places = np.concatenate([order[::-1][:count], order[:count]])
+    event_ND, target_ND = store.read_rows(rows[places])
+    aligned_ND = judge.align(event_ND)
+    made = [
+        PairPicture(
+            sequence=str(store.index.sequence[rows[place]]),
+            t_start_us=int(store.index.t_start_us[rows[place]]),
+            t_end_us=int(store.index.t_end_us[rows[place]]),
+            before=float(evaluation.controls["before"][place]),
+            after=float(evaluation.after[place]),
+            event=as_image(event * specs[0].scale, specs[0]),
+            aligned=as_image(aligned, specs[1]),
+            target=as_image(target * specs[1].scale, specs[1]),
+        )
+        for place, event, target, aligned in zip(places, event_ND, target_ND, aligned_ND, strict=True)
+    ]
+    return made[:count], made[count:]
+
+
+def as_image(feature_D: NDArray[Any], spec: FeatureSpec) -> NDArray[np.uint8]:
+    """A feature of values in [0, 1] as an image (H, W, 3); what lies outside is limited to it."""
+    pixels_CHW = (np.clip(feature_D, 0.0, 1.0) * 255).round().astype(np.uint8).reshape(spec.shape)
+    return np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0))

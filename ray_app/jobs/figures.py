@@ -1,0 +1,124 @@
+"""Figures of the report as inline SVG: text stays text, and every colour is a variable of the page.
+
+Colours are drawn as placeholders and then replaced by CSS variables, so that one file is readable light and dark.
+The SVG holds no address of another site, not even a namespace: an HTML page needs none.
+"""
+
+import io
+import re
+from collections.abc import Mapping
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from numpy.typing import NDArray
+
+Cosines = Mapping[str, NDArray[np.floating]]
+"""Per-pair cosines by name; NaN where a control does not exist for a pair."""
+
+INK, FAINT = "#0a0b01", "#0a0b02"
+SERIES: dict[str, tuple[str, str, str]] = {
+    # name: (placeholder colour, line style, what the reader calls it)
+    "adapter": ("#0a0b10", "-", "adapter"),
+    "before": ("#0a0b11", "--", "before (raw event)"),
+    "white": ("#0a0b12", ":", "white"),
+    "mean_target": ("#0a0b13", "-.", "mean_target"),
+    "shuffled": ("#0a0b14", (0, (1, 1.5)), "shuffled"),  # type: ignore[dict-item]
+    "previous_window": ("#0a0b15", (0, (6, 2, 1, 2, 1, 2)), "previous_window (context)"),  # type: ignore[dict-item]
+}
+VARIABLES = {INK: "currentColor", FAINT: "var(--line)"} | {
+    placeholder: f"var(--{name.replace('_', '-')})" for name, (placeholder, _, _) in SERIES.items()
+}
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+THETA_SHOWN = 0.80
+
+
+def acceptance_figure(cosines: Cosines) -> str:
+    """cosine_accept_rate against theta, for the adapter and every control, as SVG."""
+    theta = np.linspace(0.0, 1.0, 401)
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": "acceptance"}):
+        figure = Figure(figsize=(8.2, 3.9), layout="constrained")
+        axes = figure.subplots()
+        lowest = 1.0
+        for name in reversed(list(cosines)):
+            cos = cosines[name][~np.isnan(cosines[name])]
+            if cos.size == 0:
+                continue
+            accepted = 1.0 - np.searchsorted(np.sort(cos), theta, side="right") / cos.size
+            colour, line, label = SERIES[name]
+            width = 2.6 if name == "adapter" else 1.6
+            axes.plot(theta, accepted, color=colour, linestyle=line, linewidth=width, label=label)
+            lowest = min(lowest, float(np.quantile(cos, 0.01)))
+        mark_theta(axes)
+        axes.set_xlim(float(np.clip(np.floor(lowest * 10) / 10, 0.0, 0.7)), 1.0)
+        axes.set_ylim(-0.02, 1.03)
+        axes.set_xlabel("θ (a pair is accepted when cos_sim > θ)")
+        axes.set_ylabel("cosine_accept_rate")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, handlelength=3.2)
+        return to_svg(figure)
+
+
+def histogram_figure(before: NDArray[np.floating], after: NDArray[np.floating]) -> str:
+    """Histograms of cos_sim before and after on one axis, as SVG."""
+    low = float(min(before.min(), after.min()))
+    bins = np.linspace(np.floor(low * 20) / 20, 1.0, 61)
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": "histogram"}):
+        figure = Figure(figsize=(8.2, 3.9), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        for axes, name, cos in ((upper, "before", before), (lower, "adapter", after)):
+            draw_histogram(axes, name, cos, bins)
+        lower.set_xlabel("cos_sim of one pair")
+        return to_svg(figure)
+
+
+def draw_histogram(axes: Axes, name: str, cos: NDArray[np.floating], bins: NDArray[np.floating]) -> None:
+    axes.hist(cos, bins=bins.tolist(), color=SERIES[name][0])
+    mark_theta(axes)
+    axes.set_ylabel("pairs")
+    title = "before (raw event against target)" if name == "before" else "after (adapter)"
+    axes.set_title(f"{title}: mean {cos.mean():.3f}, std {cos.std():.3f}", loc="left", fontsize=10)
+
+
+def mark_theta(axes: Axes) -> None:
+    axes.axvline(THETA_SHOWN, color=INK, linewidth=0.8)
+    top = axes.get_xaxis_transform()
+    axes.text(THETA_SHOWN, 1.02, f"θ = {THETA_SHOWN:.2f}", transform=top, ha="center", va="bottom")
+
+
+def to_svg(figure: Figure) -> str:
+    """The bare <svg> element, colours as CSS variables, sized by its container."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<(metadata|style)[ >].*?</\1>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'<svg([^>]*?)\swidth="[^"]*"', r"<svg\1", svg, count=1)
+    svg = re.sub(r'<svg([^>]*?)\sheight="[^"]*"', r'<svg\1 aria-hidden="true"', svg, count=1)
+    for placeholder, value in VARIABLES.items():
+        svg = svg.replace(placeholder, value)
+    return svg

@@ -1,0 +1,154 @@
+"""The Ray side of the one evaluator: an adapter in an actor, pairs through Ray Data, means by partial sums.
+
+Shapes: B = pairs of a batch, N = pairs judged, E = event width, D = target width.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+
+from ray_app.core.adapter import STRATEGIES, AdapterConfig
+from ray_app.core.evaluation import AlignmentEvaluation, AlignmentEvaluator, TrainingMeans
+from ray_app.core.step import decode
+from ray_app.errors import ConfigError
+from ray_app.jobs.shards import pairs_dataset, to_arrays
+from ray_app.store.checkpoint import Checkpoint
+from ray_app.store.pair_store import PairStore, previous_window
+from ray_app.store.split import Rows
+
+SUM_ROWS = 256
+"""Pairs that are added up in one Ray Data task."""
+
+
+def training_means(store: PairStore, rows: Rows) -> TrainingMeans:
+    """Sums of the training targets, added up where they are read. Sums of uint8 are exact: any order will do."""
+    parts = pairs_dataset(store, rows).map_batches(
+        partial_sums, fn_args=(store,), batch_size=SUM_ROWS, batch_format="pyarrow"
+    )
+    total = TrainingMeans(0, np.zeros(store.feature("target").width))
+    for batch in parts.iter_batches(batch_size=None, batch_format="numpy"):
+        for pairs, target_sum_D in zip(batch["pairs"], batch["target_sum"], strict=True):
+            total += TrainingMeans(int(pairs), np.asarray(target_sum_D, np.float64))
+    assert total.pairs == len(rows)
+    return total
+
+
+def partial_sums(batch: pa.Table, store: PairStore) -> dict[str, NDArray[Any]]:
+    """One row with the sums of a batch."""
+    sums = TrainingMeans.of(to_arrays(batch, store)[2])
+    return {"pairs": np.array([sums.pairs]), "target_sum": sums.target_sum_D[None]}
+
+
+class EvaluationWorker:
+    """An adapter on a device, which pairs are streamed through. Run as a Ray actor."""
+
+    def __init__(
+        self, config: AdapterConfig, weights: dict[str, NDArray[Any]], device: str, threads: int
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.device = torch.device(device)
+        with torch.device("meta"):
+            adapter = STRATEGIES[config.strategy](config)
+        with warnings.catch_warnings():  # read-only views of the object store: nothing here writes a weight
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+        adapter.load_state_dict(tensors, assign=True)
+        self.adapter = adapter.eval().to(self.device)
+
+    def evaluate(
+        self, store: PairStore, rows: Rows, mean_target_D: torch.Tensor, batch_size: int, seed: int
+    ) -> Iterator[int | AlignmentEvaluation]:
+        """The number of pairs done, again and again, and last the evaluation, in the order of `rows`."""
+        evaluator = AlignmentEvaluator(
+            self.adapter,
+            mean_target_D,
+            event_scale=store.feature("event").scale,
+            target_scale=store.feature("target").scale,
+            device=self.device,
+        )
+        dataset = pairs_dataset(store, rows)
+        dataset.context.execution_options.preserve_order = True
+        seen = [np.zeros(0, np.int64)]
+        done = 0
+        for batch in dataset.iter_batches(batch_size=batch_size, batch_format="pyarrow"):
+            position_B, event_BE, target_BD = to_arrays(batch, store)
+            evaluator.add(torch.tensor(event_BE), torch.tensor(target_BD))
+            seen.append(position_B)
+            done += len(position_B)
+            yield done
+        positions = np.concatenate(seen)
+        assert np.array_equal(np.sort(positions), rows)
+        sequences = store.index.sequence[positions].tolist()
+        evaluation = evaluator.result(sequences, previous_window(store.index, positions), seed)
+        yield reordered(evaluation, np.argsort(positions))
+
+    def align(self, event_BE: NDArray[Any], scale: float) -> NDArray[np.float32]:
+        """Aligned features of some stored event features, shape (B, D)."""
+        with torch.no_grad():
+            return self.adapter(decode(torch.tensor(event_BE), scale, self.device)).float().cpu().numpy()
+
+
+class Judge:
+    """A checkpoint at work on a cluster: start it, evaluate parts of a store, `close` it.
+
+    CPU: the actor takes all CPUs of one node but one, which is left for Ray Data to read with; it computes with
+    as many threads as the node has CPUs. `use_gpu`: one GPU and one CPU.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, store: PairStore, train: Rows, *, use_gpu: bool) -> None:
+        checkpoint.require(store.manifest.features)
+        self.store = store
+        self.scale = store.feature("target").scale
+        self.mean_target_D = training_means(store, train).mean_target(self.scale)
+        cpus = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        if use_gpu and not ray.cluster_resources().get("GPU"):
+            raise ResourceError("--use-gpu needs a GPU and this cluster has none; leave the flag out.")
+        options = {"num_gpus": 1, "num_cpus": 1} if use_gpu else {"num_cpus": max(cpus - 1, 0)}
+        weights = {name: tensor.numpy() for name, tensor in checkpoint.adapter.state_dict().items()}
+        self.worker = (
+            ray.remote(EvaluationWorker)
+            .options(**options)
+            .remote(checkpoint.config, ray.put(weights), "cuda" if use_gpu else "cpu", max(cpus, 1))
+        )
+
+    def evaluate(self, rows: Rows, batch_size: int, label: str, seed: int = 0) -> AlignmentEvaluation:
+        """The evaluation of some pairs, in the order of `rows`; progress on standard error."""
+        stream = self.worker.evaluate.options(num_returns="streaming").remote(
+            self.store, rows, self.mean_target_D, batch_size, seed
+        )
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+            bar = progress.add_task(label, total=len(rows))
+            for item in stream:
+                got = ray.get(item)
+                if isinstance(got, AlignmentEvaluation):
+                    return got
+                progress.update(bar, completed=got)
+        raise AssertionError("the last item of the stream is the evaluation")
+
+    def align(self, event_BE: NDArray[Any]) -> NDArray[np.float32]:
+        """Aligned features of some stored event features, shape (B, D)."""
+        return ray.get(self.worker.align.remote(event_BE, self.store.feature("event").scale))
+
+    def close(self) -> None:
+        ray.kill(self.worker)
+
+
+def reordered(evaluation: AlignmentEvaluation, order: NDArray[np.int64]) -> AlignmentEvaluation:
+    """The same evaluation with its pairs in another order."""
+    return replace(
+        evaluation,
+        sequences=tuple(np.array(evaluation.sequences)[order].tolist()),
+        after=evaluation.after[order],
+        controls={name: cos[order] for name, cos in evaluation.controls.items()},
+        previous_window=evaluation.previous_window[order],
+    )

@@ -1,0 +1,175 @@
+"""`ray-app prepare`: Ray Data builds a pair store from a source, one Parquet file for each of its tasks.
+
+The cut into tasks depends on the input alone, and each file on its task alone: any number of workers writes
+the same bytes.
+"""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ray_app.config import PrepareEventGpt, PrepareFlags, PrepareScenes, PrepareVideo
+from ray_app.errors import StoreError
+from ray_app.events.windows import parse_duration
+from ray_app.jobs.building import BuiltTask, build_task, claim, finish, finished
+from ray_app.jobs.cluster import cluster
+from ray_app.sources.base import Source
+from ray_app.store.manifest import PIXELS, QUARANTINE, Features, FeatureSpec
+
+
+def run_prepare(cfg: PrepareFlags) -> dict[str, Any]:
+    """Builds the store that a `prepare` command asks for."""
+    return prepare(source_of(cfg), cfg)
+
+
+def source_of(cfg: PrepareFlags) -> Source:
+    """The source that a `prepare` command names, with its defaults filled in.
+
+    Only its own module is imported: each brings libraries that the others do without.
+    """
+    match cfg:
+        case PrepareScenes():
+            from ray_app.sources.scenes import ScenesSource
+
+            duration_us = parse_duration(cfg.duration)
+            return ScenesSource(
+                num_pairs=cfg.num_pairs,
+                num_sequences=cfg.num_sequences,
+                seed=cfg.seed,
+                width=cfg.width,
+                height=cfg.height,
+                duration_us=duration_us,
+                step_us=parse_duration(cfg.step) if cfg.step else duration_us // 2,
+                event_span_us=parse_duration(cfg.event_span),
+            )
+        case PrepareVideo():
+            from ray_app.sources.video import VideoSource
+
+            return VideoSource(
+                files=tuple(file.absolute() for file in cfg.files),
+                fps=cfg.fps,
+                seed=cfg.seed,
+                width=cfg.width,
+                height=cfg.height,
+                duration_us=parse_duration(cfg.duration),
+                every=cfg.every,
+            )
+        case PrepareEventGpt():
+            from ray_app.sources.eventgpt import EventGptSource
+
+            duration_us = parse_duration(cfg.duration)
+            step_us = parse_duration(cfg.step) if cfg.step else duration_us // 2
+            return EventGptSource(root=cfg.root.absolute(), duration_us=duration_us, step_us=step_us)
+    raise AssertionError(f"no source for {type(cfg).__name__}")
+
+
+def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) -> dict[str, Any]:
+    """Builds a store of `source` in `cfg.out` on the cluster of `cfg.address`; returns the --json object.
+
+    `feature` is the shape (3, height, width) and scale of both sides, uint8. StoreError: the folder is in the
+    way or cannot be written, or too many pairs are quarantined; what was built stays.
+    """
+    assert feature.dtype == "uint8", "pictures are stored as uint8"
+    features = Features(event=feature, target=feature)
+    folder = cfg.out.absolute()
+    tasks = source.tasks()
+    claim(folder, source, tasks, features)
+
+    def build(row: dict[str, Any]) -> dict[str, Any]:
+        task = tasks[row["task"]]
+        try:
+            kept = finished(folder, task)
+            done = kept or build_task(source, task, folder, features)
+        except StoreError as error:  # Ray Data would wrap it in an error of its own
+            return {"error": str(error)}
+        return {"error": "", "built": done.model_dump_json(), "kept": kept is not None}
+
+    built, kept_pairs = {}, 0
+    with cluster(cfg.address), _Bar(sum(task.num_pairs for task in tasks)) as bar:
+        began = time.perf_counter()
+        num_cpus = ray.cluster_resources().get("CPU", 1.0)
+        num_workers = min(cfg.num_workers or max(int(num_cpus), 1), len(tasks))
+        dataset = ray.data.from_items([{"task": i} for i in range(len(tasks))], override_num_blocks=len(tasks)).map(
+            build,
+            compute=ray.data.TaskPoolStrategy(size=num_workers),
+            num_cpus=min(1.0, num_cpus / num_workers),
+        )
+        for row in dataset.iter_rows():
+            if row["error"]:
+                raise StoreError(row["error"])
+            done = BuiltTask.model_validate_json(row["built"])
+            built[done.task] = done
+            kept_pairs += done.num_pairs if row["kept"] else 0
+            bar.add(done)
+        seconds = time.perf_counter() - began
+    manifest = finish(folder, source, [built[task.name] for task in tasks], features, cfg.max_quarantined)
+    per_second = (manifest.pairs - kept_pairs) / seconds
+    return {
+        "store": str(cfg.out),
+        "source": manifest.source,
+        "pairs": manifest.pairs,
+        "sequences": manifest.sequences,
+        "quarantined": manifest.quarantined,
+        "fingerprint": manifest.fingerprint,
+        "durations": list(manifest.durations),
+        "files": len(manifest.files),
+        "bytes": sum(file.bytes for file in manifest.files),
+        "pairs_kept": kept_pairs,
+        "workers": num_workers,
+        "seconds": round(seconds, 3),
+        "pairs_per_second": round(per_second, 3),
+        "pairs_per_second_per_core": round(per_second / min(num_workers, num_cpus), 3),
+    }
+
+
+def render_prepare(result: dict[str, Any], console: Console) -> None:
+    """Prints the result for people."""
+    speed = f"{result['pairs_per_second']:,.2f} pairs/s, {result['pairs_per_second_per_core']:,.2f} for each core"
+    kept = f", {result['pairs_kept']:,} kept from an earlier start" if result["pairs_kept"] else ""
+    lost = f" (reasons in {QUARANTINE})" if result["quarantined"] else ""
+    table = Table(show_header=False, box=None)
+    table.add_row("store", result["store"])
+    table.add_row("pairs", f"{result['pairs']:,} of {result['sequences']:,} sequences{kept}")
+    table.add_row("quarantined", f"{result['quarantined']:,}{lost}")
+    table.add_row("size", f"{result['bytes'] / 1e6:,.1f} MB in {result['files']:,} files")
+    table.add_row("time", f"{result['seconds']:,.1f} s, {speed}")
+    table.add_row("fingerprint", result["fingerprint"])
+    console.print(table)
+
+
+class _Bar:
+    """Pairs done, pairs/s and time left, on standard error where that is a terminal."""
+
+    def __init__(self, total: int) -> None:
+        self._progress = Progress(
+            TextColumn("prepare"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} pairs"),
+            TextColumn("{task.fields[rate]:.2f} pairs/s"),
+            TextColumn("{task.fields[quarantined]} quarantined"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task("", total=total, rate=0.0, quarantined=0)
+        self._quarantined = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def add(self, done: BuiltTask) -> None:
+        self._quarantined += len(done.rejected)
+        self._progress.advance(self._task, done.num_pairs + len(done.rejected))
+        state = self._progress.tasks[0]
+        rate = state.completed / state.elapsed if state.elapsed else 0.0
+        self._progress.update(self._task, rate=rate, quarantined=self._quarantined)

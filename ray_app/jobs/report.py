@@ -1,0 +1,255 @@
+"""What an evaluation says to people: one plain sentence, one table, and a report that is one HTML file.
+
+The report refers to nothing outside itself: figures are inline SVG, pictures are PNG inside the page.
+Rates are fractions in the result and percent on the page; a lift is given in percentage points.
+"""
+
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
+from rich.table import Table
+from rich.text import Text
+
+from ray_app.jobs.figures import Cosines, acceptance_figure, histogram_figure
+
+THETA = "0.80"
+CONTROLS = ("before", "white", "mean_target", "shuffled")
+TOKEN_NOTE = (
+    "Cosine acceptance is not token acceptance: it says how close features come, not how many drafted tokens "
+    "the target model would keep."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PairPicture:
+    """One test pair as three pictures of shape (H, W, 3) or (H, W), uint8."""
+
+    sequence: str
+    t_start_us: int
+    t_end_us: int
+    before: float
+    """cos_sim of the raw event feature with the target."""
+    after: float
+    """cos_sim of the aligned output with the target."""
+    event: NDArray[np.uint8]
+    aligned: NDArray[np.uint8]
+    target: NDArray[np.uint8]
+
+
+def outcome(result: Mapping[str, Any]) -> str:
+    """`beats`, `unsure` (ahead, but the 95 % interval of the lift reaches 0) or `loses`."""
+    if result["lift"] <= 0:
+        return "loses"
+    return "beats" if result["interval95"]["lift"][0] > 0 else "unsure"
+
+
+def verdict_sentence(result: Mapping[str, Any]) -> str:
+    """Whether the adapter beats the best control, by how much at theta 0.80, and how sure that is."""
+    best = result["best_control"]
+    lift = 100 * result["lift"]
+    low, high = (100 * bound for bound in result["interval95"]["lift"])
+    unit = result["interval95"]["unit"]
+    says = {
+        "beats": f"beats the best control ({best}) by {lift:.1f} percentage points",
+        "unsure": f"beats the best control ({best}) by {lift:.1f} percentage points, but not surely",
+        "loses": f"does not beat the best control ({best}): it is {-lift:.1f} percentage points behind"
+        if lift < 0
+        else f"does not beat the best control ({best}): the two are equal",
+    }[outcome(result)]
+    return (
+        f"The adapter {says} at θ {THETA}: cosine_accept_rate {100 * result['cosine_accept_rate'][THETA]:.1f} % "
+        f"against {100 * result['controls'][best]['cosine_accept_rate'][THETA]:.1f} % "
+        f"(95 % interval of the lift {low:+.1f} to {high:+.1f}, by bootstrap over {unit}s)."
+    )
+
+
+def notes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a reader must know beside the numbers, warnings first: `text` and `warning`."""
+    split, data = result["split"], result["data"]
+    warnings, context = [], []
+    if split["test_pairs_trained_on"]:
+        warnings.append(
+            f"This checkpoint was trained on {split['test_pairs_trained_on']} of the {result['pairs']} test pairs: "
+            "evaluate it under the split it was trained with."
+        )
+    if split["test_windows_overlapping_train"] > 0:
+        warnings.append(
+            f"This split leaks: {100 * split['test_windows_overlapping_train']:.0f} % of the test windows overlap a "
+            "training window of the same sequence, so every number here is too high for new drives."
+        )
+    if result["previous_window_ahead"]:
+        same = result["controls"]["previous_window"]
+        warnings.append(
+            f"previous_window is ahead: the preceding window's target alone is accepted for "
+            f"{100 * same['cosine_accept_rate'][THETA]:.1f} % of the {same['pairs']} pairs that have one, the adapter "
+            f"for {100 * same['adapter_cosine_accept_rate'][THETA]:.1f} % of the same pairs."
+        )
+    if split["by"] == "block":
+        context.append("One sequence only: the test part is a contiguous block, apart by a gap of one window.")
+    if data["source"] == "scenes":
+        context.append("The pairs are rendered scenes, not recordings: both sides come from a simulation.")
+    elif data["events"] == "simulated":
+        context.append("The events are simulated from the video; no event camera recorded them.")
+    context.append(TOKEN_NOTE)
+    return [{"text": text, "warning": True} for text in warnings] + [
+        {"text": text, "warning": False} for text in context
+    ]
+
+
+def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Lines of the results table: the four controls, previous_window where it exists, the adapter."""
+    lines = []
+    for name in (*CONTROLS, "previous_window"):
+        control = result["controls"][name]
+        pairs = control.get("pairs", result["pairs"])
+        if pairs:
+            label = {"before": "before (raw event)", "previous_window": "previous_window (context)"}.get(name, name)
+            kind = "context" if name == "previous_window" else "control"
+            lines.append(row(label, kind, pairs, control))
+    return [*lines, row("adapter", "adapter", result["pairs"], result)]
+
+
+def row(name: str, kind: str, pairs: int, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": kind,
+        "pairs": pairs,
+        "mean": numbers["cos_sim_mean"],
+        "std": numbers["cos_sim_std"],
+        "rates": numbers["cosine_accept_rate"],
+    }
+
+
+def results_table(result: Mapping[str, Any], title: str) -> Table:
+    """The table for a terminal: before, every control, after, lift."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("what answers")
+    table.add_column("mean cos_sim", justify="right")
+    thetas = ("0.70", THETA, "0.90", "0.95")
+    for theta in thetas:
+        table.add_column(f"θ {theta}", justify="right")
+    for line in rows(result):
+        rates = [f"{100 * line['rates'][theta]:.1f} %" for theta in thetas]
+        style = {"adapter": "bold", "context": "dim"}.get(line["kind"])
+        table.add_row(line["name"], f"{line['mean']:.4f}", *rates, style=style)
+    table.add_section()
+    lifts = [result["lift_by_theta"][theta] for theta in thetas]
+    table.add_row(
+        "lift (points)",
+        "",
+        *(Text(f"{100 * lift:+.1f}", style="green" if lift > 0 else "red") for lift in lifts),
+    )
+    return table
+
+
+def render_html(
+    result: Mapping[str, Any],
+    cosines: Cosines,
+    best: Sequence[PairPicture] = (),
+    worst: Sequence[PairPicture] = (),
+) -> str:
+    """The whole report as one HTML page."""
+    template = resources.files("ray_app.jobs").joinpath("report.html.j2").read_text(encoding="utf-8")
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(template)
+    groups = [("Highest cosine after", "best", best), ("Lowest cosine after", "worst", worst)]
+    return page.render(
+        r=result,
+        outcome=outcome(result),
+        notes=notes(result),
+        rows=rows(result),
+        thetas=list(result["cosine_accept_rate"]),
+        acceptance_svg=Markup(acceptance_figure(cosines)),
+        acceptance_alt=acceptance_alt(result),
+        histogram_svg=Markup(histogram_figure(cosines["before"], cosines["adapter"])),
+        histogram_alt=histogram_alt(result),
+        groups=[
+            {"title": title, "pairs": [pair_context(pair, f"{word} pair {n}") for n, pair in enumerate(pairs, 1)]}
+            for title, word, pairs in groups
+            if pairs
+        ],
+        measures=list(measures(result)),
+        split=list(flattened(result["split"])),
+        provenance=list(flattened(result["provenance"])),
+    )
+
+
+def acceptance_alt(result: Mapping[str, Any]) -> str:
+    named = [
+        f"{line['name']} {100 * line['rates'][THETA]:.1f} percent" for line in rows(result)
+    ]
+    return f"Curves of cosine_accept_rate against theta. At theta {THETA}: {', '.join(named)}."
+
+
+def histogram_alt(result: Mapping[str, Any]) -> str:
+    before = result["controls"]["before"]
+    return (
+        f"Two histograms of the cosine of each pair. Before: mean {before['cos_sim_mean']:.3f}, standard deviation "
+        f"{before['cos_sim_std']:.3f}. After: mean {result['cos_sim_mean']:.3f}, standard deviation "
+        f"{result['cos_sim_std']:.3f}."
+    )
+
+
+def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and value of what the results table leaves out."""
+    interval = result["interval95"]
+    for name, bounds in interval.items():
+        if isinstance(bounds, list):
+            yield f"95 % interval of {name}", f"{bounds[0]:.4f} to {bounds[1]:.4f}"
+    yield "bootstrap", f"{interval['resamples']} resamples of whole {interval['unit']}s"
+    yield "centred cosine", (
+        f"{result['centered_cos_sim_mean']:.4f} (before: {result['centered_cos_sim_mean_before']:.4f}); "
+        "the training mean is taken off both sides"
+    )
+    for name, value in result["retrieval"].items():
+        yield f"retrieval {name}", f"{value:.4f}"
+    yield "percentiles after", ", ".join(f"{name} {value:.4f}" for name, value in result["percentiles"].items())
+    yield "lowest and highest cos_sim", f"{result['cos_sim_min']:.4f} and {result['cos_sim_max']:.4f}"
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values as lines of dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{name}", " ".join(map(str, value))
+        else:
+            yield f"{prefix}{name}", str(value)
+
+
+def pair_context(pair: PairPicture, what: str) -> dict[str, Any]:
+    """The template's view of one pair."""
+    sides = (("event image", pair.event), ("aligned output", pair.aligned), ("target", pair.target))
+    place = f"{pair.sequence} at {pair.t_start_us / 1e6:.3f} s"
+    return {
+        "sequence": pair.sequence,
+        "t_start_s": pair.t_start_us / 1e6,
+        "t_end_s": pair.t_end_us / 1e6,
+        "before": pair.before,
+        "after": pair.after,
+        "pictures": [
+            {
+                "name": name,
+                "alt": f"{name} of the {what}, {place}",
+                "png": png_base64(pixels),
+                "width": pixels.shape[1],
+                "height": pixels.shape[0],
+            }
+            for name, pixels in sides
+        ],
+    }
+
+
+def png_base64(pixels: NDArray[np.uint8]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
