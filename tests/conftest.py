@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-# Read by Ray when it is imported: no token file in the home folder, no telemetry, quick health checks, an early
-# end where data starves.
+# Read by Ray when it is imported: no token file in the home folder, no telemetry, quick health checks, an
+# early end where data starves.
 os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
@@ -41,8 +41,18 @@ def shared_reference() -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray cluster of 2 CPUs for the whole session."""
+    import numpy_source
     import ray
 
+    ray.cloudpickle.register_pickle_by_value(numpy_source)  # workers do not find modules of this folder
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pair store of 6 drives x 12 windows of 1 s, 3 x 16 x 16 pixels. Shared: copy it before changing it."""
+    from numpy_source import NumpySource, build_store
+
+    return build_store(NumpySource(), tmp_path_factory.mktemp("store") / "small")

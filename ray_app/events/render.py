@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from ray_app.errors import InputError
 from ray_app.events.recording import Events
 
-WHITE, BLUE, RED = 0xFFFFFFFF, 0xFFFF0000, 0xFF0000FF
-"""Little-endian RGBA words; polarity 0 is blue (0, 0, 255), 1 is red (255, 0, 0)."""
+COLOURS = np.array([[0, 0, 255], [255, 0, 0], [255, 255, 255]], np.uint8)
+"""Of polarity 0, polarity 1, and of a pixel without an event."""
+NO_EVENT = 2
 
 Canvas = Literal["sensor", "bbox"]
 
@@ -22,18 +23,20 @@ Canvas = Literal["sensor", "bbox"]
 def event_image(events: Events, canvas: Canvas = "sensor") -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB. `bbox`: only as many rows and columns as the largest y and x need, as EventGPT.
 
-    One word for each event is assigned through a flat index. NumPy gives a repeated index the last of its
-    values (NumPy user guide, "Assigning values to indexed arrays"), which is the rule of the last event.
+    One byte for each event is assigned through a flat index, then bytes become colours. NumPy gives a repeated
+    index the last of its values (NumPy user guide, "Assigning values to indexed arrays"): the last event wins.
     """
     height, width = events.height, events.width
     if canvas == "bbox":
         if not len(events):
             raise InputError("no events, so no bounding box to draw in; use canvas='sensor'")
         height, width = int(events.y.max()) + 1, int(events.x.max()) + 1
-    words = np.full(height * width, WHITE, np.dtype("<u4"))
-    flat = events.y.astype(np.int32) * np.int32(width) + events.x
-    words[flat] = np.array([BLUE, RED], np.dtype("<u4"))[events.p]
-    return np.ascontiguousarray(words.view(np.uint8).reshape(height, width, 4)[:, :, :3])
+    last = np.full(height * width, NO_EVENT, np.uint8)
+    flat = events.y.astype(np.intp)
+    flat *= width
+    flat += events.x
+    last[flat] = events.p
+    return np.take(COLOURS, last, axis=0, mode="clip").reshape(height, width, 3)
 
 
 def event_images(events: Events, num_images: int, canvas: Canvas = "sensor") -> list[NDArray[np.uint8]]:
@@ -44,9 +47,7 @@ def event_images(events: Events, num_images: int, canvas: Canvas = "sensor") -> 
 def equal_counts(events: Events, num_parts: int) -> list[Events]:
     """Parts of equal event count in time order; the remainder goes to the last. InputError: too few."""
     if len(events) < num_parts:
-        raise InputError(
-            f"{len(events)} events cannot be drawn as {num_parts} images; at least one each is needed"
-        )
+        raise InputError(f"{len(events)} events cannot be drawn as {num_parts} images; at least one each is needed")
     count = len(events) // num_parts
     bounds = [i * count for i in range(num_parts)] + [len(events)]
     return [events[slice(a, b)] for a, b in pairwise(bounds)]

@@ -52,9 +52,7 @@ class SimulatorConfig:
                 raise ConfigError(f"simulator: {name} ({getattr(self, name)}) must not be negative")
         for name in ("theta_on", "theta_off"):
             if getattr(self, name) < SMALLEST_THRESHOLD:
-                raise ConfigError(
-                    f"simulator: {name} ({getattr(self, name)}) must be at least {SMALLEST_THRESHOLD}"
-                )
+                raise ConfigError(f"simulator: {name} ({getattr(self, name)}) must be at least {SMALLEST_THRESHOLD}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +69,13 @@ class SimulatedEvents:
     """1 brighter, 0 darker."""
 
     @staticmethod
+    def none() -> "SimulatedEvents":
+        """No event."""
+        return SimulatedEvents(
+            np.zeros(0, np.uint16), np.zeros(0, np.uint16), np.zeros(0, np.int64), np.zeros(0, np.uint8)
+        )
+
+    @staticmethod
     def joined(steps: list["SimulatedEvents"]) -> "SimulatedEvents":
         """Events of following steps as one."""
         return SimulatedEvents(
@@ -83,9 +88,7 @@ def log_intensity(grey: Float) -> Float:
     grey = np.asarray(grey)
     slope = np.log(LINEAR_BELOW) / LINEAR_BELOW
     if grey.dtype == np.float32:  # 1e-8 is finer than float32 here
-        return np.where(
-            grey <= LINEAR_BELOW, grey * np.float32(slope), np.log(np.maximum(grey, np.float32(1)))
-        )
+        return np.where(grey <= LINEAR_BELOW, grey * np.float32(slope), np.log(np.maximum(grey, np.float32(1))))
     value = np.where(grey <= LINEAR_BELOW, grey * slope, np.log(np.maximum(grey, 1.0)))
     return (np.round(value * 1e8) / 1e8).astype(np.float32)
 
@@ -102,9 +105,9 @@ class EventSimulator:
         self._rng = rng
         pixels = height * width
         self._theta_on, self._theta_off = (
-            np.maximum(
-                theta + config.sigma * rng.standard_normal(pixels, np.float32), SMALLEST_THRESHOLD
-            ).astype(np.float32)
+            np.maximum(theta + config.sigma * rng.standard_normal(pixels, np.float32), SMALLEST_THRESHOLD).astype(
+                np.float32
+            )
             if config.sigma
             else np.full(pixels, theta, np.float32)
             for theta in (config.theta_on, config.theta_off)
@@ -114,6 +117,12 @@ class EventSimulator:
         )
         self._last_us = np.full(pixels, np.iinfo(np.int64).min // 2, np.int64)
         self._t_us: int | None = None
+
+    @property
+    def t_us(self) -> int:
+        """Time of the last frame."""
+        assert self._t_us is not None, "start() comes first"
+        return self._t_us
 
     def start(self, grey_HW: Float, t_us: int, *, random_phase: bool = False) -> None:
         """The first frame, grey levels 0 to 255, emits nothing.
@@ -132,9 +141,8 @@ class EventSimulator:
 
     def step(self, grey_HW: Float, t_us: int) -> SimulatedEvents:
         """Events between the last frame's time and `t_us`, as this frame shows them."""
-        assert self._t_us is not None, "start() comes first"
-        assert t_us > self._t_us, "frames come in time order"
-        config, before_us, before_P = self.config, self._t_us, self._level_P
+        assert t_us > self.t_us, "frames come in time order"
+        config, before_us, before_P = self.config, self.t_us, self._level_P
         length_s = (t_us - before_us) * 1e-6
         grey_P: Float = np.asarray(grey_HW).ravel()
         level_P = self._filtered(log_intensity(grey_P), grey_P, length_s)
@@ -144,9 +152,7 @@ class EventSimulator:
         (fired,) = np.nonzero((diff_P >= self._theta_on) | (diff_P <= -self._theta_off))
         events = self._crossings(fired, diff_P[fired], before_P[fired], level_P[fired], before_us, t_us)
         if config.shot_noise_hz:
-            events = [
-                a + b for a, b in zip(events, self._shot_noise(grey_P, level_P, before_us, t_us), strict=True)
-            ]
+            events = [a + b for a, b in zip(events, self._shot_noise(grey_P, level_P, before_us, t_us), strict=True)]
         self._level_P, self._t_us = level_P, t_us
         pixel, time_us, polarity = (np.concatenate(parts) for parts in events)
         order = np.argsort(_narrow(time_us - before_us), kind="stable")
@@ -206,9 +212,7 @@ class EventSimulator:
             kept_N[members[late]] = True
         return kept_N
 
-    def _shot_noise(
-        self, grey_P: Float, level_P: Float, before_us: int, t_us: int
-    ) -> list[list[NDArray[Any]]]:
+    def _shot_noise(self, grey_P: Float, level_P: Float, before_us: int, t_us: int) -> list[list[NDArray[Any]]]:
         """Noise events; each sets its pixel's memorised level to the present one."""
         config = self.config
         length_s = (t_us - before_us) * 1e-6

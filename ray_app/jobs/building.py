@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import ValidationError
 
 from ray_app.config import Config
 from ray_app.errors import InputError, StoreError
@@ -136,7 +135,7 @@ def finished(folder: Path, task: SourceTask) -> BuiltTask | None:
         if done.part is None or done.rejected:
             return None
         verify_file(folder, done.part)
-    except (FileNotFoundError, ValidationError, StoreError):
+    except (FileNotFoundError, ValueError, StoreError):  # ValueError: not such a record
         return None
     return done
 

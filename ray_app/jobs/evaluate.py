@@ -13,20 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from ray_app.config import EvaluateConfig, SplitConfig, flat
+from ray_app.config import EvaluateConfig, SplitConfig, TrainConfig, flat
 from ray_app.core.evaluation import AlignmentEvaluation
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.errors import StoreError
 from ray_app.events.windows import duration_suffix
 from ray_app.jobs.cluster import cluster
-from ray_app.jobs.figures import Cosines
 from ray_app.jobs.judge import Judge
 from ray_app.jobs.reference_files import alignment_metrics
 from ray_app.jobs.registry import checkpoint_folder
 from ray_app.jobs.report import PairPicture, notes, render_html, results_table, verdict_sentence
+from ray_app.jobs.run_folder import RUN
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
 from ray_app.store.durable import write_file
-from ray_app.store.manifest import FeatureSpec
+from ray_app.store.manifest import MANIFEST, FeatureSpec
 from ray_app.store.pair_store import PairStore
 from ray_app.store.provenance import provenance
 from ray_app.store.split import Rows, Split, split_pairs, test_fingerprint
@@ -50,11 +50,9 @@ def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
             evaluation = judge.evaluate(split.test, cfg.batch_size, "test pairs")
             best, worst = best_and_worst(judge, store, split.test, evaluation)
     result = {
-        **judgement(evaluation, checkpoint, store, split, cfg.split_config),
+        **judgement(evaluation, about(checkpoint, store, split, cfg.split_config)),
         "checkpoint": cfg.checkpoint,
-        "provenance": provenance(
-            sys.argv, store.fingerprint, config=flat(cfg), checkpoint=checkpoint.provenance
-        ),
+        "provenance": provenance(sys.argv, store.fingerprint, config=flat(cfg), checkpoint=checkpoint.provenance),
     }
     before = AlignmentCounts.of(evaluation.controls["before"]).means()
     metrics = alignment_metrics(result, before, checkpoint.adapter)
@@ -91,23 +89,24 @@ def claim_report_folder(folder: Path) -> None:
                 )
 
 
-def judgement(
-    evaluation: AlignmentEvaluation,
-    checkpoint: Checkpoint,
-    store: PairStore,
-    split: Split,
-    split_config: SplitConfig,
-) -> dict[str, Any]:
-    """The metrics of the test part with all that a reader needs beside them, as JSON values."""
+def judgement(evaluation: AlignmentEvaluation, described: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of some pairs with all that a reader needs beside them, as JSON values."""
     metrics = evaluation.metrics()
     if "previous_window" in metrics["controls"]:
         same = ~np.isnan(evaluation.previous_window)
         metrics["controls"]["previous_window"]["adapter_cosine_accept_rate"] = {
             theta: float((evaluation.after[same] > float(theta)).mean()) for theta in metrics["cosine_accept_rate"]
         }
-    result = {
-        **metrics,
-        "dataset": dataset_name(store),
+    result = {**metrics, **described}
+    result["verdict"] = verdict_sentence(result)
+    result["notes"] = [note["text"] for note in notes(result)]
+    return result
+
+
+def about(checkpoint: Checkpoint, store: PairStore, split: Split, split_config: SplitConfig) -> dict[str, Any]:
+    """Which pairs are judged and what they are to the checkpoint, as JSON values."""
+    return {
+        "dataset": "+".join(durations(store)),
         "fingerprint": store.fingerprint,
         "test_fingerprint": test_fingerprint(store.index, split.test),
         "checkpoint_sha256": checkpoint.sha256,
@@ -119,31 +118,57 @@ def judgement(
             "val": len(split.val),
             "test": len(split.test),
             "test_windows_overlapping_train": split.test_windows_overlapping_train,
-            "test_pairs_trained_on": trained_on(checkpoint, store, split),
+            "test_pairs_trained_on": trained_on(checkpoint, store, split.test),
         },
-        "data": {name: store.manifest.source.get(name, "unknown") for name in ("name", "events")},
+        "data": {
+            "source": store.manifest.source.get("name", "unknown"),
+            "events": store.manifest.source.get("events", "unknown"),
+        },
     }
-    result["verdict"] = verdict_sentence(result)
-    result["notes"] = [note["text"] for note in notes(result)]
-    return result
 
 
 def as_json(document: dict[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
 
 
-def dataset_name(store: PairStore) -> str:
+def trained_on(checkpoint: Checkpoint, store: PairStore, rows: Rows) -> int | None:
+    """How many of `rows` the checkpoint was fitted or chosen on; None where its record does not tell."""
+    config = training_config(checkpoint)
+    if config is None:
+        return None
+    fingerprint = checkpoint.provenance.get("dataset_fingerprint")
+    folder = store.folder if store.fingerprint == fingerprint else config.store
+    if not (folder / MANIFEST).is_file():
+        return None
+    theirs = PairStore.open(folder, config.durations)
+    if theirs.fingerprint != fingerprint:
+        return None
+    split = split_pairs(theirs.index, config.split_config)
+    seen = theirs.index.sample_id[np.concatenate([split.train, split.val])]
+    return int(np.isin(store.index.sample_id[rows], seen).sum())
+
+
+def training_config(checkpoint: Checkpoint) -> TrainConfig | None:
+    """The settings that the checkpoint was trained with, from its provenance or its run's folder."""
+    config = checkpoint.provenance.get("config")
+    run = checkpoint.folder.parent.parent / RUN
+    if config is None and run.is_file():
+        config = json.loads(run.read_text())["config"]
+    return TrainConfig.model_validate(config) if config else None
+
+
+def durations(store: PairStore) -> list[str]:
     """Window lengths in use, such as `1s`."""
-    return "+".join(sorted(set(store.index.duration.tolist())))
+    return sorted(set(store.index.duration.tolist()))
 
 
 def suffix(store: PairStore) -> str:
     """The mark of the window lengths in file names, such as `S1`."""
-    return "_".join(duration_suffix(name) for name in sorted(set(store.index.duration.tolist())))
+    return "_".join(duration_suffix(name) for name in durations(store))
 
 
-def curves(evaluation: AlignmentEvaluation) -> Cosines:
-    """Cosines by the names that the figures use."""
+def curves(evaluation: AlignmentEvaluation) -> dict[str, NDArray[np.float64]]:
+    """Cosines of the pairs by name, as reports and figures use them."""
     return {
         "adapter": evaluation.after,
         **evaluation.controls,

@@ -7,6 +7,7 @@ The SVG holds no address of another site, not even a namespace: an HTML page nee
 import io
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,23 +16,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
+from ray_app.core.metrics import THETA
+
 Cosines = Mapping[str, NDArray[np.floating]]
 """Per-pair cosines by name; NaN where a control does not exist for a pair."""
 
 INK, FAINT = "#0a0b01", "#0a0b02"
-SERIES: dict[str, tuple[str, str, str]] = {
+SERIES: dict[str, tuple[str, Any, str]] = {
     # name: (placeholder colour, line style, what the reader calls it)
     "adapter": ("#0a0b10", "-", "adapter"),
     "before": ("#0a0b11", "--", "before (raw event)"),
     "white": ("#0a0b12", ":", "white"),
     "mean_target": ("#0a0b13", "-.", "mean_target"),
-    "shuffled": ("#0a0b14", (0, (1, 1.5)), "shuffled"),  # type: ignore[dict-item]
-    "previous_window": ("#0a0b15", (0, (6, 2, 1, 2, 1, 2)), "previous_window (context)"),  # type: ignore[dict-item]
+    "shuffled": ("#0a0b14", (0, (1, 1.5)), "shuffled"),
+    "previous_window": ("#0a0b15", (0, (6, 2, 1, 2, 1, 2)), "previous_window (context)"),
 }
 VARIABLES = {INK: "currentColor", FAINT: "var(--line)"} | {
     placeholder: f"var(--{name.replace('_', '-')})" for name, (placeholder, _, _) in SERIES.items()
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -50,7 +53,6 @@ STYLE = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
-THETA_SHOWN = 0.80
 
 
 def acceptance_figure(cosines: Cosines) -> str:
@@ -102,9 +104,9 @@ def draw_histogram(axes: Axes, name: str, cos: NDArray[np.floating], bins: NDArr
 
 
 def mark_theta(axes: Axes) -> None:
-    axes.axvline(THETA_SHOWN, color=INK, linewidth=0.8)
+    axes.axvline(THETA, color=INK, linewidth=0.8)
     top = axes.get_xaxis_transform()
-    axes.text(THETA_SHOWN, 1.02, f"θ = {THETA_SHOWN:.2f}", transform=top, ha="center", va="bottom")
+    axes.text(THETA, 1.02, f"θ = {THETA:.2f}", transform=top, ha="center", va="bottom")
 
 
 def to_svg(figure: Figure) -> str:

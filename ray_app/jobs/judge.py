@@ -3,6 +3,8 @@
 Shapes: B = pairs of a batch, N = pairs judged, E = event width, D = target width.
 """
 
+import functools
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,12 +21,14 @@ from rich.progress import Progress
 from ray_app.core.adapter import STRATEGIES, AdapterConfig
 from ray_app.core.evaluation import AlignmentEvaluation, AlignmentEvaluator, TrainingMeans
 from ray_app.core.step import decode
-from ray_app.errors import ConfigError
+from ray_app.errors import ResourceError, StoreError
 from ray_app.jobs.shards import pairs_dataset, to_arrays
 from ray_app.store.checkpoint import Checkpoint
 from ray_app.store.pair_store import PairStore, previous_window
 from ray_app.store.split import Rows
 
+WARM_UP = 2
+"""Forward passes before timing starts."""
 SUM_ROWS = 256
 """Pairs that are added up in one Ray Data task."""
 
@@ -32,8 +36,12 @@ SUM_ROWS = 256
 def training_means(store: PairStore, rows: Rows) -> TrainingMeans:
     """Sums of the training targets, added up where they are read. Sums of uint8 are exact: any order will do."""
     parts = pairs_dataset(store, rows).map_batches(
-        partial_sums, fn_args=(store,), batch_size=SUM_ROWS, batch_format="pyarrow"
+        functools.partial(partial_sums, store), batch_size=SUM_ROWS, batch_format="pyarrow"
     )
+    if not len(rows):
+        raise StoreError(
+            f"{store.folder} has too few pairs: the train part is empty; change the shares or prepare more."
+        )
     total = TrainingMeans(0, np.zeros(store.feature("target").width))
     for batch in parts.iter_batches(batch_size=None, batch_format="numpy"):
         for pairs, target_sum_D in zip(batch["pairs"], batch["target_sum"], strict=True):
@@ -42,18 +50,16 @@ def training_means(store: PairStore, rows: Rows) -> TrainingMeans:
     return total
 
 
-def partial_sums(batch: pa.Table, store: PairStore) -> dict[str, NDArray[Any]]:
+def partial_sums(store: PairStore, batch: pa.Table) -> dict[str, NDArray[Any]]:
     """One row with the sums of a batch."""
     sums = TrainingMeans.of(to_arrays(batch, store)[2])
     return {"pairs": np.array([sums.pairs]), "target_sum": sums.target_sum_D[None]}
 
 
 class EvaluationWorker:
-    """An adapter on a device, which pairs are streamed through. Run as a Ray actor."""
+    """An adapter on a device, which pairs are streamed through; each forward pass is timed. Run as a Ray actor."""
 
-    def __init__(
-        self, config: AdapterConfig, weights: dict[str, NDArray[Any]], device: str, threads: int
-    ) -> None:
+    def __init__(self, config: AdapterConfig, weights: dict[str, NDArray[Any]], device: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self.device = torch.device(device)
         with torch.device("meta"):
@@ -63,6 +69,9 @@ class EvaluationWorker:
             tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
         adapter.load_state_dict(tensors, assign=True)
         self.adapter = adapter.eval().to(self.device)
+        self.forward_s: list[float] = []
+        self.adapter.register_forward_pre_hook(self._begin)
+        self.adapter.register_forward_hook(self._end)
 
     def evaluate(
         self, store: PairStore, rows: Rows, mean_target_D: torch.Tensor, batch_size: int, seed: int
@@ -89,7 +98,31 @@ class EvaluationWorker:
         assert np.array_equal(np.sort(positions), rows)
         sequences = store.index.sequence[positions].tolist()
         evaluation = evaluator.result(sequences, previous_window(store.index, positions), seed)
-        yield reordered(evaluation, np.argsort(positions))
+        yield selected(evaluation, np.argsort(positions))
+
+    def warm_up(self, batch_size: int) -> None:
+        """First passes are slow and are not counted: the timing starts anew after them."""
+        with torch.no_grad():
+            for _ in range(WARM_UP):
+                self.adapter(torch.zeros(batch_size, self.adapter.config.event_dim, device=self.device))
+        self.forward_s.clear()
+
+    def timing(self) -> dict[str, Any]:
+        """Seconds of each forward pass since the warm-up, and with what."""
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        return {"seconds": self.forward_s, "device": device, "threads": torch.get_num_threads()}
+
+    def _begin(self, *_: Any) -> None:
+        self._synchronize()
+        self.forward_s.append(-time.perf_counter())
+
+    def _end(self, *_: Any) -> None:
+        self._synchronize()
+        self.forward_s[-1] += time.perf_counter()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def align(self, event_BE: NDArray[Any], scale: float) -> NDArray[np.float32]:
         """Aligned features of some stored event features, shape (B, D)."""
@@ -107,21 +140,26 @@ class Judge:
     def __init__(self, checkpoint: Checkpoint, store: PairStore, train: Rows, *, use_gpu: bool) -> None:
         checkpoint.require(store.manifest.features)
         self.store = store
-        self.scale = store.feature("target").scale
-        self.mean_target_D = training_means(store, train).mean_target(self.scale)
         cpus = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
         if use_gpu and not ray.cluster_resources().get("GPU"):
             raise ResourceError("--use-gpu needs a GPU and this cluster has none; leave the flag out.")
         options = {"num_gpus": 1, "num_cpus": 1} if use_gpu else {"num_cpus": max(cpus - 1, 0)}
+        self.mean_target_D = training_means(store, train).mean_target(store.feature("target").scale)
         weights = {name: tensor.numpy() for name, tensor in checkpoint.adapter.state_dict().items()}
-        self.worker = (
+        self.worker: Any = (
             ray.remote(EvaluationWorker)
             .options(**options)
             .remote(checkpoint.config, ray.put(weights), "cuda" if use_gpu else "cpu", max(cpus, 1))
         )
 
+    def warm_up(self, batch_size: int) -> None:
+        """Run the adapter a few times and start its timing anew."""
+        ray.get(self.worker.warm_up.remote(batch_size))
+
     def evaluate(self, rows: Rows, batch_size: int, label: str, seed: int = 0) -> AlignmentEvaluation:
         """The evaluation of some pairs, in the order of `rows`; progress on standard error."""
+        if not len(rows):
+            raise StoreError(f"{self.store.folder} has too few pairs: there are none to evaluate; change the shares.")
         stream = self.worker.evaluate.options(num_returns="streaming").remote(
             self.store, rows, self.mean_target_D, batch_size, seed
         )
@@ -139,16 +177,21 @@ class Judge:
         """Aligned features of some stored event features, shape (B, D)."""
         return ray.get(self.worker.align.remote(event_BE, self.store.feature("event").scale))
 
+    def timing(self) -> dict[str, Any]:
+        """Seconds of each forward pass since the warm-up, and with what."""
+        return ray.get(self.worker.timing.remote())
+
     def close(self) -> None:
+        """Give the actor's resources back."""
         ray.kill(self.worker)
 
 
-def reordered(evaluation: AlignmentEvaluation, order: NDArray[np.int64]) -> AlignmentEvaluation:
-    """The same evaluation with its pairs in another order."""
+def selected(evaluation: AlignmentEvaluation, places: NDArray[np.int64]) -> AlignmentEvaluation:
+    """Some of the pairs, or all in another order. `retrieval` and `centered` stay those of all pairs."""
     return replace(
         evaluation,
-        sequences=tuple(np.array(evaluation.sequences)[order].tolist()),
-        after=evaluation.after[order],
-        controls={name: cos[order] for name, cos in evaluation.controls.items()},
-        previous_window=evaluation.previous_window[order],
+        sequences=tuple(evaluation.sequences[place] for place in places),
+        after=evaluation.after[places],
+        controls={name: cos[places] for name, cos in evaluation.controls.items()},
+        previous_window=evaluation.previous_window[places],
     )

@@ -21,9 +21,7 @@ BENCHMARK_UNITS = (
 )
 
 
-def alignment_metrics(
-    result: Mapping[str, Any], before: Mapping[str, Any], adapter: Adapter
-) -> dict[str, Any]:
+def alignment_metrics(result: Mapping[str, Any], before: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     """`alignment_metrics_<S>.json`. `before` and `result` hold the means of `AlignmentCounts`."""
     gain = result["cos_sim_mean"] - before["cos_sim_mean"]
     config = adapter.config
@@ -58,29 +56,19 @@ def alignment_metrics(
     }
 
 
-def benchmark_adapter_full(
-    result: Mapping[str, Any],
-    before: Mapping[str, Any],
-    timing: Mapping[str, Any],
-    samples: Sequence[tuple[str, float, float]],
-) -> dict[str, Any]:
-    """`benchmark_adapter_full_<S>.json`. `samples`: identity, cos_sim before and after of some pairs."""
-    key = rate_key(THETA)
-    ours = ("parts", "controls", "split", "data", "notes", "fingerprint", "checkpoint_sha256", "provenance")
+def benchmark_adapter_full(result: Mapping[str, Any], samples: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
+    """`benchmark_adapter_full_<S>.json`. `samples`: identity, cos_sim before and after of some pairs.
+
+    `result` and each of its `parts` hold the means of `AlignmentCounts`, for the adapter and every control.
+    """
+    ours = ("controls", "best_control", "lift", "split", "data", "notes", "fingerprint", "checkpoint_sha256")
     return {
         "dataset": result["dataset"],
         "total_samples": result["pairs"],
         "adapter_checkpoint": result["checkpoint"],
         "acceptance_threshold": THETA,
-        "before_adapter": statistics(before, "{}"),
-        "after_adapter": statistics(result, "{}"),
-        "percentiles_after": result["percentiles"],
-        "improvement": {
-            "cosine_sim_gain": result["cos_sim_mean"] - before["cos_sim_mean"],
-            f"acceptance_gain_{THETA:g}": 100
-            * (result["cosine_accept_rate"][key] - before["cosine_accept_rate"][key]),
-        },
-        "timing": dict(timing),
+        **before_and_after(result),
+        "timing": result["timing"],
         "sample_results": [
             {
                 "id": sample_id,
@@ -91,7 +79,32 @@ def benchmark_adapter_full(
             for sample_id, cos_before, cos_after in samples
         ],
         "units": BENCHMARK_UNITS,
+        "parts": {
+            name: {
+                "pairs": part["pairs"],
+                "training_data": part["training_data"],
+                **before_and_after(part),
+                **{key: part[key] for key in ("controls", "best_control", "lift")},
+            }
+            for name, part in result["parts"].items()
+        },
         **{key: result[key] for key in ours},
+        "provenance": result["provenance"],
+    }
+
+
+def before_and_after(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the reference tells of some pairs."""
+    before, key = result["controls"]["before"], rate_key(THETA)
+    return {
+        "before_adapter": statistics(before, "{}"),
+        "after_adapter": statistics(result, "{}"),
+        "percentiles_after": result["percentiles"],
+        "improvement": {
+            "cosine_sim_gain": result["cos_sim_mean"] - before["cos_sim_mean"],
+            f"acceptance_gain_{THETA:g}": 100
+            * (result["cosine_accept_rate"][key] - before["cosine_accept_rate"][key]),
+        },
     }
 
 

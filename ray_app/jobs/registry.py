@@ -1,6 +1,5 @@
 """Where checkpoints are found: a folder, a run's best, or a version in the model registry."""
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from mlflow import MlflowClient
 
 from ray_app.config import TrackingFlags
 from ray_app.errors import CheckpointError, RegistryError
+from ray_app.jobs.run_folder import BEST, RUN, RunFolder
 from ray_app.jobs.tracking import TRACKING_ERRORS, shown, tracking_uri
 
 MODEL = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
@@ -36,7 +36,7 @@ def checkpoint_folder(checkpoint: str, cfg: TrackingFlags) -> Iterator[Path]:
                 version = client.get_model_version_by_alias(match["name"], match["alias"])
             else:
                 version = client.get_model_version(match["name"], match["version"])
-        with downloaded(client, version.source, cfg) as folder:
+        with downloaded(client, str(version.source), cfg) as folder:
             yield folder
     else:
         yield best_of_run(Path(checkpoint))
@@ -44,17 +44,17 @@ def checkpoint_folder(checkpoint: str, cfg: TrackingFlags) -> Iterator[Path]:
 
 def best_of_run(folder: Path) -> Path:
     """A run folder's best checkpoint; any other folder as it is."""
-    best = folder / "best.json"
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; --checkpoint wants a checkpoint or the folder of a run.")
-    if not best.is_file():
-        if (folder / "run.json").is_file():
-            raise CheckpointError(f"{folder} is a run without a finished epoch: it has no best.json yet.")
+        raise CheckpointError(f"{folder} is not a folder; name a checkpoint, or the folder of a run.")
+    if not (folder / RUN).is_file():
         return folder
     try:
-        return folder / json.loads(best.read_text())["checkpoint"]
+        best = RunFolder(folder).best()
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{best} is damaged: it names no checkpoint ({error}).") from error
+        raise CheckpointError(f"{folder / BEST} is damaged: it names no checkpoint ({error}).") from error
+    if best is None:
+        raise CheckpointError(f"{folder} is a run without a finished epoch: it has no checkpoint yet.")
+    return best
 
 
 @contextmanager

@@ -19,10 +19,11 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
+from ray_app.core.evaluation import CONTROLS
+from ray_app.core.metrics import THETA, rate_key
 from ray_app.jobs.figures import Cosines, acceptance_figure, histogram_figure
 
-THETA = "0.80"
-CONTROLS = ("before", "white", "mean_target", "shuffled")
+KEY = rate_key(THETA)
 TOKEN_NOTE = (
     "Cosine acceptance is not token acceptance: it says how close features come, not how many drafted tokens "
     "the target model would keep."
@@ -66,32 +67,41 @@ def verdict_sentence(result: Mapping[str, Any]) -> str:
         else f"does not beat the best control ({best}): the two are equal",
     }[outcome(result)]
     return (
-        f"The adapter {says} at θ {THETA}: cosine_accept_rate {100 * result['cosine_accept_rate'][THETA]:.1f} % "
-        f"against {100 * result['controls'][best]['cosine_accept_rate'][THETA]:.1f} % "
+        f"The adapter {says} at θ {KEY}: cosine_accept_rate {100 * result['cosine_accept_rate'][KEY]:.1f} % "
+        f"against {100 * result['controls'][best]['cosine_accept_rate'][KEY]:.1f} % "
         f"(95 % interval of the lift {low:+.1f} to {high:+.1f}, by bootstrap over {unit}s)."
     )
 
 
 def notes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a reader must know beside the numbers, warnings first: `text` and `warning`."""
+    """What a reader must know beside the numbers of a test part, warnings first: `text` and `warning`."""
+    ahead = []
+    if result["previous_window_ahead"]:
+        same = result["controls"]["previous_window"]
+        ahead.append(
+            f"previous_window is ahead: the preceding window's target alone is accepted for "
+            f"{100 * same['cosine_accept_rate'][KEY]:.1f} % of the {same['pairs']} pairs that have one, the "
+            f"adapter for {100 * same['adapter_cosine_accept_rate'][KEY]:.1f} % of the same pairs."
+        )
+    return [{"text": text, "warning": True} for text in ahead] + standing_notes(result)
+
+
+def standing_notes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the data and the split mean for every number, warnings first: `text` and `warning`."""
     split, data = result["split"], result["data"]
-    warnings, context = [], []
-    if split["test_pairs_trained_on"]:
+    warnings: list[str] = []
+    context: list[str] = []
+    if split["test_pairs_trained_on"] is None:
+        context.append("What this checkpoint was trained on is not recorded: test pairs may be among it.")
+    elif split["test_pairs_trained_on"]:
         warnings.append(
-            f"This checkpoint was trained on {split['test_pairs_trained_on']} of the {result['pairs']} test pairs: "
-            "evaluate it under the split it was trained with."
+            f"This checkpoint was trained on {split['test_pairs_trained_on']} of the {split['test']} test pairs: "
+            "evaluate it under the split that it was trained with."
         )
     if split["test_windows_overlapping_train"] > 0:
         warnings.append(
-            f"This split leaks: {100 * split['test_windows_overlapping_train']:.0f} % of the test windows overlap a "
-            "training window of the same sequence, so every number here is too high for new drives."
-        )
-    if result["previous_window_ahead"]:
-        same = result["controls"]["previous_window"]
-        warnings.append(
-            f"previous_window is ahead: the preceding window's target alone is accepted for "
-            f"{100 * same['cosine_accept_rate'][THETA]:.1f} % of the {same['pairs']} pairs that have one, the adapter "
-            f"for {100 * same['adapter_cosine_accept_rate'][THETA]:.1f} % of the same pairs."
+            f"This split leaks: {100 * split['test_windows_overlapping_train']:.0f} % of the test windows overlap "
+            "a training window of the same sequence, so test numbers are too high for new drives."
         )
     if split["by"] == "block":
         context.append("One sequence only: the test part is a contiguous block, apart by a gap of one window.")
@@ -108,21 +118,17 @@ def notes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Lines of the results table: the four controls, previous_window where it exists, the adapter."""
     lines = []
-    for name in (*CONTROLS, "previous_window"):
-        control = result["controls"][name]
-        pairs = control.get("pairs", result["pairs"])
-        if pairs:
-            label = {"before": "before (raw event)", "previous_window": "previous_window (context)"}.get(name, name)
-            kind = "context" if name == "previous_window" else "control"
-            lines.append(row(label, kind, pairs, control))
-    return [*lines, row("adapter", "adapter", result["pairs"], result)]
+    for name, control in result["controls"].items():
+        label = {"before": "before (raw event)", "previous_window": "previous_window (context)"}.get(name, name)
+        lines.append(row(label, "control" if name in CONTROLS else "context", control))
+    return [*lines, row("adapter", "adapter", result)]
 
 
-def row(name: str, kind: str, pairs: int, numbers: Mapping[str, Any]) -> dict[str, Any]:
+def row(name: str, kind: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
         "kind": kind,
-        "pairs": pairs,
+        "pairs": numbers["pairs"],
         "mean": numbers["cos_sim_mean"],
         "std": numbers["cos_sim_std"],
         "rates": numbers["cosine_accept_rate"],
@@ -134,7 +140,7 @@ def results_table(result: Mapping[str, Any], title: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("what answers")
     table.add_column("mean cos_sim", justify="right")
-    thetas = ("0.70", THETA, "0.90", "0.95")
+    thetas = ("0.70", KEY, "0.90", "0.95")
     for theta in thetas:
         table.add_column(f"θ {theta}", justify="right")
     for line in rows(result):
@@ -183,10 +189,8 @@ def render_html(
 
 
 def acceptance_alt(result: Mapping[str, Any]) -> str:
-    named = [
-        f"{line['name']} {100 * line['rates'][THETA]:.1f} percent" for line in rows(result)
-    ]
-    return f"Curves of cosine_accept_rate against theta. At theta {THETA}: {', '.join(named)}."
+    named = [f"{line['name']} {100 * line['rates'][KEY]:.1f} percent" for line in rows(result)]
+    return f"Curves of cosine_accept_rate against theta. At theta {KEY}: {', '.join(named)}."
 
 
 def histogram_alt(result: Mapping[str, Any]) -> str:
@@ -205,9 +209,12 @@ def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(bounds, list):
             yield f"95 % interval of {name}", f"{bounds[0]:.4f} to {bounds[1]:.4f}"
     yield "bootstrap", f"{interval['resamples']} resamples of whole {interval['unit']}s"
-    yield "centred cosine", (
-        f"{result['centered_cos_sim_mean']:.4f} (before: {result['centered_cos_sim_mean_before']:.4f}); "
-        "the training mean is taken off both sides"
+    yield (
+        "centred cosine",
+        (
+            f"{result['centered_cos_sim_mean']:.4f} (before: {result['centered_cos_sim_mean_before']:.4f}); "
+            "the training mean is taken off both sides"
+        ),
     )
     for name, value in result["retrieval"].items():
         yield f"retrieval {name}", f"{value:.4f}"

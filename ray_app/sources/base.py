@@ -1,0 +1,80 @@
+"""What a source of pairs is: settings that describe it, tasks that cut it up, and a reader of one task.
+
+Shapes: H, W = pixels as recorded or rendered (no common size), C = 3 colours.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class RawPair:
+    """One window as two pictures, before resizing."""
+
+    sequence: str
+    """Name of the continuous drive that the window belongs to."""
+    t_start_us: int
+    """First microsecond of the window."""
+    t_end_us: int
+    """First microsecond after the window."""
+    event_HWC: NDArray[np.uint8]
+    """The window's events, drawn."""
+    target_HWC: NDArray[np.uint8]
+    """The camera's frame for the window."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """One pair that could not be built."""
+
+    input: str
+    """File or drive that it should have come from."""
+    position: str
+    """Where in it, for instance `frame 17` or `window [500000, 1500000)`."""
+    reason: str
+    """What is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTask:
+    """A part of a source that is built in one go, by one worker, into one file."""
+
+    name: str
+    """Unique within the source, a file name, and in sorted order of the source's own order."""
+    num_pairs: int
+    """Pairs that the task yields, rejected ones included; at most 64."""
+    spec: dict[str, Any]
+    """What `pairs` needs to find them; JSON values."""
+
+
+class Source(Protocol):
+    """A reader of one kind of input. Implementations are frozen dataclasses: cheap, picklable, comparable.
+
+    Everything a source yields is a function of its settings and input alone: not of the worker, the number of
+    workers or the order of tasks.
+    """
+
+    @property
+    def name(self) -> str:
+        """Kind of source, as on the command line."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Every setting that shaped a pixel, as JSON values; `events` says `simulated` or `recorded`."""
+        ...
+
+    def durations(self) -> list[str]:
+        """Window lengths that occur, such as `1s`."""
+        ...
+
+    def tasks(self) -> list[SourceTask]:
+        """The cut into tasks. An input that is missing or empty as a whole raises InputError."""
+        ...
+
+    def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
+        """The task's pairs, in order of time. One bad pair is yielded as Rejected, and the rest follow."""
+        ...

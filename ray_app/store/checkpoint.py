@@ -1,0 +1,181 @@
+"""Checkpoints: a folder that is wholly there or not at all, checked against its sums before anything is read.
+
+    config.json  model.safetensors  metrics.json  provenance.json  MANIFEST.sha256
+
+Training state (optimizer, position) lies in a folder of its own, in the same manner. Nothing is
+ever unpickled.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ray_app.core.adapter import STRATEGIES, Adapter, AdapterConfig
+from ray_app.errors import CheckpointError, ConfigError
+from ray_app.store.durable import sha256_bytes, sha256_file, staged_folder
+from ray_app.store.manifest import Features
+
+SUMS = "MANIFEST.sha256"
+FORMAT = "ray_app checkpoint 1"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A loaded checkpoint."""
+
+    adapter: Adapter
+    """In evaluation mode, on the CPU."""
+    config: AdapterConfig
+    """What the adapter was built from."""
+    metrics: dict[str, Any]
+    """As measured when it was saved."""
+    provenance: dict[str, Any]
+    """Where it comes from."""
+    features: Features
+    """What it was trained on: type, shape and scale of both sides."""
+    folder: Path
+    """Where it was read from."""
+    sha256: str
+    """Of MANIFEST.sha256, so of all its bytes: the checkpoint's identity."""
+
+    def require(self, features: Features) -> None:
+        """CheckpointError unless these are the features that the adapter was trained on."""
+        for side in ("event", "target"):
+            mine, theirs = getattr(self.features, side), getattr(features, side)
+            if mine != theirs:
+                raise CheckpointError(
+                    f"{self.folder} was trained on {side} features of {mine}, the store has {theirs}. "
+                    "Use the store it was trained for, or train anew."
+                )
+
+
+def save_checkpoint(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    metrics: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    features: Features,
+) -> str:
+    """Writes a checkpoint and returns its identity. CheckpointError if the name is taken."""
+    documents = {
+        "config.json": {
+            "format": FORMAT,
+            "adapter": adapter.config.to_dict(),
+            "features": features.model_dump(mode="json"),
+        },
+        "metrics.json": dict(metrics),
+        "provenance.json": dict(provenance),
+    }
+    return _save(folder, "model.safetensors", adapter.state_dict(), documents)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Verifies every file, then reads. CheckpointError names the file that does not hold."""
+    sha256 = verify_folder(folder)
+    config_json = _read_json(folder / "config.json")
+    if config_json.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: format {config_json.get('format')!r}, not {FORMAT!r}."
+        )
+    try:
+        config = AdapterConfig.from_dict(config_json["adapter"])
+        features = Features.model_validate(config_json["features"])
+    except (KeyError, ConfigError, ValidationError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}") from error
+    return Checkpoint(
+        adapter=_adapter_from(folder / "model.safetensors", config),
+        config=config,
+        metrics=_read_json(folder / "metrics.json"),
+        provenance=_read_json(folder / "provenance.json"),
+        features=features,
+        folder=folder,
+        sha256=sha256,
+    )
+
+
+def save_training_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
+    """Writes what resuming needs beside the weights: tensors by name, and JSON values."""
+    return _save(folder, "training_state.safetensors", tensors, {"training_state.json": dict(meta)})
+
+
+def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by name, JSON values), verified. CheckpointError names the file that does not hold."""
+    verify_folder(folder)
+    return load_file(folder / "training_state.safetensors", backend="pread"), _read_json(
+        folder / "training_state.json"
+    )
+
+
+def verify_folder(folder: Path) -> str:
+    """Every file against MANIFEST.sha256, whose own SHA-256 is returned. CheckpointError names the file."""
+    path = folder / SUMS
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no {SUMS}.")
+    data = path.read_bytes()
+    lines = re.findall(rb"^([0-9a-f]{64})  ([A-Za-z0-9_.]+)$", data, re.MULTILINE)
+    if not lines or data != b"".join(b"%s  %s\n" % line for line in lines):
+        raise CheckpointError(f"{path} is damaged: it is not a list of SHA-256 sums and file names.")
+    for sha256, name in lines:
+        file = folder / name.decode()
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing, though {SUMS} lists it.")
+        if sha256_file(file) != sha256.decode():
+            raise CheckpointError(
+                f"{file} is damaged: its SHA-256 differs from {SUMS}. Use another checkpoint."
+            )
+    return sha256_bytes(data)
+
+
+def newest_verified(parent: Path) -> tuple[Path | None, list[str]]:
+    """The last folder by name in `parent` that verifies, or None; and why each later one was passed over."""
+    damaged = []
+    for folder in sorted((p for p in parent.glob("[!.]*") if p.is_dir()), reverse=True):
+        try:
+            verify_folder(folder)
+        except CheckpointError as error:
+            damaged.append(str(error))
+        else:
+            return folder, damaged
+    return None, damaged
+
+
+def _save(
+    folder: Path, name: str, tensors: Mapping[str, Tensor], documents: dict[str, dict[str, Any]]
+) -> str:
+    if folder.exists():
+        raise CheckpointError(f"{folder} already exists; nothing is overwritten.")
+    with staged_folder(folder) as partial:
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial / name)
+        for file, document in documents.items():
+            (partial / file).write_text(json.dumps(document, indent=1) + "\n")
+        files = sorted((name, *documents))
+        sums = "".join(f"{sha256_file(partial / file)}  {file}\n" for file in files).encode()
+        (partial / SUMS).write_bytes(sums)
+    return sha256_bytes(sums)
+
+
+def _adapter_from(path: Path, config: AdapterConfig) -> Adapter:
+    """Built without memory of its own; the tensors that are read become its weights."""
+    with torch.device("meta"):
+        adapter = STRATEGIES[config.strategy](config)
+    tensors = load_file(path, backend="pread")
+    expected = {key: tuple(tensor.shape) for key, tensor in adapter.state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if expected != found:
+        differing = sorted(k for k in expected | found if expected.get(k) != found.get(k))
+        raise CheckpointError(f"{path} does not fit its config.json: {', '.join(differing)} differ.")
+    adapter.load_state_dict(tensors, assign=True)
+    return adapter.eval()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())

@@ -1,0 +1,52 @@
+"""Where a result comes from: command, code, versions, machine, data."""
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("ray-app", "ray", "torch", "mlflow", "numpy", "pyarrow", "safetensors", "pillow", "av")
+
+
+def provenance(argv: Sequence[str], dataset_fingerprint: str | None = None, **more: Any) -> dict[str, Any]:
+    """JSON values to keep beside a result. Passwords in URLs of `argv` are left out; `more` is added."""
+    return {
+        "argv": [re.sub(r"(?<=://)[^/@\s]+@", "***@", arg) for arg in argv],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dataset_fingerprint": dataset_fingerprint,
+        "git": git_revision(Path(__file__).resolve().parents[2]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        **more,
+    }
+
+
+def git_revision(root: Path) -> dict[str, Any] | None:
+    """{revision, dirty} of the checkout whose top folder is `root`; None where it is none, or has no git."""
+    if not (root / ".git").exists():
+        return None
+    try:
+        revision = _git(root, "rev-parse", "HEAD")
+        return {"revision": revision, "dirty": bool(_git(root, "status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(root: Path, *args: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(root), *args], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
