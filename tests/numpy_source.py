@@ -46,9 +46,7 @@ class NumpySource:
         return ["1s"]
 
     def tasks(self) -> list[SourceTask]:
-        return [
-            SourceTask(f"drive_{s:04d}", self.num_windows, {"sequence": s}) for s in range(self.num_sequences)
-        ]
+        return [SourceTask(f"drive_{s:04d}", self.num_windows, {"sequence": s}) for s in range(self.num_sequences)]
 
     def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
         sequence = task.spec["sequence"]

@@ -228,7 +228,7 @@ def test_the_result_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
     render_prepare(result, Console(width=120))
     printed = capsys.readouterr().out
     for text in (
-        "1,200 of 60 sequences, 100 kept",
+        "1,200, 100 kept",
         "3 (reasons in quarantine.jsonl)",
         "123.5 MB",
         "44.00 for each core",

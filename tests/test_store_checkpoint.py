@@ -207,7 +207,6 @@ def test_training_state_comes_back_bit_for_bit_without_pickle(
     assert meta == {"epoch": 3, "lr": 0.1}
     assert found.keys() == tensors.keys()
     assert all(
-        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
-        for name, tensor in tensors.items()
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
     )
     assert load_checkpoint(saved(tmp_path / "c"))

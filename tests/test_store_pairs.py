@@ -35,9 +35,7 @@ def random_pairs(count: int, seed: int = 0, features: Features = BOTH_SMALL) -> 
 def store_of(folder: Path, *parts: list[Pair], features: Features = BOTH_SMALL) -> PairStore:
     folder.mkdir()
     records = [write_part(folder, f"part_{i}.parquet", part, features) for i, part in enumerate(parts)]
-    publish(
-        folder, records, features=features, durations={"200us": 200, "1s": 10**6}, source={}, quarantine=b""
-    )
+    publish(folder, records, features=features, durations={"200us": 200, "1s": 10**6}, source={}, quarantine=b"")
     return PairStore.open(folder)
 
 

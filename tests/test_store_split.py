@@ -140,9 +140,7 @@ def test_a_handful_of_pairs_is_divided_without_error(pairs: int, by: str) -> Non
 def test_overlapping_share_equals_comparing_every_two_windows() -> None:
     rng = np.random.default_rng(3)
     starts, lengths = rng.integers(0, 4000, 200), rng.integers(1, 300, 200)
-    index = index_of(
-        [(f"s{rng.integers(3)}", int(s), int(s + d)) for s, d in zip(starts, lengths, strict=True)]
-    )
+    index = index_of([(f"s{rng.integers(3)}", int(s), int(s + d)) for s, d in zip(starts, lengths, strict=True)])
     shuffled = rng.permutation(200)
     rows, others = shuffled[:70], shuffled[70:160]
     expected = np.mean([any(overlaps(index, a, b) for b in others) for a in rows])

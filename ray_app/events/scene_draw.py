@@ -7,6 +7,7 @@ levels, M, N = rows and columns of a pattern.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +73,7 @@ class Canvas:
             return tuple(np.float32(part) for part in rgb)
         return (LUMA[0] * np.float32(rgb[0]) + LUMA[1] * np.float32(rgb[1]) + LUMA[2] * np.float32(rgb[2]),)
 
-    def planes(self, *colours: Rgb) -> Iterator[tuple[Floats, *tuple[np.float32, ...]]]:
+    def planes(self, *colours: Rgb) -> Iterator[tuple[Any, ...]]:
         """For each colour of the canvas its plane (H, W) and that part of each colour given."""
         yield from zip(self.image_CHW, *(self.tones(rgb) for rgb in colours), strict=True)
 

@@ -62,7 +62,7 @@ class Ground:
     def __init__(self, world: World, rng: Generator, focal: float) -> None:
         self._world = world
         self._noise_LMN = ground_noise(rng, TEXEL_M, focal, world.camera_m, 9)
-        n = (np.arange(SAMPLES) - SAMPLES // 2) * ACROSS_M
+        n = np.arange(-SAMPLES // 2, SAMPLES // 2) * np.float64(ACROSS_M)
         base_CP, rough_P = _albedo(world, rng, n)
         white_C1 = (PAINT - np.array(world.asphalt))[:, None]
         inner = np.abs(n) < world.lanes * world.lane_m
@@ -89,7 +89,7 @@ class Ground:
         distance_R = np.clip(camera.focal * camera.above_m / (y_R - canvas.horizon), NEAR_M, FAR_M)
         step_R = distance_R**2 / (camera.focal * camera.above_m)  # length of road in one row
         s_R = view.s + distance_R
-        x_W = (np.arange(camera.width) + 0.5 - camera.width / 2).astype(np.float32)
+        x_W = np.arange(0.5 - camera.width / 2, camera.width / 2, dtype=np.float32)
         middle_R = np.interp(distance_R, Road.GRID_M, view.bend_m) - view.n
         n_RW = x_W * _column(distance_R / camera.focal) - _column(middle_R)
         place_RW = _places(n_RW, distance_R / camera.focal)
@@ -99,7 +99,7 @@ class Ground:
         shade_R = 1 - light.shadow * np.minimum(shaded_R, 1)
         dash_R1 = _column(_dashed(s_R, step_R))
         lamp_R1 = _column(light.lamp * lamplight(s_R, self._world.lamp_step_m))
-        beam_RW = _beam(light.headlight, distance_R, x_W / camera.width)
+        beam_RW = _beam(light.headlight, distance_R, x_W / np.float32(camera.width))
         kept_R1 = _column(np.exp(-distance_R / light.haze_m))
         colours = canvas.planes(light.ambient, canvas.air.colour, HEADLIGHT_TINT, LAMP_TINT)
         for (plane_HW, ambient, air, head, warm), tables_KP in zip(

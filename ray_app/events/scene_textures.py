@@ -96,9 +96,7 @@ def facade(rng: Generator) -> Pattern:
     lit = np.kron(rng.random((bays, bays)) < rng.uniform(0.1, 0.45), np.ones((cell, cell)))
     strength = np.kron(rng.uniform(0.4, 1.0, (bays, bays)), np.ones((cell, cell)))
     grain = unit_noise(rng, side, side, 1.2) * 0.05 + unit_noise(rng, side, side, 25.0) * 0.08
-    trim = rng.uniform(0.3, 0.6) * np.tile(sill, (bays, bays)) + rng.uniform(-0.5, 0.4) * np.tile(
-        ledge, (bays, bays)
-    )
+    trim = rng.uniform(0.3, 0.6) * np.tile(sill, (bays, bays)) + rng.uniform(-0.5, 0.4) * np.tile(ledge, (bays, bays))
     shade = (1.0 + grain + trim) * (1 - panes) + panes * pane_shade * (1.0 + 2.0 * grain)
     metres = rng.uniform(2.8, 3.6) * bays, rng.uniform(2.2, 4.2) * bays
     return Pattern(
@@ -123,18 +121,18 @@ def fence(rng: Generator) -> Pattern:
     return Pattern(levels(np.clip(field, 0.15, 2.0)), None, (2.56, 5.12))
 
 
-def car_side(rng: Generator) -> Pattern:
-    """Side of a car in one tile: wheels, doors, windows."""
+def flank(rng: Generator, height_m: float) -> Pattern:
+    """Side of a car or van in one tile: wheels, doors, windows."""
     y, x = np.mgrid[1.0 : 0.0 : -1 / 128, 0.0 : 1.0 : 1 / 256].astype(np.float32)[:, ::-1]
     shade = np.where(y < 0.5, 0.9, 1.1)
     shade[(y > 0.6) & (y < 0.93) & (np.abs(x - 0.5) < 0.36) & (np.abs(x - 0.52) > 0.015)] = 0.15
     shade[np.abs(x - 0.5) < 0.004] = 0.5
     for wheel in (0.2, 0.8):
-        radius = np.hypot((x - wheel) * 4.5, (y - 0.2) * 1.45)
+        radius = np.hypot((x - wheel) * 4.5, (y - 0.32 / height_m) * height_m)
         shade[radius < 0.36] = 0.08
         shade[radius < 0.2] = rng.uniform(0.5, 1.0)
-    shade[y < 0.12] *= 0.15
-    return Pattern(levels(shade), None, (1.45, 4.5))
+    shade[y < 0.17 / height_m] *= 0.15
+    return Pattern(levels(shade), None, (height_m, 4.5))
 
 
 def sprite(cover_MN: NDArray, shade_MN: NDArray, glow_MN: NDArray | None = None) -> Sprite:
@@ -145,9 +143,9 @@ def sprite(cover_MN: NDArray, shade_MN: NDArray, glow_MN: NDArray | None = None)
     level[:, :, [0, -1]] = 0.0
     levels = [level]
     while min(level.shape[1:]) > 8:
-        level = (
-            level[:, ::2, ::2] + level[:, 1::2, ::2] + level[:, ::2, 1::2] + level[:, 1::2, 1::2]
-        ) / np.float32(4)
+        level = (level[:, ::2, ::2] + level[:, 1::2, ::2] + level[:, ::2, 1::2] + level[:, 1::2, 1::2]) / np.float32(
+            4
+        )
         levels.append(level)
     return Sprite(tuple(levels))
 
@@ -188,7 +186,7 @@ def car_end(rng: Generator, front: bool, tall: bool) -> Sprite:
     return sprite(cover.astype(np.float32), shade, lights.astype(np.float32))
 
 
-def car_flank(rng: Generator) -> Sprite:
+def crossing_car(rng: Generator) -> Sprite:
     """A whole car from the side, driving across, 128 x 128."""
     y, x = np.mgrid[0:128, 0:128].astype(np.float32)
     cabin = (y > 20) & (y < 66) & (np.abs(x - 62) < 26 + (y - 20) * 0.45)
@@ -211,3 +209,19 @@ def walker(rng: Generator) -> Sprite:
     legs = (y >= 36) & (y < 63) & (np.abs(np.abs(x - 32) - (y - 34) * 0.22) < 4.5)
     shade = np.where(head, 1.4, np.where(trunk, 1.0, rng.uniform(0.2, 0.6)))
     return sprite((head | trunk | legs).astype(np.float32), shade)
+
+
+def make_patterns(rng: Generator) -> dict[str, Pattern]:
+    """Every pattern that a wall may name."""
+    plain = Pattern(np.ones((1, 1, 1), np.float32), None, (1.0, 1.0))
+    made = {"plain": plain, "hedge": hedge(rng), "fence": fence(rng)}
+    made |= {"car_side": flank(rng, 1.45), "van_side": flank(rng, 2.42)}
+    return made | {f"facade{i}": facade(rng) for i in range(3)}
+
+
+def make_sprites(rng: Generator) -> dict[str, Sprite]:
+    """Every sprite that a board may name."""
+    made = {"crossing_car": crossing_car(rng), "walker": walker(rng)}
+    for kind, tall in (("car", False), ("van", True)):
+        made |= {f"{kind}_front": car_end(rng, True, tall), f"{kind}_rear": car_end(rng, False, tall)}
+    return made | {f"tree{i}": tree(rng) for i in range(3)}

@@ -18,7 +18,7 @@ from ray_app.core.evaluation import CONTROLS, AlignmentEvaluation
 from ray_app.core.metrics import THETA, THETAS, AlignmentCounts, rate_key
 from ray_app.jobs.cluster import cluster
 from ray_app.jobs.evaluate import about, as_json, claim_report_folder, suffix
-from ray_app.jobs.judge import WARM_UP, Judge, selected
+from ray_app.jobs.judge import WARM_UP, Judge, mean_target, require_device, selected
 from ray_app.jobs.reference_files import benchmark_adapter_full
 from ray_app.jobs.registry import checkpoint_folder
 from ray_app.jobs.report import results_table, standing_notes
@@ -42,9 +42,12 @@ def run_benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     rows = np.arange(len(store.index))
     runs = np.array_split(rows, -(-len(rows) // RUN_PAIRS))
     with cluster(cfg.address), checkpoint_folder(cfg.checkpoint, cfg) as folder:
+        require_device(cfg.use_gpu)
         checkpoint = load_checkpoint(folder)
         described = about(checkpoint, store, split, cfg.split_config)
-        with closing(Judge(checkpoint, store, split.train, use_gpu=cfg.use_gpu)) as judge:
+        checkpoint.require(store.manifest.features)
+        means = mean_target(store, split.train)
+        with closing(Judge(checkpoint, store, means, use_gpu=cfg.use_gpu)) as judge:
             judge.warm_up(cfg.batch_size)
             evaluated = [
                 judge.evaluate(run, cfg.batch_size, f"pairs, run {number} of {len(runs)}")

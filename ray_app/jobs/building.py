@@ -182,9 +182,7 @@ def resized(image_HWC: NDArray[np.uint8], feature: FeatureSpec) -> NDArray[np.ui
     assert image_HWC.dtype == np.uint8
     assert image_HWC.shape[2:] == feature.shape[:1] == (3,)
     height, width = feature.shape[1:]
-    image = Image.fromarray(np.ascontiguousarray(image_HWC)).resize(
-        (width, height), Image.Resampling.BILINEAR
-    )
+    image = Image.fromarray(np.ascontiguousarray(image_HWC)).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -244,9 +242,7 @@ def _without_rows(folder: Path, done: BuiltTask, twice: list[bool], holder: list
         if where
     ]
     kept = table.filter(pa.array([not t for t in twice]))
-    (
-        folder / SCRATCH / f"{done.task}.json"
-    ).unlink()  # until both files are new, the task counts as unfinished
+    (folder / SCRATCH / f"{done.task}.json").unlink()  # until both files are new, the task counts as unfinished
     if kept.num_rows:
         part = write_table(folder, done.part.name, kept)
     else:

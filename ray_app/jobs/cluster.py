@@ -38,6 +38,8 @@ def cluster(address: str | None) -> Iterator[ClusterInfo]:
         if ray.is_initialized():
             yield _info()
             return
+        for chatty in ("ray.data", "ray.train"):
+            logging.getLogger(chatty).setLevel(logging.ERROR)
         where = address or os.environ.get("RAY_ADDRESS") or "local"
         try:
             ray.init(

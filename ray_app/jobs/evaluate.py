@@ -19,7 +19,7 @@ from ray_app.core.metrics import AlignmentCounts
 from ray_app.errors import StoreError
 from ray_app.events.windows import duration_suffix
 from ray_app.jobs.cluster import cluster
-from ray_app.jobs.judge import Judge
+from ray_app.jobs.judge import Judge, mean_target, require_device
 from ray_app.jobs.reference_files import alignment_metrics
 from ray_app.jobs.registry import checkpoint_folder
 from ray_app.jobs.report import PairPicture, notes, render_html, results_table, verdict_sentence
@@ -45,8 +45,11 @@ def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     store = PairStore.open(cfg.store, cfg.durations)
     split = split_pairs(store.index, cfg.split_config)
     with cluster(cfg.address), checkpoint_folder(cfg.checkpoint, cfg) as folder:
+        require_device(cfg.use_gpu)
         checkpoint = load_checkpoint(folder)
-        with closing(Judge(checkpoint, store, split.train, use_gpu=cfg.use_gpu)) as judge:
+        checkpoint.require(store.manifest.features)
+        means = mean_target(store, split.train)
+        with closing(Judge(checkpoint, store, means, use_gpu=cfg.use_gpu)) as judge:
             evaluation = judge.evaluate(split.test, cfg.batch_size, "test pairs")
             best, worst = best_and_worst(judge, store, split.test, evaluation)
     result = {

@@ -69,9 +69,12 @@ def render_inspect(result: dict[str, Any], console: Console) -> None:
     lost = f" (reasons in {QUARANTINE})" if result["quarantined"] else ""
     lengths = ", ".join(f"{count:,} of {name}" for name, count in result["durations"].items())
     table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("store", result["store"])
     table.add_row("source", f"{source['name']}, events {source['events']}")
-    table.add_row("pairs", f"{result['pairs']:,} of {result['sequences']:,} sequences; windows: {lengths}")
+    table.add_row("pairs", f"{result['pairs']:,}; windows: {lengths}")
+    table.add_row("sequences", f"{result['sequences']:,}")
     table.add_row("quarantined", f"{result['quarantined']:,}{lost}")
     for side, spec in result["features"].items():
         shape = " × ".join(map(str, spec["shape"]))
@@ -109,9 +112,7 @@ def _cosine_before(store: PairStore) -> dict[str, float | None]:
         event_ND = feature_matrix(table["event"], event)[rows]
         target_ND = feature_matrix(table["target"], target)[rows]
         # Scales are positive and leave a cosine as it is.
-        counts += AlignmentCounts.of(
-            cos_sim(torch.from_numpy(event_ND).float(), torch.from_numpy(target_ND).float())
-        )
+        counts += AlignmentCounts.of(cos_sim(torch.from_numpy(event_ND).float(), torch.from_numpy(target_ND).float()))
     verify_file(store.folder, store.manifest.quarantine)
     if not counts.pairs:
         return {"cos_sim_mean": None, "cos_sim_std": None}

@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray
 import torch
 from numpy.typing import NDArray
+from ray.data import Dataset
 from rich.console import Console
 from rich.progress import Progress
 
@@ -22,6 +23,7 @@ from ray_app.core.adapter import STRATEGIES, AdapterConfig
 from ray_app.core.evaluation import AlignmentEvaluation, AlignmentEvaluator, TrainingMeans
 from ray_app.core.step import decode
 from ray_app.errors import ResourceError, StoreError
+from ray_app.jobs.cluster import user_errors
 from ray_app.jobs.shards import pairs_dataset, to_arrays
 from ray_app.store.checkpoint import Checkpoint
 from ray_app.store.pair_store import PairStore, previous_window
@@ -33,21 +35,38 @@ SUM_ROWS = 256
 """Pairs that are added up in one Ray Data task."""
 
 
+def require_device(use_gpu: bool) -> None:
+    """ResourceError where a GPU is wanted and the connected cluster has none: the actor would wait for ever."""
+    if use_gpu and not ray.cluster_resources().get("GPU"):
+        raise ResourceError("--use-gpu needs a GPU and this cluster has none; leave the flag out.")
+
+
+def mean_target(store: PairStore, train: Rows) -> torch.Tensor:
+    """Mean training target, shape (D,). StoreError if there is no training pair."""
+    if not len(train):
+        raise StoreError(f"{store.folder} has too few pairs: its train part is empty; prepare more.")
+    return training_means(store, train).mean_target(store.feature("target").scale)
+
+
 def training_means(store: PairStore, rows: Rows) -> TrainingMeans:
     """Sums of the training targets, added up where they are read. Sums of uint8 are exact: any order will do."""
-    parts = pairs_dataset(store, rows).map_batches(
+    parts = ordered_pairs(store, rows).map_batches(
         functools.partial(partial_sums, store), batch_size=SUM_ROWS, batch_format="pyarrow"
     )
-    if not len(rows):
-        raise StoreError(
-            f"{store.folder} has too few pairs: the train part is empty; change the shares or prepare more."
-        )
     total = TrainingMeans(0, np.zeros(store.feature("target").width))
     for batch in parts.iter_batches(batch_size=None, batch_format="numpy"):
         for pairs, target_sum_D in zip(batch["pairs"], batch["target_sum"], strict=True):
             total += TrainingMeans(int(pairs), np.asarray(target_sum_D, np.float64))
     assert total.pairs == len(rows)
     return total
+
+
+def ordered_pairs(store: PairStore, rows: Rows) -> Dataset:
+    """The pairs in the order of the store's files, and with the store's own errors."""
+    dataset = pairs_dataset(store, rows)
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.raise_original_map_exception = True
+    return dataset
 
 
 def partial_sums(store: PairStore, batch: pa.Table) -> dict[str, NDArray[Any]]:
@@ -84,16 +103,15 @@ class EvaluationWorker:
             target_scale=store.feature("target").scale,
             device=self.device,
         )
-        dataset = pairs_dataset(store, rows)
-        dataset.context.execution_options.preserve_order = True
         seen = [np.zeros(0, np.int64)]
         done = 0
-        for batch in dataset.iter_batches(batch_size=batch_size, batch_format="pyarrow"):
-            position_B, event_BE, target_BD = to_arrays(batch, store)
-            evaluator.add(torch.tensor(event_BE), torch.tensor(target_BD))
-            seen.append(position_B)
-            done += len(position_B)
-            yield done
+        with user_errors():  # here, since a second way through Ray loses the causes of an error
+            for batch in ordered_pairs(store, rows).iter_batches(batch_size=batch_size, batch_format="pyarrow"):
+                position_B, event_BE, target_BD = to_arrays(batch, store)
+                evaluator.add(torch.tensor(event_BE), torch.tensor(target_BD))
+                seen.append(position_B)
+                done += len(position_B)
+                yield done
         positions = np.concatenate(seen)
         assert np.array_equal(np.sort(positions), rows)
         sequences = store.index.sequence[positions].tolist()
@@ -137,14 +155,13 @@ class Judge:
     as many threads as the node has CPUs. `use_gpu`: one GPU and one CPU.
     """
 
-    def __init__(self, checkpoint: Checkpoint, store: PairStore, train: Rows, *, use_gpu: bool) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, store: PairStore, mean_target_D: torch.Tensor, *, use_gpu: bool
+    ) -> None:
         checkpoint.require(store.manifest.features)
-        self.store = store
+        self.store, self.mean_target_D = store, mean_target_D
         cpus = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-        if use_gpu and not ray.cluster_resources().get("GPU"):
-            raise ResourceError("--use-gpu needs a GPU and this cluster has none; leave the flag out.")
         options = {"num_gpus": 1, "num_cpus": 1} if use_gpu else {"num_cpus": max(cpus - 1, 0)}
-        self.mean_target_D = training_means(store, train).mean_target(store.feature("target").scale)
         weights = {name: tensor.numpy() for name, tensor in checkpoint.adapter.state_dict().items()}
         self.worker: Any = (
             ray.remote(EvaluationWorker)

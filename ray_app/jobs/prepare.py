@@ -134,8 +134,11 @@ def render_prepare(result: dict[str, Any], console: Console) -> None:
     kept = f", {result['pairs_kept']:,} kept from an earlier start" if result["pairs_kept"] else ""
     lost = f" (reasons in {QUARANTINE})" if result["quarantined"] else ""
     table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("store", result["store"])
-    table.add_row("pairs", f"{result['pairs']:,} of {result['sequences']:,} sequences{kept}")
+    table.add_row("pairs", f"{result['pairs']:,}{kept}")
+    table.add_row("sequences", f"{result['sequences']:,}")
     table.add_row("quarantined", f"{result['quarantined']:,}{lost}")
     table.add_row("size", f"{result['bytes'] / 1e6:,.1f} MB in {result['files']:,} files")
     table.add_row("time", f"{result['seconds']:,.1f} s, {speed}")

@@ -83,9 +83,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     sha256 = verify_folder(folder)
     config_json = _read_json(folder / "config.json")
     if config_json.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: format {config_json.get('format')!r}, not {FORMAT!r}."
-        )
+        raise CheckpointError(f"{folder / 'config.json'}: format {config_json.get('format')!r}, not {FORMAT!r}.")
     try:
         config = AdapterConfig.from_dict(config_json["adapter"])
         features = Features.model_validate(config_json["features"])
@@ -129,9 +127,7 @@ def verify_folder(folder: Path) -> str:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing, though {SUMS} lists it.")
         if sha256_file(file) != sha256.decode():
-            raise CheckpointError(
-                f"{file} is damaged: its SHA-256 differs from {SUMS}. Use another checkpoint."
-            )
+            raise CheckpointError(f"{file} is damaged: its SHA-256 differs from {SUMS}. Use another checkpoint.")
     return sha256_bytes(data)
 
 
@@ -148,9 +144,7 @@ def newest_verified(parent: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def _save(
-    folder: Path, name: str, tensors: Mapping[str, Tensor], documents: dict[str, dict[str, Any]]
-) -> str:
+def _save(folder: Path, name: str, tensors: Mapping[str, Tensor], documents: dict[str, dict[str, Any]]) -> str:
     if folder.exists():
         raise CheckpointError(f"{folder} already exists; nothing is overwritten.")
     with staged_folder(folder) as partial:

@@ -118,11 +118,7 @@ class Manifest(Config):
         """The folder's manifest. StoreError where there is none, or where a single byte of it has changed."""
         path = folder / MANIFEST
         if not path.is_file():
-            state = (
-                "has no manifest.json, so it is no finished pair store"
-                if folder.is_dir()
-                else "does not exist"
-            )
+            state = "has no manifest.json, so it is no finished pair store" if folder.is_dir() else "does not exist"
             raise StoreError(f"{folder} {state}; `ray-app prepare` makes one (again, if it was interrupted).")
         data = path.read_bytes()
         try:

@@ -152,8 +152,7 @@ class PairStore:
         """
         rows = np.asarray(rows, dtype=np.int64)
         event_ND, target_ND = (
-            np.empty((len(rows), spec.width), spec.dtype)
-            for spec in (self.feature("event"), self.feature("target"))
+            np.empty((len(rows), spec.width), spec.dtype) for spec in (self.feature("event"), self.feature("target"))
         )
         for file in np.unique(self.index.file[rows]):
             table = self.table(int(file))
@@ -234,9 +233,7 @@ def feature_matrix(column: pa.ChunkedArray, spec: FeatureSpec) -> NDArray[Any]:
     for chunk in column.chunks:
         flat = np.frombuffer(chunk.buffers()[1], np.uint8)
         first, last = chunk.offset * spec.num_bytes, (chunk.offset + len(chunk)) * spec.num_bytes
-        views.append(
-            flat[first:last].view(np.dtype(spec.dtype).newbyteorder("<")).reshape(len(chunk), spec.width)
-        )
+        views.append(flat[first:last].view(np.dtype(spec.dtype).newbyteorder("<")).reshape(len(chunk), spec.width))
     return views[0] if len(views) == 1 else np.concatenate(views)
 
 
@@ -323,9 +320,7 @@ def _parse(path: Path, where: Path | pa.BufferReader, columns: list[str] | None)
         raise _damaged(path, "the file is missing") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, str(error).splitlines()[0]) from error
-    if {
-        name: table.schema.field(name).type for name in INDEX_COLUMNS if name in table.column_names
-    } != INDEX_COLUMNS:
+    if {name: table.schema.field(name).type for name in INDEX_COLUMNS if name in table.column_names} != INDEX_COLUMNS:
         raise _damaged(path, f"its columns are {', '.join(table.column_names)}")
     return table
 

@@ -119,9 +119,7 @@ def _whole_sequences(
     if num_sequences <= 1:
         training, test = _last_block(index, everything, config.test)
         train, val = _last_block(index, training, config.val)
-        label = (
-            "one sequence: its last block tests, the block before validates, each after a gap of one window"
-        )
+        label = "one sequence: its last block tests, the block before validates, each after a gap of one window"
         return "block", label, train, val, test
     if num_sequences == 2:
         training, test = _choose_sequences(index, everything, config.test, config.seed, leave=1)

@@ -1,0 +1,51 @@
+"""Run folders of small adapters, made without Ray: as `train` leaves them, but trained by a plain loop."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ray_app.config import SplitConfig, TrainConfig, flat
+from ray_app.core.adapter import AdapterConfig, build_adapter
+from ray_app.store.checkpoint import save_checkpoint
+from ray_app.store.pair_store import PairStore
+from ray_app.store.split import split_pairs
+
+
+def make_run(
+    store_folder: Path,
+    out: Path,
+    *,
+    steps: int = 0,
+    seed: int = 0,
+    strategy: str = "bottleneck",
+    split: str = "sequence",
+    mlflow_run_id: str | None = None,
+) -> Path:
+    """A run with one checkpoint, after so many full-batch steps on the training part."""
+    store = PairStore.open(store_folder)
+    rows = split_pairs(store.index, SplitConfig(by=split)).train
+    event, target = (torch.tensor(side) / 255 for side in store.read_rows(rows))
+    width = store.feature("event").width
+    adapter = build_adapter(AdapterConfig(strategy, width, width, hidden_dim=16, dropout=0.0), seed)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (1 - torch.nn.functional.cosine_similarity(adapter(event), target)).mean().backward()
+        optimizer.step()
+    cfg = TrainConfig(store=store_folder, out=out, strategy=strategy, hidden_dim=16, split=split)
+    out.mkdir(parents=True)
+    (out / "run.json").write_text(json.dumps({"name": out.name, "config": flat(cfg)}))
+    (out / "best.json").write_text(json.dumps({"checkpoint": "checkpoints/epoch_0001", "epoch": 1}))
+    save_checkpoint(
+        out / "checkpoints" / "epoch_0001",
+        adapter.eval(),
+        metrics={},
+        provenance={
+            "argv": ["ray-app", "train"],
+            "dataset_fingerprint": store.fingerprint,
+            "mlflow_run_id": mlflow_run_id,
+        },
+        features=store.manifest.features,
+    )
+    return out
