@@ -195,7 +195,7 @@ FRAMES = 30
 
 def moving(i: int) -> np.ndarray:
     y, x = np.mgrid[0:48, 0:64]
-    bar = 120 + 100 * np.sin((x + 3 * i) / 5) * np.cos(y / 7)
+    bar = 120 + 100 * np.sin((x + i) / 5) * np.cos(y / 7)
     return np.repeat(bar[..., None], 3, 2).astype(np.uint8)
 
 
