@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ray_app.jobs.environment import set_defaults
+
 # Read by Ray when it is imported: no token file in the home folder, no telemetry, quick health checks, an
 # early end where data starves.
 os.environ.update(
@@ -14,8 +16,10 @@ os.environ.update(
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S="60",
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
-    MLFLOW_DISABLE_TELEMETRY="true",
+    MLFLOW_HTTP_REQUEST_TIMEOUT="2",
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
 )
+set_defaults()
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 

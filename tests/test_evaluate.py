@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from small_runs import make_run
+from small_runs import keys, make_run
 
 from ray_app.config import EvaluateConfig, SplitConfig
 from ray_app.errors import CheckpointError, RegistryError, ResourceError, StoreError
@@ -89,15 +88,6 @@ def test_means_summed_by_ray_data_are_exact(small_store: Path) -> None:
     assert np.array_equal(sums.target_sum_D, store.read_rows(rows)[1].sum(axis=0, dtype=np.int64))
 
 
-def keys(value: Any, path: str = "") -> set[str]:
-    """Every key of a JSON value, by path; items of a list share one."""
-    if isinstance(value, Mapping):
-        return {f"{path}.{key}" for key in value}.union(*(keys(item, f"{path}.{key}") for key, item in value.items()))
-    if isinstance(value, list):
-        return set().union(*(keys(item, f"{path}[]") for item in value))
-    return set()
-
-
 def test_the_file_has_the_references_keys_and_units(
     shared_reference: Path, out: Path, result: dict[str, Any]
 ) -> None:
@@ -166,9 +156,9 @@ def test_a_checkpoint_without_a_record_of_its_training_says_so(small_store: Path
 
 
 def test_the_printed_table_has_every_control_and_the_sentence(result: dict[str, Any]) -> None:
-    console = Console(width=140, file=io.StringIO())
-    render_evaluate(result, console)
-    text = console.file.getvalue()
+    out = io.StringIO()
+    render_evaluate(result, Console(width=140, file=out))
+    text = out.getvalue()
     for word in ("before", "white", "mean_target", "shuffled", "previous_window", "adapter", "lift"):
         assert word in text
     assert "not token acceptance" in text

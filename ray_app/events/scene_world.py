@@ -185,7 +185,7 @@ def make_world(seed: int) -> tuple[World, Drive, Road]:
         place=place,
         daytime=daytime,
         light=make_light(rng, daytime),
-        contrast=u(*{"day": (1.5, 2.4), "dusk": (1.5, 2.2), "night": (0.95, 1.45)}[daytime]),
+        contrast=u(*{"day": (1.5, 2.4), "dusk": (1.5, 2.2), "night": (1.1, 1.6)}[daytime]),
         focal=u(0.68, 0.98),
         camera_m=u(1.2, 1.9),
         horizon=u(0.38, 0.58),
@@ -245,7 +245,7 @@ def make_light(rng: Generator, daytime: Daytime) -> Light:
             sun=u(0.0, 1.0),
             sun_angle=u(-0.5, 0.5),
         )
-    dim, sky = u(0.035, 0.1), u(2, 34)
+    dim, sky = u(0.035, 0.1), u(6, 70)
     return Light(
         sky_top=(0.6 * sky, 0.7 * sky, sky),
         sky_low=(sky * u(1.2, 2.2), sky * u(1.0, 1.6), 1.2 * sky),

@@ -22,7 +22,7 @@ class Journal:
         self._file = (run / JOURNAL).open("a", encoding="utf-8")
 
     def write(self, kind: str, **values: Any) -> None:
-        """One line. Numbers that are not finite are written as text, since JSON has none."""
+        """One line. A number that is not finite raises ValueError: JSON has none."""
         self._file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
         self._file.flush()
 

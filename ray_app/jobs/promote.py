@@ -52,6 +52,7 @@ def run_promote(cfg: PromoteConfig) -> dict[str, Any]:
     with registry_errors(cfg):
         client = MlflowClient(tracking_uri(cfg))
         champion = champion_version(client, cfg.model_name)
+    before = str(champion.version) if champion else None  # MLflow gives now a number, now a text
     with cluster(cfg.address):
         require_device(cfg.use_gpu)
         bench = Bench(cfg, store, split, mean_target(store, split.train))
@@ -61,23 +62,23 @@ def run_promote(cfg: PromoteConfig) -> dict[str, Any]:
     verdict = promotion_verdict(metrics, opponent, min_gain=cfg.min_gain, force=cfg.force)
     with registry_errors(cfg):
         version, new = registered(cfg, client, checkpoint)
-        if champion is not None and version.version == champion.version:
-            verdict = Verdict(True, False, f"version {version.version} is the champion already")
+        number = str(version.version)
+        if number == before:
+            verdict = Verdict(True, False, f"version {number} is the champion already")
         reason = verdict.reason + (f" ({opponent['flaw']})" if opponent and "flaw" in opponent else "")
         for key, value in tags(metrics, verdict, reason).items():
-            client.set_model_version_tag(cfg.model_name, version.version, key, value)
+            client.set_model_version_tag(cfg.model_name, number, key, value)
         if verdict.promoted:
-            client.set_registered_model_alias(cfg.model_name, CHAMPION, version.version)
-    before = champion.version if champion else None
+            client.set_registered_model_alias(cfg.model_name, CHAMPION, number)
     return {
         "model": cfg.model_name,
-        "version": version.version,
+        "version": number,
         "new_version": new,
         "promoted": verdict.promoted,
         "forced": verdict.forced,
         "reason": reason,
         "lift": metrics["lift"],
-        "champion": version.version if verdict.promoted else before,
+        "champion": number if verdict.promoted else before,
         "champion_before": before,
         "champion_before_metrics": opponent,
         "checkpoint": str(checkpoint.folder),

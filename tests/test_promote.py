@@ -1,0 +1,186 @@
+"""Promotion: a version for each checkpoint, the alias only for one that earns it, and a reason either way."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from rich.console import Console
+from small_runs import make_run
+
+from ray_app.config import EvaluateConfig, PromoteConfig
+from ray_app.errors import CheckpointError, ConfigError, RegistryError
+from ray_app.jobs.evaluate import run_evaluate
+from ray_app.jobs.promote import render_promote, run_promote
+from ray_app.jobs.registry import best_of_run
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def runs(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        "untrained": make_run(small_store, folder / "untrained", seed=1),
+        "weak": make_run(small_store, folder / "weak", steps=3),
+        "elsewhere": make_run(small_store, folder / "elsewhere", steps=300, split_seed=7),
+    }
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A registry in SQLite whose database has its tables already."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    MlflowClient(uri).search_registered_models()
+    return uri
+
+
+@pytest.fixture
+def tracking(registry: str, tmp_path: Path) -> dict[str, str]:
+    """The registry, and a model of the test's own."""
+    return {"tracking_uri": registry, "model_name": tmp_path.name, "experiment": tmp_path.name}
+
+
+def promote(run: Path, tracking: dict[str, str], **settings: Any) -> dict[str, Any]:
+    result = run_promote(PromoteConfig(run=str(run), **tracking, **settings))
+    json.dumps(result, allow_nan=False)
+    return result
+
+
+def versions(tracking: dict[str, str]) -> dict[str, dict[str, str]]:
+    client = MlflowClient(tracking["tracking_uri"])
+    found = client.search_model_versions(f"name='{tracking['model_name']}'")
+    return {str(version.version): version.tags for version in found}
+
+
+def champion(tracking: dict[str, str]) -> str:
+    client = MlflowClient(tracking["tracking_uri"])
+    return str(client.get_model_version_by_alias(tracking["model_name"], "champion").version)
+
+
+def printed(result: dict[str, Any]) -> str:
+    out = io.StringIO()
+    render_promote(result, Console(width=160, file=out))
+    return out.getvalue()
+
+
+def test_the_alias_goes_to_the_first_version_and_then_only_to_one_that_earns_it(
+    runs: dict[str, Path], tracking: dict[str, str], tmp_path: Path, small_store: Path
+) -> None:
+    first = promote(runs["untrained"], tracking)
+    assert (first["promoted"], first["forced"], first["champion_before"]) == (True, False, None)
+    assert first["lift"] <= 0
+    assert "only for want of another" in first["reason"]
+    assert champion(tracking) == first["version"]
+
+    weak = promote(runs["weak"], tracking)
+    assert (weak["promoted"], weak["new_version"]) == (False, True)
+    assert weak["champion"] == first["version"] == champion(tracking)
+    assert "does not beat the best control" in weak["reason"]
+    assert "stays version 1" in printed(weak)
+
+    forced = promote(runs["weak"], tracking, force=True)
+    assert (forced["promoted"], forced["forced"], forced["new_version"]) == (True, True, False)
+    assert forced["version"] == weak["version"] == champion(tracking)
+    assert "was there already" in printed(forced)
+
+    tags = versions(tracking)
+    assert sorted(tags) == [first["version"], weak["version"]]
+    assert float(tags[first["version"]]["lift"]) == first["lift"]
+    told = tags[weak["version"]]
+    assert (told["forced"], told["promoted"], told["reason"]) == ("true", "true", forced["reason"])
+    assert float(told["cosine_accept_rate_0.80"]) == weak["metrics"]["cosine_accept_rate"]["0.80"]
+    assert told["fingerprint"] == weak["metrics"]["fingerprint"]
+    assert told["test_fingerprint"] == weak["metrics"]["test_fingerprint"]
+
+    # What an endpoint would load by the alias is what was judged.
+    named = f"models:/{tracking['model_name']}@champion"
+    evaluated = run_evaluate(EvaluateConfig(store=small_store, checkpoint=named, out=tmp_path / "out", **tracking))
+    assert evaluated["checkpoint_sha256"] == weak["metrics"]["checkpoint_sha256"]
+    assert evaluated["cosine_accept_rate"] == weak["metrics"]["cosine_accept_rate"]
+
+
+def test_a_champion_of_other_test_pairs_is_judged_anew_and_a_run_keeps_its_own_artifacts(
+    runs: dict[str, Path], tracking: dict[str, str], tmp_path: Path, small_store: Path
+) -> None:
+    client = MlflowClient(tracking["tracking_uri"])
+    experiment = client.create_experiment(tracking["experiment"], artifact_location=(tmp_path / "artifacts").as_uri())
+    run_id = client.create_run(experiment).info.run_id
+    run = make_run(small_store, tmp_path / "run", steps=3, mlflow_run_id=run_id)
+    client.log_artifacts(run_id, str(run / "checkpoints" / "epoch_0001"), "checkpoint")
+    first = promote(run, tracking)
+    assert first["mlflow_run_id"] == run_id
+
+    second = promote(runs["elsewhere"], tracking, split_seed=7)
+    assert second["metrics"]["test_fingerprint"] != first["metrics"]["test_fingerprint"]
+    anew = second["champion_before_metrics"]
+    assert anew["test_fingerprint"] == second["metrics"]["test_fingerprint"]
+    better = second["metrics"]["cosine_accept_rate"]["0.80"] > anew["cosine_accept_rate"]["0.80"]
+    assert second["promoted"] == (better and second["lift"] > 0)
+    assert f"{anew['cosine_accept_rate']['0.80']:.4f}" in second["reason"] or second["lift"] <= 0
+
+
+def test_a_champion_that_cannot_be_judged_keeps_its_place_and_the_reason_says_why(
+    runs: dict[str, Path], tracking: dict[str, str], tmp_path: Path
+) -> None:
+    client = MlflowClient(tracking["tracking_uri"])
+    experiment = client.create_experiment(tracking["experiment"], artifact_location=(tmp_path / "artifacts").as_uri())
+    run_id = client.create_run(experiment).info.run_id
+    client.log_text(run_id, "nothing", "checkpoint/README")
+    client.create_registered_model(tracking["model_name"])
+    stranger = client.create_model_version(tracking["model_name"], f"runs:/{run_id}/checkpoint", run_id)
+    client.set_registered_model_alias(tracking["model_name"], "champion", str(stranger.version))
+    result = promote(runs["weak"], tracking)
+    assert not result["promoted"]
+    assert result["champion"] == champion(tracking) == str(stranger.version)
+    assert "cannot be judged" in result["reason"]
+    assert "MANIFEST.sha256" in result["reason"]
+
+
+def test_pairs_that_were_trained_on_do_not_judge(runs: dict[str, Path], tracking: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"--split sequence --split-seed 42 --test-share 0\.2 --val-share 0\.1"):
+        promote(runs["weak"], tracking, split="window")
+    assert not versions(tracking)
+
+
+def test_a_damaged_checkpoint_is_not_registered(
+    runs: dict[str, Path], tracking: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(runs["weak"], tmp_path / "run")
+    weights = tmp_path / "run" / "checkpoints" / "epoch_0001" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        promote(tmp_path / "run", tracking)
+    assert not versions(tracking)
+
+
+def test_a_tracking_server_that_is_away_is_named_before_anything_is_judged(
+    runs: dict[str, Path], tracking: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = {**tracking, "tracking_uri": "http://somebody:secret@127.0.0.1:9"}
+    with pytest.raises(RegistryError, match=r"127\.0\.0\.1:9.*--tracking-uri") as caught:
+        promote(runs["weak"], away)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_checkpoint_that_tells_nothing_of_its_store_needs_one(
+    runs: dict[str, Path], tracking: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(runs["weak"] / "checkpoints" / "epoch_0001", tmp_path / "alone")
+    with pytest.raises(ConfigError, match="--store"):
+        promote(tmp_path / "alone", tracking)
+
+
+def test_a_run_without_a_finished_epoch_has_no_checkpoint_and_a_damaged_best_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="without a finished epoch"):
+        best_of_run(tmp_path)
+    (tmp_path / "best.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"best\.json is damaged"):
+        best_of_run(tmp_path)

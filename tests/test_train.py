@@ -1,0 +1,222 @@
+"""Training as users run it: real Ray Train, real MLflow on SQLite, small features."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from ray_app.config import TrainConfig
+from ray_app.errors import ConfigError, ResourceError, StoreError, TrainingError
+from ray_app.jobs.cluster import ClusterInfo, require
+from ray_app.jobs.journal import Journal, entries
+from ray_app.jobs.tracking import points, tracking_uri
+from ray_app.jobs.train import run_train
+from ray_app.store.checkpoint import load_checkpoint, load_training_state
+from ray_app.store.pair_store import PairStore
+from ray_app.store.split import split_pairs
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def config(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainConfig]:
+    """A small run's config, each in a folder of its own."""
+    root = tmp_path_factory.mktemp("runs")
+    uri = f"sqlite:///{root / 'mlflow.db'}"
+
+    def make(name: str, **settings: Any) -> TrainConfig:
+        small: dict[str, Any] = {"num_epochs": 3, "hidden_dim": 16, "batch_size": 8, "tracking_uri": uri}
+        return TrainConfig(store=small_store, out=root / name, **(small | settings))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def one_worker(config: Callable[..., TrainConfig]) -> tuple[TrainConfig, dict[str, Any]]:
+    cfg = config("one")
+    return cfg, run_train(cfg)
+
+
+def test_a_run_leaves_a_checkpoint_a_journal_and_a_tracked_run(
+    one_worker: tuple[TrainConfig, dict[str, Any]],
+) -> None:
+    cfg, result = one_worker
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert {"checkpoint", "mlflow_run_id", "epochs", "val"} <= set(result)
+    checkpoint = load_checkpoint(Path(result["checkpoint"]))
+    assert checkpoint.provenance["mlflow_run_id"] == result["mlflow_run_id"]
+    assert checkpoint.metrics["val"] == result["val"]
+    lines = entries(cfg.out)
+    steps = [line for line in lines if line["kind"] == "step"]
+    store = PairStore.open(cfg.store)
+    split = split_pairs(store.index, cfg.split_config)
+    assert len(steps) == result["steps"] == 3 * -(-len(split.train) // 8)
+    losses = [line["train"]["loss"] for line in lines if line["kind"] == "epoch"]
+    assert losses[-1] < losses[0]
+    assert result["val"]["pairs"] == len(split.val)
+
+
+def test_mlflow_holds_every_point_of_the_journal(one_worker: tuple[TrainConfig, dict[str, Any]]) -> None:
+    cfg, result = one_worker
+    client = MlflowClient(tracking_uri(cfg))
+    run = client.get_run(result["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["hidden_dim"] == "16"
+    assert run.data.tags["dataset_fingerprint"] == PairStore.open(cfg.store).fingerprint
+    expected: dict[str, list[tuple[int, float]]] = {}
+    for line in entries(cfg.out):
+        for point in points(line):
+            expected.setdefault(point.key, []).append((point.step, point.value))
+    assert set(run.data.metrics) == set(expected)
+    for key, values in expected.items():
+        found = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
+        assert sorted(found) == sorted(values)
+    names = {Path(item.path).name for item in client.list_artifacts(run.info.run_id, "checkpoint")}
+    assert {"model.safetensors", "config.json", "MANIFEST.sha256"} <= names
+
+
+def test_only_the_best_and_the_newest_weights_stay(one_worker: tuple[TrainConfig, dict[str, Any]]) -> None:
+    cfg, result = one_worker
+    kept = {path.name for path in (cfg.out / "checkpoints").iterdir()}
+    assert kept == {Path(result["checkpoint"]).name, "epoch_0003"}
+    (state,) = (cfg.out / "training_state").iterdir()
+    tensors, meta = load_training_state(state)
+    assert meta["counters"]["step"] == result["steps"]
+    assert any(name.endswith("exp_avg_sq") for name in tensors)
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(one_worker: tuple[TrainConfig, dict[str, Any]]) -> None:
+    cfg, _ = one_worker
+    before = sorted(str(path) for path in cfg.out.rglob("*"))
+    with pytest.raises(StoreError, match="already holds something"):
+        run_train(cfg)
+    assert sorted(str(path) for path in cfg.out.rglob("*")) == before
+
+
+def test_two_workers_equal_one_on_the_same_global_batches(
+    one_worker: tuple[TrainConfig, dict[str, Any]], config: Callable[..., TrainConfig]
+) -> None:
+    """Dropout included. Float32 sums in another order: weights agree to 1e-5, metrics to 1e-6."""
+    alone = one_worker[1]
+    both = run_train(config("two", num_workers=2))
+    assert both["steps"] == alone["steps"]
+    assert both["val"]["pairs"] == alone["val"]["pairs"]
+    assert both["val"]["cosine_accept_rate"] == alone["val"]["cosine_accept_rate"]
+    assert both["val"]["cos_sim_mean"] == pytest.approx(alone["val"]["cos_sim_mean"], abs=1e-6)
+    a, b = (load_checkpoint(Path(r["checkpoint"])).adapter.state_dict() for r in (alone, both))
+    for key in a:
+        assert torch.allclose(a[key], b[key], atol=1e-5), key
+
+
+def kill_a_worker_after(run: Path, epoch: int, killed: list[int]) -> None:
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        if (run / "journal.jsonl").is_file() and any(
+            line["kind"] == "epoch" and line["epoch"] >= epoch for line in entries(run)
+        ):
+            for process in psutil.Process().children(recursive=True):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+                    return
+        time.sleep(0.01)
+
+
+def test_a_killed_worker_goes_on_and_ends_with_the_same_bytes(config: Callable[..., TrainConfig]) -> None:
+    settings = {"num_epochs": 30, "early_stop_patience": 30}
+    clean = run_train(config("clean", **settings))
+    cfg = config("killed", **settings)
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker_after, args=(cfg.out, 4, killed))
+    killer.start()
+    result = run_train(cfg)
+    killer.join()
+    assert killed, "no worker was found to kill"
+    assert result["model_sha256"] == clean["model_sha256"]
+    assert result["val"] == clean["val"]
+    assert result["steps"] == clean["steps"]
+
+
+def test_a_shard_too_large_to_hold_is_streamed(config: Callable[..., TrainConfig]) -> None:
+    result = run_train(config("streamed", num_workers=2, shard_memory_gib=1e-6, num_epochs=2))
+    assert not result["held_in_memory"]
+    assert result["train"]["pairs"] == result["split"]["train"]
+    assert result["val"]["pairs"] == result["split"]["val"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(config: Callable[..., TrainConfig]) -> None:
+    cfg = config("burst", learning_rate=1e38)
+    with pytest.raises(TrainingError, match=r"not finite .* at epoch \d+, step \d+.*checkpoint"):
+        run_train(cfg)
+    client = MlflowClient(tracking_uri(cfg))
+    runs = client.search_runs([client.get_experiment_by_name(cfg.experiment).experiment_id])
+    assert "FAILED" in {run.info.status for run in runs}
+
+
+def test_a_tracking_server_that_is_away_costs_neither_run_nor_point(
+    config: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config("untracked", tracking_uri="http://user:secret@127.0.0.1:9", num_epochs=2, mse_space="unit")
+    result = run_train(cfg)
+    assert result["mlflow_run_id"] is None
+    assert not result["tracked"]
+    assert sum(line["kind"] == "epoch" for line in entries(cfg.out)) == 2
+    told = capfd.readouterr().err
+    assert told.count("does not answer") == 1
+    assert "secret" not in told
+
+
+def test_a_file_store_is_refused(config: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(ConfigError, match="sqlite:///"):
+        run_train(config("filestore", tracking_uri="mlruns"))
+
+
+def test_no_gpu_is_said_before_anything_starts(config: Callable[..., TrainConfig]) -> None:
+    cfg = config("gpu", use_gpu=True)
+    with pytest.raises(ResourceError, match="needs 1 GPUs, the cluster has 0"):
+        run_train(cfg)
+    assert not cfg.out.exists()
+
+
+ROOM = ClusterInfo(cpus=2, gpus=0, memory_bytes=8 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"num_workers": 3}, "3 workers of 1 CPUs need 3 CPUs, the cluster has 2"),
+        ({"num_workers": 2, "data_cpus": 1.0}, "and 1 to stream the data need 3 CPUs.*--cpus-per-worker 0.5"),
+        ({"memory_bytes": 2.0**40}, "1024.0 GiB, the cluster has 8.0 GiB"),
+        ({"use_gpu": True}, "the cluster has 0"),
+    ],
+)
+def test_a_request_beyond_the_cluster_is_refused_with_both_numbers(asked: dict[str, Any], words: str) -> None:
+    fits: dict[str, Any] = {
+        "num_workers": 1,
+        "cpus_per_worker": 1.0,
+        "use_gpu": False,
+        "data_cpus": 0.0,
+        "memory_bytes": 1.0,
+    }
+    require(ROOM, **fits)
+    with pytest.raises(ResourceError, match=words):
+        require(ROOM, **(fits | asked))
+
+
+def test_a_line_cut_short_is_not_an_entry(tmp_path: Path) -> None:
+    with Journal(tmp_path) as journal:
+        journal.write("start", name="x")
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write('{"kind": "ste')
+    assert entries(tmp_path) == [{"kind": "start", "name": "x"}]
+    with Journal(tmp_path) as journal, pytest.raises(ValueError, match="not JSON compliant"):
+        journal.write("step", loss=float("nan"))
