@@ -24,9 +24,7 @@ RESULT = Path(__file__).with_name("results") / "reference_job.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="new folder for the store and the runs")
     parser.add_argument("--num-pairs", type=int, default=5208)
     parser.add_argument("--num-sequences", type=int, default=84)
@@ -54,9 +52,7 @@ def main() -> None:
             "train": measured("train", *common, "--out", run, *epochs),
         }
         save(args.result, result)
-        result["splits"][split]["evaluate"] = measured(
-            "evaluate", *common, "--checkpoint", run, "--out", report
-        )
+        result["splits"][split]["evaluate"] = measured("evaluate", *common, "--checkpoint", run, "--out", report)
         save(args.result, result)
     bench = [
         "--store",

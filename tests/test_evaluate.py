@@ -15,7 +15,7 @@ from small_runs import keys, make_run
 
 from ray_app.config import EvaluateConfig, SplitConfig
 from ray_app.errors import CheckpointError, RegistryError, ResourceError, StoreError
-from ray_app.jobs.evaluate import claim_report_folder, render_evaluate, run_evaluate
+from ray_app.jobs.evaluate import claim_report_folder, render_evaluate, run_evaluate, varied
 from ray_app.jobs.judge import training_means
 from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.pair_store import PairStore
@@ -118,6 +118,12 @@ def test_the_report_shows_pictures_of_the_best_and_the_worst_pairs(out: Path) ->
     assert page.count('<img src="data:image/png;base64,') == 18
     for what in ("event image", "aligned output", "target"):
         assert f'alt="{what} of the best pair 1' in page
+
+
+def test_pictures_come_from_different_sequences_where_there_are_enough() -> None:
+    sequences = np.array(["a", "a", "b", "a", "c", "b", "c"])
+    assert varied(np.arange(7), sequences).tolist() == [0, 2, 4]
+    assert varied(np.arange(7), np.array(["a"] * 6 + ["b"])).tolist() == [0, 6, 1]
 
 
 def test_a_run_and_its_best_checkpoint_are_the_same_argument_and_repeat_exactly(

@@ -50,7 +50,10 @@ class Scene:
         return np.ascontiguousarray(np.rint(image_CHW).astype(np.uint8).transpose(1, 2, 0))
 
     def grey(self, t_s: float) -> Floats:
-        """The same in grey, not rounded, (H, W), 0 to 255: what the event camera's pixels measure."""
+        """The same in grey, not rounded, (H, W), 0 to 255: what the event camera's pixels measure.
+
+        The luma of `rgb` to within 3 %: tinted light on coloured ground is multiplied in grey.
+        """
         return self._exposed(self._painted(t_s, 1))[0]
 
     def speed(self, t_s: float) -> float:

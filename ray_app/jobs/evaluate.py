@@ -187,8 +187,8 @@ def best_and_worst(
     if not all(len(spec.shape) == 3 and spec.shape[0] == 3 for spec in specs):
         return [], []
     order = np.argsort(evaluation.after, kind="stable")
-    count = min(NUM_PICTURES, len(order) // 2)
-    places = np.concatenate([order[::-1][:count], order[:count]])
+    worst, best = (varied(each, store.index.sequence[rows]) for each in (order, order[::-1]))
+    places = np.concatenate([best, worst])
     event_ND, target_ND = store.read_rows(rows[places])
     aligned_ND = judge.align(event_ND)
     made = [
@@ -204,7 +204,15 @@ def best_and_worst(
         )
         for place, event, target, aligned in zip(places, event_ND, target_ND, aligned_ND, strict=True)
     ]
-    return made[:count], made[count:]
+    return made[: len(best)], made[len(best) :]
+
+
+def varied(order: NDArray[np.int64], sequences: NDArray[np.str_]) -> NDArray[np.int64]:
+    """The first few places of `order`, of different sequences where there are enough: one drive looks alike."""
+    first = np.sort(np.unique(sequences[order], return_index=True)[1])
+    others = np.setdiff1d(np.arange(len(order)), first)
+    count = min(NUM_PICTURES, len(order) // 2)
+    return order[np.concatenate([first, others])[:count]]
 
 
 def as_image(feature_D: NDArray[Any], spec: FeatureSpec) -> NDArray[np.uint8]:

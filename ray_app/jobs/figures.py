@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from ray_app.core.metrics import THETA
+from ray_app.core.metrics import THETA, rate_key
 
 Cosines = Mapping[str, NDArray[np.floating]]
 """Per-pair cosines by name; NaN where a control does not exist for a pair."""
@@ -71,7 +71,7 @@ def acceptance_figure(cosines: Cosines) -> str:
             width = 2.6 if name == "adapter" else 1.6
             axes.plot(theta, accepted, color=colour, linestyle=line, linewidth=width, label=label)
             lowest = min(lowest, float(np.quantile(cos, 0.01)))
-        mark_theta(axes)
+        mark_theta(axes, labelled=True)
         axes.set_xlim(float(np.clip(np.floor(lowest * 10) / 10, 0.0, 0.7)), 1.0)
         axes.set_ylim(-0.02, 1.03)
         axes.set_xlabel("θ (a pair is accepted when cos_sim > θ)")
@@ -84,29 +84,30 @@ def acceptance_figure(cosines: Cosines) -> str:
 
 def histogram_figure(before: NDArray[np.floating], after: NDArray[np.floating]) -> str:
     """Histograms of cos_sim before and after on one axis, as SVG."""
-    low = float(min(before.min(), after.min()))
+    low = float(min(before.min(), after.min(), THETA - 0.05))
     bins = np.linspace(np.floor(low * 20) / 20, 1.0, 61)
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": "histogram"}):
         figure = Figure(figsize=(8.2, 3.9), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
         for axes, name, cos in ((upper, "before", before), (lower, "adapter", after)):
             draw_histogram(axes, name, cos, bins)
+            mark_theta(axes, labelled=axes is upper)
         lower.set_xlabel("cos_sim of one pair")
         return to_svg(figure)
 
 
 def draw_histogram(axes: Axes, name: str, cos: NDArray[np.floating], bins: NDArray[np.floating]) -> None:
     axes.hist(cos, bins=bins.tolist(), color=SERIES[name][0])
-    mark_theta(axes)
     axes.set_ylabel("pairs")
     title = "before (raw event against target)" if name == "before" else "after (adapter)"
     axes.set_title(f"{title}: mean {cos.mean():.3f}, std {cos.std():.3f}", loc="left", fontsize=10)
 
 
-def mark_theta(axes: Axes) -> None:
+def mark_theta(axes: Axes, *, labelled: bool) -> None:
     axes.axvline(THETA, color=INK, linewidth=0.8)
-    top = axes.get_xaxis_transform()
-    axes.text(THETA, 1.02, f"θ = {THETA:.2f}", transform=top, ha="center", va="bottom")
+    if labelled:
+        top, offset = axes.get_xaxis_transform(), (4, -3)
+        axes.annotate(f"θ {rate_key(THETA)}", (THETA, 1), offset, xycoords=top, textcoords="offset points", va="top")
 
 
 def to_svg(figure: Figure) -> str:

@@ -54,7 +54,7 @@ class TrainingProgress:
                         speed=line["pairs"] / max(line["seconds"], 1e-9),
                     )
                 elif line["kind"] == "epoch":
-                    self._console.print(epoch_line(line), highlight=False)
+                    self._console.print(epoch_line(line), highlight=False, soft_wrap=True)
 
 
 def epoch_line(line: dict[str, Any]) -> str:

@@ -74,6 +74,6 @@ def registry_errors(cfg: TrackingFlags) -> Iterator[None]:
         yield
     except TRACKING_ERRORS as error:
         raise RegistryError(
-            f"{str(error).splitlines()[0]} (tracking server: {shown(tracking_uri(cfg))}; --tracking-uri chooses "
-            "another)"
+            f"{shown(str(error).splitlines()[0])} (tracking server: {shown(tracking_uri(cfg))}; --tracking-uri "
+            "chooses another)"
         ) from error

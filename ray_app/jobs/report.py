@@ -145,8 +145,9 @@ def results_table(result: Mapping[str, Any], title: str) -> Table:
         table.add_column(f"θ {theta}", justify="right")
     for line in rows(result):
         rates = [f"{100 * line['rates'][theta]:.1f} %" for theta in thetas]
+        name = line["name"].removesuffix(" (context)")
         style = {"adapter": "bold", "context": "dim"}.get(line["kind"])
-        table.add_row(line["name"], f"{line['mean']:.4f}", *rates, style=style)
+        table.add_row(name, f"{line['mean']:.4f}", *rates, style=style)
     table.add_section()
     lifts = [result["lift_by_theta"][theta] for theta in thetas]
     table.add_row(
@@ -230,7 +231,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         elif isinstance(value, list | tuple):
             yield f"{prefix}{name}", " ".join(map(str, value))
         else:
-            yield f"{prefix}{name}", str(value)
+            yield f"{prefix}{name}", "not recorded" if value is None else str(value)
 
 
 def pair_context(pair: PairPicture, what: str) -> dict[str, Any]:

@@ -38,9 +38,9 @@ def tracking_uri(cfg: TrackingFlags) -> str:
     return uri
 
 
-def shown(uri: str) -> str:
-    """A tracking URI without its password."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "***@", uri)
+def shown(text: str) -> str:
+    """A tracking URI, or a text with one, without its password."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
 
 
 def experiment_id(client: MlflowClient, cfg: TrackingFlags) -> str:
@@ -125,7 +125,7 @@ class Tracker:
             if not self._told:
                 print(
                     f"tracking: {shown(tracking_uri(self._cfg))} does not answer "
-                    f"({str(error).splitlines()[0][:200]}); the run goes on, and {self._run}/journal.jsonl keeps "
+                    f"({shown(str(error).splitlines()[0])[:200]}); the run goes on, and {self._run}/journal.jsonl keeps "
                     "every point",
                     file=sys.stderr,
                 )

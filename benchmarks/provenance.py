@@ -1,0 +1,60 @@
+"""Where a number comes from: command, machine, date, commit, versions. Written beside every result."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def provenance() -> dict[str, Any]:
+    """JSON values."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_at_start": os.getloadavg()[0],
+        "platform": platform.platform(),
+        "versions": {
+            name: found for name in ("ray", "torch", "numpy", "mlflow", "pyarrow") if (found := _version(name))
+        },
+    }
+
+
+def save(name: str, result: dict[str, Any]) -> Path:
+    """Writes benchmarks/results/NAME.json, with provenance first."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"provenance": provenance(), **result}, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    return path
+
+
+def _git(*args: str) -> str:
+    done = subprocess.run(["git", "-C", str(RESULTS.parent), *args], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    models = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return models[0] if models else platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
