@@ -128,8 +128,8 @@ def test_settings_that_do_not_fit_are_refused(wrong: dict[str, int], message: st
 
 
 def test_a_small_sample_is_near_real_recordings() -> None:
-    """Twenty drives, one window each, full size. The full measurement: benchmarks/scene_statistics.py."""
-    source = ScenesSource(num_pairs=20, num_sequences=20, seed=0)
+    """Fourteen drives, one window each, full size. The full measurement: benchmarks/scene_statistics.py."""
+    source = ScenesSource(num_pairs=14, num_sequences=14, seed=0)
     cosines, active, counts, positive = [], [], [], []
     for task in source.tasks():
         drive = task.spec["drive"]

@@ -218,5 +218,8 @@ def test_a_line_cut_short_is_not_an_entry(tmp_path: Path) -> None:
     with (tmp_path / "journal.jsonl").open("a") as file:
         file.write('{"kind": "ste')
     assert entries(tmp_path) == [{"kind": "start", "name": "x"}]
-    with Journal(tmp_path) as journal, pytest.raises(ValueError, match="not JSON compliant"):
-        journal.write("step", loss=float("nan"))
+    with Journal(tmp_path) as journal:
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            journal.write("step", loss=float("nan"))
+        journal.write("resume", epoch=1)
+    assert [line["kind"] for line in entries(tmp_path)] == ["start", "resume"]

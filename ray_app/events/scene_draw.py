@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_app.events.scene_textures import LUMA, Floats, Pattern, Sprite
+from ray_app.events.scene_textures import Floats, Pattern, Sprite, luma
 
 Pair = tuple[float, float]
 Rgb = Sequence[float]
@@ -71,7 +71,7 @@ class Canvas:
         """A colour as the canvas paints it: its three parts, or its grey."""
         if len(self.image_CHW) == 3:
             return tuple(np.float32(part) for part in rgb)
-        return (LUMA[0] * np.float32(rgb[0]) + LUMA[1] * np.float32(rgb[1]) + LUMA[2] * np.float32(rgb[2]),)
+        return (np.float32(luma(rgb)),)
 
     def planes(self, *colours: Rgb) -> Iterator[tuple[Any, ...]]:
         """For each colour of the canvas its plane (H, W) and that part of each colour given."""

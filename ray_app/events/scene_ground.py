@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_app.events.scene_draw import Canvas
-from ray_app.events.scene_textures import LUMA, Floats, Generator, ground_noise, smoothed
+from ray_app.events.scene_textures import Floats, Generator, ground_noise, luma, smoothed
 from ray_app.events.scene_world import CHUNK_M, Drive, Road, World
 
 Doubles = NDArray[np.float64]
@@ -75,9 +75,9 @@ class Ground:
             white_C1 * (0.9 * (inner & (n > 0.1))),
             base_CP * near_lamps,
         ]
-        self._rough_P = _levels(rough_P * (LUMA @ base_CP))
+        self._rough_P = _levels(rough_P * luma(base_CP))
         rgb_CKP = np.array([[_levels(table_CP[c]) for table_CP in tables] for c in range(3)])
-        self._tables = {1: np.tensordot(LUMA, rgb_CKP, 1)[None], 3: rgb_CKP}
+        self._tables = {1: luma(rgb_CKP)[None], 3: rgb_CKP}
 
     def paint(
         self, canvas: Canvas, view: View, marks: Sequence[Mark], shadows: Sequence[tuple[float, float]]

@@ -6,6 +6,7 @@ Patterns repeat in both directions unless said otherwise.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Generator = np.random.Generator
 
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey (ITU-R BT.601)."""
 
 
@@ -35,6 +36,11 @@ class Sprite:
 
     levels: tuple[Floats, ...]
     """(3, M, N) each: coverage, shade times coverage, glow."""
+
+
+def luma(colours: Any) -> Any:
+    """Grey of red, green and blue, numbers or arrays. Written out: a matrix product may round by its threads."""
+    return LUMA[0] * colours[0] + LUMA[1] * colours[1] + LUMA[2] * colours[2]
 
 
 def smoothed(field_MN: Floats, widths: Sequence[tuple[float, float]]) -> Floats:

@@ -15,7 +15,7 @@ from ray_app.events.scene_draw import Air, Camera, Canvas, Upright
 from ray_app.events.scene_drive import VIEW_M, Road
 from ray_app.events.scene_ground import Ground, View, lamplight, marks_ahead, shadows_ahead
 from ray_app.events.scene_roadside import Board, Thing, Wall, roadside, traffic
-from ray_app.events.scene_textures import LUMA, Floats, make_patterns, make_sprites, unit_noise
+from ray_app.events.scene_textures import Floats, luma, make_patterns, make_sprites, unit_noise
 from ray_app.events.scene_world import CHUNK_M, make_world
 
 RENDERER = 1
@@ -66,7 +66,7 @@ class Scene:
 
     def _exposed(self, image_CHW: Floats) -> Floats:
         """The tone curve, taken on the grey, so that colours and grey stay one picture; clipped to 0 to 255."""
-        grey_HW = image_CHW[0] if len(image_CHW) == 1 else np.tensordot(LUMA, image_CHW, 1)
+        grey_HW = image_CHW[0] if len(image_CHW) == 1 else luma(image_CHW)
         bright_HW = np.clip(grey_HW, 0, 255) / np.float32(255)
         return np.clip(image_CHW * np.power(bright_HW, np.float32(self.world.contrast - 1)), 0, 255)
 
@@ -195,4 +195,4 @@ class Scene:
             return 1.0
         beam = light.headlight * np.exp(-distance_m / 22.0 - (aside_m / (0.35 * distance_m)) ** 2)
         lamp = 0.4 * light.lamp * lamplight(np.array(view.s + distance_m), self.world.lamp_step_m)
-        return 1.0 + float(beam + lamp) / float(LUMA @ np.array(light.ambient))
+        return 1.0 + float(beam + lamp) / luma(light.ambient)

@@ -1,9 +1,10 @@
 """The journal of a run: one JSON object a line, appended as things happen, before anyone else hears of them.
 
-Kinds: `step` (each optimizer step), `epoch` (training means and validation), `start`, `end`, `failure`.
+Kinds: `step` (each optimizer step), `epoch` (training means and validation), `start`, `resume`, `failure`.
 """
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,10 @@ class Journal:
     """Appends to a run's journal; every line is with the operating system before `write` returns."""
 
     def __init__(self, run: Path) -> None:
-        self._file = (run / JOURNAL).open("a", encoding="utf-8")
+        path = run / JOURNAL
+        if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)  # a line that its writer was killed in
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, **values: Any) -> None:
         """One line. A number that is not finite raises ValueError: JSON has none."""

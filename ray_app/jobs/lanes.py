@@ -47,20 +47,20 @@ class Lanes:
         """Batches in an epoch."""
         return -(-self.num_pairs // self.num_lanes)
 
-    def lane(self, lane: int) -> Positions:
-        """The pairs of one lane, in the order they were dealt."""
+    def lanes(self) -> list[Positions]:
+        """The pairs of each lane, in the order they were dealt."""
         dealt = np.random.default_rng(mix(self.seed)).permutation(self.num_pairs)
-        return dealt[lane :: self.num_lanes]
+        return [dealt[lane :: self.num_lanes] for lane in range(self.num_lanes)]
 
     def held(self, rank: int, world: int) -> Positions:
         """Every pair that a worker needs, sorted."""
-        lanes = [self.lane(lane) for lane in self._of_worker(rank, world)]
-        return np.sort(np.concatenate(lanes))
+        mine = self._of_worker(rank, world)
+        return np.sort(np.concatenate(self.lanes()[mine.start : mine.stop]))
 
     def epoch(self, epoch: int, rank: int, world: int) -> Iterator[Batch]:
         """A worker's batches of one epoch."""
-        mine = self._of_worker(rank, world)
-        order = [np.random.default_rng(mix(self.seed, epoch, lane)).permutation(self.lane(lane)) for lane in mine]
+        mine, lanes = self._of_worker(rank, world), self.lanes()
+        order = [np.random.default_rng(mix(self.seed, epoch, lane)).permutation(lanes[lane]) for lane in mine]
         for step in range(self.steps):
             global_rows = min(self.num_lanes, self.num_pairs - step * self.num_lanes)
             positions = [lane[step] for lane in order if step < len(lane)]

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ray_app.core.adapter import Adapter
-from ray_app.errors import StoreError
-from ray_app.store.checkpoint import newest_verified, save_checkpoint, save_training_state, verify_folder
+from ray_app.errors import CheckpointError, StoreError
+from ray_app.store.checkpoint import save_checkpoint, save_training_state, verify_folder
 from ray_app.store.durable import write_file
 from ray_app.store.manifest import Features
 
@@ -55,16 +55,19 @@ class RunFolder:
         meta: Mapping[str, Any],
         best_epoch: int,
     ) -> None:
-        """State first, weights after it, then which is best; then the run's own older files go.
-
-        What stays: the best and the newest weights, the newest state. Interrupted at any point, the state
-        before this one is still whole.
-        """
+        """State first, weights after it, then `settle`. Interrupted at any point, the epoch before is still whole."""
         for leftover in (self.state(epoch), self.checkpoint(epoch)):
             if leftover.exists():  # of a start that ended between the two, or was set aside as damaged
                 leftover.rename(leftover.with_name(f".aside-{leftover.name}-{leftover.stat().st_mtime_ns}"))
         save_training_state(self.state(epoch), tensors, meta)
         save_checkpoint(self.checkpoint(epoch), adapter, metrics=metrics, provenance=provenance, features=features)
+        self.settle(epoch, best_epoch)
+
+    def settle(self, epoch: int, best_epoch: int) -> None:
+        """Names the best checkpoint; then the run's own older files go.
+
+        What stays: the best and the newest weights, the newest state. A second call changes nothing.
+        """
         best = {"checkpoint": f"checkpoints/epoch_{best_epoch:04d}", "epoch": best_epoch}
         write_file(self.path / BEST, json.dumps(best).encode())
         keep = {self.checkpoint(epoch), self.checkpoint(best_epoch), self.state(epoch)}
@@ -75,11 +78,14 @@ class RunFolder:
 
     def newest_state(self) -> Path | None:
         """The newest state that verifies and whose weights do too, or None."""
-        states = self.path / "training_state"
-        folder, _ = newest_verified(states) if states.is_dir() else (None, [])
-        if folder is not None:
-            verify_folder(self.path / "checkpoints" / folder.name)
-        return folder
+        for folder in sorted((self.path / "training_state").glob("epoch_*"), reverse=True):
+            try:
+                verify_folder(folder)
+                verify_folder(self.path / "checkpoints" / folder.name)
+            except CheckpointError:  # killed between the two, or damaged: the one before is whole
+                continue
+            return folder
+        return None
 
     def best(self) -> Path | None:
         """The best checkpoint so far, or None before the first epoch."""

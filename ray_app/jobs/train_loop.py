@@ -3,6 +3,8 @@
 Shapes: B = pairs at hand, E, D = widths of the event and the target feature.
 """
 
+import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -26,7 +28,7 @@ from ray_app.core.metrics import AlignmentCounts
 from ray_app.core.noise import BatchNoise
 from ray_app.core.step import decode, make_optimizer, training_step
 from ray_app.errors import TrainingError
-from ray_app.jobs.journal import Journal
+from ray_app.jobs.journal import Journal, entries
 from ray_app.jobs.lanes import Batch, Lanes
 from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.shards import Held, hold, stream
@@ -53,6 +55,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     validation = hold(ray.train.get_dataset_shard("val"), store, split.val, mine)
 
     with Journal(run.path) if rank == 0 else nullcontext() as journal:
+        if journal and state.epoch:
+            resumed(journal, run, state)
         for epoch in range(state.epoch, cfg.num_epochs):
             if state.waited >= cfg.early_stop_patience:
                 break
@@ -63,11 +67,11 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
             )
             try:
                 train = train_epoch(model, state, batches, worker, epoch, journal)
+                val = validate(state.objective, validation, worker, f"epoch {epoch + 1}, step {state.step}")
             except TrainingError as error:  # the same on every worker, and again after a restart: so no retry
                 if journal:
                     journal.write("failure", error=str(error), time=time.time())
                 return
-            val = validate(state.objective, validation, worker)
             state.end_epoch(val["loss"])
             metrics = {"epoch": state.epoch, "train": train, "val": val}
             if journal:
@@ -82,8 +86,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
                     meta=state.meta(),
                     best_epoch=state.best_epoch,
                 )
-                saved = {"save_seconds": time.perf_counter() - began, "learning_rate": state.learning_rate}
-                journal.write("epoch", **metrics, **saved, global_step=state.step, time=time.time())
+                tell_epoch(journal, metrics, state, time.perf_counter() - began)
             ray.train.report({"epoch": state.epoch, "val_loss": val["loss"]})
 
 
@@ -205,6 +208,21 @@ def resume_or_init(cfg: TrainConfig, store: PairStore, run: RunFolder, device: t
     return state
 
 
+def resumed(journal: Journal, run: RunFolder, state: TrainState) -> None:
+    """Notes the restart, and does what a worker that died right after a save could not do any more."""
+    journal.write("resume", epoch=state.epoch, global_step=state.step, time=time.time())
+    run.settle(state.epoch, state.best_epoch)
+    if not any(line["kind"] == "epoch" and line["epoch"] == state.epoch for line in entries(run.path)):
+        metrics = json.loads((run.checkpoint(state.epoch) / "metrics.json").read_text())
+        tell_epoch(journal, metrics, state, 0.0)
+
+
+def tell_epoch(journal: Journal, metrics: dict[str, Any], state: TrainState, save_seconds: float) -> None:
+    """One `epoch` line."""
+    about = {"save_seconds": save_seconds, "learning_rate": state.learning_rate, "global_step": state.step}
+    journal.write("epoch", **metrics, **about, time=time.time())
+
+
 def adapter_config(cfg: TrainConfig, store: PairStore) -> AdapterConfig:
     """The adapter that fits a store."""
     widths = store.feature("event").width, store.feature("target").width
@@ -271,18 +289,24 @@ def train_epoch(
 
 
 @torch.no_grad()
-def validate(objective: AlignmentObjective, mine: Held, worker: Worker) -> dict[str, Any]:
-    """Loss and alignment metrics over the whole validation part; every pair counts once on some worker."""
+def validate(objective: AlignmentObjective, mine: Held, worker: Worker, where: str) -> dict[str, Any]:
+    """Loss and alignment metrics over the whole validation part; every pair counts once on some worker.
+
+    TrainingError, on every worker alike, if the loss is not finite; `where` names the place in that message.
+    """
     objective.eval()
-    counts, loss_sum = AlignmentCounts(), 0.0
+    cos, loss_sum = [], 0.0
     for positions in np.array_split(mine.positions, -(-len(mine.positions) // worker.cfg.batch_size) or 1):
         losses = objective(*worker.decoded(*mine.take(positions)))
-        counts += AlignmentCounts.of(losses["cos_sim"])
+        cos.append(losses["cos_sim"])
         loss_sum += float(losses["loss"].sum())
+    (loss_sum,) = worker.summed([loss_sum])
+    if not math.isfinite(loss_sum):
+        raise TrainingError(f"The validation loss is not finite ({loss_sum}) at {where}. Try a smaller --learning-rate.")
+    counts = AlignmentCounts.of(torch.cat(cos))
     if worker.world > 1:
         sums, maxima = (vector.to(worker.device) for vector in counts.pack())
         dist.all_reduce(sums)
         dist.all_reduce(maxima, dist.ReduceOp.MAX)
         counts = AlignmentCounts.unpack(sums, maxima)
-    (loss_sum,) = worker.summed([loss_sum])
     return {"loss": loss_sum / counts.pairs, **counts.means()}
