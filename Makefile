@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup quickstart test check bench
+.PHONY: setup quickstart test check
 
 setup: $(STAMP)
 

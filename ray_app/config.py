@@ -206,9 +206,7 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
                 f"try {tries}."
             )
         if self.mse_weight == self.cosine_weight == self.contrastive_weight == 0.0:
-            raise ConfigError(
-                "--mse-weight, --cosine-weight and --contrastive-weight are all 0; give one a weight."
-            )
+            raise ConfigError("--mse-weight, --cosine-weight and --contrastive-weight are all 0; give one a weight.")
         return self
 
 

@@ -35,7 +35,9 @@ def make_run(
         optimizer.zero_grad()
         (1 - torch.nn.functional.cosine_similarity(adapter(event), target)).mean().backward()
         optimizer.step()
-    cfg = TrainConfig(store=store_folder, out=out, strategy=strategy, hidden_dim=16, split=split, split_seed=split_seed)
+    cfg = TrainConfig(
+        store=store_folder, out=out, strategy=strategy, hidden_dim=16, split=split, split_seed=split_seed
+    )
     out.mkdir(parents=True)
     (out / "run.json").write_text(json.dumps({"name": out.name, "config": flat(cfg)}))
     (out / "best.json").write_text(json.dumps({"checkpoint": "checkpoints/epoch_0001", "epoch": 1}))

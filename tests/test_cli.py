@@ -19,9 +19,7 @@ def parse(name: str, *argv: str) -> Config:
 
 def test_a_flag_overrides_the_file_and_the_file_overrides_the_default(tmp_path: Path) -> None:
     settings = tmp_path / "train.yaml"
-    settings.write_text(
-        "store: S\nout: R\nnum_epochs: 7\nhidden-dim: 64\nuse_gpu: true\ndurations: [1s, 2s]\n"
-    )
+    settings.write_text("store: S\nout: R\nnum_epochs: 7\nhidden-dim: 64\nuse_gpu: true\ndurations: [1s, 2s]\n")
     cfg = parse("train", "--config", str(settings), "--num-epochs", "3")
     assert isinstance(cfg, TrainConfig)
     assert (cfg.num_epochs, cfg.hidden_dim, cfg.batch_size) == (3, 64, 32)
@@ -88,9 +86,7 @@ def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:
         "    print('noise'); os.system('echo child noise')\n"
         "print('{\"a\": 1}', file=out, flush=True)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout) == {"a": 1}
     assert "noise" in done.stderr
     assert "child noise" in done.stderr

@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from numpy.typing import NDArray
+from ray.util import placement_group, remove_placement_group
 from rich.console import Console
 from small_runs import keys, make_run
 
 from ray_app.config import EvaluateConfig, SplitConfig
 from ray_app.errors import CheckpointError, RegistryError, ResourceError, StoreError
+from ray_app.jobs import judge
 from ray_app.jobs.evaluate import claim_report_folder, render_evaluate, run_evaluate, varied
 from ray_app.jobs.judge import training_means
 from ray_app.store.checkpoint import load_checkpoint
@@ -241,3 +244,18 @@ def test_a_checkpoint_that_is_not_there_is_one_sentence(
     cfg = EvaluateConfig(store=small_store, checkpoint=checkpoint, out=tmp_path / "out", tracking_uri=uri)
     with pytest.raises(error, match=text):
         run_evaluate(cfg)
+
+
+def test_a_cluster_without_room_for_the_evaluator_is_told_instead_of_waited_for(
+    small_store: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "START_S", 1.0)
+    checkpoint = load_checkpoint(run / "checkpoints" / "epoch_0001")
+    store = PairStore.open(small_store)
+    held = placement_group([{"CPU": 2}])
+    ray.get(held.ready())
+    try:
+        with pytest.raises(ResourceError, match=r"evaluator could not be started.*ray status"):
+            judge.Judge(checkpoint, store, torch.zeros(768), use_gpu=False)
+    finally:
+        remove_placement_group(held)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,5 +108,6 @@ def test_every_batch_is_timed_once_and_the_warm_up_is_not(document: dict[str, An
 def test_the_printed_tables_name_the_training_data(result: dict[str, Any]) -> None:
     out = io.StringIO()
     render_benchmark(result, Console(width=140, file=out))
-    assert "train (training data)" in out.getvalue()
+    assert re.search(r"train +│ yes", out.getvalue())
+    assert re.search(r"test +│ no", out.getvalue())
     assert "pairs/s" in out.getvalue()

@@ -53,11 +53,17 @@ def made_up(**changes: Any) -> tuple[dict[str, Any], dict[str, NDArray[np.float6
         "split": {
             "by": "sequence",
             "label": "whole sequences",
+            "seed": 42,
+            "train": 800,
+            "val": 100,
             "test": 200,
             "test_windows_overlapping_train": 0.0,
             "test_pairs_trained_on": 0,
         },
         "data": {"source": "npy", "events": "recorded"},
+        "fingerprint": "f" * 64,
+        "test_fingerprint": "7" * 64,
+        "checkpoint_sha256": "c" * 64,
         "provenance": {"argv": ["ray-app", "evaluate"], "versions": {"ray": "2.60.0"}, "git": None},
         **changes,
     }

@@ -141,13 +141,17 @@ def test_a_killed_worker_goes_on_and_ends_with_the_same_bytes(config: Callable[.
     result = run_train(cfg)
     killer.join()
     assert killed, "no worker was found to kill"
+    again, *_ = [line for line in entries(cfg.out) if line["kind"] == "resume"]
+    assert again["epoch"] >= 4
     assert result["model_sha256"] == clean["model_sha256"]
     assert result["val"] == clean["val"]
     assert result["steps"] == clean["steps"]
 
 
-def test_a_shard_too_large_to_hold_is_streamed(config: Callable[..., TrainConfig]) -> None:
-    result = run_train(config("streamed", num_workers=2, shard_memory_gib=1e-6, num_epochs=2))
+def test_a_shard_too_large_to_hold_is_streamed_in_bf16_too(config: Callable[..., TrainConfig]) -> None:
+    streamed = {"shard_memory_gib": 1e-6}
+    narrow = {"precision": "bf16", "bf16_gradients": True}
+    result = run_train(config("streamed", num_workers=2, num_epochs=2, **streamed, **narrow))
     assert not result["held_in_memory"]
     assert result["train"]["pairs"] == result["split"]["train"]
     assert result["val"]["pairs"] == result["split"]["val"]
@@ -187,7 +191,7 @@ def test_no_gpu_is_said_before_anything_starts(config: Callable[..., TrainConfig
     assert not cfg.out.exists()
 
 
-ROOM = ClusterInfo(cpus=2, gpus=0, memory_bytes=8 * 2**30)
+ROOM = ClusterInfo(cpus=2, gpus=0, memory_bytes=8 * 2**30, node_cpus=(2,))
 
 
 @pytest.mark.parametrize(
@@ -210,6 +214,28 @@ def test_a_request_beyond_the_cluster_is_refused_with_both_numbers(asked: dict[s
     require(ROOM, **fits)
     with pytest.raises(ResourceError, match=words):
         require(ROOM, **(fits | asked))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "data_cpus", "share"),
+    [
+        ((2,), 1, 0, 2),
+        ((2,), 2, 0, 1),
+        ((2,), 2, 1, 0.5),
+        ((2,), 3, 0, 0.66),
+        ((2, 2, 2), 1, 0, 2),
+        ((0, 8, 8), 3, 0, 4),
+        ((4, 2), 2, 1, 2),
+        ((1,), 1, 1, 0.1),
+    ],
+)
+def test_a_worker_by_default_gets_what_one_node_can_give(
+    nodes: tuple[float, ...], workers: int, data_cpus: float, share: float
+) -> None:
+    room = ClusterInfo(cpus=sum(nodes), gpus=0, memory_bytes=1.0, node_cpus=nodes)
+    assert room.share(workers, data_cpus) == share
+    if share != 0.1:
+        assert room.room(share, data_cpus) >= workers
 
 
 def test_a_line_cut_short_is_not_an_entry(tmp_path: Path) -> None:

@@ -114,9 +114,7 @@ class AlignmentEvaluation:
         if labels.max() < 2:
             unit, labels = "block", np.arange(len(labels)) * min(BLOCKS, len(labels)) // len(labels)
         columns = [self.after, self.after > THETA, *(self.controls[name] > THETA for name in CONTROLS)]
-        sums_SC = np.stack(
-            [np.bincount(labels, column) for column in (np.ones(len(labels)), *columns)], axis=1
-        )
+        sums_SC = np.stack([np.bincount(labels, column) for column in (np.ones(len(labels)), *columns)], axis=1)
         rng = np.random.default_rng(self.seed)
         drawn_RS = rng.multinomial(len(sums_SC), np.full(len(sums_SC), 1 / len(sums_SC)), size=RESAMPLES)
         totals_RC = drawn_RS @ sums_SC
@@ -183,9 +181,7 @@ class AlignmentEvaluator:
         return cosines
 
     @torch.no_grad()
-    def result(
-        self, sequences: Sequence[str], previous: NDArray[np.int64], seed: int = 0
-    ) -> AlignmentEvaluation:
+    def result(self, sequences: Sequence[str], previous: NDArray[np.int64], seed: int = 0) -> AlignmentEvaluation:
         """Judges all pairs added; `sequences` names their drives, `previous` their windows before (or −1)."""
         cosines = {name: torch.cat(parts).double().numpy() for name, parts in self._cosines.items()}
         aligned_ND, target_ND = torch.cat(self._aligned), torch.cat(self._targets)

@@ -64,9 +64,7 @@ class AlignmentObjective(nn.Module):
         if weights.contrastive > 0:
             self.log_temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE).log())
 
-    def forward(
-        self, event_BE: Tensor, target_BD: Tensor, noise: BatchNoise | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, event_BE: Tensor, target_BD: Tensor, noise: BatchNoise | None = None) -> dict[str, Tensor]:
         """`loss`, `mse`, `cos_sim` and, if weighted, `contrastive`, each (B,); only `loss` has a gradient."""
         aligned_BD = self.adapter(event_BE, noise)
         with torch.autocast(aligned_BD.device.type, enabled=False):

@@ -74,6 +74,4 @@ def training_step(
             "without content with `ray-app inspect`."
         )
     optimizer.step()
-    return StepResult(
-        len(event_BE), float(losses["loss"].detach().sum()), float(losses["cos_sim"].sum()), grad_norm
-    )
+    return StepResult(len(event_BE), float(losses["loss"].detach().sum()), float(losses["cos_sim"].sum()), grad_norm)

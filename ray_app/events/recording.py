@@ -77,9 +77,7 @@ class Events:
         other = np.flatnonzero((polarity != 0) & (np.abs(polarity) != 1))
         if other.size:
             i = int(other[0])
-            raise InputError(
-                f"{where}: polarity {columns['p'][i]} at event {i}; it must be 0 and 1, or −1 and 1"
-            )
+            raise InputError(f"{where}: polarity {columns['p'][i]} at event {i}; it must be 0 and 1, or −1 and 1")
         return Events(
             x=columns["x"].astype(np.uint16),
             y=columns["y"].astype(np.uint16),

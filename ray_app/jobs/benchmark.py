@@ -13,11 +13,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.config import BenchmarkConfig, flat
+from ray_app.config import BenchmarkConfig
 from ray_app.core.evaluation import CONTROLS, AlignmentEvaluation
 from ray_app.core.metrics import THETA, THETAS, AlignmentCounts, rate_key
 from ray_app.jobs.cluster import cluster
-from ray_app.jobs.evaluate import about, as_json, claim_report_folder, suffix
+from ray_app.jobs.evaluate import about, as_json, claim_report_folder, settings, suffix
 from ray_app.jobs.judge import WARM_UP, Judge, mean_target, require_device, selected
 from ray_app.jobs.reference_files import benchmark_adapter_full
 from ray_app.jobs.registry import checkpoint_folder
@@ -39,6 +39,7 @@ def run_benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     claim_report_folder(cfg.out)
     store = PairStore.open(cfg.store, cfg.durations)
     split = split_pairs(store.index, cfg.split_config)
+    begun = provenance(sys.argv, store.fingerprint, config=settings(cfg))
     rows = np.arange(len(store.index))
     runs = np.array_split(rows, -(-len(rows) // RUN_PAIRS))
     with cluster(cfg.address), checkpoint_folder(cfg.checkpoint, cfg) as folder:
@@ -65,7 +66,7 @@ def run_benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
             for name, of_part in parts.items()
         },
         "timing": timing(passes, len(rows), cfg.batch_size),
-        "provenance": provenance(sys.argv, store.fingerprint, config=flat(cfg), checkpoint=checkpoint.provenance),
+        "provenance": {**begun, "checkpoint": checkpoint.provenance},
     }
     result["notes"] = [note["text"] for note in standing_notes(result)]
     samples = zip(store.index.sample_id, everything.controls["before"], everything.after, strict=True)
@@ -82,11 +83,20 @@ def render_benchmark(result: dict[str, Any], console: Console) -> None:
     """The results table of all pairs, a line for each part, throughput and the file."""
     console.print(results_table(result, f"all {result['pairs']:,} pairs, training data included"))
     table = Table(title="by part", title_justify="left")
-    for column in ("part", "pairs", "mean cos_sim", f"θ {THETA:.2f}", "best control", "lift (points)"):
-        table.add_column(column, justify="left" if column in ("part", "best control") else "right")
+    for column in (
+        "part",
+        "training data",
+        "pairs",
+        "mean cos_sim",
+        f"θ {THETA:.2f}",
+        "best control",
+        "lift (points)",
+    ):
+        table.add_column(column, justify="left" if column in ("part", "training data", "best control") else "right")
     for name, part in result["parts"].items():
         table.add_row(
-            f"{name} (training data)" if part["training_data"] else name,
+            name,
+            "yes" if part["training_data"] else "no",
             f"{part['pairs']:,}",
             f"{part['cos_sim_mean']:.4f}",
             f"{part['cosine_accept_rate'][rate_key(THETA)]:.1%}",

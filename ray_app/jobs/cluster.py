@@ -1,6 +1,7 @@
 """The Ray cluster of a command: the one it is told of, or one of its own; and whether it is large enough."""
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -9,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
-from ray.train import TrainingFailedError
+from ray.train import ControllerError, TrainingFailedError
 
 from ray_app.errors import RayAppError, ResourceError
+
+NO_ROOM = "Something else may hold the cluster's CPUs (`ray status` tells); wait for it, or ask for less."
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,21 @@ class ClusterInfo:
     """GPUs."""
     memory_bytes: float
     """Memory that tasks and workers may claim."""
+    node_cpus: tuple[float, ...]
+    """CPUs of each node: a worker lies on one."""
+
+    def room(self, cpus_per_worker: float, data_cpus: float = 0.0) -> int:
+        """How many workers of so many CPUs fit, beside `data_cpus` on the largest node."""
+        *nodes, largest = sorted(self.node_cpus)
+        return sum(int(cpus / cpus_per_worker + 1e-9) for cpus in (*nodes, max(largest - data_cpus, 0.0)))
+
+    def share(self, num_workers: int, data_cpus: float) -> float:
+        """The most CPUs that each of so many workers can have: whole ones where that is one or more."""
+        *nodes, largest = sorted(self.node_cpus)
+        shares = [cpus / k for cpus in (*nodes, largest - data_cpus) for k in range(1, num_workers + 1)]
+        fitting = [share for share in shares if share > 0 and self.room(share, data_cpus) >= num_workers]
+        best = max(fitting, default=0.1)
+        return float(int(best)) if best >= 1 else max(math.floor(best * 100) / 100, 0.01)
 
 
 @contextmanager
@@ -65,9 +84,15 @@ def cluster(address: str | None) -> Iterator[ClusterInfo]:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """An error of ours inside an error of Ray's is raised as itself."""
+    """An error of ours inside an error of Ray's is raised as itself; a cluster without room is a ResourceError."""
     try:
         yield
+    except ExecutionTimeoutError as error:
+        raise ResourceError(f"Ray Data's tasks got nowhere for too long. {NO_ROOM}") from error
+    except ControllerError as error:
+        if type(error.controller_failure).__name__ == "WorkerGroupStartupTimeoutError":  # a private class
+            raise ResourceError(f"The training workers could not be started in time. {NO_ROOM}") from error
+        raise
     except (RayError, TrainingFailedError) as error:
         if (mendable := find_user_error(error)) is not None:
             raise mendable from error
@@ -116,13 +141,14 @@ def require(
             f"--use-gpu with --num-workers {num_workers} needs {num_workers} GPUs, the cluster has {info.gpus:g}; "
             "take fewer workers, or leave --use-gpu out"
         )
-    asked = num_workers * cpus_per_worker + data_cpus
-    if asked > info.cpus:
+    if info.room(cpus_per_worker, data_cpus) < num_workers:
         data = f" and {data_cpus:g} to stream the data" if data_cpus else ""
+        nodes = f" on {len(info.node_cpus)} nodes" if len(info.node_cpus) > 1 else ""
+        asked, share = num_workers * cpus_per_worker + data_cpus, info.share(num_workers, data_cpus)
         raise ResourceError(
             f"{num_workers} workers of {cpus_per_worker:g} CPUs{data} need {asked:g} CPUs, the cluster has "
-            f"{info.cpus:g}; take fewer --num-workers, or --cpus-per-worker "
-            f"{max(info.cpus - data_cpus, 0.5) / num_workers:g}"
+            f"{info.cpus:g}{nodes}; take fewer --num-workers, or --cpus-per-worker {share:g}"
+            + (", or hold the data in memory with a larger --shard-memory-gib" if data_cpus else "")
         )
     if memory_bytes > info.memory_bytes:
         raise ResourceError(
@@ -134,7 +160,8 @@ def require(
 
 def _info() -> ClusterInfo:
     total = ray.cluster_resources()
-    return ClusterInfo(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0))
+    nodes = tuple(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+    return ClusterInfo(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0), nodes)
 
 
 def _keep_token_private() -> None:

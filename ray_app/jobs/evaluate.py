@@ -24,6 +24,7 @@ from ray_app.jobs.reference_files import alignment_metrics
 from ray_app.jobs.registry import checkpoint_folder
 from ray_app.jobs.report import PairPicture, notes, render_html, results_table, verdict_sentence
 from ray_app.jobs.run_folder import RUN
+from ray_app.jobs.tracking import shown
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
 from ray_app.store.durable import write_file
 from ray_app.store.manifest import MANIFEST, FeatureSpec
@@ -44,6 +45,7 @@ def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     claim_report_folder(cfg.out)
     store = PairStore.open(cfg.store, cfg.durations)
     split = split_pairs(store.index, cfg.split_config)
+    begun = provenance(sys.argv, store.fingerprint, config=settings(cfg))
     with cluster(cfg.address), checkpoint_folder(cfg.checkpoint, cfg) as folder:
         require_device(cfg.use_gpu)
         checkpoint = load_checkpoint(folder)
@@ -55,7 +57,7 @@ def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     result = {
         **judgement(evaluation, about(checkpoint, store, split, cfg.split_config)),
         "checkpoint": cfg.checkpoint,
-        "provenance": provenance(sys.argv, store.fingerprint, config=flat(cfg), checkpoint=checkpoint.provenance),
+        "provenance": {**begun, "checkpoint": checkpoint.provenance},
     }
     before = AlignmentCounts.of(evaluation.controls["before"]).means()
     metrics = alignment_metrics(result, before, checkpoint.adapter)
@@ -158,6 +160,11 @@ def training_config(checkpoint: Checkpoint) -> TrainConfig | None:
     if config is None and run.is_file():
         config = json.loads(run.read_text())["config"]
     return TrainConfig.model_validate(config) if config else None
+
+
+def settings(cfg: EvaluateConfig) -> dict[str, Any]:
+    """A command's settings as JSON values, without the tracking server's password."""
+    return {**flat(cfg), "tracking_uri": cfg.tracking_uri and shown(cfg.tracking_uri)}
 
 
 def durations(store: PairStore) -> list[str]:

@@ -73,7 +73,7 @@ def acceptance_figure(cosines: Cosines) -> str:
             lowest = min(lowest, float(np.quantile(cos, 0.01)))
         mark_theta(axes, labelled=True)
         axes.set_xlim(float(np.clip(np.floor(lowest * 10) / 10, 0.0, 0.7)), 1.0)
-        axes.set_ylim(-0.02, 1.03)
+        axes.set_ylim(-0.02, 1.1)  # room for the label above 100 %
         axes.set_xlabel("θ (a pair is accepted when cos_sim > θ)")
         axes.set_ylabel("cosine_accept_rate")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))

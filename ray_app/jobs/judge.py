@@ -23,7 +23,7 @@ from ray_app.core.adapter import STRATEGIES, AdapterConfig
 from ray_app.core.evaluation import AlignmentEvaluation, AlignmentEvaluator, TrainingMeans
 from ray_app.core.step import decode
 from ray_app.errors import ResourceError, StoreError
-from ray_app.jobs.cluster import user_errors
+from ray_app.jobs.cluster import NO_ROOM, user_errors
 from ray_app.jobs.shards import pairs_dataset, to_arrays
 from ray_app.store.checkpoint import Checkpoint
 from ray_app.store.pair_store import PairStore, previous_window
@@ -31,6 +31,8 @@ from ray_app.store.split import Rows
 
 WARM_UP = 2
 """Forward passes before timing starts."""
+START_S = 300.0
+"""How long the actor may wait for CPUs or a GPU, in seconds."""
 SUM_ROWS = 256
 """Pairs that are added up in one Ray Data task."""
 
@@ -152,7 +154,8 @@ class Judge:
     """A checkpoint at work on a cluster: start it, evaluate parts of a store, `close` it.
 
     CPU: the actor takes all CPUs of one node but one, which is left for Ray Data to read with; it computes with
-    as many threads as the node has CPUs. `use_gpu`: one GPU and one CPU.
+    as many threads as the node has CPUs. `use_gpu`: one GPU and one CPU. ResourceError if there is no room for it
+    within a few minutes.
     """
 
     def __init__(
@@ -163,11 +166,13 @@ class Judge:
         cpus = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
         options = {"num_gpus": 1, "num_cpus": 1} if use_gpu else {"num_cpus": max(cpus - 1, 0)}
         weights = {name: tensor.numpy() for name, tensor in checkpoint.adapter.state_dict().items()}
-        self.worker: Any = (
-            ray.remote(EvaluationWorker)
-            .options(**options)
-            .remote(checkpoint.config, ray.put(weights), "cuda" if use_gpu else "cpu", max(cpus, 1))
-        )
+        actor: Any = ray.remote(EvaluationWorker).options(**options)
+        device = "cuda" if use_gpu else "cpu"
+        self.worker = actor.remote(checkpoint.config, ray.put(weights), device, max(cpus, 1))
+        ready, _ = ray.wait([self.worker.__ray_ready__.remote()], timeout=START_S)
+        if not ready:
+            self.close()
+            raise ResourceError(f"The evaluator could not be started with {options} within {START_S:g} s. {NO_ROOM}")
 
     def warm_up(self, batch_size: int) -> None:
         """Run the adapter a few times and start its timing anew."""

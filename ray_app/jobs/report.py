@@ -184,7 +184,7 @@ def render_html(
             if pairs
         ],
         measures=list(measures(result)),
-        split=list(flattened(result["split"])),
+        split=list(split_lines(result)),
         provenance=list(flattened(result["provenance"])),
     )
 
@@ -223,6 +223,23 @@ def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "lowest and highest cos_sim", f"{result['cos_sim_min']:.4f} and {result['cos_sim_max']:.4f}"
 
 
+def split_lines(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Which pairs were judged, and what they are to the training."""
+    split, data = result["split"], result["data"]
+    seen = split["test_pairs_trained_on"]
+    yield "divided by", f"{split['by']} ({split['label']}), seed {split['seed']}"
+    yield "pairs", f"train {split['train']:,}, validation {split['val']:,}, test {split['test']:,}"
+    yield (
+        "test windows that overlap a training window",
+        f"{100 * split['test_windows_overlapping_train']:.1f} %",
+    )
+    yield "test pairs that the checkpoint was trained on", "not recorded" if seen is None else f"{seen:,}"
+    yield "source of the pairs", f"{data['source']}, events {data['events']}"
+    yield "fingerprint of the store", result["fingerprint"]
+    yield "fingerprint of the test pairs", result["test_fingerprint"]
+    yield "SHA-256 of the checkpoint", result["checkpoint_sha256"]
+
+
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested values as lines of dotted names."""
     for name, value in values.items():
@@ -231,7 +248,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         elif isinstance(value, list | tuple):
             yield f"{prefix}{name}", " ".join(map(str, value))
         else:
-            yield f"{prefix}{name}", "not recorded" if value is None else str(value)
+            yield f"{prefix}{name}", "none" if value is None else str(value)
 
 
 def pair_context(pair: PairPicture, what: str) -> dict[str, Any]:

@@ -26,6 +26,8 @@ BATCH = 900
 """Points in one request; MLflow takes 1,000."""
 LONGEST_PAUSE_S = 30.0
 """Between two tries to reach a server that is away."""
+PATIENCE_S = 20.0
+"""For a server that is silent, at a run's start and at its end."""
 
 
 def tracking_uri(cfg: TrackingFlags) -> str:
@@ -57,84 +59,95 @@ def experiment_id(client: MlflowClient, cfg: TrackingFlags) -> str:
 
 
 class Tracker:
-    """Carries a run's journal to MLflow from a thread of its own.
+    """Carries a run's journal to MLflow from a thread of its own, which alone speaks to the server.
 
     Whatever goes wrong there is told once on standard error and tried again, less and less often; the run goes
-    on, and the journal keeps every point.
+    on, and the journal keeps every point. A server that does not answer costs `PATIENCE_S` at the start and at
+    the end.
     """
 
     def __init__(
         self, cfg: TrackingFlags, run: Path, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
     ) -> None:
-        self._cfg, self._run, self._name, self._params, self._tags = cfg, run, name, params, tags
-        self._stop = threading.Event()
+        self._uri, self._cfg, self._run, self._name = tracking_uri(cfg), cfg, run, name
+        self._params, self._tags = params, tags
         self._client: MlflowClient | None = None
+        self._created: str | None = None
         self._pending: list[Metric] = []
         self._told = False
         self._pause_s, self._next_try = 1.0, 0.0
+        self._status = "FAILED"
+        self._artifacts: Path | None = None
+        self._arrived = False
+        self._tried, self._stop = threading.Event(), threading.Event()
         self.run_id: str | None = None
-        self._attempt(self._ensure_run)
         self._thread = threading.Thread(target=self._carry, name="tracking", daemon=True)
         self._thread.start()
+        self._tried.wait(PATIENCE_S)
 
     def close(self, status: str, artifacts: Path | None = None) -> bool:
         """Carries the rest, copies `artifacts` as `checkpoint`, ends the run. Whether everything arrived."""
+        self._status, self._artifacts = status, artifacts
         self._stop.set()
-        self._thread.join()
-        self._next_try = 0.0
-
-        def finish() -> None:
-            run_id = self._ensure_run()
-            assert self._client
-            if artifacts is not None:
-                self._client.log_artifacts(run_id, str(artifacts), "checkpoint")
-            self._client.set_terminated(run_id, status)
-
-        return self._attempt(self._flush) and self._attempt(finish)
+        self._thread.join(None if self.run_id else PATIENCE_S)
+        if self._thread.is_alive():
+            self._tell("no answer in time")
+        return self._arrived
 
     def _carry(self) -> None:
+        self._attempt(self._ensure_run)
+        self._tried.set()
         for lines in follow(self._run, self._stop):
             for line in lines:
                 self._pending += points(line)
             if self._pending and time.monotonic() >= self._next_try:
                 self._attempt(self._flush)
+        self._arrived = self._attempt(self._flush) and self._attempt(self._finish)
 
-    def _flush(self) -> None:
-        run_id = self._ensure_run()
-        assert self._client
-        while self._pending:
-            self._client.log_batch(run_id, metrics=self._pending[:BATCH])
-            del self._pending[:BATCH]
-
-    def _ensure_run(self) -> str:
+    def _ensure_run(self) -> tuple[MlflowClient, str]:
+        client = self._client = self._client or MlflowClient(self._uri)
+        if self._created is None:
+            journal = {"journal": str(self._run)}
+            made = client.create_run(experiment_id(client, self._cfg), run_name=self._name, tags=journal)
+            self._created = made.info.run_id
         if self.run_id is None:
-            self._client = MlflowClient(tracking_uri(self._cfg))
-            run = self._client.create_run(
-                experiment_id(self._client, self._cfg), run_name=self._name, tags={"journal": str(self._run)}
-            )
             params = [Param(key, str(value)[:6000]) for key, value in self._params.items()]
             tags = [RunTag(key, value) for key, value in self._tags.items()]
-            self._client.log_batch(run.info.run_id, params=params, tags=tags)
-            self.run_id = run.info.run_id
-        return self.run_id
+            client.log_batch(self._created, params=params, tags=tags)
+            self.run_id = self._created
+        return client, self.run_id
+
+    def _flush(self) -> None:
+        client, run_id = self._ensure_run()
+        while self._pending:
+            client.log_batch(run_id, metrics=self._pending[:BATCH])
+            del self._pending[:BATCH]
+
+    def _finish(self) -> None:
+        client, run_id = self._ensure_run()
+        if self._artifacts is not None:
+            client.log_artifacts(run_id, str(self._artifacts), "checkpoint")
+        client.set_terminated(run_id, self._status)
 
     def _attempt(self, action: Callable[[], Any]) -> bool:
         try:
             action()
         except TRACKING_ERRORS as error:
-            if not self._told:
-                print(
-                    f"tracking: {shown(tracking_uri(self._cfg))} does not answer "
-                    f"({shown(str(error).splitlines()[0])[:200]}); the run goes on, and {self._run}/journal.jsonl keeps "
-                    "every point",
-                    file=sys.stderr,
-                )
-                self._told = True
+            self._tell(shown((str(error) or type(error).__name__).splitlines()[0])[:200])
             self._next_try = time.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
             return False
         self._pause_s = 1.0
         return True
+
+    def _tell(self, reason: str) -> None:
+        if not self._told:
+            self._told = True
+            print(
+                f"tracking: {shown(self._uri)} does not answer ({reason}); the run goes on, and "
+                f"{self._run}/journal.jsonl keeps every point",
+                file=sys.stderr,
+            )
 
 
 def points(line: Mapping[str, Any]) -> list[Metric]:

@@ -23,7 +23,7 @@ from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.progress import TrainingProgress
 from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.shards import pairs_dataset
-from ray_app.jobs.tracking import Tracker
+from ray_app.jobs.tracking import Tracker, tracking_uri
 from ray_app.jobs.train_loop import adapter_config, train_loop_per_worker
 from ray_app.store.checkpoint import verify_folder
 from ray_app.store.durable import sha256_file
@@ -58,6 +58,7 @@ class Plan:
 def run_train(cfg: TrainConfig) -> dict[str, Any]:
     """Trains an adapter; returns the --json object."""
     cfg = cfg.model_copy(update={"store": cfg.store.absolute(), "out": cfg.out.absolute()})
+    tracking_uri(cfg)  # a mistake in it is told before anything is read or written
     store = PairStore.open(cfg.store, cfg.durations)
     split = split_pairs(store.index, cfg.split_config)
     for part in ("train", "val"):
@@ -81,9 +82,8 @@ def make_plan(cfg: TrainConfig, store: PairStore, split: Split, info: ClusterInf
     shard_bytes = -(-len(split.train) // cfg.num_workers) * pair_bytes
     held = shard_bytes <= cfg.shard_memory_gib * 2**30
     data_cpus = 0.0 if held else 1.0
-    share = (info.cpus - data_cpus) / cfg.num_workers
-    share = float(int(share)) if share >= 1 else max(round(share, 2), 0.1)
-    plan = Plan(parameters, shard_bytes, held, cfg.cpus_per_worker or (1.0 if cfg.use_gpu else share))
+    share = 1.0 if cfg.use_gpu else info.share(cfg.num_workers, data_cpus)
+    plan = Plan(parameters, shard_bytes, held, cfg.cpus_per_worker or share)
     require(
         info,
         num_workers=cfg.num_workers,

@@ -302,7 +302,9 @@ def validate(objective: AlignmentObjective, mine: Held, worker: Worker, where: s
         loss_sum += float(losses["loss"].sum())
     (loss_sum,) = worker.summed([loss_sum])
     if not math.isfinite(loss_sum):
-        raise TrainingError(f"The validation loss is not finite ({loss_sum}) at {where}. Try a smaller --learning-rate.")
+        raise TrainingError(
+            f"The validation loss is not finite ({loss_sum}) at {where}; try a smaller --learning-rate."
+        )
     counts = AlignmentCounts.of(torch.cat(cos))
     if worker.world > 1:
         sums, maxima = (vector.to(worker.device) for vector in counts.pack())
