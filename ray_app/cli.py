@@ -136,7 +136,8 @@ def run(argv: list[str]) -> int:
         if as_json:
             with stdout_to_stderr() as stdout:
                 result = getattr(module, f"run_{command.function}")(settings)
-            print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
+            with stdout:
+                print(json.dumps(result, allow_nan=False), file=stdout)
         else:
             result = getattr(module, f"run_{command.function}")(settings)
             getattr(module, f"render_{command.function}")(result, Console())

@@ -78,7 +78,10 @@ def claim(folder: Path, source: Source, tasks: list[SourceTask], features: Featu
     text = json.dumps(settings, sort_keys=True)
     path = folder / SCRATCH / SETTINGS
     if (folder / MANIFEST).exists():
-        raise StoreError(f"{folder} already holds a pair store; name another folder for --out.")
+        raise StoreError(
+            f"{folder} already holds a pair store, complete (`ray-app inspect` tells of it); "
+            "name another folder for --out."
+        )
     if path.is_file():
         if path.read_text() != text:
             raise StoreError(

@@ -116,10 +116,12 @@ def find_user_error(error: BaseException) -> RayAppError | None:
 
 
 def _bare(error: RayAppError) -> RayAppError:
-    """Ray makes a class of its own out of an error's class and RayTaskError; this is the plain one again."""
+    """Ray makes a class of its own out of an error's class and RayTaskError, and Ray Data adds its advice to the
+    text; this is the plain one again."""
     plain = next(cls for cls in type(error).__mro__ if cls.__module__ == RayAppError.__module__)
     cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, RayAppError) else plain(*error.args)
+    text = (cause if isinstance(cause, RayAppError) else error).args[0]
+    return plain(text.partition("\nFailed to apply")[0])
 
 
 def require(

@@ -5,12 +5,14 @@ from typing import Any
 
 from rich.console import Console
 
-from ray_app.config import EvaluateConfig, PrepareScenes, PromoteConfig, QuickstartConfig, TrainConfig
+from ray_app.config import EvaluateConfig, InspectConfig, PrepareScenes, PromoteConfig, QuickstartConfig, TrainConfig
 from ray_app.jobs.cluster import cluster
 from ray_app.jobs.evaluate import render_evaluate, run_evaluate
+from ray_app.jobs.inspect import run_inspect
 from ray_app.jobs.prepare import run_prepare
 from ray_app.jobs.promote import render_promote, run_promote
 from ray_app.jobs.train import run_train
+from ray_app.store.manifest import MANIFEST
 
 
 def run_quickstart(cfg: QuickstartConfig) -> dict[str, Any]:
@@ -25,9 +27,11 @@ def run_quickstart(cfg: QuickstartConfig) -> dict[str, Any]:
     log = Console(stderr=True)
     with cluster(None):
         log.rule("1/4 prepare: rendered driving scenes, simulated events")
-        prepared = run_prepare(
-            PrepareScenes(out=store, num_pairs=cfg.num_pairs, num_sequences=cfg.num_sequences, seed=cfg.seed)
-        )
+        if (store / MANIFEST).is_file():
+            prepared = run_inspect(InspectConfig(store=store))
+        else:
+            scenes = {"num_pairs": cfg.num_pairs, "num_sequences": cfg.num_sequences, "seed": cfg.seed}
+            prepared = run_prepare(PrepareScenes(out=store, **scenes))
         log.rule("2/4 train")
         trained = run_train(
             TrainConfig(

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 from rich.table import Table
@@ -174,9 +173,9 @@ def render_html(
         notes=notes(result),
         rows=rows(result),
         thetas=list(result["cosine_accept_rate"]),
-        acceptance_svg=Markup(acceptance_figure(cosines)),
+        acceptance_svg=acceptance_figure(cosines),
         acceptance_alt=acceptance_alt(result),
-        histogram_svg=Markup(histogram_figure(cosines["before"], cosines["adapter"])),
+        histogram_svg=histogram_figure(cosines["before"], cosines["adapter"]),
         histogram_alt=histogram_alt(result),
         groups=[
             {"title": title, "pairs": [pair_context(pair, f"{word} pair {n}") for n, pair in enumerate(pairs, 1)]}

@@ -13,15 +13,14 @@ from urllib.parse import urlparse
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from requests.exceptions import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
 from ray_app.config import TrackingFlags
 from ray_app.errors import ConfigError
 from ray_app.jobs.journal import follow
 
-TRACKING_ERRORS = (MlflowException, RequestException, SQLAlchemyError, OSError)
-"""What a tracking server that is away, slow or broken shows itself as."""
+TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)
+"""What a tracking server that is away, slow or broken shows itself as; the errors of requests are OSErrors."""
 BATCH = 900
 """Points in one request; MLflow takes 1,000."""
 LONGEST_PAUSE_S = 30.0

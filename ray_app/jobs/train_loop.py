@@ -16,7 +16,6 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -237,8 +236,15 @@ def parallel(objective: AlignmentObjective, cfg: TrainConfig, worker: Worker) ->
     devices = [worker.device] if worker.device.type == "cuda" else None
     model = DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
     if cfg.bf16_gradients:
-        model.register_comm_hook(None, bf16_compress_hook)
+        model.register_comm_hook(None, bf16_all_reduce)
     return model
+
+
+def bf16_all_reduce(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Gradients averaged in bf16: half the bytes. torch's own hook wants NCCL; gloo adds bf16 as well."""
+    gradient = bucket.buffer()
+    narrow = (gradient / dist.get_world_size()).to(torch.bfloat16)
+    return dist.all_reduce(narrow, async_op=True).get_future().then(lambda done: gradient.copy_(done.value()[0]))
 
 
 Batches = Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]

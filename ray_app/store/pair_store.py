@@ -108,6 +108,7 @@ class PairStore:
 
         StoreError: not a store, damaged, or a duration that it does not have.
         """
+        folder = folder.absolute()  # tasks on a cluster start elsewhere
         manifest = Manifest.read(folder)
         if unknown := set(durations) - set(manifest.durations):
             has = ", ".join(manifest.durations)

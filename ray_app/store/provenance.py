@@ -10,7 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("ray-app", "ray", "torch", "mlflow", "numpy", "pyarrow", "safetensors", "pillow", "av")
+import torch
+
+PACKAGES = ("ray-app", "ray", "mlflow", "numpy", "pyarrow", "safetensors", "pillow", "av")
 
 
 def provenance(argv: Sequence[str], dataset_fingerprint: str | None = None, **more: Any) -> dict[str, Any]:
@@ -23,7 +25,8 @@ def provenance(argv: Sequence[str], dataset_fingerprint: str | None = None, **mo
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: found for name in PACKAGES if (found := _version(name))}
+        | {"torch": str(torch.__version__)},
         **more,
     }
 
