@@ -35,6 +35,8 @@ class Command:
     help: str
     positional: str | None = None
     """Field that leading words without a dash are for."""
+    failures: str | None = None
+    """Key of the result that counts what is wrong: where it is not 0, the exit code is 1."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -83,6 +85,14 @@ COMMANDS: dict[str, Command] = {
         "train --store STORE --out RUN",
         "train an adapter with Ray Train",
     ),
+    "sync": Command(
+        c.SyncConfig,
+        "tracking_sync",
+        "sync",
+        "sync RUN…",
+        "bring the tracking server to what runs' journals hold",
+        "runs",
+    ),
     "evaluate": Command(
         c.EvaluateConfig,
         "evaluate",
@@ -101,9 +111,25 @@ COMMANDS: dict[str, Command] = {
         c.PromoteConfig,
         "promote",
         "promote",
-        "promote RUN",
-        "register, compare with the champion and the controls, move the alias",
+        "promote RUN | --rollback | --list",
+        "register, compare with the champion and the controls, move the alias (back)",
         "run",
+    ),
+    "import-checkpoint": Command(
+        c.ImportCheckpointConfig,
+        "import_checkpoint",
+        "import_checkpoint",
+        "import-checkpoint FILE --out CKPT",
+        "a checkpoint of the reference project as one of ours",
+        "file",
+    ),
+    "doctor": Command(
+        c.DoctorConfig,
+        "doctor",
+        "doctor",
+        "doctor",
+        "what this machine or cluster lacks",
+        failures="problems",
     ),
 }
 
@@ -116,7 +142,8 @@ Every command also takes
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command. Exit code 0: done; 1: a defect of ours; 2: something that the user can mend."""
+    """Run one command. Exit code 0: done; 1: a defect of ours, or a problem that `doctor` found; 2: something
+    that the user can mend."""
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -144,11 +171,11 @@ def run(argv: list[str]) -> int:
     except RayAppError as error:
         stderr.print(f"[bold red]error:[/] {type(error).__name__}:", end=" ")
         stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         stderr.print("interrupted")
         return 130
-    return 0
+    return 1 if command.failures and result[command.failures] else 0
 
 
 def overview() -> str:
@@ -203,6 +230,7 @@ def parse(name: str, command: Command, config_file: Path | None, argv: list[str]
         if leading:
             leading = [f"--{command.positional.replace('_', '-')}", *leading]
     from_yaml = yaml_flags(config_file, command.config) if config_file else []
+    from_yaml = resumed_flags(argv) + from_yaml if "resume" in command.config.model_fields else from_yaml
     description = f"{command.config.__doc__}\n\nusage: ray-app {command.usage}\n\n{EVERYWHERE}"
     return tyro.cli(
         command.config, prog=f"ray-app {name}", description=description, args=[*from_yaml, *leading, *argv]
@@ -225,6 +253,20 @@ def yaml_flags(path: Path, config: type[c.Config]) -> list[str]:
             raise ConfigError(f"{path}: unknown key '{key}'; known are: {', '.join(sorted(known))}")
         flags += flag(field, value, path)
     return flags
+
+
+def resumed_flags(argv: list[str]) -> list[str]:
+    """The settings of the run that `--resume RUN` names, as flags; none without it. StoreError: not a run."""
+    words = [word.partition("=") for word in argv]
+    at = next((i for i, (name, _, _) in enumerate(words) if name == "--resume"), None)
+    value = words[at][2] or " ".join(argv[at + 1 : at + 2]) if at is not None else ""
+    if not value:
+        return []
+    from ray_app.jobs.run_folder import RunFolder
+
+    run = RunFolder(Path(value).absolute())
+    settings = {**run.about()["config"], "out": str(run.path)}
+    return [word for key, value in settings.items() if value not in (None, []) for word in flag(key, value, run.path)]
 
 
 def flag(field: str, value: Any, path: Path) -> list[str]:

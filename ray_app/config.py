@@ -151,6 +151,9 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Pair store."""
     out: Path
     """Folder of the run; must be new or empty."""
+    resume: Path | None = None
+    """Go on with the run in this folder. It gives --store, --out and all other settings; of these, only where and how
+    it runs may be given anew, such as --num-workers."""
     strategy: Strategy = "lightweight"
     """Adapter: the reference's diagram, what the reference really ran, one linear map, or a bottleneck."""
     hidden_dim: Positive = 512
@@ -195,6 +198,8 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """A worker's shard up to this size is held in memory; a larger one is streamed each epoch."""
     max_failures: int = Field(default=2, ge=0)
     """Restarts from the newest checkpoint after a worker dies."""
+    checkpoint_every: int = Field(default=0, ge=0)
+    """Also save after every so many optimizer steps; 0: only after each epoch, and when asked to stop."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -208,6 +213,13 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
         if self.mse_weight == self.cosine_weight == self.contrastive_weight == 0.0:
             raise ConfigError("--mse-weight, --cosine-weight and --contrastive-weight are all 0; give one a weight.")
         return self
+
+
+class SyncConfig(TrackingFlags):
+    """Bring the tracking server to exactly what runs' journals hold; as often as one likes."""
+
+    runs: tuple[Path, ...]
+    """Run folders."""
 
 
 class EvaluateConfig(SplitFlags, ClusterFlags, TrackingFlags):
@@ -230,10 +242,17 @@ class BenchmarkConfig(EvaluateConfig):
 
 
 class PromoteConfig(SplitFlags, ClusterFlags, TrackingFlags):
-    """Register a checkpoint and make it champion if it beats the champion and every control."""
+    """Register a checkpoint and make it champion if it beats the champion and every control.
 
-    run: str
+    Or, instead of a run: --rollback or --list.
+    """
+
+    run: str | None = None
     """Run folder or checkpoint folder."""
+    rollback: bool = False
+    """Instead of a run: the alias goes back to who was champion before; again, one further back."""
+    list: bool = False
+    """Instead of a run: the versions with their metrics, who is champion, who was, when and why."""
     store: Path | None = None
     """Pair store to judge on; default: the one the checkpoint was trained on."""
     min_gain: float = Field(default=0.0, ge=0.0)
@@ -244,6 +263,37 @@ class PromoteConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Pairs per forward pass."""
     use_gpu: bool = False
     """Evaluate on a GPU."""
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        asked = {"RUN": self.run, "--rollback": self.rollback, "--list": self.list}
+        given = [name for name, value in asked.items() if value]
+        if len(given) != 1:
+            raise ConfigError(
+                f"promote takes exactly one of RUN, --rollback and --list; given: {', '.join(given) or 'none'}. "
+                "For instance: ray-app promote runs/drive"
+            )
+        if self.rollback and self.force:
+            raise ConfigError("--force is for RUN; --rollback asks nobody.")
+        return self
+
+
+class ImportCheckpointConfig(Config):
+    """A checkpoint of the reference project (.pt) as a checkpoint folder; its pickle is read, never run."""
+
+    file: Path
+    """Checkpoint of the reference: torch.save of config and model_state_dict."""
+    out: Path
+    """Folder of the new checkpoint; must be new."""
+
+
+class DoctorConfig(ClusterFlags):
+    """What this machine or cluster lacks. Exit code 1 where there is a problem."""
+
+    tracking_uri: str | None = None
+    """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
+    mend: bool = False
+    """Take the key to Ray's clusters out of reach of others (mode 0600)."""
 
 
 class QuickstartConfig(TrackingFlags):

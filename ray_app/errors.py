@@ -8,6 +8,8 @@ error keeps its text when Ray pickles it from a worker to the driver.
 class RayAppError(Exception):
     """Base of every error that the user can mend."""
 
+    exit_code = 2
+
 
 class ConfigError(RayAppError):
     """A setting that cannot be used: an unknown key, a value out of range, two that do not fit together."""
@@ -31,6 +33,13 @@ class ResourceError(RayAppError):
 
 class TrainingError(RayAppError):
     """Training cannot go on, for instance because a loss is not finite."""
+
+
+class RunStopped(RayAppError):
+    """Training was asked to stop, has saved, and can go on."""
+
+    exit_code = 143
+    """As of a process that SIGTERM ended."""
 
 
 class RegistryError(RayAppError):

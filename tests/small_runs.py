@@ -22,7 +22,7 @@ def make_run(
     strategy: str = "bottleneck",
     split: str = "sequence",
     split_seed: int = 42,
-    mlflow_run_id: str | None = None,
+    run_key: str | None = None,
 ) -> Path:
     """A run with one checkpoint, after so many full-batch steps on the training part."""
     store = PairStore.open(store_folder)
@@ -48,7 +48,7 @@ def make_run(
         provenance={
             "argv": ["ray-app", "train"],
             "dataset_fingerprint": store.fingerprint,
-            "mlflow_run_id": mlflow_run_id,
+            "run_key": run_key,
         },
         features=store.manifest.features,
     )

@@ -1,5 +1,6 @@
 """Adapters: the reference's sizes, seeded weights, dropout that does not know how a batch was divided."""
 
+import math
 import typing
 
 import numpy as np
@@ -51,11 +52,17 @@ def test_lightweight_is_the_diagram_of_the_reference() -> None:
     np.testing.assert_allclose(adapter(torch.from_numpy(x).float()).detach(), expected, atol=1e-5)
 
 
-def test_lightweight_reference_scales_its_output_and_adds_a_tenth_of_its_input() -> None:
+def test_lightweight_reference_scales_its_output_and_a_tenth_of_its_input() -> None:
+    """scale · (mlp(x) + 0.1 · x), written down in numpy and float64."""
     adapter = build_adapter(AdapterConfig("lightweight_reference", 10, 10, 6), seed=0).eval()
-    adapter.load_state_dict({**adapter.state_dict(), "scale": torch.tensor([0.0])})
-    x = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(adapter(x), 0.1 * x)
+    adapter.load_state_dict({**adapter.state_dict(), "scale": torch.tensor([0.7])})
+    w = {key: value.double().numpy() for key, value in adapter.state_dict().items()}
+    x = np.random.default_rng(0).normal(size=(3, 10)).astype(np.float32)
+    h = x @ w["input.weight"].T + w["input.bias"]
+    h = (h - h.mean(1, keepdims=True)) / np.sqrt(h.var(1, keepdims=True) + 1e-5) * w["norm.weight"] + w["norm.bias"]
+    h = h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
+    expected = 0.7 * (h @ w["output.weight"].T + w["output.bias"] + 0.1 * x)
+    np.testing.assert_allclose(adapter(torch.from_numpy(x)).detach(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -10,18 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from ray_app.core.adapter import STRATEGIES, Adapter, AdapterConfig, build_adapter
-from ray_app.errors import CheckpointError
+from ray_app.errors import CheckpointError, StoreError
 from ray_app.store import durable
 from ray_app.store.checkpoint import (
     load_checkpoint,
     load_training_state,
     newest_verified,
+    replay_golden,
     save_checkpoint,
     save_training_state,
     verify_folder,
 )
+from ray_app.store.golden import NUM_ROWS, TOLERANCE
 from ray_app.store.manifest import PIXELS, Features, FeatureSpec
 
 SPEC = FeatureSpec(dtype="uint8", shape=(3, 4, 4), scale=1 / 255)
@@ -63,11 +66,17 @@ def test_a_loaded_adapter_answers_bit_for_bit_like_the_saved_one(strategy: str, 
     assert (checkpoint.metrics, checkpoint.provenance) == ({"val_loss": 0.25}, {"argv": ["x"]})
 
 
-def test_the_folder_holds_five_files_and_their_sums(tmp_path: Path) -> None:
+def test_the_folder_holds_six_files_and_their_sums(tmp_path: Path) -> None:
     folder = saved(tmp_path / "runs" / "c")
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
     identity = files.pop("MANIFEST.sha256")
-    assert sorted(files) == ["config.json", "metrics.json", "model.safetensors", "provenance.json"]
+    assert sorted(files) == [
+        "config.json",
+        "golden.safetensors",
+        "metrics.json",
+        "model.safetensors",
+        "provenance.json",
+    ]
     lines = (folder / "MANIFEST.sha256").read_text().splitlines()
     assert lines == [f"{files[name]}  {name}" for name in sorted(files)]
     assert load_checkpoint(folder).sha256 == verify_folder(folder) == identity
@@ -126,7 +135,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
 
     with monkeypatch.context() as patch:
         patch.setattr(durable, "sync", full_disk)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(StoreError, match="No space left"):
             saved(tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / ".c.partial").mkdir()  # as a killed process leaves it
@@ -210,3 +219,100 @@ def test_training_state_comes_back_bit_for_bit_without_pickle(
         torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
     )
     assert load_checkpoint(saved(tmp_path / "c"))
+
+
+def changed_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        rewrite(folder, "model.safetensors", save(tensors))
+
+    return apply
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])
+def test_a_checkpoint_answers_its_golden_inputs_as_it_did_when_it_was_saved(
+    strategy: str, dtype: Any, tmp_path: Path
+) -> None:
+    side = FeatureSpec(dtype=dtype, shape=(48,), scale=0.5)
+    features = Features(event=side, target=side)
+    adapter = adapter_of(strategy)
+    save_checkpoint(tmp_path / "c", adapter, metrics={}, provenance={}, features=features)
+    checkpoint = load_checkpoint(tmp_path / "c")
+    before = {key: tensor.clone() for key, tensor in load_file(tmp_path / "c" / "golden.safetensors").items()}
+    replay_golden(checkpoint)
+    assert (before["event"].dtype, before["event"].shape) == (getattr(torch, dtype), (NUM_ROWS, 48))
+    expected = adapter.double().eval()(before["event"].double() * 0.5)
+    error = (before["aligned"] - expected).detach().abs().max() / expected.detach().square().mean().sqrt()
+    assert error < TOLERANCE / 10
+
+
+def test_saving_leaves_the_adapter_as_it_was(tmp_path: Path) -> None:
+    adapter = adapter_of().train()
+    adapter.input.weight.grad = torch.ones_like(adapter.input.weight)  # type: ignore[union-attr]
+    before = {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as in training with --precision bf16
+        saved(tmp_path / "c", adapter)
+    assert all(module.training for module in adapter.modules())
+    assert all(parameter.requires_grad for parameter in adapter.parameters())
+    assert torch.equal(adapter.input.weight.grad, torch.ones_like(adapter.input.weight))  # type: ignore[union-attr, arg-type]
+    assert all(torch.equal(before[key], tensor) for key, tensor in adapter.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    checkpoint = load_checkpoint(tmp_path / "c")
+    replay_golden(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            changed_weights(lambda w: w["output.weight"][7].mul_(1.01)),
+            "golden row 0 is answered with a relative error",
+        ),
+        (changed_weights(lambda w: w["input_norm.bias"].add_(1e-3)), "golden row 0"),
+        (changed_weights(lambda w: w["output.bias"][:1].fill_(float("nan"))), "relative error of nan"),
+        (changed_config(lambda c: c["features"]["event"].update(scale=1 / 256)), "golden row 0"),
+        (changed_config(lambda c: c["adapter"].update(target_dim=48)), None),
+        (lambda folder: rewrite(folder, "golden.safetensors", b"nothing"), "does not fit its config.json"),
+        (lambda folder: rewrite(folder, "golden.safetensors", save({"event": torch.ones(4, 9)})), "does not fit"),
+    ],
+)
+def test_another_weight_or_config_is_found_by_its_answers_though_every_sum_holds(
+    change: Callable[[Path], None], message: str | None, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path / "c")
+    change(folder)
+    checkpoint = load_checkpoint(folder)
+    if message is None:
+        replay_golden(checkpoint)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        replay_golden(checkpoint)
+
+
+def test_another_formula_is_found_and_another_rounding_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(saved(tmp_path / "c"))
+    forward = type(checkpoint.adapter).forward
+
+    def rounded(self: Adapter, event_BE: torch.Tensor, noise: None = None) -> torch.Tensor:
+        return forward(self, event_BE, noise) * (1 + TOLERANCE / 10)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(checkpoint.adapter), "forward", rounded)
+        replay_golden(checkpoint)
+    monkeypatch.setattr(torch, "relu", torch.nn.functional.gelu)
+    with pytest.raises(CheckpointError, match=r"golden row 0 .*limit 1e-04.*the version of this program"):
+        replay_golden(checkpoint)
+
+
+def test_a_checkpoint_without_golden_answers_loads_but_cannot_be_replayed(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "c")
+    (folder / "golden.safetensors").unlink()
+    rewrite(folder, "config.json", (folder / "config.json").read_bytes())
+    checkpoint = load_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"has no golden\.safetensors.*Train it anew"):
+        replay_golden(checkpoint)

@@ -1,24 +1,57 @@
-"""Carrying a journal to MLflow: nothing is lost, nothing is told twice, nobody waits for a silent server."""
+"""Carrying a journal to MLflow: nothing is lost, nothing is told twice, nobody waits for a server that is away."""
 
+import http.server
+import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from mlflow_process import MlflowServer, free_port
 
+from ray_app import cli
 from ray_app.config import TrackingFlags
-from ray_app.errors import ConfigError
+from ray_app.errors import ConfigError, StoreError
 from ray_app.jobs import tracking
-from ray_app.jobs.journal import Journal
+from ray_app.jobs.journal import Journal, entries
 from ray_app.jobs.progress import TrainingProgress
-from ray_app.jobs.tracking import Tracker, points, shown, tracking_uri
+from ray_app.jobs.tracking import SYNCED, Tracker, points, shown, sync_run, tracking_uri, unsynced
 
 
-def step_line(step: int) -> dict[str, Any]:
-    return {"loss": 1.0 / step, "epoch": 1, "global_step": step, "time": 1000.0 + step}
+def begin(journal: Journal, key: str = "k1") -> None:
+    journal.write(
+        "start",
+        name="a-run",
+        key=key,
+        experiment="alignment",
+        params={"lr": 0.1},
+        tags={"t": "x"},
+        workers=1,
+        time=1.0,
+    )
+
+
+def steps(journal: Journal, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        journal.step(step, loss=1.0 / step, epoch=1, pairs=8 * step)
+
+
+def end(journal: Journal, artifacts: str | None = None) -> None:
+    journal.write("end", status="FINISHED", artifacts=artifacts, time=2.0)
+
+
+def losses(uri: str, key: str = "k1") -> list[tuple[int, float]]:
+    """(step, loss) of the one run of this key, as the server tells them."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("alignment")
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.run_key = '{key}'")
+    return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")]
+
+
+def expected(last: int) -> list[tuple[int, float]]:
+    return [(step, 1.0 / step) for step in range(1, last + 1)]
 
 
 @pytest.fixture
@@ -26,57 +59,150 @@ def flags(tmp_path: Path) -> TrackingFlags:
     return TrackingFlags(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
 
 
-def test_a_server_that_comes_back_gets_every_point_in_one_run(
-    flags: TrackingFlags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    return tmp_path / "runs" / "one"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[MlflowServer]:
+    served = MlflowServer(tmp_path)
+    yield served
+    served.kill()
+
+
+def test_a_server_that_is_killed_and_comes_back_gets_every_point_in_one_run(
+    server: MlflowServer, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    away = threading.Event()
-
-    class Flaky(MlflowClient):
-        def log_batch(self, *args: Any, **kwargs: Any) -> Any:
-            if away.is_set():
-                raise MlflowException("connection refused")
-            return super().log_batch(*args, **kwargs)
-
-    monkeypatch.setattr(tracking, "MlflowClient", Flaky)
-    away.set()  # the run is made, but its parameters do not get through
-    with Journal(tmp_path) as journal:
-        journal.write("start")
-        tracker = Tracker(flags, tmp_path, "name", {"lr": 0.1}, {"tag": "t"})
-        assert tracker.run_id is None
-        for step in range(1, 1001):  # more than one request holds
-            journal.write("step", **step_line(step))
-        away.clear()
-    assert tracker.close("FINISHED")
-    client = MlflowClient(tracking_uri(flags))
-    (run,) = client.search_runs([client.get_experiment_by_name("alignment").experiment_id])
-    assert run.info.run_id == tracker.run_id
-    assert run.info.status == "FINISHED"
-    assert run.data.params == {"lr": "0.1"}
-    history = client.get_metric_history(run.info.run_id, "train/loss")
-    assert [(m.step, m.value) for m in history] == [(step, 1.0 / step) for step in range(1, 1001)]
+    """Away at the start, up, killed in the middle, up again: no write to the journal waits for it."""
+    monkeypatch.setattr(tracking, "LONGEST_PAUSE_S", 0.5)
+    slowest = 0.0
+    with Journal(run) as journal:
+        begin(journal)
+        tracker = Tracker(TrackingFlags(tracking_uri=server.uri), run)
+        for first in (1, 401, 801):
+            began = time.perf_counter()
+            steps(journal, first, first + 399)
+            slowest = max(slowest, time.perf_counter() - began)
+            if first == 1:
+                server.start()
+                deadline = time.monotonic() + 30
+                while tracker.run_id is None and time.monotonic() < deadline:
+                    time.sleep(0.1)
+            elif first == 401:
+                server.kill()
+        time.sleep(1)
+        server.start()
+        end(journal)
+    assert tracker.close()
+    assert slowest < 5, "400 lines were written without waiting for a server"
+    assert losses(server.uri) == expected(1200)
     assert capsys.readouterr().err.count("does not answer") == 1
+    again = sync_run(run, server.uri)
+    assert (again["points_sent"], again["missing"], again["surplus"]) == (0, 0, 0)
 
 
-def test_a_server_that_never_answers_is_not_waited_for(
-    flags: TrackingFlags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_run_that_was_never_carried_over_is_brought_by_sync_and_a_second_sync_changes_nothing(
+    flags: TrackingFlags, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    (run / "ckpt").mkdir()
+    for name in ("MANIFEST.sha256", "model.safetensors"):
+        (run / "ckpt" / name).write_text(name)
+    with Journal(run) as journal:
+        begin(journal)
+        steps(journal, 1, 1500)  # more than one request holds
+        end(journal, "ckpt")
+    (run / "run.json").write_text(json.dumps({"config": {"tracking_uri": flags.tracking_uri}}))
+    for sent in (1500 * 3, 0, 0):
+        assert cli.run(["sync", str(run), "--json"]) == 0
+        found = json.loads(capfd.readouterr().out)
+        assert found["points_journal"] == found["points_server"] == 1500 * 3
+        assert (found["points_sent"], found["missing"], found["surplus"]) == (sent, 0, 0)
+    assert losses(str(flags.tracking_uri)) == expected(1500)
+    client = MlflowClient(tracking_uri(flags))
+    (tracked,) = client.search_runs([client.get_experiment_by_name("alignment").experiment_id])
+    assert (tracked.info.status, tracked.data.params, tracked.data.tags["t"]) == ("FINISHED", {"lr": "0.1"}, "x")
+    artifacts = client.list_artifacts(tracked.info.run_id, "checkpoint")
+    assert [Path(item.path).name for item in artifacts] == ["MANIFEST.sha256", "model.safetensors"]
+
+
+def test_what_an_interrupted_sync_left_out_is_brought_by_the_next(flags: TrackingFlags, run: Path) -> None:
+    with Journal(run) as journal:
+        begin(journal)
+        steps(journal, 1, 5)
+    lines = entries(run)
+    client = MlflowClient(tracking_uri(flags))
+    run_id = tracking.tracked_run(client, tracking_uri(flags), run, lines)
+    client.log_batch(run_id, metrics=[p for line in lines[2:4] for p in points(line)])
+    found = sync_run(run, tracking_uri(flags))
+    assert (found["points_sent"], found["missing"], found["surplus"]) == (3 * 3, 0, 0)
+    assert losses(str(flags.tracking_uri)) == expected(5)
+
+
+def test_the_next_run_brings_over_what_the_one_before_could_not(flags: TrackingFlags, run: Path) -> None:
+    with Journal(run) as journal:
+        begin(journal)
+        steps(journal, 1, 3)
+        end(journal)
+    assert unsynced(run.parent) == [run]
+    following = run.with_name("two")
+    following.mkdir()
+    with Journal(following) as journal:
+        begin(journal, "k2")
+        tracker = Tracker(flags, following)
+        steps(journal, 1, 2)
+        end(journal)
+    assert tracker.close()
+    assert losses(str(flags.tracking_uri), "k1") == expected(3)
+    assert losses(str(flags.tracking_uri), "k2") == expected(2)
+    assert unsynced(run.parent) == []
+    assert json.loads((run / SYNCED).read_text())["bytes"] == (run / "journal.jsonl").stat().st_size
+
+
+@pytest.mark.parametrize("answer", ["silent", "500"])
+def test_a_server_that_is_slow_or_broken_is_not_waited_for(
+    answer: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if answer == "silent":
+                silence.wait()
+            self.send_error(500)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
     silence = threading.Event()
-    monkeypatch.setattr(tracking, "PATIENCE_S", 0.2)
-
-    def connect(uri: str) -> MlflowClient:
-        silence.wait()
-        raise MlflowException(f"{uri}: no route")
-
-    monkeypatch.setattr(tracking, "MlflowClient", connect)
-    with Journal(tmp_path) as journal:
-        journal.write("start")
+    monkeypatch.setattr(tracking, "PATIENCE_S", 0.5)
+    broken = http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), Broken)
+    threading.Thread(target=broken.serve_forever, daemon=True).start()
     began = time.monotonic()
-    tracker = Tracker(flags, tmp_path, "name", {}, {})
-    assert not tracker.close("FINISHED")
+    with Journal(run) as journal:
+        begin(journal)
+        tracker = Tracker(TrackingFlags(tracking_uri=f"http://127.0.0.1:{broken.server_port}"), run)
+        steps(journal, 1, 100)
+        end(journal)
+    assert not tracker.close()
     assert time.monotonic() - began < 5
     assert tracker.run_id is None
-    assert "no answer in time" in capsys.readouterr().err
+    assert "ray-app sync" in capsys.readouterr().err
     silence.set()
+    broken.shutdown()
+
+
+def test_a_journal_that_is_damaged_or_missing_is_named(flags: TrackingFlags, run: Path) -> None:
+    with pytest.raises(StoreError, match=r"holds no journal\.jsonl"):
+        sync_run(run, tracking_uri(flags))
+    with Journal(run) as journal:
+        begin(journal)
+        steps(journal, 1, 3)
+    path = run / "journal.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"global_step": 2', b'"global_step": 7'))
+    with pytest.raises(StoreError, match=r"journal\.jsonl, line 3 is damaged"):
+        sync_run(run, tracking_uri(flags))
 
 
 def test_an_epoch_becomes_flat_names_that_mlflow_takes() -> None:
@@ -119,9 +245,9 @@ def test_off_a_terminal_progress_is_one_line_for_each_epoch(
 ) -> None:
     val = {"loss": 0.2, "cos_sim_mean": 0.9, "cosine_accept_rate": {"0.80": 0.75}}
     with Journal(tmp_path) as journal:
-        journal.write("step", cos_sim=0.5, pairs=8, seconds=1.0, **step_line(1))
+        journal.step(1, loss=1.0, epoch=1, cos_sim=0.5, pairs=8, seconds=1.0)
         train = {"loss": 0.25, "cos_sim": 0.8, "pairs": 16, "seconds": 2.0}
-        journal.write("epoch", epoch=1, train=train, val=val)
+        journal.epoch(1, train=train, val=val)
     with TrainingProgress(tmp_path, 2):
         pass
     (line,) = capsys.readouterr().err.splitlines()

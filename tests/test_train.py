@@ -1,8 +1,12 @@
 """Training as users run it: real Ray Train, real MLflow on SQLite, small features."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +18,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from ray_app import cli
 from ray_app.config import TrainConfig
 from ray_app.errors import ConfigError, ResourceError, StoreError, TrainingError
 from ray_app.jobs.cluster import ClusterInfo, require
@@ -53,7 +58,7 @@ def test_a_run_leaves_a_checkpoint_a_journal_and_a_tracked_run(
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert {"checkpoint", "mlflow_run_id", "epochs", "val"} <= set(result)
     checkpoint = load_checkpoint(Path(result["checkpoint"]))
-    assert checkpoint.provenance["mlflow_run_id"] == result["mlflow_run_id"]
+    assert checkpoint.provenance["run_key"] == json.loads((cfg.out / "run.json").read_text())["key"]
     assert checkpoint.metrics["val"] == result["val"]
     lines = entries(cfg.out)
     steps = [line for line in lines if line["kind"] == "step"]
@@ -84,12 +89,12 @@ def test_mlflow_holds_every_point_of_the_journal(one_worker: tuple[TrainConfig, 
     assert {"model.safetensors", "config.json", "MANIFEST.sha256"} <= names
 
 
-def test_only_the_best_and_the_newest_weights_stay(one_worker: tuple[TrainConfig, dict[str, Any]]) -> None:
+def test_only_the_best_weights_and_the_newest_places_stay(one_worker: tuple[TrainConfig, dict[str, Any]]) -> None:
     cfg, result = one_worker
     kept = {path.name for path in (cfg.out / "checkpoints").iterdir()}
-    assert kept == {Path(result["checkpoint"]).name, "epoch_0003"}
-    (state,) = (cfg.out / "training_state").iterdir()
-    tensors, meta = load_training_state(state)
+    assert kept == {Path(result["checkpoint"]).name, "epoch_0002", "epoch_0003"}
+    assert {path.name for path in (cfg.out / "training_state").iterdir()} == {"epoch_0002", "epoch_0003"}
+    tensors, meta = load_training_state(cfg.out / "training_state" / "epoch_0003")
     assert meta["counters"]["step"] == result["steps"]
     assert any(name.endswith("exp_avg_sq") for name in tensors)
 
@@ -131,10 +136,22 @@ def kill_a_worker_after(run: Path, epoch: int, killed: list[int]) -> None:
         time.sleep(0.01)
 
 
-def test_a_killed_worker_goes_on_and_ends_with_the_same_bytes(config: Callable[..., TrainConfig]) -> None:
-    settings = {"num_epochs": 30, "early_stop_patience": 30}
-    clean = run_train(config("clean", **settings))
-    cfg = config("killed", **settings)
+LONG = {"num_epochs": 30, "early_stop_patience": 30}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config: Callable[..., TrainConfig]) -> dict[str, Any]:
+    return run_train(config("uninterrupted", **LONG))
+
+
+def same_result(result: dict[str, Any], clean: dict[str, Any]) -> bool:
+    return all(result[key] == clean[key] for key in ("model_sha256", "val", "steps", "epochs"))
+
+
+def test_a_killed_worker_goes_on_and_ends_with_the_same_bytes(
+    config: Callable[..., TrainConfig], uninterrupted: dict[str, Any]
+) -> None:
+    cfg = config("killed", **LONG)
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_worker_after, args=(cfg.out, 4, killed))
     killer.start()
@@ -143,9 +160,90 @@ def test_a_killed_worker_goes_on_and_ends_with_the_same_bytes(config: Callable[.
     assert killed, "no worker was found to kill"
     again, *_ = [line for line in entries(cfg.out) if line["kind"] == "resume"]
     assert again["epoch"] >= 4
-    assert result["model_sha256"] == clean["model_sha256"]
-    assert result["val"] == clean["val"]
-    assert result["steps"] == clean["steps"]
+    assert result["restarts"] == 1
+    assert same_result(result, uninterrupted)
+
+
+def in_a_process(words: list[str], run: Path, until_step: int, send: signal.Signals) -> int:
+    """Runs `ray-app WORDS` with a cluster of its own; signals it after a step. SIGKILL goes to all its processes."""
+    process = subprocess.Popen([sys.executable, "-m", "ray_app", *words], start_new_session=True)
+    deadline = time.monotonic() + 120
+    while True:
+        told = entries(run) if (run / "journal.jsonl").is_file() else []
+        if any(line["kind"] == "step" and line["global_step"] >= until_step for line in told):
+            break
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, f"step {until_step} was not reached"
+        time.sleep(0.005)
+    tree = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    for pid in tree if send == signal.SIGKILL else tree[:1]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, send)
+    return process.wait(timeout=60)
+
+
+def test_all_of_it_killed_then_asked_to_stop_then_resumed_the_run_ends_with_the_same_bytes(
+    config: Callable[..., TrainConfig], uninterrupted: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Within epochs: saved every fourth step, killed after step 30, asked to stop after step 100."""
+    cfg = config("stopped", **LONG)
+    words = f"train --store {cfg.store} --out {cfg.out} --num-epochs 30 --early-stop-patience 30 --hidden-dim 16"
+    words += f" --batch-size 8 --tracking-uri {cfg.tracking_uri} --checkpoint-every 4"
+    resume = ["train", "--resume", str(cfg.out)]
+    assert in_a_process(words.split(), cfg.out, 30, signal.SIGKILL) == -signal.SIGKILL
+    assert in_a_process(resume, cfg.out, 100, signal.SIGTERM) == 143
+    stopped = [line["global_step"] for line in entries(cfg.out) if line["kind"] == "stop"]
+    assert len(stopped) == 1
+    assert stopped[0] >= 100
+    capfd.readouterr()
+    assert cli.run([*resume, "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["resumed_from_step"] == stopped[0]
+    assert same_result(result, uninterrupted)
+    steps = [line["global_step"] for line in entries(cfg.out) if line["kind"] == "step"]
+    assert steps == list(range(1, result["steps"] + 1)), "each step is told once"
+    client = MlflowClient(tracking_uri(cfg))
+    runs = client.search_runs([client.get_experiment_by_name(cfg.experiment).experiment_id])
+    (tracked,) = [run for run in runs if run.data.tags["journal"] == str(cfg.out)]
+    history = client.get_metric_history(tracked.info.run_id, "train/loss")
+    assert [m.step for m in history] == steps
+    assert tracked.info.status == "FINISHED"
+
+
+def test_another_number_of_workers_may_go_on_and_is_told_what_it_costs(
+    one_worker: tuple[TrainConfig, dict[str, Any]], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "moved"  # a run may be moved, too
+    shutil.copytree(one_worker[0].out, run)
+    for place in ("checkpoints/epoch_0003", "training_state/epoch_0003"):
+        shutil.rmtree(run / place)
+    assert cli.run(["train", "--resume", str(run), "--num-workers", "2", "--json"]) == 0
+    told = capfd.readouterr()
+    assert "num_workers changed" in told.err
+    assert "not be byte-identical" in told.err
+    result, alone = json.loads(told.out), one_worker[1]
+    assert result["workers"] == 2
+    assert result["resumed_from_step"] == alone["steps"] * 2 // 3
+    assert result["steps"] == alone["steps"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--learning-rate 0.5", "learning_rate was 0.001, is 0.5 now"),
+        ("--num-epochs 9", "num_epochs was 3, is 9 now"),
+    ],
+)
+def test_a_resume_with_another_config_is_refused_with_key_old_and_new(
+    one_worker: tuple[TrainConfig, dict[str, Any]], flag: str, words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["train", "--resume", str(one_worker[0].out), *flag.split()]) == 2
+    assert words in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_resume_of_what_is_no_run_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", "--resume", str(tmp_path)]) == 2
+    assert "is not the folder of a run" in capfd.readouterr().err
 
 
 def test_a_shard_too_large_to_hold_is_streamed_in_bf16_too(config: Callable[..., TrainConfig]) -> None:
@@ -246,6 +344,6 @@ def test_a_line_cut_short_is_not_an_entry(tmp_path: Path) -> None:
     assert entries(tmp_path) == [{"kind": "start", "name": "x"}]
     with Journal(tmp_path) as journal:
         with pytest.raises(ValueError, match="not JSON compliant"):
-            journal.write("step", loss=float("nan"))
+            journal.step(1, loss=float("nan"))
         journal.write("resume", epoch=1)
     assert [line["kind"] for line in entries(tmp_path)] == ["start", "resume"]

@@ -10,21 +10,26 @@ import pytest
 import torch
 
 from ray_app.config import TrainConfig
-from ray_app.errors import TrainingError
+from ray_app.errors import StoreError, TrainingError
+from ray_app.jobs import train_loop
 from ray_app.jobs.journal import Journal, entries
-from ray_app.jobs.run_folder import RunFolder
+from ray_app.jobs.lanes import Lanes
+from ray_app.jobs.run_folder import RunFolder, place
 from ray_app.jobs.shards import Held
-from ray_app.jobs.train_loop import TrainState, Worker, resume_or_init, resumed, validate
+from ray_app.jobs.train_loop import Worker, back_off, held_batches, train_epoch, validate
+from ray_app.jobs.train_state import Keeper, TrainState, agreed_place, resume_or_init
 from ray_app.store.checkpoint import save_training_state
 from ray_app.store.pair_store import PairStore
 
 CPU = torch.device("cpu")
 Start = Callable[[], TrainState]
+VAL = {"loss": 1.0}
 
 
 @pytest.fixture
 def cfg(small_store: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(store=small_store, out=tmp_path / "run", hidden_dim=4, strategy="bottleneck")
+    (tmp_path / "run").mkdir()
+    return TrainConfig(store=small_store, out=tmp_path / "run", hidden_dim=4, strategy="lightweight", batch_size=4)
 
 
 @pytest.fixture
@@ -34,24 +39,18 @@ def store(cfg: TrainConfig) -> PairStore:
 
 @pytest.fixture
 def start(cfg: TrainConfig, store: PairStore) -> Start:
-    return lambda: resume_or_init(cfg, store, RunFolder(cfg.out), CPU)
+    return lambda: resume_or_init(cfg, store, RunFolder(cfg.out).newest_state(), CPU)
 
 
-def metrics(state: TrainState) -> dict[str, Any]:
-    return {"epoch": state.epoch, "train": {"loss": 1.0}, "val": {"loss": state.best_loss}}
+def keeper(cfg: TrainConfig, store: PairStore, journal: Journal) -> Keeper:
+    return Keeper(RunFolder(cfg.out), store, journal, {})
 
 
-def save(cfg: TrainConfig, store: PairStore, state: TrainState) -> None:
-    RunFolder(cfg.out).save(
-        state.epoch,
-        state.objective.adapter,
-        features=store.manifest.features,
-        metrics=metrics(state),
-        provenance={},
-        tensors=state.tensors(),
-        meta=state.meta(),
-        best_epoch=state.best_epoch,
-    )
+def end_epoch(cfg: TrainConfig, store: PairStore, state: TrainState, val_loss: float) -> None:
+    state.step += 7
+    state.end_epoch(val_loss)
+    with Journal(cfg.out) as journal:
+        keeper(cfg, store, journal).end_of_epoch(state, {"loss": 1.0}, {"loss": val_loss})
 
 
 def test_killed_before_the_weights_it_goes_on_from_the_epoch_before(
@@ -59,14 +58,12 @@ def test_killed_before_the_weights_it_goes_on_from_the_epoch_before(
 ) -> None:
     run, state = RunFolder(cfg.out), start()
     assert state.epoch == 0
-    state.end_epoch(2.0)
-    save(cfg, store, state)
+    end_epoch(cfg, store, state, 2.0)
     state.end_epoch(1.0)
-    save_training_state(run.state(2), state.tensors(), state.meta())
+    save_training_state(run.state(place(2)), state.tensors(), state.meta())
     state = start()
     assert (state.epoch, state.best_loss) == (1, 2.0)
-    state.end_epoch(1.0)
-    save(cfg, store, state)
+    end_epoch(cfg, store, state, 1.0)
     state = start()
     assert (state.epoch, state.best_loss) == (2, 1.0)
 
@@ -76,25 +73,142 @@ def test_killed_before_it_is_told_an_epoch_is_told_by_the_next_start_and_only_on
 ) -> None:
     run, state = RunFolder(cfg.out), start()
     for loss in (2.0, 1.0):
-        state.end_epoch(loss)
-        save(cfg, store, state)
+        end_epoch(cfg, store, state, loss)
     (cfg.out / "best.json").write_text(json.dumps({"checkpoint": "checkpoints/epoch_0001", "epoch": 1}))
+    journal_file = cfg.out / "journal.jsonl"
+    journal_file.write_bytes(b"".join(journal_file.read_bytes().splitlines(keepends=True)[:-1]))  # killed before it
     for _ in range(2):
         with Journal(cfg.out) as journal:
-            resumed(journal, run, start())
-    assert run.best() == run.checkpoint(2)
+            keeper(cfg, store, journal).begin(start(), 1)
+    assert run.best() == run.checkpoint(place(2))
     lines = entries(cfg.out)
-    assert [(line["kind"], line["epoch"]) for line in lines] == [("resume", 2), ("epoch", 2), ("resume", 2)]
-    assert {key: lines[1][key] for key in ("epoch", "train", "val")} == metrics(state)
+    told = [(line["kind"], line["epoch"]) for line in lines]
+    assert told == [("epoch", 1), ("resume", 2), ("epoch", 2), ("resume", 2)]
+    assert lines[2]["val"] == {"loss": 1.0}
 
 
-def test_a_damaged_state_is_never_gone_on_from(cfg: TrainConfig, store: PairStore, start: Start) -> None:
+def test_a_damaged_state_is_set_aside_and_the_place_before_is_gone_on_from(
+    cfg: TrainConfig, store: PairStore, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
     state = start()
-    state.end_epoch(2.0)
-    save(cfg, store, state)
-    path = RunFolder(cfg.out).state(1) / "training_state.json"
-    path.write_text(path.read_text().replace("2.0", "1.0"))
-    assert start().epoch == 0
+    for loss in (3.0, 2.0, 1.0):
+        end_epoch(cfg, store, state, loss)
+    path = RunFolder(cfg.out).state(place(3)) / "training_state.json"
+    path.write_text(path.read_text().replace("1.0", "4.0"))
+    assert start().epoch == 2
+    assert str(path) in capsys.readouterr().err
+    assert RunFolder(cfg.out).checkpoint(place(3)).is_dir(), "its weights hold, and may be the best"
+    (aside,) = (cfg.out / "training_state").glob(".aside-*")
+    assert (aside / "training_state.json").is_file()
+    assert start().epoch == 2, "a second start finds the same"
+
+
+def test_the_newest_two_places_and_the_best_at_each_stay(cfg: TrainConfig, store: PairStore, start: Start) -> None:
+    state = start()
+    kept = []
+    for loss in (2.0, 4.0, 3.0, 1.0, 5.0):
+        end_epoch(cfg, store, state, loss)
+        kept.append([{p.name for p in (cfg.out / folder).iterdir()} for folder in ("checkpoints", "training_state")])
+    assert kept[2:] == [
+        [{place(1), place(2), place(3)}, {place(2), place(3)}],
+        [{place(1), place(3), place(4)}, {place(3), place(4)}],  # the first was the best at the third
+        [{place(4), place(5)}, {place(4), place(5)}],
+    ]
+
+
+def test_where_the_newest_weights_are_damaged_and_were_the_best_the_best_before_is_back(
+    cfg: TrainConfig, store: PairStore, start: Start
+) -> None:
+    state = start()
+    for loss in (2.0, 4.0, 3.0, 1.0):
+        end_epoch(cfg, store, state, loss)
+    run = RunFolder(cfg.out)
+    (run.checkpoint(place(4)) / "model.safetensors").write_bytes(b"")
+    state = start()
+    assert (state.epoch, state.best_epoch) == (3, 1)
+    with Journal(cfg.out) as journal:
+        keeper(cfg, store, journal).begin(state, 1)
+    assert run.best() == run.checkpoint(place(1))
+    assert run.best().is_dir()
+    end_epoch(cfg, store, state, 1.0)
+    assert run.best() == run.checkpoint(place(4))
+
+
+def test_places_are_in_order_by_name_and_the_first_worker_decides(cfg: TrainConfig) -> None:
+    names = [place(0, 99), place(1), place(1, 130), place(1, 1300), place(2), place(10, 1)]
+    assert names == sorted(names)
+    assert agreed_place(RunFolder(cfg.out), 0, 1, CPU) is None
+
+
+def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weights_are_the_same_bytes(
+    cfg: TrainConfig, store: PairStore, start: Start
+) -> None:
+    """Saved after every second step, killed after the fifth of thirteen, asked to stop after the ninth."""
+    event, target = (torch.tensor(side) for side in store.read_rows(np.arange(50)))
+    held = Held(np.arange(50), event, target)
+    lanes = Lanes(50, cfg.batch_size, cfg.seed)
+    worker = Worker(cfg.model_copy(update={"checkpoint_every": 2}), store, 0, 1, CPU)
+    seen: list[int] = []
+
+    def run(state: TrainState, keep: Keeper | None, die_after: int = 99, stop_after: int = 99) -> bool:
+        def batches() -> Any:
+            for batch, *pairs in held_batches(held, lanes, state, worker):
+                if state.step == die_after:
+                    raise KeyboardInterrupt
+                if state.step == stop_after - 1:
+                    RunFolder(cfg.out).stop_file.touch()
+                seen.extend(batch.positions.tolist())
+                yield batch, *pairs
+
+        return train_epoch(state.objective, state, batches(), worker, keep, resumable=True)
+
+    whole = start()
+    assert run(whole, None)
+    assert sorted(seen) == list(range(50))
+    first = list(seen)
+
+    seen.clear()
+    with Journal(cfg.out) as journal:
+        with pytest.raises(KeyboardInterrupt):
+            run(start(), keeper(cfg, store, journal), die_after=5)
+        del seen[4 * cfg.batch_size :]  # what was done after the save is done again
+        state = start()
+        assert state.place == place(0, 4)
+        assert not run(state, keeper(cfg, store, journal), stop_after=9)
+        RunFolder(cfg.out).stop_file.unlink()
+        state = start()
+        assert state.place == place(0, 9)
+        assert run(state, keeper(cfg, store, journal))
+    assert seen == first
+    assert state.sums.pairs == 50
+    assert (state.sums.loss, state.sums.cos_sim) == (whole.sums.loss, whole.sums.cos_sim)
+    for key, value in whole.objective.state_dict().items():
+        assert torch.equal(value, state.objective.state_dict()[key]), key
+    for key, value in whole.tensors().items():
+        assert torch.equal(value, state.tensors()[key]), key
+    steps = [line["global_step"] for line in entries(cfg.out) if line["kind"] == "step"]
+    assert steps == list(range(1, 14)), "each step is told once"
+
+
+def test_another_attempt_waits_twice_as_long(cfg: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(train_loop.time, "sleep", waited.append)
+    with Journal(cfg.out) as journal:
+        for _ in range(2):
+            journal.write("start")
+            for _ in range(7):
+                back_off(RunFolder(cfg.out))
+                journal.write("attempt")
+    assert waited == [1, 2, 4, 8, 16, 30] * 2
+
+
+def test_a_run_has_one_driver_and_its_journal_one_writer(cfg: TrainConfig) -> None:
+    run = RunFolder(cfg.out)
+    (cfg.out / "run.json").write_text("{}")
+    with run.driven(), pytest.raises(StoreError, match="in another process"), run.driven():
+        pass
+    with Journal(cfg.out), pytest.raises(StoreError, match="by another process"):
+        Journal(cfg.out, patience_s=0.1)
 
 
 def test_a_validation_loss_that_is_not_finite_ends_training(cfg: TrainConfig, store: PairStore, start: Start) -> None:

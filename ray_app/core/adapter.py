@@ -111,7 +111,7 @@ class LightweightAlignmentModule(Adapter):
 
 
 class LightweightReference(Adapter):
-    """What the reference really ran: one hidden layer with LayerNorm and GELU, a learned scale, + 0.1 · x.
+    """What the reference really ran: scale · (mlp(x) + 0.1 · x), of one hidden layer with LayerNorm and GELU.
 
     154,292,737 parameters at E = D = 150,528 and H = 512. Where E ≠ D the residual connection is off.
     """
@@ -129,8 +129,8 @@ class LightweightReference(Adapter):
 
     def forward(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
         h_BH = self.dropout(nn.functional.gelu(self.norm(self.input(event_BE))), noise)
-        aligned_BD = self.output(h_BH) * self.scale
-        return aligned_BD + self.RESIDUAL * event_BE if self.residual else aligned_BD
+        aligned_BD = self.output(h_BH)
+        return self.scale * (aligned_BD + self.RESIDUAL * event_BE if self.residual else aligned_BD)
 
 
 class Linear(Adapter):

@@ -5,7 +5,7 @@ Shapes: B = pairs.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -17,46 +17,82 @@ def accept(cos_B: Tensor, theta: float = THETA) -> Tensor:
     return cos_B > theta
 
 
+VerdictCode = Literal[
+    "first",
+    "promoted",
+    "forced",
+    "already_champion",
+    "no_gain",
+    "beaten_by_control",
+    "other_test_set",
+    "checksum_failed",
+    "golden_failed",
+]
+"""`first`, `promoted` and `forced` move the alias; `already_champion` leaves it where it should be."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether the alias moves, and why."""
+    """Whether the challenger is champion now, and why."""
 
-    promoted: bool
-    """The challenger becomes champion."""
-    forced: bool
-    """It does only because it was asked to."""
+    code: VerdictCode
+    """For programs."""
     reason: str
     """One sentence with the numbers."""
 
+    @property
+    def promoted(self) -> bool:
+        """The challenger is champion now."""
+        return self.code in ("first", "promoted", "forced", "already_champion")
+
+    @property
+    def forced(self) -> bool:
+        """It is only because it was asked to."""
+        return self.code == "forced"
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A challenger that is not what was saved."""
+
+    code: Literal["checksum_failed", "golden_failed"]
+    """Its bytes have changed, or it no longer answers as it did."""
+    reason: str
+    """One sentence with the file or the row."""
+
 
 def promotion_verdict(
-    challenger: Mapping[str, Any],
+    challenger: Mapping[str, Any] | Broken,
     champion: Mapping[str, Any] | None,
     *,
     min_gain: float = 0.0,
     force: bool = False,
+    is_champion: bool = False,
 ) -> Verdict:
     """Compares two evaluations: `AlignmentEvaluation.metrics()` with a `test_fingerprint` each.
 
     Without a champion the first version is promoted in any case, labelled with its lift. Otherwise it must
-    gain more than `min_gain` over the champion at θ = 0.80, and have lift. `force` overrules, on record.
+    gain more than `min_gain` over the champion at θ = 0.80, and have lift. `force` overrules that, on record;
+    it does not overrule that a challenger is broken. `is_champion`: the two are the same version.
     """
+    if isinstance(challenger, Broken):
+        return Verdict(challenger.code, challenger.reason)
     lift, control = challenger["lift"], challenger["best_control"]
     judged = f"lift {lift:+.4f} over the best control ({control})"
+    if is_champion:
+        return Verdict("already_champion", f"it is the champion already: {judged}")
     if champion is None:
         note = "" if lift > 0 else "; it does not beat that control, and is champion only for want of another"
-        return Verdict(True, False, f"first version: {judged}{note}")
+        return Verdict("first", f"first version: {judged}{note}")
     rate, best = (m["cosine_accept_rate"][rate_key(THETA)] for m in (challenger, champion))
     compared = f"cosine_accept_rate_0.80 {rate:.4f} against the champion's {best:.4f}"
-    flaw = ""
+    verdict = Verdict("promoted", f"{compared}; {judged}")
     if challenger["test_fingerprint"] != champion["test_fingerprint"]:
-        flaw = "the champion was judged on other test pairs"
+        verdict = Verdict("other_test_set", "the champion was judged on other test pairs")
     elif lift <= 0:
-        flaw = f"does not beat the best control: {judged}"
+        verdict = Verdict("beaten_by_control", f"does not beat the best control: {judged}")
     elif rate - best <= min_gain:
-        flaw = f"not better than the champion by more than {min_gain:.4f}: {compared}"
-    if flaw and not force:
-        return Verdict(False, False, flaw)
-    if flaw:
-        return Verdict(True, True, f"forced, though {flaw}")
-    return Verdict(True, False, f"{compared}; {judged}")
+        verdict = Verdict("no_gain", f"not better than the champion by more than {min_gain:.4f}: {compared}")
+    if force and not verdict.promoted:
+        return Verdict("forced", f"forced, though {verdict.reason}")
+    return verdict

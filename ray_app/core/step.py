@@ -32,7 +32,8 @@ class StepResult:
 
 def decode(stored: Tensor, scale: float, device: torch.device) -> Tensor:
     """Stored features as float32 on `device`; the copy is made of the stored type, a quarter of the bytes."""
-    return stored.to(device, non_blocking=True).to(torch.float32).mul_(scale)
+    wide = stored.to(device, non_blocking=True).to(torch.float32)
+    return wide.mul(scale) if wide is stored else wide.mul_(scale)
 
 
 def make_optimizer(objective: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:

@@ -20,7 +20,7 @@ from ray_app.config import Config
 from ray_app.errors import InputError, StoreError
 from ray_app.events.windows import parse_duration
 from ray_app.sources.base import RawPair, Rejected, Source, SourceTask
-from ray_app.store.durable import write_file
+from ray_app.store.durable import make_folder, write_file, writing
 from ray_app.store.manifest import MANIFEST, QUARANTINE, Features, FeatureSpec, Manifest, PartRecord
 from ray_app.store.pair_store import (
     Pair,
@@ -91,11 +91,9 @@ def claim(folder: Path, source: Source, tasks: list[SourceTask], features: Featu
     elif folder.exists() and (not folder.is_dir() or any(p.name != SCRATCH for p in folder.iterdir())):
         raise StoreError(f"{folder} already holds something else; --out must be a new or empty folder.")
     else:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, text.encode())
-        except OSError as error:
-            raise StoreError(f"{folder} cannot be written: {error.strerror}.") from error
+        with writing(folder):
+            make_folder(path.parent)
+        write_file(path, text.encode())
 
 
 def build_task(source: Source, task: SourceTask, folder: Path, features: Features) -> BuiltTask:
@@ -124,10 +122,8 @@ def build_task(source: Source, task: SourceTask, folder: Path, features: Feature
         part = write_part(folder, f"{task.name}.parquet", list(pairs.values()), features) if pairs else None
         done = BuiltTask(task=task.name, part=part, rejected=tuple(rejected))
         _record(folder, done)
-    except OSError as error:
-        raise StoreError(
-            f"{folder} cannot be written: {error.strerror}. Finished files stay; repeat the command to go on."
-        ) from error
+    except StoreError as error:
+        raise StoreError(f"{error} Finished files stay; repeat the command to go on.") from error
     return done
 
 

@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from ray.train import ControllerError, TrainingFailedError
 
 from ray_app.errors import RayAppError, ResourceError
+from ray_app.jobs.listening import no_listener
 
 NO_ROOM = "Something else may hold the cluster's CPUs (`ray status` tells); wait for it, or ask for less."
 
@@ -60,6 +61,8 @@ def cluster(address: str | None) -> Iterator[ClusterInfo]:
         for chatty in ("ray.data", "ray.train"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
         where = address or os.environ.get("RAY_ADDRESS") or "local"
+        if where not in ("local", "auto") and (reason := no_listener(where)):
+            raise ResourceError(_no_cluster(where, reason))
         try:
             ray.init(
                 address=where,
@@ -68,10 +71,7 @@ def cluster(address: str | None) -> Iterator[ClusterInfo]:
                 include_dashboard=False if where == "local" else None,
             )
         except (ConnectionError, RayError) as error:
-            raise ResourceError(
-                f"there is no Ray cluster at '{where}' ({str(error).splitlines()[0]}); name another with --address, "
-                "or unset RAY_ADDRESS to start one on this machine"
-            ) from error
+            raise ResourceError(_no_cluster(where, str(error).splitlines()[0])) from error
         try:
             info = _info()
             if where == "local":
@@ -80,6 +80,13 @@ def cluster(address: str | None) -> Iterator[ClusterInfo]:
             yield info
         finally:
             ray.shutdown()
+
+
+def _no_cluster(where: str, reason: str) -> str:
+    return (
+        f"there is no Ray cluster at '{where}' that lets this user in ({reason}); name another with --address, or "
+        "unset RAY_ADDRESS to start one on this machine (`ray-app doctor` tells more)"
+    )
 
 
 @contextmanager

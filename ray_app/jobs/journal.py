@@ -1,46 +1,130 @@
 """The journal of a run: one JSON object a line, appended as things happen, before anyone else hears of them.
 
-Kinds: `step` (each optimizer step), `epoch` (training means and validation), `start`, `resume`, `failure`.
+Kinds: `start` (a driver begins; what the tracking server needs to know of the run), `attempt` (a group of workers
+begins), `resume`, `step` (each optimizer step), `epoch` (training means and validation), `stop` (saved on request),
+`failure`, `end`. Every line ends with a CRC-32 of the rest of it. A step or an epoch that is done again after a
+restart is not told again, so each stands here once.
 """
 
+import errno
+import fcntl
 import json
 import os
 import threading
+import time
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ray_app.errors import StoreError
+from ray_app.store.durable import writing
+
 JOURNAL = "journal.jsonl"
 POLL_S = 0.25
 """How often a follower looks for new lines."""
+HANDOVER_S = 20.0
+"""How long a writer waits for the one before it, which may be a process that has just been killed."""
+UNSYNCED = ("step",)
+"""Kinds that are left to the operating system; each other line is on the disk before `write` returns."""
 
 
 class Journal:
-    """Appends to a run's journal; every line is with the operating system before `write` returns."""
+    """The one writer of a run's journal; every line is with the operating system before `write` returns."""
 
-    def __init__(self, run: Path) -> None:
-        path = run / JOURNAL
-        if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
-            os.truncate(path, data.rfind(b"\n") + 1)  # a line that its writer was killed in
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, run: Path, patience_s: float = HANDOVER_S) -> None:
+        """StoreError: another process is writing, or a line is damaged."""
+        self._path = run / JOURNAL
+        with writing(self._path):
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            self._lock(patience_s)
+            data = self._path.read_bytes()
+            if data and not data.endswith(b"\n"):
+                os.ftruncate(self._fd, data.rfind(b"\n") + 1)  # a line that its writer was killed in
+            lines = entries(run)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self.last_step = max((line["global_step"] for line in lines if line["kind"] == "step"), default=0)
+        """Last optimizer step that is told."""
+        self.last_epoch = max((line["epoch"] for line in lines if line["kind"] == "epoch"), default=0)
+        """Last epoch that is told."""
 
     def write(self, kind: str, **values: Any) -> None:
-        """One line. A number that is not finite raises ValueError: JSON has none."""
-        self._file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        """One line. ValueError: a number that is not finite, which JSON has not. StoreError: it cannot be written."""
+        line = sealed({"kind": kind, **values})
+        size = os.fstat(self._fd).st_size
+        with writing(self._path, len(line)):
+            try:
+                if os.write(self._fd, line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if kind not in UNSYNCED:
+                    os.fsync(self._fd)
+            except OSError:
+                with suppress(OSError):  # what is left of a line is cut off by the next writer, too
+                    os.ftruncate(self._fd, size)
+                raise
+
+    def step(self, global_step: int, **values: Any) -> None:
+        """A `step` line, unless that step is told already."""
+        if global_step > self.last_step:
+            self.write("step", global_step=global_step, time=time.time(), **values)
+            self.last_step = global_step
+
+    def epoch(self, epoch: int, **values: Any) -> None:
+        """An `epoch` line, unless that epoch is told already."""
+        if epoch > self.last_epoch:
+            self.write("epoch", epoch=epoch, time=time.time(), **values)
+            self.last_epoch = epoch
+
+    def _lock(self, patience_s: float) -> None:
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                return fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise StoreError(
+                        f"{self._path} is being written by another process; a run has one driver at a time"
+                    ) from error
+            time.sleep(POLL_S)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
-        self._file.close()
+        os.close(self._fd)
+
+
+def sealed(values: dict[str, Any]) -> bytes:
+    """One line with its checksum as the last value."""
+    text = json.dumps(values, allow_nan=False).encode()
+    return b'%s, "crc": "%08x"}\n' % (text[:-1], zlib.crc32(text))
+
+
+def opened(line: bytes, where: str) -> dict[str, Any]:
+    """The values of a line without its checksum. StoreError, with `where`, if it does not hold."""
+    body, mark, tail = line.rpartition(b', "crc": "')
+    text = body + b"}"
+    if not mark or tail.rstrip(b"\n") != b'%08x"}' % zlib.crc32(text):
+        raise StoreError(f"{where} is damaged: its checksum does not hold. Set the file aside to go on without it.")
+    return json.loads(text)
 
 
 def entries(run: Path) -> list[dict[str, Any]]:
-    """All whole lines so far."""
+    """All whole lines so far; a cut last one is not there yet. StoreError names a damaged line."""
     path = run / JOURNAL
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [opened(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.endswith(b"\n")]
+
+
+def since_start(run: Path) -> list[dict[str, Any]]:
+    """What came after the newest `start` line: the doing of one driver."""
+    lines = entries(run)
+    return lines[max(n for n, line in enumerate(lines, 1) if line["kind"] == "start") :]
 
 
 def follow(run: Path, stop: threading.Event) -> Iterator[list[dict[str, Any]]]:
@@ -53,8 +137,8 @@ def follow(run: Path, stop: threading.Event) -> Iterator[list[dict[str, Any]]]:
             file.seek(done)
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
+        yield [opened(line, f"{path}, byte {done} on") for line in whole.splitlines()]
         done += len(whole)
-        yield [json.loads(line) for line in whole.splitlines()]
         if last:
             return
         stop.wait(POLL_S)

@@ -10,7 +10,7 @@ from ray_app.jobs.cluster import cluster
 from ray_app.jobs.evaluate import render_evaluate, run_evaluate
 from ray_app.jobs.inspect import run_inspect
 from ray_app.jobs.prepare import run_prepare
-from ray_app.jobs.promote import render_promote, run_promote
+from ray_app.jobs.promote import render_outcome, run_promote
 from ray_app.jobs.train import run_train
 from ray_app.store.manifest import MANIFEST
 
@@ -68,4 +68,4 @@ def next_run(folder: Path) -> Path:
 def render_quickstart(result: dict[str, Any], console: Console) -> None:
     """The table of the test part, the report's path, the champion, and where to go from here."""
     render_evaluate(result["evaluate"], console)
-    render_promote(result["promote"], console)
+    render_outcome(result["promote"], console)

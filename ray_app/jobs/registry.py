@@ -1,4 +1,4 @@
-"""Where checkpoints are found: a folder, a run's best, or a version in the model registry."""
+"""Where checkpoints are found, and where they are kept: a folder, a run's best, a version in the model registry."""
 
 import re
 import tempfile
@@ -7,13 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
 from ray_app.config import TrackingFlags
 from ray_app.errors import CheckpointError, RegistryError
 from ray_app.jobs.run_folder import BEST, RUN, RunFolder
-from ray_app.jobs.tracking import TRACKING_ERRORS, shown, tracking_uri
+from ray_app.jobs.tracking import ARTIFACTS, TRACKING_ERRORS, experiment_id, run_of_key, shown, tracking_uri
+from ray_app.store.checkpoint import SUMS, Checkpoint, verify_folder
+from ray_app.store.durable import sha256_file
 
-MODEL = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
 @contextmanager
@@ -24,7 +28,7 @@ def checkpoint_folder(checkpoint: str, cfg: TrackingFlags) -> Iterator[Path]:
     is a checkpoint folder or the folder of a run, whose best checkpoint is meant (CheckpointError).
     """
     if checkpoint.startswith("models:"):
-        match = MODEL.fullmatch(checkpoint)
+        match = MODEL_URI.fullmatch(checkpoint)
         if match is None:
             raise RegistryError(
                 f"'{checkpoint}' is no model; write models:/NAME@ALIAS or models:/NAME/VERSION, for instance "
@@ -77,3 +81,58 @@ def registry_errors(cfg: TrackingFlags) -> Iterator[None]:
             f"{shown(str(error).splitlines()[0])} (tracking server: {shown(tracking_uri(cfg))}; --tracking-uri "
             "chooses another)"
         ) from error
+
+
+def registered_versions(client: MlflowClient, model: str) -> list[ModelVersion]:
+    """The versions of a model by number; none where there is no such model."""
+    return sorted(client.search_model_versions(f"name='{model}'"), key=lambda version: int(version.version))
+
+
+def version_of(client: MlflowClient, model: str, model_sha256: str) -> ModelVersion | None:
+    """The version with these weights, or None."""
+    same = (v for v in registered_versions(client, model) if v.tags.get("model_sha256") == model_sha256)
+    return next(same, None)
+
+
+def uploaded(cfg: TrackingFlags, client: MlflowClient, checkpoint: Checkpoint) -> str:
+    """The run whose artifacts are this checkpoint, made where there is none.
+
+    RegistryError if what comes back from there is not what was sent.
+    """
+    run_id = run_that_holds(client, checkpoint)
+    if run_id is None:
+        name = f"promote-{checkpoint.sha256[:10]}"
+        run_id = str(client.create_run(experiment_id(client, cfg), run_name=name).info.run_id)
+        client.log_artifacts(run_id, str(checkpoint.folder), ARTIFACTS)
+        client.set_terminated(run_id)
+    source = source_of(run_id)
+    with downloaded(client, source, cfg) as folder:
+        if verify_folder(folder) != checkpoint.sha256:
+            raise RegistryError(f"{source} is another checkpoint than {checkpoint.folder}; promote it again.")
+    return run_id
+
+
+def source_of(run_id: str) -> str:
+    """Where a run's checkpoint lies, as a version names it."""
+    return f"runs:/{run_id}/{ARTIFACTS}"
+
+
+def all_experiments(client: MlflowClient) -> list[str]:
+    """Ids of the experiments that are not deleted."""
+    return [experiment.experiment_id for experiment in client.search_experiments()]
+
+
+def run_that_holds(client: MlflowClient, checkpoint: Checkpoint) -> str | None:
+    """The checkpoint's own run, if this server knows it and its artifacts are this very checkpoint."""
+    key = checkpoint.provenance.get("run_key")
+    run_id = run_of_key(client, key, all_experiments(client)) if key else None
+    if run_id is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
+        try:
+            sums = client.download_artifacts(run_id, f"{ARTIFACTS}/{SUMS}", scratch)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return run_id if sha256_file(Path(sums)) == checkpoint.sha256 else None

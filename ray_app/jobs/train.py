@@ -3,28 +3,35 @@
 import hashlib
 import json
 import shutil
+import signal
 import sys
+import threading
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayActorError
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 from rich.table import Table
 
 from ray_app.config import TrainConfig, flat
 from ray_app.core.adapter import STRATEGIES, num_parameters
-from ray_app.errors import ResourceError, StoreError, TrainingError
+from ray_app.errors import ConfigError, ResourceError, RunStopped, StoreError, TrainingError
 from ray_app.jobs.cluster import ClusterInfo, cluster, require
-from ray_app.jobs.journal import Journal, entries
+from ray_app.jobs.journal import Journal, entries, since_start
 from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.progress import TrainingProgress
-from ray_app.jobs.run_folder import RunFolder
+from ray_app.jobs.run_folder import KEPT_PLACES, RunFolder
 from ray_app.jobs.shards import pairs_dataset
-from ray_app.jobs.tracking import Tracker, tracking_uri
-from ray_app.jobs.train_loop import adapter_config, train_loop_per_worker
+from ray_app.jobs.tracking import Tracker, shown, tracking_uri
+from ray_app.jobs.train_loop import train_loop_per_worker
+from ray_app.jobs.train_state import adapter_config
 from ray_app.store.checkpoint import verify_folder
 from ray_app.store.durable import sha256_file
 from ray_app.store.pair_store import PairStore
@@ -34,6 +41,10 @@ from ray_app.store.split import test_fingerprint as fingerprint_of
 
 WEIGHTS_AND_MOMENTS_BYTES = 16
 """For each parameter: weight, gradient and AdamW's two moments in float32."""
+ROUNDING = {"num_workers", "use_gpu", "cpus_per_worker", "shard_memory_gib"}
+"""Settings that a resumed run may change at the price of byte-identity: another order of sums, or other kernels."""
+CHANGEABLE = ROUNDING | {"resume", "address", "tracking_uri", "model_name", "max_failures", "checkpoint_every"}
+"""All that a resumed run may change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +67,18 @@ class Plan:
 
 
 def run_train(cfg: TrainConfig) -> dict[str, Any]:
-    """Trains an adapter; returns the --json object."""
+    """Trains an adapter, or goes on with a run; returns the --json object.
+
+    RunStopped: SIGTERM came, the run is saved and can go on. ConfigError: a setting that may not change on the way.
+    """
     cfg = cfg.model_copy(update={"store": cfg.store.absolute(), "out": cfg.out.absolute()})
     tracking_uri(cfg)  # a mistake in it is told before anything is read or written
     store = PairStore.open(cfg.store, cfg.durations)
+    run = RunFolder(cfg.out)
+    if cfg.resume:
+        refuse_changes(cfg, store, run.about())
+        if (last := entries(run.path)[-1:]) and last[0].get("status") == "FINISHED":
+            print(f"{run.path} is finished; nothing is left to train", file=sys.stderr)
     split = split_pairs(store.index, cfg.split_config)
     for part in ("train", "val"):
         if not len(getattr(split, part)):
@@ -68,9 +87,38 @@ def run_train(cfg: TrainConfig) -> dict[str, Any]:
             )
     with cluster(cfg.address) as info:
         plan = make_plan(cfg, store, split, info)
-        name = run_name(cfg, store)
-        RunFolder(cfg.out).claim({"name": name, "config": flat(cfg), "store_fingerprint": store.fingerprint})
-        return train(cfg, store, split, plan, name)
+        if not cfg.resume:
+            about = {"name": run_name(cfg, store), "key": uuid.uuid4().hex, "store_fingerprint": store.fingerprint}
+            run.claim({**about, "config": kept_settings(cfg)})
+        with run.driven():
+            return train(cfg, store, split, plan, run)
+
+
+def kept_settings(cfg: TrainConfig) -> dict[str, Any]:
+    """A run's settings as they are written down: the tracking server in full, unless a password is in its address."""
+    uri = tracking_uri(cfg)
+    return {**flat(cfg), "tracking_uri": uri if uri == shown(uri) else None}
+
+
+def refuse_changes(cfg: TrainConfig, store: PairStore, about: dict[str, Any]) -> None:
+    """ConfigError, with key, old and new value, where a run would go on as another. Says what is lost otherwise."""
+    old, new = TrainConfig.model_validate({**about["config"], "out": str(cfg.out)}), flat(cfg)
+    changed = {key: (value, new[key]) for key, value in flat(old).items() if value != new[key]}
+    frozen = {key: values for key, values in changed.items() if key not in CHANGEABLE}
+    if frozen:
+        told = "; ".join(f"{key} was {was!r}, is {now!r} now" for key, (was, now) in frozen.items())
+        raise ConfigError(f"--resume goes on with the settings of {cfg.out}, but {told}; leave that out.")
+    if store.fingerprint != about["store_fingerprint"]:
+        raise StoreError(
+            f"{cfg.out} was trained on pairs of fingerprint {about['store_fingerprint']}, {cfg.store} holds "
+            f"{store.fingerprint} now; it can go on only with the former."
+        )
+    if told := ", ".join(key for key in changed if key in ROUNDING):
+        print(
+            f"{told} changed: the run goes on, but its weights will not be byte-identical to those of a run without "
+            "the change: sums are taken in another order",
+            file=sys.stderr,
+        )
 
 
 def make_plan(cfg: TrainConfig, store: PairStore, split: Split, info: ClusterInfo) -> Plan:
@@ -92,8 +140,8 @@ def make_plan(cfg: TrainConfig, store: PairStore, split: Split, info: ClusterInf
         data_cpus=data_cpus,
         memory_bytes=cfg.num_workers * (parameters * WEIGHTS_AND_MOMENTS_BYTES + held * shard_bytes),
     )
-    # Best and newest weights, the newest state, and the next of each while they are written.
-    needed = parameters * 4 * (3 + 2 * 2)
+    # Weights: the newest places, the best at each, the next while it is written. State: two moments at each place.
+    needed = parameters * 4 * ((2 * KEPT_PLACES + 1) + 2 * (KEPT_PLACES + 1))
     existing = next(folder for folder in (cfg.out, *cfg.out.parents) if folder.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
         raise ResourceError(
@@ -109,13 +157,11 @@ def run_name(cfg: TrainConfig, store: PairStore) -> str:
     return f"{cfg.strategy}-{hashlib.sha256(content).hexdigest()[:10]}"
 
 
-def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: str) -> dict[str, Any]:
-    """The run itself, on the connected cluster, in a claimed folder."""
+def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, run: RunFolder) -> dict[str, Any]:
+    """The run itself, on the connected cluster, in a claimed folder that nobody else drives."""
     began = time.perf_counter()
-    run = RunFolder(cfg.out)
-    about = provenance(sys.argv, store.fingerprint)
-    with Journal(run.path) as journal:
-        journal.write("start", name=name, time=time.time(), parameters=plan.parameters)
+    origin = run.about()
+    about = provenance(sys.argv, store.fingerprint, run=origin["name"], run_key=origin["key"])
     tags = {
         "dataset_fingerprint": store.fingerprint,
         "test_fingerprint": fingerprint_of(store.index, split.test),
@@ -123,17 +169,65 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: st
         "source": str(store.manifest.source.get("name")),
         "git": str(about.get("git")),
     }
-    tracker = Tracker(cfg, run.path, name, {**flat(cfg), "parameters": plan.parameters}, tags)
-    status = "FAILED"
+    with Journal(run.path) as journal:
+        journal.write(
+            "start",
+            name=origin["name"],
+            key=origin["key"],
+            experiment=cfg.experiment,
+            params={**kept_settings(cfg), "parameters": plan.parameters},
+            tags=tags,
+            workers=cfg.num_workers,
+            time=time.time(),
+        )
+    tracker = Tracker(cfg, run.path)
+    status, best = "FAILED", None
     try:
         total = Lanes(len(split.train), cfg.batch_size, cfg.seed).steps * cfg.num_epochs
-        with TrainingProgress(run.path, total):
-            fit(cfg, store, split, plan, name, {**about, "mlflow_run_id": tracker.run_id, "run": name})
-        status = "FINISHED"
+        with stop_when_terminated(run), TrainingProgress(run.path, total), deaths_told(run):
+            fit(cfg, store, split, plan, f"{origin['name']}-{int(time.time() * 1000)}", about)
+        lines = entries(run.path)
+        if lines[-1]["kind"] == "stop":
+            status = "KILLED"
+            raise RunStopped(
+                f"stopped on request after step {lines[-1]['global_step']}; go on with: "
+                f"ray-app train --resume {run.path}"
+            )
+        status, best = "FINISHED", run.best()
     finally:
-        best = run.best()
-        tracked = tracker.close(status, best if status == "FINISHED" else None)
+        with Journal(run.path) as journal:
+            artifacts = str(best.relative_to(run.path)) if best else None
+            journal.write("end", status=status, artifacts=artifacts, time=time.time())
+        tracked = tracker.close()
     return summary(cfg, run, split, plan, tracker.run_id, tracked, time.perf_counter() - began)
+
+
+@contextmanager
+def stop_when_terminated(run: RunFolder) -> Iterator[None]:
+    """SIGTERM asks the workers to save and end, instead of ending this process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only there can signals be handled
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: run.stop_file.touch())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def deaths_told(run: RunFolder) -> Iterator[None]:
+    """TrainingError with the way on, where processes died too often or the controller itself did."""
+    try:
+        yield
+    except (RayActorError, WorkerGroupError) as error:
+        failures = list(getattr(error, "worker_failures", {0: error}).values())
+        if not all(isinstance(failure, RayActorError) for failure in failures):
+            raise  # the doing of code, which its traceback tells
+        raise TrainingError(
+            f"The training's processes died ({str(failures[0]).splitlines()[0]}). What was saved is whole; "
+            f"go on with: ray-app train --resume {run.path}"
+        ) from error
 
 
 def fit(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: str, about: dict[str, Any]) -> None:
@@ -167,7 +261,7 @@ def fit(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: str,
         datasets=datasets,
         dataset_config=DataConfig(datasets_to_split=[] if plan.held else ["train"]),
     ).fit()
-    failures = [line["error"] for line in entries(cfg.out) if line["kind"] == "failure"]
+    failures = [line["error"] for line in since_start(cfg.out) if line["kind"] == "failure"]
     if failures:
         kept = RunFolder(cfg.out).best()
         raise TrainingError(
@@ -182,10 +276,12 @@ def summary(
     best = run.best()
     assert best is not None, "a run that ended well has a best checkpoint"
     verify_folder(best)
-    epochs = {line["epoch"]: line for line in entries(run.path) if line["kind"] == "epoch"}
+    lines = entries(run.path)
+    epochs = {line["epoch"]: line for line in lines if line["kind"] == "epoch"}
     chosen = epochs[int(best.name.removeprefix("epoch_"))]
     last = epochs[max(epochs)]
     trained_s = sum(line["train"]["seconds"] for line in epochs.values())
+    resumes = [line for line in lines if line["kind"] == "resume"]
     return {
         "run": str(run.path),
         "checkpoint": str(best),
@@ -199,6 +295,8 @@ def summary(
         "parameters": plan.parameters,
         "workers": cfg.num_workers,
         "held_in_memory": plan.held,
+        "resumed_from_step": resumes[-1]["global_step"] if resumes else None,
+        "restarts": len(resumes),
         "val": chosen["val"],
         "train": chosen["train"],
         "split": {

@@ -3,12 +3,12 @@
 Shapes: B = pairs at hand, E, D = widths of the event and the target feature.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,23 +17,23 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ray_app.config import TrainConfig
-from ray_app.core.adapter import AdapterConfig, build_adapter
-from ray_app.core.losses import AlignmentObjective, LossWeights
+from ray_app.core.losses import AlignmentObjective
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.core.noise import BatchNoise
-from ray_app.core.step import decode, make_optimizer, training_step
+from ray_app.core.step import decode, training_step
 from ray_app.errors import TrainingError
-from ray_app.jobs.journal import Journal, entries
+from ray_app.jobs.journal import Journal, since_start
 from ray_app.jobs.lanes import Batch, Lanes
 from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.shards import Held, hold, stream
-from ray_app.store.checkpoint import load_checkpoint, load_training_state
+from ray_app.jobs.train_state import Keeper, TrainState, agreed_place, resume_or_init
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
+
+LONGEST_BACK_OFF_S = 30.0
+"""Before another attempt."""
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
@@ -45,48 +45,46 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     run, store = RunFolder(cfg.out), PairStore.open(cfg.store, cfg.durations)
     split = split_pairs(store.index, cfg.split_config)
     worker = Worker(cfg, store, rank, world, get_device())
-    state = resume_or_init(cfg, store, run, worker.device)
-    model = parallel(state.objective, cfg, worker)
-    lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
-    shard = ray.train.get_dataset_shard("train")
-    held = hold(shard, store, split.train, lanes.held(rank, world)) if config["held"] else None
-    mine = np.arange(rank, len(split.val), world)
-    validation = hold(ray.train.get_dataset_shard("val"), store, split.val, mine)
-
     with Journal(run.path) if rank == 0 else nullcontext() as journal:
-        if journal and state.epoch:
-            resumed(journal, run, state)
-        for epoch in range(state.epoch, cfg.num_epochs):
-            if state.waited >= cfg.early_stop_patience:
-                break
+        if journal:
+            back_off(run)
+            journal.write("attempt", time=time.time())
+        state = resume_or_init(cfg, store, agreed_place(run, rank, world, worker.device), worker.device)
+        keeper = Keeper(run, store, journal, config["provenance"]) if journal else None
+        model = parallel(state.objective, cfg, worker)
+        lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
+        shard = ray.train.get_dataset_shard("train")
+        held = hold(shard, store, split.train, lanes.held(rank, world)) if config["held"] else None
+        mine = np.arange(rank, len(split.val), world)
+        validation = hold(ray.train.get_dataset_shard("val"), store, split.val, mine)
+        if keeper:
+            keeper.begin(state, world)
+
+        while state.epoch < cfg.num_epochs and state.waited < cfg.early_stop_patience:
             batches = (
-                held_batches(held, lanes, epoch, worker)
+                held_batches(held, lanes, state, worker)
                 if held
-                else stream(shard, store, cfg.seed, epoch, rank, world, cfg.batch_size)
+                else stream(shard, store, cfg.seed, state.epoch, rank, world, cfg.batch_size)
             )
             try:
-                train = train_epoch(model, state, batches, worker, epoch, journal)
-                val = validate(state.objective, validation, worker, f"epoch {epoch + 1}, step {state.step}")
+                if not train_epoch(model, state, batches, worker, keeper, resumable=held is not None):
+                    return
+                train = state.sums.means()
+                val = validate(state.objective, validation, worker, f"epoch {state.epoch + 1}, step {state.step}")
             except TrainingError as error:  # the same on every worker, and again after a restart: so no retry
                 if journal:
                     journal.write("failure", error=str(error), time=time.time())
                 return
             state.end_epoch(val["loss"])
-            metrics = {"epoch": state.epoch, "train": train, "val": val}
-            if journal:
-                began = time.perf_counter()
-                run.save(
-                    state.epoch,
-                    state.objective.adapter,
-                    features=store.manifest.features,
-                    metrics=metrics,
-                    provenance=config["provenance"],
-                    tensors=state.tensors(),
-                    meta=state.meta(),
-                    best_epoch=state.best_epoch,
-                )
-                tell_epoch(journal, metrics, state, time.perf_counter() - began)
+            if keeper:
+                keeper.end_of_epoch(state, train, val)
             ray.train.report({"epoch": state.epoch, "val_loss": val["loss"]})
+
+
+def back_off(run: RunFolder) -> None:
+    """Waits before another attempt of the same driver, twice as long each time."""
+    if attempts := sum(line["kind"] == "attempt" for line in since_start(run.path)):
+        time.sleep(min(2.0 ** (attempts - 1), LONGEST_BACK_OFF_S))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,116 +116,6 @@ class Worker:
         return total.tolist()
 
 
-@dataclass(slots=True)
-class TrainState:
-    """Everything that changes, and so everything that resuming needs."""
-
-    objective: AlignmentObjective
-    """Adapter and losses."""
-    optimizer: AdamW
-    """With its moments."""
-    scheduler: ReduceLROnPlateau
-    """Halves the learning rate."""
-    epoch: int = 0
-    """Finished epochs."""
-    step: int = 0
-    """Finished optimizer steps."""
-    best_loss: float = float("inf")
-    """Best validation loss."""
-    best_epoch: int = 0
-    """Finished epochs when it was reached."""
-    waited: int = 0
-    """Epochs since then."""
-    counters: tuple[str, ...] = field(default=("epoch", "step", "best_loss", "best_epoch", "waited"), repr=False)
-    """Fields that are saved as they are."""
-
-    @property
-    def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def end_epoch(self, val_loss: float) -> None:
-        """Takes note of an epoch's validation loss."""
-        self.epoch += 1
-        self.waited += 1
-        if val_loss < self.best_loss:
-            self.best_loss, self.best_epoch, self.waited = val_loss, self.epoch, 0
-        self.scheduler.step(val_loss)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Optimizer moments by parameter, and what is trained beside the adapter."""
-        tensors = {
-            f"optimizer.{index}.{name}": value.cpu()
-            for index, values in self.optimizer.state_dict()["state"].items()
-            for name, value in values.items()
-        }
-        if self.objective.log_temperature is not None:
-            tensors["log_temperature"] = self.objective.log_temperature.detach().cpu()
-        return tensors
-
-    def meta(self) -> dict[str, Any]:
-        """Counters and schedule as JSON values."""
-        schedule = self.scheduler.state_dict()
-        return {
-            "counters": {name: getattr(self, name) for name in self.counters},
-            "learning_rate": self.learning_rate,
-            "scheduler": {key: schedule[key] for key in ("best", "num_bad_epochs", "last_epoch")},
-        }
-
-    def load(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-        """The inverse of `tensors` and `meta`."""
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                moments.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        for group in self.optimizer.param_groups:
-            group["lr"] = meta["learning_rate"]
-        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **meta["scheduler"]})
-        if self.objective.log_temperature is not None:
-            self.objective.log_temperature.data.copy_(tensors["log_temperature"])
-        for name in self.counters:
-            setattr(self, name, meta["counters"][name])
-
-
-def resume_or_init(cfg: TrainConfig, store: PairStore, run: RunFolder, device: torch.device) -> TrainState:
-    """The newest verified state of this run, or its beginning."""
-    folder = run.newest_state()
-    if folder is None:
-        adapter = build_adapter(adapter_config(cfg, store), cfg.seed)
-    else:
-        adapter = load_checkpoint(run.path / "checkpoints" / folder.name).adapter
-    weights = LossWeights(cfg.mse_weight, cfg.cosine_weight, cfg.contrastive_weight, cfg.mse_space)
-    objective = AlignmentObjective(adapter, weights).to(device)
-    optimizer = make_optimizer(objective, cfg.learning_rate, cfg.weight_decay)
-    scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.plateau_patience)
-    state = TrainState(objective, optimizer, scheduler)
-    if folder is not None:
-        state.load(*load_training_state(folder))
-    return state
-
-
-def resumed(journal: Journal, run: RunFolder, state: TrainState) -> None:
-    """Notes the restart, and does what a worker that died right after a save could not do any more."""
-    journal.write("resume", epoch=state.epoch, global_step=state.step, time=time.time())
-    run.settle(state.epoch, state.best_epoch)
-    if not any(line["kind"] == "epoch" and line["epoch"] == state.epoch for line in entries(run.path)):
-        metrics = json.loads((run.checkpoint(state.epoch) / "metrics.json").read_text())
-        tell_epoch(journal, metrics, state, 0.0)
-
-
-def tell_epoch(journal: Journal, metrics: dict[str, Any], state: TrainState, save_seconds: float) -> None:
-    """One `epoch` line."""
-    about = {"save_seconds": save_seconds, "learning_rate": state.learning_rate, "global_step": state.step}
-    journal.write("epoch", **metrics, **about, time=time.time())
-
-
-def adapter_config(cfg: TrainConfig, store: PairStore) -> AdapterConfig:
-    """The adapter that fits a store."""
-    widths = store.feature("event").width, store.feature("target").width
-    return AdapterConfig(cfg.strategy, *widths, cfg.hidden_dim, cfg.dropout)
-
-
 def parallel(objective: AlignmentObjective, cfg: TrainConfig, worker: Worker) -> torch.nn.Module:
     """The objective, its gradients averaged over workers where there are several."""
     objective.train()
@@ -250,22 +138,32 @@ def bf16_all_reduce(_: None, bucket: dist.GradBucket) -> torch.futures.Future[to
 Batches = Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]
 
 
-def held_batches(held: Held, lanes: Lanes, epoch: int, worker: Worker) -> Batches:
-    """One epoch's batches out of memory."""
-    for batch in lanes.epoch(epoch, worker.rank, worker.world):
+def held_batches(held: Held, lanes: Lanes, state: TrainState, worker: Worker) -> Batches:
+    """The rest of an epoch's batches, out of memory."""
+    for batch in islice(lanes.epoch(state.epoch, worker.rank, worker.world), state.sums.batches, None):
         yield batch, *held.take(batch.positions)
 
 
 def train_epoch(
-    model: torch.nn.Module, state: TrainState, batches: Batches, worker: Worker, epoch: int, journal: Journal | None
-) -> dict[str, float]:
-    """One pass; the means over all workers' pairs, the seconds, and how many of them went by waiting for data."""
-    cfg = worker.cfg
+    model: torch.nn.Module,
+    state: TrainState,
+    batches: Batches,
+    worker: Worker,
+    keeper: Keeper | None,
+    *,
+    resumable: bool,
+) -> bool:
+    """The rest of an epoch, into `state.sums`; saved in between where its order can be picked up there again.
+
+    False: it was asked to stop; what was done is saved, and every worker returns at the same step. Of an epoch that
+    is not resumable, being streamed, nothing is saved: the end of the one before is where the run goes on.
+    """
+    cfg, sums = worker.cfg, state.sums
     state.objective.train()
-    pairs = loss_sum = cos_sum = waited_s = 0.0
+    before_s = sums.seconds
     began = mark = time.perf_counter()
     for batch, event_BE, target_BD in batches:
-        waited_s += time.perf_counter() - mark
+        sums.data_wait_seconds += time.perf_counter() - mark
         done = training_step(
             model,
             state.optimizer,
@@ -275,23 +173,24 @@ def train_epoch(
             world_size=worker.world,
             grad_clip=cfg.grad_clip,
             precision=cfg.precision,
-            where=f"epoch {epoch + 1}, step {state.step + 1}",
+            where=f"epoch {state.epoch + 1}, step {state.step + 1}",
         )
         state.step += 1
-        n, loss, cos = worker.summed([done.pairs, done.loss_sum, done.cos_sum])
-        pairs, loss_sum, cos_sum = pairs + n, loss_sum + loss, cos_sum + cos
-        if journal:
-            means = {"loss": loss / n, "cos_sim": cos / n, "grad_norm": done.grad_norm}
-            so_far = {"epoch": epoch + 1, "pairs": pairs, "seconds": time.perf_counter() - began}
-            journal.write("step", **means, **so_far, global_step=state.step, time=time.time())
+        asked = float(keeper is not None and keeper.run.stop_file.exists())
+        n, loss, cos, stop = worker.summed([done.pairs, done.loss_sum, done.cos_sum, asked])
+        sums.batches += 1
+        sums.pairs, sums.loss, sums.cos_sim = sums.pairs + n, sums.loss + loss, sums.cos_sim + cos
+        sums.seconds = before_s + time.perf_counter() - began
+        if keeper:
+            keeper.step(state, loss / n, cos / n, done)
+            if resumable and (stop or (cfg.checkpoint_every and state.step % cfg.checkpoint_every == 0)):
+                keeper.within_epoch(state)
+            if stop:
+                keeper.journal.write("stop", global_step=state.step, time=time.time())
+        if stop:
+            return False
         mark = time.perf_counter()
-    return {
-        "loss": loss_sum / pairs,
-        "cos_sim": cos_sum / pairs,
-        "pairs": pairs,
-        "seconds": time.perf_counter() - began,
-        "data_wait_seconds": waited_s,
-    }
+    return True
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Checkpoints: a folder that is wholly there or not at all, checked against its sums before anything is read.
 
-    config.json  model.safetensors  metrics.json  provenance.json  MANIFEST.sha256
+    config.json  model.safetensors  golden.safetensors  metrics.json  provenance.json  MANIFEST.sha256
 
 Training state (optimizer, position) lies in a folder of its own, in the same manner. Nothing is
 ever unpickled.
@@ -15,15 +15,19 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ray_app.core.adapter import STRATEGIES, Adapter, AdapterConfig
 from ray_app.errors import CheckpointError, ConfigError
 from ray_app.store.durable import sha256_bytes, sha256_file, staged_folder
+from ray_app.store.golden import TOLERANCE, answers, assembled, golden_answers, relative_errors
 from ray_app.store.manifest import Features
 
 SUMS = "MANIFEST.sha256"
+MODEL = "model.safetensors"
+GOLDEN = "golden.safetensors"
 FORMAT = "ray_app checkpoint 1"
 
 
@@ -65,7 +69,10 @@ def save_checkpoint(
     provenance: Mapping[str, Any],
     features: Features,
 ) -> str:
-    """Writes a checkpoint and returns its identity. CheckpointError if the name is taken."""
+    """Writes a checkpoint and returns its identity. CheckpointError if the name is taken.
+
+    The adapter may be training, on any device; it is left as it is.
+    """
     documents = {
         "config.json": {
             "format": FORMAT,
@@ -75,7 +82,9 @@ def save_checkpoint(
         "metrics.json": dict(metrics),
         "provenance.json": dict(provenance),
     }
-    return _save(folder, "model.safetensors", adapter.state_dict(), documents)
+    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter.state_dict().items()}
+    golden = golden_answers(assembled(adapter.config, weights), features.event)
+    return _save(folder, {MODEL: weights, GOLDEN: golden}, documents)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -90,7 +99,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     except (KeyError, ConfigError, ValidationError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}") from error
     return Checkpoint(
-        adapter=_adapter_from(folder / "model.safetensors", config),
+        adapter=_adapter_from(folder / MODEL, config),
         config=config,
         metrics=_read_json(folder / "metrics.json"),
         provenance=_read_json(folder / "provenance.json"),
@@ -100,9 +109,38 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     )
 
 
+def replay_golden(checkpoint: Checkpoint) -> None:
+    """CheckpointError unless the adapter answers its golden inputs as it did when it was saved.
+
+    Every number must be within `TOLERANCE` of its row's root mean square.
+    """
+    path = checkpoint.folder / GOLDEN
+    if not path.is_file():
+        raise CheckpointError(
+            f"{checkpoint.folder} has no {GOLDEN}: an older version saved it, and nothing shows that it still "
+            "answers as it did then. Train it anew, or save it again with this version."
+        )
+    try:
+        golden = load_file(path, backend="pread")
+        event_GE, golden_GD = golden["event"], golden["aligned"]
+        aligned_GD = answers(checkpoint.adapter, event_GE, checkpoint.features.event.scale)
+        if not len(golden_GD) or aligned_GD.shape != golden_GD.shape:
+            raise ValueError(f"{list(golden_GD.shape)} numbers, not {list(aligned_GD.shape)}")
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit its config.json: {error}") from error
+    same_G = (aligned_GD == golden_GD).all(dim=1)  # all zeros have no relative error
+    for row, relative in enumerate(relative_errors(aligned_GD, golden_GD).tolist()):
+        if not (relative <= TOLERANCE or same_G[row]):
+            raise CheckpointError(
+                f"{path}: golden row {row} is answered with a relative error of {relative:.1e} (limit "
+                f"{TOLERANCE:.0e}). The weights, the formula or config.json are not those that were saved; use "
+                "another checkpoint, or the version of this program that saved it."
+            )
+
+
 def save_training_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
     """Writes what resuming needs beside the weights: tensors by name, and JSON values."""
-    return _save(folder, "training_state.safetensors", tensors, {"training_state.json": dict(meta)})
+    return _save(folder, {"training_state.safetensors": tensors}, {"training_state.json": dict(meta)})
 
 
 def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -122,6 +160,9 @@ def verify_folder(folder: Path) -> str:
     lines = re.findall(rb"^([0-9a-f]{64})  ([A-Za-z0-9_.]+)$", data, re.MULTILINE)
     if not lines or data != b"".join(b"%s  %s\n" % line for line in lines):
         raise CheckpointError(f"{path} is damaged: it is not a list of SHA-256 sums and file names.")
+    listed = {SUMS, *(name.decode() for _, name in lines)}
+    if unlisted := sorted({file.name for file in folder.glob("[!.]*")} - listed):  # a list that was cut at a line end
+        raise CheckpointError(f"{path} is damaged: it does not list {', '.join(unlisted)}. Use another checkpoint.")
     for sha256, name in lines:
         file = folder / name.decode()
         if not file.is_file():
@@ -144,31 +185,31 @@ def newest_verified(parent: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def _save(folder: Path, name: str, tensors: Mapping[str, Tensor], documents: dict[str, dict[str, Any]]) -> str:
+def _save(
+    folder: Path, tensor_files: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, dict[str, Any]]
+) -> str:
     if folder.exists():
         raise CheckpointError(f"{folder} already exists; nothing is overwritten.")
     with staged_folder(folder) as partial:
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial / name)
+        for file, tensors in tensor_files.items():
+            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial / file)
         for file, document in documents.items():
             (partial / file).write_text(json.dumps(document, indent=1) + "\n")
-        files = sorted((name, *documents))
+        files = sorted((*tensor_files, *documents))
         sums = "".join(f"{sha256_file(partial / file)}  {file}\n" for file in files).encode()
         (partial / SUMS).write_bytes(sums)
     return sha256_bytes(sums)
 
 
 def _adapter_from(path: Path, config: AdapterConfig) -> Adapter:
-    """Built without memory of its own; the tensors that are read become its weights."""
     with torch.device("meta"):
-        adapter = STRATEGIES[config.strategy](config)
+        expected = {key: tuple(t.shape) for key, t in STRATEGIES[config.strategy](config).state_dict().items()}
     tensors = load_file(path, backend="pread")
-    expected = {key: tuple(tensor.shape) for key, tensor in adapter.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if expected != found:
         differing = sorted(k for k in expected | found if expected.get(k) != found.get(k))
         raise CheckpointError(f"{path} does not fit its config.json: {', '.join(differing)} differ.")
-    adapter.load_state_dict(tensors, assign=True)
-    return adapter.eval()
+    return assembled(config, tensors)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

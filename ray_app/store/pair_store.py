@@ -110,6 +110,7 @@ class PairStore:
         """
         folder = folder.absolute()  # tasks on a cluster start elsewhere
         manifest = Manifest.read(folder)
+        verify_file(folder, manifest.quarantine)  # small, and read by people alone
         if unknown := set(durations) - set(manifest.durations):
             has = ", ".join(manifest.durations)
             raise StoreError(f"{folder} has no windows of {', '.join(sorted(unknown))}; it has {has}.")
