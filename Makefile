@@ -1,10 +1,10 @@
-# make setup | quickstart | test | check | clean-venv      (Linux, Python 3.11, no GPU needed)
+# make setup | quickstart | test | check | chaos      (Linux, Python 3.11, no GPU needed)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup quickstart test check
+.PHONY: setup quickstart test check chaos
 
 setup: $(STAMP)
 
@@ -25,3 +25,6 @@ check: setup
 
 test: check
 	$(BIN)/python -m pytest
+
+chaos: setup
+	$(BIN)/python benchmarks/chaos.py --folder $$(mktemp -d)/chaos

@@ -70,6 +70,14 @@ COMMANDS: dict[str, Command] = {
         "a pair store of the reference's dataset folder",
         "root",
     ),
+    "prepare dsec": Command(
+        c.PrepareDsec,
+        "prepare",
+        "prepare",
+        "prepare dsec ROOT --out STORE",
+        "a pair store of DSEC recordings",
+        "root",
+    ),
     "inspect": Command(
         c.InspectConfig,
         "inspect",

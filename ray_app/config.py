@@ -135,6 +135,30 @@ class PrepareEventGpt(PrepareFlags):
     """Distance between the starts of following clips of a sequence; default: half the duration."""
 
 
+class PrepareDsec(PrepareFlags):
+    """DSEC recordings: events.h5 and rectified frames, as downloaded."""
+
+    root: Path
+    """Dataset folder: train/ and test/ with a folder for each sequence, or per-sequence archives side by side."""
+    durations: tuple[str, ...] = ("1s",)
+    """Window lengths, one or several, 50ms to 20s."""
+    step: str | None = None
+    """Distance between window starts; default: half of each duration, as the reference."""
+    boundaries: Literal["us", "ms_floor"] = "us"
+    """Window ends to the microsecond, or brought down to whole milliseconds of the file's clock as EventGPT's."""
+    pick: Literal["middle", "all"] = "middle"
+    """The middle event image with the middle frame, as the reference; or each event image with its nearest frame."""
+    align: Literal["auto", "infinite", "none"] = "auto"
+    """infinite: frames as the event camera sees what is far away, both sides cut to the common part; none: whole
+    frames, as the reference; auto: infinite where there is a calibration."""
+    num_images: Annotated[int, Field(ge=1, le=64)] = 5
+    """Event images of a window, by equal event count."""
+    max_gap: str = "200ms"
+    """A window with a longer time without an event, or without a frame, is set aside."""
+    event_slice: str | None = None
+    """Events are taken from this length in the middle of each window alone; default: the whole window."""
+
+
 class InspectConfig(SplitFlags):
     """What is in a store: counts, windows, split sizes, leaks, cosine before, checksums."""
 

@@ -89,15 +89,15 @@ def render_rollback(result: dict[str, Any], console: Console) -> None:
 
 def render_list(result: dict[str, Any], console: Console) -> None:
     """A table of the versions, the champion, the log, and what does not agree."""
-    table = Table(title=f"{result['model']} ({result['tracking_uri']})")
-    for heading in ("version", RATE, "lift", "best control", "pairs", "data", "last verdict", "registered"):
+    table = Table(box=None, title=f"{result['model']} ({result['tracking_uri']})")
+    for heading in ("version", "accept 0.80", "lift", "best control", "pairs", "data", "verdict"):
         table.add_column(heading)
     for row in result["versions"]:
         rate, lift = (
             f"{row[key]:{form}}" if row[key] is not None else "" for key, form in ((RATE, ".4f"), ("lift", "+.4f"))
         )
-        mark = f"{row['version']} ({CHAMPION})" if row["champion"] else row["version"]
-        cells = [row[key] or "" for key in ("best_control", "pairs", "source", "verdict_code", "registered_at")]
+        mark = f"→ {row['version']}" if row["champion"] else f"  {row['version']}"
+        cells = [row[key] or "" for key in ("best_control", "pairs", "source", "verdict_code")]
         table.add_row(mark, rate, lift, *cells, style="bold green" if row["champion"] else None)
     console.print(table)
     if result["champion"] is None:

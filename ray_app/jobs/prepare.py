@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ray_app.config import PrepareEventGpt, PrepareFlags, PrepareScenes, PrepareVideo
+from ray_app.config import PrepareDsec, PrepareEventGpt, PrepareFlags, PrepareScenes, PrepareVideo
 from ray_app.errors import StoreError
 from ray_app.events.windows import parse_duration
 from ray_app.jobs.building import BuiltTask, build_task, claim, finish, finished
@@ -66,6 +66,20 @@ def source_of(cfg: PrepareFlags) -> Source:
             duration_us = parse_duration(cfg.duration)
             step_us = parse_duration(cfg.step) if cfg.step else duration_us // 2
             return EventGptSource(root=cfg.root.absolute(), duration_us=duration_us, step_us=step_us)
+        case PrepareDsec():
+            from ray_app.sources.dsec import DsecSource
+
+            return DsecSource(
+                root=cfg.root.absolute(),
+                durations_us=tuple(parse_duration(name) for name in cfg.durations),
+                step_us=parse_duration(cfg.step) if cfg.step else None,
+                boundaries=cfg.boundaries,
+                pick=cfg.pick,
+                align=cfg.align,
+                num_images=cfg.num_images,
+                max_gap_us=parse_duration(cfg.max_gap),
+                event_slice_us=parse_duration(cfg.event_slice) if cfg.event_slice else None,
+            )
     raise AssertionError(f"no source for {type(cfg).__name__}")
 
 
