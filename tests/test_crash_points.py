@@ -13,54 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_saves import found, save
 
-from ray_app.core.adapter import Adapter, AdapterConfig, build_adapter
 from ray_app.jobs.run_folder import RunFolder, place
-from ray_app.store.checkpoint import load_checkpoint, load_training_state
-from ray_app.store.manifest import Features, FeatureSpec
 
-SPEC = FeatureSpec(dtype="float32", shape=(20,), scale=1.0)
 OLD, NEW = 2, 3
 """With an epoch before both, so that the save also removes what is no longer kept."""
-
-
-def adapter_of(epoch: int) -> Adapter:
-    """Every weight says of which epoch it is."""
-    adapter = build_adapter(AdapterConfig("bottleneck", 20, 20, hidden_dim=3), 0)
-    with torch.no_grad():
-        for weight in adapter.parameters():
-            weight.fill_(epoch)
-    return adapter
-
-
-def save(run: RunFolder, epoch: int) -> None:
-    run.save(
-        place(epoch),
-        adapter_of(epoch),
-        features=Features(event=SPEC, target=SPEC),
-        metrics={"epoch": epoch},
-        provenance={},
-        tensors={"0.exp_avg": torch.full((60,), float(epoch))},
-        meta={"epoch": epoch},
-        best_epoch=epoch,
-    )
-
-
-def found(run: RunFolder) -> int:
-    """The epoch that training would go on from, with every byte of it read and looked at."""
-    name = run.newest_state()
-    assert name is not None, "nothing to go on from"
-    tensors, meta = load_training_state(run.state(name))
-    epoch = meta["epoch"]
-    assert name == place(epoch)
-    assert torch.equal(tensors["0.exp_avg"], torch.full((60,), float(epoch)))
-    checkpoint = load_checkpoint(run.checkpoint(name))
-    assert checkpoint.metrics == {"epoch": epoch}
-    assert all((weight == epoch).all() for weight in checkpoint.adapter.parameters())
-    best = run.best()
-    assert best is not None
-    load_checkpoint(best)
-    return epoch
 
 
 def killed_everywhere(folder: Path) -> dict[str, Any]:

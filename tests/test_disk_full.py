@@ -10,22 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from numpy_source import SMALL, NumpySource
+from small_saves import found, save
 
-from ray_app.core.adapter import Adapter, AdapterConfig, build_adapter
 from ray_app.errors import StoreError
 from ray_app.jobs.building import build_task, claim, finish, finished
 from ray_app.jobs.journal import Journal, entries
-from ray_app.jobs.run_folder import RunFolder, place
-from ray_app.store.checkpoint import load_checkpoint, load_training_state
+from ray_app.jobs.run_folder import RunFolder
 from ray_app.store.durable import write_file
-from ray_app.store.manifest import Features, FeatureSpec
+from ray_app.store.manifest import Features
 from ray_app.store.pair_store import PairStore
 
 PAGE = 4096
 DISK_PAGES = 100
-SPEC = FeatureSpec(dtype="float32", shape=(20,), scale=1.0)
+HIDDEN = 64
+"""A checkpoint of some pages."""
 BOTH = Features(event=SMALL, target=SMALL)
 
 
@@ -59,61 +58,28 @@ def fill(disk: Path, leave_pages: int) -> Path:
     return ballast
 
 
-def adapter_of(epoch: int) -> Adapter:
-    adapter = build_adapter(AdapterConfig("bottleneck", 20, 20, hidden_dim=64), 0)
-    with torch.no_grad():
-        for weight in adapter.parameters():
-            weight.fill_(epoch)
-    return adapter
-
-
-def save(run: RunFolder, epoch: int) -> None:
-    run.save(
-        place(epoch),
-        adapter_of(epoch),
-        features=Features(event=SPEC, target=SPEC),
-        metrics={"epoch": epoch},
-        provenance={},
-        tensors={"0.exp_avg": torch.full((3000,), float(epoch))},
-        meta={"epoch": epoch},
-        best_epoch=epoch,
-    )
-
-
-def held(run: RunFolder) -> int:
-    """The epoch that the run would go on from, with every byte of it verified and read."""
-    name = run.newest_state()
-    assert name is not None, "nothing to go on from"
-    checkpoint = load_checkpoint(run.checkpoint(name))
-    _, meta = load_training_state(run.state(name))
-    epoch = meta["epoch"]
-    assert (place(epoch), checkpoint.metrics) == (name, {"epoch": epoch})
-    assert all((weight == epoch).all() for weight in checkpoint.adapter.parameters())
-    return epoch
-
-
 def test_a_save_on_a_disk_with_any_room_is_whole_or_leaves_the_epoch_before(disk: Path) -> None:
     told = []
     for pages in range(DISK_PAGES):
         run = RunFolder(disk / f"run_{pages}")
         run.claim({})
-        save(run, 1)
+        save(run, 1, HIDDEN)
         ballast = fill(disk, pages)
         try:
-            save(run, 2)
+            save(run, 2, HIDDEN)
         except StoreError as error:
             told.append(str(error))
-            epoch = held(run)
+            epoch = found(run)
             expected = 2 if "best.json" in told[-1] else 1
             assert epoch == expected
             assert not list(run.path.rglob(".*.partial")), "what did not fit takes room"
             ballast.unlink()
             save(run, epoch + 1)
-            assert held(run) == epoch + 1
+            assert found(run) == epoch + 1
         else:
             break
         shutil.rmtree(run.path)
-    assert held(run) == 2
+    assert found(run) == 2
     assert len(told) > 10
     assert all("cannot be written: No space left on device" in text and "bytes are free" in text for text in told)
     assert all(str(disk) in text for text in told)
@@ -184,16 +150,16 @@ def test_on_a_disk_that_has_become_read_only_all_that_is_there_can_be_read(disk:
     run.claim({})
     with Journal(run.path) as journal:
         journal.write("step", global_step=1)
-    save(run, 1)
+    save(run, 1, HIDDEN)
     mount("-o", "remount,ro", str(disk))
     where = "cannot be written: Read-only file system"
     with pytest.raises(StoreError, match=f"epoch_0002 {where}"):
-        save(run, 2)
+        save(run, 2, HIDDEN)
     with pytest.raises(StoreError, match=f"store.* {where}"):
         claim(disk / "store", NumpySource(), NumpySource().tasks(), BOTH)
     with pytest.raises(StoreError, match=f"a {where}"):
         write_file(disk / "a", b"1")
-    assert held(run) == 1
+    assert found(run) == 1
     assert [line["global_step"] for line in entries(run.path)] == [1]
 
 
