@@ -123,6 +123,14 @@ COMMANDS: dict[str, Command] = {
         "register, compare with the champion and the controls, move the alias (back)",
         "run",
     ),
+    "replay": Command(
+        c.ReplayConfig,
+        "replay",
+        "replay",
+        "replay TRACES…",
+        "will it speed decoding up: token acceptance on recorded outputs",
+        "traces",
+    ),
     "import-checkpoint": Command(
         c.ImportCheckpointConfig,
         "import_checkpoint",

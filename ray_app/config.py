@@ -302,6 +302,32 @@ class PromoteConfig(SplitFlags, ClusterFlags, TrackingFlags):
         return self
 
 
+class ReplayConfig(ClusterFlags):
+    """Token acceptance of drafters on recorded greedy outputs, replayed exactly: no model, no GPU."""
+
+    traces: tuple[Path, ...]
+    """Trace files (.jsonl), each one stretch of windows in order of time."""
+    drafter: tuple[str, ...] = ("eventgpt", "ngram", "prompt_lookup", "retrieval", "hybrid")
+    """Drafters: none, eventgpt, ngram, prompt_lookup, retrieval, hybrid. The controls constant, positional and
+    previous_window run beside them in any case."""
+    gamma: Annotated[int, Field(ge=1, le=256)] = 8
+    """Tokens drafted for each target pass."""
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Contiguous stretches of a file; each is replayed by drafters that learnt from the others."""
+    gap: int = Field(default=20, ge=0)
+    """Rows on either side of a stretch that are not learnt from: windows overlap."""
+    timing: Path | None = None
+    """JSON file of measured milliseconds for every row, instead of the traces' own timing_ms."""
+    draft_device: Literal["same", "second"] = "same"
+    """EventGPT runs on the target's device before its prefill, or on a second one during it."""
+    vocabulary: Positive = 32_000
+    """Tokens of the shared tokenizer."""
+    start_token: int = 1
+    """Its start token."""
+    end_token: int = 2
+    """Its end token."""
+
+
 class ImportCheckpointConfig(Config):
     """A checkpoint of the reference project (.pt) as a checkpoint folder; its pickle is read, never run."""
 

@@ -1,0 +1,189 @@
+"""The hybrid drafter: votes of many memories of earlier answers, and weights that learn which of them to trust.
+
+Each memory counts which token followed under one kind of context: the last n tokens, the place, the words so far.
+Each counts twice, once for good and once with a half-life of about two windows, so that "what was said a moment
+ago" is a voice of its own. A token's score is the sum, over memories, of weight · log(1 + count / ε), plus what
+earlier words of the same answer say for or against it. The weights follow the gradient of the log-likelihood
+(log-linear mixing, as in context-mixing compressors), one set for each length of the longest known context, and go
+on learning from every accepted answer.
+
+EventGPT's tokens are no voice: on the recorded drives they made drafts no better.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ray_app.core.drafters import NOTHING, Answered, Draft, Drafter, Prompt
+
+EPSILON = 0.1
+"""A count below this says little."""
+FORGET = 0.7
+"""What is left of a recent count after one more window."""
+FORGOTTEN = 40
+"""Windows after which nothing is left of it; learning from other sequences ends with so many at once."""
+FIRST_WEIGHT = 0.3
+RATE = 0.001
+"""Step of the memories' weights."""
+WORD_RATE = 0.02
+"""Step of the weights between words of one answer."""
+LEAST_STEP = 0.01
+"""Errors of probability below this teach nothing about words."""
+SHORT_LIST = 6
+"""Candidates that words of the same answer are asked about."""
+LARGE = 32
+"""Memories with more tokens than this are asked about known candidates alone."""
+FADE = tuple(FORGET**age for age in range(FORGOTTEN))
+
+Context = Callable[[Sequence[int], int], Hashable]
+
+
+def _last(size: int) -> Context:
+    """The last `size` tokens, or all of them where there are fewer."""
+    return lambda text, end: (size, *text[max(end - size, 0) : end])
+
+
+MEMORIES: tuple[tuple[int, Context], ...] = (
+    *((size, _last(size)) for size in (16, 12, 8, 6, 4, 3, 2, 1)),
+    (0, lambda text, end: ("words", frozenset(text[:end]), text[end - 1] if end else -1)),
+    (0, lambda text, end: ("place2", end, *text[max(end - 2, 0) : end])),
+    (0, lambda text, end: ("place1", end, *text[max(end - 1, 0) : end])),
+    (0, lambda _, end: ("place", end)),
+)
+"""Length in tokens that a memory vouches for, and its context; the longest first."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """How often a token followed in one context."""
+
+    total: float
+    """All times."""
+    recent: float
+    """Of late, as of `window`."""
+    window: int
+    """When it last followed."""
+
+
+@dataclass(slots=True)
+class Scored:
+    """What is thought of one place before its token is known."""
+
+    text: tuple[int, ...]
+    """All that stands before it."""
+    length: int
+    """Of the longest known context: it picks the weights."""
+    votes: dict[int, list[tuple[int, float]]]
+    """For each candidate: number of a weight, and log(1 + count / ε)."""
+    scores: dict[int, float]
+    """For each candidate that was asked about; empty where no context is known."""
+
+
+class HybridDrafter(Drafter):
+    """See the module."""
+
+    name = "hybrid"
+    learns_online: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self._tallies: dict[Hashable, dict[int, Tally]] = {}
+        self._weights: dict[int, list[float]] = {}
+        self._words: dict[int, dict[int, float]] = {}
+        self._window = 0
+        self._thought: dict[int, Scored] = {}
+        self._question: str | None = None
+
+    def fit(self, answered: Sequence[Answered]) -> None:
+        for each in answered:
+            self.update(each.prompt, each.answer)
+        self._window += FORGOTTEN
+
+    def draft(self, prompt: Prompt, accepted: Sequence[int], num_tokens: int) -> Draft:
+        if not self._tallies:
+            return NOTHING
+        self._question = prompt.question
+        text = tuple(accepted)
+        for _ in range(num_tokens):
+            scored = self._scored(text)
+            if not scored.scores:
+                break
+            text = (*text, max(scored.scores, key=scored.scores.__getitem__))
+        return Draft(text[len(accepted) :])
+
+    def update(self, prompt: Prompt, answer: Sequence[int]) -> None:
+        self._question = prompt.question
+        text = tuple(answer)
+        for end, token in enumerate(text):
+            self._teach(self._scored(text[:end]), token)
+        self._thought.clear()
+        self._window += 1
+        for end, token in enumerate(text):
+            for context in self._contexts(text, end):
+                self._count(self._tallies.setdefault(context, {}), token)
+
+    def _contexts(self, text: Sequence[int], end: int) -> list[Hashable]:
+        return [(self._question, context(text, end)) for _, context in MEMORIES]
+
+    def _scored(self, text: tuple[int, ...]) -> Scored:
+        """Kept until the answer is whole: most places were thought about when they were drafted."""
+        known = self._thought.get(len(text))
+        if known is None or known.text != text:
+            known = self._thought[len(text)] = self._score(text)
+        return known
+
+    def _score(self, text: tuple[int, ...]) -> Scored:
+        votes: dict[int, list[tuple[int, float]]] = {}
+        length = 0
+        for number, ((size, _), context) in enumerate(zip(MEMORIES, self._contexts(text, len(text)), strict=True)):
+            tallies = self._tallies.get(context)
+            if not tallies:
+                continue
+            length = max(length, min(size, len(text)))
+            known = len(tallies) <= LARGE or not votes
+            for token in tallies if known else [token for token in votes if token in tallies]:
+                tally = tallies[token]
+                mine = votes.setdefault(token, [])
+                mine.append((2 * number, math.log1p(tally.total / EPSILON)))
+                age = self._window - tally.window
+                if age < FORGOTTEN:
+                    mine.append((2 * number + 1, math.log1p(tally.recent * FADE[age] / EPSILON)))
+        weights = self._weights.setdefault(length, [FIRST_WEIGHT] * (2 * len(MEMORIES)))
+        scores = {token: sum(weights[n] * vote for n, vote in mine) for token, mine in votes.items()}
+        if len(scores) > SHORT_LIST:
+            best = sorted(scores, key=scores.__getitem__, reverse=True)[:SHORT_LIST]
+            scores = {token: scores[token] for token in best}
+        if len(scores) > 1:
+            so_far = set(text)
+            for token in scores:
+                ties = self._words.get(token)
+                if ties:
+                    scores[token] += sum(ties[word] for word in so_far if word in ties)
+        return Scored(text, length, votes, scores)
+
+    def _teach(self, scored: Scored, token: int) -> None:
+        """One gradient step for a place's true token; nothing is learnt where it was no candidate or the only one."""
+        if len(scored.scores) < 2 or token not in scored.scores:
+            return
+        top = max(scored.scores.values())
+        odds = {candidate: math.exp(score - top) for candidate, score in scored.scores.items()}
+        total = sum(odds.values())
+        weights, so_far = self._weights[scored.length], set(scored.text)
+        for candidate, odd in odds.items():
+            error = (candidate == token) - odd / total
+            for number, vote in scored.votes[candidate]:
+                weights[number] += RATE * error * vote
+            if abs(error) > LEAST_STEP:
+                ties = self._words.setdefault(candidate, {})
+                for word in so_far:
+                    ties[word] = ties.get(word, 0.0) + WORD_RATE * error
+
+    def _count(self, tallies: dict[int, Tally], token: int) -> None:
+        tally = tallies.get(token)
+        if tally is None:
+            tallies[token] = Tally(1.0, 1.0, self._window)
+            return
+        age = self._window - tally.window
+        tally.recent = tally.recent * (FADE[age] if age < FORGOTTEN else 0.0) + 1.0
+        tally.total += 1.0
+        tally.window = self._window
