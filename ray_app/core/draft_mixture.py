@@ -1,13 +1,14 @@
 """The hybrid drafter: votes of many memories of earlier answers, and weights that learn which of them to trust.
 
 Each memory counts which token followed under one kind of context: the last n tokens, the place, the words so far.
-Each counts twice, once for good and once with a half-life of about two windows, so that "what was said a moment
-ago" is a voice of its own. A token's score is the sum, over memories, of weight · log(1 + count / ε), plus what
-earlier words of the same answer say for or against it. The weights follow the gradient of the log-likelihood
-(log-linear mixing, as in context-mixing compressors), one set for each length of the longest known context, and go
-on learning from every accepted answer.
+Each counts three times, once for good and twice with most of it forgotten by the next window or the one after, so
+that "what was said a moment ago" is a voice of its own; a fourth voice is a token's share of the recent ones. A
+token's score is the sum, over voices, of weight · log(1 + count / ε) or of weight · share, plus what earlier words of
+the same answer say for or against it. The weights follow the gradient of the log-likelihood (log-linear mixing, as in
+context-mixing compressors) and go on learning from every accepted answer. Those at a place are a sum of three: by the
+length of the longest known context, by the token before, and by the part of the answer.
 
-EventGPT's tokens are no voice: on the recorded drives they made drafts no better.
+EventGPT's tokens are no voice: as contexts they made no drafts better on the recorded drives.
 """
 
 import math
@@ -19,12 +20,13 @@ from ray_app.core.drafters import NOTHING, Answered, Draft, Drafter, Prompt
 
 EPSILON = 0.1
 """A count below this says little."""
-FORGET = 0.7
-"""What is left of a recent count after one more window."""
+FORGET = (0.6, 0.2)
+"""What is left of each recent count after one more window."""
 FORGOTTEN = 40
 """Windows after which nothing is left of it; learning from other sequences ends with so many at once."""
-FIRST_WEIGHT = 0.3
-RATE = 0.001
+FIRST_WEIGHT = 0.05
+"""All memories are trusted alike at first, and little: votes of nested contexts repeat each other."""
+RATE = 0.0005
 """Step of the memories' weights."""
 WORD_RATE = 0.02
 """Step of the weights between words of one answer."""
@@ -34,7 +36,15 @@ SHORT_LIST = 6
 """Candidates that words of the same answer are asked about."""
 LARGE = 32
 """Memories with more tokens than this are asked about known candidates alone."""
-FADE = tuple(FORGET**age for age in range(FORGOTTEN))
+FADE = tuple(tuple(left**age for left in FORGET) for age in range(FORGOTTEN))
+VOICES = 2 + len(FORGET)
+"""Votes of one memory: all times, each of `FORGET`, share."""
+SHARE_SCALE = 3.0
+"""Brings a share to the size of the other votes."""
+SHARE_FLOOR = 0.02
+"""Recent counts that sum to less than this have no share worth a vote."""
+PART = 4
+"""Tokens of a part of an answer that has weights of its own."""
 
 Context = Callable[[Sequence[int], int], Hashable]
 
@@ -47,11 +57,12 @@ def _last(size: int) -> Context:
 MEMORIES: tuple[tuple[int, Context], ...] = (
     *((size, _last(size)) for size in (16, 12, 8, 6, 4, 3, 2, 1)),
     (0, lambda text, end: ("words", frozenset(text[:end]), text[end - 1] if end else -1)),
+    (0, lambda text, end: ("around", *text[max(end - 5, 0) : max(end - 2, 0)], *text[max(end - 1, 0) : end])),
     (0, lambda text, end: ("place2", end, *text[max(end - 2, 0) : end])),
     (0, lambda text, end: ("place1", end, *text[max(end - 1, 0) : end])),
     (0, lambda _, end: ("place", end)),
 )
-"""Length in tokens that a memory vouches for, and its context; the longest first."""
+"""Length in tokens that a memory vouches for, and its context; the longest first. `around` leaves one token out."""
 
 
 @dataclass(slots=True)
@@ -60,8 +71,8 @@ class Tally:
 
     total: float
     """All times."""
-    recent: float
-    """Of late, as of `window`."""
+    recent: list[float]
+    """Of late, as of `window`, for each of `FORGET`."""
     window: int
     """When it last followed."""
 
@@ -72,10 +83,10 @@ class Scored:
 
     text: tuple[int, ...]
     """All that stands before it."""
-    length: int
-    """Of the longest known context: it picks the weights."""
+    sets: tuple[Hashable, ...]
+    """Names of the weights that are added up here."""
     votes: dict[int, list[tuple[int, float]]]
-    """For each candidate: number of a weight, and log(1 + count / ε)."""
+    """For each candidate: number of a weight, and what it is multiplied with."""
     scores: dict[int, float]
     """For each candidate that was asked about; empty where no context is known."""
 
@@ -88,7 +99,7 @@ class HybridDrafter(Drafter):
 
     def __init__(self) -> None:
         self._tallies: dict[Hashable, dict[int, Tally]] = {}
-        self._weights: dict[int, list[float]] = {}
+        self._weights: dict[Hashable, list[float]] = {}
         self._words: dict[int, dict[int, float]] = {}
         self._window = 0
         self._thought: dict[int, Scored] = {}
@@ -140,15 +151,19 @@ class HybridDrafter(Drafter):
             if not tallies:
                 continue
             length = max(length, min(size, len(text)))
-            known = len(tallies) <= LARGE or not votes
-            for token in tallies if known else [token for token in votes if token in tallies]:
-                tally = tallies[token]
-                mine = votes.setdefault(token, [])
-                mine.append((2 * number, math.log1p(tally.total / EPSILON)))
+            shares = self._recent_shares(tallies) if len(tallies) <= LARGE else {}
+            all_of_them = len(tallies) <= LARGE or not votes
+            for token in tallies if all_of_them else [token for token in votes if token in tallies]:
+                mine, tally = votes.setdefault(token, []), tallies[token]
+                mine.append((VOICES * number, math.log1p(tally.total / EPSILON)))
                 age = self._window - tally.window
                 if age < FORGOTTEN:
-                    mine.append((2 * number + 1, math.log1p(tally.recent * FADE[age] / EPSILON)))
-        weights = self._weights.setdefault(length, [FIRST_WEIGHT] * (2 * len(MEMORIES)))
+                    for voice, (count, left) in enumerate(zip(tally.recent, FADE[age], strict=True), start=1):
+                        mine.append((VOICES * number + voice, math.log1p(count * left / EPSILON)))
+                if token in shares:
+                    mine.append((VOICES * number + VOICES - 1, shares[token]))
+        sets = (("length", length), ("behind", text[-1] if text else -1), ("part", len(text) // PART))
+        weights = self._mixed(sets)
         scores = {token: sum(weights[n] * vote for n, vote in mine) for token, mine in votes.items()}
         if len(scores) > SHORT_LIST:
             best = sorted(scores, key=scores.__getitem__, reverse=True)[:SHORT_LIST]
@@ -159,7 +174,25 @@ class HybridDrafter(Drafter):
                 ties = self._words.get(token)
                 if ties:
                     scores[token] += sum(ties[word] for word in so_far if word in ties)
-        return Scored(text, length, votes, scores)
+        return Scored(text, sets, votes, scores)
+
+    def _recent_shares(self, tallies: dict[int, Tally]) -> dict[int, float]:
+        """What part of the slower forgotten counts each token has, times `SHARE_SCALE`."""
+        ages = {token: self._window - tally.window for token, tally in tallies.items()}
+        fresh = {
+            token: tally.recent[0] * FADE[ages[token]][0]
+            for token, tally in tallies.items()
+            if ages[token] < FORGOTTEN
+        }
+        scale = SHARE_SCALE / (sum(fresh.values()) + SHARE_FLOOR)
+        return {token: scale * count for token, count in fresh.items()}
+
+    def _mixed(self, sets: tuple[Hashable, ...]) -> list[float]:
+        """The sum of the sets' weights. The first set begins with trust in all, the others correct it."""
+        for number, name in enumerate(sets):
+            if name not in self._weights:
+                self._weights[name] = [0.0 if number else FIRST_WEIGHT] * (VOICES * len(MEMORIES))
+        return [sum(each) for each in zip(*(self._weights[name] for name in sets), strict=True)]
 
     def _teach(self, scored: Scored, token: int) -> None:
         """One gradient step for a place's true token; nothing is learnt where it was no candidate or the only one."""
@@ -168,11 +201,13 @@ class HybridDrafter(Drafter):
         top = max(scored.scores.values())
         odds = {candidate: math.exp(score - top) for candidate, score in scored.scores.items()}
         total = sum(odds.values())
-        weights, so_far = self._weights[scored.length], set(scored.text)
+        learning, so_far = [self._weights[name] for name in scored.sets], set(scored.text)
         for candidate, odd in odds.items():
             error = (candidate == token) - odd / total
             for number, vote in scored.votes[candidate]:
-                weights[number] += RATE * error * vote
+                step = RATE * error * vote
+                for weights in learning:
+                    weights[number] += step
             if abs(error) > LEAST_STEP:
                 ties = self._words.setdefault(candidate, {})
                 for word in so_far:
@@ -181,9 +216,10 @@ class HybridDrafter(Drafter):
     def _count(self, tallies: dict[int, Tally], token: int) -> None:
         tally = tallies.get(token)
         if tally is None:
-            tallies[token] = Tally(1.0, 1.0, self._window)
+            tallies[token] = Tally(1.0, [1.0] * len(FORGET), self._window)
             return
         age = self._window - tally.window
-        tally.recent = tally.recent * (FADE[age] if age < FORGOTTEN else 0.0) + 1.0
+        fade = FADE[age] if age < FORGOTTEN else (0.0,) * len(FORGET)
+        tally.recent = [count * left + 1.0 for count, left in zip(tally.recent, fade, strict=True)]
         tally.total += 1.0
         tally.window = self._window

@@ -124,11 +124,18 @@ def replay_fold(
     vocabulary: int,
     clock: Callable[[], float],
 ) -> list[RowReplay]:
-    """Fits the drafter, then replays the test rows in order; it learns from each when that is done.
+    """Fits the drafter, then replays the test rows. InputError as `replay_rows`."""
+    drafter.fit(train)
+    return replay_rows(drafter, test, gamma=gamma, vocabulary=vocabulary, clock=clock)
+
+
+def replay_rows(
+    drafter: Drafter, test: Sequence[Answered], *, gamma: int, vocabulary: int, clock: Callable[[], float]
+) -> list[RowReplay]:
+    """Replays rows in order with a drafter that has been fitted; it learns from each when that is done.
 
     InputError: a token outside the vocabulary, or more tokens than were asked for.
     """
-    drafter.fit(train)
     rows: list[RowReplay] = []
     for each in test:
         answer = each.answer

@@ -40,6 +40,8 @@ class ReplayedRow:
 
     block: int
     """Neighbouring rows share one: they are drawn together."""
+    fold: int
+    """Rows of one fold met the same drafter."""
     replay: RowReplay
     """What was accepted."""
     answer: tuple[int, ...]
@@ -75,12 +77,19 @@ def summarise(rows: Sequence[ReplayedRow], gamma: int, rng: np.random.Generator)
 def details(rows: Sequence[ReplayedRow], gamma: int, shuffle: np.random.Generator) -> dict[str, Any]:
     """What the table does not hold: acceptance by place, histogram, controls, time.
 
-    `shuffled_match_rate` compares each draft with the answer of another row, drawn at random.
+    `shuffled_match_rate` compares drafts with answers in random order, within each fold: in another one the drafter
+    would have learnt the answer.
     """
     counts = sum((row.replay.counts(gamma) for row in rows), DraftCounts())
     total = dict(zip(SUMS, _sums(rows).sum(axis=0), strict=False))
-    other = shuffle.permutation(len(rows))
-    shuffled = sum(num_matches(rows[i].replay.at_once, rows[j].answer) for i, j in enumerate(other.tolist()))
+    folds: dict[int, list[ReplayedRow]] = {}
+    for row in rows:
+        folds.setdefault(row.fold, []).append(row)
+    shuffled = sum(
+        num_matches(row.replay.at_once, fold[other].answer)
+        for fold in folds.values()
+        for row, other in zip(fold, shuffle.permutation(len(fold)).tolist(), strict=True)
+    )
     accepted = np.bincount([n for row in rows for n in row.replay.accepted], minlength=gamma + 1)
     timed, per_token_us = total["timed_rows"], total["own_ms"] * 1e3 / total["tokens"]
     cost_per_pass = 1.0 + gamma * _cost_coefficient(total) if timed else None

@@ -179,4 +179,5 @@ def _residual(p_V: NDArray[np.float64], q_V: NDArray[np.float64]) -> NDArray[np.
 
 
 def _draw(p_V: NDArray[np.float64], rng: np.random.Generator) -> int:
-    return int(rng.choice(len(p_V), p=p_V))
+    cumulated_V = np.cumsum(p_V)
+    return int(np.searchsorted(cumulated_V, rng.random() * cumulated_V[-1], side="right"))

@@ -29,7 +29,7 @@ BARS = ("positional", "previous_window")
 CONTROLS = ("constant", *BARS)
 """Replayed beside whatever is asked for."""
 BLOCK_ROWS = 20
-"""Neighbouring rows that the bootstrap draws together where the gap is smaller."""
+"""Neighbouring rows that the bootstrap draws together: sequences are not named."""
 SHIFTS = (-2, -1, 0, 1, 2)
 SHIFTED = 2.0
 """A shift that matches so many times better than none..."""
@@ -81,10 +81,20 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
     names = list(dict.fromkeys((*CONTROLS, *cfg.drafter)))
     replayed = _replay(cfg, files, names)
 
+    blocks = np.cumsum([0, *(-(-len(file.traces) // BLOCK_ROWS) for file in files)]).tolist()
+    place_fold = [fold_of_rows(cfg, file) for file in files]
     results, told, groups = {}, {}, {}
     for number, name in enumerate(names):
         rows = [
-            _row(cfg, name, trace, replay, timing, block=(file, place // max(cfg.gap, BLOCK_ROWS)))
+            replayed_row(
+                cfg,
+                name,
+                trace,
+                replay,
+                timing or trace.timing_ms,
+                block=blocks[file] + place // BLOCK_ROWS,
+                fold=file * cfg.folds + place_fold[file][place],
+            )
             for file, traces in enumerate(files)
             for place, (trace, replay) in enumerate(zip(traces.traces, replayed[name][file], strict=True))
         ]
@@ -197,15 +207,21 @@ def _replay(cfg: ReplayConfig, files: Sequence[TraceFile], names: list[str]) -> 
     return replayed
 
 
+def fold_of_rows(cfg: ReplayConfig, file: TraceFile) -> list[int]:
+    """For each row of a file, the number of the fold that it is replayed in."""
+    folds = contiguous_folds(len(file.traces), cfg.folds, cfg.gap)
+    return [number for number, fold in enumerate(folds) for _ in fold.test]
+
+
 def _read_row(values: dict[str, Any]) -> RowReplay:
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return RowReplay(**fields)
 
 
-def _row(
-    cfg: ReplayConfig, name: str, trace: Trace, replay: RowReplay, timing: Timing | None, block: tuple[int, int]
+def replayed_row(
+    cfg: ReplayConfig, name: str, trace: Trace, replay: RowReplay, times: Timing | None, block: int, fold: int
 ) -> ReplayedRow:
-    times = timing or trace.timing_ms
+    """A row with its cost; `block` is the same for rows that the bootstrap draws together."""
     needs_event = DRAFTERS[name].needs_event_tokens
     cost, step_ms, event_step_ms = None, 0.0, 0.0
     if times is not None and not (needs_event and (times.draft_prefill is None or times.draft_per_token is None)):
@@ -222,7 +238,8 @@ def _row(
             replay, measured, gamma=cfg.gamma, num_event_tokens=len(trace.draft_tokens), device=cfg.draft_device
         )
     return ReplayedRow(
-        block=block[0] * 1_000_000 + block[1],
+        block=block,
+        fold=fold,
         replay=replay,
         answer=tuple(trace.target_tokens),
         cost=cost,
