@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/train_step.py --store STORE --folder /tmp/train-step
 
-Compared is the steady-state step, over all steps after the first epoch: the lower quartile, which other work on the
+The plain loop takes turns, step by step, with `ray_app.core.step.training_step` in its own process: that ratio is of
+the code alone, the other also of Ray's processes, which share the two cores. Compared is the steady-state step, over all steps after the first epoch: the lower quartile, which other work on the
 machine disturbs least, pooled over the rounds; medians by round stand beside it. Also measured: the share of time
 spent waiting for data after the first epoch, and two workers on the same cores. Writes
 benchmarks/results/train_step.json.
@@ -24,6 +25,10 @@ from provenance import save
 from torch import nn
 from torch.nn import functional
 
+from ray_app.core.adapter import AdapterConfig, build_adapter
+from ray_app.core.losses import AlignmentObjective, LossWeights
+from ray_app.core.noise import BatchNoise
+from ray_app.core.step import decode, make_optimizer, training_step
 from ray_app.jobs.journal import entries
 from ray_app.store.pair_store import PairStore
 
@@ -51,15 +56,18 @@ class Plain(nn.Module):
         return self.layers(x) + x
 
 
-def plain(store: Path, steps: int) -> list[float]:
-    """Seconds of each step of the plain loop, over uint8 pairs in memory."""
+def plain(store: Path, steps: int) -> dict[str, list[float]]:
+    """Seconds of each step of the plain loop, and of ours in turn with it, over uint8 pairs in memory."""
     opened = PairStore.open(store)
     rows = np.arange(min(len(opened.index), 8 * BATCH))
     event, target = (torch.from_numpy(side) for side in opened.read_rows(rows))
     model = Plain(event.shape[1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    found = []
-    for _ in range(steps):
+    config = AdapterConfig("lightweight", event.shape[1], target.shape[1], HIDDEN)
+    objective = AlignmentObjective(build_adapter(config, 0), LossWeights()).train()
+    our_optimizer = make_optimizer(objective, LEARNING_RATE, 0.01)
+    found: dict[str, list[float]] = {"plain": [], "ours": []}
+    for step in range(steps):
         began = time.perf_counter()
         at = torch.randperm(len(rows))[:BATCH]
         x, y = event[at].float() / 255, target[at].float() / 255
@@ -70,8 +78,13 @@ def plain(store: Path, steps: int) -> list[float]:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         loss.item()
-        found.append(time.perf_counter() - began)
-    return found[2:]
+        middle = time.perf_counter()
+        at = torch.randperm(len(rows))[:BATCH]
+        pairs = (decode(side[at], 1 / 255, torch.device("cpu")) for side in (event, target))
+        training_step(objective, our_optimizer, *pairs, BatchNoise(0, step, 0, BATCH, BATCH), global_pairs=BATCH)
+        found["plain"].append(middle - began)
+        found["ours"].append(time.perf_counter() - middle)
+    return {name: seconds[2:] for name, seconds in found.items()}
 
 
 def ours(store: Path, run: Path, workers: int, epochs: int) -> dict[str, Any]:
@@ -108,12 +121,15 @@ def main() -> None:
         print(json.dumps(plain(args.store, args.plain)))
         return
     args.folder.mkdir(parents=True)
-    alone, loop = [], []
+    alone, in_process = [], []
     for n in range(args.rounds):
         command = [sys.executable, __file__, "--store", args.store, "--folder", args.folder, "--plain", 30]
-        loop.append(json.loads(subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True).stdout))
+        done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True)
+        in_process.append(json.loads(done.stdout))
         alone.append(ours(args.store, args.folder / f"one-{n}", 1, args.epochs))
     two = ours(args.store, args.folder / "two", 2, args.epochs)
+    loop, core = ([found[name] for found in in_process] for name in ("plain", "ours"))
+    core_s = lower_quartile([s for c in core for s in c])
     ratios = [statistics.median(a["steps"]) / statistics.median(b) for a, b in zip(alone, loop, strict=True)]
     ours_s, plain_s = (
         lower_quartile([s for a in alone for s in a["steps"]]),
@@ -129,6 +145,7 @@ def main() -> None:
             "ratio_by_round": [round(r, 3) for r in ratios],
             "lower_quartile_ms": {"plain": round(1e3 * plain_s, 1), "ours": round(1e3 * ours_s, 1)},
             "ratio": round(ours_s / plain_s, 3),
+            "ratio_in_one_process_without_ray": round(core_s / plain_s, 3),
             "data_wait_share_after_first_epoch": [round(a["wait_share"], 4) for a in alone],
             "two_workers": {
                 "step_ms": round(1e3 * statistics.median(two["steps"]), 1),

@@ -28,6 +28,8 @@ TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 """What a tracking server that is away, slow or broken shows itself as; the errors of requests are OSErrors."""
 BATCH = 900
 """Points in one request; MLflow takes 1,000."""
+FLUSH_S = 5.0
+"""Between two requests: each costs a core tens of milliseconds, which on a small machine the workers would miss."""
 LONGEST_PAUSE_S = 30.0
 """Between two tries to reach a server that is away."""
 PATIENCE_S = 20.0
@@ -107,6 +109,7 @@ class Tracker:
             for line in lines:
                 self._pending += points(line)
             if self._pending and time.monotonic() >= self._next_try:
+                self._next_try = time.monotonic() + FLUSH_S
                 self._attempt(self._flush)
         self._attempt(self._finish)
 
