@@ -103,8 +103,8 @@ class Tracker:
 
     def _carry(self) -> None:
         for earlier in unsynced(self._run.parent):
-            if earlier != self._run and not self._stop.is_set():
-                self._attempt(partial(sync_run, earlier, self._uri))
+            if earlier != self._run and not self._attempt(partial(sync_run, earlier, self._uri)):
+                break  # the server is away: this run comes first
         for lines in follow(self._run, self._stop):
             for line in lines:
                 self._pending += points(line)
