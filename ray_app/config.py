@@ -129,34 +129,52 @@ class PrepareEventGpt(PrepareFlags):
 
     root: Path
     """Dataset folder."""
-    duration: str = "1s"
-    """Window length of the dataset's clips."""
+    duration: str | None = None
+    """Window length of the dataset's clips; default: what the folder's name ends with (…_500ms, …_20s), else 1s."""
     step: str | None = None
-    """Distance between the starts of following clips of a sequence; default: half the duration."""
+    """Distance between the starts of following clips of a sequence, where recordings do not tell their times;
+    default: half the duration, and for 50ms and less all of it, as EventGPT cuts them."""
+    instructions: Path | None = None
+    """Instruction JSON that lists the clips; default: EventGPT_Instruction_Subset.json in the folder, where it is
+    there, else every clip that is found."""
+    num_images: Literal[1, 5] = 5
+    """5: the middle one of the five images of event_image/; 1: the single one of event_image_1f/."""
 
 
-class PrepareDsec(PrepareFlags):
-    """DSEC recordings: events.h5 and rectified frames, as downloaded."""
+class RecordedFlags(PrepareFlags):
+    """How recordings with events and frames become windows and pairs."""
 
-    root: Path
-    """Dataset folder: train/ and test/ with a folder for each sequence, or per-sequence archives side by side."""
     durations: tuple[str, ...] = ("1s",)
     """Window lengths, one or several, 50ms to 20s."""
     step: str | None = None
     """Distance between window starts; default: half of each duration, as the reference."""
-    boundaries: Literal["us", "ms_floor"] = "us"
-    """Window ends to the microsecond, or brought down to whole milliseconds of the file's clock as EventGPT's."""
     pick: Literal["middle", "all"] = "middle"
     """The middle event image with the middle frame, as the reference; or each event image with its nearest frame."""
-    align: Literal["auto", "infinite", "none"] = "auto"
-    """infinite: frames as the event camera sees what is far away, both sides cut to the common part; none: whole
-    frames, as the reference; auto: infinite where there is a calibration."""
     num_images: Annotated[int, Field(ge=1, le=64)] = 5
     """Event images of a window, by equal event count."""
     max_gap: str = "200ms"
     """A window with a longer time without an event, or without a frame, is set aside."""
     event_slice: str | None = None
     """Events are taken from this length in the middle of each window alone; default: the whole window."""
+
+
+class PrepareDsec(RecordedFlags):
+    """DSEC recordings: events.h5 and rectified frames, as downloaded."""
+
+    root: Path
+    """Dataset folder: train/ and test/ with a folder for each sequence, or per-sequence archives side by side."""
+    boundaries: Literal["us", "ms_floor"] = "us"
+    """Window ends to the microsecond, or brought down to whole milliseconds of the file's clock as EventGPT's."""
+    align: Literal["auto", "infinite", "none"] = "auto"
+    """infinite: frames as the event camera sees what is far away, both sides cut to the common part; none: whole
+    frames, as the reference; auto: infinite where there is a calibration."""
+
+
+class PrepareDavis(RecordedFlags):
+    """Recordings of DAVIS sensors, whose pixels give events and frames at once. Needs: pip install ray-app[davis]"""
+
+    files: tuple[Path, ...]
+    """Recordings (.aedat4), a sequence each."""
 
 
 class InspectConfig(SplitFlags):
