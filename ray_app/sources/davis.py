@@ -4,11 +4,10 @@ Both sides show the same view, so they are true pairs without alignment: the eve
 geometry, and squeezed as its frames are. Windows and their pairs are those of sources/recorded.py; a frame's time is
 the middle of its exposure, by the clock of the events.
 
-A file is decoded from its beginning, packet by packet, by the library `aedat` (an optional extra). A worker's reader
-is left open where its last task ended, so that tasks in order decode a file once, and not once each.
+A file can be decoded from its beginning alone (sources/aedat4.py). A worker's reader is left open where its last task
+ended, so that tasks in order decode a file once for each worker, and not once each.
 """
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,9 @@ from numpy.typing import NDArray
 from ray_app.errors import InputError
 from ray_app.events.recording import Events
 from ray_app.events.windows import Window, format_duration
+from ray_app.sources.aedat4 import Aedat4, Frame, frame_span
 from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, named_sequences
 from ray_app.sources.recorded import Cut, file_name, first_gap
-
-WIDEST = 4096
-"""Rows and columns of a sensor; larger ones are a damaged header."""
-
-Frame = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -85,86 +80,6 @@ class DavisSource:
             yield RawPair(name, window.t_start_us, window.t_end_us, event_HWC, excerpt.frame(number))
 
 
-class Aedat4:
-    """The packets of one file in order, checked: events and frames of one sensor, by one clock.
-
-    InputError, with the file's name: no such recording, or one that breaks off or runs backwards.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        self._decoder = self._decoded(lambda: _library().Decoder(path), "is no readable AEDAT4 recording")
-        streams = self._decoded(self._decoder.id_to_stream, "is no readable AEDAT4 recording").values()
-        for kind, what in (("events", "event"), ("frame", "frame")):
-            count = sum(stream["type"] == kind for stream in streams)
-            if count != 1:
-                raise InputError(
-                    f"{path} has {count} {what} streams; `prepare davis` needs one of events and one of frames, "
-                    "of the same sensor"
-                )
-        sensor = next(stream for stream in streams if stream["type"] == "events")
-        self.width, self.height = int(sensor["width"]), int(sensor["height"])
-        if not (0 < self.width <= WIDEST and 0 < self.height <= WIDEST):
-            raise InputError(f"{path} names a sensor of {self.width} x {self.height} pixels; its header is damaged")
-        self.num_events = self.num_frames = 0
-        self.events_until_us = self.frames_until_us = -(2**63)
-        """Time of the last event and of the last frame so far."""
-
-    def __iter__(self) -> Iterator[Events | tuple[int, dict[str, Any]]]:
-        """Events, or (time, frame as decoded), one packet after the other."""
-        while True:
-            packet = self._decoded(lambda: next(self._decoder, None), "is truncated or damaged")
-            if packet is None:
-                return
-            if "events" in packet and len(packet["events"]):
-                yield self._events(packet["events"])
-            elif "frame" in packet:
-                yield self._frame(packet["frame"])
-
-    def _events(self, found: NDArray[Any]) -> Events:
-        where = f"{self.path}, counted from event {self.num_events}"
-        x, y, t, on = (found[name] for name in ("x", "y", "t", "on"))
-        events = Events.checked(x, y, t, on, self.width, self.height, where)
-        self._check_order("event", int(events.t_us[0]), self.events_until_us)
-        self.num_events += len(events)
-        self.events_until_us = int(events.t_us[-1])
-        return events
-
-    def _frame(self, found: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        t_us = (found["exposure_begin_t"] + found["exposure_end_t"]) // 2
-        self._check_order("frame", t_us, self.frames_until_us + 1)
-        self.num_frames += 1
-        self.frames_until_us = t_us
-        return t_us, found
-
-    def _check_order(self, what: str, t_us: int, earliest_us: int) -> None:
-        if t_us < earliest_us:
-            raise InputError(
-                f"{self.path}: {what} times do not rise: {t_us} µs after {self._so_far()}; sort the recording by time"
-            )
-
-    def _decoded(self, read: Any, flaw: str) -> Any:
-        try:
-            return read()
-        except BaseException as error:  # the decoder's own panics are no Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{self.path} {flaw}: {error}{self._so_far(', after ')}") from error
-
-    def _so_far(self, before: str = "") -> str:
-        frames, events = getattr(self, "num_frames", 0), getattr(self, "num_events", 0)
-        if not frames and not events:
-            return ""
-        until_us = max(self.events_until_us, self.frames_until_us)
-        return f"{before}{events} events and {frames} frames, the last at {until_us} µs"
-
-
 @dataclass(frozen=True, slots=True)
 class Excerpt:
     """Events and frames around one window, in memory."""
@@ -173,7 +88,7 @@ class Excerpt:
     """In order of time."""
     frames_us: NDArray[np.int64]
     """Times of the frames, rising."""
-    frames: list[dict[str, Any]]
+    frames: list[Frame]
     """As they were decoded."""
 
     @property
@@ -198,7 +113,7 @@ class Excerpt:
         places = np.flatnonzero(np.diff(t_us) > longest_us)[:1].tolist()
         return next((first_gap(t_us[i : i + 2].tolist(), longest_us) for i in places), None)
 
-    def frame(self, number: int) -> Frame:
+    def frame(self, number: int) -> NDArray[np.uint8]:
         """(H, W, 3) RGB; grey becomes three equal channels. InputError: not the whole sensor, or another format."""
         found = self.frames[number]
         width, height = found["width"], found["height"]
@@ -223,7 +138,7 @@ class Reader:
         self._packets = iter(self._file)
         self._ended = False
         self._events: list[Events] = []
-        self._frames: list[tuple[int, dict[str, Any]]] = []
+        self._frames: list[tuple[int, Frame]] = []
         self.forgotten_until_us = -(2**63)
         """Start of the last window; earlier ones cannot be had any more."""
 
@@ -270,19 +185,6 @@ class Reader:
         )
 
 
-def frame_span(path: Path) -> tuple[int, int]:
-    """Times of the first and the last frame; the whole file is decoded, so that damage is found before work.
-
-    InputError: see Aedat4; no frame, or no event.
-    """
-    file = Aedat4(path)
-    frames_us = [packet[0] for packet in file if not isinstance(packet, Events)]
-    for count, what in ((len(frames_us), "frame"), (file.num_events, "event")):
-        if not count:
-            raise InputError(f"{path} holds no {what}; pairs need events and frames")
-    return frames_us[0], frames_us[-1]
-
-
 _LEFT_OPEN: dict[Path, tuple[tuple[int, int], Reader]] = {}
 """The reader that this process used last, with the size and time of its file."""
 
@@ -297,13 +199,3 @@ def _reader(path: Path, t_us: int) -> Reader:
     _LEFT_OPEN.clear()
     _LEFT_OPEN[path] = (version, reader)
     return reader
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("aedat")
-    except ImportError as error:
-        raise InputError(
-            "AEDAT4 recordings are decoded by the package `aedat`, which is not installed; "
-            "`pip install 'ray-app[davis]'` brings it"
-        ) from error

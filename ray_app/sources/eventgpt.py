@@ -156,5 +156,5 @@ class EventGptSource:
 
 def named_duration(root: Path) -> int | None:
     """The clips' length by the folder's name, as the reference names it: `my_egpt_dsec_train_500ms`."""
-    match = re.search(r"_(\d+m?s)$", root.name)
+    match = re.search(r"_([1-9]\d*m?s)$", root.name)
     return parse_duration(match[1]) if match else None
