@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import yaml
-from dsec_drives import BEGIN_US, NARROW, SECOND, dsec, edit, pairs_of, put, rejected, write_small
+from dsec_drives import BEGIN_US, NARROW, OFFSET_US, SECOND, dsec, edit, pairs_of, put, rejected, write_small
 from dsec_writer import (
     BLOSC,
     DsecFiles,
@@ -57,6 +57,13 @@ def test_what_is_no_recording_of_this_format_is_refused_before_any_work(
 ) -> None:
     edit(own.events, change)
     refuses(own, message)
+
+
+def test_images_from_outside_the_recording_are_refused(own: DsecFiles) -> None:
+    edit(own.events, put("t_offset", np.int64(0)))
+    refuses(own, r"images are from 49599303076 to .* a t_offset of 0 µs\): no window has both")
+    edit(own.events, put("t_offset", np.int64(OFFSET_US + 10**9)))
+    refuses(own, "no window has both")
 
 
 def test_a_recording_without_an_event_is_refused(own: DsecFiles) -> None:

@@ -79,8 +79,8 @@ class DsecSource:
         tasks: list[SourceTask] = []
         for sequence in sequences:
             times_us = sequence.times_us()
-            with DsecEvents(sequence.events):
-                pass  # damaged as a whole: said before hours of work, not after
+            with DsecEvents(sequence.events) as events:  # damaged as a whole: said before hours of work, not after
+                _check_clocks(sequence, events, times_us)
             if align == "infinite":
                 sequence.view()
             for duration_us in self.cut.durations_us:
@@ -185,6 +185,16 @@ def _identity(sequence: DsecSequence, align: Align) -> dict[str, Any]:
     if sequence.calibration and align == "infinite":
         identity["calibration_sha256"] = hashlib.sha256(sequence.calibration.read_bytes()).hexdigest()
     return identity
+
+
+def _check_clocks(sequence: DsecSequence, events: DsecEvents, times_us: NDArray[np.int64]) -> None:
+    first_us, last_us = events.time_us(0), events.time_us(len(events) - 1)
+    if times_us[-1] < first_us or times_us[0] > last_us:
+        raise InputError(
+            f"sequence '{sequence.name}': its images are from {times_us[0]} to {times_us[-1]} µs, its events from "
+            f"{first_us} to {last_us} µs ({sequence.events} has a t_offset of {events.t_offset_us} µs): no window "
+            "has both; are the files of one drive, and is t_offset right?"
+        )
 
 
 def _check_name(name: str) -> None:
