@@ -177,13 +177,17 @@ class PrepareDavis(RecordedFlags):
     """Recordings (.aedat4), a sequence each."""
 
 
-class InspectConfig(SplitFlags):
+class InspectConfig(SplitFlags, ClusterFlags):
     """What is in a store: counts, windows, split sizes, leaks, cosine before, checksums."""
 
     store: Path
     """Pair store."""
+    against: Path | None = None
+    """Also look for windows and pictures that this other store holds too."""
     picture: Path | None = None
     """Write a contact sheet of pairs to this PNG file."""
+    page: Path | None = None
+    """Write everything with plots, and pictures of the worst leaks, to this HTML file."""
 
 
 class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
@@ -338,6 +342,8 @@ class ReplayConfig(ClusterFlags):
     """JSON file of measured milliseconds for every row, instead of the traces' own timing_ms."""
     draft_device: Literal["same", "second"] = "same"
     """EventGPT runs on the target's device before its prefill, or on a second one during it."""
+    page: Path | None = None
+    """Write the numbers with plots to this HTML file."""
     vocabulary: Positive = 32_000
     """Tokens of the shared tokenizer."""
     start_token: int = 1

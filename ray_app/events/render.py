@@ -16,6 +16,8 @@ from ray_app.events.recording import Events
 COLOURS = np.array([[0, 0, 255], [255, 0, 0], [255, 255, 255]], np.uint8)
 """Of polarity 0, polarity 1, and of a pixel without an event."""
 NO_EVENT = 2
+ROUNDING = 3
+"""Three colours, each rounded up to twice in a resize."""
 
 Canvas = Literal["sensor", "bbox"]
 
@@ -51,3 +53,20 @@ def equal_counts(events: Events, num_parts: int) -> list[Events]:
     count = len(events) // num_parts
     bounds = [i * count for i in range(num_parts)] + [len(events)]
     return [events[slice(a, b)] for a, b in pairwise(bounds)]
+
+
+def drawn_shares(images_NCHW: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(share of pixels with an event, positive share of these), shape (N,) each, of event images after resizing.
+
+    A bilinear resize mixes white, red and blue linearly and keeps means, so the means of the three colours give the
+    shares of the picture as it was drawn: 1 − green, and red − green against blue − green. NaN where an image is
+    none of these mixtures, red + blue − green being off 255 at some pixel by more than rounding; the positive share
+    is NaN where no event was drawn too. Of a pixel with several events the last one counts.
+    """
+    red, green, blue = (images_NCHW[:, c].astype(np.int16) for c in range(3))
+    drawn = np.abs(red + blue - green - 255).max(axis=(1, 2)) <= ROUNDING
+    mean_3N = [colour.mean(axis=(1, 2)) / 255 for colour in (red, green, blue)]
+    positive, negative = mean_3N[0] - mean_3N[1], mean_3N[2] - mean_3N[1]
+    active = np.where(drawn, 1 - mean_3N[1], np.nan)
+    either = np.where(drawn & (active > 0), positive + negative, np.nan)
+    return active, np.where(either > 0, positive / np.where(either > 0, either, 1.0), np.nan)

@@ -23,6 +23,7 @@ from ray_app.sources.base import RawPair, Rejected, Source, SourceTask
 from ray_app.store.durable import make_folder, write_file, writing
 from ray_app.store.manifest import MANIFEST, QUARANTINE, Features, FeatureSpec, Manifest, PartRecord
 from ray_app.store.pair_store import (
+    FACT_COLUMNS,
     Pair,
     publish,
     read_index,
@@ -111,6 +112,7 @@ def build_task(source: Source, task: SourceTask, folder: Path, features: Feature
             item.t_end_us,
             resized(item.event_HWC, features.event).tobytes(),
             resized(item.target_HWC, features.target).tobytes(),
+            **{name: getattr(item, name) for name in FACT_COLUMNS},
         )
         if reason := _flaw(pair, lengths_us):
             rejected.append(_line(pair.sequence, pair.t_start_us, pair.t_end_us, reason))

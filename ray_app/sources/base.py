@@ -30,6 +30,14 @@ class RawPair:
     """The window's events, drawn."""
     target_HWC: NDArray[np.uint8]
     """The camera's frame for the window."""
+    num_events: int | None = None
+    """Events of the window, drawn or not; None where not known, as below."""
+    num_drawn: int | None = None
+    """Events that were drawn into the event image."""
+    num_positive: int | None = None
+    """Those of them that are positive."""
+    target_t_us: int | None = None
+    """When the target's frame was taken."""
 
 
 @dataclass(frozen=True, slots=True)

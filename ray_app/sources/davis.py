@@ -76,8 +76,8 @@ class DavisSource:
             yield from self.cut.with_rejections(name, window, self._pairs(name, reader.excerpt(window), window))
 
     def _pairs(self, name: str, excerpt: "Excerpt", window: Window) -> Iterator[RawPair]:
-        for event_HWC, number in self.cut.drawn(excerpt, excerpt.frames_us, window):
-            yield RawPair(name, window.t_start_us, window.t_end_us, event_HWC, excerpt.frame(number))
+        for event_HWC, number, told in self.cut.drawn(excerpt, excerpt.frames_us, window):
+            yield RawPair(name, window.t_start_us, window.t_end_us, event_HWC, excerpt.frame(number), **told)
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,12 +114,12 @@ class DsecSource:
         window: Window,
     ) -> Iterator[RawPair]:
         targets: dict[int, NDArray[np.uint8]] = {}
-        for drawn, number in self.cut.drawn(events, times_us, window):
+        for drawn, number, told in self.cut.drawn(events, times_us, window):
             event_HWC = drawn if view is None else view.crop.of(drawn)
             if number not in targets:  # short windows have one frame for all of their images
                 frame = sequence.frame(number)
                 targets = {number: frame if view is None else view.target(frame)}
-            yield RawPair(sequence.name, window.t_start_us, window.t_end_us, event_HWC, targets[number])
+            yield RawPair(sequence.name, window.t_start_us, window.t_end_us, event_HWC, targets[number], **told)
 
     def _bounded(self, start_us: int, duration_us: int, t_offset_us: int) -> Window:
         """The window that starts there; its length stays the same, for it is whole milliseconds where floored."""

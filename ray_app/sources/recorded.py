@@ -137,8 +137,9 @@ class Cut:
 
     def drawn(
         self, events: RecordedEvents, times_us: NDArray[np.int64], window: Window
-    ) -> Iterator[tuple[NDArray[np.uint8], int]]:
-        """(event image, number of its frame) for each pair of a window; `times_us` are those of the frames.
+    ) -> Iterator[tuple[NDArray[np.uint8], int, dict[str, int]]]:
+        """(event image, number of its frame, what a RawPair tells of it) for each pair of a window; `times_us` are
+        those of the frames.
 
         InputError: too few events, no frame, or a gap.
         """
@@ -146,12 +147,27 @@ class Cut:
         frames = np.arange(first_frame, after_frames)
         self._check_gaps(events, times_us[frames], window)
         bounds = self._bounds(events, window)
+        num_events = bounds[-1] - bounds[0]
+        if self.event_slice_us is not None:
+            num_events = events.index(window.t_end_us) - events.index(window.t_start_us)
         for i in range(self.num_images) if self.pick == "all" else [self.num_images // 2]:
             number = int(frames[len(frames) // 2])
             if self.pick == "all":
                 middle_us = (events.time_us(bounds[i]) + events.time_us(bounds[i + 1] - 1)) / 2
                 number = int(frames[np.argmin(np.abs(times_us[frames] - middle_us))])
-            yield painted(events.parts(bounds[i], bounds[i + 1]), events.width, events.height), number
+            positives: list[int] = []
+            parts = _counted(events.parts(bounds[i], bounds[i + 1]), positives)
+            image_HWC = painted(parts, events.width, events.height)
+            yield (
+                image_HWC,
+                number,
+                {
+                    "num_events": num_events,
+                    "num_drawn": bounds[i + 1] - bounds[i],
+                    "num_positive": sum(positives),
+                    "target_t_us": int(times_us[number]),
+                },
+            )
 
     def with_rejections(self, name: str, window: Window, pairs: Iterator[RawPair]) -> Iterator[RawPair | Rejected]:
         """A window's pairs; where they break off with an InputError, each that is missing as Rejected."""
@@ -213,6 +229,13 @@ def file_name(sequence: str) -> str:
     if safe == sequence:
         return safe
     return f"{safe}-{hashlib.blake2b(sequence.encode(), digest_size=4).hexdigest()}"
+
+
+def _counted(parts: Iterable[Events], positives: list[int]) -> Iterator[Events]:
+    """The parts as they are; `positives` gets how many events of each are positive."""
+    for part in parts:
+        positives.append(int(np.count_nonzero(part.p)))
+        yield part
 
 
 def _over(earlier: NDArray[np.uint8], later: NDArray[np.uint8]) -> NDArray[np.uint8]:

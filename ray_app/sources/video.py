@@ -140,7 +140,17 @@ class VideoSource:
         if flaw := footage.flaw(start, end):
             return Rejected(str(path), f"frame {i}", flaw)
         events = footage.take(start, end, self.width, self.height)
-        return RawPair(name, start, end, event_image(events), targets.pop(i))
+        return RawPair(
+            name,
+            start,
+            end,
+            event_image(events),
+            targets.pop(i),
+            num_events=len(events),
+            num_drawn=len(events),
+            num_positive=int(np.count_nonzero(events.p)),
+            target_t_us=footage.time_us(i),
+        )
 
     def _times(self, path: Path) -> list[int]:
         """Time of every frame in microseconds, from the container's index: nothing is decoded."""
@@ -204,6 +214,10 @@ class _Footage:
                 blend = grey if k == substeps else self._grey * (1 - share) + grey * share
                 self._chunks.append(simulator.step(blend, begin_us + (t_us - begin_us) * k // substeps))
         self._grey, self.until_us = grey, t_us
+
+    def time_us(self, i: int) -> int:
+        """When a frame was taken."""
+        return self._times_us[i]
 
     def flaw(self, start_us: int, end_us: int) -> str:
         """What is wrong within a window, or nothing."""

@@ -37,6 +37,8 @@ INDEX_COLUMNS = {
     "t_start_us": pa.int64(),
     "t_end_us": pa.int64(),
 }
+FACT_COLUMNS = ("num_events", "num_drawn", "num_positive", "target_t_us")
+"""What a source may know of a window: int64, null where it does not. Older stores are without these columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,14 @@ class Pair:
     """Event feature, `FeatureSpec.num_bytes` long."""
     target: bytes
     """Target feature."""
+    num_events: int | None = None
+    """Events of the window, drawn or not; None where not known, as below."""
+    num_drawn: int | None = None
+    """Events that were drawn into the event image."""
+    num_positive: int | None = None
+    """Those of them that are positive."""
+    target_t_us: int | None = None
+    """When the target's frame was taken."""
 
     @property
     def sample_id(self) -> str:
@@ -175,6 +185,7 @@ def write_part(folder: Path, name: str, pairs: Sequence[Pair], features: Feature
             *(pa.field(name, kind, nullable=False) for name, kind in INDEX_COLUMNS.items()),
             pa.field("event", pa.binary(features.event.num_bytes), nullable=False),
             pa.field("target", pa.binary(features.target.num_bytes), nullable=False),
+            *(pa.field(name, pa.int64()) for name in FACT_COLUMNS),
         ]
     )
     columns = [[getattr(pair, field.name) for pair in pairs] for field in schema]
