@@ -151,7 +151,8 @@ def rows_figure(details: Numbers) -> str:
     """Rows by how many tokens were accepted in a row at the start, a small histogram for each drafter."""
     longest = max(len(more["rows_by_prefix"]) for more in details.values())
     lines = -(-len(details) // 3)
-    edges = np.arange(0, longest + MOST_BINS, -(-longest // MOST_BINS)) - 0.5
+    width = -(-longest // MOST_BINS)
+    edges = np.arange(0, longest + width, width) - 0.5
 
     def draw(figure: Figure) -> None:
         axes_LC = figure.subplots(lines, 3, sharex=True, sharey=True, squeeze=False)
