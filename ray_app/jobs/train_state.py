@@ -12,13 +12,14 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ray_app.config import TrainConfig
-from ray_app.core.adapter import AdapterConfig, build_adapter
+from ray_app.core.adapter import STRATEGIES, AdapterConfig, build_adapter, num_parameters
 from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.core.step import StepResult, make_optimizer
 from ray_app.jobs.journal import Journal
 from ray_app.jobs.run_folder import RunFolder, place
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
 from ray_app.store.pair_store import PairStore
+from ray_app.store.split import Split, split_pairs
 
 
 @dataclass(slots=True)
@@ -83,14 +84,18 @@ class TrainState:
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def end_epoch(self, val_loss: float) -> None:
-        """Takes note of an epoch's validation loss; the next begins."""
+    def end_epoch(self, loss: float, *, validated: bool = True) -> None:
+        """Takes note of an epoch's validation loss; the next begins.
+
+        Where nothing validates it is the training loss: it steers the learning rate alone, and the newest epoch is
+        the best there is.
+        """
         self.epoch += 1
         self.sums = EpochSums()
         self.waited += 1
-        if val_loss < self.best_loss:
-            self.best_loss, self.best_epoch, self.waited = val_loss, self.epoch, 0
-        self.scheduler.step(val_loss)
+        if loss < self.best_loss or not validated:
+            self.best_loss, self.best_epoch, self.waited = loss, self.epoch, 0
+        self.scheduler.step(loss)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Optimizer moments by parameter, and what is trained beside the adapter."""
@@ -131,10 +136,23 @@ class TrainState:
         self.sums = EpochSums(**meta["sums"])
 
 
+def training_split(cfg: TrainConfig, store: PairStore) -> Split:
+    """The split of a run: its validation part is empty where that trains too."""
+    split = split_pairs(store.index, cfg.split_config)
+    return split.without_validation() if cfg.fit_on == "train+val" else split
+
+
 def adapter_config(cfg: TrainConfig, store: PairStore) -> AdapterConfig:
     """The adapter that fits a store."""
     widths = store.feature("event").width, store.feature("target").width
     return AdapterConfig(cfg.strategy, *widths, cfg.hidden_dim, cfg.dropout)
+
+
+def parameters(cfg: TrainConfig, store: PairStore) -> int:
+    """Trained numbers of a run's adapter."""
+    with torch.device("meta"):
+        config = adapter_config(cfg, store)
+        return num_parameters(STRATEGIES[config.strategy](config))
 
 
 def resume_or_init(cfg: TrainConfig, store: PairStore, name: str | None, device: torch.device) -> TrainState:
