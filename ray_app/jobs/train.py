@@ -64,8 +64,8 @@ class Plan:
         return max(1, int(self.cpus_per_worker))
 
 
-def run_train(cfg: TrainConfig) -> dict[str, Any]:
-    """Trains an adapter, or goes on with a run; returns the --json object.
+def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]:
+    """Trains an adapter, or goes on with a run; returns the --json object. `parent_key`: of the sweep it belongs to.
 
     RunStopped: SIGTERM came, the run is saved and can go on. ConfigError: a setting that may not change on the way.
     """
@@ -87,7 +87,7 @@ def run_train(cfg: TrainConfig) -> dict[str, Any]:
         plan = make_plan(cfg, store, split, info)
         if not cfg.resume:
             about = {"name": run_name(cfg, store), "key": uuid.uuid4().hex, "store_fingerprint": store.fingerprint}
-            run.claim({**about, "config": kept_settings(cfg)})
+            run.claim({**about, "parent_key": parent_key, "config": kept_settings(cfg)})
         with run.driven():
             return train(cfg, store, split, plan, run)
 
@@ -170,6 +170,7 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, run: Run
             "start",
             name=origin["name"],
             key=origin["key"],
+            parent_key=origin.get("parent_key"),
             experiment=cfg.experiment,
             params={**kept_settings(cfg), "parameters": plan.parameters},
             tags=tags,
@@ -336,8 +337,7 @@ def render_train(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     told = "These are validation numbers, without controls" if val else "Nothing validated"
     console.print(
-        f"{told}. The answer is given by\n"
-        f"  ray-app evaluate --store STORE --checkpoint {result['run']} --out REPORT",
+        f"{told}. The answer is given by\n  ray-app evaluate --store STORE --checkpoint {result['run']} --out REPORT",
         highlight=False,
         soft_wrap=True,
     )
