@@ -59,6 +59,17 @@ class Placed:
             part_bytes(self.store, self.split.train) if self.train else 0
         )
 
+    def describe(self) -> dict[str, Any]:
+        """Sizes of the parts and the controls' cosine_accept_rate at θ, as JSON values."""
+        return {
+            "train": len(self.split.train),
+            "val": len(self.split.val),
+            "test": len(self.split.test),
+            "val_sequences": len(np.unique(self.store.index.sequence[self.split.val])),
+            "split": self.split.label,
+            "controls": {name: counts.accept_rate() for name, counts in self.controls.fixed.items()},
+        }
+
 
 def part_bytes(store: PairStore, rows: NDArray[np.int64]) -> int:
     """Bytes of some pairs as stored."""

@@ -20,6 +20,7 @@ from ray_app.errors import ConfigError
 from ray_app.jobs.journal import Journal
 from ray_app.jobs.run_folder import RUN
 from ray_app.jobs.sweep_folder import SweepFolder, Trial, trial_name
+from ray_app.jobs.sweep_population import Population
 from ray_app.jobs.sweep_search import Direction, Tried, propose
 from ray_app.jobs.sweep_spec import Setting, SweepSpec, space_of, train_config
 from ray_app.jobs.train import kept_settings
@@ -54,7 +55,7 @@ class SweepRecord:
     @property
     def left(self) -> int:
         """Trials that may still be proposed."""
-        return max(self.spec.max_trials - len(self.trials), 0)
+        return max(self.spec.max_trials - len({trial.index for trial in self.trials.values()}), 0)
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -65,7 +66,7 @@ class SweepRecord:
         while self.queue:
             return self.begin(self.trials[self.queue.pop(0)])
         while self.left:
-            tried = [self.tried(trial) for trial in self.trials.values()]
+            tried = [self.tried(trial) for trial in self.trials.values() if trial.origin is None]
             setting = propose(self.spec.searcher, self.space, self.spec.seed, tried, self.directions)
             if setting is None:
                 return None
@@ -86,21 +87,45 @@ class SweepRecord:
 
     def add(self, setting: Setting) -> Trial | None:
         """Writes a new trial down. None: `train` refuses the setting, which is written down too."""
-        index = len(self.trials)
+        index = self.spec.max_trials - self.left
         name = trial_name(index, setting)
         try:
             cfg = self.config(name, setting)
         except ConfigError as error:
-            trial = Trial(index, name, setting, 0, "failed", reason=str(error), ended_at=time.time())
-            self.journal.write("trial", index=index, name=name, setting=setting, parameters=0, time=time.time())
-            self.end(trial)
+            trial = self.write(Trial(index, name, setting, 0))
+            self.end(replace(trial, status="failed", reason=str(error), ended_at=time.time()))
             return None
-        trial = Trial(index, name, setting, parameters(cfg, self.stores[data_key(cfg)]))
-        self.journal.write(
-            "trial", index=index, name=name, setting=setting, parameters=trial.parameters, time=time.time()
-        )
-        self.trials[name] = trial
+        return self.write(Trial(index, name, setting, parameters(cfg, self.stores[data_key(cfg)])))
+
+    def write(self, trial: Trial) -> Trial:
+        """A trial that is tried from now on."""
+        told = {key: getattr(trial, key) for key in ("index", "name", "setting", "parameters", "origin")}
+        self.journal.write("trial", **told, time=time.time())
+        self.trials[trial.name] = trial
         return trial
+
+    def go_on(self, member: str, donor: str, setting: Setting) -> dict[str, Any]:
+        """A population's member ends; a new trial of its number takes another's weights. Returns its config."""
+        old, other = self.trials[member], self.standing(donor)
+        name = trial_name(old.index, setting, donor, other.epochs, member)
+        self.stopped(member)
+        return self.trial_config(self.begin(self.write(Trial(old.index, name, setting, old.parameters, donor))))
+
+    def trial_config(self, trial: Trial) -> dict[str, Any]:
+        """What `run_trial` is told."""
+        cfg, about = self.config(trial.name, trial.setting), self.folder.run(trial.name).about()
+        return {
+            "name": trial.name,
+            "setting": trial.setting,
+            "origin": str(self.folder.run(trial.origin).path) if trial.origin else None,
+            "train": flat(cfg),
+            "data": data_key(cfg),
+            "objective": self.spec.objective,
+            "population": self.spec.scheduler == "pbt",
+            "latency": self.spec.also_minimise == "latency_ms",
+            "threads": max(int(self.spec.cpus_per_worker), 1),
+            "provenance": {**self.provenance, "run": about["name"], "run_key": about["key"]},
+        }
 
     def config(self, name: str, setting: Setting) -> TrainConfig:
         """A trial's settings of `train`."""
@@ -189,25 +214,13 @@ class Unsaved:
 class RecordSearcher(Unsaved, Searcher):
     """Hands the record's trials to Tune. It keeps nothing, so there is nothing to save."""
 
-    def __init__(self, record: SweepRecord, threads: int) -> None:
+    def __init__(self, record: SweepRecord) -> None:
         super().__init__(metric="objective", mode="max")
-        self.record, self.threads = record, threads
+        self.record = record
 
     def suggest(self, trial_id: str) -> Any:
         trial = self.record.next_trial()
-        if trial is None:
-            return Searcher.FINISHED
-        cfg = self.record.config(trial.name, trial.setting)
-        about = self.record.folder.run(trial.name).about()
-        return {
-            "name": trial.name,
-            "train": flat(cfg),
-            "data": data_key(cfg),
-            "objective": self.record.spec.objective,
-            "latency": self.record.spec.also_minimise == "latency_ms",
-            "threads": self.threads,
-            "provenance": {**self.record.provenance, "run": about["name"], "run_key": about["key"]},
-        }
+        return Searcher.FINISHED if trial is None else self.record.trial_config(trial)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The recorder has seen to it."""
@@ -226,18 +239,18 @@ class Recorder(Unsaved, tune.Callback):
         self.record, self.budget = record, budget
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
-        self.budget.started(trial.config["name"])
+        self.budget.started(trial.trial_id)
 
     def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
         self.record.died(trial.config["name"], reason_of(trial))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
-        self.budget.ended(trial.config["name"])
+        self.budget.ended(trial.trial_id)
         self.record.failed(trial.config["name"], reason_of(trial))
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
         name = trial.config["name"]
-        self.budget.ended(name)
+        self.budget.ended(trial.trial_id)
         if not self.budget.spent or self.record.standing(name).ended_at is not None:
             self.record.stopped(name)
 
@@ -282,11 +295,12 @@ class Budget(Unsaved, tune.Stopper):
             return f"--max-gpu-hours {self._spec.max_gpu_hours:g} are used up"
         return None
 
-    def started(self, name: str) -> None:
-        self._running[name] = time.monotonic()
+    def started(self, trial_id: str) -> None:
+        self.ended(trial_id)  # of a member that had paused
+        self._running[trial_id] = time.monotonic()
 
-    def ended(self, name: str) -> None:
-        self._trial_s += time.monotonic() - self._running.pop(name, time.monotonic())
+    def ended(self, trial_id: str) -> None:
+        self._trial_s += time.monotonic() - self._running.pop(trial_id, time.monotonic())
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -297,8 +311,10 @@ class Budget(Unsaved, tune.Stopper):
 
 def scheduler_of(spec: SweepSpec, record: SweepRecord) -> TrialScheduler:
     """Tune's scheduler; one that compares is told of the trials that ended under earlier drivers."""
-    if spec.scheduler != "asha":
+    if spec.scheduler == "none":
         return FIFOScheduler()
+    if spec.scheduler == "pbt":
+        return Population(record.space, spec.grace_epochs, record.go_on)
     scheduler = ASHAScheduler(
         time_attr="epoch",
         metric="objective",

@@ -24,6 +24,8 @@ from ray_app.jobs.sweep_spec import Setting, SweepSpec
 from ray_app.store.durable import write_file, writing
 
 SWEEP = "sweep.json"
+RUNS = ("trials/*", "final/*/*")
+"""Where run folders lie."""
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 """`stopped`: the scheduler did, for others were better. `waiting` and `running` ones can still go on."""
 
@@ -40,6 +42,8 @@ class Trial:
     """What is tried."""
     parameters: int
     """Trained numbers of its adapter."""
+    origin: str | None = None
+    """The trial whose weights it began with, where a population exchanged them."""
     status: Status = "waiting"
     """How it stands."""
     objective: float | None = None
@@ -117,16 +121,26 @@ class SweepFolder:
 
     def heard(self) -> list[float]:
         """All moments that its journals tell of, in order."""
-        runs = (folder for folder in (self.path / "trials").glob("*") if (folder / JOURNAL).is_file())
-        return sorted(line["time"] for folder in (self.path, *runs) for line in entries(folder) if "time" in line)
+        folders = (self.path, *self.runs("trials/*"))
+        return sorted(line["time"] for folder in folders for line in entries(folder) if "time" in line)
+
+    def runs(self, *places: str) -> list[Path]:
+        """Its run folders that have a journal: of trials and of the last training, or of some places alone."""
+        found = [path.parent for place in places or RUNS for path in self.path.glob(f"{place}/{JOURNAL}")]
+        return sorted(found)
+
+    def sessions(self) -> list[tuple[float, float]]:
+        """From each start to the last that was heard before the next."""
+        starts = [line["time"] for line in self.entries() if line["kind"] == "start"]
+        heard = self.heard()
+        return [
+            (begin_s, max(moment for moment in heard if begin_s <= moment < next_s))
+            for begin_s, next_s in itertools.pairwise([*starts, float("inf")])
+        ]
 
     def used_seconds(self) -> float:
         """Time of all starts but the newest: from each to the last that was heard before the next."""
-        starts = [line["time"] for line in self.entries() if line["kind"] == "start"]
-        heard, total = self.heard(), 0.0
-        for begin_s, next_s in itertools.pairwise(starts):
-            total += max(moment for moment in heard if begin_s <= moment < next_s) - begin_s
-        return total
+        return sum(end_s - begin_s for begin_s, end_s in self.sessions()[:-1])
 
     def run(self, name: str) -> RunFolder:
         """The run folder of a trial."""
@@ -142,7 +156,9 @@ class SweepFolder:
         found: dict[str, Trial] = {}
         for line in self.entries():
             if line["kind"] == "trial":
-                found[line["name"]] = Trial(line["index"], line["name"], line["setting"], line["parameters"])
+                found[line["name"]] = Trial(
+                    *(line[key] for key in ("index", "name", "setting", "parameters", "origin"))
+                )
             elif line["kind"] == "ended":
                 found[line["name"]] = Trial(**{key: line[key] for key in Trial.__dataclass_fields__})
         return [
@@ -177,6 +193,8 @@ class SweepFolder:
         journal.write("ended", **asdict(trial))
         run = self.run(trial.name)
         best = run.best()
+        if self.spec.scheduler == "pbt":
+            return  # another member may go on from it
         for parent in ("training_state", "checkpoints"):
             for folder in (run.path / parent).glob("epoch_*"):
                 if folder != best:
@@ -193,9 +211,9 @@ class SweepFolder:
                     shutil.rmtree(folder)
 
 
-def trial_name(index: int, setting: Setting) -> str:
-    """Number and hash of the setting."""
-    digest = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()
+def trial_name(index: int, setting: Setting, *origin: Any) -> str:
+    """Number and hash of the setting, and of what it goes on from."""
+    digest = hashlib.sha256(json.dumps([setting, *origin], sort_keys=True).encode()).hexdigest()
     return f"trial_{index:04d}-{digest[:8]}"
 
 

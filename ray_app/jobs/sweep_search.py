@@ -24,6 +24,9 @@ Direction = Literal["maximize", "minimize"]
 REDRAWS = 200
 """Draws after which a space of choices is taken to be used up."""
 
+FEWEST = 4
+"""Trials below which nothing is said of importance."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tried:
@@ -134,6 +137,17 @@ def frozen_trials(space: Space, tried: Sequence[Tried], num_objectives: int) -> 
             )
         )
     return made
+
+
+def importances(space: Space, tried: Sequence[Tried], seed: int) -> dict[str, float]:
+    """Share of the objective's variance that each setting explains (fANOVA); nothing where that cannot be told."""
+    differing = {name for name in space if len({json.dumps(trial.setting[name]) for trial in tried}) > 1}
+    if len(tried) < FEWEST or not differing or len({trial.values for trial in tried}) < 2:
+        return {}
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(frozen_trials(space, tried, 1))
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator, params=sorted(differing))
 
 
 def distribution(dimension: Dimension) -> BaseDistribution:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError
@@ -214,7 +214,8 @@ def dimension(name: str, value: Any) -> Dimension:
             f"space: {name}: {value!r} is no span; give two numbers, the lower one first (above 0 and without a step "
             "for log; 1.0e-4 is a number in YAML, 1e-4 is not)"
         )
-    integer = TrainConfig.model_fields[name].annotation is int
+    kind = TrainConfig.model_fields[name].annotation
+    integer = int in (kind, *get_args(kind)) and float not in get_args(kind)
     return Span(ends[0], ends[1], kinds[0] == "log", step, integer)
 
 

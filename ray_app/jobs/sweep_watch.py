@@ -23,6 +23,7 @@ REFRESH_S = 1.0
 
 def watch(folder: SweepFolder) -> None:
     """Shows the sweep on standard error until it ends; one that has ended is shown once."""
+    folder.about()
     console = Console(stderr=True)
     with Live(console=console, auto_refresh=False) as live:
         while True:

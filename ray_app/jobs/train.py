@@ -243,6 +243,7 @@ def fit(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: str,
             "held": plan.held,
             "threads": plan.threads,
             "provenance": about,
+            "placed": None,
         },
         scaling_config=ScalingConfig(
             num_workers=cfg.num_workers,

@@ -202,7 +202,7 @@ class Keeper:
             return
         self.journal.write("resume", epoch=state.epoch, global_step=state.step, workers=workers, time=time.time())
         self.run.settle(state.place, state.best_epoch)
-        if state.epoch and not state.sums.batches:
+        if state.best_epoch and not state.sums.batches:  # none: the place is another run's, which has told of it
             metrics = json.loads((self.run.checkpoint(state.place) / "metrics.json").read_text())
             self._tell_epoch(state, metrics, 0.0)
 

@@ -10,17 +10,20 @@ import torch
 from ray.train.torch import get_device
 
 from ray_app.config import TrainConfig
+from ray_app.jobs import sweep_data
 from ray_app.jobs.journal import Journal
 from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.shards import hold, stream
+from ray_app.jobs.sweep_data import Placed
 from ray_app.jobs.train_loop import Batches, Pairs, Worker, back_off, held_batches, train_epochs
 from ray_app.jobs.train_state import TrainState, training_split
 from ray_app.store.pair_store import PairStore
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
-    """One worker's run. `config`: `train` (a TrainConfig), `held`, `threads`, `provenance`."""
+    """One worker's run. `config`: `train` (a TrainConfig), `held`, `threads`, `provenance`, and `placed`, its pairs in
+    shared memory, or None."""
     cfg = TrainConfig.model_validate(config["train"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -31,7 +34,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         if journal:
             back_off(run)
             journal.write("attempt", time=time.time())
-        train_epochs(worker, pairs_of(worker, held=config["held"]), journal, config["provenance"], report)
+        placed: Placed | None = config["placed"]
+        pairs = sweep_data.pairs_of(placed, worker) if placed else pairs_of(worker, held=config["held"])
+        train_epochs(worker, pairs, journal, config["provenance"], report)
 
 
 def pairs_of(worker: Worker, *, held: bool) -> Pairs:

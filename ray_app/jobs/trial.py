@@ -5,6 +5,8 @@ process that works for it, those of the ones before too, so that a scheduler tha
 """
 
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from ray_app.jobs.journal import Journal, entries, since_start
 from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.sweep_data import Placed, pairs_of
 from ray_app.jobs.sweep_folder import scores
+from ray_app.jobs.sweep_population import adopt, mark
 from ray_app.jobs.train_loop import Worker, ended, train_epochs
 from ray_app.jobs.train_state import TrainState
 
@@ -26,7 +29,7 @@ TIMED_PASSES = 30
 
 def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
     """A trainable of Ray Tune. `config`: `train` (a TrainConfig), `data` (a key of `placed`), `objective`, `latency`,
-    `threads`, `provenance`.
+    `threads`, `provenance`, `population` (weights are exchanged), `origin` (run folder of the weights to begin with).
 
     A failure that would come again is told in the journal, and the trial ends. Any other error is raised, so that
     Tune starts the trial again; the second time for the same cause it ends, too.
@@ -39,8 +42,11 @@ def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
             trial.fail(reason)
             return
         journal.write("attempt", time=time.time())
-        trial.tell_past_epochs()
         try:
+            if config["origin"]:
+                adopt(RunFolder(Path(config["origin"])), RunFolder(cfg.out), cfg, config["provenance"])
+            if not config["population"]:  # it compares the present alone
+                trial.tell_past_epochs()
             data = placed[config["data"]]
             device = torch.device("cuda" if cfg.use_gpu else "cpu")
             worker = Worker(cfg, data.store, 0, 1, device)
@@ -78,8 +84,8 @@ class TrialRun:
         """To Tune, which answers by going on, or never. The driver may end the journal meanwhile."""
         found = scores(lines, self.config["objective"])
         metrics = {"epoch": epoch, "objective": found["objective"], RATE: found["accept_rate"], "lift": found["lift"]}
-        with self.journal.lent():
-            tune.report(metrics)
+        with self.journal.lent(), mark(self.cfg.out) if self.config["population"] else nullcontext() as checkpoint:
+            tune.report(metrics, checkpoint=checkpoint)
 
     def end(self, status: str) -> None:
         """The last line."""

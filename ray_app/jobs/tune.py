@@ -25,6 +25,7 @@ from ray_app.jobs.sweep_driver import Budget, Recorder, RecordSearcher, SweepRec
 from ray_app.jobs.sweep_estimate import Estimate, candidates, estimate, largest, room
 from ray_app.jobs.sweep_final import judgement_of, run_final
 from ray_app.jobs.sweep_folder import SWEEP, SweepFolder, Trial, best_of, front
+from ray_app.jobs.sweep_report import write_page
 from ray_app.jobs.sweep_spec import Choice, SweepSpec, describe, read_spec, space_of, train_config
 from ray_app.jobs.sweep_tracking import SweepTracker
 from ray_app.jobs.sweep_watch import SweepProgress, trials_table, watch
@@ -62,7 +63,7 @@ def run_tune(cfg: TuneConfig) -> dict[str, Any]:
         concurrent = room(spec, info, placed, most)
         if not cfg.resume:
             agree(cfg, spec, estimated(spec, placed, concurrent))
-            folder.claim(begun(spec, stores))
+            folder.claim(begun(spec, placed, uri))
         tracking = {"tracking_uri": uri, "experiment": cfg.experiment, "model_name": cfg.model_name}
         with Journal(folder.path) as journal:
             begin(folder, spec, journal, cfg, info, concurrent)
@@ -81,6 +82,7 @@ def run_tune(cfg: TuneConfig) -> dict[str, Any]:
                 raise
             finally:
                 journal.write("end", status=status, artifacts=None, time=time.time())
+                write_page(folder)
 
                 tracker.close()
     return summary(folder)
@@ -104,8 +106,9 @@ def going_on(cfg: TuneConfig) -> tuple[SweepFolder, SweepSpec]:
     if cfg.store or cfg.out:
         raise ConfigError("--resume goes on with the sweep's own store and folder; leave --store and --out out")
     changes = {name: value for name in BUDGET if (value := getattr(cfg, name)) is not None}
-    about["spec"] |= changes
-    write_file(folder.path / SWEEP, json.dumps(about, indent=1).encode())
+    if changes:
+        about["spec"] |= changes
+        write_file(folder.path / SWEEP, json.dumps(about, indent=1).encode())
     return folder, folder.spec
 
 
@@ -144,13 +147,17 @@ def placed_parts(stores: dict[str, PairStore], spec: SweepSpec) -> dict[str, Pla
     return {key: place(store, splits[key], min(nodes) / len(stores)) for key, store in stores.items()}
 
 
-def begun(spec: SweepSpec, stores: dict[str, PairStore]) -> dict[str, Any]:
+def begun(spec: SweepSpec, placed: dict[str, Placed], uri: str) -> dict[str, Any]:
     """What `sweep.json` holds."""
+    store = next(iter(placed.values())).store
     return {
         "name": spec.out.name,
         "key": uuid.uuid4().hex,
         "created": time.time(),
-        "store_fingerprint": next(iter(stores.values())).fingerprint,
+        "store_fingerprint": store.fingerprint,
+        "source": store.manifest.source,
+        "tracking_uri": uri if uri == shown(uri) else None,
+        "data": {key: part.describe() for key, part in placed.items()},
         "spec": spec.model_dump(mode="json", exclude_unset=True),
     }
 
@@ -227,7 +234,6 @@ def search(record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> N
     left = len(record.queue) + record.left
     if not left or budget.stop_all():
         return
-    threads = max(int(spec.cpus_per_worker), 1)
     resources = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
     trainable = tune.with_resources(tune.with_parameters(run_trial, placed=placed), resources)
     with SweepProgress(record) as progress, asked_to_stop(budget):
@@ -235,10 +241,11 @@ def search(record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> N
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=RecordSearcher(record, threads),
+                search_alg=RecordSearcher(record),
                 scheduler=scheduler_of(spec, record),
                 num_samples=left,
-                max_concurrent_trials=concurrent,
+                # A population takes turns: all its members are there, the CPUs say how many at a time.
+                max_concurrent_trials=None if spec.scheduler == "pbt" else concurrent,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
