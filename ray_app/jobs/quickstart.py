@@ -37,8 +37,10 @@ def run_quickstart(cfg: QuickstartConfig) -> dict[str, Any]:
             TrainConfig(
                 store=store,
                 out=run,
+                strategy=cfg.strategy,
                 num_epochs=cfg.num_epochs,
                 hidden_dim=cfg.hidden_dim,
+                **(RECIPE if cfg.strategy == "conv" else {}),
                 seed=cfg.seed,
                 **tracking,
             )

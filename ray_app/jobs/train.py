@@ -29,6 +29,7 @@ from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.progress import TrainingProgress
 from ray_app.jobs.run_folder import KEPT_PLACES, RunFolder
 from ray_app.jobs.shards import pairs_dataset
+from ray_app.jobs.start import make_start
 from ray_app.jobs.tracking import Tracker, shown, tracking_uri
 from ray_app.jobs.train_loop import train_loop_per_worker
 from ray_app.jobs.train_state import adapter_config
@@ -71,7 +72,9 @@ def run_train(cfg: TrainConfig) -> dict[str, Any]:
 
     RunStopped: SIGTERM came, the run is saved and can go on. ConfigError: a setting that may not change on the way.
     """
-    cfg = cfg.model_copy(update={"store": cfg.store.absolute(), "out": cfg.out.absolute()})
+    absolute = {name: path.absolute() for name in ("store", "out", "start") if (path := getattr(cfg, name))}
+    solved = {"num_epochs": 1} if STRATEGIES[cfg.strategy].NEEDS == "pairs" else {}
+    cfg = cfg.model_copy(update=absolute | solved)
     tracking_uri(cfg)  # a mistake in it is told before anything is read or written
     store = PairStore.open(cfg.store, cfg.durations)
     run = RunFolder(cfg.out)
@@ -235,6 +238,7 @@ def fit(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: str,
     train_pairs, val_pairs = (pairs_dataset(store, rows) for rows in (split.train, split.val))
     # Read before the workers claim their CPUs: a data set in memory needs none, and cannot starve.
     datasets = {"train": train_pairs.materialize() if plan.held else train_pairs, "val": val_pairs.materialize()}
+    make_start(cfg, store, split, datasets)
     if not plan.held and (dropped := len(split.train) % cfg.num_workers):
         print(f"streaming to {cfg.num_workers} workers leaves out {dropped} pairs of each epoch", file=sys.stderr)
     TorchTrainer(

@@ -28,6 +28,7 @@ from ray_app.jobs.journal import Journal, since_start
 from ray_app.jobs.lanes import Batch, Lanes
 from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.shards import Held, hold, stream
+from ray_app.jobs.start import held_compressed
 from ray_app.jobs.train_state import Keeper, TrainState, agreed_place, resume_or_init
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
@@ -54,9 +55,13 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         model = parallel(state.objective, cfg, worker)
         lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
         shard = ray.train.get_dataset_shard("train")
-        held = hold(shard, store, split.train, lanes.held(rank, world)) if config["held"] else None
         mine = np.arange(rank, len(split.val), world)
-        validation = hold(ray.train.get_dataset_shard("val"), store, split.val, mine)
+        if cfg.space == "compressed":
+            held: Held | None = held_compressed(cfg, store, "train", lanes.held(rank, world))
+            validation = held_compressed(cfg, store, "val", mine)
+        else:
+            held = hold(shard, store, split.train, lanes.held(rank, world)) if config["held"] else None
+            validation = hold(ray.train.get_dataset_shard("val"), store, split.val, mine)
         if keeper:
             keeper.begin(state, world)
 
@@ -103,7 +108,9 @@ class Worker:
     """Where it computes."""
 
     def decoded(self, event_BE: torch.Tensor, target_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stored features as float32 on the device."""
+        """Stored features as float32 on the device; coordinates are so already."""
+        if self.cfg.space == "compressed":
+            return event_BE.to(self.device), target_BD.to(self.device)
         event, target = self.store.feature("event"), self.store.feature("target")
         return decode(event_BE, event.scale, self.device), decode(target_BD, target.scale, self.device)
 
@@ -119,10 +126,12 @@ class Worker:
 def parallel(objective: AlignmentObjective, cfg: TrainConfig, worker: Worker) -> torch.nn.Module:
     """The objective, its gradients averaged over workers where there are several."""
     objective.train()
-    if worker.world == 1:
+    if worker.world == 1 or not any(parameter.requires_grad for parameter in objective.parameters()):
         return objective
     devices = [worker.device] if worker.device.type == "cuda" else None
-    model = DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(
+        objective, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
     if cfg.bf16_gradients:
         model.register_comm_hook(None, bf16_all_reduce)
     return model
