@@ -39,11 +39,8 @@ def find_start(passes: Passes, needs: Needs, rank: int, pairs: int, seed: int) -
     ConfigError: rank above the number of pairs, a side that is constant or varies in fewer directions than the
     rank, a mean target of zeros.
     """
-    if needs == "subspaces" and rank >= pairs:
-        raise ConfigError(
-            f"--rank ({rank}) is not below the number of training pairs ({pairs}), which span {pairs - 1} directions "
-            f"about their mean; try --rank {max(1, (pairs - 1) // 2)}"
-        )
+    if needs == "subspaces":
+        check_rank(rank, pairs)
     sums = passes(column_sums)
     start = {f"{side}_mean": (sums[side] / sums["pairs"]).float() for side in SIDES}
     if not start["target_mean"].any():
@@ -67,6 +64,15 @@ def find_start(passes: Passes, needs: Needs, rank: int, pairs: int, seed: int) -
         found = leading(basis[side], sums[side], rank, pairs, side)
         start[f"{side}_basis"], start[f"{side}_scale"] = found
     return start
+
+
+def check_rank(rank: int, pairs: int) -> None:
+    """ConfigError where so many pairs cannot span a subspace of this rank."""
+    if rank >= pairs:
+        raise ConfigError(
+            f"--rank ({rank}) is not below the number of training pairs ({pairs}), which span {pairs - 1} directions "
+            f"about their mean; try --rank {max(1, (pairs - 1) // 2)}"
+        )
 
 
 def column_sums(event_BE: Tensor, target_BD: Tensor) -> Sums:

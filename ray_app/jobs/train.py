@@ -22,6 +22,7 @@ from rich.table import Table
 
 from ray_app.config import TrainConfig, flat
 from ray_app.core.adapter import STRATEGIES, num_parameters
+from ray_app.core.start import check_rank
 from ray_app.errors import ConfigError, ResourceError, RunStopped, StoreError, TrainingError
 from ray_app.jobs.cluster import ClusterInfo, cluster, require
 from ray_app.jobs.journal import Journal, entries, since_start
@@ -29,7 +30,7 @@ from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.progress import TrainingProgress
 from ray_app.jobs.run_folder import KEPT_PLACES, RunFolder
 from ray_app.jobs.shards import pairs_dataset
-from ray_app.jobs.start import make_start
+from ray_app.jobs.start import make_start, needs
 from ray_app.jobs.tracking import Tracker, shown, tracking_uri
 from ray_app.jobs.train_loop import train_loop_per_worker
 from ray_app.jobs.train_state import adapter_config
@@ -126,6 +127,8 @@ def refuse_changes(cfg: TrainConfig, store: PairStore, about: dict[str, Any]) ->
 
 def make_plan(cfg: TrainConfig, store: PairStore, split: Split, info: ClusterInfo) -> Plan:
     """ResourceError where the cluster or the disk is too small: nothing has been started or written then."""
+    if needs(cfg) == "subspaces":
+        check_rank(cfg.rank, len(split.train))
     with torch.device("meta"):
         config = adapter_config(cfg, store)
         parameters = num_parameters(STRATEGIES[config.strategy](config))
