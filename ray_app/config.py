@@ -263,6 +263,9 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Augmentation: up to this share of an image's pixels becomes red or blue."""
     schedule: Literal["plateau", "cosine"] = "plateau"
     """Learning rate: halved where validation stands still, or a half cosine over --num-epochs, epoch by epoch."""
+    fit_on: Literal["train", "train+val"] = "train"
+    """train+val: the validation part trains too, for a last run of settings that are chosen already. Nothing stops
+    early then, the learning rate goes by the training loss, and the last epoch's checkpoint is the result."""
     plateau_patience: int = Field(default=2, ge=0)
     """Epochs without a better validation loss before the learning rate is halved."""
     early_stop_patience: int = Field(default=5, ge=1)
@@ -319,6 +322,48 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
             raise ConfigError(
                 "augmentation changes pixels, which the compressed space does not hold: use --space full"
             )
+
+
+class TuneConfig(ClusterFlags, TrackingFlags):
+    """Search for the best adapter. A YAML file is the whole sweep; flags here override its lines of the same name.
+
+    Or, instead of a file: --resume SWEEP goes on with a sweep, --watch SWEEP shows one as it goes.
+    """
+
+    file: Path | None = None
+    """YAML file of the sweep; tune_configs/ holds examples."""
+    resume: Path | None = None
+    """Go on with the sweep in this folder: what is finished is not run again, what is not goes on."""
+    watch: Path | None = None
+    """Show the sweep in this folder live, until it ends; a finished one at once."""
+    store: Path | None = None
+    """Pair store."""
+    out: Path | None = None
+    """Folder of the sweep; must be new or empty."""
+    max_trials: Positive | None = None
+    """Most trials."""
+    max_hours: float | None = Field(default=None, gt=0.0)
+    """Most hours of search, all starts together; what has not ended then can go on later."""
+    max_gpu_hours: float | None = Field(default=None, gt=0.0)
+    """Most GPU hours of search, all trials together."""
+    final: bool = True
+    """Train the best setting once more with several seeds on training and validation parts, and judge it on the
+    test part."""
+    promote: bool = False
+    """Promote the first of these at the end; otherwise the command for it is printed."""
+    yes: bool = False
+    """Go on without a question where the estimate is above a limit."""
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        asked = {"FILE": self.file, "--resume": self.resume, "--watch": self.watch}
+        given = [name for name, value in asked.items() if value]
+        if len(given) != 1:
+            raise ConfigError(
+                f"tune takes exactly one of FILE, --resume and --watch; given: {', '.join(given) or 'none'}. "
+                "For instance: ray-app tune tune_configs/smoke.yaml"
+            )
+        return self
 
 
 class SyncConfig(TrackingFlags):

@@ -107,7 +107,7 @@ class Conv(Adapter):
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
         super().draw(generator)
-        for parameter in (self.place, self.output.weight, self.output.bias):
+        for parameter in (self.place, self.output.weight, self.output.bias, self.mean_target):
             nn.init.zeros_(parameter)
         for block in self.blocks:
             assert isinstance(block, ConvBlock)

@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ray_app.config import TrainConfig
-from ray_app.core.adapter import STRATEGIES, Adapter, AdapterConfig, build_adapter
+from ray_app.core.adapter import STRATEGIES, Adapter, AdapterConfig, build_adapter, num_parameters
 from ray_app.core.augment import Augmentation
 from ray_app.core.layers import Start
 from ray_app.core.losses import AlignmentObjective, CompressedObjective, LossWeights
@@ -22,7 +22,7 @@ from ray_app.jobs.run_folder import RunFolder, place
 from ray_app.jobs.start import load_start, needs
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
 from ray_app.store.pair_store import PairStore
-from ray_app.store.split import split_pairs
+from ray_app.store.split import Split, split_pairs
 
 
 @dataclass(slots=True)
@@ -87,14 +87,18 @@ class TrainState:
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def end_epoch(self, val_loss: float) -> None:
-        """Takes note of an epoch's validation loss; the next begins."""
+    def end_epoch(self, loss: float, *, validated: bool = True) -> None:
+        """Takes note of an epoch's validation loss; the next begins.
+
+        Where nothing validates it is the training loss: it steers the learning rate alone, and the newest epoch is
+        the best there is.
+        """
         self.epoch += 1
         self.sums = EpochSums()
         self.waited += 1
-        if val_loss < self.best_loss:
-            self.best_loss, self.best_epoch, self.waited = val_loss, self.epoch, 0
-        self.scheduler.step(val_loss)
+        if loss < self.best_loss or not validated:
+            self.best_loss, self.best_epoch, self.waited = loss, self.epoch, 0
+        self.scheduler.step(loss)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Optimizer moments by parameter, and what is trained beside the adapter."""
@@ -135,6 +139,12 @@ class TrainState:
         self.sums = EpochSums(**meta["sums"])
 
 
+def training_split(cfg: TrainConfig, store: PairStore) -> Split:
+    """The split of a run: its validation part is empty where that trains too."""
+    split = split_pairs(store.index, cfg.split_config)
+    return split.without_validation() if cfg.fit_on == "train+val" else split
+
+
 def adapter_config(cfg: TrainConfig, store: PairStore) -> AdapterConfig:
     """The adapter that fits a store."""
     event, target = store.feature("event"), store.feature("target")
@@ -149,7 +159,7 @@ def adapter_config(cfg: TrainConfig, store: PairStore) -> AdapterConfig:
         target_shape=target.shape,
         depth=cfg.depth or strategy.DEPTH,
         patch=cfg.patch,
-        rank=len(split_pairs(store.index, cfg.split_config).train) if strategy.NEEDS == "pairs" else cfg.rank,
+        rank=len(training_split(cfg, store).train) if strategy.NEEDS == "pairs" else cfg.rank,
     )
 
 
@@ -171,6 +181,13 @@ def make_objective(cfg: TrainConfig, store: PairStore, adapter: Adapter, start: 
     if any(changes.values()):
         augmentation = Augmentation(store.feature("event").shape, store.feature("target").shape, **changes)
     return kind(adapter, weights, augmentation, start["target_mean"] if cfg.centred_weight else None)
+
+
+def parameters(cfg: TrainConfig, store: PairStore) -> int:
+    """Trained numbers of a run's adapter."""
+    with torch.device("meta"):
+        config = adapter_config(cfg, store)
+        return num_parameters(STRATEGIES[config.strategy](config))
 
 
 def resume_or_init(cfg: TrainConfig, store: PairStore, name: str | None, device: torch.device) -> TrainState:
