@@ -78,6 +78,14 @@ COMMANDS: dict[str, Command] = {
         "a pair store of DSEC recordings",
         "root",
     ),
+    "prepare davis": Command(
+        c.PrepareDavis,
+        "prepare",
+        "prepare",
+        "prepare davis FILE… --out STORE",
+        "a pair store of DAVIS recordings (.aedat4)",
+        "files",
+    ),
     "inspect": Command(
         c.InspectConfig,
         "inspect",

@@ -10,7 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ray_app.errors import ConfigError
 
-Strategy = Literal["lightweight", "lightweight_reference", "linear", "bottleneck"]
+Strategy = Literal[
+    "lightweight",
+    "lightweight_reference",
+    "lightweight_subspace",
+    "linear",
+    "bottleneck",
+    "conv",
+    "lowrank",
+    "ridge",
+]
 """Names of the adapters in `ray_app.core.adapter.STRATEGIES`; a test holds the two equal."""
 
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -129,34 +138,52 @@ class PrepareEventGpt(PrepareFlags):
 
     root: Path
     """Dataset folder."""
-    duration: str = "1s"
-    """Window length of the dataset's clips."""
+    duration: str | None = None
+    """Window length of the dataset's clips; default: what the folder's name ends with (…_500ms, …_20s), else 1s."""
     step: str | None = None
-    """Distance between the starts of following clips of a sequence; default: half the duration."""
+    """Distance between the starts of following clips of a sequence, where recordings do not tell their times;
+    default: half the duration, and for 50ms and less all of it, as EventGPT cuts them."""
+    instructions: Path | None = None
+    """Instruction JSON that lists the clips; default: EventGPT_Instruction_Subset.json in the folder, where it is
+    there, else every clip that is found."""
+    num_images: Literal[1, 5] = 5
+    """5: the middle one of the five images of event_image/; 1: the single one of event_image_1f/."""
 
 
-class PrepareDsec(PrepareFlags):
-    """DSEC recordings: events.h5 and rectified frames, as downloaded."""
+class RecordedFlags(PrepareFlags):
+    """How recordings with events and frames become windows and pairs."""
 
-    root: Path
-    """Dataset folder: train/ and test/ with a folder for each sequence, or per-sequence archives side by side."""
     durations: tuple[str, ...] = ("1s",)
     """Window lengths, one or several, 50ms to 20s."""
     step: str | None = None
     """Distance between window starts; default: half of each duration, as the reference."""
-    boundaries: Literal["us", "ms_floor"] = "us"
-    """Window ends to the microsecond, or brought down to whole milliseconds of the file's clock as EventGPT's."""
     pick: Literal["middle", "all"] = "middle"
     """The middle event image with the middle frame, as the reference; or each event image with its nearest frame."""
-    align: Literal["auto", "infinite", "none"] = "auto"
-    """infinite: frames as the event camera sees what is far away, both sides cut to the common part; none: whole
-    frames, as the reference; auto: infinite where there is a calibration."""
     num_images: Annotated[int, Field(ge=1, le=64)] = 5
     """Event images of a window, by equal event count."""
     max_gap: str = "200ms"
     """A window with a longer time without an event, or without a frame, is set aside."""
     event_slice: str | None = None
     """Events are taken from this length in the middle of each window alone; default: the whole window."""
+
+
+class PrepareDsec(RecordedFlags):
+    """DSEC recordings: events.h5 and rectified frames, as downloaded."""
+
+    root: Path
+    """Dataset folder: train/ and test/ with a folder for each sequence, or per-sequence archives side by side."""
+    boundaries: Literal["us", "ms_floor"] = "us"
+    """Window ends to the microsecond, or brought down to whole milliseconds of the file's clock as EventGPT's."""
+    align: Literal["auto", "infinite", "none"] = "auto"
+    """infinite: frames as the event camera sees what is far away, both sides cut to the common part; none: whole
+    frames, as the reference; auto: infinite where there is a calibration."""
+
+
+class PrepareDavis(RecordedFlags):
+    """Recordings of DAVIS sensors, whose pixels give events and frames at once. Needs: pip install ray-app[davis]"""
+
+    files: tuple[Path, ...]
+    """Recordings (.aedat4), a sequence each."""
 
 
 class InspectConfig(SplitFlags):
@@ -179,9 +206,25 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Go on with the run in this folder. It gives --store, --out and all other settings; of these, only where and how
     it runs may be given anew, such as --num-workers."""
     strategy: Strategy = "lightweight"
-    """Adapter: the reference's diagram, what the reference really ran, one linear map, or a bottleneck."""
-    hidden_dim: Positive = 512
-    """Width of the hidden layers."""
+    """Adapter. The reference's: lightweight (its diagram), lightweight_reference (its code). For images: conv.
+    Between principal subspaces: lowrank, lightweight_subspace. Plain: linear, bottleneck. Solved: ridge."""
+    hidden_dim: Positive | None = None
+    """Width of the hidden layers, channels of conv; default: the strategy's own (lightweight 512, conv 64, lowrank
+    256)."""
+    depth: Positive | None = None
+    """Blocks of conv, lowrank; default: the strategy's own (3, 1)."""
+    patch: Positive = 16
+    """Side of a patch of conv, in pixels."""
+    rank: Positive = 64
+    """Dimensions of the principal subspaces of lowrank, lightweight_subspace and --init spectral."""
+    init: Literal["random", "spectral"] = "random"
+    """spectral: full-width layers begin at the mean training target and the principal subspaces; conv, lowrank and
+    lightweight_subspace begin at the mean target in any case."""
+    space: Literal["full", "compressed"] = "full"
+    """compressed: lowrank and lightweight_subspace are trained on coordinates in the subspaces, with losses and
+    metrics that equal those at full width; what is saved is the full-width adapter."""
+    start: Path | None = None
+    """Means and subspaces that another run found on the same training pairs, RUN/start; default: computed here."""
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout probability, where the adapter has dropout."""
     num_epochs: Positive = 20
@@ -202,6 +245,24 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Weight of the symmetric contrastive loss."""
     mse_space: Literal["raw", "unit"] = "raw"
     """Take the squared error on features, or on unit vectors as the reference did."""
+    accept_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of the soft rejection, sigmoid((θ − cosine) / temperature)."""
+    accept_thetas: tuple[Annotated[float, Field(ge=-1.0, le=1.0)], ...] = (0.8,)
+    """Each θ of it; their losses are averaged."""
+    accept_temperature: float = Field(default=0.05, gt=0.0)
+    """Temperature of it."""
+    centred_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of 1 − centred cosine: the mean training target taken off both sides."""
+    flip: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Augmentation: probability that both images of a pair are mirrored."""
+    shift: float = Field(default=0.0, ge=0.0, lt=0.5)
+    """Augmentation: both images are moved by up to this share of their sides."""
+    event_dropout: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Augmentation: up to this share of an image's event pixels is wiped out."""
+    event_noise: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Augmentation: up to this share of an image's pixels becomes red or blue."""
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    """Learning rate: halved where validation stands still, or a half cosine over --num-epochs, epoch by epoch."""
     fit_on: Literal["train", "train+val"] = "train"
     """train+val: the validation part trains too, for a last run of settings that are chosen already. Nothing stops
     early then, the learning rate goes by the training loss, and the last epoch's checkpoint is the result."""
@@ -237,9 +298,30 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
                 f"--batch-size ({self.batch_size}) must be a multiple of --num-workers ({self.num_workers}); "
                 f"try {tries}."
             )
-        if self.mse_weight == self.cosine_weight == self.contrastive_weight == 0.0:
-            raise ConfigError("--mse-weight, --cosine-weight and --contrastive-weight are all 0; give one a weight.")
+        losses = ("mse", "cosine", "contrastive", "accept", "centred")
+        if not any(getattr(self, f"{name}_weight") for name in losses):
+            raise ConfigError(f"{', '.join(f'--{name}-weight' for name in losses)} are all 0; give one a weight.")
+        if self.accept_weight and not self.accept_thetas:
+            raise ConfigError("--accept-weight needs a θ: --accept-thetas 0.8")
+        if self.space == "compressed":
+            self._fits_in_subspaces()
         return self
+
+    def _fits_in_subspaces(self) -> None:
+        if self.strategy not in ("lowrank", "lightweight_subspace"):
+            raise ConfigError(
+                "--space compressed is for lowrank and lightweight_subspace, which work between subspaces; "
+                f"{self.strategy} does not: leave it out"
+            )
+        if self.contrastive_weight and self.strategy == "lightweight_subspace":
+            raise ConfigError(
+                "--contrastive-weight compares each pair with the others, whose events the compressed space does not "
+                "hold; lightweight_subspace adds them: use --space full, or lowrank"
+            )
+        if self.flip or self.shift or self.event_dropout or self.event_noise:
+            raise ConfigError(
+                "augmentation changes pixels, which the compressed space does not hold: use --space full"
+            )
 
 
 class TuneConfig(ClusterFlags, TrackingFlags):
@@ -400,10 +482,12 @@ class QuickstartConfig(TrackingFlags):
     """Rendered pairs."""
     num_sequences: Positive = 40
     """Rendered drives."""
-    num_epochs: Positive = 5
+    strategy: Strategy = "conv"
+    """Adapter; the reference's is lightweight."""
+    num_epochs: Positive = 12
     """Training epochs."""
-    hidden_dim: Positive = 512
-    """Width of the hidden layers."""
+    hidden_dim: Positive | None = None
+    """Width of the hidden layers, channels of conv; default: the strategy's own."""
     seed: int = 0
     """Seed of everything."""
 

@@ -14,7 +14,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "config": ({"errors"}, {"pydantic"}),
     "core": ({"core", "errors"}, {"torch", "numpy"}),
     "events": ({"events", "errors"}, {"numpy"}),
-    "sources": ({"sources", "events", "errors"}, {"numpy", "PIL", "h5py", "hdf5plugin", "av", "yaml"}),
+    "sources": ({"sources", "events", "errors"}, {"numpy", "PIL", "h5py", "hdf5plugin", "av", "yaml", "aedat"}),
     "store": (
         {"store", "core", "config", "errors"},
         {"numpy", "torch", "pyarrow", "safetensors", "pydantic"},

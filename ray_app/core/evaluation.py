@@ -113,17 +113,21 @@ class AlignmentEvaluation:
         unit, labels = "sequence", np.unique(self.sequences, return_inverse=True)[1]
         if labels.max() < 2:
             unit, labels = "block", np.arange(len(labels)) * min(BLOCKS, len(labels)) // len(labels)
-        columns = [self.after, self.after > THETA, *(self.controls[name] > THETA for name in CONTROLS)]
+        rates = [cos > theta for theta in THETAS for cos in (self.after, *(self.controls[name] for name in CONTROLS))]
+        columns = [self.after, *rates]
         sums_SC = np.stack([np.bincount(labels, column) for column in (np.ones(len(labels)), *columns)], axis=1)
         rng = np.random.default_rng(self.seed)
         drawn_RS = rng.multinomial(len(sums_SC), np.full(len(sums_SC), 1 / len(sums_SC)), size=RESAMPLES)
         totals_RC = drawn_RS @ sums_SC
         means_RC = totals_RC[:, 1:] / totals_RC[:, :1]
-        lift_R = means_RC[:, 1] - means_RC[:, 2:].max(axis=1)
+        rates_RTC = means_RC[:, 1:].reshape(RESAMPLES, len(THETAS), 1 + len(CONTROLS))
+        lift_RT = rates_RTC[:, :, 0] - rates_RTC[:, :, 1:].max(axis=2)
+        lifts = {rate_key(theta): _interval(lift_RT[:, n]) for n, theta in enumerate(THETAS)}
         return {
             "cos_sim_mean": _interval(means_RC[:, 0]),
-            f"cosine_accept_rate_{rate_key(THETA)}": _interval(means_RC[:, 1]),
-            "lift": _interval(lift_R),
+            f"cosine_accept_rate_{rate_key(THETA)}": _interval(rates_RTC[:, THETAS.index(THETA), 0]),
+            "lift": lifts[rate_key(THETA)],
+            "lift_by_theta": lifts,
             "unit": unit,
             "units": len(sums_SC),
             "resamples": RESAMPLES,

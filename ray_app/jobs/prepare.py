@@ -14,12 +14,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ray_app.config import PrepareDsec, PrepareEventGpt, PrepareFlags, PrepareScenes, PrepareVideo
+from ray_app.config import (
+    PrepareDavis,
+    PrepareDsec,
+    PrepareEventGpt,
+    PrepareFlags,
+    PrepareScenes,
+    PrepareVideo,
+    RecordedFlags,
+)
 from ray_app.errors import StoreError
 from ray_app.events.windows import parse_duration
 from ray_app.jobs.building import BuiltTask, build_task, claim, finish, finished
 from ray_app.jobs.cluster import cluster
 from ray_app.sources.base import Source
+from ray_app.sources.recorded import Cut
 from ray_app.store.manifest import PIXELS, QUARANTINE, Features, FeatureSpec
 
 
@@ -63,24 +72,34 @@ def source_of(cfg: PrepareFlags) -> Source:
         case PrepareEventGpt():
             from ray_app.sources.eventgpt import EventGptSource
 
-            duration_us = parse_duration(cfg.duration)
-            step_us = parse_duration(cfg.step) if cfg.step else duration_us // 2
-            return EventGptSource(root=cfg.root.absolute(), duration_us=duration_us, step_us=step_us)
+            return EventGptSource.of_folder(
+                cfg.root.absolute(),
+                duration_us=parse_duration(cfg.duration) if cfg.duration else None,
+                step_us=parse_duration(cfg.step) if cfg.step else None,
+                instructions=cfg.instructions.absolute() if cfg.instructions else None,
+                num_images=cfg.num_images,
+            )
         case PrepareDsec():
             from ray_app.sources.dsec import DsecSource
 
-            return DsecSource(
-                root=cfg.root.absolute(),
-                durations_us=tuple(parse_duration(name) for name in cfg.durations),
-                step_us=parse_duration(cfg.step) if cfg.step else None,
-                boundaries=cfg.boundaries,
-                pick=cfg.pick,
-                align=cfg.align,
-                num_images=cfg.num_images,
-                max_gap_us=parse_duration(cfg.max_gap),
-                event_slice_us=parse_duration(cfg.event_slice) if cfg.event_slice else None,
-            )
+            return DsecSource(cfg.root.absolute(), cut_of(cfg), boundaries=cfg.boundaries, align=cfg.align)
+        case PrepareDavis():
+            from ray_app.sources.davis import DavisSource
+
+            return DavisSource(tuple(file.absolute() for file in cfg.files), cut_of(cfg))
     raise AssertionError(f"no source for {type(cfg).__name__}")
+
+
+def cut_of(cfg: RecordedFlags) -> Cut:
+    """How a command wants recordings cut."""
+    return Cut(
+        durations_us=tuple(parse_duration(name) for name in cfg.durations),
+        step_us=parse_duration(cfg.step) if cfg.step else None,
+        pick=cfg.pick,
+        num_images=cfg.num_images,
+        max_gap_us=parse_duration(cfg.max_gap),
+        event_slice_us=parse_duration(cfg.event_slice) if cfg.event_slice else None,
+    )
 
 
 def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) -> dict[str, Any]:

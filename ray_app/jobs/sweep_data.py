@@ -17,12 +17,14 @@ import ray
 import torch
 from numpy.typing import NDArray
 
+from ray_app.config import TrainConfig
 from ray_app.core.evaluation import Controls, TrainingMeans, derangement, fixed_controls
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.core.step import decode
-from ray_app.errors import ResourceError, StoreError
+from ray_app.errors import ConfigError, ResourceError, StoreError
 from ray_app.jobs.held import Held
 from ray_app.jobs.lanes import Lanes
+from ray_app.jobs.start import PairsInMemory, held_compressed, make_start, needs
 from ray_app.jobs.train_loop import Batches, Beside, Pairs, Worker, held_batches
 from ray_app.jobs.train_state import TrainState
 from ray_app.store.pair_store import PairStore
@@ -132,6 +134,17 @@ def controls_of(
 def pairs_of(placed: Placed, worker: Worker) -> Pairs:
     """A worker's pairs as views of shared memory; its training pairs streamed where they are not there."""
     cfg, store, split = worker.cfg, placed.store, placed.split
+    if cfg.space == "compressed":
+        everyone, coordinates = (
+            held_compressed(cfg, store, part, np.arange(len(getattr(split, part)))) for part in ("val", "train")
+        )
+        lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
+        return Pairs(
+            lambda state: held_batches(coordinates, lanes, state, worker),
+            True,
+            everyone,
+            Beside(placed.controls, everyone),
+        )
     everyone = shared(placed.val)
     mine = np.arange(worker.rank, len(split.val), worker.world)
     validation = everyone if worker.world == 1 else Held(mine, *everyone.take(mine))
@@ -150,6 +163,18 @@ def pairs_of(placed: Placed, worker: Worker) -> Pairs:
             return stream(blocks, store, cfg.seed, state.epoch, worker.rank, worker.world, cfg.batch_size)
 
     return Pairs(rest_of_epoch, placed.train is not None, validation, Beside(placed.controls, everyone))
+
+
+def begin(placed: Placed, cfg: TrainConfig) -> None:
+    """What a trial begins with, where it is not given by `start`."""
+    if needs(cfg) != "nothing" and not cfg.start:
+        if placed.train is None:
+            raise ConfigError(
+                "a trial that streams its pairs takes its means and subspaces from a run's: set `start`"
+            )
+        make_start(
+            cfg, placed.store, placed.split, PairsInMemory(placed.store, shared(placed.train), shared(placed.val))
+        )
 
 
 def shared(sides: tuple[Side, Side]) -> Held:

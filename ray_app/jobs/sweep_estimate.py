@@ -14,7 +14,7 @@ import torch
 
 from ray_app.config import TrainConfig
 from ray_app.core.adapter import build_adapter
-from ray_app.core.losses import AlignmentObjective, LossWeights
+from ray_app.core.compressed import SCALARS
 from ray_app.core.noise import BatchNoise
 from ray_app.core.step import make_optimizer, training_step
 from ray_app.errors import ConfigError, ResourceError
@@ -23,7 +23,7 @@ from ray_app.jobs.sweep_data import Placed
 from ray_app.jobs.sweep_search import drawn, grid
 from ray_app.jobs.sweep_spec import Choice, Setting, Space, SweepSpec, describe, space_of, train_config
 from ray_app.jobs.train import WEIGHTS_AND_MOMENTS_BYTES
-from ray_app.jobs.train_state import adapter_config, parameters
+from ray_app.jobs.train_state import adapter_config, make_objective, parameters
 from ray_app.store.pair_store import PairStore
 
 PROCESS_BYTES = 2**30
@@ -131,7 +131,7 @@ def estimate(
     smallest = configs[int(np.argmin(sizes))]
     task = ray.remote(step_seconds).options(num_cpus=spec.cpus_per_worker, num_gpus=int(spec.use_gpu))
     seconds = ray.get(task.remote(smallest, data.store, max(int(spec.cpus_per_worker), 1)))
-    per_parameter_pair = seconds / min(sizes) / smallest.batch_size
+    per_parameter_pair = seconds / max(min(sizes), 1) / smallest.batch_size
     train, val = len(data.split.train), len(data.split.val)
     epoch_s = [per_parameter_pair * size * (train + val / 3) + size * 12 / SAVED_BYTES_PER_S for size in sizes]
     whole = float(np.mean(epoch_s)) * spec.num_epochs
@@ -162,12 +162,14 @@ def step_seconds(cfg: TrainConfig, store: PairStore, threads: int) -> float:
     """Median seconds of a training step of this setting, on pairs that are not read from anywhere."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if cfg.use_gpu else "cpu")
-    weights = LossWeights(cfg.mse_weight, cfg.cosine_weight, cfg.contrastive_weight, cfg.mse_space)
-    objective = AlignmentObjective(build_adapter(adapter_config(cfg, store), 0), weights).to(device).train()
+    adapter = build_adapter(adapter_config(cfg, store), 0)
+    means = {"target_mean": torch.ones(store.feature("target").width)}
+    objective = make_objective(cfg, store, adapter, means).to(device).train()
     optimizer = make_optimizer(objective, cfg.learning_rate, cfg.weight_decay)
-    event_BE, target_BD = (
-        torch.rand(cfg.batch_size, store.feature(side).width, device=device) for side in ("event", "target")
-    )
+    widths = store.feature("event").width, store.feature("target").width
+    if cfg.space == "compressed":
+        widths = cfg.rank, 2 * cfg.rank + SCALARS
+    event_BE, target_BD = (torch.rand(cfg.batch_size, width, device=device) for width in widths)
     seconds = []
     for step in range(STEPS + 1):
         began = time.perf_counter()

@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_app.config import TrainConfig, flat
+from ray_app.core.adapter import STRATEGIES
+from ray_app.core.start import check_rank
 from ray_app.errors import ConfigError, ResourceError, RunStopped, StoreError, TrainingError
 from ray_app.jobs.cluster import ClusterInfo, cluster, require
 from ray_app.jobs.journal import Journal, entries, since_start
@@ -27,6 +29,7 @@ from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.progress import TrainingProgress
 from ray_app.jobs.run_folder import KEPT_PLACES, RunFolder
 from ray_app.jobs.shards import pairs_dataset
+from ray_app.jobs.start import PairsThroughRay, make_start, needs
 from ray_app.jobs.tracking import Tracker, shown, tracking_uri
 from ray_app.jobs.train_state import parameters, training_split
 from ray_app.jobs.train_worker import train_loop_per_worker
@@ -69,7 +72,9 @@ def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]
 
     RunStopped: SIGTERM came, the run is saved and can go on. ConfigError: a setting that may not change on the way.
     """
-    cfg = cfg.model_copy(update={"store": cfg.store.absolute(), "out": cfg.out.absolute()})
+    absolute = {name: path.absolute() for name in ("store", "out", "start") if (path := getattr(cfg, name))}
+    solved = {"num_epochs": 1} if STRATEGIES[cfg.strategy].NEEDS == "pairs" else {}
+    cfg = cfg.model_copy(update=absolute | solved)
     tracking_uri(cfg)  # a mistake in it is told before anything is read or written
     store = PairStore.open(cfg.store, cfg.durations)
     run = RunFolder(cfg.out)
@@ -121,6 +126,8 @@ def refuse_changes(cfg: TrainConfig, store: PairStore, about: dict[str, Any]) ->
 
 def make_plan(cfg: TrainConfig, store: PairStore, split: Split, info: ClusterInfo) -> Plan:
     """ResourceError where the cluster or the disk is too small: nothing has been started or written then."""
+    if needs(cfg) == "subspaces":
+        check_rank(cfg.rank, len(split.train))
     num = parameters(cfg, store)
     pair_bytes = store.feature("event").num_bytes + store.feature("target").num_bytes
     shard_bytes = -(-len(split.train) // cfg.num_workers) * pair_bytes
@@ -234,6 +241,7 @@ def fit(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: str,
     datasets = {"train": train_pairs.materialize() if plan.held else train_pairs}
     if len(split.val):
         datasets["val"] = pairs_dataset(store, split.val).materialize()
+    make_start(cfg, store, split, PairsThroughRay(store, split, datasets))
     if not plan.held and (dropped := len(split.train) % cfg.num_workers):
         print(f"streaming to {cfg.num_workers} workers leaves out {dropped} pairs of each epoch", file=sys.stderr)
     TorchTrainer(

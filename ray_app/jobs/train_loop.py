@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ray_app.config import TrainConfig
 from ray_app.core.evaluation import Controls
-from ray_app.core.losses import AlignmentObjective, cosine_per_pair
+from ray_app.core.losses import AlignmentObjective
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.core.noise import BatchNoise
 from ray_app.core.step import decode, training_step
@@ -126,7 +126,9 @@ class Worker:
     """Where it computes."""
 
     def decoded(self, event_BE: torch.Tensor, target_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stored features as float32 on the device."""
+        """Stored features as float32 on the device; coordinates are so already."""
+        if self.cfg.space == "compressed":
+            return event_BE.to(self.device), target_BD.to(self.device)
         event, target = self.store.feature("event"), self.store.feature("target")
         return decode(event_BE, event.scale, self.device), decode(target_BD, target.scale, self.device)
 
@@ -142,10 +144,12 @@ class Worker:
 def parallel(objective: AlignmentObjective, cfg: TrainConfig, worker: Worker) -> torch.nn.Module:
     """The objective, its gradients averaged over workers where there are several."""
     objective.train()
-    if worker.world == 1:
+    if worker.world == 1 or not any(parameter.requires_grad for parameter in objective.parameters()):
         return objective
     devices = [worker.device] if worker.device.type == "cuda" else None
-    model = DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(
+        objective, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
     if cfg.bf16_gradients:
         model.register_comm_hook(None, bf16_all_reduce)
     return model
@@ -226,13 +230,13 @@ def validate(
     cos, shuffled, loss_sum = [], [], 0.0
     for positions in np.array_split(mine.positions, -(-len(mine.positions) // worker.cfg.batch_size) or 1):
         event_BE, target_BD = worker.decoded(*mine.take(positions))
-        aligned_BD = objective.adapter(event_BE)
+        aligned_BD = objective.align(event_BE)
         losses = objective.losses(aligned_BD, target_BD)
         cos.append(losses["cos_sim"])
         loss_sum += float(losses["loss"].sum())
         if beside:
             _, other_BD = worker.decoded(*beside.everyone.take(beside.controls.others[positions]))
-            shuffled.append(cosine_per_pair(aligned_BD, other_BD))
+            shuffled.append(objective.cosine(aligned_BD, other_BD))
     (loss_sum,) = worker.summed([loss_sum])
     if not math.isfinite(loss_sum):
         raise TrainingError(

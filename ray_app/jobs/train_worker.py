@@ -15,6 +15,7 @@ from ray_app.jobs.journal import Journal
 from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.shards import hold, stream
+from ray_app.jobs.start import held_compressed
 from ray_app.jobs.sweep_data import Placed
 from ray_app.jobs.train_loop import Batches, Pairs, Worker, back_off, held_batches, train_epochs
 from ray_app.jobs.train_state import TrainState, training_split
@@ -44,6 +45,11 @@ def pairs_of(worker: Worker, *, held: bool) -> Pairs:
     cfg, store, rank, world = worker.cfg, worker.store, worker.rank, worker.world
     split = training_split(cfg, store)
     lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
+    rows = np.arange(rank, len(split.val), world)
+    if cfg.space == "compressed":
+        coordinates = held_compressed(cfg, store, "train", lanes.held(rank, world))
+        judged = held_compressed(cfg, store, "val", rows) if len(split.val) else None
+        return Pairs(lambda state: held_batches(coordinates, lanes, state, worker), True, judged)
     shard = ray.train.get_dataset_shard("train")
     mine = hold(shard, store, split.train, lanes.held(rank, world)) if held else None
 
@@ -54,7 +60,6 @@ def pairs_of(worker: Worker, *, held: bool) -> Pairs:
 
     validation = None
     if len(split.val):
-        rows = np.arange(rank, len(split.val), world)
         validation = hold(ray.train.get_dataset_shard("val"), store, split.val, rows)
     return Pairs(rest_of_epoch, held, validation)
 

@@ -16,7 +16,7 @@ from ray_app.config import TrainConfig
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.jobs.journal import Journal, entries, since_start
 from ray_app.jobs.run_folder import RunFolder
-from ray_app.jobs.sweep_data import Placed, pairs_of
+from ray_app.jobs.sweep_data import Placed, begin, pairs_of
 from ray_app.jobs.sweep_folder import scores
 from ray_app.jobs.sweep_population import adopt, mark
 from ray_app.jobs.train_loop import Worker, ended, train_epochs
@@ -50,6 +50,7 @@ def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
             data = placed[config["data"]]
             device = torch.device("cuda" if cfg.use_gpu else "cpu")
             worker = Worker(cfg, data.store, 0, 1, device)
+            begin(data, cfg)
             train_epochs(worker, pairs_of(data, worker), journal, config["provenance"], trial.report)
         except Exception as error:
             trial.failed_with(error)
@@ -128,7 +129,7 @@ def why_not_again(lines: list[dict[str, Any]]) -> str | None:
 def latency_ms(state: TrainState) -> float:
     """Median milliseconds of a forward pass of one pair, on the device that it trains on."""
     adapter = state.objective.adapter.eval()
-    device = next(adapter.parameters()).device
+    device = next(iter(adapter.state_dict().values())).device
     event_1E = torch.zeros(1, adapter.config.event_dim, device=device)
     seconds = []
     with torch.no_grad():

@@ -30,6 +30,8 @@ COLUMNS = ("x", "y", "t", "p")
 class DsecEvents:
     """An open events.h5. InputError, with the file's name, for whatever is wrong with it."""
 
+    width, height = WIDTH, HEIGHT
+
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
