@@ -19,8 +19,8 @@ DEFAULTS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-"""Quiet, no telemetry, an early word where data starves, and a tracking server that is away is found out soon. A trial
-of Tune may end without a number, and Ctrl-C is ours."""
+"""Quiet, no telemetry, an early word where data starves, and a tracking server that is away is found out soon. A
+trial of Tune may end without a number, and Ctrl-C is ours."""
 
 
 def set_defaults() -> None:

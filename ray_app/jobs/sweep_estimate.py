@@ -122,27 +122,32 @@ def room(spec: SweepSpec, info: ClusterInfo, placed: dict[str, Placed], most: tu
 def estimate(
     spec: SweepSpec, placed: dict[str, Placed], configs: list[TrainConfig], trials: int, concurrent: int
 ) -> Estimate:
-    """From one measured step of the setting with the fewest parameters of `configs`, scaled by parameters and pairs.
+    """From a measured step of each strategy in `configs`, of its fewest parameters, scaled by parameters and pairs.
 
     Validation counts as a third of a step for each batch; a checkpoint's time is assumed, not measured.
     """
     data = next(iter(placed.values()))
-    sizes = [parameters(cfg, data.store) for cfg in configs]
-    smallest = configs[int(np.argmin(sizes))]
+    sized = sorted(((parameters(cfg, data.store) or 1, cfg) for cfg in configs), key=lambda each: each[0])
+    smallest = {(cfg.strategy, cfg.space): (size, cfg) for size, cfg in reversed(sized)}
     task = ray.remote(step_seconds).options(num_cpus=spec.cpus_per_worker, num_gpus=int(spec.use_gpu))
-    seconds = ray.get(task.remote(smallest, data.store, max(int(spec.cpus_per_worker), 1)))
-    per_parameter_pair = seconds / max(min(sizes), 1) / smallest.batch_size
+    threads = max(int(spec.cpus_per_worker), 1)
+    seconds = {kind: ray.get(task.remote(cfg, data.store, threads)) for kind, (_, cfg) in smallest.items()}
     train, val = len(data.split.train), len(data.split.val)
-    epoch_s = [per_parameter_pair * size * (train + val / 3) + size * 12 / SAVED_BYTES_PER_S for size in sizes]
+    epoch_s = []
+    for size, cfg in sized:
+        measured_size, measured = smallest[cfg.strategy, cfg.space]
+        pair_s = seconds[cfg.strategy, cfg.space] / measured.batch_size * size / measured_size
+        epoch_s.append(pair_s * (train + val / 3) + size * 12 / SAVED_BYTES_PER_S)
     whole = float(np.mean(epoch_s)) * spec.num_epochs
     hours = whole * trials / concurrent / 3600
+    told = ", ".join(f"{kind[0]} of {smallest[kind][0]:,} parameters {1e3 * s:.0f} ms" for kind, s in seconds.items())
     return Estimate(
         trials=trials,
         concurrent=concurrent,
         hours=hours,
         hours_expected=hours * kept_share(spec),
         gpu_hours=whole * trials / 3600 * spec.workers if spec.use_gpu else 0.0,
-        measured=f"a step of {min(sizes):,} parameters took {1e3 * seconds:.0f} ms here; the rest is in proportion",
+        measured=f"a step took, measured here: {told}; the rest is in proportion",
     )
 
 
