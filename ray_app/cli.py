@@ -101,6 +101,14 @@ COMMANDS: dict[str, Command] = {
         "train --store STORE --out RUN",
         "train an adapter with Ray Train",
     ),
+    "tune": Command(
+        c.TuneConfig,
+        "tune",
+        "tune",
+        "tune FILE | --resume SWEEP | --watch SWEEP",
+        "search for the best adapter, train it with several seeds, judge it",
+        "file",
+    ),
     "sync": Command(
         c.SyncConfig,
         "tracking_sync",
@@ -254,7 +262,7 @@ def parse(name: str, command: Command, config_file: Path | None, argv: list[str]
         if leading:
             leading = [f"--{command.positional.replace('_', '-')}", *leading]
     from_yaml = yaml_flags(config_file, command.config) if config_file else []
-    from_yaml = resumed_flags(argv) + from_yaml if "resume" in command.config.model_fields else from_yaml
+    from_yaml = resumed_flags(argv) + from_yaml if command.config is c.TrainConfig else from_yaml
     description = f"{command.config.__doc__}\n\nusage: ray-app {command.usage}\n\n{EVERYWHERE}"
     return tyro.cli(
         command.config, prog=f"ray-app {name}", description=description, args=[*from_yaml, *leading, *argv]

@@ -10,7 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ray_app.errors import ConfigError
 
-Strategy = Literal["lightweight", "lightweight_reference", "linear", "bottleneck"]
+Strategy = Literal[
+    "lightweight",
+    "lightweight_reference",
+    "lightweight_subspace",
+    "linear",
+    "bottleneck",
+    "conv",
+    "lowrank",
+    "ridge",
+]
 """Names of the adapters in `ray_app.core.adapter.STRATEGIES`; a test holds the two equal."""
 
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -201,9 +210,25 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Go on with the run in this folder. It gives --store, --out and all other settings; of these, only where and how
     it runs may be given anew, such as --num-workers."""
     strategy: Strategy = "lightweight"
-    """Adapter: the reference's diagram, what the reference really ran, one linear map, or a bottleneck."""
-    hidden_dim: Positive = 512
-    """Width of the hidden layers."""
+    """Adapter. The reference's: lightweight (its diagram), lightweight_reference (its code). For images: conv.
+    Between principal subspaces: lowrank, lightweight_subspace. Plain: linear, bottleneck. Solved: ridge."""
+    hidden_dim: Positive | None = None
+    """Width of the hidden layers, channels of conv; default: the strategy's own (lightweight 512, conv 64, lowrank
+    256)."""
+    depth: Positive | None = None
+    """Blocks of conv, lowrank; default: the strategy's own (3, 1)."""
+    patch: Positive = 16
+    """Side of a patch of conv, in pixels."""
+    rank: Positive = 64
+    """Dimensions of the principal subspaces of lowrank, lightweight_subspace and --init spectral."""
+    init: Literal["random", "spectral"] = "random"
+    """spectral: full-width layers begin at the mean training target and the principal subspaces; conv, lowrank and
+    lightweight_subspace begin at the mean target in any case."""
+    space: Literal["full", "compressed"] = "full"
+    """compressed: lowrank and lightweight_subspace are trained on coordinates in the subspaces, with losses and
+    metrics that equal those at full width; what is saved is the full-width adapter."""
+    start: Path | None = None
+    """Means and subspaces that another run found on the same training pairs, RUN/start; default: computed here."""
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout probability, where the adapter has dropout."""
     num_epochs: Positive = 20
@@ -224,6 +249,27 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Weight of the symmetric contrastive loss."""
     mse_space: Literal["raw", "unit"] = "raw"
     """Take the squared error on features, or on unit vectors as the reference did."""
+    accept_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of the soft rejection, sigmoid((θ − cosine) / temperature)."""
+    accept_thetas: tuple[Annotated[float, Field(ge=-1.0, le=1.0)], ...] = (0.8,)
+    """Each θ of it; their losses are averaged."""
+    accept_temperature: float = Field(default=0.05, gt=0.0)
+    """Temperature of it."""
+    centred_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of 1 − centred cosine: the mean training target taken off both sides."""
+    flip: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Augmentation: probability that both images of a pair are mirrored."""
+    shift: float = Field(default=0.0, ge=0.0, lt=0.5)
+    """Augmentation: both images are moved by up to this share of their sides."""
+    event_dropout: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Augmentation: up to this share of an image's event pixels is wiped out."""
+    event_noise: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Augmentation: up to this share of an image's pixels becomes red or blue."""
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    """Learning rate: halved where validation stands still, or a half cosine over --num-epochs, epoch by epoch."""
+    fit_on: Literal["train", "train+val"] = "train"
+    """train+val: the validation part trains too, for a last run of settings that are chosen already. Nothing stops
+    early then, the learning rate goes by the training loss, and the last epoch's checkpoint is the result."""
     plateau_patience: int = Field(default=2, ge=0)
     """Epochs without a better validation loss before the learning rate is halved."""
     early_stop_patience: int = Field(default=5, ge=1)
@@ -256,8 +302,71 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
                 f"--batch-size ({self.batch_size}) must be a multiple of --num-workers ({self.num_workers}); "
                 f"try {tries}."
             )
-        if self.mse_weight == self.cosine_weight == self.contrastive_weight == 0.0:
-            raise ConfigError("--mse-weight, --cosine-weight and --contrastive-weight are all 0; give one a weight.")
+        losses = ("mse", "cosine", "contrastive", "accept", "centred")
+        if not any(getattr(self, f"{name}_weight") for name in losses):
+            raise ConfigError(f"{', '.join(f'--{name}-weight' for name in losses)} are all 0; give one a weight.")
+        if self.accept_weight and not self.accept_thetas:
+            raise ConfigError("--accept-weight needs a θ: --accept-thetas 0.8")
+        if self.space == "compressed":
+            self._fits_in_subspaces()
+        return self
+
+    def _fits_in_subspaces(self) -> None:
+        if self.strategy not in ("lowrank", "lightweight_subspace"):
+            raise ConfigError(
+                "--space compressed is for lowrank and lightweight_subspace, which work between subspaces; "
+                f"{self.strategy} does not: leave it out"
+            )
+        if self.contrastive_weight and self.strategy == "lightweight_subspace":
+            raise ConfigError(
+                "--contrastive-weight compares each pair with the others, whose events the compressed space does not "
+                "hold; lightweight_subspace adds them: use --space full, or lowrank"
+            )
+        if self.flip or self.shift or self.event_dropout or self.event_noise:
+            raise ConfigError(
+                "augmentation changes pixels, which the compressed space does not hold: use --space full"
+            )
+
+
+class TuneConfig(ClusterFlags, TrackingFlags):
+    """Search for the best adapter. A YAML file is the whole sweep; flags here override its lines of the same name.
+
+    Or, instead of a file: --resume SWEEP goes on with a sweep, --watch SWEEP shows one as it goes.
+    """
+
+    file: Path | None = None
+    """YAML file of the sweep; tune_configs/ holds examples."""
+    resume: Path | None = None
+    """Go on with the sweep in this folder: what is finished is not run again, what is not goes on."""
+    watch: Path | None = None
+    """Show the sweep in this folder live, until it ends; a finished one at once."""
+    store: Path | None = None
+    """Pair store."""
+    out: Path | None = None
+    """Folder of the sweep; must be new or empty."""
+    max_trials: Positive | None = None
+    """Most trials."""
+    max_hours: float | None = Field(default=None, gt=0.0)
+    """Most hours of search, all starts together; what has not ended then can go on later."""
+    max_gpu_hours: float | None = Field(default=None, gt=0.0)
+    """Most GPU hours of search, all trials together."""
+    final: bool = True
+    """Train the best setting once more with several seeds on training and validation parts, and judge it on the
+    test part."""
+    promote: bool = False
+    """Promote the first of these at the end; otherwise the command for it is printed."""
+    yes: bool = False
+    """Go on without a question where the estimate is above a limit."""
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        asked = {"FILE": self.file, "--resume": self.resume, "--watch": self.watch}
+        given = [name for name, value in asked.items() if value]
+        if len(given) != 1:
+            raise ConfigError(
+                f"tune takes exactly one of FILE, --resume and --watch; given: {', '.join(given) or 'none'}. "
+                "For instance: ray-app tune tune_configs/smoke.yaml"
+            )
         return self
 
 
@@ -379,10 +488,12 @@ class QuickstartConfig(TrackingFlags):
     """Rendered pairs."""
     num_sequences: Positive = 40
     """Rendered drives."""
-    num_epochs: Positive = 5
+    strategy: Strategy = "conv"
+    """Adapter; the reference's is lightweight."""
+    num_epochs: Positive = 12
     """Training epochs."""
-    hidden_dim: Positive = 512
-    """Width of the hidden layers."""
+    hidden_dim: Positive | None = None
+    """Width of the hidden layers, channels of conv; default: the strategy's own."""
     seed: int = 0
     """Seed of everything."""
 

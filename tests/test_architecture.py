@@ -21,7 +21,8 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "jobs": (
         {"jobs", "store", "sources", "events", "core", "config", "errors"},
-        {"numpy", "torch", "pyarrow", "PIL", "ray", "mlflow", "rich", "jinja2", "matplotlib", "sqlalchemy"},
+        {"numpy", "torch", "pyarrow", "PIL", "ray", "mlflow", "rich", "jinja2", "matplotlib", "sqlalchemy"}
+        | {"optuna", "pydantic", "yaml"},
     ),
     "cli": ({"jobs", "config", "errors"}, {"tyro", "yaml", "rich"}),
     "__main__": ({"cli"}, set()),

@@ -4,7 +4,7 @@ Shapes: N = pairs of the index. Rows are positions in its canonical order.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -33,6 +33,11 @@ class Split:
     """Share of test windows that overlap a window of the training part, validation included."""
     label: str
     """The division in words, for reports."""
+
+    def without_validation(self) -> "Split":
+        """The same test part; the validation part trains too."""
+        both = np.union1d(self.train, self.val)
+        return replace(self, train=both, val=self.val[:0], label=f"{self.label}; the validation part trains too")
 
 
 def split_pairs(index: PairIndex, config: SplitConfig) -> Split:
