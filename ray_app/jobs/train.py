@@ -35,6 +35,7 @@ from ray_app.jobs.train_state import adapter_config
 from ray_app.store.checkpoint import verify_folder
 from ray_app.store.durable import sha256_file
 from ray_app.store.pair_store import PairStore
+from ray_app.store.place import absolute
 from ray_app.store.provenance import provenance
 from ray_app.store.split import Split, split_pairs
 from ray_app.store.split import test_fingerprint as fingerprint_of
@@ -71,7 +72,7 @@ def run_train(cfg: TrainConfig) -> dict[str, Any]:
 
     RunStopped: SIGTERM came, the run is saved and can go on. ConfigError: a setting that may not change on the way.
     """
-    cfg = cfg.model_copy(update={"store": cfg.store.absolute(), "out": cfg.out.absolute()})
+    cfg = cfg.model_copy(update={"store": absolute(cfg.store), "out": cfg.out.absolute()})
     tracking_uri(cfg)  # a mistake in it is told before anything is read or written
     store = PairStore.open(cfg.store, cfg.durations)
     run = RunFolder(cfg.out)

@@ -25,6 +25,10 @@ class RawPair:
     """The window's events, drawn."""
     target_HWC: NDArray[np.uint8]
     """The camera's frame for the window."""
+    num_events: int | None = None
+    """Events of the window, drawn or not; None where not known, as below."""
+    num_drawn: int | None = None
+    """Events that were drawn into the event image."""
 
 
 @dataclass(frozen=True, slots=True)

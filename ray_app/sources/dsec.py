@@ -15,7 +15,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from ray_app.errors import ConfigError, InputError
 from ray_app.events.recording import Events
-from ray_app.events.render import COLOURS, NO_EVENT, event_image
+from ray_app.events.render import Drawing
 from ray_app.events.views import EventView
 from ray_app.events.windows import Window, format_duration, windows_between
 from ray_app.sources.base import RawPair, Rejected, SourceTask
@@ -192,7 +191,15 @@ class DsecSource:
             if number not in targets:  # short windows have one frame for all of their images
                 frame = sequence.frame(number)
                 targets = {number: frame if view is None else view.target(frame)}
-            yield RawPair(sequence.name, start_us, end_us, event_HWC, targets[number])
+            yield RawPair(
+                sequence.name,
+                start_us,
+                end_us,
+                event_HWC,
+                targets[number],
+                num_events=events.index(end_us) - events.index(start_us),
+                num_drawn=bounds[i + 1] - bounds[i],
+            )
 
     def _check_gaps(self, events: DsecEvents, frames_us: NDArray[np.int64], window: Window) -> None:
         start_us, end_us = window.t_start_us, window.t_end_us
@@ -282,13 +289,10 @@ class DsecSource:
 
 def painted(parts: Iterable[Events]) -> NDArray[np.uint8]:
     """The event image of parts that follow each other in time: the last event at a pixel wins, over parts too."""
-    blank = np.full((HEIGHT, WIDTH, 3), COLOURS[NO_EVENT], np.uint8)
-    return reduce(_over, map(event_image, parts), blank)
-
-
-def _over(earlier: NDArray[np.uint8], later: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    blank = (later == COLOURS[NO_EVENT]).all(axis=2, keepdims=True)
-    return np.where(blank, earlier, later)
+    drawing = Drawing(WIDTH, HEIGHT)
+    for part in parts:
+        drawing.add(part)
+    return drawing.image()
 
 
 def _identity(sequence: DsecSequence, align: Align) -> dict[str, Any]:
