@@ -3,10 +3,11 @@
 Unknown keys are refused and values are checked at birth. A field's docstring is its help text.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ray_app.errors import ConfigError
 
@@ -24,6 +25,8 @@ Strategy = Literal[
 
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+StorePlace = Annotated[str, BeforeValidator(os.fspath)]
+"""A folder, or a URI such as s3://bucket/store. Text, for a Path would make one slash of the two."""
 
 
 class Config(BaseModel):
@@ -85,8 +88,10 @@ class TrackingFlags(Config):
 class PrepareFlags(ClusterFlags):
     """What every source shares."""
 
-    out: Path
-    """Folder of the new pair store; must be new or empty."""
+    out: StorePlace
+    """Folder of the new pair store, or a URI such as s3://bucket/store; must be new or empty."""
+    store_patience: float = Field(default=60.0, ge=0.0)
+    """Seconds that an object store may fail to answer before the command ends; what is done stays."""
     num_workers: int = Field(default=0, ge=0)
     """Ray tasks at a time; 0: one for each CPU of the cluster."""
     max_quarantined: float = Field(default=0.01, ge=0.0, le=1.0)
@@ -189,9 +194,9 @@ class PrepareDavis(RecordedFlags):
 class InspectConfig(SplitFlags, ClusterFlags):
     """What is in a store: counts, windows, split sizes, leaks, cosine before, checksums."""
 
-    store: Path
-    """Pair store."""
-    against: Path | None = None
+    store: StorePlace
+    """Pair store: a folder, or a URI such as s3://bucket/store."""
+    against: StorePlace | None = None
     """Also look for windows and pictures that this other store holds too."""
     picture: Path | None = None
     """Write a contact sheet of pairs to this PNG file."""
@@ -202,8 +207,8 @@ class InspectConfig(SplitFlags, ClusterFlags):
 class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Train an adapter with Ray Train."""
 
-    store: Path
-    """Pair store."""
+    store: StorePlace
+    """Pair store: a folder, or a URI such as s3://bucket/store."""
     out: Path
     """Folder of the run; must be new or empty."""
     resume: Path | None = None
@@ -380,8 +385,8 @@ class SyncConfig(TrackingFlags):
 class EvaluateConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Alignment metrics of a checkpoint on the test part, beside every control, and report.html."""
 
-    store: Path
-    """Pair store."""
+    store: StorePlace
+    """Pair store: a folder, or a URI such as s3://bucket/store."""
     checkpoint: str
     """Checkpoint folder, run folder (its best checkpoint), or models:/alignment-adapter@champion."""
     out: Path
@@ -408,8 +413,8 @@ class PromoteConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Instead of a run: the alias goes back to who was champion before; again, one further back."""
     list: bool = False
     """Instead of a run: the versions with their metrics, who is champion, who was, when and why."""
-    store: Path | None = None
-    """Pair store to judge on; default: the one the checkpoint was trained on."""
+    store: StorePlace | None = None
+    """Pair store to judge on, a folder or a URI; default: the one the checkpoint was trained on."""
     min_gain: float = Field(default=0.0, ge=0.0)
     """How much cosine_accept_rate_0.80 must gain over the present champion."""
     force: bool = False

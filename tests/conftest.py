@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dsec_writer import DsecFiles
 
 # Read by Ray when it is imported: no token file in the home folder, no telemetry, quick health checks, an
-# early end where data starves.
+# early end where data starves. The keys are those of the tests' own S3 server.
 os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
@@ -24,6 +24,10 @@ os.environ.update(
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
     MLFLOW_HTTP_REQUEST_TIMEOUT="2",
     MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+    AWS_ACCESS_KEY_ID="testing",
+    AWS_SECRET_ACCESS_KEY="testing",
+    AWS_DEFAULT_REGION="us-east-1",
+    AWS_EC2_METADATA_DISABLED="true",
 )
 set_defaults()
 os.environ.pop("MLFLOW_TRACKING_URI", None)

@@ -36,6 +36,7 @@ from ray_app.jobs.train_worker import train_loop_per_worker
 from ray_app.store.checkpoint import verify_folder
 from ray_app.store.durable import sha256_file
 from ray_app.store.pair_store import PairStore
+from ray_app.store.place import absolute
 from ray_app.store.provenance import provenance
 from ray_app.store.split import Split
 from ray_app.store.split import test_fingerprint as fingerprint_of
@@ -72,9 +73,12 @@ def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]
 
     RunStopped: SIGTERM came, the run is saved and can go on. ConfigError: a setting that may not change on the way.
     """
-    absolute = {name: path.absolute() for name in ("store", "out", "start") if (path := getattr(cfg, name))}
+    places = {
+        "store": absolute(cfg.store),
+        **{name: path.absolute() for name in ("out", "start") if (path := getattr(cfg, name))},
+    }
     solved = {"num_epochs": 1} if STRATEGIES[cfg.strategy].NEEDS == "pairs" else {}
-    cfg = cfg.model_copy(update=absolute | solved)
+    cfg = cfg.model_copy(update=places | solved)
     tracking_uri(cfg)  # a mistake in it is told before anything is read or written
     store = PairStore.open(cfg.store, cfg.durations)
     run = RunFolder(cfg.out)

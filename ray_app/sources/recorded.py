@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import reduce
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from ray_app.errors import ConfigError, InputError
 from ray_app.events.recording import Events
-from ray_app.events.render import COLOURS, NO_EVENT, event_image
+from ray_app.events.render import Drawing
 from ray_app.events.windows import Window, format_duration, windows_between
 from ray_app.sources.base import RawPair, Rejected
 
@@ -219,8 +218,10 @@ def first_gap(times_us: Iterable[int], longest_us: int) -> tuple[int, int] | Non
 
 def painted(parts: Iterable[Events], width: int, height: int) -> NDArray[np.uint8]:
     """The event image of parts that follow each other in time: the last event at a pixel wins, over parts too."""
-    blank = np.full((height, width, 3), COLOURS[NO_EVENT], np.uint8)
-    return reduce(_over, map(event_image, parts), blank)
+    drawing = Drawing(width, height)
+    for part in parts:
+        drawing.add(part)
+    return drawing.image()
 
 
 def file_name(sequence: str) -> str:
@@ -236,8 +237,3 @@ def _counted(parts: Iterable[Events], positives: list[int]) -> Iterator[Events]:
     for part in parts:
         positives.append(int(np.count_nonzero(part.p)))
         yield part
-
-
-def _over(earlier: NDArray[np.uint8], later: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    blank = (later == COLOURS[NO_EVENT]).all(axis=2, keepdims=True)
-    return np.where(blank, earlier, later)
