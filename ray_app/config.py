@@ -392,8 +392,8 @@ class EndpointConfig(Config):
     def _fits(self) -> Self:
         if self.checkpoint.startswith("models:") and not MODEL_URI.fullmatch(self.checkpoint):
             raise ConfigError(
-                f"--checkpoint '{self.checkpoint}' is no model; write models:/NAME@ALIAS or models:/NAME/VERSION, for "
-                "instance models:/alignment-adapter@champion."
+                f"--checkpoint '{self.checkpoint}' is no model; write models:/NAME@ALIAS or models:/NAME/VERSION, "
+                "for instance models:/alignment-adapter@champion."
             )
         if self.max_queue < self.max_batch:
             raise ConfigError(

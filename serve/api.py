@@ -24,6 +24,7 @@ CSP = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """The page's own script and style, and nothing from elsewhere."""
+PAGE_HEADERS = {"content-security-policy": CSP, "cache-control": "no-cache", "referrer-policy": "no-referrer"}
 
 Broadcast = Callable[[str], Awaitable[list[Any]]]
 """Calls a method on every replica."""

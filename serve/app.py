@@ -37,8 +37,8 @@ def checked(args: Mapping[str, Any]) -> EndpointConfig:
         raise ConfigError(f"argument '{where}': {first['msg']}; known are {known}.") from error
     if cfg.tokens is None and not cfg.open_access:
         raise ConfigError(
-            "arguments need 'tokens' (a file, see `ray-app serve --new-token`), or 'open_access: true' where a gateway "
-            "asks for them."
+            "arguments need 'tokens' (a file, see `ray-app serve --new-token`), or 'open_access: true' where a "
+            "gateway asks for them."
         )
     if cfg.tokens:
         read_tokens(cfg.tokens)
@@ -66,9 +66,7 @@ def with_model(cfg: EndpointConfig) -> EndpointConfig:
     """The same with a tracking server that every replica reaches. ConfigError: none, or no such folder."""
     if not cfg.checkpoint.startswith("models:"):
         if not Path(cfg.checkpoint).is_dir():
-            raise ConfigError(
-                f"checkpoint '{cfg.checkpoint}' is no folder on this machine, and no models:/NAME@ALIAS."
-            )
+            raise ConfigError(f"checkpoint '{cfg.checkpoint}' is no folder here, and no models:/NAME@ALIAS.")
         return cfg.model_copy(update={"checkpoint": str(Path(cfg.checkpoint).absolute())})
     uri = cfg.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri or (uri.startswith("sqlite:///") and not uri.startswith("sqlite:////")):

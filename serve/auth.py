@@ -89,9 +89,7 @@ class Keys:
                 {"www-authenticate": "Bearer"},
             )
         if scope not in found.scopes:
-            raise Problem(
-                403, "forbidden", f"the token '{found.name}' may not do this; it needs the scope '{scope}'."
-            )
+            raise Problem(403, "forbidden", f"the token '{found.name}' may not do this; that takes scope '{scope}'.")
         return found.name
 
     def _refresh(self) -> None:

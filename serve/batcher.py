@@ -80,7 +80,7 @@ class Batcher:
             raise Problem(
                 429,
                 "busy",
-                f"{self.queued_rows} pairs are waiting, the limit is {self._max_queued_rows}; try again in {seconds} s.",
+                f"{self.queued_rows} pairs wait, the limit is {self._max_queued_rows}; try again in {seconds} s.",
                 {"retry-after": str(seconds)},
             )
 

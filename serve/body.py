@@ -85,5 +85,5 @@ def too_large(found: str, limit: int) -> Problem:
     return Problem(
         413,
         "too_large",
-        f"the body has {found} bytes, the limit is {limit:,}; send fewer pairs in a request, or UINT8 instead of FP32.",
+        f"the body has {found} bytes, the limit is {limit:,}; send fewer pairs at a time, or UINT8 instead of FP32.",
     )

@@ -65,8 +65,8 @@ class RegistrySource:
         tags = dict(version.tags)
         if "checkpoint_sha256" not in tags:
             raise CheckpointError(
-                f"{self._name} version {version.version} does not tell which checkpoint it is (tag checkpoint_sha256); "
-                "register it with `ray-app promote`."
+                f"{self._name} version {version.version} does not tell which checkpoint it is (tag "
+                "checkpoint_sha256); register it with `ray-app promote`."
             )
         run_id, _, path = str(version.source).removeprefix("runs:/").partition("/")
         if not str(version.source).startswith("runs:/") or not path or ".." in path.split("/"):
@@ -84,7 +84,8 @@ class RegistrySource:
 
     @contextmanager
     def files(self, identity: Identity) -> Iterator[Path]:
-        assert identity.run_id and identity.tags
+        assert identity.run_id
+        assert identity.tags
         with tempfile.TemporaryDirectory(prefix="ray-app-serve-") as scratch:
             with self._answers():
                 path = self._registry().download_artifacts(identity.run_id, identity.tags["artifact_path"], scratch)

@@ -1,5 +1,6 @@
 """The Ray side of a replica: made once per process, asked for its health, told to look for a new model."""
 
+from typing import Any
 
 import torch
 from ray import serve
@@ -57,7 +58,7 @@ class Replica:
             self.tracing.close()
 
 
-def replica_options(cfg: EndpointConfig) -> dict[str, object]:
+def replica_options(cfg: EndpointConfig) -> dict[str, Any]:
     """How Ray runs the replicas. Its own limits stand behind ours, which answer in JSON and at once."""
     return {
         "num_replicas": cfg.num_replicas,

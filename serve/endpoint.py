@@ -1,4 +1,4 @@
-"""All of a replica but HTTP: the model in service, the queue before it, keys, metrics, and the watch on the source."""
+"""All of a replica but HTTP: the model in service, the queue before it, keys, metrics, the watch on the source."""
 
 import asyncio
 from contextlib import suppress

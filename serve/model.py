@@ -89,8 +89,8 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
     checkpoint = load_checkpoint(folder)
     if checkpoint.sha256 != identity.digest:
         raise CheckpointError(
-            f"{identity.source} is checkpoint {checkpoint.sha256[:12]}, registered was {identity.digest[:12]}: somebody "
-            "changed its files after it was promoted. Promote it again."
+            f"{identity.source} is checkpoint {checkpoint.sha256[:12]}, registered was {identity.digest[:12]}: "
+            "somebody changed its files after it was promoted. Promote it again."
         )
     replay_golden(checkpoint)
     device = torch.device("cuda" if use_gpu else "cpu")
@@ -133,8 +133,8 @@ def require_close(model: ServedModel, golden: Mapping[str, Tensor]) -> None:
     worst = float(relative_errors(model.forward(event_GE).cpu(), golden["aligned"]).max())
     if not worst <= BF16_TOLERANCE:
         raise CheckpointError(
-            f"{model.identity.source}: in bf16 it answers with a relative error of {worst:.1e} (limit {BF16_TOLERANCE:g}); "
-            "serve it with precision: fp32."
+            f"{model.identity.source}: in bf16 it answers with a relative error of {worst:.1e} (limit "
+            f"{BF16_TOLERANCE:g}); serve it with precision: fp32."
         )
 
 

@@ -63,7 +63,7 @@ def predict(model: ServedModel, works: Sequence[Work]) -> list[Answer | Problem]
         mine = slice(start, start + work.rows)
         start += work.rows
         answers.append(
-            flaw(event_norm_N[mine], "event", model)
+            flaw(event_norm_N[mine], "event")
             or unsound(norm_N[mine], model)
             or _answer(model, work, event_NE[mine], aligned_ND[mine])
         )
@@ -74,7 +74,7 @@ def _answer(model: ServedModel, work: Work, event_BE: Tensor, aligned_BD: Tensor
     cos_B = before_B = None
     if work.target_BD is not None:
         target_BD = gathered([work.target_BD], model.features.target).to(aligned_BD.device)
-        if problem := flaw(torch.linalg.vector_norm(target_BD, dim=1), "target", model):
+        if problem := flaw(torch.linalg.vector_norm(target_BD, dim=1), "target"):
             return problem
         cos_B = cos_sim(aligned_BD, target_BD).cpu()
         if work.before and event_BE.shape == target_BD.shape:
@@ -97,7 +97,7 @@ def gathered(parts: Sequence[Tensor], spec: FeatureSpec) -> Tensor:
     return rows_NW
 
 
-def flaw(norm_B: Tensor, name: str, model: ServedModel) -> Problem | None:
+def flaw(norm_B: Tensor, name: str) -> Problem | None:
     """422 where a row is not finite, or is all zeros: its cosine has no meaning."""
     if bool((torch.isfinite(norm_B) & (norm_B > 0)).all()):
         return None

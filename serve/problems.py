@@ -8,7 +8,7 @@ PROBLEM_JSON = "application/problem+json"
 
 
 class Problem(Exception):
-    """A request that is not answered: status, a code for programs, and one sentence with the limit and the way out."""
+    """A request that is not answered: status, a code for programs, one sentence with the limit and the way out."""
 
     def __init__(self, status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)

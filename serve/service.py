@@ -94,8 +94,8 @@ class Succession:
         """CheckpointError: callers send features of this form, and would be refused after the exchange."""
         if model.features != self.model.features:
             raise CheckpointError(
-                f"{model.identity.source} takes {model.features.event} and is served in place of {self.model.features.event}; "
-                "start another endpoint for it."
+                f"{model.identity.source} takes {model.features.event}, the model in service "
+                f"{self.model.features.event}; start another endpoint for it."
             )
 
     def status(self) -> dict[str, Any]:

@@ -65,9 +65,7 @@ class Telemetry:
         self._reloads = made(Counter, "align_reloads_total", "Looks at the model source", ("outcome",))
         self._queue_rows = made(Gauge, "align_queue_rows", "Pairs waiting")
         self._in_flight = made(Gauge, "align_in_flight", "Requests being answered")
-        self._drift = made(
-            Gauge, "align_drift_psi", "Population stability index of live cosines against the test part"
-        )
+        self._drift = made(Gauge, "align_drift_psi", "Stability index of live cosines against the test part")
         self._info = made(
             Gauge, "align_model_info", "1 for the model in service", ("version", "digest", "run_id", "precision")
         )
@@ -190,7 +188,7 @@ def baseline(model: ServedModel) -> tuple[str, Any, Any] | None:
 
 
 def stability_index(live: Any, edges: Any, expected: Any) -> float:
-    """PSI = Σ (a − e)·ln(a / e) over bins, a and e the shares of live and expected; empty bins count as one in 10⁴."""
+    """PSI = Σ (a − e)·ln(a / e) over bins, a and e the shares of live and expected; an empty bin counts as 10⁻⁴."""
     counts = np.bincount(np.searchsorted(edges, live, side="left"), minlength=len(edges) + 1)
     actual = np.maximum(counts / len(live), 1e-4)
     expected = np.maximum(expected, 1e-4)

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans, where they are asked for: into a file, or to a collector by OTLP. Otherwise nothing is done."""
+"""OpenTelemetry spans, where they are asked for: into a file, or to a collector by OTLP."""
 
 import os
 from collections.abc import Iterator
@@ -74,7 +74,7 @@ def exporter_of(file: Path | None) -> Any:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         except ImportError as error:
             raise ConfigError(
-                f"{OTLP} is set, and the exporter is not installed: pip install opentelemetry-exporter-otlp-proto-http"
+                f"{OTLP} is set and its exporter is not there: pip install opentelemetry-exporter-otlp-proto-http"
             ) from error
         return OTLPSpanExporter()
     if file is None:

@@ -1,4 +1,4 @@
-"""`/v1`: for people and scripts. JSON numbers, base64, pictures and recordings in; verdicts, numbers and pictures out.
+"""`/v1`: for people and scripts. Numbers, pictures and recordings in; verdicts, numbers and pictures out.
 
 Shapes: B = pairs, E = event width, D = target width.
 """
@@ -40,7 +40,7 @@ async def answered(request: Request, kind: type[AlignRequest], default: list[str
     endpoint: Endpoint = request.scope["ray_app.endpoint"]
     call: Call = request.scope["ray_app.call"]
     asked, event_BE, target_BD = await read_request(request, kind)
-    wanted = default if asked.wanted is None else asked.wanted
+    wanted: list[str] = default if asked.wanted is None else list(asked.wanted)
     require_images(endpoint, wanted, target_BD)
     work = Work(event_BE, target_BD, aligned=bool({"aligned", "aligned_image"} & set(wanted)), before=True)
     read = time.perf_counter()
@@ -71,10 +71,10 @@ async def read_request(request: Request, kind: type[AlignRequest]) -> tuple[Alig
         event_BE = await asyncio.to_thread(bare_event, endpoint, bytes(body), content_type)
         return asked, event_BE, None
     if content_type != "application/json":
-        takes = "application/json" + (
-            ", image/png, image/jpeg or application/octet-stream" if kind is AlignRequest else ""
+        takes = ["application/json", *([*sorted(IMAGES), EVENTS] if kind is AlignRequest else [])]
+        raise Problem(
+            415, "content_type", f"Content-Type '{content_type[:60]}' is not taken here; send {' or '.join(takes)}."
         )
-        raise Problem(415, "content_type", f"Content-Type '{content_type[:60]}' is not taken here; send {takes}.")
     body = await read_body(call.headers, request.receive, endpoint.max_json_bytes)
     endpoint.telemetry.body(len(body))
     asked = await asyncio.to_thread(parse_request, body, kind)

@@ -7,7 +7,7 @@ width.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,7 +52,6 @@ class InferRequest:
     """Echoed."""
     timeout_us: int | None = None
     """Time that the caller grants."""
-    unknown: tuple[str, ...] = field(default=())
 
 
 def parse_infer(body: memoryview, header_length: bytes | None, limits: Limits) -> InferRequest:
@@ -129,13 +128,14 @@ def raw_rows(data: memoryview, datatype: Any, shape: Any, name: str, limits: Lim
     return torch.frombuffer(data, dtype=dtype, count=rows * spec.width).reshape(rows, spec.width)
 
 
-def check_datatype(datatype: Any, spec: FeatureSpec, name: str) -> None:
-    """Problem 422 unless it is one of `DTYPES` that this side can be sent in."""
+def check_datatype(datatype: Any, spec: FeatureSpec, name: str) -> str:
+    """The datatype. Problem 422 unless it is one of `DTYPES` that this side can be sent in."""
     if not isinstance(datatype, str) or datatype not in DTYPES:
         shown = f"'{datatype[:40]}'" if isinstance(datatype, str) else named(datatype)
         raise Problem(422, "dtype", f"datatype of '{name}' is {shown}; it must be one of {', '.join(DTYPES)}.")
     if datatype == "UINT8" and spec.dtype != "uint8":
         raise Problem(422, "dtype", f"'{name}' features of this model are {spec.dtype}, not pixels; send FP32.")
+    return datatype
 
 
 def check_shape(shape: Any, width: int, name: str, max_batch: int) -> int:
@@ -189,8 +189,8 @@ def _input(item: dict[str, Any], raw: memoryview, start: int, limits: Limits) ->
 
 def _json_rows(item: dict[str, Any], name: str, spec: FeatureSpec, limits: Limits) -> Tensor:
     """Numbers in the header itself, flat or nested."""
-    datatype, data = item.get("datatype"), item.get("data")
-    check_datatype(datatype, spec, name)
+    data = item.get("data")
+    datatype = check_datatype(item.get("datatype"), spec, name)
     rows = check_shape(item.get("shape"), spec.width, name, limits.max_batch)
     if not isinstance(data, list):
         raise Problem(400, "missing", f"'{name}' has neither 'data' nor a binary_data_size.")
@@ -240,8 +240,8 @@ def _header_length(text: bytes, available: int) -> int:
         raise Problem(
             400,
             "bad_header",
-            f"Inference-Header-Content-Length is {text[:20].decode('latin-1')!r}; it must be the number of bytes of the "
-            f"JSON header, at most the body's {available:,}.",
+            f"Inference-Header-Content-Length is {text[:20].decode('latin-1')!r}; it must be the number of bytes of "
+            f"the JSON header, at most the body's {available:,}.",
         )
     return int(text)
 
@@ -266,7 +266,7 @@ def _known(item: dict[str, Any], known: set[str], where: str) -> None:
         raise Problem(
             400,
             "unknown_field",
-            f"{where} has '{unknown[0][:40]}', which is not known; known are {', '.join(sorted(known))}.",
+            f"{where} has '{unknown[0][:40]}', which is unknown; known are {', '.join(sorted(known))}.",
         )
 
 

@@ -1,6 +1,7 @@
 """Shared fixtures: one Ray cluster a session, small stores, the shared recordings where they are present."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,10 @@ set_defaults()
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+if str(ROOT) not in sys.path:  # serve/ is no part of the installed package
+    sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(scope="session")

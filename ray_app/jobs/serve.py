@@ -6,6 +6,7 @@ it is, and ends it without losing a request.
 
 import hashlib
 import importlib
+import logging
 import os
 import secrets
 import signal
@@ -45,7 +46,7 @@ def run_serve(cfg: ServeConfig) -> dict[str, Any]:
         signal.signal(number, lambda *_: stop.set())
     with tempfile.TemporaryDirectory(prefix="ray-app-serve-") as scratch:
         haproxy = uses_haproxy(cfg)
-        os.environ.update(environment(cfg, Path(scratch), haproxy))
+        os.environ.update(environment(Path(scratch), haproxy))
         sys.path.insert(0, str(ROOT))
         import ray
 
@@ -55,7 +56,7 @@ def run_serve(cfg: ServeConfig) -> dict[str, Any]:
             address="local",
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1" if cfg.loopback else None,
         )
         try:
@@ -137,7 +138,7 @@ def uses_haproxy(cfg: ServeConfig) -> bool:
     return cfg.proxy == "haproxy"
 
 
-def environment(cfg: ServeConfig, scratch: Path, haproxy: bool) -> dict[str, str]:
+def environment(scratch: Path, haproxy: bool) -> dict[str, str]:
     """What Ray Serve reads when it is imported, here and in every process of this cluster.
 
     HAProxy's files and ports are its own, so that two endpoints on one machine do not meet.
@@ -170,9 +171,7 @@ def require_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ResourceError(
-                f"{host}:{port} cannot be listened on: {error.strerror}; try another --port."
-            ) from error
+            raise ResourceError(f"{host}:{port} cannot be used: {error.strerror}; try another --port.") from error
 
 
 def free_port() -> int:
