@@ -1,7 +1,7 @@
 """A request's body, counted while it arrives and again while it is inflated; bounded in both."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 
 from starlette.types import Receive
 
@@ -22,26 +22,27 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
     encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
     if encoding not in ("identity", "", *WINDOW_BITS):
         raise Problem(415, "encoding", f"Content-Encoding '{encoding[:40]}' is not understood; send gzip or deflate.")
+    parts = chunks(receive)
     declared = headers.get(b"content-length")
     size = int(declared) if declared is not None and declared.isdigit() else None
     if size is not None and size > limit:
-        await swallow(receive, SWALLOW * limit)
+        await swallow(parts, SWALLOW * limit)
         raise too_large(f"{size:,}", limit)
     pad = -raw_at % ALIGN
     if encoding in WINDOW_BITS:
-        return await _inflated(receive, WINDOW_BITS[encoding], limit, pad)
+        return await _inflated(parts, WINDOW_BITS[encoding], limit, pad)
     buffer = bytearray(pad + (size or 0))
     end = pad
-    async for chunk in chunks(receive):
+    async for chunk in parts:
         if end + len(chunk) - pad > limit:
-            await swallow(receive, SWALLOW * limit)
+            await swallow(parts, SWALLOW * limit)
             raise too_large(f"more than {limit:,}", limit)
         buffer[end : end + len(chunk)] = chunk
         end += len(chunk)
     return memoryview(buffer)[pad:end]
 
 
-async def chunks(receive: Receive):  # type: ignore[no-untyped-def]
+async def chunks(receive: Receive) -> AsyncIterator[bytes]:
     """The parts of a body as they arrive. Problem 400 if the caller goes away in between."""
     more = True
     while more:
@@ -53,24 +54,24 @@ async def chunks(receive: Receive):  # type: ignore[no-untyped-def]
             yield chunk
 
 
-async def swallow(receive: Receive, most: int) -> None:
+async def swallow(parts: AsyncIterator[bytes], most: int) -> None:
     """Reads on and keeps nothing, up to `most` bytes."""
-    async for chunk in chunks(receive):
+    async for chunk in parts:
         most -= len(chunk)
         if most < 0:
             return
 
 
-async def _inflated(receive: Receive, window_bits: int, limit: int, pad: int) -> memoryview:
+async def _inflated(parts: AsyncIterator[bytes], window_bits: int, limit: int, pad: int) -> memoryview:
     inflater = zlib.decompressobj(window_bits)
     buffer = bytearray(pad)
     try:
-        async for chunk in chunks(receive):
+        async for chunk in parts:
             data = chunk
             while data:
                 buffer += inflater.decompress(data, limit + pad - len(buffer) + 1)
                 if len(buffer) - pad > limit:
-                    await swallow(receive, SWALLOW * limit)
+                    await swallow(parts, SWALLOW * limit)
                     raise too_large(f"more than {limit:,} when inflated", limit)
                 data = inflater.unconsumed_tail
     except zlib.error as error:

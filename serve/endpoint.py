@@ -5,14 +5,18 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+from starlette.types import Receive
+
 from ray_app.config import EndpointConfig
 from ray_app.core.metrics import THETAS, rate_key
 
 from .auth import Keys
 from .batcher import Batcher
+from .body import chunks, swallow
 from .champion import source_of
 from .model import ServedModel
 from .predict import Answer, Work, predict
+from .problems import Problem
 from .service import Outcome, Succession, stamp
 from .strict_json import DEPTH
 from .telemetry import Telemetry
@@ -53,6 +57,14 @@ class Endpoint:
     def model(self) -> ServedModel:
         """In service now."""
         return self.succession.model
+
+    async def admit(self, receive: Receive) -> None:
+        """Problem 429 where the queue is full: before the body is held, not before the caller has sent it."""
+        try:
+            self.batcher.admit(1)
+        except Problem:
+            await swallow(chunks(receive), self.max_body_bytes)
+            raise
 
     async def answer(self, work: Work, timeout_s: float) -> Answer:
         """The model's answer, counted."""

@@ -1,4 +1,4 @@
-"""Endpoints for tests: the whole of one but Ray, behind a real HTTP server in a thread; and `ray-app serve` itself."""
+"""Endpoints for tests: all of one but Ray, behind a real HTTP server in a thread; and `ray-app serve` itself."""
 
 import http.client
 import json
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import uvicorn
-
 from mlflow_process import free_port
+
 from ray_app.config import EndpointConfig
 from ray_app.core.adapter import AdapterConfig, build_adapter
 from ray_app.store.checkpoint import save_checkpoint
@@ -54,7 +54,12 @@ class Server:
         self.port, self.url, self.token = port, f"127.0.0.1:{port}", token
 
     def ask(
-        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None, timeout: float = 30.0
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 30.0,
     ) -> tuple[int, dict[str, str], bytes]:
         """(status, headers in lower case, body). A dictionary is sent as JSON."""
         sent = dict(headers or {})
@@ -80,7 +85,9 @@ class Server:
         """The sum of the series of this name whose labels include these."""
         text = self.ask("GET", "/metrics")[2].decode()
         lines = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} "))]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(f'{k}="{v}"' in line for k, v in labels.items()))
+        return sum(
+            float(line.rsplit(" ", 1)[1]) for line in lines if all(f'{k}="{v}"' in line for k, v in labels.items())
+        )
 
 
 class LocalServer(Server):

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.http as triton
+from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint
 from tritonclient.utils import InferenceServerException
 
-from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint
 from ray_app.store.checkpoint import load_checkpoint
 
 RNG = np.random.default_rng(0)
@@ -234,7 +234,10 @@ HEADERS_BAD: list[tuple[Any, str]] = [
     ({"inputs": [event_input()], "outputs": [{"name": "aligned"}, {"name": "aligned"}]}, "duplicate"),
     ({"inputs": [event_input()], "outputs": [{"name": "logits"}]}, "unknown_field"),
     ({"inputs": [event_input()], "outputs": [{"name": "cos_sim"}]}, "missing"),
-    ({"inputs": [event_input()], "outputs": [{"name": "aligned", "parameters": {"classification": 1}}]}, "unknown_field"),
+    (
+        {"inputs": [event_input()], "outputs": [{"name": "aligned", "parameters": {"classification": 1}}]},
+        "unknown_field",
+    ),
     ({"inputs": [event_input()], "parameters": {"theta": "0.8"}}, "theta"),
     ({"inputs": [event_input()], "parameters": {"theta": False}}, "theta"),
     ({"inputs": [event_input()], "parameters": {"theta": 1.5}}, "theta"),
