@@ -1,4 +1,4 @@
-"""What the endpoint is told: config.yaml field by field, since Ray ignores what it does not know, and its arguments."""
+"""What the endpoint is told: arguments, and config.yaml field by field, since Ray ignores what it does not know."""
 
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path: Path) 
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
     weights.write_bytes(bytes(damaged))
-    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         local_app(resolved(ServeConfig(checkpoint=str(checkpoint))))
 
 
@@ -93,9 +93,14 @@ def test_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path: Path) 
 )
 def test_the_command_says_what_it_cannot_do(tmp_path: Path, flags: list[str], error: type, message: str) -> None:
     flags = [flag.format(tmp_path) for flag in flags]
-    with pytest.raises(error, match=message):
+
+    def start() -> None:
         cfg = cli.parse("serve", cli.COMMANDS["serve"], None, flags)
-        local_app(resolved(cfg))  # type: ignore[arg-type]
+        assert isinstance(cfg, ServeConfig)
+        local_app(resolved(cfg))
+
+    with pytest.raises(error, match=message):
+        start()
 
 
 def test_two_endpoints_on_one_machine_do_not_share_haproxys_files(tmp_path: Path) -> None:
