@@ -139,6 +139,13 @@ COMMANDS: dict[str, Command] = {
         "register, compare with the champion and the controls, move the alias (back)",
         "run",
     ),
+    "serve": Command(
+        c.ServeConfig,
+        "serve",
+        "serve",
+        "serve [--checkpoint CKPT]",
+        "the endpoint on this machine: the champion over HTTP",
+    ),
     "replay": Command(
         c.ReplayConfig,
         "replay",

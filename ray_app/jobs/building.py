@@ -9,16 +9,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
-from PIL import Image
 
 from ray_app.config import Config
 from ray_app.errors import InputError, StoreError
 from ray_app.events.windows import parse_duration
 from ray_app.sources.base import RawPair, Rejected, Source, SourceTask
-from ray_app.store.manifest import MANIFEST, QUARANTINE, Features, FeatureSpec, Manifest, PartRecord
+from ray_app.sources.images import resized
+from ray_app.store.manifest import MANIFEST, QUARANTINE, Features, Manifest, PartRecord
 from ray_app.store.pair_store import (
     FACT_COLUMNS,
     Pair,
@@ -122,8 +120,8 @@ def build_task(source: Source, task: SourceTask, where: Where, features: Feature
             item.sequence,
             item.t_start_us,
             item.t_end_us,
-            resized(item.event_HWC, features.event).tobytes(),
-            resized(item.target_HWC, features.target).tobytes(),
+            resized(item.event_HWC, *features.event.shape[1:]).tobytes(),
+            resized(item.target_HWC, *features.target.shape[1:]).tobytes(),
             **{name: getattr(item, name) for name in FACT_COLUMNS},
         )
         if reason := _flaw(pair, lengths_us):
@@ -199,15 +197,6 @@ def finish(
 def described(source: Source) -> dict[str, Any]:
     """Kind and settings of a source, for the manifest."""
     return {"name": source.name, **source.describe()}
-
-
-def resized(image_HWC: NDArray[np.uint8], feature: FeatureSpec) -> NDArray[np.uint8]:
-    """Bilinear resize as Pillow does it; (H, W, 3) uint8 to (3, height, width) uint8."""
-    assert image_HWC.dtype == np.uint8
-    assert image_HWC.shape[2:] == feature.shape[:1] == (3,)
-    height, width = feature.shape[1:]
-    image = Image.fromarray(np.ascontiguousarray(image_HWC)).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
 
 
 def _all_of(source: Source, task: SourceTask) -> Iterator[RawPair | Rejected]:
