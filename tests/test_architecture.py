@@ -23,6 +23,8 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"jobs", "store", "sources", "events", "core", "config", "errors"},
         {"numpy", "torch", "pyarrow", "PIL", "ray", "mlflow", "rich", "jinja2", "matplotlib", "sqlalchemy"},
     ),
+    "client": ({"client_wire", "errors"}, {"numpy"}),
+    "client_wire": ({"errors"}, {"numpy"}),
     "cli": ({"jobs", "config", "errors"}, {"tyro", "yaml", "rich"}),
     "__main__": ({"cli"}, set()),
 }
