@@ -20,6 +20,7 @@ import json
 import random
 import ssl
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -41,6 +42,7 @@ from ray_app.client_wire import (
 )
 from ray_app.errors import ConfigError, EndpointBusy, EndpointError, EndpointUnreachable
 
+REQUEST_ID = "X-Request-Id"
 AGAIN = (429, 503)
 """The endpoint says: later."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 1.0
@@ -145,6 +147,7 @@ class AlignmentClient:
     def _call(self, method: str, path: str, blocks: Sequence[Any], headers: Mapping[str, str]) -> Reply:
         """Sends until it is answered or the time is over."""
         until, wait_s, last = time.monotonic() + self.timeout_s, FIRST_WAIT_S, "no attempt was finished"
+        headers = {**headers, REQUEST_ID: uuid.uuid4().hex}
         kind: type[EndpointError] = EndpointUnreachable
         while (left_s := until - time.monotonic()) > 0:
             pause_s = wait_s * (0.5 + 0.5 * self.chance.random())
@@ -177,16 +180,20 @@ class AlignmentClient:
         """One request and its answer. OSError or HTTPException where the connection was lost."""
         connection = self._connection(left_s)
         authorization = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        length = {"Content-Length": str(sum(len(block) for block in blocks))} if method == "POST" else {}
-        kind = {"Content-Type": "application/json"} if method == "POST" else {}
+        sent = {}
+        if method == "POST":
+            length = str(sum(len(block) for block in blocks))
+            left_ms = str(max(1, int(left_s * 1e3)))  # work that nobody waits for any more is dropped
+            sent = {"Content-Type": "application/json", "Content-Length": length, "X-Request-Timeout-Ms": left_ms}
         try:
             try:
-                every = {**kind, **headers, **authorization, **length}
-                connection.request(method, self._prefix + path, iter(blocks) if blocks else None, every)
+                body = iter(blocks) if blocks else None
+                connection.request(method, self._prefix + path, body, {**sent, **headers, **authorization})
             except (BrokenPipeError, ConnectionResetError):
                 pass  # it may have answered before it had everything, as it does to a body that is too large
             response = connection.getresponse()
-            reply = Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, received(response))
+            found = {name.lower(): value for name, value in response.getheaders()}
+            reply = Reply(response.status, found, received(response), headers.get(REQUEST_ID, ""))
         except BaseException:
             connection.close()
             raise
@@ -245,4 +252,6 @@ def refusal(reply: Reply) -> EndpointError:
     """What the endpoint says against a request, in its own words."""
     said = reply.json()
     words = said.get("error") or bytes(reply.body[:300]).decode(errors="replace").strip() or "no reason was given"
-    return EndpointError(f"{words} (HTTP {reply.status})", reply.status, str(said.get("code", "")))
+    return EndpointError(
+        f"{words} (HTTP {reply.status}, request {reply.request_id})", reply.status, str(said.get("code", ""))
+    )

@@ -52,6 +52,8 @@ class Reply:
     """By name in lower case."""
     body: memoryview
     """As received."""
+    request_id: str = ""
+    """As it was asked under; the endpoint's log has it."""
 
     def json(self) -> dict[str, Any]:
         """The body, or what stands for it where it is not a JSON object: then something else answered."""
@@ -152,7 +154,7 @@ def json_answer(reply: Reply, outputs: Iterable[str]) -> Answer:
 def answer(reply: Reply, found: Mapping[str, NDArray[Any]], version: str) -> Answer:
     """Arrays by name as an `Answer`."""
     aligned, cos_sim, accepted = (found.get(name) for name in ("aligned", "cos_sim", "accepted"))
-    return Answer(aligned, cos_sim, accepted, version, reply.headers.get("x-request-id", ""))
+    return Answer(aligned, cos_sim, accepted, version, reply.request_id)
 
 
 def not_understood(reply: Reply, error: Exception) -> EndpointError:
