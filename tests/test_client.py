@@ -191,7 +191,7 @@ def test_a_queue_that_stays_full_is_told_when_the_time_is_over(tmp_path: Path) -
             assert first.is_alive()
         with (
             AlignmentClient(url, timeout_s=0.9) as hasty,  # a second is what Retry-After says
-            pytest.raises(EndpointBusy, match=r"2 pairs are waiting, the limit is 3; .* \(HTTP 429, request"),
+            pytest.raises(EndpointBusy, match=r"2 pairs wait, the limit is 3; .* \(HTTP 429, request"),
         ):
             hasty.align(EVENT[:2])
         first.join(10)
