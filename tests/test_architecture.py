@@ -33,6 +33,8 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"ray", "fastapi", "starlette", "pydantic", "torch", "numpy", "PIL", "prometheus_client", "opentelemetry"}
         | {"mlflow", "sqlalchemy"},
     ),
+    "client": ({"client_wire", "errors"}, {"numpy"}),
+    "client_wire": ({"errors"}, {"numpy"}),
     "cli": ({"jobs", "config", "errors"}, {"tyro", "yaml", "rich"}),
     "__main__": ({"cli"}, set()),
 }

@@ -1,0 +1,1 @@
+"""The console: one page, and what draws its samples."""
