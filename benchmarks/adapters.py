@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/adapters.py --store STORE --folder /tmp/adapters --name scenes
     .venv/bin/python benchmarks/adapters.py --store VIDEO --folder /tmp/adapters --name footage
 
-Settings were chosen on validation parts; the test part is read once a run, here. What is finished is not run again, so
-that the command can be given anew. Writes benchmarks/results/adapters_NAME.json.
+Settings were chosen on validation parts; the test part is read once a run, here. What is finished is not run again,
+so that the command can be given anew. Writes benchmarks/results/adapters_NAME.json.
 """
 
 import argparse

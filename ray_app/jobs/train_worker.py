@@ -23,8 +23,8 @@ from ray_app.store.pair_store import PairStore
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
-    """One worker's run. `config`: `train` (a TrainConfig), `held`, `threads`, `provenance`, and `placed`, its pairs in
-    shared memory, or None."""
+    """One worker's run. `config`: `train` (a TrainConfig), `held`, `threads`, `provenance`, and `placed`, its pairs
+    in shared memory, or None."""
     cfg = TrainConfig.model_validate(config["train"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
