@@ -65,6 +65,7 @@ def replica_options(cfg: EndpointConfig) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": cfg.cpus_per_replica, "num_gpus": 1 if cfg.use_gpu else 0},
         "max_ongoing_requests": 1024,
         "max_queued_requests": -1,
+        "max_surge_percent": 100,  # a changed replica starts before the old one ends
         "graceful_shutdown_timeout_s": 60.0,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 2.0,

@@ -70,9 +70,9 @@ def test_too_many_bad_pairs_end_with_the_first_few_named_and_what_was_built_stay
     flags = PrepareFlags(out=tmp_path / "s", num_workers=2)
     with pytest.raises(StoreError, match=r"13 of 36 pairs could not be built \(36\.1%.*drive_0000, window 2: made"):
         prepare(source, flags, SMALL)
-    assert len(quarantined(flags.out)) == 13
-    assert (flags.out / "drive_0002.parquet").is_file()
-    assert not (flags.out / "manifest.json").exists()
+    assert len(quarantined(Path(flags.out))) == 13
+    assert (Path(flags.out) / "drive_0002.parquet").is_file()
+    assert not (Path(flags.out) / "manifest.json").exists()
     allowed = flags.model_copy(update={"max_quarantined": 0.4})
     result = prepare(source, allowed, SMALL)
     assert (result["pairs"], result["quarantined"], result["pairs_kept"]) == (23, 13, 12)

@@ -44,7 +44,9 @@ class WeakNetwork:
                 connection = self._tls.wrap_socket(connection, server_side=True)
             if fate == "502":
                 connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\nContent-Length: 15\r\n\r\n<h1>gone</h1>\r\n")
+                connection.sendall(
+                    b"HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\nContent-Length: 15\r\n\r\n<h1>gone</h1>\r\n"
+                )
             elif fate == "silence":
                 connection.settimeout(30)
                 while connection.recv(65536):
