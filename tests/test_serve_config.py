@@ -107,5 +107,7 @@ def test_two_endpoints_on_one_machine_do_not_share_haproxys_files(tmp_path: Path
     one, two = (environment(tmp_path / name, haproxy=True) for name in ("one", "two"))
     own = [key for key in one if key.startswith("RAY_SERVE_HAPROXY") and "NBTHREAD" not in key]
     assert len(own) == 7
+    own += [key for key in one if "DIRECT_INGRESS_M" in key and "PORT" in key]
+    assert len(own) == 9
     assert all(one[key] != two[key] for key in own)
     assert environment(tmp_path, haproxy=False)["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
