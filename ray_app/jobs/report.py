@@ -162,14 +162,16 @@ def render_html(
     cosines: Cosines,
     best: Sequence[PairPicture] = (),
     worst: Sequence[PairPicture] = (),
+    proxy: str | None = None,
 ) -> str:
-    """The whole report as one HTML page."""
+    """The whole report as one HTML page; `proxy` is the address of `ray-app proxy`'s page, seen from this one."""
     template = resources.files("ray_app.jobs").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(template)
     groups = [("Highest cosine after", "best", best), ("Lowest cosine after", "worst", worst)]
     return page.render(
         r=result,
         outcome=outcome(result),
+        proxy=proxy,
         notes=notes(result),
         rows=rows(result),
         thetas=list(result["cosine_accept_rate"]),

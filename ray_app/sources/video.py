@@ -5,7 +5,7 @@ A video file is read by its frames' own times; a folder of frames by the numbers
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -63,7 +63,7 @@ class VideoSource:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "videos": [{"sequence": name, **_identity(path)} for name, path in self._named()],
+            "videos": [{"sequence": name, **identity(path)} for name, path in named(self.files)],
             "events": "simulated",
             "fps": self.fps,
             "seed": self.seed,
@@ -83,8 +83,8 @@ class VideoSource:
     def tasks(self) -> list[SourceTask]:
         """One for each 48 pairs of a video. InputError: a video that cannot be opened, or is too short."""
         tasks = []
-        for number, (name, path) in enumerate(self._named()):
-            times_us = self._times(path)
+        for number, (name, path) in enumerate(named(self.files)):
+            times_us = frame_times(path, self.fps)
             half = self.duration_us // 2
             frames = [
                 i
@@ -105,9 +105,9 @@ class VideoSource:
 
     def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
         """The task's pairs in order. A frame that is missing costs the pairs whose windows touch it."""
-        name, path = self._named()[task.spec["video"]]
+        name, path = named(self.files)[task.spec["video"]]
         wanted = task.spec["frames"]
-        times_us = self._times(path)
+        times_us = frame_times(path, self.fps)
         half = self.duration_us // 2
         starts = {i: times_us[i] - half for i in wanted}
         last_end = starts[wanted[-1]] + self.duration_us
@@ -117,7 +117,7 @@ class VideoSource:
         footage = _Footage(EventSimulator(CAMERA, self.height, self.width, rng), times_us)
         targets: dict[int, Frame] = {}
         pending = list(wanted)
-        for i, frame in self._frames(path, first, stop):
+        for i, frame in frames(path, first, stop):
             footage.add(i, frame)
             if i in starts and not isinstance(frame, str):
                 targets[i] = frame
@@ -142,45 +142,6 @@ class VideoSource:
             return Rejected(str(path), f"frame {i}", flaw)
         events = footage.take(start, end, self.width, self.height)
         return RawPair(name, start, end, event_image(events), targets.pop(i))
-
-    def _named(self) -> list[tuple[str, Path]]:
-        """(sequence, path) of each video; equal names are numbered."""
-        named: list[tuple[str, Path]] = []
-        for path in self.files:
-            stem = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem if path.is_file() else path.name) or "video"
-            taken = {name for name, _ in named}
-            name, number = stem, 2
-            while name in taken:
-                name, number = f"{stem}-{number}", number + 1
-            named.append((name, path))
-        return named
-
-    def _times(self, path: Path) -> list[int]:
-        """Time of every frame in microseconds, from the container's index: nothing is decoded."""
-        if path.is_dir():
-            if not self.fps:
-                raise InputError(f"{path} is a folder of frames, whose rate is not known; give it with --fps")
-            numbers = _numbered(path)
-            return [round(1e6 * n / self.fps) for n in range(max(numbers) - min(numbers) + 1)]
-        stamps = _packets(path)
-        if self.fps:
-            return [round(1e6 * i / self.fps) for i in range(len(stamps))]
-        return [round(stamp * 1_000_000) for stamp in stamps]
-
-    def _frames(self, path: Path, first: int, stop: int) -> Iterator[tuple[int, Frame | str]]:
-        """(number, picture or what is wrong with it) from `first` on; ends early where the video does."""
-        if path.is_dir():
-            numbers = _numbered(path)
-            low = min(numbers)
-            for i in range(first, min(stop, max(numbers) - low + 1)):
-                try:
-                    if low + i not in numbers:
-                        raise InputError(f"frame {low + i} is missing in {path}")
-                    yield i, read_image(numbers[low + i])
-                except InputError as error:
-                    yield i, str(error)
-        else:
-            yield from _decoded(path, first, stop)
 
 
 class _Footage:
@@ -229,7 +190,50 @@ class _Footage:
         return Events(found.x, found.y, found.t_us, found.p, width, height).between(start_us, end_us)
 
 
-def _identity(path: Path) -> dict[str, Any]:
+def named(files: Sequence[Path]) -> list[tuple[str, Path]]:
+    """(sequence, path) of each video; equal names are numbered."""
+    found: list[tuple[str, Path]] = []
+    for path in files:
+        stem = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem if path.is_file() else path.name) or "video"
+        taken = {name for name, _ in found}
+        name, number = stem, 2
+        while name in taken:
+            name, number = f"{stem}-{number}", number + 1
+        found.append((name, path))
+    return found
+
+
+def frame_times(path: Path, fps: float | None) -> list[int]:
+    """Time of every frame in microseconds, from the container's index: nothing is decoded."""
+    if path.is_dir():
+        if not fps:
+            raise InputError(f"{path} is a folder of frames, whose rate is not known; give it with --fps")
+        numbers = _numbered(path)
+        return [round(1e6 * n / fps) for n in range(max(numbers) - min(numbers) + 1)]
+    stamps = _packets(path)
+    if fps:
+        return [round(1e6 * i / fps) for i in range(len(stamps))]
+    return [round(stamp * 1_000_000) for stamp in stamps]
+
+
+def frames(path: Path, first: int, stop: int) -> Iterator[tuple[int, Frame | str]]:
+    """(number, picture or what is wrong with it) from `first` on; ends early where the video does."""
+    if path.is_dir():
+        numbers = _numbered(path)
+        low = min(numbers)
+        for i in range(first, min(stop, max(numbers) - low + 1)):
+            try:
+                if low + i not in numbers:
+                    raise InputError(f"frame {low + i} is missing in {path}")
+                yield i, read_image(numbers[low + i])
+            except InputError as error:
+                yield i, str(error)
+    else:
+        yield from _decoded(path, first, stop)
+
+
+def identity(path: Path) -> dict[str, Any]:
+    """A video's name and content, for a manifest. InputError: it cannot be read."""
     if path.is_dir():
         return {"file": path.name, "frames": len(images_in(path))}
     try:
