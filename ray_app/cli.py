@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ class Command:
     """Field that leading words without a dash are for."""
     failures: str | None = None
     """Key of the result that counts what is wrong: where it is not 0, the exit code is 1."""
+    trailing: str | None = None
+    """Field for all words after `--`: a command of ours."""
+    exit_code: str | None = None
+    """Key of the result that is the exit code."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -78,6 +83,14 @@ COMMANDS: dict[str, Command] = {
         "a pair store of DSEC recordings",
         "root",
     ),
+    "prepare davis": Command(
+        c.PrepareDavis,
+        "prepare",
+        "prepare",
+        "prepare davis FILE… --out STORE",
+        "a pair store of DAVIS recordings (.aedat4)",
+        "files",
+    ),
     "inspect": Command(
         c.InspectConfig,
         "inspect",
@@ -92,6 +105,14 @@ COMMANDS: dict[str, Command] = {
         "train",
         "train --store STORE --out RUN",
         "train an adapter with Ray Train",
+    ),
+    "tune": Command(
+        c.TuneConfig,
+        "tune",
+        "tune",
+        "tune FILE | --resume SWEEP | --watch SWEEP",
+        "search for the best adapter, train it with several seeds, judge it",
+        "file",
     ),
     "sync": Command(
         c.SyncConfig,
@@ -131,6 +152,13 @@ COMMANDS: dict[str, Command] = {
         "outputs of live models as traces for replay, with measured times",
         "clips",
     ),
+    "serve": Command(
+        c.ServeConfig,
+        "serve",
+        "serve",
+        "serve [--checkpoint CKPT]",
+        "the endpoint on this machine: the champion over HTTP",
+    ),
     "replay": Command(
         c.ReplayConfig,
         "replay",
@@ -154,6 +182,39 @@ COMMANDS: dict[str, Command] = {
         "import-checkpoint FILE --out CKPT",
         "a checkpoint of the reference project as one of ours",
         "file",
+    ),
+    "submit": Command(
+        c.SubmitConfig,
+        "submit",
+        "submit",
+        "submit [FLAGS] -- COMMAND …",
+        "run a command as a job on a cluster and follow it",
+        trailing="command",
+        exit_code="exit_code",
+    ),
+    "jobs list": Command(
+        c.JobsConfig,
+        "jobs",
+        "jobs_list",
+        "jobs list",
+        "the jobs of a cluster",
+    ),
+    "jobs logs": Command(
+        c.JobLogsConfig,
+        "jobs",
+        "jobs_logs",
+        "jobs logs JOB",
+        "follow a job to its end",
+        "job",
+        exit_code="exit_code",
+    ),
+    "jobs stop": Command(
+        c.JobConfig,
+        "jobs",
+        "jobs_stop",
+        "jobs stop JOB",
+        "ask a job to end; training saves first",
+        "job",
     ),
     "doctor": Command(
         c.DoctorConfig,
@@ -188,8 +249,9 @@ def run(argv: list[str]) -> int:
     try:
         name, rest = find_command(argv)
         command = COMMANDS[name]
+        rest, trailing = split_trailing(command, rest)
         as_json, config_file, rest = take_common(rest)
-        settings = parse(name, command, config_file, rest)
+        settings = parse(name, command, config_file, rest, trailing)
         set_defaults()
         module = importlib.import_module(f"ray_app.jobs.{command.module}")
         if as_json:
@@ -207,6 +269,8 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         stderr.print("interrupted")
         return 130
+    if command.exit_code:
+        return int(result[command.exit_code])
     return 1 if command.failures and result[command.failures] else 0
 
 
@@ -252,8 +316,27 @@ def take_common(argv: list[str]) -> tuple[bool, Path | None, list[str]]:
     return as_json, config_file, rest
 
 
-def parse(name: str, command: Command, config_file: Path | None, argv: list[str]) -> c.Config:
+def split_trailing(command: Command, argv: list[str]) -> tuple[list[str], list[str]]:
+    """The command's own words, and those after `--`, which are checked as the command that they are."""
+    if not command.trailing or "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    own, trailing = argv[:at], argv[at + 1 :]
+    if trailing and "--resume" not in trailing:  # which would read the run, and that lies on the cluster
+        name, rest = find_command(trailing)
+        _, config_file, rest = take_common(rest)
+        parse(name, COMMANDS[name], config_file, rest)
+    return own, trailing
+
+
+def parse(
+    name: str, command: Command, config_file: Path | None, argv: list[str], trailing: Sequence[str] = ()
+) -> c.Config:
     """The command's config from YAML and flags. A wrong flag ends the process with code 2 and a hint."""
+    if trailing:
+        return parse(name, command, config_file, [*argv, f"--{command.trailing}", "-"]).model_copy(
+            update={str(command.trailing): tuple(trailing)}
+        )
     leading: list[str] = []
     if command.positional:
         while len(leading) < len(argv) and not argv[len(leading)].startswith("-"):
@@ -262,7 +345,7 @@ def parse(name: str, command: Command, config_file: Path | None, argv: list[str]
         if leading:
             leading = [f"--{command.positional.replace('_', '-')}", *leading]
     from_yaml = yaml_flags(config_file, command.config) if config_file else []
-    from_yaml = resumed_flags(argv) + from_yaml if "resume" in command.config.model_fields else from_yaml
+    from_yaml = resumed_flags(argv) + from_yaml if command.config is c.TrainConfig else from_yaml
     description = f"{command.config.__doc__}\n\nusage: ray-app {command.usage}\n\n{EVERYWHERE}"
     return tyro.cli(
         command.config, prog=f"ray-app {name}", description=description, args=[*from_yaml, *leading, *argv]

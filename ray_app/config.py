@@ -3,18 +3,34 @@
 Unknown keys are refused and values are checked at birth. A field's docstring is its help text.
 """
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ray_app.errors import ConfigError
 
-Strategy = Literal["lightweight", "lightweight_reference", "linear", "bottleneck"]
+Strategy = Literal[
+    "lightweight",
+    "lightweight_reference",
+    "lightweight_subspace",
+    "linear",
+    "bottleneck",
+    "conv",
+    "lowrank",
+    "ridge",
+]
 """Names of the adapters in `ray_app.core.adapter.STRATEGIES`; a test holds the two equal."""
+
+MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+"""A registered model by alias or by version."""
 
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+StorePlace = Annotated[str, BeforeValidator(os.fspath)]
+"""A folder, or a URI such as s3://bucket/store. Text, for a Path would make one slash of the two."""
 
 
 class Config(BaseModel):
@@ -76,8 +92,10 @@ class TrackingFlags(Config):
 class PrepareFlags(ClusterFlags):
     """What every source shares."""
 
-    out: Path
-    """Folder of the new pair store; must be new or empty."""
+    out: StorePlace
+    """Folder of the new pair store, or a URI such as s3://bucket/store; must be new or empty."""
+    store_patience: float = Field(default=60.0, ge=0.0)
+    """Seconds that an object store may fail to answer before the command ends; what is done stays."""
     num_workers: int = Field(default=0, ge=0)
     """Ray tasks at a time; 0: one for each CPU of the cluster."""
     max_quarantined: float = Field(default=0.01, ge=0.0, le=1.0)
@@ -129,28 +147,27 @@ class PrepareEventGpt(PrepareFlags):
 
     root: Path
     """Dataset folder."""
-    duration: str = "1s"
-    """Window length of the dataset's clips."""
+    duration: str | None = None
+    """Window length of the dataset's clips; default: what the folder's name ends with (…_500ms, …_20s), else 1s."""
     step: str | None = None
-    """Distance between the starts of following clips of a sequence; default: half the duration."""
+    """Distance between the starts of following clips of a sequence, where recordings do not tell their times;
+    default: half the duration, and for 50ms and less all of it, as EventGPT cuts them."""
+    instructions: Path | None = None
+    """Instruction JSON that lists the clips; default: EventGPT_Instruction_Subset.json in the folder, where it is
+    there, else every clip that is found."""
+    num_images: Literal[1, 5] = 5
+    """5: the middle one of the five images of event_image/; 1: the single one of event_image_1f/."""
 
 
-class PrepareDsec(PrepareFlags):
-    """DSEC recordings: events.h5 and rectified frames, as downloaded."""
+class RecordedFlags(PrepareFlags):
+    """How recordings with events and frames become windows and pairs."""
 
-    root: Path
-    """Dataset folder: train/ and test/ with a folder for each sequence, or per-sequence archives side by side."""
     durations: tuple[str, ...] = ("1s",)
     """Window lengths, one or several, 50ms to 20s."""
     step: str | None = None
     """Distance between window starts; default: half of each duration, as the reference."""
-    boundaries: Literal["us", "ms_floor"] = "us"
-    """Window ends to the microsecond, or brought down to whole milliseconds of the file's clock as EventGPT's."""
     pick: Literal["middle", "all"] = "middle"
     """The middle event image with the middle frame, as the reference; or each event image with its nearest frame."""
-    align: Literal["auto", "infinite", "none"] = "auto"
-    """infinite: frames as the event camera sees what is far away, both sides cut to the common part; none: whole
-    frames, as the reference; auto: infinite where there is a calibration."""
     num_images: Annotated[int, Field(ge=1, le=64)] = 5
     """Event images of a window, by equal event count."""
     max_gap: str = "200ms"
@@ -159,29 +176,68 @@ class PrepareDsec(PrepareFlags):
     """Events are taken from this length in the middle of each window alone; default: the whole window."""
 
 
-class InspectConfig(SplitFlags):
+class PrepareDsec(RecordedFlags):
+    """DSEC recordings: events.h5 and rectified frames, as downloaded."""
+
+    root: Path
+    """Dataset folder: train/ and test/ with a folder for each sequence, or per-sequence archives side by side."""
+    boundaries: Literal["us", "ms_floor"] = "us"
+    """Window ends to the microsecond, or brought down to whole milliseconds of the file's clock as EventGPT's."""
+    align: Literal["auto", "infinite", "none"] = "auto"
+    """infinite: frames as the event camera sees what is far away, both sides cut to the common part; none: whole
+    frames, as the reference; auto: infinite where there is a calibration."""
+
+
+class PrepareDavis(RecordedFlags):
+    """Recordings of DAVIS sensors, whose pixels give events and frames at once. Needs: pip install ray-app[davis]"""
+
+    files: tuple[Path, ...]
+    """Recordings (.aedat4), a sequence each."""
+
+
+class InspectConfig(SplitFlags, ClusterFlags):
     """What is in a store: counts, windows, split sizes, leaks, cosine before, checksums."""
 
-    store: Path
-    """Pair store."""
+    store: StorePlace
+    """Pair store: a folder, or a URI such as s3://bucket/store."""
+    against: StorePlace | None = None
+    """Also look for windows and pictures that this other store holds too."""
     picture: Path | None = None
     """Write a contact sheet of pairs to this PNG file."""
+    page: Path | None = None
+    """Write everything with plots, and pictures of the worst leaks, to this HTML file."""
 
 
 class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Train an adapter with Ray Train."""
 
-    store: Path
-    """Pair store."""
+    store: StorePlace
+    """Pair store: a folder, or a URI such as s3://bucket/store."""
     out: Path
     """Folder of the run; must be new or empty."""
     resume: Path | None = None
     """Go on with the run in this folder. It gives --store, --out and all other settings; of these, only where and how
     it runs may be given anew, such as --num-workers."""
     strategy: Strategy = "lightweight"
-    """Adapter: the reference's diagram, what the reference really ran, one linear map, or a bottleneck."""
-    hidden_dim: Positive = 512
-    """Width of the hidden layers."""
+    """Adapter. The reference's: lightweight (its diagram), lightweight_reference (its code). For images: conv.
+    Between principal subspaces: lowrank, lightweight_subspace. Plain: linear, bottleneck. Solved: ridge."""
+    hidden_dim: Positive | None = None
+    """Width of the hidden layers, channels of conv; default: the strategy's own (lightweight 512, conv 64, lowrank
+    256)."""
+    depth: Positive | None = None
+    """Blocks of conv, lowrank; default: the strategy's own (3, 1)."""
+    patch: Positive = 16
+    """Side of a patch of conv, in pixels."""
+    rank: Positive = 64
+    """Dimensions of the principal subspaces of lowrank, lightweight_subspace and --init spectral."""
+    init: Literal["random", "spectral"] = "random"
+    """spectral: full-width layers begin at the mean training target and the principal subspaces; conv, lowrank and
+    lightweight_subspace begin at the mean target in any case."""
+    space: Literal["full", "compressed"] = "full"
+    """compressed: lowrank and lightweight_subspace are trained on coordinates in the subspaces, with losses and
+    metrics that equal those at full width; what is saved is the full-width adapter."""
+    start: Path | None = None
+    """Means and subspaces that another run found on the same training pairs, RUN/start; default: computed here."""
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout probability, where the adapter has dropout."""
     num_epochs: Positive = 20
@@ -202,6 +258,27 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Weight of the symmetric contrastive loss."""
     mse_space: Literal["raw", "unit"] = "raw"
     """Take the squared error on features, or on unit vectors as the reference did."""
+    accept_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of the soft rejection, sigmoid((θ − cosine) / temperature)."""
+    accept_thetas: tuple[Annotated[float, Field(ge=-1.0, le=1.0)], ...] = (0.8,)
+    """Each θ of it; their losses are averaged."""
+    accept_temperature: float = Field(default=0.05, gt=0.0)
+    """Temperature of it."""
+    centred_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of 1 − centred cosine: the mean training target taken off both sides."""
+    flip: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Augmentation: probability that both images of a pair are mirrored."""
+    shift: float = Field(default=0.0, ge=0.0, lt=0.5)
+    """Augmentation: both images are moved by up to this share of their sides."""
+    event_dropout: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Augmentation: up to this share of an image's event pixels is wiped out."""
+    event_noise: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Augmentation: up to this share of an image's pixels becomes red or blue."""
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    """Learning rate: halved where validation stands still, or a half cosine over --num-epochs, epoch by epoch."""
+    fit_on: Literal["train", "train+val"] = "train"
+    """train+val: the validation part trains too, for a last run of settings that are chosen already. Nothing stops
+    early then, the learning rate goes by the training loss, and the last epoch's checkpoint is the result."""
     plateau_patience: int = Field(default=2, ge=0)
     """Epochs without a better validation loss before the learning rate is halved."""
     early_stop_patience: int = Field(default=5, ge=1)
@@ -234,8 +311,71 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
                 f"--batch-size ({self.batch_size}) must be a multiple of --num-workers ({self.num_workers}); "
                 f"try {tries}."
             )
-        if self.mse_weight == self.cosine_weight == self.contrastive_weight == 0.0:
-            raise ConfigError("--mse-weight, --cosine-weight and --contrastive-weight are all 0; give one a weight.")
+        losses = ("mse", "cosine", "contrastive", "accept", "centred")
+        if not any(getattr(self, f"{name}_weight") for name in losses):
+            raise ConfigError(f"{', '.join(f'--{name}-weight' for name in losses)} are all 0; give one a weight.")
+        if self.accept_weight and not self.accept_thetas:
+            raise ConfigError("--accept-weight needs a θ: --accept-thetas 0.8")
+        if self.space == "compressed":
+            self._fits_in_subspaces()
+        return self
+
+    def _fits_in_subspaces(self) -> None:
+        if self.strategy not in ("lowrank", "lightweight_subspace"):
+            raise ConfigError(
+                "--space compressed is for lowrank and lightweight_subspace, which work between subspaces; "
+                f"{self.strategy} does not: leave it out"
+            )
+        if self.contrastive_weight and self.strategy == "lightweight_subspace":
+            raise ConfigError(
+                "--contrastive-weight compares each pair with the others, whose events the compressed space does not "
+                "hold; lightweight_subspace adds them: use --space full, or lowrank"
+            )
+        if self.flip or self.shift or self.event_dropout or self.event_noise:
+            raise ConfigError(
+                "augmentation changes pixels, which the compressed space does not hold: use --space full"
+            )
+
+
+class TuneConfig(ClusterFlags, TrackingFlags):
+    """Search for the best adapter. A YAML file is the whole sweep; flags here override its lines of the same name.
+
+    Or, instead of a file: --resume SWEEP goes on with a sweep, --watch SWEEP shows one as it goes.
+    """
+
+    file: Path | None = None
+    """YAML file of the sweep; tune_configs/ holds examples."""
+    resume: Path | None = None
+    """Go on with the sweep in this folder: what is finished is not run again, what is not goes on."""
+    watch: Path | None = None
+    """Show the sweep in this folder live, until it ends; a finished one at once."""
+    store: Path | None = None
+    """Pair store."""
+    out: Path | None = None
+    """Folder of the sweep; must be new or empty."""
+    max_trials: Positive | None = None
+    """Most trials."""
+    max_hours: float | None = Field(default=None, gt=0.0)
+    """Most hours of search, all starts together; what has not ended then can go on later."""
+    max_gpu_hours: float | None = Field(default=None, gt=0.0)
+    """Most GPU hours of search, all trials together."""
+    final: bool = True
+    """Train the best setting once more with several seeds on training and validation parts, and judge it on the
+    test part."""
+    promote: bool = False
+    """Promote the first of these at the end; otherwise the command for it is printed."""
+    yes: bool = False
+    """Go on without a question where the estimate is above a limit."""
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        asked = {"FILE": self.file, "--resume": self.resume, "--watch": self.watch}
+        given = [name for name, value in asked.items() if value]
+        if len(given) != 1:
+            raise ConfigError(
+                f"tune takes exactly one of FILE, --resume and --watch; given: {', '.join(given) or 'none'}. "
+                "For instance: ray-app tune tune_configs/smoke.yaml"
+            )
         return self
 
 
@@ -249,8 +389,8 @@ class SyncConfig(TrackingFlags):
 class JudgeFlags(SplitFlags, ClusterFlags, TrackingFlags):
     """What `evaluate` and `benchmark` share."""
 
-    store: Path
-    """Pair store."""
+    store: StorePlace
+    """Pair store: a folder, or a URI such as s3://bucket/store."""
     checkpoint: str
     """Checkpoint folder, run folder (its best checkpoint), or models:/alignment-adapter@champion."""
     out: Path
@@ -284,8 +424,8 @@ class PromoteConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Instead of a run: the alias goes back to who was champion before; again, one further back."""
     list: bool = False
     """Instead of a run: the versions with their metrics, who is champion, who was, when and why."""
-    store: Path | None = None
-    """Pair store to judge on; default: the one the checkpoint was trained on."""
+    store: StorePlace | None = None
+    """Pair store to judge on, a folder or a URI; default: the one the checkpoint was trained on."""
     min_gain: float = Field(default=0.0, ge=0.0)
     """How much cosine_accept_rate_0.80 must gain over the present champion."""
     force: bool = False
@@ -367,6 +507,8 @@ class ReplayConfig(ClusterFlags):
     """JSON file of measured milliseconds for every row, instead of the traces' own timing_ms."""
     draft_device: Literal["same", "second"] = "same"
     """EventGPT runs on the target's device before its prefill, or on a second one during it."""
+    page: Path | None = None
+    """Write the numbers with plots to this HTML file."""
     vocabulary: Positive = 32_000
     """Tokens of the shared tokenizer."""
     start_token: int = 1
@@ -415,6 +557,151 @@ class DoctorConfig(ClusterFlags):
     """Take the key to Ray's clusters out of reach of others (mode 0600)."""
 
 
+class EndpointConfig(Config):
+    """What the endpoint is told: the same for `ray-app serve`, serve/config.yaml and the app's builder."""
+
+    checkpoint: str = "models:/alignment-adapter@champion"
+    """models:/NAME@ALIAS, which is watched, models:/NAME/VERSION, or a checkpoint or run folder."""
+    tracking_uri: str | None = None
+    """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
+    name: str = Field(default="alignment-adapter", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """Name of the model in requests."""
+    tokens: Path | None = None
+    """File of bearer tokens, a line each; needed unless the endpoint is bound to loopback."""
+    open_access: bool = False
+    """Answer everyone without a token, on any interface: for a gateway that does the asking."""
+    num_replicas: Positive = 1
+    """Processes that answer."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward pass; auto: bf16 where the hardware multiplies it (AMX, GPUs)."""
+    use_gpu: bool = False
+    """One GPU for each replica."""
+    cpus_per_replica: float = Field(default=1.0, gt=0.0)
+    """CPUs, and threads of the forward pass, of each replica."""
+    max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Most pairs in a request, and in a forward pass."""
+    max_queue: Annotated[int, Field(ge=1)] = 64
+    """Most pairs that wait; a request that does not fit is answered 429."""
+    batch_wait_ms: float = Field(default=0.0, ge=0.0, le=1000.0)
+    """How long an idle replica waits for more pairs before it computes."""
+    max_body_mib: float = Field(default=32.0, gt=0.0)
+    """Largest request, as sent and inflated."""
+    max_json_mib: float = Field(default=8.0, gt=0.0)
+    """Largest JSON request: reading JSON holds everyone up, binary requests do not."""
+    timeout_s: float = Field(default=10.0, gt=0.0)
+    """Longest time of a request; a caller may ask for less."""
+    watch_s: float = Field(default=10.0, gt=0.0)
+    """Time between two looks at the alias or folder."""
+    traces: Path | None = None
+    """File that spans are appended to, a JSON object each; OTEL_EXPORTER_OTLP_ENDPOINT sends them instead."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.checkpoint.startswith("models:") and not MODEL_URI.fullmatch(self.checkpoint):
+            raise ConfigError(
+                f"--checkpoint '{self.checkpoint}' is no model; write models:/NAME@ALIAS or models:/NAME/VERSION, "
+                "for instance models:/alignment-adapter@champion."
+            )
+        if self.max_queue < self.max_batch:
+            raise ConfigError(
+                f"--max-queue ({self.max_queue}) must be at least --max-batch ({self.max_batch}), or a full request "
+                "never fits."
+            )
+        if self.tokens and self.open_access:
+            raise ConfigError("--tokens and --open-access contradict each other; give one of them.")
+        return self
+
+
+class ServeConfig(EndpointConfig):
+    """The endpoint on this machine: a champion or checkpoint over HTTP, until Ctrl-C or SIGTERM."""
+
+    host: str = "127.0.0.1"
+    """Interface to listen on; others than loopback need --tokens."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port to listen on."""
+    cpus_per_replica: float = Field(default=0.0, ge=0.0)
+    """CPUs, and threads of the forward pass, of each replica; 0: this machine's, divided by the replicas."""
+    proxy: Literal["auto", "haproxy", "python"] = "auto"
+    """What stands before the replicas; auto: HAProxy on Linux unless TLS is asked for, which it cannot do here."""
+    tls_cert: Path | None = None
+    """Certificate chain (PEM): answer HTTPS alone."""
+    tls_key: Path | None = None
+    """Its private key (PEM)."""
+    new_token: str | None = None
+    """Instead of serving: add a token of this name to --tokens, and print its secret once."""
+    scopes: tuple[Literal["infer", "admin"], ...] = ("infer",)
+    """What the new token may do."""
+
+    @model_validator(mode="after")
+    def _safe(self) -> Self:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("--tls-cert and --tls-key belong together; give both.")
+        if self.tls_cert and self.proxy == "haproxy":
+            raise ConfigError("--proxy haproxy cannot do TLS here; leave it out, or end TLS before it.")
+        if self.new_token and not self.tokens:
+            raise ConfigError("--new-token needs the file it goes to: --tokens FILE")
+        if not (self.new_token or self.tokens or self.open_access or self.loopback):
+            raise ConfigError(
+                f"--host {self.host} can be reached by others: give --tokens FILE (--new-token NAME makes one), or "
+                "--open-access where a gateway asks for them."
+            )
+        return self
+
+    @property
+    def loopback(self) -> bool:
+        """Only this machine can reach it."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+class JobsConfig(Config):
+    """The jobs of a cluster."""
+
+    address: str | None = None
+    """Dashboard of the cluster, http://host:8265; default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS."""
+
+
+class JobConfig(JobsConfig):
+    """Ask a job to end: training saves first."""
+
+    job: str
+    """Name of the job, as `ray-app jobs list` shows it."""
+
+
+class JobLogsConfig(JobConfig):
+    """Follow a job's log to its end, whatever happens to the connection. Exit code: the job's own."""
+
+    follow: bool = True
+    """Wait for the end; otherwise only what there is."""
+
+
+class SubmitConfig(JobsConfig):
+    """Run a command as a job on a cluster, follow its log, end with its exit code.
+
+    For instance: ray-app submit --env MLFLOW_TRACKING_URI -- train --store /mnt/stores/dsec --out /mnt/runs/dsec
+    """
+
+    command: tuple[str, ...] = ()
+    """The command and its flags, after `--`. Its paths are the cluster's."""
+    working_dir: Path = Path()
+    """Folder that travels with the job: its code and settings, without what git ignores."""
+    max_upload_mib: float = Field(default=5.0, gt=0.0)
+    """Largest size of that folder: data does not travel with a job."""
+    env: tuple[str, ...] = ()
+    """Names of variables that the job gets from here. Not for secrets: the dashboard shows them."""
+    requirements: Path | None = None
+    """Requirements to install for this job, such as constraints.txt; default: the cluster has them installed."""
+    python: str = "python"
+    """Python of the cluster's head."""
+    detach: bool = False
+    """Only submit; `ray-app jobs logs` follows."""
+
+    @model_validator(mode="after")
+    def _has_command(self) -> Self:
+        if not self.command:
+            raise ConfigError("submit needs a command after `--`, such as: ray-app submit -- doctor")
+        return self
+
+
 class QuickstartConfig(TrackingFlags):
     """Scenes, training, evaluation and promotion, small, on this machine."""
 
@@ -424,10 +711,12 @@ class QuickstartConfig(TrackingFlags):
     """Rendered pairs."""
     num_sequences: Positive = 40
     """Rendered drives."""
-    num_epochs: Positive = 5
+    strategy: Strategy = "conv"
+    """Adapter; the reference's is lightweight."""
+    num_epochs: Positive = 12
     """Training epochs."""
-    hidden_dim: Positive = 512
-    """Width of the hidden layers."""
+    hidden_dim: Positive | None = None
+    """Width of the hidden layers, channels of conv; default: the strategy's own."""
     seed: int = 0
     """Seed of everything."""
 

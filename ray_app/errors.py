@@ -1,7 +1,7 @@
 """What the user can mend. One base class, one message; exit code 2 and no traceback on the command line.
 
-A message gives the number found, the limit, and the way out. Every class takes the message alone, so that an
-error keeps its text when Ray pickles it from a worker to the driver.
+A message gives the number found, the limit, and the way out. Every class takes the message alone, or passes on all
+that it takes, so that an error keeps its text when Ray pickles it from a worker to the driver.
 """
 
 
@@ -44,3 +44,22 @@ class RunStopped(RayAppError):
 
 class RegistryError(RayAppError):
     """The tracking server or the model registry lacks what was asked for."""
+
+
+class EndpointError(RayAppError):
+    """The served endpoint refuses a request, in its own words."""
+
+    def __init__(self, message: str, status: int = 0, code: str = "") -> None:
+        super().__init__(message, status, code)  # all of it, so that pickle brings all of it back
+        self.status, self.code = status, code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class EndpointBusy(EndpointError):
+    """The endpoint had no room for a request within its time limit."""
+
+
+class EndpointUnreachable(EndpointError):
+    """Nothing answers at the endpoint's address, or not in time."""

@@ -1,15 +1,22 @@
 """Shared fixtures: one Ray cluster a session, small stores, the shared recordings where they are present."""
 
 import os
+import shutil
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from ray_app.jobs.environment import set_defaults
 
+if TYPE_CHECKING:
+    from dsec_writer import DsecFiles
+
 # Read by Ray when it is imported: no token file in the home folder, no telemetry, quick health checks, an
-# early end where data starves.
+# early end where data starves. The keys are those of the tests' own S3 server.
 os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
@@ -18,12 +25,19 @@ os.environ.update(
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
     MLFLOW_HTTP_REQUEST_TIMEOUT="2",
     MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+    AWS_ACCESS_KEY_ID="testing",
+    AWS_SECRET_ACCESS_KEY="testing",
+    AWS_DEFAULT_REGION="us-east-1",
+    AWS_EC2_METADATA_DISABLED="true",
 )
 set_defaults()
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+if str(ROOT) not in sys.path:  # serve/ is no part of the installed package
+    sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +74,18 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from numpy_source import NumpySource, build_store
 
     return build_store(NumpySource(), tmp_path_factory.mktemp("store") / "small")
+
+
+@pytest.fixture(scope="session")
+def two_seconds(tmp_path_factory: pytest.TempPathFactory) -> "DsecFiles":
+    """A DSEC drive of 41 images over 2 s. Shared: copy it before changing it."""
+    from dsec_drives import write_small
+
+    return write_small(tmp_path_factory.mktemp("dsec"))
+
+
+@pytest.fixture
+def own(two_seconds: "DsecFiles", tmp_path: Path) -> "DsecFiles":
+    """A copy of it to damage."""
+    shutil.copytree(two_seconds.root, tmp_path / "dsec")
+    return replace(two_seconds, root=tmp_path / "dsec")

@@ -6,6 +6,7 @@ import typing
 import numpy as np
 import pytest
 import torch
+from small_adapters import small_adapter
 
 from ray_app.config import Strategy
 from ray_app.core.adapter import STRATEGIES, AdapterConfig, build_adapter, num_parameters
@@ -31,10 +32,9 @@ def test_the_config_names_every_strategy() -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone(strategy: str) -> None:
     before = torch.random.get_rng_state()
-    one, two = (build_adapter(AdapterConfig(strategy, 12, 12, 8), seed=3).state_dict() for _ in range(2))
-    other = build_adapter(AdapterConfig(strategy, 12, 12, 8), seed=4).state_dict()
+    one, two, other = (small_adapter(strategy, seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(one[key], two[key]) for key in one)
-    assert any(not torch.equal(one[key], other[key]) for key in one)
+    assert any(not torch.equal(one[key], other[key]) for key in one) == (strategy != "ridge"), "it is solved"
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -65,9 +65,9 @@ def test_lightweight_reference_scales_its_output_and_a_tenth_of_its_input() -> N
     np.testing.assert_allclose(adapter(torch.from_numpy(x)).detach(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "conv"])
 def test_event_and_target_may_differ_in_width(strategy: str) -> None:
-    adapter = build_adapter(AdapterConfig(strategy, 10, 7, 6), seed=0).eval()
+    adapter = build_adapter(AdapterConfig(strategy, 10, 7, 6, rank=3), seed=0).eval()
     assert adapter(torch.zeros(2, 10)).shape == (2, 7)
 
 
@@ -100,8 +100,8 @@ def test_training_with_dropout_and_no_noise_is_refused() -> None:
 def test_a_config_survives_json_and_refuses_what_it_does_not_know() -> None:
     config = AdapterConfig("bottleneck", 10, 7, 6, 0.2)
     assert AdapterConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ConfigError, match="unknown adapter setting depth"):
-        AdapterConfig.from_dict({**config.to_dict(), "depth": 3})
+    with pytest.raises(ConfigError, match="unknown adapter setting colour"):
+        AdapterConfig.from_dict({**config.to_dict(), "colour": 3})
     with pytest.raises(ConfigError, match="incomplete"):
         AdapterConfig.from_dict({"strategy": "linear"})
     with pytest.raises(ConfigError, match="no strategy 'nothing'"):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy_source import SMALL
+from numpy_source import SMALL, NumpySource, build_store
+from pages import assert_has_words, assert_light_and_dark, assert_stands_alone
 from PIL import Image
 from rich.console import Console
 
@@ -14,6 +15,8 @@ from ray_app.errors import ConfigError, StoreError
 from ray_app.jobs.inspect import render_inspect, run_inspect
 from ray_app.store.manifest import Features, FeatureSpec
 from ray_app.store.pair_store import Pair, PairStore, publish, write_part
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def vectors_store(folder: Path, target: FeatureSpec) -> Path:
@@ -120,3 +123,69 @@ def test_the_result_can_be_printed(
     assert ("3 × 16 × 16 uint8" in printed) == small
     assert ("72; windows: 72 of 1s" in printed) == small
     assert ("differ in width" in printed) != small
+
+
+def test_a_page_shows_windows_leaks_and_their_pictures(small_store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pages" / "store.html"
+    result = run_inspect(InspectConfig(store=small_store, split="window", page=path))
+    page = path.read_text()
+    for check in (assert_stands_alone, assert_has_words, assert_light_and_dark):
+        check(page)
+    assert result["page"] == str(path)
+    assert '<h1 class="loses">LEAKS: ' in page
+    assert page.count("data:image/png;base64,") >= 4
+    assert "Day and night by a rule" in page
+    assert "no event counts" in page
+    with pytest.raises(ConfigError, match=r"end its name in \.html"):
+        run_inspect(InspectConfig(store=small_store, page=tmp_path / "a.pdf"))
+
+
+def test_parts_by_whole_drives_share_nothing_and_drives_of_one_name_overlap(
+    small_store: Path, tmp_path: Path
+) -> None:
+    other = build_store(NumpySource(seed=7), tmp_path / "other")
+    *of_split, between = run_inspect(InspectConfig(store=small_store, against=other))["leaks"]
+    assert [(leak["any"], leak["examples"]) for leak in of_split] == [(0, [])] * 3
+    assert between["identical"] == {"event": 0, "target": 0}
+    assert between["overlapping"] == 72  # of this source nothing but names tells recordings apart
+
+
+def test_what_the_source_counted_is_told(tmp_path: Path) -> None:
+    from ray_app.jobs.building import build_task, claim, finish
+    from ray_app.sources.scenes import ScenesSource
+
+    source = ScenesSource(num_pairs=4, num_sequences=2, seed=0, width=64, height=48)
+    features = Features(event=SMALL, target=SMALL)
+    claim(tmp_path / "s", source, source.tasks(), features)
+    built = [build_task(source, task, tmp_path / "s", features) for task in source.tasks()]
+    finish(tmp_path / "s", source, built, features, 0.0)
+    events = [source.events(source.scene(drive), drive, window) for drive in range(2) for window in range(2)]
+    windows = run_inspect(InspectConfig(store=tmp_path / "s"))["windows"]
+    drawn = windows["events_drawn"]
+    assert (drawn["known"], drawn["min"], drawn["max"]) == (4, min(map(len, events)), max(map(len, events)))
+    shares = [np.mean(of_window.p) for of_window in events]
+    assert windows["positive_share_of_events_drawn"]["mean"] == pytest.approx(np.mean(shares))
+    assert windows["frame_minus_window_centre_ms"]["max"] == windows["frame_minus_window_centre_ms"]["min"] == 0.0
+    assert windows["events_per_window"] is None  # 50 ms of each second are simulated
+    assert windows["overlap_with_previous"] | {"mean": 0.5} == windows["overlap_with_previous"]
+
+
+def test_windows_of_one_length_are_measured_where_files_hold_others(tmp_path: Path) -> None:
+    features = Features(event=SMALL, target=SMALL)
+    rng = np.random.default_rng(0)
+    (tmp_path / "s").mkdir()
+    parts = [
+        write_part(
+            tmp_path / "s",
+            f"{name}.parquet",
+            [Pair(name, i * us, (i + 1) * us, *(rng.bytes(768) for _ in range(2))) for i in range(3)],
+            features,
+        )
+        for name, us in (("a", 1_000_000), ("b", 2_000_000))
+    ]
+    source, lengths = {"name": "noise", "events": "recorded"}, {"1s": 1_000_000, "2s": 2_000_000}
+    publish(tmp_path / "s", parts, features=features, durations=lengths, source=source, quarantine=b"")
+    result = run_inspect(InspectConfig(store=tmp_path / "s", durations=("2s",)))
+    assert [line["sequence"] for line in result["by_sequence"]] == ["b"]
+    assert result["windows"]["active_share_of_drawn_image"] is None
+    assert any("not white with red and blue" in note for note in result["notes"])

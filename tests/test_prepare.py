@@ -70,9 +70,9 @@ def test_too_many_bad_pairs_end_with_the_first_few_named_and_what_was_built_stay
     flags = PrepareFlags(out=tmp_path / "s", num_workers=2)
     with pytest.raises(StoreError, match=r"13 of 36 pairs could not be built \(36\.1%.*drive_0000, window 2: made"):
         prepare(source, flags, SMALL)
-    assert len(quarantined(flags.out)) == 13
-    assert (flags.out / "drive_0002.parquet").is_file()
-    assert not (flags.out / "manifest.json").exists()
+    assert len(quarantined(Path(flags.out))) == 13
+    assert (Path(flags.out) / "drive_0002.parquet").is_file()
+    assert not (Path(flags.out) / "manifest.json").exists()
     allowed = flags.model_copy(update={"max_quarantined": 0.4})
     result = prepare(source, allowed, SMALL)
     assert (result["pairs"], result["quarantined"], result["pairs_kept"]) == (23, 13, 12)
@@ -223,6 +223,9 @@ def test_the_result_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
         "seconds": 12.5,
         "pairs_per_second": 88.0,
         "pairs_per_second_per_core": 44.0,
+        "windows": 240,
+        "events_covered": 50_000_000,
+        "events_drawn": 10_000_000,
         "fingerprint": "f" * 64,
     }
     render_prepare(result, Console(width=120))
@@ -232,5 +235,6 @@ def test_the_result_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
         "3 (reasons in quarantine.jsonl)",
         "123.5 MB",
         "44.00 for each core",
+        "50.0 million in 240 windows, 10.0 drawn; 0.8 million drawn/s",
     ):
         assert text in printed

@@ -88,7 +88,7 @@ def test_spearman_by_hand() -> None:
 def test_ranks_of_adapters_that_cosine_turns_round() -> None:
     """The higher the cosine the fewer matches."""
     adapters = {
-        str(n): places([0.7 + 0.05 * n] * 10, [1] * (9 - n) + [0] * (1 + n), list(range(10))) for n in range(4)
+        str(n): places([0.72 + 0.05 * n] * 10, [1] * (9 - n) + [0] * (1 + n), list(range(10))) for n in range(4)
     }
     found = rank_correlation(adapters, 10, np.random.default_rng(0))
     assert found["cos_mean"] == pytest.approx(-1.0)

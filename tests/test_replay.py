@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_up_traces import LENGTH, TIMING, rows, write
+from pages import assert_has_words, assert_light_and_dark, assert_stands_alone
 from rich.console import Console
 
 from ray_app import cli
@@ -67,6 +68,7 @@ def test_the_summary_by_hand() -> None:
     more = details(both, 4, np.random.default_rng(0))
     assert more["num_accepted_tokens_per_pos"] == [3, 2, 1, 1]
     assert more["passes_by_accepted"] == [2, 1, 1, 0, 1]
+    assert more["rows_by_prefix"] == [1, 0, 0, 0, 1]
     assert more["one_shot_slower_share"] == 0.5
     assert more["continuous_speedup"] == pytest.approx(200 / 80)
 
@@ -160,6 +162,27 @@ def test_what_the_user_can_mend(tmp_path: Path) -> None:
         run_replay(ReplayConfig(traces=(path,), gap=30))
     with pytest.raises(InputError, match="cannot be read"):
         run_replay(ReplayConfig(traces=(tmp_path / "none.jsonl",)))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("timed", [True, False])
+def test_the_page_holds_the_flag_the_numbers_and_every_plot(timed: bool, tmp_path: Path) -> None:
+    made = rows(60, timed=timed)
+    made[3]["question"] = "what <b>moves</b>?"
+    path, page_path = write(tmp_path / "a.jsonl", made), tmp_path / "pages" / "replay.html"
+    result = run_replay(ReplayConfig(traces=(path,), drafter=("eventgpt", "ngram"), gap=5, page=page_path))
+    page = page_path.read_text()
+    for check in (assert_stands_alone, assert_has_words, assert_light_and_dark):
+        check(page)
+    assert '<h1 class="loses">NOT better than positional and previous_window, which cost nothing: eventgpt' in page
+    for numbers in result["results"].values():
+        assert f">{numbers['tokens_per_target_pass']:.2f} [" in page
+    assert page.count("<svg") == (5 if timed else 4)
+    assert ("<h2>Speed-up</h2>" in page) == timed
+    assert "<b>moves</b>" not in page
+    assert str(page_path) in shown(result)
+    with pytest.raises(ConfigError, match=r"end its name in \.html"):
+        run_replay(ReplayConfig(traces=(path,), page=tmp_path / "a.png"))
 
 
 @pytest.mark.usefixtures("ray_cluster")

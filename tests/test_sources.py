@@ -11,9 +11,7 @@ import pytest
 from PIL import Image
 
 from ray_app.errors import InputError
-from ray_app.events.render import equal_counts, event_image
 from ray_app.sources.base import RawPair, Rejected, Source
-from ray_app.sources.eventgpt import EventGptSource
 from ray_app.sources.npy import ArrayUnpickler, events_of, read_events, read_npy
 from ray_app.sources.video import VideoSource
 
@@ -119,73 +117,6 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
 def test_a_16_bit_clock_that_starts_again_goes_on() -> None:
     content = recording(4) | {"t": np.array([65_000, 65_500, 100, 200], np.uint16)}
     assert events_of(content, 640, 480, "it").t_us.tolist() == [65_000, 65_500, 65_636, 65_736]
-
-
-# --- the reference's dataset folder ---
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    """Two drives of three clips with images, one drive of two clips with recordings alone."""
-    rng = np.random.default_rng(0)
-
-    def image(path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(path)
-
-    for drive in ("zurich", "thun"):
-        for clip in ("000002", "000010", "000001"):
-            for i in range(5):
-                image(tmp_path / "event_image" / drive / f"{clip}_{i}.png")
-            for i in range(4):
-                image(tmp_path / "video" / drive / clip / f"{i:06d}.png")
-    for clip in ("000000", "000001"):
-        start = {"time_start": 7_000_000 + int(clip)}
-        saved(tmp_path / "event_npy" / "interlaken" / f"{clip}.npy", recording(seed=int(clip)) | start)
-        image(tmp_path / "video" / "interlaken" / clip / "000000.png")
-    return tmp_path
-
-
-def test_the_middle_image_and_the_middle_frame_make_a_pair(dataset: Path) -> None:
-    found = everything(EventGptSource(dataset, 1_000_000, 500_000))
-    assert all(isinstance(item, RawPair) for item in found)
-    pairs = {(p.sequence, p.t_start_us): p for p in found if isinstance(p, RawPair)}
-    assert sorted(pairs) == [
-        ("interlaken", 7_000_000),
-        ("interlaken", 7_000_001),
-        *((drive, clip * 500_000) for drive in ("thun", "zurich") for clip in (1, 2, 10)),
-    ]
-    one = pairs["zurich", 5_000_000]
-    assert np.array_equal(one.event_HWC, np.asarray(Image.open(dataset / "event_image/zurich/000010_2.png")))
-    assert np.array_equal(one.target_HWC, np.asarray(Image.open(dataset / "video/zurich/000010/000002.png")))
-    drawn = pairs["interlaken", 7_000_000]
-    events = read_events(dataset / "event_npy/interlaken/000000.npy")
-    assert np.array_equal(drawn.event_HWC, event_image(equal_counts(events, 5)[2]))
-    assert drawn.t_end_us - drawn.t_start_us == 1_000_000
-
-
-def test_each_unreadable_clip_costs_itself_alone(dataset: Path) -> None:
-    (dataset / "event_image/thun/000001_2.png").write_bytes(b"")
-    (dataset / "event_image/thun/000002_2.png").unlink()
-    shutil.rmtree(dataset / "video/zurich/000010")
-    (dataset / "event_npy/interlaken/000001.npy").write_bytes(b"\x93NUMPY")
-    cut = dataset / "video/zurich/000001/000002.png"
-    cut.write_bytes(cut.read_bytes()[:-200])
-    found = everything(EventGptSource(dataset, 1_000_000, 500_000))
-    reasons = {item.input: item.reason for item in found if isinstance(item, Rejected)}
-    assert set(reasons) == {"thun/000001", "thun/000002", "zurich/000010", "zurich/000001", "interlaken/000001"}
-    assert "is empty" in reasons["thun/000001"]
-    assert "is missing" in reasons["thun/000002"]
-    assert "holds no frame" in reasons["zurich/000010"]
-    assert "no readable image" in reasons["zurich/000001"]
-    assert len(found) == 8
-
-
-def test_a_folder_without_clips_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no clips"):
-        EventGptSource(tmp_path, 1_000_000, 500_000).tasks()
-    with pytest.raises(InputError, match="is not a folder"):
-        EventGptSource(tmp_path / "nothing", 1_000_000, 500_000).tasks()
 
 
 # --- video ---

@@ -101,6 +101,7 @@ def details(rows: Sequence[ReplayedRow], gamma: int, shuffle: np.random.Generato
         "num_accepted_tokens_per_pos": list(counts.num_accepted_tokens_per_pos),
         "acceptance_by_place": [n / counts.num_drafts for n in counts.num_accepted_tokens_per_pos],
         "passes_by_accepted": accepted.tolist(),
+        "rows_by_prefix": np.bincount([row.replay.prefix for row in rows]).tolist(),
         "alpha": counts.alpha,
         "shuffled_match_rate": shuffled / total["tokens"],
         "verified_tokens_per_s": total["tokens"] / (total["own_ms"] / 1e3) if total["own_ms"] else None,

@@ -113,17 +113,21 @@ class AlignmentEvaluation:
         unit, labels = "sequence", np.unique(self.sequences, return_inverse=True)[1]
         if labels.max() < 2:
             unit, labels = "block", np.arange(len(labels)) * min(BLOCKS, len(labels)) // len(labels)
-        columns = [self.after, self.after > THETA, *(self.controls[name] > THETA for name in CONTROLS)]
+        rates = [cos > theta for theta in THETAS for cos in (self.after, *(self.controls[name] for name in CONTROLS))]
+        columns = [self.after, *rates]
         sums_SC = np.stack([np.bincount(labels, column) for column in (np.ones(len(labels)), *columns)], axis=1)
         rng = np.random.default_rng(self.seed)
         drawn_RS = rng.multinomial(len(sums_SC), np.full(len(sums_SC), 1 / len(sums_SC)), size=RESAMPLES)
         totals_RC = drawn_RS @ sums_SC
         means_RC = totals_RC[:, 1:] / totals_RC[:, :1]
-        lift_R = means_RC[:, 1] - means_RC[:, 2:].max(axis=1)
+        rates_RTC = means_RC[:, 1:].reshape(RESAMPLES, len(THETAS), 1 + len(CONTROLS))
+        lift_RT = rates_RTC[:, :, 0] - rates_RTC[:, :, 1:].max(axis=2)
+        lifts = {rate_key(theta): _interval(lift_RT[:, n]) for n, theta in enumerate(THETAS)}
         return {
             "cos_sim_mean": _interval(means_RC[:, 0]),
-            f"cosine_accept_rate_{rate_key(THETA)}": _interval(means_RC[:, 1]),
-            "lift": _interval(lift_R),
+            f"cosine_accept_rate_{rate_key(THETA)}": _interval(rates_RTC[:, THETAS.index(THETA), 0]),
+            "lift": lifts[rate_key(THETA)],
+            "lift_by_theta": lifts,
             "unit": unit,
             "units": len(sums_SC),
             "resamples": RESAMPLES,
@@ -163,15 +167,13 @@ class AlignmentEvaluator:
         mean_1D = self.mean_target_D.to(self.device)[None]
         cosines = {
             "after": cos_sim(aligned, target),
-            "white": cos_sim(torch.ones_like(mean_1D).expand_as(target), target),
-            "mean_target": cos_sim(mean_1D.expand_as(target), target),
             "centered_after": _cos_or_zero(aligned - mean_1D, target - mean_1D),
+            **fixed_controls(event, target, mean_1D),
         }
         if event.shape == target.shape:
-            cosines["before"] = cos_sim(event, target)
             cosines["centered_before"] = _cos_or_zero(event - mean_1D, target - mean_1D)
-        else:  # features of different width have no cosine: nothing is accepted
-            cosines["before"] = cosines["centered_before"] = torch.zeros(len(target))
+        else:
+            cosines["centered_before"] = torch.zeros(len(target))
         cosines = {name: cos_B.cpu() for name, cos_B in cosines.items()}
         if self.hold:
             for name, cos_B in cosines.items():
@@ -234,6 +236,31 @@ class AlignmentEvaluator:
                 aligned = unit(aligned_ND[rows].float() - mean_1D, dim=1)
                 similarity_NN[rows[:, None], columns] = (aligned @ target.T).cpu()
         return retrieval(similarity_NN)
+
+
+def fixed_controls(event_BE: Tensor, target_BD: Tensor, mean_1D: Tensor) -> dict[str, Tensor]:
+    """Cosines (B,) of the controls that need no adapter. Features of different width have none: 0, never accepted."""
+    same = event_BE.shape == target_BD.shape
+    return {
+        "before": cos_sim(event_BE, target_BD) if same else torch.zeros(len(target_BD)),
+        "white": cos_sim(torch.ones_like(mean_1D).expand_as(target_BD), target_BD),
+        "mean_target": cos_sim(mean_1D.expand_as(target_BD), target_BD),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Controls:
+    """The controls of some pairs as counts, taken once; `shuffled` alone changes with the adapter."""
+
+    fixed: dict[str, AlignmentCounts]
+    """Those that need no adapter, by name."""
+    others: NDArray[np.int64]
+    """For each pair the one whose target `shuffled` takes, shape (N,)."""
+
+    def lift(self, after: AlignmentCounts, shuffled: AlignmentCounts) -> dict[str, Any]:
+        """`controls`, the cosine_accept_rate at θ of each, and `lift` over the best of them."""
+        rates = {name: counts.accept_rate() for name, counts in (*self.fixed.items(), ("shuffled", shuffled))}
+        return {"controls": rates, "lift": after.accept_rate() - max(rates.values())}
 
 
 def derangement(sequences: Sequence[str], seed: int) -> NDArray[np.int64]:

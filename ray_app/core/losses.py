@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ray_app.core.adapter import Adapter
+from ray_app.core.adapter_subspace import SubspaceAdapter
+from ray_app.core.augment import Augmentation
+from ray_app.core.compressed import products, similarity
+from ray_app.core.metrics import THETA
 from ray_app.core.noise import BatchNoise
 
 EPSILON = 1e-8
@@ -30,6 +34,14 @@ class LossWeights:
     """Weight of the symmetric contrastive loss."""
     mse_space: Literal["raw", "unit"] = "raw"
     """`raw`: on the features themselves. `unit`: on unit vectors, as the reference (about 1e-6)."""
+    accept: float = 0.0
+    """Weight of the soft rejection at θ: sigmoid((θ − cosine) / temperature)."""
+    accept_thetas: tuple[float, ...] = (THETA,)
+    """Each θ of it; their losses are averaged."""
+    accept_temperature: float = 0.05
+    """Cosines this far from θ on either side are still told apart."""
+    centred: float = 0.0
+    """Weight of 1 − centred cosine: the mean training target taken off both sides."""
 
 
 def mse_per_pair(aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
@@ -42,45 +54,134 @@ def cosine_per_pair(aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
     return nn.functional.cosine_similarity(aligned_BD, target_BD, dim=1, eps=EPSILON)
 
 
-def contrastive_per_pair(aligned_BD: Tensor, target_BD: Tensor, log_temperature: Tensor) -> Tensor:
+def rejection_per_pair(cos_B: Tensor, thetas: tuple[float, ...], temperature: float) -> Tensor:
+    """How surely a pair is not accepted, between 0 and 1, mean over the thetas, shape (B,)."""
+    return torch.stack([torch.sigmoid((theta - cos_B) / temperature) for theta in thetas]).mean(dim=0)
+
+
+def contrastive_per_pair(cos_BB: Tensor, log_temperature: Tensor) -> Tensor:
     """Symmetric InfoNCE in the manner of CEIA, shape (B,) (InfoNCE: arXiv 1807.03748).
 
-    A pair's negatives are the other pairs at hand: on W workers, those of the same worker.
+    `cos_BB`: row = aligned feature, column = target. A pair's negatives are the other pairs at hand: on W workers,
+    those of the same worker.
     """
-    aligned_BD = nn.functional.normalize(aligned_BD, dim=1, eps=EPSILON)
-    target_BD = nn.functional.normalize(target_BD, dim=1, eps=EPSILON)
-    logits_BB = aligned_BD @ target_BD.T / log_temperature.exp()
+    logits_BB = cos_BB / log_temperature.exp()
     own_B = logits_BB.diagonal()
     return (logits_BB.logsumexp(dim=1) + logits_BB.logsumexp(dim=0)) / 2 - own_B
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What all losses are made of."""
+
+    mse: Tensor
+    """Mean squared difference of each pair, (B,)."""
+    cos: Tensor
+    """Cosine of each pair, (B,)."""
+    centred: Tensor | None
+    """Centred cosine of each pair, (B,), if weighted."""
+    cos_BB: Tensor | None
+    """Cosine of each aligned feature with each target, if the contrastive loss is weighted."""
 
 
 class AlignmentObjective(nn.Module):
     """An adapter with its losses: what is trained, and what DDP wraps."""
 
-    def __init__(self, adapter: Adapter, weights: LossWeights) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        weights: LossWeights,
+        augmentation: Augmentation | None = None,
+        mean_target_D: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.adapter, self.weights = adapter, weights
+        self.adapter, self.weights, self.augmentation = adapter, weights, augmentation
         self.log_temperature: nn.Parameter | None = None
         if weights.contrastive > 0:
             self.log_temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE).log())
+        assert mean_target_D is not None or not weights.centred, "the centred cosine needs the mean training target"
+        self.mean_target: Tensor | None
+        self.register_buffer("mean_target", mean_target_D, persistent=False)
 
     def forward(self, event_BE: Tensor, target_BD: Tensor, noise: BatchNoise | None = None) -> dict[str, Tensor]:
         """`loss`, `mse`, `cos_sim` and, if weighted, `contrastive`, each (B,); only `loss` has a gradient."""
-        aligned_BD = self.adapter(event_BE, noise)
+        if self.training and self.augmentation is not None:
+            assert noise is not None, "augmentation has its noise passed in"
+            event_BE, target_BD = self.augmentation(event_BE, target_BD, noise)
+        aligned_BD = self.align(event_BE, noise)
         with torch.autocast(aligned_BD.device.type, enabled=False):
             return self.losses(aligned_BD.float(), target_BD.float())
 
+    def align(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
+        """What `losses` and `cosine` take as aligned."""
+        return self.adapter(event_BE, noise)
+
+    def cosine(self, aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
+        """Cosine of each pair, shape (B,)."""
+        return cosine_per_pair(aligned_BD, target_BD)
+
+    def measure(self, aligned_BD: Tensor, target_BD: Tensor) -> Measured:
+        """All that the weighted losses need."""
+        weights, centred_B, cos_BB = self.weights, None, None
+        if weights.centred:
+            assert self.mean_target is not None
+            centred_B = cosine_per_pair(aligned_BD - self.mean_target, target_BD - self.mean_target)
+        if self.log_temperature is not None:
+            unit = nn.functional.normalize
+            cos_BB = unit(aligned_BD, dim=1, eps=EPSILON) @ unit(target_BD, dim=1, eps=EPSILON).T
+        return Measured(mse_per_pair(aligned_BD, target_BD), self.cosine(aligned_BD, target_BD), centred_B, cos_BB)
+
     def losses(self, aligned_BD: Tensor, target_BD: Tensor) -> dict[str, Tensor]:
         """The same of aligned features."""
-        cos_B = cosine_per_pair(aligned_BD, target_BD)
-        if self.weights.mse_space == "raw":
-            mse_B = mse_per_pair(aligned_BD, target_BD)
-        else:  # |a/|a| − b/|b||² / D = 2 (1 − cos) / D
-            mse_B = 2.0 * (1.0 - cos_B) / target_BD.shape[1]
-        loss_B = self.weights.mse * mse_B + self.weights.cosine * (1.0 - cos_B)
-        parts = {"mse": mse_B.detach(), "cos_sim": cos_B.detach()}
-        if self.log_temperature is not None:
-            contrastive_B = contrastive_per_pair(aligned_BD, target_BD, self.log_temperature)
-            loss_B = loss_B + self.weights.contrastive * contrastive_B
+        weights, found = self.weights, self.measure(aligned_BD, target_BD)
+        mse_B = found.mse
+        if weights.mse_space == "unit":  # |a/|a| − b/|b||² / D = 2 (1 − cos) / D
+            mse_B = 2.0 * (1.0 - found.cos) / self.adapter.config.target_dim
+        loss_B = weights.mse * mse_B + weights.cosine * (1.0 - found.cos)
+        parts = {"mse": mse_B.detach(), "cos_sim": found.cos.detach()}
+        if weights.accept:
+            rejected_B = rejection_per_pair(found.cos, weights.accept_thetas, weights.accept_temperature)
+            loss_B = loss_B + weights.accept * rejected_B
+        if found.centred is not None:
+            loss_B = loss_B + weights.centred * (1.0 - found.centred)
+        if found.cos_BB is not None and self.log_temperature is not None:
+            contrastive_B = contrastive_per_pair(found.cos_BB, self.log_temperature)
+            loss_B = loss_B + weights.contrastive * contrastive_B
             parts["contrastive"] = contrastive_B.detach()
         return {"loss": loss_B, **parts}
+
+
+class CompressedObjective(AlignmentObjective):
+    """The same of pairs in a few numbers (`ray_app.core.compressed`): equal losses, at a hundredth of the cost.
+
+    Takes event coordinates for features, records for targets, and gives core outputs for aligned features.
+    """
+
+    adapter: SubspaceAdapter
+
+    def align(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
+        return self.adapter.core(event_BE, noise)
+
+    def cosine(self, aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
+        found = products(self.adapter, aligned_BD, target_BD)
+        return _ratio(found.dot, found.aligned_sq, found.target_sq)
+
+    def measure(self, aligned_BD: Tensor, target_BD: Tensor) -> Measured:
+        found = products(self.adapter, aligned_BD, target_BD)
+        centred_B = cos_BB = None
+        if self.weights.centred:
+            centred_B = _ratio(found.centred_dot, found.centred_aligned_sq, found.centred_target_sq)
+        if self.log_temperature is not None:
+            cos_BB = similarity(self.adapter, aligned_BD, target_BD)
+        difference_sq = found.aligned_sq - 2 * found.dot + found.target_sq
+        return Measured(
+            difference_sq / self.adapter.config.target_dim,
+            _ratio(found.dot, found.aligned_sq, found.target_sq),
+            centred_B,
+            cos_BB,
+        )
+
+
+def _ratio(dot_B: Tensor, a_sq_B: Tensor, b_sq_B: Tensor) -> Tensor:
+    """dot / (|a| |b|), safe to differentiate at zero vectors."""
+    return dot_B / (a_sq_B.clamp(min=EPSILON**2).sqrt() * b_sq_B.clamp(min=EPSILON**2).sqrt())

@@ -111,6 +111,10 @@ class AlignmentCounts:
             histogram=histogram.round().long().cpu().numpy(),
         )
 
+    def accept_rate(self, theta: float = THETA) -> float:
+        """Share of pairs with cos_sim > θ, which is one of `THETAS`."""
+        return self.accepted[THETAS.index(theta)] / self.pairs
+
     def percentile(self, percent: float) -> float:
         """The cosine below which `percent` of the pairs lie: the middle of its bin, within min and max."""
         rank = percent / 100 * (self.pairs - 1)

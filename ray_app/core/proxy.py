@@ -135,10 +135,11 @@ def rank_correlation(adapters: Mapping[str, Places], num_blocks: int, rng: np.ra
     found = both(sums_SM.sum(axis=0, keepdims=True))[0]
     result: dict[str, Any] = {**nothing, **{name: _value(rho) for name, rho in zip(names, found, strict=True)}}
     if num_blocks > 1:
-        low, high = block_bootstrap(sums_SM, both, rng)
+        # A draw of blocks in which one side is the same for all adapters shows no order: 0.
+        low, high = block_bootstrap(sums_SM, lambda total_KM: np.nan_to_num(both(total_KM)), rng)
         result["interval95"] = {
-            name: None if np.isnan(a + b) else [float(a), float(b)]
-            for name, a, b in zip(names, low, high, strict=True)
+            name: None if np.isnan(rho) else [float(a), float(b)]
+            for name, rho, a, b in zip(names, found, low, high, strict=True)
         }
     return result
 

@@ -3,8 +3,9 @@
 Shapes: B = pairs at hand, G = pairs of the global batch, D = feature width.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,30 @@ def decode(stored: Tensor, scale: float, device: torch.device) -> Tensor:
 
 def make_optimizer(objective: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
     """AdamW (arXiv 1711.05101), fused: one pass over weights, gradients and both moments."""
-    return AdamW(objective.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
+    # A group, for an adapter that is solved has nothing to train: torch takes an empty group, but no empty list.
+    return AdamW([{"params": list(objective.parameters())}], lr=learning_rate, weight_decay=weight_decay, fused=True)
+
+
+class CosineByEpoch:
+    """Half a cosine from the learning rate to zero over the epochs; the same in every step of an epoch."""
+
+    def __init__(self, optimizer: AdamW, learning_rate: float, num_epochs: int) -> None:
+        self.optimizer, self.learning_rate, self.num_epochs = optimizer, learning_rate, num_epochs
+        self.last_epoch = 0
+
+    def step(self, _: float) -> None:
+        """An epoch is over; its loss does not matter here."""
+        self.last_epoch += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * (1 + math.cos(math.pi * self.last_epoch / self.num_epochs)) / 2
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after so many epochs."""
+        self.last_epoch = state["last_epoch"]
 
 
 def training_step(
@@ -66,7 +90,8 @@ def training_step(
     with torch.autocast(event_BE.device.type, torch.bfloat16, enabled=precision == "bf16"):
         losses = objective(event_BE, target_BD, noise)
     loss = losses["loss"].sum() * (world_size / global_pairs)
-    loss.backward()
+    if loss.requires_grad:  # not so where an adapter is solved and nothing is trained
+        loss.backward()
     grad_norm = float(nn.utils.clip_grad_norm_(objective.parameters(), grad_clip))
     if not torch.isfinite(torch.tensor(grad_norm)):
         raise TrainingError(

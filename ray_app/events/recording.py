@@ -57,32 +57,30 @@ class Events:
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
             raise InputError(f"{where}: the columns differ in length: {lengths}; is the file truncated?")
-        t_us = columns["t"].astype(np.int64)
-        backwards = np.flatnonzero(np.diff(t_us) < 0)
-        if backwards.size:
-            i = int(backwards[0]) + 1
+        t_us = columns["t"].astype(np.int64, copy=False)
+        if (falling := t_us[1:] < t_us[:-1]).any():
+            i = int(falling.argmax()) + 1
             raise InputError(
                 f"{where}: times run backwards at event {i}: {t_us[i - 1]} µs, then {t_us[i]} µs; "
                 "sort the recording by time"
             )
         for name, limit in (("x", width), ("y", height)):
-            outside = np.flatnonzero((columns[name] < 0) | (columns[name] >= limit))
-            if outside.size:
-                i = int(outside[0])
+            column = columns[name]
+            if len(column) and (column.min() < 0 or column.max() >= limit):
+                i = int(((column < 0) | (column >= limit)).argmax())
                 raise InputError(
                     f"{where}: {name} = {columns[name][i]} at event {i} lies outside the sensor of "
                     f"{width} x {height} pixels"
                 )
-        polarity = columns["p"].astype(np.int8)
-        other = np.flatnonzero((polarity != 0) & (np.abs(polarity) != 1))
-        if other.size:
-            i = int(other[0])
+        polarity = columns["p"]
+        if len(polarity) and (polarity.min() < -1 or polarity.max() > 1):
+            i = int(((polarity < -1) | (polarity > 1)).argmax())
             raise InputError(f"{where}: polarity {columns['p'][i]} at event {i}; it must be 0 and 1, or −1 and 1")
         return Events(
-            x=columns["x"].astype(np.uint16),
-            y=columns["y"].astype(np.uint16),
+            x=columns["x"].astype(np.uint16, copy=False),
+            y=columns["y"].astype(np.uint16, copy=False),
             t_us=t_us,
-            p=(polarity > 0).astype(np.uint8),
+            p=polarity if polarity.dtype == np.uint8 else (polarity > 0).astype(np.uint8),
             width=width,
             height=height,
         )

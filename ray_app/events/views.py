@@ -122,8 +122,8 @@ class EventView:
         sums = _box_sums(frame, self.box)
         width = sums.shape[1]
         flat = sums.reshape(-1, 3)
-        upper = _blend(flat[self.corner_hw], flat[self.corner_hw + 1], self.right_hw1)
-        lower = _blend(flat[self.corner_hw + width], flat[self.corner_hw + width + 1], self.right_hw1)
+        one, two, three, four = (flat.take(self.corner_hw + step, axis=0) for step in (0, 1, width, width + 1))
+        upper, lower = _blend(one, two, self.right_hw1), _blend(three, four, self.right_hw1)
         total = _blend(upper, lower, self.down_hw1)
         whole = self.box * self.box * ONE * ONE
         return ((total + whole // 2) // whole).astype(np.uint8)
@@ -196,21 +196,24 @@ def _box(places: NDArray[np.float64]) -> int:
     return int(np.clip(round(scale), 1, LARGEST_BOX))
 
 
-def _box_sums(frame: NDArray[np.uint8], box: int) -> NDArray[np.int32]:
-    """Sums over box x box pixels, one for each place where the box fits."""
+def _box_sums(frame: NDArray[np.uint8], box: int) -> NDArray[np.uint16]:
+    """Sums over box x box pixels, one for each place where the box fits; at most 64 x 255."""
     rows, columns = frame.shape[0] - box + 1, frame.shape[1] - box + 1
-    across = np.zeros((frame.shape[0], columns, 3), np.int32)
+    across = np.zeros((frame.shape[0], columns, 3), np.uint16)
     for i in range(box):
         across += frame[:, i : i + columns]
-    sums = np.zeros((rows, columns, 3), np.int32)
+    sums = np.zeros((rows, columns, 3), np.uint16)
     for i in range(box):
         sums += across[i : i + rows]
     return sums
 
 
-def _blend(one: NDArray[np.int32], other: NDArray[np.int32], weight: NDArray[np.int32]) -> NDArray[np.int32]:
+def _blend(one: NDArray[Any], other: NDArray[Any], weight: NDArray[np.int32]) -> NDArray[np.int32]:
     """(256 − weight) · one + weight · other"""
-    return one * np.int32(ONE) + (other - one) * weight
+    total = np.subtract(other, one, dtype=np.int32)
+    total *= weight
+    total += np.multiply(one, ONE, dtype=np.int32)
+    return total
 
 
 def _product(first: Matrix, *others: Matrix) -> Matrix:

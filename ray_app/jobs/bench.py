@@ -2,7 +2,6 @@
 
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
@@ -22,7 +21,7 @@ from ray_app.store.pair_store import PairStore
 from ray_app.store.split import Split
 
 
-def judged_store(cfg: PromoteConfig, checkpoint: Checkpoint) -> Path:
+def judged_store(cfg: PromoteConfig, checkpoint: Checkpoint) -> str:
     """The store to judge on: the one given, else the one that the checkpoint was trained on."""
     if cfg.store is not None:
         return cfg.store

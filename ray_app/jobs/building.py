@@ -6,31 +6,27 @@ second start with the same settings keeps what is finished and goes on.
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
-from PIL import Image
 
 from ray_app.config import Config
 from ray_app.errors import InputError, StoreError
 from ray_app.events.windows import parse_duration
 from ray_app.sources.base import RawPair, Rejected, Source, SourceTask
-from ray_app.store.durable import make_folder, write_file, writing
-from ray_app.store.manifest import MANIFEST, QUARANTINE, Features, FeatureSpec, Manifest, PartRecord
+from ray_app.sources.images import resized
+from ray_app.store.manifest import MANIFEST, QUARANTINE, Features, Manifest, PartRecord
 from ray_app.store.pair_store import (
+    FACT_COLUMNS,
     Pair,
     publish,
     read_index,
     read_part,
-    verify_file,
     write_part,
     write_table,
 )
+from ray_app.store.place import Place, Where, place
 
 SCRATCH = ".prepare"
 SETTINGS = "settings.json"
@@ -57,6 +53,12 @@ class BuiltTask(Config):
     """The file, or None where no pair could be built."""
     rejected: tuple[QuarantineLine, ...]
     """Pairs that are not in it."""
+    windows: int = 0
+    """Windows of its pairs: one window can give several."""
+    events_covered: int = 0
+    """Events that lie in these windows, as far as the source tells; those that windows share count in each."""
+    events_drawn: int = 0
+    """Events that were read and drawn, likewise."""
 
     @property
     def num_pairs(self) -> int:
@@ -64,8 +66,9 @@ class BuiltTask(Config):
         return self.part.pairs if self.part else 0
 
 
-def claim(folder: Path, source: Source, tasks: list[SourceTask], features: Features) -> None:
+def claim(where: Where, source: Source, tasks: list[SourceTask], features: Features) -> None:
     """Makes the folder ours. StoreError unless it is new, empty, or a cut-off prepare of these settings."""
+    folder = place(where)
     names = [task.name for task in tasks]
     assert names, "a source without tasks raises InputError"
     assert names == sorted(set(names)), "names of tasks are unique and sorted"
@@ -76,31 +79,39 @@ def claim(folder: Path, source: Source, tasks: list[SourceTask], features: Featu
         "tasks": [[task.name, task.num_pairs, task.spec] for task in tasks],
     }
     text = json.dumps(settings, sort_keys=True)
-    path = folder / SCRATCH / SETTINGS
-    if (folder / MANIFEST).exists():
+    try:
+        there = folder.names()
+    except FileNotFoundError:
+        there = set()
+    except NotADirectoryError:
+        there = {""}
+    if MANIFEST in there:
         raise StoreError(
             f"{folder} already holds a pair store, complete (`ray-app inspect` tells of it); "
             "name another folder for --out."
         )
-    if path.is_file():
-        if path.read_text() != text:
+    claimed = _read(folder, SETTINGS) if SCRATCH in there else None
+    if claimed is not None:
+        if claimed != text.encode():
             raise StoreError(
                 f"{folder} holds an interrupted prepare of other settings or inputs; repeat that command to "
                 "finish it, or name another folder for --out."
             )
-    elif folder.exists() and (not folder.is_dir() or any(p.name != SCRATCH for p in folder.iterdir())):
+    elif there - {SCRATCH}:
         raise StoreError(f"{folder} already holds something else; --out must be a new or empty folder.")
     else:
-        with writing(folder):
-            make_folder(path.parent)
-        write_file(path, text.encode())
+        folder.make(SCRATCH)
+        folder.write(f"{SCRATCH}/{SETTINGS}", text.encode())
 
 
-def build_task(source: Source, task: SourceTask, folder: Path, features: Features) -> BuiltTask:
+def build_task(source: Source, task: SourceTask, where: Where, features: Features) -> BuiltTask:
     """Builds one file, and its record after it. A pair that cannot be built costs itself alone."""
+    folder = place(where)
     lengths_us = {parse_duration(name): name for name in source.durations()}
     pairs: dict[str, Pair] = {}
     rejected = []
+    events_in: dict[tuple[str, int, int], int] = {}
+    drawn = 0
     for item in _all_of(source, task):
         if isinstance(item, Rejected):
             rejected.append(QuarantineLine(input=item.input, position=item.position, reason=item.reason))
@@ -109,8 +120,9 @@ def build_task(source: Source, task: SourceTask, folder: Path, features: Feature
             item.sequence,
             item.t_start_us,
             item.t_end_us,
-            resized(item.event_HWC, features.event).tobytes(),
-            resized(item.target_HWC, features.target).tobytes(),
+            resized(item.event_HWC, *features.event.shape[1:]).tobytes(),
+            resized(item.target_HWC, *features.target.shape[1:]).tobytes(),
+            **{name: getattr(item, name) for name in FACT_COLUMNS},
         )
         if reason := _flaw(pair, lengths_us):
             rejected.append(_line(pair.sequence, pair.t_start_us, pair.t_end_us, reason))
@@ -118,46 +130,57 @@ def build_task(source: Source, task: SourceTask, folder: Path, features: Feature
             rejected.append(_line(pair.sequence, pair.t_start_us, pair.t_end_us, "the same pair once more"))
         else:
             pairs[pair.sample_id] = pair
+            events_in[item.sequence, item.t_start_us, item.t_end_us] = item.num_events or 0
+            drawn += item.num_drawn or 0
     try:
         part = write_part(folder, f"{task.name}.parquet", list(pairs.values()), features) if pairs else None
-        done = BuiltTask(task=task.name, part=part, rejected=tuple(rejected))
+        done = BuiltTask(
+            task=task.name,
+            part=part,
+            rejected=tuple(rejected),
+            windows=len(events_in),
+            events_covered=sum(events_in.values()),
+            events_drawn=drawn,
+        )
         _record(folder, done)
     except StoreError as error:
         raise StoreError(f"{error} Finished files stay; repeat the command to go on.") from error
     return done
 
 
-def finished(folder: Path, task: SourceTask) -> BuiltTask | None:
+def finished(where: Where, task: SourceTask) -> BuiltTask | None:
     """What an interrupted prepare left of a task, where its file verifies and no pair of it is missing."""
+    folder = place(where)
+    record = _read(folder, f"{task.name}.json")
     try:
-        done = BuiltTask.model_validate_json((folder / SCRATCH / f"{task.name}.json").read_bytes())
-        if done.part is None or done.rejected:
+        done = BuiltTask.model_validate_json(record or b"")
+        if done.part is None or done.rejected or folder.sha256(done.part.name) != done.part.sha256:
             return None
-        verify_file(folder, done.part)
-    except (FileNotFoundError, ValueError, StoreError):  # ValueError: not such a record
+    except (FileNotFoundError, ValueError):  # ValueError: not such a record
         return None
     return done
 
 
 def finish(
-    folder: Path, source: Source, built: list[BuiltTask], features: Features, max_quarantined: float
+    where: Where, source: Source, built: list[BuiltTask], features: Features, max_quarantined: float
 ) -> Manifest:
     """Sets pairs aside that an earlier file holds too, then publishes the store.
 
     StoreError where more than the share `max_quarantined` of all pairs could not be built; everything stays.
     """
+    folder = place(where)
     built = _without_duplicates(folder, built)
     lines = [line for done in built for line in done.rejected]
     quarantine = "".join(json.dumps(line.model_dump(), ensure_ascii=False) + "\n" for line in lines).encode()
     pairs = sum(done.num_pairs for done in built)
     total = pairs + len(lines)
     if len(lines) > max_quarantined * total or not pairs:
-        write_file(folder / QUARANTINE, quarantine)
+        folder.write(QUARANTINE, quarantine)
         first = "; ".join(f"{line.input}, {line.position}: {line.reason}" for line in lines[:NAMED_IN_ERROR])
         raise StoreError(
             f"{len(lines)} of {total} pairs could not be built ({len(lines) / max(total, 1):.1%}; "
             f"--max-quarantined allows {max_quarantined:.1%}). The first: {first}. All are in "
-            f"{folder / QUARANTINE}. What was built stays: mend the input or allow more, and start again."
+            f"{folder.file(QUARANTINE)}. What was built stays: mend the input or allow more, and start again."
         )
     manifest = publish(
         folder,
@@ -167,22 +190,13 @@ def finish(
         source=described(source),
         quarantine=quarantine,
     )
-    shutil.rmtree(folder / SCRATCH)
+    folder.delete(SCRATCH)
     return manifest
 
 
 def described(source: Source) -> dict[str, Any]:
     """Kind and settings of a source, for the manifest."""
     return {"name": source.name, **source.describe()}
-
-
-def resized(image_HWC: NDArray[np.uint8], feature: FeatureSpec) -> NDArray[np.uint8]:
-    """Bilinear resize as Pillow does it; (H, W, 3) uint8 to (3, height, width) uint8."""
-    assert image_HWC.dtype == np.uint8
-    assert image_HWC.shape[2:] == feature.shape[:1] == (3,)
-    height, width = feature.shape[1:]
-    image = Image.fromarray(np.ascontiguousarray(image_HWC)).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
 
 
 def _all_of(source: Source, task: SourceTask) -> Iterator[RawPair | Rejected]:
@@ -212,11 +226,19 @@ def _line(sequence: str, t_start_us: int, t_end_us: int, reason: str) -> Quarant
     return QuarantineLine(input=sequence, position=f"window [{t_start_us}, {t_end_us})", reason=reason)
 
 
-def _record(folder: Path, done: BuiltTask) -> None:
-    write_file(folder / SCRATCH / f"{done.task}.json", done.model_dump_json().encode())
+def _record(folder: Place, done: BuiltTask) -> None:
+    folder.write(f"{SCRATCH}/{done.task}.json", done.model_dump_json().encode())
 
 
-def _without_duplicates(folder: Path, built: list[BuiltTask]) -> list[BuiltTask]:
+def _read(folder: Place, name: str) -> bytes | None:
+    """A file of the scratch folder, or None."""
+    try:
+        return folder.read(f"{SCRATCH}/{name}")
+    except FileNotFoundError:
+        return None
+
+
+def _without_duplicates(folder: Place, built: list[BuiltTask]) -> list[BuiltTask]:
     """Rewrites files that hold a pair of an earlier one."""
     seen: dict[str, str] = {}
     result = []
@@ -231,7 +253,7 @@ def _without_duplicates(folder: Path, built: list[BuiltTask]) -> list[BuiltTask]
     return result
 
 
-def _without_rows(folder: Path, done: BuiltTask, twice: list[bool], holder: list[str]) -> BuiltTask:
+def _without_rows(folder: Place, done: BuiltTask, twice: list[bool], holder: list[str]) -> BuiltTask:
     assert done.part
     table = read_part(folder, done.part)
     rows = table.select(["sequence", "t_start_us", "t_end_us"]).to_pylist()
@@ -241,12 +263,12 @@ def _without_rows(folder: Path, done: BuiltTask, twice: list[bool], holder: list
         if where
     ]
     kept = table.filter(pa.array([not t for t in twice]))
-    (folder / SCRATCH / f"{done.task}.json").unlink()  # until both files are new, the task counts as unfinished
+    folder.delete(f"{SCRATCH}/{done.task}.json")  # until both files are new, the task counts as unfinished
     if kept.num_rows:
         part = write_table(folder, done.part.name, kept)
     else:
-        (folder / done.part.name).unlink()
+        folder.delete(done.part.name)
         part = None
-    done = BuiltTask(task=done.task, part=part, rejected=(*done.rejected, *lines))
+    done = done.model_copy(update={"part": part, "rejected": (*done.rejected, *lines)})
     _record(folder, done)
     return done

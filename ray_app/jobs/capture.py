@@ -24,8 +24,9 @@ from ray_app.events.windows import parse_duration
 from ray_app.jobs.capturer import Capturer, Plan
 from ray_app.jobs.cluster import ClusterInfo, cluster
 from ray_app.jobs.live_models import Vocabulary, loader, vocabulary
+from ray_app.sources.base import named_sequences
 from ray_app.sources.clips import ClipWindow, clip_windows
-from ray_app.sources.video import identity, named
+from ray_app.sources.video import identity
 from ray_app.store.captures import QUARANTINE, SHARDS, TRACES, claim, publish, read_shard
 from ray_app.store.durable import sha256_file
 
@@ -167,7 +168,7 @@ def _settings(cfg: CaptureConfig) -> dict[str, Any]:
     """All that decides what is captured, as JSON values."""
     models = {"target": cfg.target, "drafter": cfg.drafter}
     return {
-        "clips": [{"sequence": name, **identity(path)} for name, path in named(cfg.clips)],
+        "clips": [{"sequence": name, **identity(path)} for name, path in named_sequences(cfg.clips)],
         "fps": cfg.fps,
         "duration": cfg.duration,
         "step": cfg.step,

@@ -48,8 +48,11 @@ class ClusterInfo:
 
 
 @contextmanager
-def cluster(address: str | None) -> Iterator[ClusterInfo]:
+def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[ClusterInfo]:
     """The connected cluster, else the one at `address` or RAY_ADDRESS, else a new one on this machine.
+
+    `dashboard`: a new one has it. Ray Train asks it whether a run that was broken off is alive; without an answer
+    the CPUs of its workers stay taken.
 
     Only a connection that was made here is closed at the end. An error of ours that Ray has wrapped on its
     way from a worker is raised as itself. ResourceError: no cluster at the address.
@@ -68,7 +71,7 @@ def cluster(address: str | None) -> Iterator[ClusterInfo]:
                 address=where,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
-                include_dashboard=False if where == "local" else None,
+                include_dashboard=dashboard if where == "local" else None,
             )
         except (ConnectionError, RayError) as error:
             raise ResourceError(_no_cluster(where, str(error).splitlines()[0])) from error

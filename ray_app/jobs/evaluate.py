@@ -31,6 +31,7 @@ from ray_app.store.checkpoint import Checkpoint, load_checkpoint
 from ray_app.store.durable import write_file
 from ray_app.store.manifest import MANIFEST, FeatureSpec
 from ray_app.store.pair_store import PairStore
+from ray_app.store.place import place
 from ray_app.store.provenance import provenance
 from ray_app.store.split import Rows, Split, split_pairs, test_fingerprint
 
@@ -154,8 +155,8 @@ def trained_on(checkpoint: Checkpoint, store: PairStore, rows: Rows) -> int | No
     if config is None:
         return None
     fingerprint = checkpoint.provenance.get("dataset_fingerprint")
-    folder = store.folder if store.fingerprint == fingerprint else config.store
-    if not (folder / MANIFEST).is_file():
+    folder = store.folder if store.fingerprint == fingerprint else place(config.store)
+    if not folder.exists() or MANIFEST not in folder.names():
         return None
     theirs = PairStore.open(folder, config.durations)
     if theirs.fingerprint != fingerprint:

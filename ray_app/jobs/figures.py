@@ -1,4 +1,4 @@
-"""Figures of the report as inline SVG: text stays text, and every colour is a variable of the page.
+"""Figures of a page as inline SVG: text stays text, and every colour is a variable of the page.
 
 Colours are drawn as placeholders and then replaced by CSS variables, so that one file is readable light and dark.
 The SVG holds no address of another site, not even a namespace: an HTML page needs none.
@@ -6,7 +6,7 @@ The SVG holds no address of another site, not even a namespace: an HTML page nee
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import matplotlib
@@ -21,18 +21,20 @@ from ray_app.core.metrics import THETA, rate_key
 Cosines = Mapping[str, NDArray[np.floating]]
 """Per-pair cosines by name; NaN where a control does not exist for a pair."""
 
-INK, FAINT = "#0a0b01", "#0a0b02"
+INK, FAINT, PAGE = "#0a0b01", "#0a0b02", "#0a0b03"
+PALETTE = tuple(f"#0a0b1{n}" for n in range(1, 10))
+"""Placeholders of the nine colours that tell series apart."""
+VARIABLES = {INK: "currentColor", FAINT: "var(--line)", PAGE: "var(--page)"} | {
+    placeholder: f"var(--c{n})" for n, placeholder in enumerate(PALETTE, 1)
+}
 SERIES: dict[str, tuple[str, Any, str]] = {
     # name: (placeholder colour, line style, what the reader calls it)
-    "adapter": ("#0a0b10", "-", "adapter"),
-    "before": ("#0a0b11", "--", "before (raw event)"),
-    "white": ("#0a0b12", ":", "white"),
-    "mean_target": ("#0a0b13", "-.", "mean_target"),
-    "shuffled": ("#0a0b14", (0, (1, 1.5)), "shuffled"),
-    "previous_window": ("#0a0b15", (0, (6, 2, 1, 2, 1, 2)), "previous_window (context)"),
-}
-VARIABLES = {INK: "currentColor", FAINT: "var(--line)"} | {
-    placeholder: f"var(--{name.replace('_', '-')})" for name, (placeholder, _, _) in SERIES.items()
+    "adapter": (PALETTE[0], "-", "adapter"),
+    "before": (PALETTE[1], "--", "before (raw event)"),
+    "white": (PALETTE[2], ":", "white"),
+    "mean_target": (PALETTE[3], "-.", "mean_target"),
+    "shuffled": (PALETTE[4], (0, (1, 1.5)), "shuffled"),
+    "previous_window": (PALETTE[5], (0, (6, 2, 1, 2, 1, 2)), "previous_window (context)"),
 }
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -55,11 +57,19 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def svg(name: str, draw: Callable[[Figure], None], size: tuple[float, float] = (8.2, 3.9)) -> str:
+    """The figure that `draw` fills, as SVG. `name` keeps the identities of a page's figures apart."""
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        return to_svg(figure)
+
+
 def acceptance_figure(cosines: Cosines) -> str:
     """cosine_accept_rate against theta, for the adapter and every control, as SVG."""
     theta = np.linspace(0.0, 1.0, 401)
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": "acceptance"}):
-        figure = Figure(figsize=(8.2, 3.9), layout="constrained")
+
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
         lowest = 1.0
         for name in reversed(list(cosines)):
@@ -79,21 +89,23 @@ def acceptance_figure(cosines: Cosines) -> str:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, handlelength=3.2)
-        return to_svg(figure)
+
+    return svg("acceptance", draw)
 
 
 def histogram_figure(before: NDArray[np.floating], after: NDArray[np.floating]) -> str:
     """Histograms of cos_sim before and after on one axis, as SVG."""
     low = float(min(before.min(), after.min(), THETA - 0.05))
     bins = np.linspace(np.floor(low * 20) / 20, 1.0, 61)
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": "histogram"}):
-        figure = Figure(figsize=(8.2, 3.9), layout="constrained")
+
+    def draw(figure: Figure) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True)
         for axes, name, cos in ((upper, "before", before), (lower, "adapter", after)):
             draw_histogram(axes, name, cos, bins)
             mark_theta(axes, labelled=axes is upper)
         lower.set_xlabel("cos_sim of one pair")
-        return to_svg(figure)
+
+    return svg("histogram", draw)
 
 
 def draw_histogram(axes: Axes, name: str, cos: NDArray[np.floating], bins: NDArray[np.floating]) -> None:
@@ -131,14 +143,14 @@ def to_svg(figure: Figure) -> str:
     """The bare <svg> element, colours as CSS variables, sized by its container."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<(metadata|style)[ >].*?</\1>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'<svg([^>]*?)\swidth="[^"]*"', r"<svg\1", svg, count=1)
-    svg = re.sub(r'<svg([^>]*?)\sheight="[^"]*"', r'<svg\1 aria-hidden="true"', svg, count=1)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<(metadata|style)[ >].*?</\1>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r'<svg([^>]*?)\swidth="[^"]*"', r"<svg\1", text, count=1)
+    text = re.sub(r'<svg([^>]*?)\sheight="[^"]*"', r'<svg\1 aria-hidden="true"', text, count=1)
     for placeholder, value in VARIABLES.items():
-        svg = svg.replace(placeholder, value)
-    return svg
+        text = text.replace(placeholder, value)
+    return text

@@ -1,55 +1,51 @@
-"""`ray-app inspect`: what is in a pair store, how it divides, and whether every byte of it still holds."""
+"""`ray-app inspect`: what is in a pair store, what its parts or another store share with it, whether it still holds.
 
-import io
-import sys
-from pathlib import Path
+Ray Data reads every file once, verified (survey.py); the rest is arithmetic on what that kept of each pair.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from ray_app.config import InspectConfig
-from ray_app.core.metrics import AlignmentCounts, cos_sim
-from ray_app.errors import ConfigError, StoreError
-from ray_app.store.durable import write_file
+from ray_app.core.metrics import AlignmentCounts
+from ray_app.jobs.cluster import cluster
+from ray_app.jobs.contact_sheet import write_contact_sheet
+from ray_app.jobs.inspect_page import inspect_page, leaks_headline, statistics_lines
+from ray_app.jobs.leaks import MEASURE, Compared, find_leaks, joined_index, leaks_of_split
+from ray_app.jobs.page import require_suffix, write_for_people
+from ray_app.jobs.survey import Survey, is_picture, survey
+from ray_app.jobs.window_statistics import NIGHT_RULE, sequence_statistics, window_statistics
 from ray_app.store.manifest import QUARANTINE
-from ray_app.store.pair_store import PairStore, feature_matrix, verify_file
+from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
-
-SHEET_COLUMNS, SHEET_ROWS = 4, 6
-GAP, CAPTION = 6, 14
 
 
 def run_inspect(cfg: InspectConfig) -> dict[str, Any]:
     """Reads every file once, verified. StoreError names the first that is damaged.
 
-    With `durations`, counts, split and cosine are those of the pairs of these window lengths.
+    With `durations`, all numbers are those of the pairs of these window lengths; the other store is taken whole.
     """
-    if cfg.picture and cfg.picture.suffix.lower() != ".png":
-        raise ConfigError(f"--picture {cfg.picture}: the contact sheet is a PNG file; end its name in .png.")
+    require_suffix("--picture", cfg.picture, ".png")
+    require_suffix("--page", cfg.page, ".html")
     store = PairStore.open(cfg.store, cfg.durations)
-    before = _cosine_before(store)
-    split = split_pairs(store.index, cfg.split_config)
+    other = PairStore.open(cfg.against) if cfg.against else None
     if cfg.picture:
-        _write_contact_sheet(store, cfg.picture)
-    manifest = store.manifest
-    names, counts = np.unique(store.index.duration, return_counts=True)
-    return {
+        write_contact_sheet(store, cfg.picture)
+    with cluster(cfg.address):
+        surveyed = [survey(each) for each in (store, other) if each]
+    split = split_pairs(store.index, cfg.split_config)
+    leaks = [Compared(leak, store.index, (store,)) for leak in leaks_of_split(store.index, surveyed[0], split)]
+    if other:
+        leaks.append(leaks_between(store, other, surveyed))
+    result = {
+        **about(store),
         "store": str(cfg.store),
-        "pairs": len(store.index),
-        "sequences": len(np.unique(store.index.sequence)),
-        "quarantined": manifest.quarantined,
-        "fingerprint": manifest.fingerprint,
         "verified": True,
-        "durations": dict(zip(names.tolist(), counts.tolist(), strict=True)),
-        "source": manifest.source,
-        "features": manifest.features.model_dump(mode="json"),
-        "files": len(manifest.files),
-        "bytes": sum(file.bytes for file in manifest.files),
         "split": {
             "by": split.by,
             "train": len(split.train),
@@ -58,9 +54,73 @@ def run_inspect(cfg: InspectConfig) -> dict[str, Any]:
             "test_windows_overlapping_train": split.test_windows_overlapping_train,
             "label": split.label,
         },
-        "before": before,
+        "before": cosine_before(surveyed[0]),
+        "windows": window_statistics(store.index, surveyed[0]),
+        "by_sequence": sequence_statistics(store.index, surveyed[0]),
+        "night_rule": NIGHT_RULE,
+        "against": about(other) if other else None,
+        "leaks": [each.leaks.as_json(each.index) for each in leaks],
+        "leak_rule": MEASURE,
         "picture": str(cfg.picture) if cfg.picture else None,
+        "page": str(cfg.page) if cfg.page else None,
     }
+    result["notes"] = list(notes(result, store))
+    if cfg.page:
+        write_for_people("--page", cfg.page, inspect_page(result, surveyed[0], leaks).encode())
+    return result
+
+
+def about(store: PairStore) -> dict[str, Any]:
+    """Which store that is."""
+    manifest = store.manifest
+    names, counts = np.unique(store.index.duration, return_counts=True)
+    return {
+        "store": str(store.folder),
+        "pairs": len(store.index),
+        "sequences": len(np.unique(store.index.sequence)),
+        "quarantined": manifest.quarantined,
+        "fingerprint": manifest.fingerprint,
+        "durations": dict(zip(names.tolist(), counts.tolist(), strict=True)),
+        "source": manifest.source,
+        "features": manifest.features.model_dump(mode="json"),
+        "files": len(manifest.files),
+        "bytes": sum(file.bytes for file in manifest.files),
+    }
+
+
+def cosine_before(surveyed: Survey) -> dict[str, float | None]:
+    """Mean and standard deviation of each pair's cosine as stored; None where the two features differ in width."""
+    if np.isnan(surveyed.cosine).any():
+        return {"cos_sim_mean": None, "cos_sim_std": None}
+    means = AlignmentCounts.of(surveyed.cosine).means()
+    return {name: means[name] for name in ("cos_sim_mean", "cos_sim_std")}
+
+
+def leaks_between(store: PairStore, other: PairStore, surveyed: Sequence[Survey]) -> Compared:
+    """What all windows of the store share with all of the other."""
+    index = joined_index([store, other])
+    rows = np.arange(len(index))
+    here, there = rows[: len(store.index)], rows[len(store.index) :]
+    leaks = find_leaks(index, Survey.joined(list(surveyed)), ("store", here), ("other", there))
+    return Compared(leaks, index, (store, other))
+
+
+def notes(result: dict[str, Any], store: PairStore) -> Iterator[str]:
+    """What to know about the numbers, for people."""
+    windows = result["windows"]
+    for name, what in (("events_drawn", "event counts"), ("frame_minus_window_centre_ms", "times of frames")):
+        if windows[name] is None:
+            yield f"no {what}: the source does not know them, or the store was prepared before they were kept"
+    if windows["events_drawn"] and not windows["events_per_window"]:
+        yield "events of whole windows are not known: only the part that is drawn was simulated or read"
+    sides = [side for side in ("event", "target") if not is_picture(store.feature(side))]
+    if sides:
+        yield f"no brightness and no near-duplicates of {' and '.join(sides)}: these features are not pictures"
+    elif windows["active_share_of_drawn_image"] is None:
+        yield "no active pixels: the event pictures are not white with red and blue, as EventGPT draws"
+    for side, count in windows["blank"].items():
+        if count:
+            yield f"{count:,} {side} features show nothing (all numbers the same) and are not compared"
 
 
 def render_inspect(result: dict[str, Any], console: Console) -> None:
@@ -74,13 +134,15 @@ def render_inspect(result: dict[str, Any], console: Console) -> None:
     table.add_row("store", result["store"])
     table.add_row("source", f"{source['name']}, events {source['events']}")
     table.add_row("pairs", f"{result['pairs']:,}; windows: {lengths}")
-    table.add_row("sequences", f"{result['sequences']:,}")
+    table.add_row("sequences", f"{result['sequences']:,}{daytimes(result['by_sequence'])}")
     table.add_row("quarantined", f"{result['quarantined']:,}{lost}")
     for side, spec in result["features"].items():
         shape = " × ".join(map(str, spec["shape"]))
         table.add_row(side, f"{shape} {spec['dtype']}, times {spec['scale']:.6g}")
     table.add_row("size", f"{result['bytes'] / 1e6:,.1f} MB in {result['files']:,} files")
     table.add_row("checksums", "all hold")
+    for name, text in statistics_lines(result["windows"]):
+        table.add_row(name, text)
     table.add_row(
         "split", f"train {split['train']:,}, val {split['val']:,}, test {split['test']:,}: {split['label']}"
     )
@@ -89,64 +151,33 @@ def render_inspect(result: dict[str, Any], console: Console) -> None:
     else:
         table.add_row("cos_sim before", f"{before['cos_sim_mean']:.4f} ± {before['cos_sim_std']:.4f}")
     table.add_row("fingerprint", result["fingerprint"])
-    if result["picture"]:
-        table.add_row("picture", result["picture"])
+    if result["against"]:
+        table.add_row("other", f"{result['against']['store']}, {result['against']['pairs']:,} pairs")
+    for name in ("picture", "page"):
+        if result[name]:
+            table.add_row(name, result[name])
     console.print(table)
+    console.print(leaks_table(result["leaks"]))
+    for note in (*result["notes"], result["leak_rule"], result["night_rule"]):
+        console.print(f"- {note}", style="dim", markup=False, highlight=False)
 
 
-def _cosine_before(store: PairStore) -> dict[str, float | None]:
-    """Mean and standard deviation of each pair's cosine as stored; every file is verified on the way."""
-    event, target = store.feature("event"), store.feature("target")
-    counts = AlignmentCounts()
-    for file in track(
-        range(len(store.files)),
-        "verify",
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    ):
-        table = store.table(file)
-        rows = store.index.row[store.index.file == file]
-        if event.width != target.width or not len(rows):
-            continue
-        event_ND = feature_matrix(table["event"], event)[rows]
-        target_ND = feature_matrix(table["target"], target)[rows]
-        # Scales are positive and leave a cosine as it is.
-        counts += AlignmentCounts.of(cos_sim(torch.from_numpy(event_ND).float(), torch.from_numpy(target_ND).float()))
-    verify_file(store.folder, store.manifest.quarantine)
-    if not counts.pairs:
-        return {"cos_sim_mean": None, "cos_sim_std": None}
-    means = counts.means()
-    return {name: means[name] for name in ("cos_sim_mean", "cos_sim_std")}
+def daytimes(sequences: list[dict[str, Any]]) -> str:
+    """How many are day and night, in words; nothing where it is not known."""
+    count = Counter(line["daytime"] for line in sequences if line["daytime"])
+    return ": " + ", ".join(f"{count[name]:,} by {name}" for name in ("day", "night")) if count else ""
 
 
-def _write_contact_sheet(store: PairStore, path: Path) -> None:
-    """Pairs spread evenly over the store, each event picture to the left of its target."""
-    event, target = store.feature("event"), store.feature("target")
-    if any(spec.dtype != "uint8" or len(spec.shape) != 3 or spec.shape[0] != 3 for spec in (event, target)):
-        raise ConfigError(f"--picture: the features of {store.folder} are not pictures; leave it out.")
-    rows = np.unique(np.linspace(0, len(store.index) - 1, SHEET_COLUMNS * SHEET_ROWS).astype(np.int64))
-    event_ND, target_ND = store.read_rows(rows)
-    width = event.shape[2] + target.shape[2] + GAP
-    height = max(event.shape[1], target.shape[1]) + CAPTION
-    columns = min(SHEET_COLUMNS, len(rows))
-    lines = -(-len(rows) // columns)
-    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, lines * (height + GAP) + GAP), (250, 250, 250))
-    draw = ImageDraw.Draw(sheet)
-    for i, row in enumerate(rows):
-        x, y = GAP + i % columns * (width + GAP), GAP + i // columns * (height + GAP)
-        for spec, picture_D, left in (
-            (event, event_ND[i], x),
-            (target, target_ND[i], x + width - target.shape[2]),
-        ):
-            picture_HWC = np.ascontiguousarray(picture_D.reshape(spec.shape).transpose(1, 2, 0))
-            sheet.paste(Image.fromarray(picture_HWC), (left, y))
-        caption = f"{store.index.sequence[row]}  {store.index.t_start_us[row] / 1e6:.2f} s"
-        draw.text((x, y + height - CAPTION), caption, fill=(60, 60, 60))
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, buffer.getvalue())
-    except OSError as error:
-        raise StoreError(f"--picture {path} cannot be written: {error.strerror}.") from error
+def leaks_table(leaks: list[dict[str, Any]]) -> Table:
+    """A line for each comparison; how many windows of the first set are in the second too, in each way."""
+    found = sum(leak["any"] for leak in leaks)
+    table = Table(title=leaks_headline(leaks), title_justify="left", title_style="bold red" if found else "bold")
+    table.add_column("found", no_wrap=True)
+    for head in ("of", "same\nevent", "same\ntarget", "near\nevent", "near\ntarget", "over-\nlap", "any"):
+        table.add_column(head, justify="right")
+    for leak in leaks:
+        counts = (*leak["identical"].values(), *leak["near"].values(), leak["overlapping"], leak["any"])
+        table.add_row(
+            f"{leak['part']} in {leak['against']}", f"{leak['windows']:,}", *(f"{count:,}" for count in counts)
+        )
+    return table

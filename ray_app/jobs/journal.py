@@ -14,7 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -79,6 +79,15 @@ class Journal:
         if epoch > self.last_epoch:
             self.write("epoch", epoch=epoch, time=time.time(), **values)
             self.last_epoch = epoch
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Another process may write meanwhile; this one does not."""
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            self._lock(HANDOVER_S)
 
     def _lock(self, patience_s: float) -> None:
         deadline = time.monotonic() + patience_s

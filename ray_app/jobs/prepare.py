@@ -1,26 +1,39 @@
 """`ray-app prepare`: Ray Data builds a pair store from a source, one Parquet file for each of its tasks.
 
 The cut into tasks depends on the input alone, and each file on its task alone: any number of workers writes
-the same bytes.
+the same bytes. A task whose worker or node dies is done again elsewhere; a slow one holds up no other.
 """
 
-import sys
 import time
-from types import TracebackType
-from typing import Any, Self
+from pathlib import Path
+from typing import Any
 
 import ray
+from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ray_app.config import PrepareDsec, PrepareEventGpt, PrepareFlags, PrepareScenes, PrepareVideo
-from ray_app.errors import StoreError
+from ray_app.config import (
+    PrepareDavis,
+    PrepareDsec,
+    PrepareEventGpt,
+    PrepareFlags,
+    PrepareScenes,
+    PrepareVideo,
+    RecordedFlags,
+)
+from ray_app.errors import ResourceError, StoreError
 from ray_app.events.windows import parse_duration
 from ray_app.jobs.building import BuiltTask, build_task, claim, finish, finished
 from ray_app.jobs.cluster import cluster
+from ray_app.jobs.prepare_progress import PrepareProgress
 from ray_app.sources.base import Source
+from ray_app.sources.recorded import Cut
 from ray_app.store.manifest import PIXELS, QUARANTINE, Features, FeatureSpec
+from ray_app.store.place import place
+
+LONGEST_SILENCE_S = 600.0
+"""Longest time in which no task of the cluster ends: on a slow core one may take minutes."""
 
 
 def run_prepare(cfg: PrepareFlags) -> dict[str, Any]:
@@ -63,24 +76,34 @@ def source_of(cfg: PrepareFlags) -> Source:
         case PrepareEventGpt():
             from ray_app.sources.eventgpt import EventGptSource
 
-            duration_us = parse_duration(cfg.duration)
-            step_us = parse_duration(cfg.step) if cfg.step else duration_us // 2
-            return EventGptSource(root=cfg.root.absolute(), duration_us=duration_us, step_us=step_us)
+            return EventGptSource.of_folder(
+                cfg.root.absolute(),
+                duration_us=parse_duration(cfg.duration) if cfg.duration else None,
+                step_us=parse_duration(cfg.step) if cfg.step else None,
+                instructions=cfg.instructions.absolute() if cfg.instructions else None,
+                num_images=cfg.num_images,
+            )
         case PrepareDsec():
             from ray_app.sources.dsec import DsecSource
 
-            return DsecSource(
-                root=cfg.root.absolute(),
-                durations_us=tuple(parse_duration(name) for name in cfg.durations),
-                step_us=parse_duration(cfg.step) if cfg.step else None,
-                boundaries=cfg.boundaries,
-                pick=cfg.pick,
-                align=cfg.align,
-                num_images=cfg.num_images,
-                max_gap_us=parse_duration(cfg.max_gap),
-                event_slice_us=parse_duration(cfg.event_slice) if cfg.event_slice else None,
-            )
+            return DsecSource(cfg.root.absolute(), cut_of(cfg), boundaries=cfg.boundaries, align=cfg.align)
+        case PrepareDavis():
+            from ray_app.sources.davis import DavisSource
+
+            return DavisSource(tuple(file.absolute() for file in cfg.files), cut_of(cfg))
     raise AssertionError(f"no source for {type(cfg).__name__}")
+
+
+def cut_of(cfg: RecordedFlags) -> Cut:
+    """How a command wants recordings cut."""
+    return Cut(
+        durations_us=tuple(parse_duration(name) for name in cfg.durations),
+        step_us=parse_duration(cfg.step) if cfg.step else None,
+        pick=cfg.pick,
+        num_images=cfg.num_images,
+        max_gap_us=parse_duration(cfg.max_gap),
+        event_slice_us=parse_duration(cfg.event_slice) if cfg.event_slice else None,
+    )
 
 
 def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) -> dict[str, Any]:
@@ -91,21 +114,24 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
     """
     assert feature.dtype == "uint8", "pictures are stored as uint8"
     features = Features(event=feature, target=feature)
-    folder = cfg.out.absolute()
+    folder = place(cfg.out, cfg.store_patience)
     tasks = source.tasks()
     claim(folder, source, tasks, features)
 
     def build(row: dict[str, Any]) -> dict[str, Any]:
         task = tasks[row["task"]]
+        told: list[str] = []
+        here = folder.telling(told.append)
         try:
-            kept = finished(folder, task)
-            done = kept or build_task(source, task, folder, features)
+            kept = finished(here, task)
+            done = kept or build_task(source, task, here, features)
         except StoreError as error:  # Ray Data would wrap it in an error of its own
             return {"error": str(error)}
-        return {"error": "", "built": done.model_dump_json(), "kept": kept is not None}
+        built = {"built": done.model_dump_json(), "kept": kept is not None}
+        return {"error": "", **built, "told": "\n".join(told), "peak_bytes": peak_memory_bytes()}
 
-    built, kept_pairs = {}, 0
-    with cluster(cfg.address), _Bar(sum(task.num_pairs for task in tasks)) as bar:
+    built, new, peak_bytes = {}, [], 0
+    with cluster(cfg.address), PrepareProgress(sum(task.num_pairs for task in tasks)) as progress:
         began = time.perf_counter()
         num_cpus = ray.cluster_resources().get("CPU", 1.0)
         num_workers = min(cfg.num_workers or max(int(num_cpus), 1), len(tasks))
@@ -114,16 +140,27 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
             compute=ray.data.TaskPoolStrategy(size=num_workers),
             num_cpus=min(1.0, num_cpus / num_workers),
         )
-        for row in dataset.iter_rows():
-            if row["error"]:
-                raise StoreError(row["error"])
-            done = BuiltTask.model_validate_json(row["built"])
-            built[done.task] = done
-            kept_pairs += done.num_pairs if row["kept"] else 0
-            bar.add(done)
+        dataset.context.execution_no_progress_timeout_s = LONGEST_SILENCE_S
+        try:
+            for row in dataset.iter_rows():
+                if row["error"]:
+                    raise StoreError(row["error"])
+                done = BuiltTask.model_validate_json(row["built"])
+                built[done.task] = done
+                progress.add(done, row["kept"], row["told"])
+                peak_bytes = max(peak_bytes, row["peak_bytes"])
+                if not row["kept"]:
+                    new.append(done)
+        except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
+            raise ResourceError(
+                f"a task lost its worker time and again ({str(error).splitlines()[0]}). Finished files "
+                "stay; take fewer --num-workers if memory is short, and repeat the command to go on."
+            ) from error
         seconds = time.perf_counter() - began
     manifest = finish(folder, source, [built[task.name] for task in tasks], features, cfg.max_quarantined)
-    per_second = (manifest.pairs - kept_pairs) / seconds
+    num_new = sum(done.num_pairs for done in new)
+    events_drawn = sum(done.events_drawn for done in new)
+    per_second = num_new / seconds
     return {
         "store": str(cfg.out),
         "source": manifest.source,
@@ -134,9 +171,13 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
         "durations": list(manifest.durations),
         "files": len(manifest.files),
         "bytes": sum(file.bytes for file in manifest.files),
-        "pairs_kept": kept_pairs,
+        "pairs_kept": sum(done.num_pairs for done in built.values()) - num_new,
+        "windows": sum(done.windows for done in new),
+        "events_covered": sum(done.events_covered for done in new),
+        "events_drawn": events_drawn,
         "workers": num_workers,
         "seconds": round(seconds, 3),
+        "worker_peak_bytes": peak_bytes,
         "pairs_per_second": round(per_second, 3),
         "pairs_per_second_per_core": round(per_second / min(num_workers, num_cpus), 3),
     }
@@ -156,37 +197,17 @@ def render_prepare(result: dict[str, Any], console: Console) -> None:
     table.add_row("quarantined", f"{result['quarantined']:,}{lost}")
     table.add_row("size", f"{result['bytes'] / 1e6:,.1f} MB in {result['files']:,} files")
     table.add_row("time", f"{result['seconds']:,.1f} s, {speed}")
+    if result["events_drawn"]:
+        covered, drawn = (result[name] / 1e6 for name in ("events_covered", "events_drawn"))
+        speed = f"{drawn / result['seconds']:,.1f} million drawn/s"
+        table.add_row(
+            "events", f"{covered:,.1f} million in {result['windows']:,} windows, {drawn:,.1f} drawn; {speed}"
+        )
     table.add_row("fingerprint", result["fingerprint"])
     console.print(table)
 
 
-class _Bar:
-    """Pairs done, pairs/s and time left, on standard error where that is a terminal."""
-
-    def __init__(self, total: int) -> None:
-        self._progress = Progress(
-            TextColumn("prepare"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} pairs"),
-            TextColumn("{task.fields[rate]:.2f} pairs/s"),
-            TextColumn("{task.fields[quarantined]} quarantined"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
-        self._task = self._progress.add_task("", total=total, rate=0.0, quarantined=0)
-        self._quarantined = 0
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
-        self._progress.stop()
-
-    def add(self, done: BuiltTask) -> None:
-        self._quarantined += len(done.rejected)
-        self._progress.advance(self._task, done.num_pairs + len(done.rejected))
-        state = self._progress.tasks[0]
-        rate = state.completed / state.elapsed if state.elapsed else 0.0
-        self._progress.update(self._task, rate=rate, quarantined=self._quarantined)
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held at a time, by the system's count."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

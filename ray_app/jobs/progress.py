@@ -60,9 +60,13 @@ class TrainingProgress:
 def epoch_line(line: dict[str, Any]) -> str:
     """One epoch in words."""
     train, val = line["train"], line["val"]
+    validated = ""
+    if val:
+        validated = (
+            f"val loss {val['loss']:.4f} cos_sim {val['cos_sim_mean']:.4f} "
+            f"accepted at 0.80 {val['cosine_accept_rate']['0.80']:.1%}  "
+        )
     return (
         f"epoch {line['epoch']:>3}  train loss {train['loss']:.4f} cos_sim {train['cos_sim']:.4f}  "
-        f"val loss {val['loss']:.4f} cos_sim {val['cos_sim_mean']:.4f} "
-        f"accepted at 0.80 {val['cosine_accept_rate']['0.80']:.1%}  "
-        f"{train['pairs'] / max(train['seconds'], 1e-9):.1f} pairs/s"
+        f"{validated}{train['pairs'] / max(train['seconds'], 1e-9):.1f} pairs/s"
     )

@@ -5,6 +5,7 @@ takes as long as it takes; what is written to the registry is written in one sho
 and only if the champion is still the one that was judged against.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -209,6 +210,26 @@ def number_of(version: ModelVersion | None) -> str | None:
     return str(version.version) if version else None
 
 
+def short_evaluation(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What the endpoint shows of the test part: acceptance by θ beside every control, and how cosines lie."""
+    about = (
+        "pairs",
+        "cos_sim_mean",
+        "cos_sim_std",
+        "cosine_accept_rate",
+        "percentiles",
+        "lift",
+        "best_control",
+        "verdict",
+    )
+    controls = {
+        name: {key: control[key] for key in ("cos_sim_mean", "cosine_accept_rate")}
+        for name, control in metrics["controls"].items()
+    }
+    origin = {"split": metrics["split"]["label"], "source": metrics["data"]["source"]}
+    return {**{key: metrics[key] for key in about}, "controls": controls, **origin}
+
+
 def tags(metrics: Mapping[str, Any], verdict: Verdict, reason: str) -> dict[str, str]:
     """What a version tells of itself."""
     return {
@@ -225,6 +246,7 @@ def tags(metrics: Mapping[str, Any], verdict: Verdict, reason: str) -> dict[str,
         "split": metrics["split"]["label"],
         "source": metrics["data"]["source"],
         "events": metrics["data"]["events"],
+        "evaluation": json.dumps(short_evaluation(metrics)),
         "verdict": metrics["verdict"],
         "verdict_code": verdict.code,
         "reason": reason,

@@ -8,13 +8,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +26,7 @@ from ray_app.core.state_drafters import AdapterDrafter
 from ray_app.errors import CheckpointError, InputError, StoreError
 from ray_app.jobs.cluster import cluster
 from ray_app.jobs.figures import reliability_figure
+from ray_app.jobs.page import page
 from ray_app.jobs.states import answers_with_states, blocks, require_states
 from ray_app.store.durable import write_file
 from ray_app.store.provenance import provenance
@@ -102,7 +101,7 @@ def run_proxy(cfg: ProxyConfig) -> dict[str, Any]:
     result["verdict"] = verdict(result)
     cfg.out.mkdir(parents=True, exist_ok=True)
     write_file(cfg.out / NUMBERS, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
-    write_file(cfg.out / PAGE, page(result).encode())
+    write_file(cfg.out / PAGE, proxy_page(result).encode())
     return {**result, "files": [str(cfg.out / NUMBERS), str(cfg.out / PAGE)]}
 
 
@@ -168,12 +167,11 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, list[str]]]:
     return lines
 
 
-def page(result: dict[str, Any]) -> str:
+def proxy_page(result: dict[str, Any]) -> str:
     """The whole page, in one file."""
-    template = resources.files("ray_app.jobs").joinpath("proxy.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     everyone = {**result["controls"], **result["adapters"]}
-    return environment.from_string(template).render(
+    return page(
+        "proxy.html.j2",
         r=result,
         rows=table_rows(result),
         everyone=everyone,

@@ -14,6 +14,9 @@ from ray_app.jobs.promote import render_outcome, run_promote
 from ray_app.jobs.train import run_train
 from ray_app.store.manifest import MANIFEST
 
+RECIPE: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.05, "schedule": "cosine", "flip": 0.5}
+"""How `conv` is trained: chosen on validation parts of rendered scenes."""
+
 
 def run_quickstart(cfg: QuickstartConfig) -> dict[str, Any]:
     """Prepare (or go on with) a store, train a new run on it, judge it, and promote it.
@@ -37,8 +40,11 @@ def run_quickstart(cfg: QuickstartConfig) -> dict[str, Any]:
             TrainConfig(
                 store=store,
                 out=run,
+                strategy=cfg.strategy,
                 num_epochs=cfg.num_epochs,
                 hidden_dim=cfg.hidden_dim,
+                early_stop_patience=cfg.num_epochs,
+                **(RECIPE if cfg.strategy == "conv" else {}),
                 seed=cfg.seed,
                 **tracking,
             )

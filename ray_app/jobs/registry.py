@@ -1,6 +1,5 @@
 """Where checkpoints are found, and where they are kept: a folder, a run's best, a version in the model registry."""
 
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +9,12 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from ray_app.config import TrackingFlags
+from ray_app.config import MODEL_URI, TrackingFlags
 from ray_app.errors import CheckpointError, RegistryError
 from ray_app.jobs.run_folder import BEST, RUN, RunFolder
 from ray_app.jobs.tracking import ARTIFACTS, TRACKING_ERRORS, experiment_id, run_of_key, shown, tracking_uri
 from ray_app.store.checkpoint import SUMS, Checkpoint, verify_folder
 from ray_app.store.durable import sha256_file
-
-MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from ray_app.core.draft_summary import ReplayedRow, details, match_rate_by_shift
 from ray_app.core.state_drafters import AdapterDrafter
 from ray_app.errors import CheckpointError, ConfigError, InputError
 from ray_app.jobs.cluster import cluster
+from ray_app.jobs.page import require_suffix, write_for_people
+from ray_app.jobs.replay_page import replay_page
 from ray_app.jobs.states import answers, answers_with_states, require_states
 from ray_app.store.traces import Timing, Trace, TraceFile, read_timing, read_traces
 
@@ -32,6 +35,8 @@ CONTROLS = ("constant", *BARS)
 """Replayed beside whatever is asked for."""
 BLOCK_ROWS = 20
 """Neighbouring rows that the bootstrap draws together: sequences are not named."""
+ACCEPTANCE = ("tokens per pass", "τ", "accepted", "match rate", "shuffled", "in a row (median)")
+TIMES = ("one-shot", "slower", "continuous", "expected", "least α (measured)", "µs/token")
 SHIFTS = (-2, -1, 0, 1, 2)
 SHIFTED = 2.0
 """A shift that matches so many times better than none..."""
@@ -53,6 +58,8 @@ class ReplayReport:
     """What to know about the input."""
     quarantined: tuple[str, ...]
     """Lines that were set aside, with their reasons."""
+    page: Path | None
+    """The page that was written."""
 
 
 class ReplayResult(dict[str, Any]):
@@ -75,6 +82,7 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
 
     ConfigError: a drafter that does not exist, too few rows. InputError: traces that cannot be replayed.
     """
+    require_suffix("--page", cfg.page, ".html")
     unknown = [name for name in cfg.drafter if name not in DRAFTERS]
     if unknown:
         raise ConfigError(f"there is no drafter '{unknown[0]}'; there are: {', '.join(DRAFTERS)}.")
@@ -118,46 +126,25 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
         behind=_behind(results),
         notes=tuple(_notes(cfg, files, timing)),
         quarantined=tuple(f"{bad.file}, line {bad.line}: {bad.reason}" for file in files for bad in file.quarantined),
+        page=cfg.page,
     )
+    if cfg.page:
+        _write_page(result, cfg.page)
     return result
 
 
 def render_replay(result: ReplayResult, console: Console) -> None:
     """Prints the result for people; the table's first line says which drafters are behind."""
     report = result.report
-    acceptance = _table(
-        _headline(report.behind), "tokens per pass", "τ", "accepted", "match rate", "shuffled", "in a row (median)"
-    )
-    times = _table("", "one-shot", "slower", "continuous", "expected", "least α (measured)", "µs/token")
-    for name, numbers in result["results"].items():
-        more, interval = report.details[name], numbers["interval95"]["tokens_per_target_pass"]
-        label = name + ("*" if DRAFTERS[name].learns_online else "")
-        span = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
-        acceptance.add_row(
-            label,
-            f"{numbers['tokens_per_target_pass']:.2f}{span}",
-            f"{numbers['mean_acceptance_length']:.2f}",
-            f"{numbers['draft_acceptance_rate']:.1%}",
-            f"{numbers['match_rate']:.1%}",
-            f"{more['shuffled_match_rate']:.1%}",
-            f"{numbers['accepted_prefix_mean']:.1f} ({numbers['accepted_prefix_median']:.0f})",
-        )
-        times.add_row(
-            label,
-            _times(numbers["one_shot_speedup"]),
-            "–" if more["one_shot_slower_share"] is None else f"{more['one_shot_slower_share']:.0%}",
-            _times(more["continuous_speedup"]),
-            _times(numbers["expected_speedup"]),
-            _break_even(more),
-            f"{more['overhead_us_per_token']:.1f}",
-        )
-    console.print(acceptance)
-    console.print(times)
-    console.print(
-        f"{result['rows']:,} rows, γ = {result['gamma']}, {result['folds']} contiguous folds, gap {result['gap']} "
-        "rows; in brackets 95 % over blocks of neighbouring rows; * learns from accepted answers",
-        highlight=False,
-    )
+    for title, heads, cells in (
+        (_headline(report.behind), ACCEPTANCE, acceptance_cells),
+        ("", TIMES, times_cells),
+    ):
+        table = _table(title, *heads)
+        for name in result["results"]:
+            table.add_row(_label(name), *cells(result, name))
+        console.print(table)
+    console.print(_conditions(result), highlight=False)
     for name, more in report.details.items():
         places = " ".join(f"{rate:.2f}" for rate in more["acceptance_by_place"])
         console.print(f"{name}: accepted at place 1…{result['gamma']}: {places}", highlight=False)
@@ -170,6 +157,66 @@ def render_replay(result: ReplayResult, console: Console) -> None:
         console.print(note, markup=False, highlight=False)
     for line in report.quarantined:
         console.print(f"set aside: {line}", markup=False, highlight=False)
+    if report.page:
+        console.print(str(report.page), markup=False, highlight=False, soft_wrap=True)
+
+
+def acceptance_cells(result: ReplayResult, name: str) -> list[str]:
+    """A drafter's line below `ACCEPTANCE`."""
+    numbers, more = result["results"][name], result.report.details[name]
+    interval = numbers["interval95"]["tokens_per_target_pass"]
+    span = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
+    return [
+        f"{numbers['tokens_per_target_pass']:.2f}{span}",
+        f"{numbers['mean_acceptance_length']:.2f}",
+        f"{numbers['draft_acceptance_rate']:.1%}",
+        f"{numbers['match_rate']:.1%}",
+        f"{more['shuffled_match_rate']:.1%}",
+        f"{numbers['accepted_prefix_mean']:.1f} ({numbers['accepted_prefix_median']:.0f})",
+    ]
+
+
+def times_cells(result: ReplayResult, name: str) -> list[str]:
+    """A drafter's line below `TIMES`."""
+    numbers, more = result["results"][name], result.report.details[name]
+    return [
+        _times(numbers["one_shot_speedup"]),
+        "–" if more["one_shot_slower_share"] is None else f"{more['one_shot_slower_share']:.0%}",
+        _times(more["continuous_speedup"]),
+        _times(numbers["expected_speedup"]),
+        _break_even(more),
+        f"{more['overhead_us_per_token']:.1f}",
+    ]
+
+
+def _write_page(result: ReplayResult, path: Path) -> None:
+    report = result.report
+    tables = [
+        (heads, [{"name": _label(name), "kind": "", "cells": cells(result, name)} for name in result["results"]])
+        for heads, cells in ((ACCEPTANCE, acceptance_cells), (TIMES, times_cells))
+    ]
+    html = replay_page(
+        result,
+        report.details,
+        report.groups,
+        headline=_headline(report.behind),
+        behind=bool(report.behind),
+        tables=tables,
+        conditions=_conditions(result),
+        notes=[*report.notes, *(f"set aside: {line}" for line in report.quarantined)],
+    )
+    write_for_people("--page", path, html.encode())
+
+
+def _label(name: str) -> str:
+    return name + ("*" if DRAFTERS[name].learns_online else "")
+
+
+def _conditions(result: ReplayResult) -> str:
+    return (
+        f"{result['rows']:,} rows, γ = {result['gamma']}, {result['folds']} contiguous folds, gap {result['gap']} "
+        "rows; in brackets 95 % over blocks of neighbouring rows; * learns from accepted answers"
+    )
 
 
 def _replay(cfg: ReplayConfig, files: Sequence[TraceFile], names: list[str]) -> dict[str, list[list[RowReplay]]]:

@@ -4,23 +4,19 @@ The report refers to nothing outside itself: figures are inline SVG, pictures ar
 Rates are fractions in the result and percent on the page; a lift is given in percentage points.
 """
 
-import base64
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
-from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
 from ray_app.core.evaluation import CONTROLS
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.jobs.figures import Cosines, acceptance_figure, histogram_figure
+from ray_app.jobs.page import page, picture
 
 KEY = rate_key(THETA)
 TOKEN_NOTE = (
@@ -165,10 +161,9 @@ def render_html(
     proxy: str | None = None,
 ) -> str:
     """The whole report as one HTML page; `proxy` is the address of `ray-app proxy`'s page, seen from this one."""
-    template = resources.files("ray_app.jobs").joinpath("report.html.j2").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(template)
     groups = [("Highest cosine after", "best", best), ("Lowest cosine after", "worst", worst)]
-    return page.render(
+    return page(
+        "report.html.j2",
         r=result,
         outcome=outcome(result),
         proxy=proxy,
@@ -262,20 +257,5 @@ def pair_context(pair: PairPicture, what: str) -> dict[str, Any]:
         "t_end_s": pair.t_end_us / 1e6,
         "before": pair.before,
         "after": pair.after,
-        "pictures": [
-            {
-                "name": name,
-                "alt": f"{name} of the {what}, {place}",
-                "png": png_base64(pixels),
-                "width": pixels.shape[1],
-                "height": pixels.shape[0],
-            }
-            for name, pixels in sides
-        ],
+        "pictures": [picture(name, f"{name} of the {what}, {place}", pixels) for name, pixels in sides],
     }
-
-
-def png_base64(pixels: NDArray[np.uint8]) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

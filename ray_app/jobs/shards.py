@@ -4,7 +4,6 @@ Shapes: B = pairs of a block or batch, E, D = widths of the event and the target
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from ray.data import DataIterator, Dataset
 
 from ray_app.core.noise import mix
+from ray_app.jobs.held import Held
 from ray_app.jobs.lanes import Batch
 from ray_app.store.pair_store import PairStore, feature_matrix
 from ray_app.store.split import Rows
@@ -55,23 +55,6 @@ def to_arrays(batch: pa.Table, store: PairStore) -> tuple[NDArray[np.int64], NDA
         feature_matrix(batch["event"], store.feature("event")),
         feature_matrix(batch["target"], store.feature("target")),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Some pairs in this process's memory, as stored, sorted by position."""
-
-    positions: NDArray[np.int64]
-    """Position of each pair in what was asked for."""
-    event_BE: torch.Tensor
-    """Event features as stored."""
-    target_BD: torch.Tensor
-    """Target features as stored."""
-
-    def take(self, positions: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(events, targets) of these positions."""
-        at = torch.from_numpy(np.searchsorted(self.positions, positions))
-        return self.event_BE[at], self.target_BD[at]
 
 
 def hold(blocks: DataIterator | Dataset, store: PairStore, rows: Rows, wanted: NDArray[np.int64]) -> Held:

@@ -38,6 +38,8 @@ KEY_TAG = "run_key"
 """Tag by which a run's MLflow run is found again, so that a run has one and no more."""
 ARTIFACTS = "checkpoint"
 """Artifact folder of a run that holds its checkpoint."""
+TRIAL_POINTS = ("objective", "lift", "accept_rate", "epochs", "steps", "parameters", "seconds")
+"""What a sweep's own run holds of each trial."""
 SYNCED = "synced.json"
 """In a run folder: up to which byte of the journal the server was seen to hold everything."""
 
@@ -111,7 +113,11 @@ class Tracker:
             if self._pending and time.monotonic() >= self._next_try:
                 self._next_try = time.monotonic() + FLUSH_S
                 self._attempt(self._flush)
+            self._also(lines)
         self._attempt(self._finish)
+
+    def _also(self, lines: list[dict[str, Any]]) -> None:
+        """What else new lines ask for: of a single run, nothing."""
 
     def _flush(self) -> None:
         client = self._client = self._client or MlflowClient(self._uri)
@@ -158,6 +164,8 @@ def tracked_run(client: MlflowClient, uri: str, run: Path, lines: list[dict[str,
     # MLflow refuses another value for a parameter: those of the first start stay, later ones are in its tag.
     params = [Param(key, str(value)[:6000]) for key, value in start["params"].items() if key not in there.params]
     tags = dict(start["tags"])
+    if parent := start.get("parent_key") and run_of_key(client, start["parent_key"], [experiment]):
+        tags["mlflow.parentRunId"] = parent
     if starts := [line for line in lines if line["kind"] == "start"][1:]:
         tags["resumed"] = json.dumps([{"time": s["time"], "workers": s["workers"]} for s in starts])[:5000]
     changed = [RunTag(key, value) for key, value in tags.items() if there.tags.get(key) != value]
@@ -247,7 +255,15 @@ def unsynced(folder: Path) -> list[Path]:
 
 
 def points(line: Mapping[str, Any]) -> list[Metric]:
-    """The metrics of one journal line: every number of a step or an epoch, at its optimizer step."""
+    """The metrics of one journal line: every number of a step or an epoch, at its optimizer step.
+
+    Of a sweep's journal: what each trial ended with, at the trial's number.
+    """
+    if line["kind"] == "ended":
+        found = {key: line[key] for key in TRIAL_POINTS if line[key] is not None}
+        return [
+            Metric(f"trial/{key}", value, int(line["ended_at"] * 1000), line["index"]) for key, value in found.items()
+        ]
     if line["kind"] not in ("step", "epoch"):
         return []
     prefix = "train" if line["kind"] == "step" else "epoch"

@@ -1,4 +1,4 @@
-"""`ray-app sync`: the tracking server gets what runs' journals hold and it does not."""
+"""`ray-app sync`: the tracking server gets what journals of runs and of sweeps hold and it does not."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from ray_app.config import SyncConfig, TrackingFlags
 from ray_app.errors import ConfigError
 from ray_app.jobs.registry import registry_errors
 from ray_app.jobs.run_folder import RunFolder
+from ray_app.jobs.sweep_folder import SWEEP, SweepFolder
 from ray_app.jobs.tracking import sync_run, tracking_uri
 
 
@@ -18,10 +19,12 @@ def run_sync(cfg: SyncConfig) -> dict[str, Any]:
         raise ConfigError("sync needs run folders: ray-app sync RUN…")
     results = []
     for folder in cfg.runs:
-        run = RunFolder(folder.absolute())
-        flags = TrackingFlags(tracking_uri=cfg.tracking_uri or run.about()["config"]["tracking_uri"])
+        path = folder.absolute()
+        sweep = SweepFolder(path) if (path / SWEEP).is_file() else None
+        uri = cfg.tracking_uri or (sweep.about() if sweep else RunFolder(path).about()["config"])["tracking_uri"]
+        flags = TrackingFlags(tracking_uri=uri)
         with registry_errors(flags):
-            results.append(sync_run(run.path, tracking_uri(flags)))
+            results += [sync_run(run, tracking_uri(flags)) for run in (path, *(sweep.runs() if sweep else ()))]
     totals = ("points_journal", "points_server", "points_sent", "missing", "surplus")
     return {**{name: sum(result[name] for result in results) for name in totals}, "runs": results}
 

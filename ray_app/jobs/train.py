@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from ray.exceptions import RayActorError
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
@@ -21,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_app.config import TrainConfig, flat
-from ray_app.core.adapter import STRATEGIES, num_parameters
+from ray_app.core.adapter import STRATEGIES
+from ray_app.core.start import check_rank
 from ray_app.errors import ConfigError, ResourceError, RunStopped, StoreError, TrainingError
 from ray_app.jobs.cluster import ClusterInfo, cluster, require
 from ray_app.jobs.journal import Journal, entries, since_start
@@ -29,14 +29,16 @@ from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.progress import TrainingProgress
 from ray_app.jobs.run_folder import KEPT_PLACES, RunFolder
 from ray_app.jobs.shards import pairs_dataset
+from ray_app.jobs.start import PairsThroughRay, make_start, needs
 from ray_app.jobs.tracking import Tracker, shown, tracking_uri
-from ray_app.jobs.train_loop import train_loop_per_worker
-from ray_app.jobs.train_state import adapter_config
+from ray_app.jobs.train_state import parameters, training_split
+from ray_app.jobs.train_worker import train_loop_per_worker
 from ray_app.store.checkpoint import verify_folder
 from ray_app.store.durable import sha256_file
 from ray_app.store.pair_store import PairStore
+from ray_app.store.place import absolute
 from ray_app.store.provenance import provenance
-from ray_app.store.split import Split, split_pairs
+from ray_app.store.split import Split
 from ray_app.store.split import test_fingerprint as fingerprint_of
 
 WEIGHTS_AND_MOMENTS_BYTES = 16
@@ -66,12 +68,17 @@ class Plan:
         return max(1, int(self.cpus_per_worker))
 
 
-def run_train(cfg: TrainConfig) -> dict[str, Any]:
-    """Trains an adapter, or goes on with a run; returns the --json object.
+def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]:
+    """Trains an adapter, or goes on with a run; returns the --json object. `parent_key`: of the sweep it belongs to.
 
     RunStopped: SIGTERM came, the run is saved and can go on. ConfigError: a setting that may not change on the way.
     """
-    cfg = cfg.model_copy(update={"store": cfg.store.absolute(), "out": cfg.out.absolute()})
+    places = {
+        "store": absolute(cfg.store),
+        **{name: path.absolute() for name in ("out", "start") if (path := getattr(cfg, name))},
+    }
+    solved = {"num_epochs": 1} if STRATEGIES[cfg.strategy].NEEDS == "pairs" else {}
+    cfg = cfg.model_copy(update=places | solved)
     tracking_uri(cfg)  # a mistake in it is told before anything is read or written
     store = PairStore.open(cfg.store, cfg.durations)
     run = RunFolder(cfg.out)
@@ -79,8 +86,8 @@ def run_train(cfg: TrainConfig) -> dict[str, Any]:
         refuse_changes(cfg, store, run.about())
         if (last := entries(run.path)[-1:]) and last[0].get("status") == "FINISHED":
             print(f"{run.path} is finished; nothing is left to train", file=sys.stderr)
-    split = split_pairs(store.index, cfg.split_config)
-    for part in ("train", "val"):
+    split = training_split(cfg, store)
+    for part in ("train", "val") if cfg.fit_on == "train" else ("train",):
         if not len(getattr(split, part)):
             raise StoreError(
                 f"{cfg.store} has too few pairs: its {part} part is empty; prepare more, or change the shares"
@@ -89,7 +96,7 @@ def run_train(cfg: TrainConfig) -> dict[str, Any]:
         plan = make_plan(cfg, store, split, info)
         if not cfg.resume:
             about = {"name": run_name(cfg, store), "key": uuid.uuid4().hex, "store_fingerprint": store.fingerprint}
-            run.claim({**about, "config": kept_settings(cfg)})
+            run.claim({**about, "parent_key": parent_key, "config": kept_settings(cfg)})
         with run.driven():
             return train(cfg, store, split, plan, run)
 
@@ -123,29 +130,29 @@ def refuse_changes(cfg: TrainConfig, store: PairStore, about: dict[str, Any]) ->
 
 def make_plan(cfg: TrainConfig, store: PairStore, split: Split, info: ClusterInfo) -> Plan:
     """ResourceError where the cluster or the disk is too small: nothing has been started or written then."""
-    with torch.device("meta"):
-        config = adapter_config(cfg, store)
-        parameters = num_parameters(STRATEGIES[config.strategy](config))
+    if needs(cfg) == "subspaces":
+        check_rank(cfg.rank, len(split.train))
+    num = parameters(cfg, store)
     pair_bytes = store.feature("event").num_bytes + store.feature("target").num_bytes
     shard_bytes = -(-len(split.train) // cfg.num_workers) * pair_bytes
     held = shard_bytes <= cfg.shard_memory_gib * 2**30
     data_cpus = 0.0 if held else 1.0
     share = 1.0 if cfg.use_gpu else info.share(cfg.num_workers, data_cpus)
-    plan = Plan(parameters, shard_bytes, held, cfg.cpus_per_worker or share)
+    plan = Plan(num, shard_bytes, held, cfg.cpus_per_worker or share)
     require(
         info,
         num_workers=cfg.num_workers,
         cpus_per_worker=plan.cpus_per_worker,
         use_gpu=cfg.use_gpu,
         data_cpus=data_cpus,
-        memory_bytes=cfg.num_workers * (parameters * WEIGHTS_AND_MOMENTS_BYTES + held * shard_bytes),
+        memory_bytes=cfg.num_workers * (num * WEIGHTS_AND_MOMENTS_BYTES + held * shard_bytes),
     )
     # Weights: the newest places, the best at each, the next while it is written. State: two moments at each place.
-    needed = parameters * 4 * ((2 * KEPT_PLACES + 1) + 2 * (KEPT_PLACES + 1))
+    needed = num * 4 * ((2 * KEPT_PLACES + 1) + 2 * (KEPT_PLACES + 1))
     existing = next(folder for folder in (cfg.out, *cfg.out.parents) if folder.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
         raise ResourceError(
-            f"checkpoints of {parameters:,} parameters need {needed / 2**30:.1f} GiB in {existing}, "
+            f"checkpoints of {num:,} parameters need {needed / 2**30:.1f} GiB in {existing}, "
             f"{free / 2**30:.1f} GiB are free; free some, or choose another --out"
         )
     return plan
@@ -174,6 +181,7 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, run: Run
             "start",
             name=origin["name"],
             key=origin["key"],
+            parent_key=origin.get("parent_key"),
             experiment=cfg.experiment,
             params={**kept_settings(cfg), "parameters": plan.parameters},
             tags=tags,
@@ -232,9 +240,12 @@ def deaths_told(run: RunFolder) -> Iterator[None]:
 
 def fit(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: str, about: dict[str, Any]) -> None:
     """Ray Data reads once, Ray Train trains. TrainingError when a loss is not finite."""
-    train_pairs, val_pairs = (pairs_dataset(store, rows) for rows in (split.train, split.val))
+    train_pairs = pairs_dataset(store, split.train)
     # Read before the workers claim their CPUs: a data set in memory needs none, and cannot starve.
-    datasets = {"train": train_pairs.materialize() if plan.held else train_pairs, "val": val_pairs.materialize()}
+    datasets = {"train": train_pairs.materialize() if plan.held else train_pairs}
+    if len(split.val):
+        datasets["val"] = pairs_dataset(store, split.val).materialize()
+    make_start(cfg, store, split, PairsThroughRay(store, split, datasets))
     if not plan.held and (dropped := len(split.train) % cfg.num_workers):
         print(f"streaming to {cfg.num_workers} workers leaves out {dropped} pairs of each epoch", file=sys.stderr)
     TorchTrainer(
@@ -244,6 +255,7 @@ def fit(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: str,
             "held": plan.held,
             "threads": plan.threads,
             "provenance": about,
+            "placed": None,
         },
         scaling_config=ScalingConfig(
             num_workers=cfg.num_workers,
@@ -321,12 +333,14 @@ def render_train(result: dict[str, Any], console: Console) -> None:
     early = ", stopped early" if result["stopped_early"] else ""
     table = Table(show_header=False, box=None)
     table.add_row("checkpoint", result["checkpoint"])
-    table.add_row("epochs", f"{result['epochs']}{early}; best on validation: {result['best_epoch']}")
-    table.add_row(
-        "validation",
-        f"cos_sim {val['cos_sim_mean']:.4f}, accepted at 0.80 {val['cosine_accept_rate']['0.80']:.1%} "
-        f"of {val['pairs']} pairs",
-    )
+    best = f"best on validation: {result['best_epoch']}" if val else "the last one counts"
+    table.add_row("epochs", f"{result['epochs']}{early}; {best}")
+    if val:
+        table.add_row(
+            "validation",
+            f"cos_sim {val['cos_sim_mean']:.4f}, accepted at 0.80 {val['cosine_accept_rate']['0.80']:.1%} "
+            f"of {val['pairs']} pairs",
+        )
     table.add_row(
         "speed",
         f"{result['pairs_per_second']:.1f} pairs/s on {result['workers']} workers, {result['seconds']:.0f} s in all",
@@ -334,9 +348,9 @@ def render_train(result: dict[str, Any], console: Console) -> None:
     table.add_row("split", result["split"]["label"])
     table.add_row("MLflow run", result["mlflow_run_id"] or "none: the tracking server was away")
     console.print(table)
+    told = "These are validation numbers, without controls" if val else "Nothing validated"
     console.print(
-        "These are validation numbers, without controls. The answer is given by\n"
-        f"  ray-app evaluate --store STORE --checkpoint {result['run']} --out REPORT",
+        f"{told}. The answer is given by\n  ray-app evaluate --store STORE --checkpoint {result['run']} --out REPORT",
         highlight=False,
         soft_wrap=True,
     )

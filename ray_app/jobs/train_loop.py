@@ -1,84 +1,107 @@
-"""What each Ray Train worker does: one page, top to bottom; going on from a checkpoint is the normal path.
+"""The one training loop: one page, top to bottom; going on from a checkpoint is the normal path.
+
+It knows neither Ray Train nor Ray Tune: who the worker is, its pairs, its journal and whom it reports to are
+passed in.
 
 Shapes: B = pairs at hand, E, D = widths of the event and the target feature.
 """
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import ray.train
 import torch
 import torch.distributed as dist
-from ray.train.torch import get_device
 from torch.nn.parallel import DistributedDataParallel
 
 from ray_app.config import TrainConfig
+from ray_app.core.evaluation import Controls
 from ray_app.core.losses import AlignmentObjective
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.core.noise import BatchNoise
 from ray_app.core.step import decode, training_step
 from ray_app.errors import TrainingError
+from ray_app.jobs.held import Held
 from ray_app.jobs.journal import Journal, since_start
 from ray_app.jobs.lanes import Batch, Lanes
 from ray_app.jobs.run_folder import RunFolder
-from ray_app.jobs.shards import Held, hold, stream
 from ray_app.jobs.train_state import Keeper, TrainState, agreed_place, resume_or_init
 from ray_app.store.pair_store import PairStore
-from ray_app.store.split import split_pairs
 
 LONGEST_BACK_OFF_S = 30.0
 """Before another attempt."""
 
+Batches = Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]
+Report = Callable[[TrainState, dict[str, Any]], None]
+"""Hears of each epoch: the state after it, and what validation gave (nothing where nothing validates)."""
 
-def train_loop_per_worker(config: dict[str, Any]) -> None:
-    """One worker's run. `config`: `train` (a TrainConfig), `held`, `threads`, `provenance`."""
-    cfg = TrainConfig.model_validate(config["train"])
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(config["threads"])
-    run, store = RunFolder(cfg.out), PairStore.open(cfg.store, cfg.durations)
-    split = split_pairs(store.index, cfg.split_config)
-    worker = Worker(cfg, store, rank, world, get_device())
-    with Journal(run.path) if rank == 0 else nullcontext() as journal:
-        if journal:
-            back_off(run)
-            journal.write("attempt", time=time.time())
-        state = resume_or_init(cfg, store, agreed_place(run, rank, world, worker.device), worker.device)
-        keeper = Keeper(run, store, journal, config["provenance"]) if journal else None
-        model = parallel(state.objective, cfg, worker)
-        lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
-        shard = ray.train.get_dataset_shard("train")
-        held = hold(shard, store, split.train, lanes.held(rank, world)) if config["held"] else None
-        mine = np.arange(rank, len(split.val), world)
-        validation = hold(ray.train.get_dataset_shard("val"), store, split.val, mine)
-        if keeper:
-            keeper.begin(state, world)
 
-        while state.epoch < cfg.num_epochs and state.waited < cfg.early_stop_patience:
-            batches = (
-                held_batches(held, lanes, state, worker)
-                if held
-                else stream(shard, store, cfg.seed, state.epoch, rank, world, cfg.batch_size)
-            )
-            try:
-                if not train_epoch(model, state, batches, worker, keeper, resumable=held is not None):
-                    return
-                train = state.sums.means()
-                val = validate(state.objective, validation, worker, f"epoch {state.epoch + 1}, step {state.step}")
-            except TrainingError as error:  # the same on every worker, and again after a restart: so no retry
-                if journal:
-                    journal.write("failure", error=str(error), time=time.time())
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """What a worker trains on, and judges by."""
+
+    rest_of_epoch: Callable[[TrainState], Batches]
+    """The batches of an epoch that are still to come."""
+    resumable: bool
+    """An epoch's order can be picked up in the middle."""
+    validation: Held | None
+    """This worker's validation pairs; None where all pairs train."""
+    beside: "Beside | None" = None
+    """Where lift is wanted at every epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What the adapter is compared with at every epoch."""
+
+    controls: Controls
+    """Of all validation pairs."""
+    everyone: Held
+    """All validation pairs: `shuffled` takes the target of another one, which may be another worker's."""
+
+
+def train_epochs(
+    worker: "Worker", pairs: Pairs, journal: Journal | None, provenance: dict[str, Any], report: Report
+) -> None:
+    """A worker's part of a run, from wherever it stands. `journal` is open on the first worker, None on the others.
+
+    It returns at the run's end, when asked to stop, and after a failure that it has told of: one that is the same on
+    every worker, and again after a restart.
+    """
+    cfg, run = worker.cfg, RunFolder(worker.cfg.out)
+    place = agreed_place(run, worker.rank, worker.world, worker.device)
+    state = resume_or_init(cfg, worker.store, place, worker.device)
+    keeper = Keeper(run, worker.store, journal, provenance) if journal else None
+    model = parallel(state.objective, cfg, worker)
+    if keeper:
+        keeper.begin(state, worker.world)
+
+    while not ended(state, cfg):
+        try:
+            batches = pairs.rest_of_epoch(state)
+            if not train_epoch(model, state, batches, worker, keeper, resumable=pairs.resumable):
                 return
-            state.end_epoch(val["loss"])
-            if keeper:
-                keeper.end_of_epoch(state, train, val)
-            ray.train.report({"epoch": state.epoch, "val_loss": val["loss"]})
+            train, val = state.sums.means(), {}
+            if pairs.validation:
+                where = f"epoch {state.epoch + 1}, step {state.step}"
+                val = validate(state.objective, pairs.validation, worker, where, pairs.beside)
+        except TrainingError as error:
+            if journal:
+                journal.write("failure", error=str(error), time=time.time())
+            return
+        state.end_epoch(val.get("loss", train["loss"]), validated=bool(val))
+        if keeper:
+            keeper.end_of_epoch(state, train, val)
+        report(state, val)
+
+
+def ended(state: TrainState, cfg: TrainConfig) -> bool:
+    """All epochs are done, or the last few were no better than an earlier one."""
+    return state.epoch >= cfg.num_epochs or state.waited >= cfg.early_stop_patience
 
 
 def back_off(run: RunFolder) -> None:
@@ -103,7 +126,9 @@ class Worker:
     """Where it computes."""
 
     def decoded(self, event_BE: torch.Tensor, target_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stored features as float32 on the device."""
+        """Stored features as float32 on the device; coordinates are so already."""
+        if self.cfg.space == "compressed":
+            return event_BE.to(self.device), target_BD.to(self.device)
         event, target = self.store.feature("event"), self.store.feature("target")
         return decode(event_BE, event.scale, self.device), decode(target_BD, target.scale, self.device)
 
@@ -119,10 +144,12 @@ class Worker:
 def parallel(objective: AlignmentObjective, cfg: TrainConfig, worker: Worker) -> torch.nn.Module:
     """The objective, its gradients averaged over workers where there are several."""
     objective.train()
-    if worker.world == 1:
+    if worker.world == 1 or not any(parameter.requires_grad for parameter in objective.parameters()):
         return objective
     devices = [worker.device] if worker.device.type == "cuda" else None
-    model = DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(
+        objective, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
     if cfg.bf16_gradients:
         model.register_comm_hook(None, bf16_all_reduce)
     return model
@@ -133,9 +160,6 @@ def bf16_all_reduce(_: None, bucket: dist.GradBucket) -> torch.futures.Future[to
     gradient = bucket.buffer()
     narrow = (gradient / dist.get_world_size()).to(torch.bfloat16)
     return dist.all_reduce(narrow, async_op=True).get_future().then(lambda done: gradient.copy_(done.value()[0]))
-
-
-Batches = Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]
 
 
 def held_batches(held: Held, lanes: Lanes, state: TrainState, worker: Worker) -> Batches:
@@ -194,26 +218,41 @@ def train_epoch(
 
 
 @torch.no_grad()
-def validate(objective: AlignmentObjective, mine: Held, worker: Worker, where: str) -> dict[str, Any]:
+def validate(
+    objective: AlignmentObjective, mine: Held, worker: Worker, where: str, beside: Beside | None = None
+) -> dict[str, Any]:
     """Loss and alignment metrics over the whole validation part; every pair counts once on some worker.
 
+    With `beside` also `controls`, the cosine_accept_rate at θ of each, and `lift` over the best of them.
     TrainingError, on every worker alike, if the loss is not finite; `where` names the place in that message.
     """
     objective.eval()
-    cos, loss_sum = [], 0.0
+    cos, shuffled, loss_sum = [], [], 0.0
     for positions in np.array_split(mine.positions, -(-len(mine.positions) // worker.cfg.batch_size) or 1):
-        losses = objective(*worker.decoded(*mine.take(positions)))
+        event_BE, target_BD = worker.decoded(*mine.take(positions))
+        aligned_BD = objective.align(event_BE)
+        losses = objective.losses(aligned_BD, target_BD)
         cos.append(losses["cos_sim"])
         loss_sum += float(losses["loss"].sum())
+        if beside:
+            _, other_BD = worker.decoded(*beside.everyone.take(beside.controls.others[positions]))
+            shuffled.append(objective.cosine(aligned_BD, other_BD))
     (loss_sum,) = worker.summed([loss_sum])
     if not math.isfinite(loss_sum):
         raise TrainingError(
             f"The validation loss is not finite ({loss_sum}) at {where}; try a smaller --learning-rate."
         )
-    counts = AlignmentCounts.of(torch.cat(cos))
+    counts = counted(worker, cos)
+    lift = beside.controls.lift(counts, counted(worker, shuffled)) if beside else {}
+    return {"loss": loss_sum / counts.pairs, **counts.means(), **lift}
+
+
+def counted(worker: Worker, cosines: list[torch.Tensor]) -> AlignmentCounts:
+    """Counts over all workers."""
+    counts = AlignmentCounts.of(torch.cat(cosines))
     if worker.world > 1:
         sums, maxima = (vector.to(worker.device) for vector in counts.pack())
         dist.all_reduce(sums)
         dist.all_reduce(maxima, dist.ReduceOp.MAX)
         counts = AlignmentCounts.unpack(sums, maxima)
-    return {"loss": loss_sum / counts.pairs, **counts.means()}
+    return counts

@@ -12,13 +12,17 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ray_app.config import TrainConfig
-from ray_app.core.adapter import AdapterConfig, build_adapter
-from ray_app.core.losses import AlignmentObjective, LossWeights
-from ray_app.core.step import StepResult, make_optimizer
+from ray_app.core.adapter import STRATEGIES, Adapter, AdapterConfig, build_adapter, num_parameters
+from ray_app.core.augment import Augmentation
+from ray_app.core.layers import Start
+from ray_app.core.losses import AlignmentObjective, CompressedObjective, LossWeights
+from ray_app.core.step import CosineByEpoch, StepResult, make_optimizer
 from ray_app.jobs.journal import Journal
 from ray_app.jobs.run_folder import RunFolder, place
+from ray_app.jobs.start import load_start, needs
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
 from ray_app.store.pair_store import PairStore
+from ray_app.store.split import Split, split_pairs
 
 
 @dataclass(slots=True)
@@ -57,8 +61,8 @@ class TrainState:
     """Adapter and losses."""
     optimizer: AdamW
     """With its moments."""
-    scheduler: ReduceLROnPlateau
-    """Halves the learning rate."""
+    scheduler: ReduceLROnPlateau | CosineByEpoch
+    """Lowers the learning rate."""
     epoch: int = 0
     """Finished epochs."""
     step: int = 0
@@ -83,14 +87,18 @@ class TrainState:
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def end_epoch(self, val_loss: float) -> None:
-        """Takes note of an epoch's validation loss; the next begins."""
+    def end_epoch(self, loss: float, *, validated: bool = True) -> None:
+        """Takes note of an epoch's validation loss; the next begins.
+
+        Where nothing validates it is the training loss: it steers the learning rate alone, and the newest epoch is
+        the best there is.
+        """
         self.epoch += 1
         self.sums = EpochSums()
         self.waited += 1
-        if val_loss < self.best_loss:
-            self.best_loss, self.best_epoch, self.waited = val_loss, self.epoch, 0
-        self.scheduler.step(val_loss)
+        if loss < self.best_loss or not validated:
+            self.best_loss, self.best_epoch, self.waited = loss, self.epoch, 0
+        self.scheduler.step(loss)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Optimizer moments by parameter, and what is trained beside the adapter."""
@@ -110,7 +118,7 @@ class TrainState:
             "counters": {name: getattr(self, name) for name in self.counters},
             "sums": asdict(self.sums),
             "learning_rate": self.learning_rate,
-            "scheduler": {key: schedule[key] for key in ("best", "num_bad_epochs", "last_epoch")},
+            "scheduler": {key: schedule[key] for key in ("best", "num_bad_epochs", "last_epoch") if key in schedule},
         }
 
     def load(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
@@ -131,27 +139,81 @@ class TrainState:
         self.sums = EpochSums(**meta["sums"])
 
 
+def training_split(cfg: TrainConfig, store: PairStore) -> Split:
+    """The split of a run: its validation part is empty where that trains too."""
+    split = split_pairs(store.index, cfg.split_config)
+    return split.without_validation() if cfg.fit_on == "train+val" else split
+
+
 def adapter_config(cfg: TrainConfig, store: PairStore) -> AdapterConfig:
     """The adapter that fits a store."""
-    widths = store.feature("event").width, store.feature("target").width
-    return AdapterConfig(cfg.strategy, *widths, cfg.hidden_dim, cfg.dropout)
+    event, target = store.feature("event"), store.feature("target")
+    strategy = STRATEGIES[cfg.strategy]
+    return AdapterConfig(
+        cfg.strategy,
+        event.width,
+        target.width,
+        cfg.hidden_dim or strategy.HIDDEN_DIM,
+        cfg.dropout,
+        event_shape=event.shape,
+        target_shape=target.shape,
+        depth=cfg.depth or strategy.DEPTH,
+        patch=cfg.patch,
+        rank=len(training_split(cfg, store).train) if strategy.NEEDS == "pairs" else cfg.rank,
+    )
+
+
+def make_objective(cfg: TrainConfig, store: PairStore, adapter: Adapter, start: Start) -> AlignmentObjective:
+    """The adapter with the losses and the augmentation of a run."""
+    weights = LossWeights(
+        mse=cfg.mse_weight,
+        cosine=cfg.cosine_weight,
+        contrastive=cfg.contrastive_weight,
+        mse_space=cfg.mse_space,
+        accept=cfg.accept_weight,
+        accept_thetas=cfg.accept_thetas,
+        accept_temperature=cfg.accept_temperature,
+        centred=cfg.centred_weight,
+    )
+    kind = CompressedObjective if cfg.space == "compressed" else AlignmentObjective
+    changes = {name: getattr(cfg, name) for name in ("flip", "shift", "event_dropout", "event_noise")}
+    augmentation = None
+    if any(changes.values()):
+        augmentation = Augmentation(store.feature("event").shape, store.feature("target").shape, **changes)
+    return kind(adapter, weights, augmentation, start["target_mean"] if cfg.centred_weight else None)
+
+
+def parameters(cfg: TrainConfig, store: PairStore) -> int:
+    """Trained numbers of a run's adapter."""
+    with torch.device("meta"):
+        config = adapter_config(cfg, store)
+        return num_parameters(STRATEGIES[config.strategy](config))
 
 
 def resume_or_init(cfg: TrainConfig, store: PairStore, name: str | None, device: torch.device) -> TrainState:
     """The state of a place in this run, or the run's beginning. CheckpointError names a file that does not hold."""
     run = RunFolder(cfg.out)
+    wanted = needs(cfg) != "nothing" and (name is None or cfg.centred_weight > 0)
+    start = load_start(cfg, store) if wanted else {}
     if name is None:
         adapter = build_adapter(adapter_config(cfg, store), cfg.seed)
+        if start:
+            adapter.begin(start, spectral=cfg.init == "spectral")
     else:
         adapter = load_checkpoint(run.checkpoint(name)).adapter
-    weights = LossWeights(cfg.mse_weight, cfg.cosine_weight, cfg.contrastive_weight, cfg.mse_space)
-    objective = AlignmentObjective(adapter, weights).to(device)
+    objective = make_objective(cfg, store, adapter, start).to(device)
     optimizer = make_optimizer(objective, cfg.learning_rate, cfg.weight_decay)
-    scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.plateau_patience)
-    state = TrainState(objective, optimizer, scheduler)
+    state = TrainState(objective, optimizer, make_schedule(cfg, optimizer))
     if name is not None:
         state.load(*load_training_state(run.state(name)))
     return state
+
+
+def make_schedule(cfg: TrainConfig, optimizer: AdamW) -> ReduceLROnPlateau | CosineByEpoch:
+    """How the learning rate falls."""
+    if cfg.schedule == "cosine":
+        return CosineByEpoch(optimizer, cfg.learning_rate, cfg.num_epochs)
+    return ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.plateau_patience)
 
 
 def agreed_place(run: RunFolder, rank: int, world: int, device: torch.device) -> str | None:
@@ -184,7 +246,7 @@ class Keeper:
             return
         self.journal.write("resume", epoch=state.epoch, global_step=state.step, workers=workers, time=time.time())
         self.run.settle(state.place, state.best_epoch)
-        if state.epoch and not state.sums.batches:
+        if state.best_epoch and not state.sums.batches:  # none: the place is another run's, which has told of it
             metrics = json.loads((self.run.checkpoint(state.place) / "metrics.json").read_text())
             self._tell_epoch(state, metrics, 0.0)
 

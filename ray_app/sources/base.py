@@ -3,12 +3,17 @@
 Shapes: H, W = pixels as recorded or rendered (no common size), C = 3 colours.
 """
 
-from collections.abc import Iterator
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ray_app.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,14 @@ class RawPair:
     """The window's events, drawn."""
     target_HWC: NDArray[np.uint8]
     """The camera's frame for the window."""
+    num_events: int | None = None
+    """Events of the window, drawn or not; None where not known, as below."""
+    num_drawn: int | None = None
+    """Events that were drawn into the event image."""
+    num_positive: int | None = None
+    """Those of them that are positive."""
+    target_t_us: int | None = None
+    """When the target's frame was taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +91,25 @@ class Source(Protocol):
     def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
         """The task's pairs, in order of time. One bad pair is yielded as Rejected, and the rest follow."""
         ...
+
+
+def named_sequences(files: Iterable[Path]) -> list[tuple[str, Path]]:
+    """(sequence, path) of each recording that is a sequence of its own; equal names are numbered."""
+    named: list[tuple[str, Path]] = []
+    for path in files:
+        stem = re.sub(r"[^A-Za-z0-9_-]", "_", path.name if path.is_dir() else path.stem) or "recording"
+        taken = {name for name, _ in named}
+        name, number = stem, 2
+        while name in taken:
+            name, number = f"{stem}-{number}", number + 1
+        named.append((name, path))
+    return named
+
+
+def file_identity(path: Path) -> dict[str, Any]:
+    """What tells one file from another in a manifest. InputError: it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error

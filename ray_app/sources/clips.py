@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ray_app.errors import InputError
 from ray_app.events.windows import Window, format_duration, windows_between
-from ray_app.sources.base import Rejected
-from ray_app.sources.video import Frame, frame_times, frames, named
+from ray_app.sources.base import Rejected, named_sequences
+from ray_app.sources.video import Frame, frame_times, frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def clip_windows(
 ) -> list[ClipWindow]:
     """Every window of every video, in order of time. InputError: a video that is shorter than a window."""
     found: list[ClipWindow] = []
-    for sequence, path in named(files):
+    for sequence, path in named_sequences(files):
         times_us = np.asarray(frame_times(path, fps))
         gap_us = int(np.median(np.diff(times_us))) if len(times_us) > 1 else 0
         windows = windows_between(int(times_us[0]), int(times_us[-1]) + gap_us, duration_us, step_us)

@@ -22,18 +22,22 @@ from ray_app.events.recording import Events
 
 WIDTH, HEIGHT = 640, 480
 """Columns and rows of the event camera."""
-EVENTS_AT_A_TIME = 2**20
-"""Largest part of a slice in memory: some 60 MB while it is checked and drawn."""
+EVENTS_AT_A_TIME = 2**18
+"""Largest part of a slice in memory: some 6 MB while it is checked and drawn."""
+CHUNK_CACHE_BYTES = 4 * 2**20
+"""For each column: the chunk that one part ends in is not decompressed again for the next."""
 COLUMNS = ("x", "y", "t", "p")
 
 
 class DsecEvents:
     """An open events.h5. InputError, with the file's name, for whatever is wrong with it."""
 
+    width, height = WIDTH, HEIGHT
+
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = h5py.File(path, "r", locking="best-effort")
+            self._file = h5py.File(path, "r", locking="best-effort", rdcc_nbytes=CHUNK_CACHE_BYTES)
         except OSError as error:
             raise InputError(f"{path} is truncated, damaged or no HDF5 file: {error}") from error
         try:
@@ -82,8 +86,9 @@ class DsecEvents:
         """Events [first, stop), checked, in parts that are small enough whatever the slice's length."""
         for a in range(first, stop, EVENTS_AT_A_TIME):
             b = min(a + EVENTS_AT_A_TIME, stop)
-            x, y, p = (self._read(name, a, b) for name in ("x", "y", "p"))
-            t_us = self._times(a, b) + self.t_offset_us
+            x, y, p, t = (self._read(name, a, b) for name in ("x", "y", "p", "t"))
+            t_us = t.astype(np.int64)
+            t_us += self.t_offset_us
             yield Events.checked(x, y, t_us, p, WIDTH, HEIGHT, f"{self.path}, counted from event {a}")
 
     def silence(self, t_start_us: int, t_end_us: int, longest_us: int) -> tuple[int, int] | None:

@@ -44,7 +44,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_npy(path: Path) -> dict[str, Any]:
-    """The dictionary that an `.npy` recording holds. InputError: empty, truncated, no dictionary, forbidden names."""
+    """The dictionary that an `.npy` recording holds. InputError: unreadable, too large, or as `parse_npy` says."""
     try:
         size = path.stat().st_size
         if size > LARGEST_BYTES:
@@ -52,24 +52,29 @@ def read_npy(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    return parse_npy(data, str(path))
+
+
+def parse_npy(data: bytes, where: str) -> dict[str, Any]:
+    """The dictionary in an `.npy` file's bytes. InputError: empty, truncated, no dictionary, forbidden names."""
     if not data:
-        raise InputError(f"{path} is empty (0 bytes)")
+        raise InputError(f"{where} is empty (0 bytes)")
     stream = io.BytesIO(data)
     try:
         version = npy_format.read_magic(stream)
         read_header = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
         shape, _, dtype = read_header(stream)
     except ValueError as error:
-        raise InputError(f"{path} is no .npy file: {error}") from error
+        raise InputError(f"{where} is no .npy file: {error}") from error
     if dtype != np.dtype(object) or shape != ():
         raise InputError(
-            f"{path} holds an array of type {dtype} and shape {shape}; a recording is a dictionary of the columns "
+            f"{where} holds an array of type {dtype} and shape {shape}; a recording is a dictionary of the columns "
             "x, y, t, p, saved with numpy.save"
         )
     try:
         content = ArrayUnpickler(stream, encoding="latin1").load()
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{where}: {error}") from error
     except (
         pickle.UnpicklingError,
         EOFError,
@@ -82,11 +87,11 @@ def read_npy(path: Path) -> dict[str, Any]:
         OverflowError,
         UnicodeDecodeError,
     ) as error:
-        raise InputError(f"{path} is truncated or damaged: {error}") from error
+        raise InputError(f"{where} is truncated or damaged: {error}") from error
     if isinstance(content, np.ndarray) and content.shape == ():
         content = content.item()
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of the columns x, y, t, p")
+        raise InputError(f"{where} holds a {type(content).__name__}, not a dictionary of the columns x, y, t, p")
     return content
 
 

@@ -104,12 +104,18 @@ class ScenesSource:
         scene = self.scene(drive)
         for window in range(first, first + task.num_pairs):
             start_us = window * self.step_us
+            frame_us = start_us + self.duration_us // 2
+            events = self.events(scene, drive, window)
             yield RawPair(
                 sequence=task.spec["sequence"],
                 t_start_us=start_us,
                 t_end_us=start_us + self.duration_us,
-                event_HWC=event_image(self.events(scene, drive, window)),
-                target_HWC=scene.rgb((start_us + self.duration_us // 2) * 1e-6),
+                event_HWC=event_image(events),
+                target_HWC=scene.rgb(frame_us * 1e-6),
+                num_events=len(events) if self.event_span_us == self.duration_us else None,
+                num_drawn=len(events),
+                num_positive=int(np.count_nonzero(events.p)),
+                target_t_us=frame_us,
             )
 
     def scene(self, drive: int) -> Scene:

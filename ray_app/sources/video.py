@@ -3,9 +3,8 @@
 A video file is read by its frames' own times; a folder of frames by the numbers in their names and `fps`.
 """
 
-import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +21,7 @@ from ray_app.events.recording import Events
 from ray_app.events.render import event_image
 from ray_app.events.simulator import EventSimulator, SimulatedEvents, SimulatorConfig
 from ray_app.events.windows import format_duration
-from ray_app.sources.base import RawPair, Rejected, SourceTask
+from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, named_sequences
 from ray_app.sources.images import images_in, read_image
 
 CAMERA = SimulatorConfig(
@@ -63,7 +62,7 @@ class VideoSource:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "videos": [{"sequence": name, **identity(path)} for name, path in named(self.files)],
+            "videos": [{"sequence": name, **identity(path)} for name, path in named_sequences(self.files)],
             "events": "simulated",
             "fps": self.fps,
             "seed": self.seed,
@@ -83,7 +82,7 @@ class VideoSource:
     def tasks(self) -> list[SourceTask]:
         """One for each 48 pairs of a video. InputError: a video that cannot be opened, or is too short."""
         tasks = []
-        for number, (name, path) in enumerate(named(self.files)):
+        for number, (name, path) in enumerate(named_sequences(self.files)):
             times_us = frame_times(path, self.fps)
             half = self.duration_us // 2
             frames = [
@@ -105,7 +104,7 @@ class VideoSource:
 
     def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
         """The task's pairs in order. A frame that is missing costs the pairs whose windows touch it."""
-        name, path = named(self.files)[task.spec["video"]]
+        name, path = named_sequences(self.files)[task.spec["video"]]
         wanted = task.spec["frames"]
         times_us = frame_times(path, self.fps)
         half = self.duration_us // 2
@@ -141,7 +140,17 @@ class VideoSource:
         if flaw := footage.flaw(start, end):
             return Rejected(str(path), f"frame {i}", flaw)
         events = footage.take(start, end, self.width, self.height)
-        return RawPair(name, start, end, event_image(events), targets.pop(i))
+        return RawPair(
+            name,
+            start,
+            end,
+            event_image(events),
+            targets.pop(i),
+            num_events=len(events),
+            num_drawn=len(events),
+            num_positive=int(np.count_nonzero(events.p)),
+            target_t_us=footage.time_us(i),
+        )
 
 
 class _Footage:
@@ -179,6 +188,10 @@ class _Footage:
                 self._chunks.append(simulator.step(blend, begin_us + (t_us - begin_us) * k // substeps))
         self._grey, self.until_us = grey, t_us
 
+    def time_us(self, i: int) -> int:
+        """When a frame was taken."""
+        return self._times_us[i]
+
     def flaw(self, start_us: int, end_us: int) -> str:
         """What is wrong within a window, or nothing."""
         return next((what for a, b, what in self._flaws if a < end_us and b > start_us), "")
@@ -188,19 +201,6 @@ class _Footage:
         self._chunks = [c for c in self._chunks if c.t_us.size and c.t_us[-1] >= start_us]
         found = SimulatedEvents.joined([c for c in self._chunks if c.t_us[0] < end_us] or [SimulatedEvents.none()])
         return Events(found.x, found.y, found.t_us, found.p, width, height).between(start_us, end_us)
-
-
-def named(files: Sequence[Path]) -> list[tuple[str, Path]]:
-    """(sequence, path) of each video; equal names are numbered."""
-    found: list[tuple[str, Path]] = []
-    for path in files:
-        stem = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem if path.is_file() else path.name) or "video"
-        taken = {name for name, _ in found}
-        name, number = stem, 2
-        while name in taken:
-            name, number = f"{stem}-{number}", number + 1
-        found.append((name, path))
-    return found
 
 
 def frame_times(path: Path, fps: float | None) -> list[int]:
@@ -234,13 +234,7 @@ def frames(path: Path, first: int, stop: int) -> Iterator[tuple[int, Frame | str
 
 def identity(path: Path) -> dict[str, Any]:
     """A video's name and content, for a manifest. InputError: it cannot be read."""
-    if path.is_dir():
-        return {"file": path.name, "frames": len(images_in(path))}
-    try:
-        with path.open("rb") as file:
-            return {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    return {"file": path.name, "frames": len(images_in(path))} if path.is_dir() else file_identity(path)
 
 
 def _numbered(folder: Path) -> dict[int, Path]:

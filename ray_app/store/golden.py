@@ -13,7 +13,7 @@ from torch import Tensor
 from ray_app.core.adapter import STRATEGIES, Adapter, AdapterConfig
 from ray_app.store.manifest import FeatureSpec
 
-NUM_ROWS = 4
+NUM_ROWS = 2
 """Golden inputs in a checkpoint."""
 SEED = 20_259
 """Of the noise; any would do."""

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -12,7 +11,8 @@ from pydantic import Field, ValidationError
 
 from ray_app.config import Config
 from ray_app.errors import StoreError
-from ray_app.store.durable import sha256_bytes, write_file
+from ray_app.store.durable import sha256_bytes
+from ray_app.store.place import Place, Where, place
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
@@ -109,18 +109,22 @@ class Manifest(Config):
         bare = self.model_copy(update={"checksum": ""})
         return self.model_copy(update={"checksum": sha256_bytes(_dump(bare))})
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Place) -> None:
         """Makes the folder a store."""
-        write_file(folder / MANIFEST, _dump(self.sealed()))
+        folder.write(MANIFEST, _dump(self.sealed()))
 
     @staticmethod
-    def read(folder: Path) -> "Manifest":
+    def read(where: Where) -> "Manifest":
         """The folder's manifest. StoreError where there is none, or where a single byte of it has changed."""
-        path = folder / MANIFEST
-        if not path.is_file():
-            state = "has no manifest.json, so it is no finished pair store" if folder.is_dir() else "does not exist"
-            raise StoreError(f"{folder} {state}; `ray-app prepare` makes one (again, if it was interrupted).")
-        data = path.read_bytes()
+        folder = place(where)
+        path = folder.file(MANIFEST)
+        try:
+            data = folder.read(MANIFEST)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            state = "has no manifest.json, so it is no finished pair store" if folder.exists() else "does not exist"
+            raise StoreError(
+                f"{folder} {state}; `ray-app prepare` makes one (again, if it was interrupted)."
+            ) from None
         try:
             manifest = Manifest.model_validate_json(data)
         except ValidationError as error:

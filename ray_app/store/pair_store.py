@@ -8,7 +8,6 @@ import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ray_app.errors import StoreError
-from ray_app.store.durable import sha256_bytes, sha256_file, write_file
+from ray_app.store.durable import sha256_bytes
 from ray_app.store.manifest import (
     MANIFEST,
     QUARANTINE,
@@ -28,6 +27,7 @@ from ray_app.store.manifest import (
     PartRecord,
     content_fingerprint,
 )
+from ray_app.store.place import Place, Where, place
 
 ROW_GROUP = 32
 """Pairs that are compressed together: about 10 MB of pixels, so that a few rows are read cheaply."""
@@ -37,6 +37,8 @@ INDEX_COLUMNS = {
     "t_start_us": pa.int64(),
     "t_end_us": pa.int64(),
 }
+FACT_COLUMNS = ("num_events", "num_drawn", "num_positive", "target_t_us")
+"""What a source may know of a window: int64, null where it does not. Older stores are without these columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,14 @@ class Pair:
     """Event feature, `FeatureSpec.num_bytes` long."""
     target: bytes
     """Target feature."""
+    num_events: int | None = None
+    """Events of the window, drawn or not; None where not known, as below."""
+    num_drawn: int | None = None
+    """Events that were drawn into the event image."""
+    num_positive: int | None = None
+    """Those of them that are positive."""
+    target_t_us: int | None = None
+    """When the target's frame was taken."""
 
     @property
     def sample_id(self) -> str:
@@ -95,7 +105,7 @@ class PairIndex:
 class PairStore:
     """An opened store. Positions in `index` are what splits, readers and metrics call rows."""
 
-    folder: Path
+    folder: Place
     """Where it lies."""
     manifest: Manifest
     """What it says of itself."""
@@ -103,12 +113,12 @@ class PairStore:
     """Its pairs, of the wanted durations."""
 
     @staticmethod
-    def open(folder: Path, durations: Sequence[str] = ()) -> "PairStore":
+    def open(where: Where, durations: Sequence[str] = ()) -> "PairStore":
         """Reads manifest and index, not the features. `durations` keeps these window lengths alone.
 
         StoreError: not a store, damaged, or a duration that it does not have.
         """
-        folder = folder.absolute()  # tasks on a cluster start elsewhere
+        folder = place(where)
         manifest = Manifest.read(folder)
         verify_file(folder, manifest.quarantine)  # small, and read by people alone
         if unknown := set(durations) - set(manifest.durations):
@@ -165,7 +175,7 @@ class PairStore:
         return event_ND, target_ND
 
 
-def write_part(folder: Path, name: str, pairs: Sequence[Pair], features: Features) -> PartRecord:
+def write_part(folder: Where, name: str, pairs: Sequence[Pair], features: Features) -> PartRecord:
     """Writes one Parquet file at once or not at all; the same pairs give the same bytes.
 
     A feature of another length than `features` says raises ValueError.
@@ -175,13 +185,14 @@ def write_part(folder: Path, name: str, pairs: Sequence[Pair], features: Feature
             *(pa.field(name, kind, nullable=False) for name, kind in INDEX_COLUMNS.items()),
             pa.field("event", pa.binary(features.event.num_bytes), nullable=False),
             pa.field("target", pa.binary(features.target.num_bytes), nullable=False),
+            *(pa.field(name, pa.int64()) for name in FACT_COLUMNS),
         ]
     )
     columns = [[getattr(pair, field.name) for pair in pairs] for field in schema]
-    return write_table(folder, name, pa.table(columns, schema=schema))
+    return write_table(place(folder), name, pa.table(columns, schema=schema))
 
 
-def write_table(folder: Path, name: str, table: pa.Table) -> PartRecord:
+def write_table(folder: Place, name: str, table: pa.Table) -> PartRecord:
     """Writes a table that has the columns of a part."""
     buffer = io.BytesIO()
     pq.write_table(
@@ -195,15 +206,15 @@ def write_table(folder: Path, name: str, table: pa.Table) -> PartRecord:
         write_page_checksum=True,
     )
     data = buffer.getbuffer()
-    write_file(folder / name, data)
+    folder.write(name, data)
     return PartRecord(name=name, bytes=len(data), sha256=sha256_bytes(data), pairs=table.num_rows)
 
 
-def read_part(folder: Path, record: PartRecord) -> pa.Table:
+def read_part(folder: Place, record: PartRecord) -> pa.Table:
     """One Parquet file with all its columns. Its SHA-256 is taken of the very bytes that are decoded."""
-    path = folder / record.name
+    path = folder.file(record.name)
     try:
-        data = path.read_bytes()
+        data = folder.read(record.name)
     except FileNotFoundError:
         raise _damaged(path, "the file is missing") from None
     if sha256_bytes(data) != record.sha256:
@@ -211,22 +222,26 @@ def read_part(folder: Path, record: PartRecord) -> pa.Table:
     return _parse(path, pa.BufferReader(data), None)
 
 
-def read_index(folder: Path, record: PartRecord) -> pa.Table:
+def read_index(folder: Place, record: PartRecord) -> pa.Table:
     """The columns of one Parquet file that are not features, under page checksums alone."""
-    path = folder / record.name
-    table = _parse(path, path, list(INDEX_COLUMNS))
+    path = folder.file(record.name)
+    try:
+        table = _parse(path, folder.open(record.name), list(INDEX_COLUMNS))
+    except FileNotFoundError:
+        raise _damaged(path, "the file is missing") from None
     if table.num_rows != record.pairs:
         raise _damaged(path, f"{table.num_rows} rows instead of {record.pairs}")
     return table
 
 
-def verify_file(folder: Path, record: FileRecord) -> None:
+def verify_file(folder: Place, record: FileRecord) -> None:
     """StoreError unless the file has the bytes it was written with."""
-    path = folder / record.name
-    if not path.is_file():
-        raise _damaged(path, "the file is missing")
-    if sha256_file(path) != record.sha256:
-        raise _damaged(path, "its SHA-256 differs from the one it was written with")
+    path = folder.file(record.name)
+    try:
+        if folder.sha256(record.name) != record.sha256:
+            raise _damaged(path, "its SHA-256 differs from the one it was written with")
+    except (FileNotFoundError, IsADirectoryError):
+        raise _damaged(path, "the file is missing") from None
 
 
 def feature_matrix(column: pa.ChunkedArray, spec: FeatureSpec) -> NDArray[Any]:
@@ -240,7 +255,7 @@ def feature_matrix(column: pa.ChunkedArray, spec: FeatureSpec) -> NDArray[Any]:
 
 
 def publish(
-    folder: Path,
+    where: Where,
     parts: Iterable[PartRecord],
     *,
     features: Features,
@@ -252,10 +267,11 @@ def publish(
 
     `durations` names window lengths in microseconds; those that occur go into the manifest.
     """
+    folder = place(where)
     parts = sorted(parts, key=lambda part: part.name)
     index = pa.concat_tables([read_index(folder, part) for part in parts])
     lengths_us = np.unique(index["t_end_us"].to_numpy() - index["t_start_us"].to_numpy()).tolist()
-    write_file(folder / QUARANTINE, quarantine)
+    folder.write(QUARANTINE, quarantine)
     manifest = Manifest(
         pairs=index.num_rows,
         sequences=len(index["sequence"].unique()),
@@ -313,13 +329,13 @@ def _index(tables: list[pa.Table], durations: dict[str, int]) -> PairIndex:
     )
 
 
-def _parse(path: Path, where: Path | pa.BufferReader, columns: list[str] | None) -> pa.Table:
+def _parse(path: str, where: Any, columns: list[str] | None) -> pa.Table:
     try:
         with pq.ParquetFile(where, page_checksum_verification=True) as file:
             table = file.read(columns)
         table.validate(full=True)
     except FileNotFoundError:
-        raise _damaged(path, "the file is missing") from None
+        raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, str(error).splitlines()[0]) from error
     if {name: table.schema.field(name).type for name in INDEX_COLUMNS if name in table.column_names} != INDEX_COLUMNS:
@@ -327,5 +343,5 @@ def _parse(path: Path, where: Path | pa.BufferReader, columns: list[str] | None)
     return table
 
 
-def _damaged(path: Path, what: str) -> StoreError:
+def _damaged(path: str, what: str) -> StoreError:
     return StoreError(f"{path} is damaged: {what}. Prepare the store again, or copy the file anew.")

@@ -4,7 +4,7 @@ Shapes: N = pairs of the index. Rows are positions in its canonical order.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -33,6 +33,11 @@ class Split:
     """Share of test windows that overlap a window of the training part, validation included."""
     label: str
     """The division in words, for reports."""
+
+    def without_validation(self) -> "Split":
+        """The same test part; the validation part trains too."""
+        both = np.union1d(self.train, self.val)
+        return replace(self, train=both, val=self.val[:0], label=f"{self.label}; the validation part trains too")
 
 
 def split_pairs(index: PairIndex, config: SplitConfig) -> Split:
@@ -64,16 +69,29 @@ def test_fingerprint(index: PairIndex, rows: Rows) -> str:
 
 def overlapping_share(index: PairIndex, rows: Rows, others: Rows) -> float:
     """Share of `rows` whose window overlaps, in the same sequence, a window of `others`; 0.0 without rows."""
-    overlapping = 0
+    return float(np.mean(overlapping_row(index, rows, others) >= 0)) if len(rows) else 0.0
+
+
+def overlapping_row(index: PairIndex, rows: Rows, others: Rows) -> Rows:
+    """For each of `rows`, one of `others` whose window overlaps its own in the same sequence, or −1.
+
+    Of several, one that ends latest among those that start before its own window ends.
+    """
+    found = np.full(len(rows), -1, np.int64)
     for sequence in np.unique(index.sequence[rows]):
-        mine = rows[index.sequence[rows] == sequence]
+        mine = np.flatnonzero(index.sequence[rows] == sequence)
         theirs = others[index.sequence[others] == sequence]
+        if not len(theirs):
+            continue
         theirs = theirs[np.argsort(index.t_start_us[theirs], kind="stable")]
+        ends_us = index.t_end_us[theirs]
         # Of the windows that start before mine ends, the latest end decides.
-        latest_end = np.maximum.accumulate(np.concatenate(([np.iinfo(np.int64).min], index.t_end_us[theirs])))
-        starting_before = np.searchsorted(index.t_start_us[theirs], index.t_end_us[mine], side="left")
-        overlapping += int(np.count_nonzero(latest_end[starting_before] > index.t_start_us[mine]))
-    return overlapping / len(rows) if len(rows) else 0.0
+        latest_us = np.maximum.accumulate(ends_us)
+        latest = np.maximum.accumulate(np.where(ends_us == latest_us, np.arange(len(theirs)), 0))
+        before = np.searchsorted(index.t_start_us[theirs], index.t_end_us[rows[mine]], side="left") - 1
+        overlaps = (before >= 0) & (latest_us[before] > index.t_start_us[rows[mine]])
+        found[mine[overlaps]] = theirs[latest[before[overlaps]]]
+    return found
 
 
 def closest_subset(sizes: list[int], goal: float, leave: int) -> list[int]:

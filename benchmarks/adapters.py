@@ -1,0 +1,110 @@
+"""Every strategy and every control on the same test pairs, with several seeds: what do they reach, at which size?
+
+    .venv/bin/python benchmarks/adapters.py --store STORE --folder /tmp/adapters --name scenes
+    .venv/bin/python benchmarks/adapters.py --store VIDEO --folder /tmp/adapters --name footage
+
+Settings were chosen on validation parts; the test part is read once a run, here. What is finished is not run again,
+so that the command can be given anew. Writes benchmarks/results/adapters_NAME.json.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from provenance import RESULTS, save
+
+from ray_app.config import EvaluateConfig, TrainConfig
+from ray_app.jobs.cluster import cluster
+from ray_app.jobs.evaluate import run_evaluate
+from ray_app.jobs.quickstart import RECIPE
+from ray_app.jobs.train import run_train
+
+COMPRESSED = {"space": "compressed", "num_epochs": 60, "early_stop_patience": 60, "schedule": "cosine"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "conv": {"strategy": "conv", "num_epochs": 12, "early_stop_patience": 12, **RECIPE},
+    "lowrank": {"strategy": "lowrank", **COMPRESSED},
+    "lightweight_subspace": {"strategy": "lightweight_subspace", **COMPRESSED},
+    "ridge": {"strategy": "ridge"},
+    "lightweight": {"strategy": "lightweight", "num_epochs": 3},
+    "lightweight, spectral": {"strategy": "lightweight", "num_epochs": 3, "init": "spectral"},
+}
+"""`lightweight` is the reference's recipe: its diagram, hidden 512, batch 32, learning rate 1e-3, 3 epochs."""
+CONTROLS = ("before", "white", "mean_target", "shuffled", "previous_window")
+
+
+def measured(store: Path, folder: Path, name: str, seed: int) -> dict[str, Any]:
+    """One run of `train` and `evaluate`."""
+    run = folder / f"{name.replace(', ', '-')}-{seed}"
+    common = {"store": store, "tracking_uri": f"sqlite:///{folder}/mlflow.db"}
+    trained = run_train(TrainConfig(out=run, seed=seed, **common, **SETTINGS[name]))
+    report = run.with_name(f"{run.name}-report")
+    result = run_evaluate(EvaluateConfig(checkpoint=str(run), out=report, **common))
+    return {
+        "parameters": trained["parameters"],
+        "checkpoint_bytes": sum(file.stat().st_size for file in Path(trained["checkpoint"]).iterdir()),
+        "epochs": trained["epochs"],
+        "train_seconds": trained["seconds"],
+        "step_seconds": trained["step_seconds"],
+        "validation": {key: trained["val"][key] for key in ("loss", "cos_sim_mean")},
+        "cos_sim_mean": result["cos_sim_mean"],
+        "accept": result["cosine_accept_rate"],
+        "lift": result["lift_by_theta"],
+        "lift_interval95": result["interval95"]["lift_by_theta"],
+        "best_control": result["best_control"],
+        "centred_cos_sim": result["centered_cos_sim_mean"],
+        "retrieval": result["retrieval"],
+        "controls": {key: result["controls"][key] for key in CONTROLS if key in result["controls"]},
+        "pairs": result["pairs"],
+        "split": result["split"],
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and standard deviation over seeds."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over seeds."""
+    return {
+        "accept_0.80": spread([run["accept"]["0.80"] for run in runs]),
+        "accept_0.90": spread([run["accept"]["0.90"] for run in runs]),
+        "lift_0.80": spread([run["lift"]["0.80"] for run in runs]),
+        "lift_0.90": spread([run["lift"]["0.90"] for run in runs]),
+        "lift_0.80_lowest_bound": min(run["lift_interval95"]["0.80"][0] for run in runs),
+        "lift_0.90_lowest_bound": min(run["lift_interval95"]["0.90"][0] for run in runs),
+        "cos_sim_mean": spread([run["cos_sim_mean"] for run in runs]),
+        "centred_cos_sim": spread([run["centred_cos_sim"] for run in runs]),
+        "R@1_over_chance": spread([run["retrieval"]["R@1"] / run["retrieval"]["chance_R@1"] for run in runs]),
+        "train_seconds": spread([run["train_seconds"] for run in runs]),
+        "parameters": runs[0]["parameters"],
+        "checkpoint_bytes": runs[0]["checkpoint_bytes"],
+        "seeds": len(runs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="for the runs")
+    parser.add_argument("--name", required=True, help="of the result")
+    parser.add_argument("--strategies", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"adapters_{args.name}.json"
+    runs: dict[str, dict[str, Any]] = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    with cluster(None):
+        for seed in args.seeds:
+            for name in args.strategies:
+                if str(seed) in runs.setdefault(name, {}):
+                    continue
+                runs[name][str(seed)] = measured(args.store, args.folder, name, seed)
+                told = {key: summary(list(each.values())) for key, each in runs.items() if each}
+                save(f"adapters_{args.name}", {"settings": SETTINGS, "summary": told, "runs": runs})
+
+
+if __name__ == "__main__":
+    main()

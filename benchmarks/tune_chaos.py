@@ -1,0 +1,165 @@
+"""Kills a sweep at random moments until it ends; compares it with one that nobody disturbed.
+
+    .venv/bin/python benchmarks/tune_chaos.py --folder /tmp/tune-chaos
+
+A grid of six settings at full feature width on a small store. At each random moment one of these gets SIGKILL: a
+trial's process, the driver alone, or everything with its cluster; a driver that is gone is followed by
+`ray-app tune --resume`. Writes benchmarks/results/tune_chaos.json.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from provenance import save
+
+from ray_app.jobs.journal import entries
+from ray_app.jobs.sweep_folder import SweepFolder
+from ray_app.store.durable import sha256_file
+
+RAY_APP = Path(sys.executable).with_name("ray-app")
+KINDS = ("trial", "driver", "everything")
+SWEEP = {
+    "fixed": {"strategy": "bottleneck", "num_epochs": 8, "batch_size": 8, "early_stop_patience": 8},
+    "space": {"hidden_dim": [8, 16, 24], "learning_rate": [1.0e-3, 3.0e-3]},
+    "searcher": "grid",
+    "scheduler": "none",
+    "max_trials": 6,
+}
+LONGEST_S = 300.0
+"""For one command to move on, before it counts as hung."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="new folder for the store and the sweeps")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True)
+    folder, rng = args.folder.resolve(), random.Random(args.seed)
+    scenes = f"prepare scenes --out {folder / 'store'} --num-pairs 72 --num-sequences 6 --width 160 --height 120"
+    subprocess.run([str(RAY_APP), *scenes.split(), "--json"], check=True, stdout=subprocess.DEVNULL)
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump({"store": str(folder / "store"), "out": "-", **SWEEP}))
+    subprocess.run(words(file, folder / "clean"), check=True, stdout=subprocess.DEVNULL)
+    clean = told(folder / "clean")
+    killed, starts = disturbed(file, folder / "killed", args.kills, rng)
+    found = told(folder / "killed")
+    save(
+        "tune_chaos",
+        {
+            "sweep": SWEEP,
+            "pairs": 72,
+            "width": 150_528,
+            "kills": len(killed),
+            "kills_by_kind": Counter(killed),
+            "starts": starts,
+            "clean": clean,
+            "killed": found,
+            "same_finished_trials": set(clean["finished"]) == set(found["finished"]),
+            "same_weights_of_every_trial": clean["weights"] == found["weights"],
+            "same_winner": clean["winner"] == found["winner"],
+            "trials_run_to_the_end_twice": sum(count > 1 for count in found["ends"].values()),
+        },
+    )
+
+
+def words(file: Path, out: Path) -> list[str]:
+    """The command that begins a sweep, or goes on with it."""
+    uri = f"sqlite:///{file.parent}/mlflow.db"
+    begin = ["--resume", str(out)] if (out / "journal.jsonl").is_file() else [str(file), "--out", str(out)]
+    return [str(RAY_APP), "tune", *begin, "--no-final", "--yes", "--json", "--tracking-uri", uri]
+
+
+def told(sweep: Path) -> dict[str, Any]:
+    """What a sweep ended with."""
+    folder = SweepFolder(sweep)
+    trials = [trial for trial in folder.trials() if trial.status == "finished"]
+    runs = {trial.name: folder.run(trial.name) for trial in trials}
+    best = min(trials, key=lambda trial: trial.rank)
+    weights = {name: best for name, run in runs.items() if (best := run.best()) and best.is_dir()}
+    return {
+        "finished": sorted(runs),
+        "winner": best.name,
+        "objective": best.objective,
+        "weights": {name: sha256_file(path / "model.safetensors") for name, path in weights.items()},
+        "ends": {name: sum(line["kind"] == "end" for line in entries(run.path)) for name, run in runs.items()},
+        "attempts": {name: sum(x["kind"] == "attempt" for x in entries(run.path)) for name, run in runs.items()},
+        "objectives": {trial.name: trial.objective for trial in trials},
+    }
+
+
+def disturbed(file: Path, sweep: Path, kills: int, rng: random.Random) -> tuple[list[str], int]:
+    """The sweep, killed so many times; what was killed, and how often a driver was started."""
+    killed: list[str] = []
+    starts = 0
+    while True:
+        process = subprocess.Popen(words(file, sweep), stdout=subprocess.DEVNULL, start_new_session=True)
+        starts += 1
+        while process.poll() is None and len(killed) < kills:
+            if not wait_for_growth(process, sweep):
+                break
+            time.sleep(rng.uniform(0.0, 4.0))
+            kind = KINDS[len(killed) % len(KINDS)]
+            if process.poll() is None and kill(process, kind, rng):
+                killed.append(kind)
+                print(f"killed {kind}", file=sys.stderr, flush=True)
+        if process.wait(timeout=LONGEST_S) == 0:
+            return killed, starts
+        print("the driver is gone: going on", file=sys.stderr, flush=True)
+
+
+def size(sweep: Path) -> int:
+    """Bytes of all journals."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(path.stat().st_size for path in sweep.rglob("journal.jsonl"))
+    return 0
+
+
+def wait_for_growth(process: "subprocess.Popen[bytes]", sweep: Path) -> bool:
+    """Until something is told from now on; False when the process ends before."""
+    before, deadline = size(sweep), time.monotonic() + LONGEST_S
+    while process.poll() is None:
+        assert time.monotonic() < deadline, "nothing moves any more"
+        if size(sweep) > before:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def kill(process: "subprocess.Popen[bytes]", kind: str, rng: random.Random) -> bool:
+    """SIGKILL to processes of this kind; False where there is none at the moment."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    trials = [child for child in children if "ImplicitFunc" in title(child)]
+    if kind == "trial":
+        victims = rng.sample(trials, min(len(trials), 1))
+    else:
+        # Ray's processes end by themselves when their driver is gone, a little later.
+        victims = [psutil.Process(process.pid), *(children if kind == "everything" else [])]
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            os.kill(victim.pid, signal.SIGKILL)
+    return bool(victims)
+
+
+def title(process: psutil.Process) -> str:
+    """Ray sets it to the actor's class and method."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What a sweep needs, said before its first trial: memory by arithmetic, time from one measured training step.
+
+Shapes: B = pairs of a batch, E, D = widths of event and target.
+"""
+
+import itertools
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+import torch
+
+from ray_app.config import TrainConfig
+from ray_app.core.adapter import build_adapter
+from ray_app.core.compressed import SCALARS
+from ray_app.core.noise import BatchNoise
+from ray_app.core.step import make_optimizer, training_step
+from ray_app.errors import ConfigError, ResourceError
+from ray_app.jobs.cluster import ClusterInfo
+from ray_app.jobs.sweep_data import Placed
+from ray_app.jobs.sweep_search import drawn, grid
+from ray_app.jobs.sweep_spec import Choice, Setting, Space, SweepSpec, describe, space_of, train_config
+from ray_app.jobs.train import WEIGHTS_AND_MOMENTS_BYTES
+from ray_app.jobs.train_state import adapter_config, make_objective, parameters
+from ray_app.store.pair_store import PairStore
+
+PROCESS_BYTES = 2**30
+"""What a trial's process takes beside its model: Python, torch, Ray, the activations of a batch."""
+SAMPLES = 64
+"""Random settings that the estimate averages over."""
+STEPS = 3
+"""Steps that are timed, after one that is not."""
+SAVED_BYTES_PER_S = 3e8
+"""Assumed: a checkpoint is written, hashed and synced at this speed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a sweep will take, roughly."""
+
+    trials: int
+    """Trials that are still to come."""
+    concurrent: int
+    """At a time."""
+    hours: float
+    """If each trial goes to its end."""
+    hours_expected: float
+    """With what the scheduler stops."""
+    gpu_hours: float
+    """As `hours`, of all GPUs."""
+    measured: str
+    """What it rests on."""
+
+
+def candidates(spec: SweepSpec) -> list[Setting]:
+    """Settings that stand for the space: all of a grid, else random ones."""
+    space = space_of(spec)
+    if spec.searcher == "grid":
+        return grid(space)[: spec.max_trials]
+    return [setting for k in range(SAMPLES) if (setting := drawn(space, spec.seed + k, [])) is not None]
+
+
+def corners(space: Space) -> list[Setting]:
+    """Settings of which one has the most parameters: numbers at their largest, with every choice of anything else."""
+    values = []
+    for dimension in space.values():
+        bounds = dimension.bounds
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in bounds)
+        values.append([max(bounds)] if numbers else list(bounds))
+    return [dict(zip(space, each, strict=True)) for each in itertools.islice(itertools.product(*values), 512)]
+
+
+def largest(spec: SweepSpec, store: PairStore) -> tuple[int, Setting]:
+    """The setting with the most parameters."""
+    space = space_of(spec)
+    grid_like = all(isinstance(dimension, Choice) for dimension in space.values())
+    size = math.prod(len(d.values) for d in space.values() if isinstance(d, Choice))
+    settings = grid(space) if grid_like and size <= 512 else corners(space) + candidates(spec)
+    sizes = []
+    for setting in settings:
+        try:
+            sizes.append((parameters(train_config(spec, setting, spec.out), store), setting))
+        except ConfigError:  # a combination that is never run
+            continue
+    if not sizes:
+        raise ConfigError("`train` refuses every combination of this space; change `space` or `fixed`")
+    return max(sizes, key=lambda size: size[0])
+
+
+def room(spec: SweepSpec, info: ClusterInfo, placed: dict[str, Placed], most: tuple[int, Setting]) -> int:
+    """Trials at a time that the cluster has room for, the largest of the space in each place.
+
+    ResourceError, with the setting, where not one of it fits.
+    """
+    num, setting = most
+    if spec.use_gpu and info.gpus < spec.workers:
+        raise ResourceError(
+            f"a trial wants {spec.workers} GPUs, the cluster has {info.gpus:g}; take `use_gpu: false` or "
+            "fewer `workers`"
+        )
+    by_cpu = info.room(spec.cpus_per_worker) // spec.workers
+    if by_cpu < 1:
+        raise ResourceError(
+            f"a trial wants {spec.workers} workers of {spec.cpus_per_worker:g} CPUs, the cluster has {info.cpus:g} "
+            "CPUs in all; take fewer `workers` or `cpus_per_worker`"
+        )
+    needed = spec.workers * (num * WEIGHTS_AND_MOMENTS_BYTES + PROCESS_BYTES)
+    by_memory = int(info.memory_bytes // needed)
+    if by_memory < 1:
+        shared = sum(part.num_bytes for part in placed.values()) / 2**30
+        raise ResourceError(
+            f"the space cannot fit the memory: {describe(setting)} has {num:,} parameters, which take "
+            f"{needed / 2**30:.1f} GiB to train beside {shared:.1f} GiB of shared pairs; the cluster has "
+            f"{info.memory_bytes / 2**30:.1f} GiB for it. Take a smaller `hidden_dim`, or another `strategy`."
+        )
+    fit = min(by_cpu, by_memory, *([int(info.gpus // spec.workers)] if spec.use_gpu else []))
+    return min(fit, spec.concurrent) if spec.concurrent else fit
+
+
+def estimate(
+    spec: SweepSpec, placed: dict[str, Placed], configs: list[TrainConfig], trials: int, concurrent: int
+) -> Estimate:
+    """From a measured step of each strategy in `configs`, of its fewest parameters, scaled by parameters and pairs.
+
+    Validation counts as a third of a step for each batch; a checkpoint's time is assumed, not measured.
+    """
+    data = next(iter(placed.values()))
+    sized = sorted(((parameters(cfg, data.store) or 1, cfg) for cfg in configs), key=lambda each: each[0])
+    smallest = {(cfg.strategy, cfg.space): (size, cfg) for size, cfg in reversed(sized)}
+    task = ray.remote(step_seconds).options(num_cpus=spec.cpus_per_worker, num_gpus=int(spec.use_gpu))
+    threads = max(int(spec.cpus_per_worker), 1)
+    seconds = {kind: ray.get(task.remote(cfg, data.store, threads)) for kind, (_, cfg) in smallest.items()}
+    train, val = len(data.split.train), len(data.split.val)
+    epoch_s = []
+    for size, cfg in sized:
+        measured_size, measured = smallest[cfg.strategy, cfg.space]
+        pair_s = seconds[cfg.strategy, cfg.space] / measured.batch_size * size / measured_size
+        epoch_s.append(pair_s * (train + val / 3) + size * 12 / SAVED_BYTES_PER_S)
+    whole = float(np.mean(epoch_s)) * spec.num_epochs
+    hours = whole * trials / concurrent / 3600
+    told = ", ".join(f"{kind[0]} of {smallest[kind][0]:,} parameters {1e3 * s:.0f} ms" for kind, s in seconds.items())
+    return Estimate(
+        trials=trials,
+        concurrent=concurrent,
+        hours=hours,
+        hours_expected=hours * kept_share(spec),
+        gpu_hours=whole * trials / 3600 * spec.workers if spec.use_gpu else 0.0,
+        measured=f"a step took, measured here: {told}; the rest is in proportion",
+    )
+
+
+def kept_share(spec: SweepSpec) -> float:
+    """Share of all epochs that are run if `asha` lets exactly one in so many pass each rung."""
+    if spec.scheduler != "asha":
+        return 1.0
+    epochs, going, at = 0.0, 1.0, 0.0
+    rung = float(min(spec.grace_epochs, spec.num_epochs))
+    while at < spec.num_epochs:
+        epochs += going * (min(rung, spec.num_epochs) - at)
+        at, rung, going = min(rung, spec.num_epochs), rung * spec.reduction_factor, going / spec.reduction_factor
+    return epochs / spec.num_epochs
+
+
+def step_seconds(cfg: TrainConfig, store: PairStore, threads: int) -> float:
+    """Median seconds of a training step of this setting, on pairs that are not read from anywhere."""
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if cfg.use_gpu else "cpu")
+    adapter = build_adapter(adapter_config(cfg, store), 0)
+    means = {"target_mean": torch.ones(store.feature("target").width)}
+    objective = make_objective(cfg, store, adapter, means).to(device).train()
+    optimizer = make_optimizer(objective, cfg.learning_rate, cfg.weight_decay)
+    widths = store.feature("event").width, store.feature("target").width
+    if cfg.space == "compressed":
+        widths = cfg.rank, 2 * cfg.rank + SCALARS
+    event_BE, target_BD = (torch.rand(cfg.batch_size, width, device=device) for width in widths)
+    seconds = []
+    for step in range(STEPS + 1):
+        began = time.perf_counter()
+        noise = BatchNoise(cfg.seed, step, 0, cfg.batch_size, cfg.batch_size)
+        training_step(objective, optimizer, event_BE, target_BD, noise, global_pairs=cfg.batch_size)
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds[1:]))

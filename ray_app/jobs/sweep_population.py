@@ -1,0 +1,103 @@
+"""Population-based training: what falls behind goes on from the weights of what leads, with a setting near its own.
+
+Each such step is a trial of its own in the record, with the member's number: its setting, its journal, whose weights
+it began with. Ray Tune decides who goes on from whom; weights go from run folder to run folder.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune import Checkpoint
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import PopulationBasedTraining
+
+from ray_app.config import TrainConfig
+from ray_app.errors import CheckpointError, TrainingError
+from ray_app.jobs.run_folder import RunFolder
+from ray_app.jobs.sweep_spec import Dimension, Setting, Space, Span
+from ray_app.store.checkpoint import load_checkpoint, load_training_state, save_checkpoint, save_training_state
+
+TRIES = 5
+"""Looks at a run that goes on and lets its older places go meanwhile."""
+
+
+def mutation(dimension: Dimension) -> Any:
+    """A dimension as Tune mutates it."""
+    if isinstance(dimension, Span):
+        return (tune.loguniform if dimension.log else tune.uniform)(dimension.low, dimension.high)
+    return list(dimension.values)
+
+
+def inside(space: Space, setting: Setting) -> Setting:
+    """The setting, with numbers that a mutation took out of their span brought back to its end."""
+    limited = {}
+    for name, value in setting.items():
+        dimension = space[name]
+        limited[name] = min(max(value, dimension.low), dimension.high) if isinstance(dimension, Span) else value
+    return limited
+
+
+class Population(PopulationBasedTraining):
+    """Tune's scheduler, which asks the record for the trial that goes on."""
+
+    def __init__(self, space: Space, every: int, go_on: Callable[[str, str, Setting], dict[str, Any]]) -> None:
+        """`go_on`: (member, whose weights it takes, new setting) to the config of the trial that goes on."""
+        super().__init__(
+            time_attr="epoch",
+            metric="objective",
+            mode="max",
+            perturbation_interval=every,
+            hyperparam_mutations={"setting": {name: mutation(dimension) for name, dimension in space.items()}},
+            log_config=False,
+        )
+        self._space, self._go_on = space, go_on
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it for a restore that is never asked of it here
+
+    def _get_new_config(self, trial: TuneTrial, trial_to_clone: TuneTrial) -> tuple[dict[str, Any], dict[str, Any]]:
+        found, operations = super()._get_new_config(trial, trial_to_clone)
+        setting = inside(self._space, found["setting"])
+        return self._go_on(trial.config["name"], trial_to_clone.config["name"], setting), operations
+
+
+@contextmanager
+def mark(run: Path) -> Iterator[Any]:
+    """What Tune keeps as a checkpoint: where the run is. The weights lie there."""
+    with tempfile.TemporaryDirectory(prefix="ray-app-") as folder:
+        (Path(folder) / "run.txt").write_text(str(run))
+        yield Checkpoint.from_directory(folder)
+
+
+def adopt(donor: RunFolder, run: RunFolder, cfg: TrainConfig, provenance: dict[str, Any]) -> None:
+    """Begins a run with the weights and moments of another's newest place, at its epoch; once and no more.
+
+    What was best is forgotten: under other loss weights the losses of before cannot be compared. TrainingError: there
+    is no whole place in the donor.
+    """
+    if run.newest_state() is not None:
+        return
+    for _ in range(TRIES):
+        for state in sorted(donor.state("").glob("epoch_*"), reverse=True):
+            try:
+                tensors, meta = load_training_state(state)
+                weights = load_checkpoint(donor.checkpoint(state.name))
+            except (CheckpointError, OSError):  # let go of, or still being written
+                continue
+            counters = {**meta["counters"], "best_loss": float("inf"), "best_epoch": 0, "waited": 0}
+            schedule = {**meta["scheduler"], "best": float("inf"), "num_bad_epochs": 0}
+            meta |= {"counters": counters, "scheduler": schedule, "learning_rate": cfg.learning_rate}
+            save_training_state(run.state(state.name), tensors, meta)
+            save_checkpoint(
+                run.checkpoint(state.name),
+                weights.adapter,
+                metrics=weights.metrics,
+                provenance=provenance,
+                features=weights.features,
+            )
+            return
+    raise TrainingError(f"{donor.path} holds no whole place to go on from")

@@ -1,0 +1,69 @@
+"""What each Ray Train worker does: its pairs out of Ray Data, the training loop, a word to the controller."""
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+from ray.train.torch import get_device
+
+from ray_app.config import TrainConfig
+from ray_app.jobs import sweep_data
+from ray_app.jobs.journal import Journal
+from ray_app.jobs.lanes import Lanes
+from ray_app.jobs.run_folder import RunFolder
+from ray_app.jobs.shards import hold, stream
+from ray_app.jobs.start import held_compressed
+from ray_app.jobs.sweep_data import Placed
+from ray_app.jobs.train_loop import Batches, Pairs, Worker, back_off, held_batches, train_epochs
+from ray_app.jobs.train_state import TrainState, training_split
+from ray_app.store.pair_store import PairStore
+
+
+def train_loop_per_worker(config: dict[str, Any]) -> None:
+    """One worker's run. `config`: `train` (a TrainConfig), `held`, `threads`, `provenance`, and `placed`, its pairs
+    in shared memory, or None."""
+    cfg = TrainConfig.model_validate(config["train"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(config["threads"])
+    run, store = RunFolder(cfg.out), PairStore.open(cfg.store, cfg.durations)
+    worker = Worker(cfg, store, rank, world, get_device())
+    with Journal(run.path) if rank == 0 else nullcontext() as journal:
+        if journal:
+            back_off(run)
+            journal.write("attempt", time=time.time())
+        placed: Placed | None = config["placed"]
+        pairs = sweep_data.pairs_of(placed, worker) if placed else pairs_of(worker, held=config["held"])
+        train_epochs(worker, pairs, journal, config["provenance"], report)
+
+
+def pairs_of(worker: Worker, *, held: bool) -> Pairs:
+    """This worker's part of both data sets: held in memory, or its training part streamed anew each epoch."""
+    cfg, store, rank, world = worker.cfg, worker.store, worker.rank, worker.world
+    split = training_split(cfg, store)
+    lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
+    rows = np.arange(rank, len(split.val), world)
+    if cfg.space == "compressed":
+        coordinates = held_compressed(cfg, store, "train", lanes.held(rank, world))
+        judged = held_compressed(cfg, store, "val", rows) if len(split.val) else None
+        return Pairs(lambda state: held_batches(coordinates, lanes, state, worker), True, judged)
+    shard = ray.train.get_dataset_shard("train")
+    mine = hold(shard, store, split.train, lanes.held(rank, world)) if held else None
+
+    def rest_of_epoch(state: TrainState) -> Batches:
+        if mine:
+            return held_batches(mine, lanes, state, worker)
+        return stream(shard, store, cfg.seed, state.epoch, rank, world, cfg.batch_size)
+
+    validation = None
+    if len(split.val):
+        validation = hold(ray.train.get_dataset_shard("val"), store, split.val, rows)
+    return Pairs(rest_of_epoch, held, validation)
+
+
+def report(state: TrainState, val: dict[str, Any]) -> None:
+    """To Ray Train's controller; every worker does so equally often."""
+    ray.train.report({"epoch": state.epoch, "val_loss": val.get("loss")})

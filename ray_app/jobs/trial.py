@@ -1,0 +1,142 @@
+"""A trial of a sweep in its own process: the training loop, between a shared data set and Ray Tune.
+
+Its run folder is all its memory. Killed at any point, it goes on from there; every epoch is told to Tune by each
+process that works for it, those of the ones before too, so that a scheduler that was started anew knows them.
+"""
+
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from ray_app.config import TrainConfig
+from ray_app.core.metrics import THETA, rate_key
+from ray_app.jobs.journal import Journal, entries, since_start
+from ray_app.jobs.run_folder import RunFolder
+from ray_app.jobs.sweep_data import Placed, begin, pairs_of
+from ray_app.jobs.sweep_folder import scores
+from ray_app.jobs.sweep_population import adopt, mark
+from ray_app.jobs.train_loop import Worker, ended, train_epochs
+from ray_app.jobs.train_state import TrainState
+
+RATE = f"cosine_accept_rate_{rate_key(THETA)}"
+TIMED_PASSES = 30
+"""Forward passes of one pair, of which the median is the latency."""
+
+
+def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
+    """A trainable of Ray Tune. `config`: `train` (a TrainConfig), `data` (a key of `placed`), `objective`, `latency`,
+    `threads`, `provenance`, `population` (weights are exchanged), `origin` (run folder of the weights to begin with).
+
+    A failure that would come again is told in the journal, and the trial ends. Any other error is raised, so that
+    Tune starts the trial again; the second time for the same cause it ends, too.
+    """
+    cfg = TrainConfig.model_validate(config["train"])
+    torch.set_num_threads(config["threads"])
+    with Journal(cfg.out) as journal:
+        trial = TrialRun(cfg, journal, config)
+        if reason := why_not_again(since_start(cfg.out)):
+            trial.fail(reason)
+            return
+        journal.write("attempt", time=time.time())
+        try:
+            if config["origin"]:
+                adopt(RunFolder(Path(config["origin"])), RunFolder(cfg.out), cfg, config["provenance"])
+            if not config["population"]:  # it compares the present alone
+                trial.tell_past_epochs()
+            data = placed[config["data"]]
+            device = torch.device("cuda" if cfg.use_gpu else "cpu")
+            worker = Worker(cfg, data.store, 0, 1, device)
+            begin(data, cfg)
+            train_epochs(worker, pairs_of(data, worker), journal, config["provenance"], trial.report)
+        except Exception as error:
+            trial.failed_with(error)
+        else:
+            if any(line["kind"] == "failure" for line in since_start(cfg.out)):
+                trial.end("FAILED")
+
+
+class TrialRun:
+    """What a trial tells its journal and Tune."""
+
+    def __init__(self, cfg: TrainConfig, journal: Journal, config: dict[str, Any]) -> None:
+        self.cfg, self.journal, self.config = cfg, journal, config
+
+    def report(self, state: TrainState, _: dict[str, Any]) -> None:
+        """One epoch. The end is told first, for Tune may not come back after it."""
+        if self.config["latency"] and not any(line["kind"] == "latency" for line in entries(self.cfg.out)):
+            self.journal.write("latency", ms=latency_ms(state))
+        if ended(state, self.cfg):
+            self.end("FINISHED")
+        lines = entries(self.cfg.out)
+        self.tell(lines, state.epoch)
+
+    def tell_past_epochs(self) -> None:
+        """What earlier processes have done."""
+        lines = entries(self.cfg.out)
+        for n, line in enumerate(lines):
+            if line["kind"] == "epoch":
+                self.tell(lines[: n + 1], line["epoch"])
+
+    def tell(self, lines: list[dict[str, Any]], epoch: int) -> None:
+        """To Tune, which answers by going on, or never. The driver may end the journal meanwhile."""
+        found = scores(lines, self.config["objective"])
+        metrics = {"epoch": epoch, "objective": found["objective"], RATE: found["accept_rate"], "lift": found["lift"]}
+        with self.journal.lent(), mark(self.cfg.out) if self.config["population"] else nullcontext() as checkpoint:
+            tune.report(metrics, checkpoint=checkpoint)
+
+    def end(self, status: str) -> None:
+        """The last line."""
+        best = RunFolder(self.cfg.out).best()
+        artifacts = str(best.relative_to(self.cfg.out)) if best else None
+        self.journal.write("end", status=status, artifacts=artifacts, time=time.time())
+
+    def fail(self, reason: str) -> None:
+        """It ends here, for a reason."""
+        self.journal.write("failure", error=reason, time=time.time())
+        self.end("FAILED")
+
+    def failed_with(self, error: Exception) -> None:
+        """Raises the error for another try, unless it is the second of its kind."""
+        cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        before = [line["cause"] for line in since_start(self.cfg.out) if line["kind"] == "error"]
+        self.journal.write("error", cause=cause, time=time.time())
+        if cause in before:
+            self.fail(f"twice the same: {cause}")
+        else:
+            raise error
+
+
+def why_not_again(lines: list[dict[str, Any]]) -> str | None:
+    """Why a trial is not tried again: its process died twice, under one driver, without a step in between."""
+    deaths: list[int] = []
+    step = 0
+    for line in lines:
+        if line["kind"] == "step":
+            step = line["global_step"]
+        elif line["kind"] == "attempt":
+            deaths.append(step)
+        elif line["kind"] == "error":  # it was alive to tell
+            deaths.pop()
+    if len(deaths) >= 2 and deaths[-1] == step:
+        return f"its process died twice before step {step + 1}"
+    return None
+
+
+def latency_ms(state: TrainState) -> float:
+    """Median milliseconds of a forward pass of one pair, on the device that it trains on."""
+    adapter = state.objective.adapter.eval()
+    device = next(iter(adapter.state_dict().values())).device
+    event_1E = torch.zeros(1, adapter.config.event_dim, device=device)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(TIMED_PASSES):
+            began = time.perf_counter()
+            adapter(event_1E)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+    return 1e3 * sorted(seconds)[len(seconds) // 2]

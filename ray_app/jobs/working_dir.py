@@ -1,0 +1,38 @@
+"""A folder's own files: what git would keep; without git, what is neither hidden nor made by a build."""
+
+import subprocess
+from pathlib import Path
+
+from ray_app.errors import ConfigError
+
+BUILT = {"__pycache__", "node_modules", "venv", "build", "dist", "mlartifacts"}
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Paths below the folder, relative, in order. ConfigError: no folder, or nothing in it."""
+    if not folder.is_dir():
+        raise ConfigError(f"--working-dir {folder} is not a folder")
+    listed = kept_by_git(folder)
+    if listed is None:
+        listed = [
+            path.relative_to(folder)
+            for path in folder.rglob("*")
+            if not any(
+                part.startswith(".") or part in BUILT or part.endswith(".egg-info")
+                for part in path.relative_to(folder).parts
+            )
+        ]
+    files = sorted(file for file in listed if (folder / file).is_file())
+    if not files:
+        raise ConfigError(f"--working-dir {folder} holds no file to send; name the folder that has ray_app/ in it")
+    return files
+
+
+def kept_by_git(folder: Path) -> list[Path] | None:
+    """Tracked and new files that git does not ignore; None without a repository or without git."""
+    command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listing = subprocess.run(command, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return [Path(name) for name in listing.decode("utf-8", "surrogateescape").split("\0") if name]

@@ -1,0 +1,133 @@
+"""The clips of an EventGPT dataset folder: from its instruction JSON, or from what lies in its folders.
+
+The JSON is a list of entries with `event_data` (`<seq>/<clip>.npy`, below event_npy/), and where they were made
+`event_image` and `event_image_1f` (lists of images, below folders of these names) and `video_data` (a folder of
+frames, below video/). A clip with several questions has several entries; it is one clip here.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ray_app.errors import InputError
+from ray_app.sources.images import natural
+
+INSTRUCTIONS = "EventGPT_Instruction_Subset.json"
+"""Name of the list in a dataset folder."""
+LARGEST_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Where the parts of one clip lie; paths are relative to the dataset folder."""
+
+    sequence: str
+    """The drive."""
+    name: str
+    """The clip's name in it, a number."""
+    npy: str
+    """Its events."""
+    image: str
+    """Its middle event image; `npy` is drawn where it is not there."""
+    video: str
+    """Folder of its frames."""
+    flaw: str = ""
+    """What is wrong with its entry."""
+
+    def spec(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def image_folder(num_images: int) -> str:
+    """Folder, and key of the JSON, of clips drawn as one image or as five."""
+    return "event_image_1f" if num_images == 1 else "event_image"
+
+
+def found_clips(root: Path, num_images: int) -> list[Clip]:
+    """Clips that any of the folders knows of, by sequence and number: what one of them lacks is found out later."""
+    kinds = (image_folder(num_images), "event_npy", "video")
+    folders = [root / kind for kind in kinds]
+    sequences = {p.name for folder in folders if folder.is_dir() for p in folder.iterdir() if p.is_dir()}
+    clips = []
+    for sequence in sorted(sequences):
+        image, npy, video = (_entries(folder / sequence) for folder in folders)
+        names = {
+            *(re.sub(r"_\d+$", "", path.stem) for path in image if path.suffix == ".png"),
+            *(path.stem for path in npy if path.suffix == ".npy"),
+            *(path.name for path in video if path.is_dir()),
+        }
+        clips += [_clip(sequence, name, num_images) for name in names]
+    return _in_order(clips)
+
+
+def listed_clips(path: Path, num_images: int) -> list[Clip]:
+    """Clips of an instruction JSON, each once. InputError: not such a file. A flawed entry is a clip with a flaw."""
+    try:
+        if path.stat().st_size > LARGEST_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size} bytes, more than the {LARGEST_BYTES} that are read")
+        entries = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(entries, list):
+        raise InputError(f"{path} holds a {type(entries).__name__}; an instruction JSON is a list of entries")
+    if not entries:
+        raise InputError(f"{path} lists no clip")
+    return _in_order({_listed(entry, i, path.name, num_images): None for i, entry in enumerate(entries)})
+
+
+def _listed(entry: Any, number: int, file: str, num_images: int) -> Clip:
+    where = f"{file}, entry {number}"
+    if isinstance(entry, dict) and isinstance(entry.get("id"), str | int):
+        where += f" (id {str(entry['id'])[:80]!r})"
+    try:
+        if not isinstance(entry, dict):
+            raise InputError(f"it is a {type(entry).__name__}, not an object")
+        data = PurePosixPath(_path(entry, "event_data"))
+        if len(data.parts) < 2:
+            raise InputError(f"event_data is '{data}'; it must be <sequence>/<clip>.npy")
+        clip = _clip(str(data.parent), data.stem, num_images)
+        key = image_folder(num_images)
+        image, video = clip.image, clip.video
+        if images := entry.get(key):
+            if not isinstance(images, list) or len(images) != num_images:
+                raise InputError(f"{key} must list {num_images} images")
+            image = f"{key}/{_path({key: images[num_images // 2]}, key)}"
+        if entry.get("video_data"):
+            video = f"video/{_path(entry, 'video_data')}"
+        return Clip(clip.sequence, clip.name, f"event_npy/{data}", image, video)
+    except InputError as error:
+        return Clip(file, f"{number:08d}", "", "", "", f"{where}: {error}")
+
+
+def _path(entry: dict[str, Any], key: str) -> str:
+    """A path below the dataset folder. InputError: missing, or one that leads out of it."""
+    value = entry.get(key)
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise InputError(f"it has no {key}" if value is None else f"{key} is no path")
+    path = PurePosixPath(value)
+    if path.is_absolute() or ".." in path.parts:
+        raise InputError(f"{key} is '{value[:200]}', which leads out of the dataset folder")
+    return str(path)
+
+
+def _clip(sequence: str, name: str, num_images: int) -> Clip:
+    """A clip whose parts lie where the reference puts them."""
+    return Clip(
+        sequence,
+        name,
+        npy=f"event_npy/{sequence}/{name}.npy",
+        image=f"{image_folder(num_images)}/{sequence}/{name}_{num_images // 2}.png",
+        video=f"video/{sequence}/{name}",
+    )
+
+
+def _in_order(clips: Any) -> list[Clip]:
+    return sorted(clips, key=lambda clip: (clip.sequence, natural(Path(clip.name)), clip.spec()["image"], clip.video))
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []

@@ -1,0 +1,74 @@
+"""`build_app(args)`: what `serve run serve.app:build_app` and serve/config.yaml start.
+
+Ray's builder accepts unknown arguments in silence and tries a failing build three times over; arguments are checked
+here before anything is started, and the message says what to change.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ray import serve
+
+from ray_app.config import EndpointConfig
+from ray_app.errors import ConfigError
+
+from .auth import read_tokens
+from .champion import source_of
+from .deployment import application
+from .model import load_served
+
+
+def build_app(args: dict[str, Any]) -> serve.Application:
+    """The app of checked arguments. ConfigError: an unknown one, or one that cannot be used."""
+    return application(checked(args))
+
+
+def checked(args: Mapping[str, Any]) -> EndpointConfig:
+    """The arguments as settings, with what every replica would stumble over found now."""
+    try:
+        cfg = EndpointConfig.model_validate(dict(args))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        known = ", ".join(EndpointConfig.model_fields)
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"argument '{where}': {first['msg']}; known are {known}.") from error
+    if cfg.tokens is None and not cfg.open_access:
+        raise ConfigError(
+            "arguments need 'tokens' (a file, see `ray-app serve --new-token`), or 'open_access: true' where a "
+            "gateway asks for them."
+        )
+    if cfg.tokens:
+        read_tokens(cfg.tokens)
+    return with_model(cfg)
+
+
+def local_app(cfg: EndpointConfig) -> serve.Application:
+    """The app of `ray-app serve`, which asks for no token where only this machine can reach it.
+
+    ConfigError, CheckpointError, RegistryError: it would not start, found by loading the model once here: a replica
+    that cannot load is tried again by Ray, and tells of it in its log alone.
+    """
+    if cfg.tokens:
+        read_tokens(cfg.tokens)
+    known = {name: getattr(cfg, name) for name in EndpointConfig.model_fields}
+    cfg = with_model(EndpointConfig.model_validate(known))
+    source = source_of(cfg.checkpoint, cfg.tracking_uri)
+    identity = source.current()
+    with source.files(identity) as folder:
+        load_served(folder, identity, "fp32", use_gpu=False, max_batch=1)
+    return application(cfg)
+
+
+def with_model(cfg: EndpointConfig) -> EndpointConfig:
+    """The same with a tracking server that every replica reaches. ConfigError: none, or no such folder."""
+    if not cfg.checkpoint.startswith("models:"):
+        if not Path(cfg.checkpoint).is_dir():
+            raise ConfigError(f"checkpoint '{cfg.checkpoint}' is no folder here, and no models:/NAME@ALIAS.")
+        return cfg.model_copy(update={"checkpoint": str(Path(cfg.checkpoint).absolute())})
+    uri = cfg.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri or (uri.startswith("sqlite:///") and not uri.startswith("sqlite:////")):
+        raise ConfigError("tracking_uri must name the MLflow server (or a database by its absolute path).")
+    return cfg.model_copy(update={"tracking_uri": uri})

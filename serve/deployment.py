@@ -1,0 +1,80 @@
+"""The Ray side of a replica: made once per process, asked for its health, told to look for a new model."""
+
+from typing import Any
+
+import torch
+from ray import serve
+from starlette.types import ASGIApp
+
+from ray_app.config import EndpointConfig
+
+from .api import build_api
+from .edge import Edge
+from .endpoint import Endpoint
+from .tracing import Tracing
+from .v2 import infer
+
+DEPLOYMENT = "alignment"
+
+
+@serve.ingress()
+class Replica:
+    """Loads the model before it takes a request: a replica that cannot load never starts."""
+
+    def __init__(self, settings: dict[str, object]) -> None:
+        cfg = EndpointConfig.model_validate(settings)
+        context = serve.get_replica_context()
+        self._app_name, name = context.app_name, context.replica_id.unique_id
+        torch.set_num_threads(max(1, int(cfg.cpus_per_replica)))
+        self.endpoint = Endpoint(cfg, name)
+        self.tracing = Tracing(cfg.traces, name)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """What Ray Serve sends requests to."""
+        return Edge(self.endpoint, infer, build_api(self.endpoint, self._everywhere), self.tracing)
+
+    async def _everywhere(self, method: str) -> list[object]:
+        if self.endpoint.cfg.num_replicas == 1:
+            return [await getattr(self, method)()]
+        handle = serve.get_deployment_handle(DEPLOYMENT, self._app_name)
+        results = await handle.broadcast(method).results_async(timeout_s=60.0, return_exceptions=True)
+        return [result for result in results if not isinstance(result, Exception)]
+
+    async def reload(self) -> str:
+        """Looks at the model source, a version that was refused included."""
+        return await self.endpoint.reload(again=True)
+
+    async def exposition(self) -> str:
+        """Prometheus text of this replica."""
+        return self.endpoint.telemetry.exposition(self.endpoint.batcher.queued_rows).decode()
+
+    def check_health(self) -> None:
+        """Whether this process can answer. Never whether MLflow can: its outage must not restart what works."""
+        if not self.endpoint.batcher.healthy():
+            raise RuntimeError("the forward pass does not come back")
+
+    def __del__(self) -> None:
+        if hasattr(self, "tracing"):
+            self.tracing.close()
+
+
+def replica_options(cfg: EndpointConfig) -> dict[str, Any]:
+    """How Ray runs the replicas. Its own limits stand behind ours, which answer in JSON and at once."""
+    return {
+        "num_replicas": cfg.num_replicas,
+        "ray_actor_options": {"num_cpus": cfg.cpus_per_replica, "num_gpus": 1 if cfg.use_gpu else 0},
+        "max_ongoing_requests": 1024,
+        "max_queued_requests": -1,
+        "max_surge_percent": 100,  # a changed replica starts before the old one ends
+        "graceful_shutdown_timeout_s": 60.0,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": 10.0,
+        "logging_config": {"enable_access_log": False},
+    }
+
+
+def application(cfg: EndpointConfig) -> serve.Application:
+    """The app of one deployment."""
+    deployment = serve.deployment(name=DEPLOYMENT, **replica_options(cfg))(Replica)
+    return deployment.bind(cfg.model_dump(mode="json"))

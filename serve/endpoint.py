@@ -1,0 +1,156 @@
+"""All of a replica but HTTP: the model in service, the queue before it, keys, metrics, the watch on the source."""
+
+import asyncio
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.types import Receive
+
+from ray_app.config import EndpointConfig
+from ray_app.core.metrics import THETAS, rate_key
+
+from .auth import Keys
+from .batcher import Batcher
+from .body import chunks, swallow
+from .champion import source_of
+from .model import ServedModel
+from .predict import Answer, Work, predict
+from .problems import Problem
+from .service import Outcome, Succession, stamp
+from .strict_json import DEPTH
+from .telemetry import Telemetry
+from .wire import Limits
+
+MIB = 2**20
+
+
+class Endpoint:
+    """One replica's state. Made before the first request, used from one event loop."""
+
+    def __init__(self, cfg: EndpointConfig, replica: str, prepare: Any = lambda: None) -> None:
+        self.cfg, self.replica = cfg, replica
+        self.keys = Keys(cfg.tokens)
+        self.telemetry = Telemetry(replica)
+        self.succession = Succession(
+            source_of(cfg.checkpoint, cfg.tracking_uri),
+            precision=cfg.precision,
+            use_gpu=cfg.use_gpu,
+            max_batch=cfg.max_batch,
+        )
+        self.telemetry.serving(self.model)
+        self.batcher = Batcher(
+            lambda works: predict(self.model, works),
+            max_rows=cfg.max_batch,
+            max_queued_rows=cfg.max_queue,
+            wait_s=cfg.batch_wait_ms / 1e3,
+            observe=self.telemetry.batch,
+            prepare=prepare,
+        )
+        self.limits = Limits(self.model.features, cfg.max_batch)
+        self.max_body_bytes = int(cfg.max_body_mib * MIB)
+        self.max_json_bytes = int(min(cfg.max_json_mib, cfg.max_body_mib) * MIB)
+        self.closing = False
+        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def model(self) -> ServedModel:
+        """In service now."""
+        return self.succession.model
+
+    async def admit(self, receive: Receive) -> None:
+        """Problem 429 where the queue is full: before the body is held, not before the caller has sent it."""
+        try:
+            self.batcher.admit(1)
+        except Problem:
+            await swallow(chunks(receive), self.max_body_bytes)
+            raise
+
+    async def answer(self, work: Work, timeout_s: float) -> Answer:
+        """The model's answer, counted."""
+        answer = await self.batcher.answer(work, timeout_s)
+        self.telemetry.answered(answer, work.rows)
+        return answer
+
+    async def reload(self, again: bool = False) -> Outcome:
+        """One look at the source; a new model takes over if it answers rightly."""
+        outcome = await self.succession.check(again)
+        self.telemetry.reload(outcome)
+        if outcome == "swapped":
+            self.telemetry.serving(self.model)
+        return outcome
+
+    def start(self) -> None:
+        """Begins to watch the source."""
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    async def close(self) -> None:
+        """Answers what waits, and ends the watch."""
+        self.closing = True
+        if self._watching:
+            self._watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watching
+        self.batcher.close()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self.cfg.watch_s)
+            await self.reload()
+
+    def about(self) -> dict[str, Any]:
+        """`/v1/model`."""
+        model, identity, watch = self.model, self.model.identity, self.succession.watch
+        evaluation = model.evaluation()
+        return {
+            "name": self.cfg.name,
+            "version": identity.version,
+            "digest": identity.digest,
+            "source": identity.source,
+            "run_id": identity.run_id,
+            "run_name": model.provenance.get("run"),
+            "dataset_fingerprint": model.provenance.get("dataset_fingerprint"),
+            "adapter": {**model.config.to_dict(), "parameters": model.parameters},
+            "features": model.features.model_dump(mode="json"),
+            "metrics": {"test": evaluation, "val": model.metrics.get("val")},
+            "acceptance_curve": acceptance_curve(evaluation, model.metrics.get("val")),
+            "loaded_at": stamp(model.loaded_at),
+            "serving_since": stamp(self.succession.since),
+            "serving_s": round((datetime.now(UTC) - self.succession.since).total_seconds(), 3),
+            "watch": {
+                "uri": self.cfg.checkpoint if self.cfg.checkpoint.startswith("models:") else None,
+                "every_s": self.cfg.watch_s,
+                "last_checked": stamp(watch.last_checked),
+                "failures": watch.failures,
+                "last_error": watch.last_error,
+            },
+            "refused": self.succession.status() or None,
+            "tokens": {"asked_for": self.keys.path is not None, "flaw": self.keys.flaw},
+            "limits": {
+                "max_batch": self.cfg.max_batch,
+                "max_queue_rows": self.cfg.max_queue,
+                "max_body_bytes": self.max_body_bytes,
+                "max_json_bytes": self.max_json_bytes,
+                "json_depth": DEPTH,
+                "timeout_s": self.cfg.timeout_s,
+            },
+            "device": str(model.device),
+            "precision": model.precision,
+            "replica": self.replica,
+        }
+
+
+def acceptance_curve(test: dict[str, Any] | None, val: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Acceptance by θ: of the test part beside its controls, else of the validation part, which has none."""
+    found, part = (test, "test") if test else (val, "val")
+    rates = (found or {}).get("cosine_accept_rate")
+    if not isinstance(rates, dict):
+        return None
+    keys = [rate_key(theta) for theta in THETAS if rate_key(theta) in rates]
+    controls = (found or {}).get("controls", {})
+    return {
+        "part": part,
+        "theta": [float(key) for key in keys],
+        "adapter": [rates[key] for key in keys],
+        "controls": {name: [one["cosine_accept_rate"][key] for key in keys] for name, one in controls.items()},
+    }

@@ -1,0 +1,155 @@
+"""A model in service: a checkpoint that was verified, replayed, made ready for this hardware and warmed up.
+
+Shapes: G = golden rows, N = pairs, E = event width, D = target width.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ray_app.core.adapter import Adapter, AdapterConfig, num_parameters
+from ray_app.errors import CheckpointError
+from ray_app.store.checkpoint import Checkpoint, load_checkpoint, replay_golden
+from ray_app.store.golden import golden_answers, relative_errors
+from ray_app.store.manifest import Features
+
+Precision = Literal["fp32", "bf16"]
+
+BF16_TOLERANCE = 0.1
+"""Largest error of one number in bf16, relative to the root mean square of its row: bfloat16 keeps 8 bits, and
+at full width differs by 1.5e-2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which checkpoint this is, and where it comes from."""
+
+    version: str
+    """Number in the registry; of a folder the first twelve digits of its digest."""
+    digest: str
+    """SHA-256 of MANIFEST.sha256, so of every byte of the checkpoint."""
+    source: str
+    """As it was asked for."""
+    run_id: str | None = None
+    """MLflow run that holds it."""
+    tags: Mapping[str, str] | None = None
+    """What the registered version tells of itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """Everything that answers a request, in one value: it is exchanged as a whole."""
+
+    identity: Identity
+    """Which checkpoint."""
+    adapter: Adapter
+    """In evaluation mode, on `device`, in `precision`."""
+    config: AdapterConfig
+    """What the adapter was built from."""
+    features: Features
+    """Type, shape and scale of both sides."""
+    metrics: Mapping[str, Any]
+    """metrics.json of the checkpoint."""
+    provenance: Mapping[str, Any]
+    """provenance.json of the checkpoint."""
+    parameters: int
+    """Trained numbers."""
+    precision: Precision
+    """Of the weights and of products; sums and the residual connection stay float32."""
+    device: torch.device
+    """Where it computes."""
+    loaded_at: datetime
+    """When it was ready."""
+
+    @property
+    def version(self) -> str:
+        """As in answers and metrics."""
+        return self.identity.version
+
+    def forward(self, event_NE: Tensor) -> Tensor:
+        """Aligned features (N, D), float32, on `device`. Called without a gradient."""
+        event_NE = event_NE.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.adapter(event_NE).float()
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """What promotion measured on the test part: acceptance by θ, of the controls too. None where it did not."""
+        text = (self.identity.tags or {}).get("evaluation")
+        return json.loads(text) if text else None
+
+
+def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool, max_batch: int) -> ServedModel:
+    """Verifies checksums and golden answers, then makes the adapter ready. CheckpointError: not served, and why."""
+    checkpoint = load_checkpoint(folder)
+    if checkpoint.sha256 != identity.digest:
+        raise CheckpointError(
+            f"{identity.source} is checkpoint {checkpoint.sha256[:12]}, registered was {identity.digest[:12]}: "
+            "somebody changed its files after it was promoted. Promote it again."
+        )
+    replay_golden(checkpoint)
+    device = torch.device("cuda" if use_gpu else "cpu")
+    chosen = chosen_precision(precision, device)
+    parameters = num_parameters(checkpoint.adapter)
+    golden = golden_answers(checkpoint.adapter, checkpoint.features.event) if chosen == "bf16" else None
+    model = ServedModel(
+        identity=identity,
+        adapter=prepared(checkpoint, chosen, device),
+        config=checkpoint.config,
+        features=checkpoint.features,
+        metrics=checkpoint.metrics,
+        provenance=checkpoint.provenance,
+        parameters=parameters,
+        precision=chosen,
+        device=device,
+        loaded_at=datetime.now(UTC),
+    )
+    with torch.inference_mode():
+        if golden:
+            require_close(model, golden)
+        for rows in (1, max_batch):  # kernels and buffers are made at first use
+            model.forward(torch.rand(rows, model.config.event_dim))
+    return model
+
+
+def prepared(checkpoint: Checkpoint, precision: Precision, device: torch.device) -> Adapter:
+    """The adapter on its device; in bf16 its matrices alone, so that norms and residuals stay float32."""
+    adapter = checkpoint.adapter.to(device)
+    if precision == "bf16":
+        for module in adapter.modules():
+            if isinstance(module, nn.Linear):
+                module.bfloat16()
+    return adapter.requires_grad_(False)
+
+
+def require_close(model: ServedModel, golden: Mapping[str, Tensor]) -> None:
+    """CheckpointError where bf16 changes the answers by more than it should."""
+    event_GE = golden["event"].float() * model.features.event.scale
+    worst = float(relative_errors(model.forward(event_GE).cpu(), golden["aligned"]).max())
+    if not worst <= BF16_TOLERANCE:
+        raise CheckpointError(
+            f"{model.identity.source}: in bf16 it answers with a relative error of {worst:.1e} (limit "
+            f"{BF16_TOLERANCE:g}); serve it with precision: fp32."
+        )
+
+
+def chosen_precision(asked: str, device: torch.device) -> Precision:
+    """`auto` is bf16 where the hardware multiplies it: a GPU that says so, a CPU with AMX."""
+    if asked == "auto":
+        capable = torch.cuda.is_bf16_supported() if device.type == "cuda" else "amx_bf16" in cpu_flags()
+        return "bf16" if capable else "fp32"
+    return "bf16" if asked == "bf16" else "fp32"
+
+
+def cpu_flags() -> set[str]:
+    """What this CPU can do, as Linux names it; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())

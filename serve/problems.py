@@ -1,0 +1,35 @@
+"""Errors as answers: RFC 9457 problem details, with the member `error` that v2 clients read."""
+
+import json
+from http import HTTPStatus
+from typing import Any
+
+PROBLEM_JSON = "application/problem+json"
+
+
+class Problem(Exception):
+    """A request that is not answered: status, a code for programs, one sentence with the limit and the way out."""
+
+    def __init__(self, status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.code, self.detail = status, code, detail
+        self.headers = headers or {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Problem, (self.status, self.code, self.detail, self.headers)
+
+    def document(self, request_id: str) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "type": "about:blank",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            "error": self.detail,
+            "code": self.code,
+            "request_id": request_id,
+        }
+
+    def body(self, request_id: str) -> bytes:
+        """As bytes. `detail` may quote the request: what is no text of Unicode is escaped."""
+        return json.dumps(self.document(request_id)).encode()

@@ -1,0 +1,190 @@
+"""Every manifest for a cluster, against the schemas of what reads it, and against each other."""
+
+import gzip
+import json
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from kustomize import build
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
+
+from ray_app import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+DEPLOY = ROOT / "deploy"
+LAUNCHED = [ROOT / "cluster.yaml", *sorted((DEPLOY / "launcher").glob("*.yaml"))]
+OVERLAYS = sorted((DEPLOY / "kuberay" / "overlays").iterdir())
+JOBS = sorted((DEPLOY / "kuberay" / "jobs").glob("*.yaml"))
+KUBERNETES = "1.34"
+PINNED = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if "==" in line and line[0] != "#"
+)
+
+
+def closed(schema: Any) -> Any:
+    """A schema that refuses names it does not know: Kubernetes would drop them in silence."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: closed(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and "additionalProperties" not in schema:
+        made["additionalProperties"] = bool(schema.get("x-kubernetes-preserve-unknown-fields", False))
+    return made
+
+
+@cache
+def kuberay(kind: str) -> jsonschema.Draft202012Validator:
+    path = ROOT / "tests" / "schemas" / f"kuberay-1.7.0-{kind.lower()}.json.gz"
+    schema = json.loads(gzip.decompress(path.read_bytes()))
+    schema = closed(schema)
+    schema["properties"]["metadata"] = {"type": "object"}
+    return jsonschema.Draft202012Validator(schema)
+
+
+def check(thing: dict[str, Any]) -> None:
+    if thing["apiVersion"] == "ray.io/v1":
+        kuberay(thing["kind"]).validate(thing)
+    else:
+        kubernetes_validate.validate(thing, KUBERNETES, strict=True)
+
+
+def containers(node: Any) -> list[dict[str, Any]]:
+    """All containers below a node."""
+    if isinstance(node, list):
+        return [found for item in node for found in containers(item)]
+    if not isinstance(node, dict):
+        return []
+    own = node.get("containers", [])
+    return [*own, *(found for key, value in node.items() if key != "containers" for found in containers(value))]
+
+
+@pytest.mark.parametrize("path", LAUNCHED, ids=lambda path: path.name)
+def test_rays_launcher_accepts_the_file(path: Path) -> None:
+    validate_config(prepare_config(yaml.safe_load(path.read_text())))
+
+
+@pytest.mark.parametrize("path", LAUNCHED, ids=lambda path: path.name)
+def test_a_launched_cluster_asks_for_its_token_and_keeps_its_dashboard_to_itself(path: Path) -> None:
+    plan = yaml.safe_load(path.read_text())
+    head = " ".join(plan["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in head
+    for commands in (plan["head_start_ray_commands"], plan["worker_start_ray_commands"]):
+        assert ". ~/ray-app.env" in " ".join(commands), "where RAY_AUTH_MODE=token stands"
+    assert "/home/ray/.ray/auth_token" in plan["file_mounts"]
+    assert "chmod 600 ~/.ray/auth_token" in " ".join(plan["setup_commands"])
+    opened = plan["provider"].get("security_group", {}).get("IpPermissions", [])
+    assert all(rule["FromPort"] == rule["ToPort"] == 22 for rule in opened)
+
+
+def test_the_environment_example_turns_authentication_on_and_holds_no_secret() -> None:
+    lines = [line for line in (DEPLOY / "ray-app.env.example").read_text().splitlines() if line and line[0] != "#"]
+    values = dict(line.split("=", 1) for line in lines)
+    assert values["RAY_AUTH_MODE"] == "token"
+    assert values["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
+    assert not values["MLFLOW_TRACKING_TOKEN"]
+
+
+def test_spot_instances_have_a_fallback() -> None:
+    types = yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"]
+    gpus = {name: kind for name, kind in types.items() if kind["resources"].get("GPU")}
+    spot = {name for name, kind in gpus.items() if "InstanceMarketOptions" in kind["node_config"]}
+    assert spot
+    assert set(gpus) - spot
+    assert all(kind["min_workers"] == 0 for kind in gpus.values())
+
+
+@pytest.mark.parametrize("folder", OVERLAYS, ids=lambda path: path.name)
+def test_kubernetes_and_kuberay_accept_every_object(folder: Path) -> None:
+    objects = build(folder)
+    assert {"RayCluster", "RayService", "Deployment", "StatefulSet", "NetworkPolicy"} <= {o["kind"] for o in objects}
+    for thing in objects:
+        check(thing)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_kuberay_accepts_every_job_and_we_accept_its_command(path: Path) -> None:
+    job = yaml.safe_load(path.read_text())
+    check(job)
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert words[:3] == ["python", "-m", "ray_app"]
+    name, rest = cli.find_command(words[3:])
+    cli.parse(name, cli.COMMANDS[name], None, rest)
+    assert set(yaml.safe_load(job["spec"]["runtimeEnvYAML"])) == {"env_vars"}
+
+
+def test_an_unknown_name_in_a_manifest_is_found() -> None:
+    cluster = next(o for o in build(OVERLAYS[0]) if o["kind"] == "RayCluster")
+    cluster["spec"]["autoscalerOptions"]["idleTimeout"] = 5
+    with pytest.raises(jsonschema.ValidationError, match="idleTimeout"):
+        check(cluster)
+
+
+@pytest.mark.parametrize("folder", OVERLAYS, ids=lambda path: path.name)
+def test_pods_run_as_a_user_without_powers_and_with_limits(folder: Path) -> None:
+    found = [one for thing in build(folder) for one in containers(thing)]
+    assert len(found) >= 6
+    for one in found:
+        assert one["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert one["resources"]["limits"]["memory"]
+        assert not re.search(r"latest$|^[^:]+$", one["image"]), one["image"]
+    text = json.dumps(build(folder))
+    assert "privileged" not in text
+    assert "hostNetwork" not in text
+
+
+@pytest.mark.parametrize("folder", OVERLAYS, ids=lambda path: path.name)
+def test_one_version_of_ray_everywhere(folder: Path) -> None:
+    versions = set(re.findall(r'"rayVersion": "([^"]+)"', json.dumps(build(folder))))
+    assert versions == {PINNED["ray"]}
+    assert f"'{PINNED['ray']}'" in (ROOT / "cluster.yaml").read_text()
+
+
+def test_the_endpoint_on_kubernetes_is_the_one_of_this_repository() -> None:
+    service = next(o for o in build(OVERLAYS[0]) if o["kind"] == "RayService")
+    theirs = yaml.safe_load(service["spec"]["serveConfigV2"])
+    ours = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+    ServeDeploySchema.model_validate(theirs)
+    for left, right in zip(theirs["applications"], ours["applications"], strict=True):
+        assert {k: v for k, v in left.items() if k != "args"} == {k: v for k, v in right.items() if k != "args"}
+
+
+INSTRUCTION = re.compile(r"^([A-Z]+) ((?:[^\\\n]|\\\n|\\.)*)", re.MULTILINE)
+
+
+def test_the_container_file_builds_from_what_is_here_and_ends_without_powers() -> None:
+    text = re.sub(r"^#.*\n", "", (DEPLOY / "Containerfile").read_text(), flags=re.MULTILINE)
+    steps = [(name, rest.replace("\\\n", " ").strip()) for name, rest in INSTRUCTION.findall(text)]
+    kept = [line[1:] for line in (ROOT / ".containerignore").read_text().splitlines() if line.startswith("!")]
+    copied = [source for name, rest in steps if name == "COPY" for source in rest.split()[:-1]]
+    assert copied
+    for source in copied:
+        assert (ROOT / source).exists(), source
+        assert source in kept, f"{source} is kept from the builder by .containerignore"
+    names = [name for name, _ in steps]
+    assert "ADD" not in names
+    assert names.index("USER") > max(i for i, (name, _) in enumerate(steps) if name in ("RUN", "COPY"))
+    assert dict(steps)["USER"] == "1000"
+    assert f"torch=={PINNED['torch']}" in text
+    assert not re.search(r"(?i)(password|secret|token|key)\s*=", text)
+    start = dict(steps)["FROM"]
+    assert re.fullmatch(r"docker\.io/library/python:\$\{PYTHON\}-slim-bookworm", start)
+
+
+def test_the_image_has_every_extra_that_it_names() -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"'\.\[([a-z,]+)\]'", (DEPLOY / "Containerfile").read_text())
+    assert named
+    assert {extra for group in named for extra in group.split(",")} <= set(extras)

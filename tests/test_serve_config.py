@@ -1,0 +1,113 @@
+"""What the endpoint is told: arguments, and config.yaml field by field, since Ray ignores what it does not know."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from endpoints import make_checkpoint
+from pydantic import BaseModel
+from ray.serve.schema import (
+    DeploymentSchema,
+    HTTPOptionsSchema,
+    LoggingConfig,
+    ServeApplicationSchema,
+    ServeDeploySchema,
+)
+
+from ray_app import cli
+from ray_app.config import EndpointConfig, ServeConfig
+from ray_app.errors import CheckpointError, ConfigError, RegistryError
+from ray_app.jobs.serve import environment, resolved
+from serve.app import build_app, checked, local_app
+from serve.deployment import DEPLOYMENT, replica_options
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+
+
+def require_known(values: dict[str, Any], schema: type[BaseModel]) -> None:
+    assert set(values) <= set(schema.model_fields), (
+        f"{schema.__name__} ignores {set(values) - set(schema.model_fields)}"
+    )
+
+
+def test_config_yaml_holds_nothing_that_ray_would_ignore() -> None:
+    require_known(CONFIG, ServeDeploySchema)
+    require_known(CONFIG["http_options"], HTTPOptionsSchema)
+    require_known(CONFIG["logging_config"], LoggingConfig)
+    for application in CONFIG["applications"]:
+        require_known(application, ServeApplicationSchema)
+        for deployment in application["deployments"]:
+            require_known(deployment, DeploymentSchema)
+            assert deployment["name"] == DEPLOYMENT
+    parsed = ServeDeploySchema(**CONFIG)
+    assert parsed.applications[0].import_path == "serve.app:build_app"
+    assert EndpointConfig.model_validate(CONFIG["applications"][0]["args"])
+
+
+def test_replica_options_are_ones_that_ray_knows() -> None:
+    require_known({"name": DEPLOYMENT, **replica_options(EndpointConfig())}, DeploymentSchema)
+
+
+def test_the_builder_takes_checked_arguments_alone(tmp_path: Path) -> None:
+    checkpoint = str(make_checkpoint(tmp_path / "checkpoint"))
+    good = {"checkpoint": checkpoint, "open_access": True}
+    assert build_app(good)
+    for changes, message in (
+        ({"max_bach": 8}, "argument 'max_bach'.*known are checkpoint"),
+        ({"max_batch": 0}, "argument 'max_batch'"),
+        ({"max_batch": 64, "max_queue": 32}, "must be at least --max-batch"),
+        ({"open_access": False}, "need 'tokens'"),
+        ({"tokens": str(tmp_path / "none"), "open_access": False}, "cannot be read"),
+        ({"checkpoint": "models:/alignment-adapter"}, "is no model"),
+        ({"checkpoint": "models:/alignment-adapter@champion"}, "tracking_uri"),
+        ({"checkpoint": "models:/a@b", "tracking_uri": "sqlite:///mlflow.db"}, "absolute path"),
+        ({"checkpoint": str(tmp_path / "none")}, "no folder"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_app({**good, **changes})
+    assert checked(good).checkpoint == checkpoint
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    weights = checkpoint / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(bytes(damaged))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        local_app(resolved(ServeConfig(checkpoint=str(checkpoint))))
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (["--checkpoint", "none"], CheckpointError, "none is not a folder"),
+        (["--host", "0.0.0.0"], ConfigError, "can be reached by others"),
+        (["--tls-cert", "cert.pem"], ConfigError, "belong together"),
+        (["--tls-cert", "c", "--tls-key", "k", "--proxy", "haproxy"], ConfigError, "cannot do TLS"),
+        (["--new-token", "me"], ConfigError, "--tokens FILE"),
+        (["--checkpoint", "models:/none@champion", "--tracking-uri", "sqlite:///{}/new.db"], RegistryError, "none"),
+    ],
+)
+def test_the_command_says_what_it_cannot_do(tmp_path: Path, flags: list[str], error: type, message: str) -> None:
+    flags = [flag.format(tmp_path) for flag in flags]
+
+    def start() -> None:
+        cfg = cli.parse("serve", cli.COMMANDS["serve"], None, flags)
+        assert isinstance(cfg, ServeConfig)
+        local_app(resolved(cfg))
+
+    with pytest.raises(error, match=message):
+        start()
+
+
+def test_two_endpoints_on_one_machine_do_not_share_haproxys_files(tmp_path: Path) -> None:
+    one, two = (environment(tmp_path / name, haproxy=True) for name in ("one", "two"))
+    own = [key for key in one if key.startswith("RAY_SERVE_HAPROXY") and "NBTHREAD" not in key]
+    assert len(own) == 7
+    own += [key for key in one if "DIRECT_INGRESS_M" in key and "PORT" in key]
+    assert len(own) == 9
+    assert all(one[key] != two[key] for key in own)
+    assert environment(tmp_path, haproxy=False)["RAY_SERVE_ENABLE_HA_PROXY"] == "0"

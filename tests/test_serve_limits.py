@@ -1,0 +1,216 @@
+"""Limits and backpressure: bodies are counted as they arrive and when inflated, a full queue says so at once."""
+
+import asyncio
+import gzip
+import http.client
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint
+
+from serve.batcher import Batcher, BatchTimes
+from serve.predict import Work
+from serve.problems import Problem
+
+LIMIT = 2**18
+"""Bytes of a body here: 85 rows of FP32."""
+GOOD, GOOD_HEADERS = binary_request(np.full((1, WIDTH), 0.5))
+FULL, FULL_HEADERS = binary_request(np.full((4, WIDTH), 0.5))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("limits") / "checkpoint")
+    limits = {"max_batch": 4, "max_queue": 8, "max_body_mib": LIMIT / 2**20, "max_json_mib": LIMIT / 2**21}
+    with local_server(checkpoint, **limits) as it:
+        yield it
+
+
+def test_a_body_that_is_declared_too_large_is_refused(server: LocalServer) -> None:
+    status, problem = server.json("POST", INFER, bytes(LIMIT + 1), headers=GOOD_HEADERS)
+    assert (status, problem["code"]) == (413, "too_large")
+    assert f"{LIMIT + 1:,} bytes, the limit is {LIMIT:,}" in problem["error"]
+
+
+def test_a_body_that_grows_too_large_is_refused(server: LocalServer) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request(
+        "POST", INFER, (bytes(1000) for _ in range(LIMIT // 1000 + 1)), GOOD_HEADERS, encode_chunked=True
+    )
+    answer = connection.getresponse()
+    assert (answer.status, json.loads(answer.read())["code"]) == (413, "too_large")
+    connection.close()
+
+
+def test_a_body_that_inflates_too_large_is_refused_and_not_held(server: LocalServer) -> None:
+    bomb = gzip.compress(bytes(LIMIT * 200))
+    assert len(bomb) < LIMIT
+    status, problem = server.json("POST", INFER, bomb, headers={**GOOD_HEADERS, "content-encoding": "gzip"})
+    assert (status, problem["code"]) == (413, "too_large")
+    assert "when inflated" in problem["error"]
+
+
+def test_json_has_a_limit_of_its_own(server: LocalServer) -> None:
+    status, problem = server.json("POST", "/v1/align", b"[" + b" " * (LIMIT // 2))
+    assert (status, problem["code"]) == (413, "too_large")
+    assert server.ask("POST", INFER, FULL, FULL_HEADERS)[0] == 200
+
+
+def test_a_caller_may_ask_for_less_time(server: LocalServer) -> None:
+    status, problem = server.json("POST", INFER, GOOD, headers={**GOOD_HEADERS, "x-request-timeout-ms": "0.001"})
+    assert (status, problem["code"]) == (504, "deadline")
+    status, problem = server.json("POST", INFER, GOOD, headers={**GOOD_HEADERS, "x-request-timeout-ms": "soon"})
+    assert (status, problem["code"]) == (400, "parameter")
+    assert server.ask("POST", INFER, GOOD, {**GOOD_HEADERS, "x-request-timeout-ms": "5000"})[0] == 200
+
+
+def test_overload_is_answered_429_and_callers_counts_are_the_servers(server: LocalServer) -> None:
+    slow(server)
+    before = {code: server.metric("align_requests_total", code=code, method="POST") for code in ("200", "429")}
+    refused_ms = []
+
+    def caller(_: int) -> list[int]:
+        codes = []
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        for _ in range(10):
+            began = time.perf_counter()
+            connection.request("POST", INFER, FULL, FULL_HEADERS)
+            answer = connection.getresponse()
+            answer.read()
+            codes.append(answer.status)
+            if answer.status == 429:
+                refused_ms.append((time.perf_counter() - began) * 1e3)
+                assert int(answer.getheader("retry-after")) >= 1
+                assert answer.getheader("content-type") == "application/problem+json"
+        connection.close()
+        return codes
+
+    with ThreadPoolExecutor(12) as pool:
+        codes = Counter(code for codes in pool.map(caller, range(12)) for code in codes)
+    assert set(codes) == {200, 429}
+    assert codes[200] >= 3
+    for code, earlier in before.items():
+        assert server.metric("align_requests_total", code=code, method="POST") - earlier == codes[int(code)]
+    assert server.metric("align_rejected_total", reason="busy") == codes[429]
+    assert float(np.median(refused_ms)) < 20.0
+    assert server.endpoint.batcher.queued_rows == 0
+
+
+def slow(server: LocalServer) -> None:
+    """A forward pass of 30 ms: of a wide model, on a narrow one."""
+    batcher = server.endpoint.batcher
+    inner = batcher._predict
+
+    def predict(works: Any) -> Any:
+        time.sleep(0.03)
+        return inner(works)
+
+    batcher._predict = predict
+
+
+def work(rows: int = 1) -> Work:
+    return Work(torch.zeros(rows, 2))
+
+
+async def drive(batcher: Batcher, works: list[Work], timeout_s: float = 5.0) -> list[Any]:
+    return await asyncio.gather(*(batcher.answer(w, timeout_s) for w in works), return_exceptions=True)
+
+
+def test_requests_that_wait_go_into_the_next_forward_pass_together() -> None:
+    batches: list[int] = []
+
+    def predict(works: Any) -> Any:
+        time.sleep(0.02)
+        return list(works)
+
+    def observe(times: BatchTimes) -> None:
+        batches.append(times.rows)
+
+    batcher = Batcher(predict, max_rows=4, max_queued_rows=64, observe=observe)
+    works = [work() for _ in range(9)]
+    assert asyncio.run(drive(batcher, works)) == works
+    assert batches == [4, 4, 1]
+    batches.clear()
+    works = [work(n) for n in (3, 2, 4, 1)]
+    assert asyncio.run(drive(batcher, works)) == works
+    assert batches == [3, 2, 4, 1], "a request is never cut, and a batch never larger than its limit"
+
+
+def test_what_is_wrong_with_one_request_costs_that_one_alone() -> None:
+    problem = Problem(422, "not_finite", "NaN")
+
+    def predict(works: Any) -> Any:
+        return [problem if w.rows == 2 else w for w in works]
+
+    batcher = Batcher(predict, max_rows=8, max_queued_rows=64)
+    works = [work(1), work(2), work(1)]
+    assert asyncio.run(drive(batcher, works)) == [works[0], problem, works[2]]
+
+
+def test_a_defect_is_told_to_its_callers_and_the_worker_goes_on() -> None:
+    calls = []
+
+    def predict(works: Any) -> Any:
+        calls.append(len(works))
+        if len(calls) == 1:
+            raise RuntimeError("defect")
+        return list(works)
+
+    async def twice() -> tuple[list[Any], list[Any]]:
+        return await drive(batcher, [work()]), await drive(batcher, [work(), work()])
+
+    batcher = Batcher(predict, max_rows=8, max_queued_rows=64)
+    first, second = asyncio.run(twice())
+    assert isinstance(first[0], RuntimeError)
+    assert all(isinstance(answer, Work) for answer in second)
+    assert batcher.queued_rows == 0
+
+
+def test_a_full_queue_refuses_with_a_time_that_grows_with_it() -> None:
+    def predict(works: Any) -> Any:
+        time.sleep(0.05)
+        return list(works)
+
+    async def overload() -> list[Any]:
+        batcher.batch_s = 2.0
+        return await drive(batcher, [work(4) for _ in range(5)])
+
+    batcher = Batcher(predict, max_rows=4, max_queued_rows=8)
+    answers = asyncio.run(overload())
+    refused = [a for a in answers if isinstance(a, Problem)]
+    assert len(refused) == 3, "two wait, the rest is refused before the first forward pass begins"
+    assert {p.status for p in refused} == {429}
+    assert {p.headers["retry-after"] for p in refused} == {"6"}, "8 rows before it and its own batch, 2 s each"
+
+
+def test_work_whose_caller_is_late_or_gone_is_not_done() -> None:
+    done = []
+
+    def predict(works: Any) -> Any:
+        time.sleep(0.05)
+        done.extend(works)
+        return list(works)
+
+    async def impatient() -> list[Any]:
+        first = asyncio.create_task(batcher.answer(work(), 5.0))
+        await asyncio.sleep(0.01)
+        late = asyncio.create_task(batcher.answer(work(), 0.01))
+        gone = asyncio.create_task(batcher.answer(work(), 5.0))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        return await asyncio.gather(first, late, gone, return_exceptions=True)
+
+    batcher = Batcher(predict, max_rows=1, max_queued_rows=8)
+    first, late, gone = asyncio.run(impatient())
+    assert isinstance(first, Work)
+    assert isinstance(late, Problem)
+    assert late.status == 504
+    assert isinstance(gone, asyncio.CancelledError)
+    assert len(done) == 1

@@ -1,0 +1,193 @@
+"""`ray-app serve` as it runs: HAProxy, two replicas, tokens; a replica killed, champions exchanged, and an end that
+loses nothing."""
+
+import http.client
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tritonclient.http as triton
+from endpoints import INFER, WIDTH, RayServer, binary_request, make_checkpoint
+
+from ray_app.jobs.serve import new_token
+
+EVENT = np.full((2, WIDTH), 0.5, np.float32)
+BODY, HEADERS = binary_request(EVENT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ray-serve")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[RayServer]:
+    secret = new_token("test", ("infer", "admin"), folder / "tokens")["secret"]
+    checkpoint = make_checkpoint(folder / "checkpoint")
+    flags = ["--tokens", str(folder / "tokens"), "--num-replicas", "2", "--traces", str(folder / "spans.jsonl")]
+    made = RayServer(str(checkpoint), *flags, token=secret)
+    yield made
+    if made.process.poll() is None:
+        made.stop()
+
+
+class Load:
+    """Callers without a pause, each on a connection of its own per request, as separate programs are."""
+
+    def __init__(self, server: RayServer, callers: int = 4) -> None:
+        self.codes: Counter[int] = Counter()
+        self.failures: list[str] = []
+        self.versions: set[str] = set()
+        self.slowest_s = 0.0
+        self._server, self._stop = server, threading.Event()
+        self._threads = [threading.Thread(target=self._call, daemon=True) for _ in range(callers)]
+
+    def _call(self) -> None:
+        while not self._stop.is_set():
+            began = time.monotonic()
+            try:
+                status, headers, _ = self._server.ask("POST", INFER, BODY, HEADERS)
+                self.codes[status] += 1
+                self.versions.add(headers.get("x-model-version", ""))
+            except OSError as error:
+                self.failures.append(repr(error))
+            self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+
+
+def replicas(server: RayServer) -> list[psutil.Process]:
+    """The processes that answer."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [process for process in children if process.name().startswith("ray::ServeReplica")]
+
+
+def test_it_answers_tritonclient_with_a_token_and_no_one_without(server: RayServer) -> None:
+    client = triton.InferenceServerClient(server.url)
+    assert client.is_server_ready()
+    event = triton.InferInput("event", list(EVENT.shape), "FP32")
+    event.set_data_from_numpy(EVENT)
+    headers = {"Authorization": f"Bearer {server.token}"}
+    assert client.infer("alignment-adapter", [event], headers=headers).as_numpy("aligned").shape == EVENT.shape
+    with pytest.raises(Exception, match="a valid token is needed"):
+        client.infer("alignment-adapter", [event])
+    client.close()
+    assert "HAProxy" in "".join(server.said)
+
+
+def test_only_this_machine_can_reach_it(server: RayServer) -> None:
+    """HAProxy's own mode binds replicas to all interfaces; here they are bound to the host that was asked for."""
+    ports = {
+        connection.laddr.port: connection.laddr.ip
+        for process in [*replicas(server), *haproxies(server)]
+        for connection in process.net_connections("tcp4")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert ports[server.port] == "127.0.0.1"
+    inner = {port: ip for port, ip in ports.items() if 20_000 <= port < 32_000}
+    assert len(inner) == 2
+    assert set(inner.values()) == {"127.0.0.1"}
+
+
+def haproxies(server: RayServer) -> list[psutil.Process]:
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [process for process in children if process.name() == "haproxy"]
+
+
+def test_metrics_are_of_every_replica(server: RayServer) -> None:
+    with Load(server) as load:
+        time.sleep(1.0)
+    assert not load.failures
+    assert server.metric("align_requests_total", route="/v2/models/{model}/infer", code="200") >= load.codes[200]
+    text = server.ask("GET", "/metrics")[2].decode()
+    names = {line.split('replica="')[1].split('"')[0] for line in text.splitlines() if "align_model_info{" in line}
+    assert len(names) == 2
+    assert text.count("# TYPE align_requests_total counter") == 1
+
+
+def test_a_new_model_takes_over_on_every_replica_and_no_caller_sees_it(server: RayServer, folder: Path) -> None:
+    first = server.json("GET", "/v1/model")[1]["version"]
+    with Load(server) as load:
+        time.sleep(0.5)
+        make_checkpoint(folder / "next", seed=1)
+        (folder / "checkpoint").rename(folder / "old")
+        (folder / "next").rename(folder / "checkpoint")
+        status, answer = server.json("POST", "/v1/reload")
+        time.sleep(0.5)
+        load.versions.clear()
+        time.sleep(0.5)
+    assert status == 200
+    assert sorted(answer["replicas"]) == ["swapped", "swapped"]
+    assert set(load.codes) == {200}
+    assert not load.failures
+    assert load.versions == {answer["version"]} != {first}
+
+
+def test_a_bad_model_is_refused_by_every_replica_and_no_caller_sees_it(server: RayServer, folder: Path) -> None:
+    served = server.json("GET", "/v1/model")[1]["version"]
+    with Load(server) as load:
+        make_checkpoint(folder / "bad", seed=2)
+        weights = folder / "bad" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+        (folder / "checkpoint").rename(folder / "good")
+        (folder / "bad").rename(folder / "checkpoint")
+        status, problem = server.json("POST", "/v1/reload")
+    assert (status, problem["code"]) == (409, "refused")
+    assert "model.safetensors is damaged" in problem["detail"]
+    assert set(load.codes) == {200}
+    assert not load.failures
+    assert load.versions == {served}
+    (folder / "checkpoint").rename(folder / "refused")
+    (folder / "good").rename(folder / "checkpoint")
+
+
+def test_a_killed_replica_costs_at_most_what_it_was_answering(server: RayServer) -> None:
+    before = {process.pid for process in replicas(server)}
+    with Load(server) as load:
+        time.sleep(0.5)
+        os.kill(min(before), signal.SIGKILL)
+        time.sleep(3.0)
+    lost = len(load.failures) + sum(n for code, n in load.codes.items() if code != 200)
+    assert lost <= 4, f"{load.codes}, {load.failures}: 4 callers had one request each on its way"
+    assert load.codes[200] > 20
+    deadline = time.monotonic() + 60
+    while len(replicas(server)) < 2:
+        assert time.monotonic() < deadline, "Ray Serve did not replace it"
+        time.sleep(0.2)
+
+
+def test_it_ends_at_sigterm_without_losing_a_request(server: RayServer, folder: Path) -> None:
+    """A request that is half sent when the signal comes is answered."""
+    connections = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=30) for _ in range(4)]
+    half = len(BODY) // 2
+    for connection in connections:
+        connection.putrequest("POST", INFER)
+        length = {"content-length": str(len(BODY)), "authorization": f"Bearer {server.token}"}
+        for name, value in {**HEADERS, **length}.items():
+            connection.putheader(name, value)
+        connection.endheaders(BODY[:half])
+    time.sleep(0.3)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    for connection in connections:
+        connection.send(BODY[half:])
+    assert [connection.getresponse().status for connection in connections] == [200] * 4
+    assert server.process.wait(90) == 0
+    spans = [json.loads(line) for line in (folder / "spans.jsonl").read_text().splitlines()]
+    assert any(span["name"] == "POST /v2/models/{model}/infer" for span in spans)
