@@ -61,7 +61,7 @@ class Replica:
 
 
 def threads_for(parameters: int, cpus: int) -> int:
-    """Threads of the forward pass, which are begun after this is set: one for each `WEIGHTS_A_THREAD`, at most `cpus`.
+    """Threads of the forward pass, begun after this is set: one for each `WEIGHTS_A_THREAD`, at most `cpus`.
 
     A pass of a millisecond does not gain by a second thread, and loses much where that thread has to wait for a core.
     """
