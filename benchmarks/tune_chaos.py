@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import yaml
+from chaos import title
 from provenance import save
 
 from ray_app.jobs.journal import entries
@@ -151,14 +152,6 @@ def kill(process: "subprocess.Popen[bytes]", kind: str, rng: random.Random) -> b
         with contextlib.suppress(psutil.NoSuchProcess):
             os.kill(victim.pid, signal.SIGKILL)
     return bool(victims)
-
-
-def title(process: psutil.Process) -> str:
-    """Ray sets it to the actor's class and method."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 if __name__ == "__main__":

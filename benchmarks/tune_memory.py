@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import yaml
+from chaos import title
 from provenance import save
 
 from ray_app.config import SplitConfig
@@ -92,14 +93,6 @@ def uss(process: psutil.Process) -> int:
         return process.memory_full_info().uss
     except psutil.Error:
         return 0
-
-
-def title(process: psutil.Process) -> str:
-    """Ray sets it to the actor's class and method."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 if __name__ == "__main__":

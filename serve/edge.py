@@ -44,7 +44,7 @@ class Edge:
                 await self._routed(call, scope, receive, answer)
         except Problem as problem:
             await answer.problem(problem)
-        except Exception:
+        except Exception:  # nothing stands outside of this: what is left is a defect of ours, and callers get JSON
             LOG.exception("request %s failed", call.request_id)
             if not answer.code:
                 await answer.problem(defect(call))

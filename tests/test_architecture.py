@@ -35,7 +35,8 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "client": ({"client_wire", "errors"}, {"numpy"}),
     "client_wire": ({"errors"}, {"numpy"}),
-    "cli": ({"jobs", "config", "errors"}, {"tyro", "yaml", "rich"}),
+    "commands": ({"config"}, set()),
+    "cli": ({"commands", "jobs", "config", "errors"}, {"tyro", "yaml", "rich"}),
     "__main__": ({"cli"}, set()),
 }
 IMPURE = {

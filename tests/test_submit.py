@@ -60,7 +60,12 @@ def small_dir(tmp_path: Path) -> Path:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text('"""Stands in for a long command."""\n')
     (package / "__main__.py").write_text(
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(5)\n"
+        "    print('saved', flush=True)\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
         "seconds, code = float(sys.argv[sys.argv.index('--seed') + 1]), int(sys.argv[-1])\n"
         "for i in range(int(seconds * 5)):\n"
         "    print(f'line {i:04d}', flush=True)\n"
@@ -122,9 +127,10 @@ def test_a_job_is_listed_and_stopped_by_hand(head: Head, small_dir: Path) -> Non
     follower = app(head, "jobs", "logs", job)
     time.sleep(3)
     assert json.loads(ended(app(head, "jobs", "stop", job, "--json"))[1])["asked"]
-    code, stdout, _ = ended(follower)
+    code, stdout, stderr = ended(follower)
     assert code == 143
     assert "stopped" in stdout
+    assert "saved" in stderr, "it was given longer than Ray's three seconds"
 
 
 def test_what_is_refused_says_how_to_mend_it(head: Head) -> None:

@@ -198,6 +198,7 @@ def test_where_all_fail_the_reasons_are_grouped_and_the_exit_code_is_2(
     assert "1 times: The gradient is not finite" in err
     weights = ", ".join(f"--{name}-weight" for name in ("mse", "cosine", "contrastive", "accept", "centred"))
     assert f"1 times: {weights} are all 0" in err
+    assert "does not answer" not in err, "a trial that was refused has nothing to track"
 
 
 def test_an_estimate_above_the_budget_needs_a_word_and_the_budget_ends_the_search(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_app.config import TrackingFlags
+from ray_app.jobs.journal import JOURNAL
 from ray_app.jobs.sweep_folder import SweepFolder
 from ray_app.jobs.tracking import Tracker, sync_run
 
@@ -22,6 +23,7 @@ class SweepTracker(Tracker):
         super().__init__(cfg, sweep)
 
     def _also(self, lines: list[dict[str, Any]]) -> None:
-        self._ended += [self._folder.run(line["name"]).path for line in lines if line["kind"] == "ended"]
+        ended = [self._folder.run(line["name"]).path for line in lines if line["kind"] == "ended"]
+        self._ended += [run for run in ended if (run / JOURNAL).is_file()]  # a trial that was refused never began
         while self.run_id and self._ended and self._attempt(partial(sync_run, self._ended[0], self._uri)):
             del self._ended[0]

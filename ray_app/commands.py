@@ -1,0 +1,209 @@
+"""Every command: its settings, the functions that run it and print its result, and what the list says of it."""
+
+from dataclasses import dataclass
+
+from ray_app import config as c
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command: its settings, and the functions that run it and print its result."""
+
+    config: type[c.Config]
+    module: str
+    """Module below `ray_app.jobs` with `run_<function>` and `render_<function>`."""
+    function: str
+    usage: str
+    """Shown in the list of commands."""
+    help: str
+    positional: str | None = None
+    """Field that leading words without a dash are for."""
+    failures: str | None = None
+    """Key of the result that counts what is wrong: where it is not 0, the exit code is 1."""
+    trailing: str | None = None
+    """Field for all words after `--`: a command of ours."""
+    exit_code: str | None = None
+    """Key of the result that is the exit code."""
+
+
+COMMANDS: dict[str, Command] = {
+    "quickstart": Command(
+        c.QuickstartConfig,
+        "quickstart",
+        "quickstart",
+        "quickstart",
+        "everything below, small, on this machine",
+    ),
+    "prepare scenes": Command(
+        c.PrepareScenes,
+        "prepare",
+        "prepare",
+        "prepare scenes --out STORE",
+        "a pair store of rendered driving scenes",
+    ),
+    "prepare video": Command(
+        c.PrepareVideo,
+        "prepare",
+        "prepare",
+        "prepare video FILE… --out STORE",
+        "a pair store of real footage with simulated events",
+        "files",
+    ),
+    "prepare eventgpt": Command(
+        c.PrepareEventGpt,
+        "prepare",
+        "prepare",
+        "prepare eventgpt DIR --out STORE",
+        "a pair store of the reference's dataset folder",
+        "root",
+    ),
+    "prepare dsec": Command(
+        c.PrepareDsec,
+        "prepare",
+        "prepare",
+        "prepare dsec ROOT --out STORE",
+        "a pair store of DSEC recordings",
+        "root",
+    ),
+    "prepare davis": Command(
+        c.PrepareDavis,
+        "prepare",
+        "prepare",
+        "prepare davis FILE… --out STORE",
+        "a pair store of DAVIS recordings (.aedat4)",
+        "files",
+    ),
+    "inspect": Command(
+        c.InspectConfig,
+        "inspect",
+        "inspect",
+        "inspect STORE",
+        "what is in a store: counts, leaks, checksums",
+        "store",
+    ),
+    "train": Command(
+        c.TrainConfig,
+        "train",
+        "train",
+        "train --store STORE --out RUN",
+        "train an adapter with Ray Train",
+    ),
+    "tune": Command(
+        c.TuneConfig,
+        "tune",
+        "tune",
+        "tune FILE | --resume SWEEP | --watch SWEEP",
+        "search for the best adapter, train it with several seeds, judge it",
+        "file",
+    ),
+    "sync": Command(
+        c.SyncConfig,
+        "tracking_sync",
+        "sync",
+        "sync RUN…",
+        "bring the tracking server to what runs' journals hold",
+        "runs",
+    ),
+    "evaluate": Command(
+        c.EvaluateConfig,
+        "evaluate",
+        "evaluate",
+        "evaluate --store STORE --checkpoint CKPT --out DIR",
+        "metrics of the test part beside every control, and report.html",
+    ),
+    "benchmark": Command(
+        c.BenchmarkConfig,
+        "benchmark",
+        "benchmark",
+        "benchmark --store STORE --checkpoint CKPT --out DIR",
+        "the whole store through a checkpoint, with throughput",
+    ),
+    "promote": Command(
+        c.PromoteConfig,
+        "promote",
+        "promote",
+        "promote RUN | --rollback | --list",
+        "register, compare with the champion and the controls, move the alias (back)",
+        "run",
+    ),
+    "capture": Command(
+        c.CaptureConfig,
+        "capture",
+        "capture",
+        "capture CLIPS… --target DIR --drafter DIR --out TRACES",
+        "outputs of live models as traces for replay, with measured times",
+        "clips",
+    ),
+    "serve": Command(
+        c.ServeConfig,
+        "serve",
+        "serve",
+        "serve [--checkpoint CKPT]",
+        "the endpoint on this machine: the champion over HTTP",
+    ),
+    "replay": Command(
+        c.ReplayConfig,
+        "replay",
+        "replay",
+        "replay TRACES…",
+        "will it speed decoding up: token acceptance on recorded outputs",
+        "traces",
+    ),
+    "proxy": Command(
+        c.ProxyConfig,
+        "proxy",
+        "proxy",
+        "proxy TRACES… --adapter CKPT… --out DIR",
+        "what cosine acceptance predicts about token acceptance",
+        "traces",
+    ),
+    "import-checkpoint": Command(
+        c.ImportCheckpointConfig,
+        "import_checkpoint",
+        "import_checkpoint",
+        "import-checkpoint FILE --out CKPT",
+        "a checkpoint of the reference project as one of ours",
+        "file",
+    ),
+    "submit": Command(
+        c.SubmitConfig,
+        "submit",
+        "submit",
+        "submit [FLAGS] -- COMMAND …",
+        "run a command as a job on a cluster and follow it",
+        trailing="command",
+        exit_code="exit_code",
+    ),
+    "jobs list": Command(
+        c.JobsConfig,
+        "jobs",
+        "jobs_list",
+        "jobs list",
+        "the jobs of a cluster",
+    ),
+    "jobs logs": Command(
+        c.JobLogsConfig,
+        "jobs",
+        "jobs_logs",
+        "jobs logs JOB",
+        "follow a job to its end",
+        "job",
+        exit_code="exit_code",
+    ),
+    "jobs stop": Command(
+        c.JobConfig,
+        "jobs",
+        "jobs_stop",
+        "jobs stop JOB",
+        "ask a job to end; training saves first",
+        "job",
+    ),
+    "doctor": Command(
+        c.DoctorConfig,
+        "doctor",
+        "doctor",
+        "doctor",
+        "what this machine or cluster lacks",
+        failures="problems",
+    ),
+}
