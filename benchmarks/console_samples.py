@@ -1,6 +1,6 @@
 """Draws the console's samples into index.html: rendered scenes with simulated events.
 
-    python benchmarks/console_samples.py
+    .venv/bin/python benchmarks/console_samples.py
 
 The event image is kept as the sensor's own picture, in its three colours: 640 × 480 such pixels are a third of the
 bytes of the 224 × 224 that the endpoint makes of them, and the endpoint makes the same of them as `prepare` does. The
