@@ -57,30 +57,44 @@ class Products:
     """|target − mean|²."""
 
 
-def products(adapter: SubspaceAdapter, core_BR: Tensor, record: Tensor) -> Products:
+@dataclass(frozen=True, slots=True)
+class MeanProducts:
+    """What follows from the mean target alone: of width D, and so taken once and not in every step."""
+
+    coordinates_R: Tensor
+    """Its products with the target basis."""
+    sq: Tensor
+    """|mean|²."""
+
+    @staticmethod
+    def of(adapter: SubspaceAdapter) -> "MeanProducts":
+        """Of an adapter whose mean and basis are in place; training does not move them."""
+        mean_D = adapter.target_mean
+        return MeanProducts(mean_D @ adapter.target_basis, mean_D.square().sum())
+
+
+def products(adapter: SubspaceAdapter, mean: MeanProducts, core_BR: Tensor, record: Tensor) -> Products:
     """Of mean + basis · core + ρ · event with the recorded targets."""
-    rank, rho, mean_D = core_BR.shape[1], adapter.residual, adapter.target_mean
+    rank, rho = core_BR.shape[1], adapter.residual
     target_BR, event_BR, scalars = record[:, :rank], record[:, rank : 2 * rank], record[:, 2 * rank :]
     target_sq, mean_target, event_target, event_sq, mean_event = scalars.unbind(dim=1)
-    mean_R, mean_sq = mean_D @ adapter.target_basis, mean_D.square().sum()
     moved_sq = core_BR.square().sum(dim=1) + 2 * rho * (core_BR * event_BR).sum(dim=1) + rho**2 * event_sq
-    moved_mean = core_BR @ mean_R + rho * mean_event
+    moved_mean = core_BR @ mean.coordinates_R + rho * mean_event
     moved_target = (core_BR * target_BR).sum(dim=1) + rho * event_target
     return Products(
         dot=mean_target + moved_target,
-        aligned_sq=mean_sq + 2 * moved_mean + moved_sq,
+        aligned_sq=mean.sq + 2 * moved_mean + moved_sq,
         target_sq=target_sq,
         centred_dot=moved_target - moved_mean,
         centred_aligned_sq=moved_sq,
-        centred_target_sq=target_sq - 2 * mean_target + mean_sq,
+        centred_target_sq=target_sq - 2 * mean_target + mean.sq,
     )
 
 
-def similarity(adapter: SubspaceAdapter, core_BR: Tensor, record: Tensor) -> Tensor:
+def similarity(adapter: SubspaceAdapter, mean: MeanProducts, core_BR: Tensor, record: Tensor) -> Tensor:
     """Cosine of every aligned feature with every target, (B, B); only without a residual connection."""
     assert not adapter.residual
-    rank, mean_D = core_BR.shape[1], adapter.target_mean
+    rank = core_BR.shape[1]
     dot_BB = core_BR @ record[:, :rank].T + record[:, 2 * rank + 1]
-    mean_R = mean_D @ adapter.target_basis
-    aligned_sq = mean_D.square().sum() + 2 * core_BR @ mean_R + core_BR.square().sum(dim=1)
+    aligned_sq = mean.sq + 2 * core_BR @ mean.coordinates_R + core_BR.square().sum(dim=1)
     return dot_BB / (aligned_sq.sqrt()[:, None] * record[:, 2 * rank].sqrt())

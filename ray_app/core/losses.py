@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ray_app.core.adapter import Adapter
 from ray_app.core.adapter_subspace import SubspaceAdapter
 from ray_app.core.augment import Augmentation
-from ray_app.core.compressed import products, similarity
+from ray_app.core.compressed import MeanProducts, products, similarity
 from ray_app.core.metrics import THETA
 from ray_app.core.noise import BatchNoise
 
@@ -158,21 +158,28 @@ class CompressedObjective(AlignmentObjective):
     """
 
     adapter: SubspaceAdapter
+    _mean: MeanProducts | None = None
+
+    def mean(self) -> MeanProducts:
+        """Taken at the first pair: the adapter's mean and basis are loaded by then, and on their device."""
+        if self._mean is None:
+            self._mean = MeanProducts.of(self.adapter)
+        return self._mean
 
     def align(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
         return self.adapter.core(event_BE, noise)
 
     def cosine(self, aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
-        found = products(self.adapter, aligned_BD, target_BD)
+        found = products(self.adapter, self.mean(), aligned_BD, target_BD)
         return _ratio(found.dot, found.aligned_sq, found.target_sq)
 
     def measure(self, aligned_BD: Tensor, target_BD: Tensor) -> Measured:
-        found = products(self.adapter, aligned_BD, target_BD)
+        found = products(self.adapter, self.mean(), aligned_BD, target_BD)
         centred_B = cos_BB = None
         if self.weights.centred:
             centred_B = _ratio(found.centred_dot, found.centred_aligned_sq, found.centred_target_sq)
         if self.log_temperature is not None:
-            cos_BB = similarity(self.adapter, aligned_BD, target_BD)
+            cos_BB = similarity(self.adapter, self.mean(), aligned_BD, target_BD)
         difference_sq = found.aligned_sq - 2 * found.dot + found.target_sq
         return Measured(
             difference_sq / self.adapter.config.target_dim,
