@@ -224,6 +224,21 @@ def test_an_answer_that_is_wrong_for_too_long_is_an_error_with_the_number_of_tri
     assert there.read("x") == b"1"
 
 
+def test_that_a_file_is_missing_is_an_answer_too_after_an_outage(s3: S3) -> None:
+    told: list[str] = []
+    there = place(s3.uri("bucket/missing"), 60).telling(told.append)
+    s3.broken.touch()
+    mend = threading.Timer(8.0, s3.broken.unlink)
+    mend.start()
+    with pytest.raises(FileNotFoundError):
+        there.read("x")
+    mend.join()
+    assert [line.partition(";")[0].partition(",")[0] for line in told] == [
+        "s3://bucket/missing does not answer",
+        "s3://bucket/missing answers again",
+    ]
+
+
 # --- names ---
 
 

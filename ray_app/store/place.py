@@ -237,7 +237,8 @@ class ObjectStore(Place):
         while True:
             try:
                 answer = ask(*_connected(self.uri))
-            except FileNotFoundError:
+            except FileNotFoundError:  # an answer as well
+                self._answered(tries, began)
                 raise
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 raise StoreError(
@@ -256,9 +257,12 @@ class ObjectStore(Place):
                 time.sleep(wait_s)
                 wait_s, tries = min(2 * wait_s, LONGEST_WAIT_S), tries + 1
             else:
-                if tries > 1:
-                    self.tell(f"{self} answers again, after {time.monotonic() - began:.1f} s")
+                self._answered(tries, began)
                 return answer
+
+    def _answered(self, tries: int, began: float) -> None:
+        if tries > 1:
+            self.tell(f"{self} answers again, after {time.monotonic() - began:.1f} s")
 
 
 class Ranges(io.RawIOBase):
