@@ -29,7 +29,8 @@ TIMED_PASSES = 30
 
 def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
     """A trainable of Ray Tune. `config["trial"]`: `train` (a TrainConfig), `data` (a key of `placed`), `objective`,
-    `latency`, `threads`, `provenance`, `population` (weights are exchanged), `origin` (run folder of the weights to begin with).
+    `latency`, `threads`, `provenance`, `population` (weights are exchanged),
+    `origin` (run folder of the weights to begin with).
 
     A failure that would come again is told in the journal, and the trial ends. Any other error is raised, so that
     Tune starts the trial again; the second time for the same cause it ends, too.
