@@ -105,7 +105,7 @@ class SweepRecord:
         return trial
 
     def go_on(self, member: str, donor: str, setting: Setting) -> dict[str, Any]:
-        """A population's member ends; a new trial of its number takes another's weights. Returns its config."""
+        """A population's member ends, a new trial of its number takes another's weights. Returns its config."""
         old, other = self.trials[member], self.standing(donor)
         name = trial_name(old.index, setting, donor, other.epochs, member)
         self.stopped(member)
@@ -145,6 +145,7 @@ class SweepRecord:
                 }
             )
         about = run.about()
+        run.stop_file.unlink(missing_ok=True)
         with Journal(run.path) as journal:
             journal.write(
                 "start",
@@ -168,10 +169,10 @@ class SweepRecord:
         trial = self.standing(name)
         if trial.ended_at is None:
             run = self.folder.run(name)
-            best = run.best()
-            artifacts = str(best.relative_to(run.path)) if best else None
+            if self.spec.workers > 1:
+                run.stop_file.touch()  # its workers may be at work: they save, end, and let the journal go
             with Journal(run.path) as journal:
-                journal.write("end", status="KILLED", artifacts=artifacts, time=time.time())
+                journal.write("end", status="KILLED", artifacts=None, time=time.time())
         self.end(self.standing(name))
 
     def failed(self, name: str, reason: str) -> None:
@@ -220,7 +221,7 @@ class RecordSearcher(Unsaved, Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         trial = self.record.next_trial()
-        return Searcher.FINISHED if trial is None else self.record.trial_config(trial)
+        return Searcher.FINISHED if trial is None else {"trial": self.record.trial_config(trial)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The recorder has seen to it."""
@@ -242,14 +243,14 @@ class Recorder(Unsaved, tune.Callback):
         self.budget.started(trial.trial_id)
 
     def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
-        self.record.died(trial.config["name"], reason_of(trial))
+        self.record.died(trial.config["trial"]["name"], reason_of(trial))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
         self.budget.ended(trial.trial_id)
-        self.record.failed(trial.config["name"], reason_of(trial))
+        self.record.failed(trial.config["trial"]["name"], reason_of(trial))
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
-        name = trial.config["name"]
+        name = trial.config["trial"]["name"]
         self.budget.ended(trial.trial_id)
         if not self.budget.spent or self.record.standing(name).ended_at is not None:
             self.record.stopped(name)
@@ -314,7 +315,7 @@ def scheduler_of(spec: SweepSpec, record: SweepRecord) -> TrialScheduler:
     if spec.scheduler == "none":
         return FIFOScheduler()
     if spec.scheduler == "pbt":
-        return Population(record.space, spec.grace_epochs, record.go_on)
+        return Population(record.space, spec.grace_epochs, spec.num_epochs, record.go_on)
     scheduler = ASHAScheduler(
         time_attr="epoch",
         metric="objective",

@@ -13,11 +13,11 @@ from typing import Any
 from ray import tune
 from ray.tune import Checkpoint
 from ray.tune.experiment import Trial as TuneTrial
-from ray.tune.schedulers import PopulationBasedTraining
+from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
 from ray_app.config import TrainConfig
 from ray_app.errors import CheckpointError, TrainingError
-from ray_app.jobs.run_folder import RunFolder
+from ray_app.jobs.run_folder import RunFolder, place
 from ray_app.jobs.sweep_spec import Dimension, Setting, Space, Span
 from ray_app.store.checkpoint import load_checkpoint, load_training_state, save_checkpoint, save_training_state
 
@@ -44,25 +44,33 @@ def inside(space: Space, setting: Setting) -> Setting:
 class Population(PopulationBasedTraining):
     """Tune's scheduler, which asks the record for the trial that goes on."""
 
-    def __init__(self, space: Space, every: int, go_on: Callable[[str, str, Setting], dict[str, Any]]) -> None:
+    def __init__(
+        self, space: Space, every: int, num_epochs: int, go_on: Callable[[str, str, Setting], dict[str, Any]]
+    ) -> None:
         """`go_on`: (member, whose weights it takes, new setting) to the config of the trial that goes on."""
         super().__init__(
             time_attr="epoch",
             metric="objective",
             mode="max",
             perturbation_interval=every,
-            hyperparam_mutations={"setting": {name: mutation(dimension) for name, dimension in space.items()}},
+            hyperparam_mutations={"trial": {"setting": {name: mutation(each) for name, each in space.items()}}},
             log_config=False,
         )
-        self._space, self._go_on = space, go_on
+        self._space, self._num_epochs, self._go_on = space, num_epochs, go_on
+
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        if result.get("epoch", 0) >= self._num_epochs:
+            return TrialScheduler.CONTINUE  # it is done: nothing is left to exchange weights for
+        return super().on_trial_result(tune_controller, trial, result)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles it for a restore that is never asked of it here
 
     def _get_new_config(self, trial: TuneTrial, trial_to_clone: TuneTrial) -> tuple[dict[str, Any], dict[str, Any]]:
         found, operations = super()._get_new_config(trial, trial_to_clone)
-        setting = inside(self._space, found["setting"])
-        return self._go_on(trial.config["name"], trial_to_clone.config["name"], setting), operations
+        setting = inside(self._space, found["trial"]["setting"])
+        member, donor = (each.config["trial"]["name"] for each in (trial, trial_to_clone))
+        return {"trial": self._go_on(member, donor, setting)}, operations
 
 
 @contextmanager
@@ -74,7 +82,7 @@ def mark(run: Path) -> Iterator[Any]:
 
 
 def adopt(donor: RunFolder, run: RunFolder, cfg: TrainConfig, provenance: dict[str, Any]) -> None:
-    """Begins a run with the weights and moments of another's newest place, at its epoch; once and no more.
+    """Begins a run with the weights and moments of another's newest place before its end; once and no more.
 
     What was best is forgotten: under other loss weights the losses of before cannot be compared. TrainingError: there
     is no whole place in the donor.
@@ -83,6 +91,8 @@ def adopt(donor: RunFolder, run: RunFolder, cfg: TrainConfig, provenance: dict[s
         return
     for _ in range(TRIES):
         for state in sorted(donor.state("").glob("epoch_*"), reverse=True):
+            if state.name >= place(cfg.num_epochs):
+                continue
             try:
                 tensors, meta = load_training_state(state)
                 weights = load_checkpoint(donor.checkpoint(state.name))

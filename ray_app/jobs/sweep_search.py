@@ -144,6 +144,7 @@ def importances(space: Space, tried: Sequence[Tried], seed: int) -> dict[str, fl
     differing = {name for name in space if len({json.dumps(trial.setting[name]) for trial in tried}) > 1}
     if len(tried) < FEWEST or not differing or len({trial.values for trial in tried}) < 2:
         return {}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
     study.add_trials(frozen_trials(space, tried, 1))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)

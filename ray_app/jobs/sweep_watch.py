@@ -51,7 +51,9 @@ def header(lines: list[dict[str, Any]], trials: list[Trial]) -> Text:
 
 def trials_table(trials: list[Trial]) -> Table:
     """The best trials first; those without a number last."""
-    table = Table("trial", "status", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    table.add_column("trial", no_wrap=True)
+    table.add_column("status")
     for name in ("epochs", "accepted at 0.80", "lift (points)", "parameters"):
         table.add_column(name, justify="right")
     table.add_column("setting", overflow="fold")

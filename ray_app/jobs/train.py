@@ -248,19 +248,26 @@ def fit(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: str,
     make_start(cfg, store, split, PairsThroughRay(store, split, datasets))
     if not plan.held and (dropped := len(split.train) % cfg.num_workers):
         print(f"streaming to {cfg.num_workers} workers leaves out {dropped} pairs of each epoch", file=sys.stderr)
+    told = {"held": plan.held, "threads": plan.threads, "provenance": about, "placed": None}
+    data_config = DataConfig(datasets_to_split=[] if plan.held else ["train"])
+    group(cfg, plan.cpus_per_worker, name, told, datasets=datasets, dataset_config=data_config)
+    failures = [line["error"] for line in since_start(cfg.out) if line["kind"] == "failure"]
+    if failures:
+        kept = RunFolder(cfg.out).best()
+        raise TrainingError(
+            f"{failures[-1]} " + (f"The last good checkpoint is {kept}." if kept else "There is no checkpoint yet.")
+        )
+
+
+def group(cfg: TrainConfig, cpus_per_worker: float, name: str, told: dict[str, Any], **data: Any) -> None:
+    """A group of workers, from its start to its end. `told` goes to `train_loop_per_worker`, beside the settings."""
     TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={
-            "train": flat(cfg),
-            "held": plan.held,
-            "threads": plan.threads,
-            "provenance": about,
-            "placed": None,
-        },
+        train_loop_config={"train": flat(cfg), **told},
         scaling_config=ScalingConfig(
             num_workers=cfg.num_workers,
             use_gpu=cfg.use_gpu,
-            resources_per_worker={"CPU": plan.cpus_per_worker, **({"GPU": 1} if cfg.use_gpu else {})},
+            resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if cfg.use_gpu else {})},
         ),
         run_config=RunConfig(
             name=name,
@@ -270,15 +277,8 @@ def fit(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: str,
                 controller_failure_limit=3,  # type: ignore[call-arg]  # typed as the class of before Train V2
             ),
         ),
-        datasets=datasets,
-        dataset_config=DataConfig(datasets_to_split=[] if plan.held else ["train"]),
+        **data,
     ).fit()
-    failures = [line["error"] for line in since_start(cfg.out) if line["kind"] == "failure"]
-    if failures:
-        kept = RunFolder(cfg.out).best()
-        raise TrainingError(
-            f"{failures[-1]} " + (f"The last good checkpoint is {kept}." if kept else "There is no checkpoint yet.")
-        )
 
 
 def summary(

@@ -28,16 +28,20 @@ TIMED_PASSES = 30
 
 
 def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
-    """A trainable of Ray Tune. `config`: `train` (a TrainConfig), `data` (a key of `placed`), `objective`, `latency`,
-    `threads`, `provenance`, `population` (weights are exchanged), `origin` (run folder of the weights to begin with).
+    """A trainable of Ray Tune. `config["trial"]`: `train` (a TrainConfig), `data` (a key of `placed`), `objective`,
+    `latency`, `threads`, `provenance`, `population` (weights are exchanged),
+    `origin` (run folder of the weights to begin with).
 
     A failure that would come again is told in the journal, and the trial ends. Any other error is raised, so that
     Tune starts the trial again; the second time for the same cause it ends, too.
     """
+    config = config["trial"]
     cfg = TrainConfig.model_validate(config["train"])
     torch.set_num_threads(config["threads"])
     with Journal(cfg.out) as journal:
         trial = TrialRun(cfg, journal, config)
+        if entries(cfg.out)[-1]["kind"] == "end":
+            return  # a member of a population that had paused at its end
         if reason := why_not_again(since_start(cfg.out)):
             trial.fail(reason)
             return
@@ -83,16 +87,13 @@ class TrialRun:
 
     def tell(self, lines: list[dict[str, Any]], epoch: int) -> None:
         """To Tune, which answers by going on, or never. The driver may end the journal meanwhile."""
-        found = scores(lines, self.config["objective"])
-        metrics = {"epoch": epoch, "objective": found["objective"], RATE: found["accept_rate"], "lift": found["lift"]}
+        metrics = metrics_of(lines, epoch, self.config["objective"])
         with self.journal.lent(), mark(self.cfg.out) if self.config["population"] else nullcontext() as checkpoint:
             tune.report(metrics, checkpoint=checkpoint)
 
     def end(self, status: str) -> None:
-        """The last line."""
-        best = RunFolder(self.cfg.out).best()
-        artifacts = str(best.relative_to(self.cfg.out)) if best else None
-        self.journal.write("end", status=status, artifacts=artifacts, time=time.time())
+        """The last line. No artifacts: of a trial's weights only the best of a sweep are kept, and in its folder."""
+        self.journal.write("end", status=status, artifacts=None, time=time.time())
 
     def fail(self, reason: str) -> None:
         """It ends here, for a reason."""
@@ -108,6 +109,12 @@ class TrialRun:
             self.fail(f"twice the same: {cause}")
         else:
             raise error
+
+
+def metrics_of(lines: list[dict[str, Any]], epoch: int, objective: str) -> dict[str, Any]:
+    """What Tune is told after an epoch."""
+    found = scores(lines, objective)
+    return {"epoch": epoch, "objective": found["objective"], RATE: found["accept_rate"], "lift": found["lift"]}
 
 
 def why_not_again(lines: list[dict[str, Any]]) -> str | None:

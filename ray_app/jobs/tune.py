@@ -17,7 +17,7 @@ from ray import tune
 from rich.console import Console
 
 from ray_app.config import TuneConfig, flat
-from ray_app.errors import ConfigError, RunStopped, StoreError, TrainingError
+from ray_app.errors import ConfigError, ResourceError, RunStopped, StoreError, TrainingError
 from ray_app.jobs.cluster import ClusterInfo, cluster
 from ray_app.jobs.journal import Journal
 from ray_app.jobs.sweep_data import Placed, place
@@ -31,6 +31,7 @@ from ray_app.jobs.sweep_tracking import SweepTracker
 from ray_app.jobs.sweep_watch import SweepProgress, trials_table, watch
 from ray_app.jobs.tracking import shown, tracking_uri
 from ray_app.jobs.trial import run_trial
+from ray_app.jobs.trial_group import RESOURCES, run_group_trial
 from ray_app.store.durable import write_file
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
@@ -144,7 +145,13 @@ def placed_parts(stores: dict[str, PairStore], spec: SweepSpec) -> dict[str, Pla
                     "stand on different drives",
                     file=sys.stderr,
                 )
-    return {key: place(store, splits[key], min(nodes) / len(stores)) for key, store in stores.items()}
+    placed = {key: place(store, splits[key], min(nodes) / len(stores)) for key, store in stores.items()}
+    if spec.workers > 1 and not all(part.train for part in placed.values()):
+        raise ResourceError(
+            "trials of several workers need the training pairs in shared memory, where they do not fit; take "
+            "`workers: 1`, or nodes with more (--object-store-memory of `ray start`)"
+        )
+    return placed
 
 
 def begun(spec: SweepSpec, placed: dict[str, Placed], uri: str) -> dict[str, Any]:
@@ -234,20 +241,24 @@ def search(record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> N
     left = len(record.queue) + record.left
     if not left or budget.stop_all():
         return
-    resources = {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
-    trainable = tune.with_resources(tune.with_parameters(run_trial, placed=placed), resources)
+    run, resources = run_trial, {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
+    if spec.workers > 1:
+        run, resources = run_group_trial, RESOURCES
+    trainable = tune.with_resources(tune.with_parameters(run, placed=placed), resources)
+    # Tune wants all of a population from the start; its members take turns where the CPUs are not enough.
+    population = members(record) if spec.scheduler == "pbt" else []
     with SweepProgress(record) as progress, asked_to_stop(budget):
         record.on_change = progress.ended
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=RecordSearcher(record),
+                search_alg=None if population else RecordSearcher(record),
                 scheduler=scheduler_of(spec, record),
-                num_samples=left,
-                # A population takes turns: all its members are there, the CPUs say how many at a time.
-                max_concurrent_trials=None if spec.scheduler == "pbt" else concurrent,
+                num_samples=1 if population else left,
+                max_concurrent_trials=None if population else concurrent,
                 reuse_actors=True,
             ),
+            param_space={"trial": tune.grid_search(population)} if population else None,
             run_config=tune.RunConfig(
                 name=f"{int(time.time() * 1000)}",
                 storage_path=str(folder.path / "ray"),
@@ -265,6 +276,11 @@ def search(record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> N
             f"ray-app tune --resume {folder.path} and a larger budget",
             file=sys.stderr,
         )
+
+
+def members(record: SweepRecord) -> list[dict[str, Any]]:
+    """Every member of a population, as `run_trial` is told."""
+    return [record.trial_config(trial) for trial in iter(record.next_trial, None)]
 
 
 @contextmanager
