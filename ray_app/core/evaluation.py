@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ray_app.core.adapter import Adapter
 from ray_app.core.metrics import THETA, THETAS, AlignmentCounts, cos_sim, rate_key, retrieval
+from ray_app.core.sequences import masked, sequence_cosine
 from ray_app.core.step import Precision, decode
+from ray_app.errors import InputError
 
 CONTROLS = ("before", "white", "mean_target", "shuffled")
 """Rules without learning that lift is taken over."""
@@ -40,19 +42,30 @@ class TrainingMeans:
     """Number of pairs."""
     target_sum_D: NDArray[np.float64]
     """Sum of target features as stored, before the scale."""
+    tokens_T: NDArray[np.int64] | None = None
+    """Of sequences: how many have a token at each position."""
 
     @staticmethod
-    def of(target_BD: NDArray[Any]) -> "TrainingMeans":
-        """Sums of one batch of stored features."""
+    def of(target_BD: NDArray[Any], token_width: int | None = None) -> "TrainingMeans":
+        """Sums of one batch of stored features; `token_width`: they are sequences of such tokens."""
         exact = np.uint64 if target_BD.dtype.kind == "u" else np.float64
-        return TrainingMeans(len(target_BD), target_BD.sum(axis=0, dtype=exact).astype(np.float64))
+        sum_D = target_BD.sum(axis=0, dtype=exact).astype(np.float64)
+        if not token_width:
+            return TrainingMeans(len(target_BD), sum_D)
+        there_BT = target_BD.reshape(len(target_BD), -1, token_width).any(axis=2)
+        return TrainingMeans(len(target_BD), sum_D, there_BT.sum(axis=0))
 
     def __add__(self, other: "TrainingMeans") -> "TrainingMeans":
-        return TrainingMeans(self.pairs + other.pairs, self.target_sum_D + other.target_sum_D)
+        tokens = [sums.tokens_T for sums in (self, other) if sums.tokens_T is not None]
+        tokens_T = np.sum(tokens, axis=0) if tokens else None
+        return TrainingMeans(self.pairs + other.pairs, self.target_sum_D + other.target_sum_D, tokens_T)
 
     def mean_target(self, scale: float) -> Tensor:
-        """Mean training target, shape (D,), float32."""
-        return torch.from_numpy(self.target_sum_D * (scale / self.pairs)).float()
+        """Mean training target, shape (D,), float32; of sequences over those that reach a position."""
+        if self.tokens_T is None:
+            return torch.from_numpy(self.target_sum_D * (scale / self.pairs)).float()
+        sum_TW = self.target_sum_D.reshape(len(self.tokens_T), -1)
+        return torch.from_numpy(sum_TW * (scale / np.maximum(self.tokens_T, 1)[:, None])).float().flatten()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +165,8 @@ class AlignmentEvaluator:
     """bf16: autocast in the forward pass."""
     hold: bool = True
     """Keep the features that `result` needs; without it `add` alone can be used."""
+    token_width: int | None = None
+    """Features are sequences of such tokens: a pair's cosine is the mean over the tokens of its target."""
     _cosines: dict[str, list[Tensor]] = field(default_factory=dict)
     _aligned: list[Tensor] = field(default_factory=list)
     _targets: list[Tensor] = field(default_factory=list)
@@ -166,12 +181,13 @@ class AlignmentEvaluator:
             aligned = self.adapter(event).float()
         mean_1D = self.mean_target_D.to(self.device)[None]
         cosines = {
-            "after": cos_sim(aligned, target),
-            "centered_after": _cos_or_zero(aligned - mean_1D, target - mean_1D),
-            **fixed_controls(event, target, mean_1D),
+            "after": pair_cosine(aligned, target, self.token_width),
+            "centered_after": _cos_or_zero(self._centred(aligned), self._centred(target), self.token_width),
+            **fixed_controls(event, target, mean_1D, self.token_width),
         }
         if event.shape == target.shape:
-            cosines["centered_before"] = _cos_or_zero(event - mean_1D, target - mean_1D)
+            centred = self._centred(event), self._centred(target)
+            cosines["centered_before"] = _cos_or_zero(*centred, self.token_width)
         else:
             cosines["centered_before"] = torch.zeros(len(target))
         cosines = {name: cos_B.cpu() for name, cos_B in cosines.items()}
@@ -209,7 +225,7 @@ class AlignmentEvaluator:
         parts = []
         for rows in torch.arange(len(others)).split(CHUNK):
             target = decode(target_ND[torch.from_numpy(others)[rows]], self.target_scale, self.device)
-            parts.append(cos_sim(aligned_ND[rows], target).cpu())
+            parts.append(pair_cosine(aligned_ND[rows].float(), target, self.token_width).cpu())
         return torch.cat(parts).double().numpy()
 
     def _targets_against(self, target_ND: Tensor, previous: NDArray[np.int64]) -> Cosines:
@@ -222,29 +238,48 @@ class AlignmentEvaluator:
                     decode(target_ND[torch.from_numpy(which)], self.target_scale, self.device)
                     for which in (rows, previous[rows])
                 )
-                cosines[rows] = cos_sim(now, past).cpu()
+                cosines[rows] = pair_cosine(past, now, self.token_width).cpu()
         return cosines
 
     def _retrieval(self, aligned_ND: Tensor, target_ND: Tensor) -> dict[str, float]:
-        """By centred cosine: without the mean taken off, all features look alike."""
-        mean_1D = self.mean_target_D.to(self.device)[None]
+        """By centred cosine: without the mean taken off, all features look alike. Sequences are taken as a whole."""
         similarity_NN = torch.empty(len(target_ND), len(target_ND))
         unit = torch.nn.functional.normalize
         for columns in torch.arange(len(target_ND)).split(CHUNK):
-            target = unit(decode(target_ND[columns], self.target_scale, self.device) - mean_1D, dim=1)
+            target = unit(self._centred(decode(target_ND[columns], self.target_scale, self.device)), dim=1)
             for rows in torch.arange(len(aligned_ND)).split(CHUNK):
-                aligned = unit(aligned_ND[rows].float() - mean_1D, dim=1)
+                aligned = unit(self._centred(aligned_ND[rows].float()), dim=1)
                 similarity_NN[rows[:, None], columns] = (aligned @ target.T).cpu()
         return retrieval(similarity_NN)
 
+    def _centred(self, feature_BD: Tensor) -> Tensor:
+        """The mean training target taken off, where there is a token."""
+        mean_1D = self.mean_target_D.to(self.device)[None]
+        centred_BD = feature_BD - mean_1D
+        return masked(centred_BD, feature_BD, self.token_width) if self.token_width else centred_BD
 
-def fixed_controls(event_BE: Tensor, target_BD: Tensor, mean_1D: Tensor) -> dict[str, Tensor]:
+
+def pair_cosine(feature_BD: Tensor, target_BD: Tensor, token_width: int | None = None) -> Tensor:
+    """Cosine of each pair, shape (B,); of sequences the mean over the target's tokens.
+
+    A zero vector, or a target without tokens, raises InputError.
+    """
+    if token_width is None:
+        return cos_sim(feature_BD, target_BD)
+    if (empty := torch.nonzero(~target_BD.any(dim=1))).numel():
+        raise InputError(f"the target of pair {int(empty[0])} of the batch has no token")
+    return sequence_cosine(feature_BD, target_BD, token_width).clamp(-1.0, 1.0)
+
+
+def fixed_controls(
+    event_BE: Tensor, target_BD: Tensor, mean_1D: Tensor, token_width: int | None = None
+) -> dict[str, Tensor]:
     """Cosines (B,) of the controls that need no adapter. Features of different width have none: 0, never accepted."""
     same = event_BE.shape == target_BD.shape
     return {
-        "before": cos_sim(event_BE, target_BD) if same else torch.zeros(len(target_BD)),
-        "white": cos_sim(torch.ones_like(mean_1D).expand_as(target_BD), target_BD),
-        "mean_target": cos_sim(mean_1D.expand_as(target_BD), target_BD),
+        "before": pair_cosine(event_BE, target_BD, token_width) if same else torch.zeros(len(target_BD)),
+        "white": pair_cosine(torch.ones_like(mean_1D).expand_as(target_BD), target_BD, token_width),
+        "mean_target": pair_cosine(mean_1D.expand_as(target_BD), target_BD, token_width),
     }
 
 
@@ -278,8 +313,10 @@ def derangement(sequences: Sequence[str], seed: int) -> NDArray[np.int64]:
     return others
 
 
-def _cos_or_zero(a_BD: Tensor, b_BD: Tensor) -> Tensor:
+def _cos_or_zero(a_BD: Tensor, b_BD: Tensor, token_width: int | None) -> Tensor:
     """Cosine; 0 by convention where nothing is left of a vector, as of the mean target less the mean."""
+    if token_width:
+        return sequence_cosine(a_BD, b_BD, token_width)
     return torch.nn.functional.cosine_similarity(a_BD, b_BD, dim=1, eps=1e-12)
 
 

@@ -55,10 +55,12 @@ def training_means(store: PairStore, rows: Rows) -> TrainingMeans:
     parts = ordered_pairs(store, rows).map_batches(
         functools.partial(partial_sums, store), batch_size=SUM_ROWS, batch_format="pyarrow"
     )
-    total = TrainingMeans(0, np.zeros(store.feature("target").width))
+    target = store.feature("target")
+    total = TrainingMeans(0, np.zeros(target.width))
     for batch in parts.iter_batches(batch_size=None, batch_format="numpy"):
-        for pairs, target_sum_D in zip(batch["pairs"], batch["target_sum"], strict=True):
-            total += TrainingMeans(int(pairs), np.asarray(target_sum_D, np.float64))
+        for n, pairs in enumerate(batch["pairs"]):
+            tokens_T = np.asarray(batch["tokens"][n], np.int64) if target.token_width else None
+            total += TrainingMeans(int(pairs), np.asarray(batch["target_sum"][n], np.float64), tokens_T)
     assert total.pairs == len(rows)
     return total
 
@@ -73,8 +75,9 @@ def ordered_pairs(store: PairStore, rows: Rows) -> Dataset:
 
 def partial_sums(store: PairStore, batch: pa.Table) -> dict[str, NDArray[Any]]:
     """One row with the sums of a batch."""
-    sums = TrainingMeans.of(to_arrays(batch, store)[2])
-    return {"pairs": np.array([sums.pairs]), "target_sum": sums.target_sum_D[None]}
+    sums = TrainingMeans.of(to_arrays(batch, store)[2], store.feature("target").token_width)
+    tokens = {} if sums.tokens_T is None else {"tokens": sums.tokens_T[None]}
+    return {"pairs": np.array([sums.pairs]), "target_sum": sums.target_sum_D[None], **tokens}
 
 
 class EvaluationWorker:
@@ -104,6 +107,7 @@ class EvaluationWorker:
             event_scale=store.feature("event").scale,
             target_scale=store.feature("target").scale,
             device=self.device,
+            token_width=store.feature("target").token_width,
         )
         seen = [np.zeros(0, np.int64)]
         done = 0

@@ -97,7 +97,7 @@ def place(store: PairStore, split: Split, free_bytes: float) -> Placed:
         )
     if train_bytes + val_bytes <= room:
         event_NE, target_ND = store.read_rows(split.train)
-        means = TrainingMeans.of(target_ND)
+        means = TrainingMeans.of(target_ND, store.feature("target").token_width)
         train = (ray.put(event_NE), ray.put(target_ND))
         del event_NE, target_ND
     else:
@@ -119,6 +119,7 @@ def controls_of(
     store: PairStore, split: Split, event_NE: NDArray[Any], target_ND: NDArray[Any], mean_target_D: torch.Tensor
 ) -> Controls:
     """The controls of the validation part."""
+    width = store.feature("target").token_width
     scales, cpu = [store.feature(side).scale for side in ("event", "target")], torch.device("cpu")
     fixed: dict[str, AlignmentCounts] = {}
     for rows in np.array_split(np.arange(len(event_NE)), -(-len(event_NE) // CHUNK)):
@@ -126,7 +127,7 @@ def controls_of(
             decode(torch.from_numpy(side[rows]), scale, cpu)
             for side, scale in zip((event_NE, target_ND), scales, strict=True)
         )
-        for name, cos_B in fixed_controls(event_BE, target_BD, mean_target_D[None]).items():
+        for name, cos_B in fixed_controls(event_BE, target_BD, mean_target_D[None], width).items():
             fixed[name] = fixed.get(name, AlignmentCounts()) + AlignmentCounts.of(cos_B)
     return Controls(fixed, derangement(store.index.sequence[split.val].tolist(), seed=0))
 
