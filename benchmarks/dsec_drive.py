@@ -37,6 +37,8 @@ FIRST_FRAME_US = CLOCK_STARTS_US + 2_300
 NUM_EDGE_PIXELS = 40_000
 """Pixels that fire at one time: 13 % of the sensor; real parts of a window touch 5 to 9 %, whole ones 14 to 30 %."""
 PAN_PIXELS_PER_S = 60
+CHUNK_BYTES = 164_090
+"""As h5py chooses it for some 300 million events in one go."""
 TYPES = {"x": "<u2", "y": "<u2", "p": "|u1", "t": "<u4"}
 
 
@@ -89,11 +91,8 @@ def write_long_events(path: Path, parts: Iterator[dict[str, NDArray[Any]]], num_
         for second, part in enumerate(parts):
             for name, column in part.items():
                 if second == 0:
-                    about = len(column) * num_seconds
-                    chunk = h5py.h5d  # chunks are those that h5py chooses for the whole length, as DSEC's writer does
-                    del chunk
-                    shape = h5py._hl.filters.guess_chunk((about,), None, np.dtype(TYPES[name]).itemsize)
-                    file.create_dataset(f"events/{name}", (0,), TYPES[name], maxshape=(None,), chunks=shape, **BLOSC)
+                    chunks = (CHUNK_BYTES // column.itemsize,)
+                    file.create_dataset(f"events/{name}", (0,), TYPES[name], maxshape=(None,), chunks=chunks, **BLOSC)
                 dataset = file[f"events/{name}"]
                 dataset.resize((count + len(column),))
                 dataset[count:] = column

@@ -8,6 +8,8 @@ is asked whether it is ready. Writes benchmarks/results/serve_fuzz.json.
 """
 
 import argparse
+import base64
+import itertools
 import json
 import random
 import tempfile
@@ -33,12 +35,16 @@ from serve_mutations import mutated, send
 from serve_process import answers, checkpoint_of, endpoint, tree
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-SHAPE = (3, 16, 16)
+SHAPE, WIDTH = (3, 16, 16), 768
 TIMEOUT_S = 20.0
 
 
-def by_openapi(base: str, cases: int) -> dict[str, Any]:
-    """`cases` requests for each operation, half of them such as its schema forbids; or all that there are."""
+def by_openapi(base: str, width: int, cases: int) -> dict[str, Any]:
+    """`cases` requests for each operation, half of them such as its schema forbids; or all that there are.
+
+    No schema makes features of the right width: in half of the allowed ones they are put there, so that the rest of
+    the request comes to be answered.
+    """
     schema = schemathesis.openapi.from_url(f"{base}/openapi.json")
     found: dict[str, Any] = {}
     for result in schema.get_all_operations():
@@ -48,7 +54,7 @@ def by_openapi(base: str, cases: int) -> dict[str, Any]:
         for mode in GenerationMode:
             try:
                 strategy = operation.as_strategy(generation_mode=mode)
-                run_cases(base, strategy, cases // 2, codes, failures)
+                run_cases(base, strategy, cases // 2, codes, failures, width if mode.is_positive else 0)
             except Exception as error:  # an operation without anything to spoil has no such strategy
                 if "Unsatisfiable" not in type(error).__name__ and "negative" not in str(error).lower():
                     raise
@@ -60,8 +66,9 @@ def by_openapi(base: str, cases: int) -> dict[str, Any]:
     return found
 
 
-def run_cases(base: str, strategy: Any, cases: int, codes: Counter[str], failures: list[str]) -> None:
+def run_cases(base: str, strategy: Any, cases: int, codes: Counter[str], failures: list[str], width: int) -> None:
     """Sends what the strategy draws; a failure is noted and the next one sent."""
+    turn = itertools.count()
 
     @given(case=strategy)
     @settings(
@@ -73,6 +80,10 @@ def run_cases(base: str, strategy: Any, cases: int, codes: Counter[str], failure
         suppress_health_check=list(HealthCheck),
     )
     def once(case: Case) -> None:
+        if width and isinstance(case.body, dict) and next(turn) % 2:
+            feature = {"data": base64.b64encode(bytes(range(1, 193)) * (width // 192)).decode(), "datatype": "UINT8"}
+            sides = [side for side in ("event", "target") if case.body.get(side) is not None]
+            case.body |= {side: {**feature, "shape": [1, width]} for side in sides}
         try:
             response = case.call(timeout=TIMEOUT_S)
         except requests.Timeout:
@@ -127,6 +138,8 @@ def wrong(status: int, body: bytes, refuse: bool, gone: bool) -> str | None:
         return None if gone else "no answer"
     if status >= 500 and status != 504:  # 504: the request asked for 1 ms
         return f"{status} {body[:300]!r}"
+    if status == 400 and body.startswith(b"<html>"):
+        return None  # no HTTP at all, refused by HAProxy before it came to us
     if status == 200:
         return "answered, though it should be refused" if refuse else None
     try:
@@ -143,11 +156,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = checkpoint_of(Path(folder) / "checkpoint", 768, 8, shape=SHAPE)
-        with endpoint(checkpoint, "--proxy", "auto") as (base, process):
+        checkpoint = checkpoint_of(Path(folder) / "checkpoint", WIDTH, 8, shape=SHAPE)
+        with endpoint(checkpoint) as (base, process):
             began, memory = time.monotonic(), sum(p.memory_info().rss for p in tree(process))
-            operations = by_openapi(base, args.cases)
-            mutations = by_mutations(base, 768, args.mutations, args.seed)
+            operations = by_openapi(base, WIDTH, args.cases)
+            mutations = by_mutations(base, WIDTH, args.mutations, args.seed)
             grown = sum(p.memory_info().rss for p in tree(process)) - memory
     codes = Counter[str]()
     for found in [*operations.values(), mutations]:

@@ -144,6 +144,14 @@ COMMANDS: dict[str, Command] = {
         "register, compare with the champion and the controls, move the alias (back)",
         "run",
     ),
+    "capture": Command(
+        c.CaptureConfig,
+        "capture",
+        "capture",
+        "capture CLIPS… --target DIR --drafter DIR --out TRACES",
+        "outputs of live models as traces for replay, with measured times",
+        "clips",
+    ),
     "serve": Command(
         c.ServeConfig,
         "serve",
@@ -157,6 +165,14 @@ COMMANDS: dict[str, Command] = {
         "replay",
         "replay TRACES…",
         "will it speed decoding up: token acceptance on recorded outputs",
+        "traces",
+    ),
+    "proxy": Command(
+        c.ProxyConfig,
+        "proxy",
+        "proxy",
+        "proxy TRACES… --adapter CKPT… --out DIR",
+        "what cosine acceptance predicts about token acceptance",
         "traces",
     ),
     "import-checkpoint": Command(

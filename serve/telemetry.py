@@ -20,6 +20,8 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 COSINES = tuple(round(-1 + 0.05 * i, 2) for i in range(41))
 BYTES = tuple(10**k for k in range(2, 9))
+ASKED = {"/v1/align", "/v1/verify", "/v2/models/{model}/infer"}
+"""Routes that the live numbers are of: not those of who looks at them."""
 RECENT_S = 60.0
 """Latencies of /v1/stats are of the last minute."""
 RATE_S = 10.0
@@ -77,7 +79,8 @@ class Telemetry:
         self._requests.labels(self.replica, route, method, str(code), version).inc()
         self._seconds.labels(self.replica, route).observe(seconds)
         self._codes[str(code)] += 1
-        self._recent.append((time.monotonic(), seconds, pairs))
+        if route in ASKED:
+            self._recent.append((time.monotonic(), seconds, pairs))
 
     def body(self, num_bytes: int) -> None:
         """One body that was read."""

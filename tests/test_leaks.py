@@ -13,10 +13,10 @@ from ray_app.config import InspectConfig, SplitConfig
 from ray_app.core.likeness import CELLS, NEAR, brightness, most_alike, sketches
 from ray_app.events.recording import Events
 from ray_app.events.render import drawn_shares, event_image
-from ray_app.jobs.building import resized
 from ray_app.jobs.inspect import run_inspect
 from ray_app.jobs.survey import BRIGHT
 from ray_app.jobs.window_statistics import NIGHT_BELOW
+from ray_app.sources.images import resized
 from ray_app.store.manifest import Features, FeatureSpec
 from ray_app.store.pair_store import Pair, PairStore, publish, write_part
 from ray_app.store.split import overlapping_row, split_pairs
@@ -181,7 +181,7 @@ def test_shares_of_a_drawn_image_outlive_its_resize() -> None:
     drawn = event_image(Events(x, y, np.arange(count), p, 640, 480))
     active = np.mean(drawn[..., 1] == 0)
     positive = np.sum(drawn[..., 0] > drawn[..., 2]) / np.sum(drawn[..., 1] == 0)
-    small = resized(drawn, FeatureSpec(dtype="uint8", shape=(3, 224, 224), scale=1 / 255))
+    small = resized(drawn, 224, 224)
     photograph, white = view(0, 224).transpose(2, 0, 1), np.full_like(small, 255)
     found_active, found_positive = drawn_shares(np.stack([small, photograph, white]))
     assert found_active[0] == pytest.approx(active, abs=0.003)

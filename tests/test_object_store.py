@@ -143,7 +143,7 @@ def test_a_server_that_fails_for_a_while_is_waited_for(
         s3.kill()
     else:
         s3.broken.touch()
-    time.sleep(2)
+    time.sleep(2 if how == "killed" else 8)
     if how == "killed":
         s3.start()
     else:

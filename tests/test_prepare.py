@@ -223,6 +223,9 @@ def test_the_result_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
         "seconds": 12.5,
         "pairs_per_second": 88.0,
         "pairs_per_second_per_core": 44.0,
+        "windows": 240,
+        "events_covered": 50_000_000,
+        "events_drawn": 10_000_000,
         "fingerprint": "f" * 64,
     }
     render_prepare(result, Console(width=120))
@@ -232,5 +235,6 @@ def test_the_result_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
         "3 (reasons in quarantine.jsonl)",
         "123.5 MB",
         "44.00 for each core",
+        "50.0 million in 240 windows, 10.0 drawn; 0.8 million drawn/s",
     ):
         assert text in printed

@@ -23,6 +23,7 @@ from ray_app.core.drafters import (
     RetrievalDrafter,
 )
 from ray_app.core.speculative import accepted_prefix, require_tokens
+from ray_app.core.state_drafters import AdapterDrafter, HiddenStateDrafter
 from ray_app.errors import ConfigError, InputError
 
 
@@ -58,6 +59,8 @@ DRAFTERS: dict[str, type[Drafter]] = {
         NgramDrafter,
         PromptLookupDrafter,
         RetrievalDrafter,
+        HiddenStateDrafter,
+        AdapterDrafter,
         PreviousWindowDrafter,
         HybridDrafter,
     )

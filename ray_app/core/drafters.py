@@ -6,14 +6,19 @@ A drafter sees the question, EventGPT's tokens, and the accepted part of the ans
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ray_app.errors import InputError
 
 SUM_TOLERANCE = 1e-6
 """How far from one a drafter's probabilities may sum: they are float64."""
+States = NDArray[np.float32]
+"""A model's last hidden state for each token of its answer, shape (T, D): what the token was chosen from."""
 START = -1
 """Stands before the first token of every answer in n-grams."""
 
@@ -26,6 +31,10 @@ class Prompt:
     """As asked."""
     event_tokens: tuple[int, ...]
     """EventGPT's own output."""
+    event_states: States | None = field(default=None, compare=False, repr=False)
+    """EventGPT's states, where they were captured."""
+    aligned_states: States | None = field(default=None, compare=False, repr=False)
+    """The same after an adapter: in the target's space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,8 @@ class Answered:
     """What was asked."""
     answer: tuple[int, ...]
     """The target's tokens."""
+    target_states: States | None = field(default=None, compare=False, repr=False)
+    """The target's states, where they were captured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +96,8 @@ class Drafter:
     """Whether answers that were accepted during the replay change its drafts."""
     needs_event_tokens: ClassVar[bool] = False
     """Whether EventGPT must have run before it can draft."""
+    needs_states: ClassVar[bool] = False
+    """Whether it drafts from captured states, and drafts nothing without them."""
 
     def fit(self, answered: Sequence[Answered]) -> None:
         """Learns from other sequences; called once, before anything else."""

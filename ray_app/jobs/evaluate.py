@@ -4,19 +4,21 @@ Rates are fractions in [0, 1], but percent under the reference's own keys of ali
 """
 
 import json
+import os
 import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from ray_app.config import EvaluateConfig, SplitConfig, TrainConfig, flat
+from ray_app.config import EvaluateConfig, JudgeFlags, SplitConfig, TrainConfig, flat
 from ray_app.core.evaluation import AlignmentEvaluation
 from ray_app.core.metrics import AlignmentCounts
-from ray_app.errors import StoreError
+from ray_app.errors import InputError, StoreError
 from ray_app.events.windows import duration_suffix
 from ray_app.jobs.cluster import cluster
 from ray_app.jobs.judge import Judge, mean_target, require_device
@@ -40,10 +42,11 @@ REPORT_FILES = ("alignment_metrics_*.json", "benchmark_adapter_full_*.json", "re
 def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     """Judges the checkpoint on the test part alone; the training part gives its mean target.
 
-    StoreError: a damaged store, or an --out that holds other things. CheckpointError: a checkpoint that does not
-    verify or fit. RegistryError: no such model.
+    StoreError: a damaged store, or an --out that holds other things. InputError: no page at --proxy.
+    CheckpointError: a checkpoint that does not verify or fit. RegistryError: no such model.
     """
     claim_report_folder(cfg.out)
+    proxy = proxy_address(cfg)
     store = PairStore.open(cfg.store, cfg.durations)
     split = split_pairs(store.index, cfg.split_config)
     begun = provenance(sys.argv, store.fingerprint, config=settings(cfg))
@@ -64,7 +67,7 @@ def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     metrics = alignment_metrics(result, before, checkpoint.adapter)
     files = {
         cfg.out / f"alignment_metrics_{suffix(store)}.json": as_json(metrics),
-        cfg.out / "report.html": render_html(result, curves(evaluation), best, worst).encode(),
+        cfg.out / "report.html": render_html(result, curves(evaluation), best, worst, proxy).encode(),
     }
     cfg.out.mkdir(parents=True, exist_ok=True)
     for path, data in files.items():
@@ -80,6 +83,15 @@ def render_evaluate(result: dict[str, Any], console: Console) -> None:
         console.print(f"- {note['text']}", style="yellow" if note["warning"] else "dim", markup=False)
     for path in result["files"]:
         console.print(path, soft_wrap=True, markup=False)
+
+
+def proxy_address(cfg: EvaluateConfig) -> str | None:
+    """Where --proxy lies, seen from the report. InputError: it is not there."""
+    if cfg.proxy is None:
+        return None
+    if not cfg.proxy.is_file():
+        raise InputError(f"--proxy {cfg.proxy} is no file; name the proxy.html that `ray-app proxy` wrote.")
+    return quote(os.path.relpath(cfg.proxy.absolute(), cfg.out.absolute()))
 
 
 def claim_report_folder(folder: Path) -> None:
@@ -163,7 +175,7 @@ def training_config(checkpoint: Checkpoint) -> TrainConfig | None:
     return TrainConfig.model_validate(config) if config else None
 
 
-def settings(cfg: EvaluateConfig) -> dict[str, Any]:
+def settings(cfg: JudgeFlags) -> dict[str, Any]:
     """A command's settings as JSON values, without the tracking server's password."""
     return {**flat(cfg), "tracking_uri": cfg.tracking_uri and shown(cfg.tracking_uri)}
 

@@ -122,6 +122,23 @@ def mark_theta(axes: Axes, *, labelled: bool) -> None:
         axes.annotate(f"θ {rate_key(THETA)}", (THETA, 1), offset, xycoords=top, textcoords="offset points", va="top")
 
 
+def reliability_figure(reliability: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Share of matching places against their mean cosine, by name of what was aligned, beside the diagonal."""
+    markers = "osD^vPX*"
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.5, label="cosine = chance")
+        for number, (name, bins) in enumerate(reliability.items()):
+            places = [[each["mean_cos"] for each in bins], [each["match_rate"] for each in bins]]
+            marker, alpha = markers[number % len(markers)], 1.0 - 0.6 * number / max(len(reliability), 1)
+            axes.plot(*places, color=INK, marker=marker, alpha=alpha, linewidth=1.0, label=name)
+        axes.set(xlabel="mean cos_sim", ylabel="match rate", xlim=(0, 1), ylim=(0, 1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.legend(frameon=False)
+    return to_svg(figure)
+
+
 def to_svg(figure: Figure) -> str:
     """The bare <svg> element, colours as CSS variables, sized by its container."""
     buffer = io.StringIO()

@@ -7,7 +7,7 @@ named, so folds are contiguous stretches, and rows within the gap of a stretch a
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
+from ray_app import errors
 from ray_app.config import ReplayConfig
 from ray_app.core.draft_cost import StepTimes, row_cost
 from ray_app.core.draft_replay import DRAFTERS, RowReplay, contiguous_folds, replay_fold
 from ray_app.core.draft_summary import ReplayedRow, details, match_rate_by_shift, summarise
-from ray_app.core.drafters import Answered
-from ray_app.errors import ConfigError, InputError
+from ray_app.core.state_drafters import AdapterDrafter
+from ray_app.errors import CheckpointError, ConfigError, InputError
 from ray_app.jobs.cluster import cluster
 from ray_app.jobs.page import require_suffix, write_for_people
 from ray_app.jobs.replay_page import replay_page
+from ray_app.jobs.states import answers, answers_with_states, require_states
 from ray_app.store.traces import Timing, Trace, TraceFile, read_timing, read_traces
 
 BARS = ("positional", "previous_window")
@@ -85,6 +87,8 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
     if unknown:
         raise ConfigError(f"there is no drafter '{unknown[0]}'; there are: {', '.join(DRAFTERS)}.")
     files = [read_traces(path, cfg.vocabulary, cfg.end_token) for path in cfg.traces]
+    for name in cfg.drafter:
+        _require_what_it_needs(cfg, files, name)
     timing = read_timing(cfg.timing) if cfg.timing else None
     names = list(dict.fromkeys((*CONTROLS, *cfg.drafter)))
     replayed = _replay(cfg, files, names)
@@ -217,26 +221,28 @@ def _conditions(result: ReplayResult) -> str:
 
 def _replay(cfg: ReplayConfig, files: Sequence[TraceFile], names: list[str]) -> dict[str, list[list[RowReplay]]]:
     """For each drafter and file, the rows in order."""
-    answers = [[Answered(trace.prompt, tuple(trace.target_tokens)) for trace in file.traces] for file in files]
-    folds = [contiguous_folds(len(rows), cfg.folds, cfg.gap) for rows in answers]
+    folds = [contiguous_folds(len(file.traces), cfg.folds, cfg.gap) for file in files]
     tasks = [Task(file, fold, name) for name in names for file in range(len(files)) for fold in range(cfg.folds)]
-    gamma, vocabulary = cfg.gamma, cfg.vocabulary
+    gamma, vocabulary, adapter = cfg.gamma, cfg.vocabulary, cfg.adapter and cfg.adapter.absolute()
+    files = [replace(file, path=file.path.absolute()) for file in files]  # workers have a folder of their own
 
     def replay(item: dict[str, Any]) -> dict[str, Any]:
         task = tasks[item["task"]]
-        rows, fold = answers[task.file], folds[task.file][task.fold]
+        drafter, file, fold = DRAFTERS[task.drafter](), files[task.file], folds[task.file][task.fold]
         try:
+            # States are large: each task reads those that it needs.
+            rows = answers_with_states(file, adapter) if drafter.needs_states else answers(file)
             done = replay_fold(
-                DRAFTERS[task.drafter](),
+                drafter,
                 [rows[n] for n in fold.train],
                 [rows[n] for n in fold.test],
                 gamma=gamma,
                 vocabulary=vocabulary,
                 clock=time.thread_time,
             )
-        except InputError as error:  # Ray Data would wrap it in an error of its own
-            return {"task": item["task"], "error": str(error), "rows": ""}
-        return {"task": item["task"], "error": "", "rows": json.dumps([asdict(row) for row in done])}
+        except (InputError, CheckpointError) as error:  # Ray Data would wrap it in an error of its own
+            return {"task": item["task"], "kind": type(error).__name__, "error": str(error), "rows": ""}
+        return {"task": item["task"], "kind": "", "error": "", "rows": json.dumps([asdict(row) for row in done])}
 
     found: dict[int, list[RowReplay]] = {}
     with cluster(cfg.address):
@@ -246,12 +252,22 @@ def _replay(cfg: ReplayConfig, files: Sequence[TraceFile], names: list[str]) -> 
         ).map(replay, compute=ray.data.TaskPoolStrategy(size=workers))
         for done in dataset.iter_rows():
             if done["error"]:
-                raise InputError(done["error"])
+                raise getattr(errors, done["kind"])(done["error"])
             found[done["task"]] = [_read_row(row) for row in json.loads(done["rows"])]
     replayed: dict[str, list[list[RowReplay]]] = {name: [[] for _ in files] for name in names}
     for number, task in enumerate(tasks):
         replayed[task.drafter][task.file] += found[number]
     return replayed
+
+
+def _require_what_it_needs(cfg: ReplayConfig, files: Sequence[TraceFile], name: str) -> None:
+    """ConfigError: a drafter without its adapter. InputError: one that drafts from states, and rows without them."""
+    drafter = DRAFTERS[name]
+    if drafter is AdapterDrafter and cfg.adapter is None:
+        raise ConfigError("drafter 'adapter' needs --adapter CKPT, the checkpoint that carries the states over.")
+    if drafter.needs_states:
+        for file in files:
+            require_states(file, f"drafter '{name}'")
 
 
 def fold_of_rows(cfg: ReplayConfig, file: TraceFile) -> list[int]:
@@ -342,9 +358,10 @@ def _notes(cfg: ReplayConfig, files: Sequence[TraceFile], timing: Timing | None)
     if (cfg.start_token in starts[0]) != (cfg.start_token in starts[1]):
         side = "drafts" if cfg.start_token in starts[0] else "targets"
         notes.append(f"BOS: only the {side} begin with the start token {cfg.start_token}; drop it there.")
-    if timing is None and not any(trace.timing_ms for trace in traces):
+    own = [trace.timing_ms for trace in traces]
+    if timing is None and not any(own):
         notes.append("no times were measured for these rows: no speed-ups; give --timing FILE.")
-    elif timing is None or cfg.gamma not in timing.verify:
+    elif any(times and cfg.gamma not in times.verify for times in ([timing] if timing else own)):
         notes.append(
             f"verify({cfg.gamma}) was not measured and is taken as one plain step, the least it can cost: speed-ups "
             "are upper bounds; give `verify` in --timing FILE."

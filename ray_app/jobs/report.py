@@ -158,13 +158,15 @@ def render_html(
     cosines: Cosines,
     best: Sequence[PairPicture] = (),
     worst: Sequence[PairPicture] = (),
+    proxy: str | None = None,
 ) -> str:
-    """The whole report as one HTML page."""
+    """The whole report as one HTML page; `proxy` is the address of `ray-app proxy`'s page, seen from this one."""
     groups = [("Highest cosine after", "best", best), ("Lowest cosine after", "worst", worst)]
     return page(
         "report.html.j2",
         r=result,
         outcome=outcome(result),
+        proxy=proxy,
         notes=notes(result),
         rows=rows(result),
         thetas=list(result["cosine_accept_rate"]),

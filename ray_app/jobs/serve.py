@@ -8,12 +8,14 @@ import hashlib
 import importlib
 import logging
 import os
+import random
 import secrets
 import signal
 import socket
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from ray_app.jobs.tracking import tracking_uri
 ROOT = Path(__file__).resolve().parents[2]
 APP = "alignment"
 """Name of the Serve application."""
+PORTS = 40
+"""A range for the replicas of one endpoint, those that ended a moment ago included."""
 DRAIN_S = "1"
 """How long a replica that ends still takes requests: HAProxy on this machine hears of it at once."""
 
@@ -42,11 +46,9 @@ def run_serve(cfg: ServeConfig) -> dict[str, Any]:
         )
     require_free(cfg.host, cfg.port)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     with tempfile.TemporaryDirectory(prefix="ray-app-serve-") as scratch:
         haproxy = uses_haproxy(cfg)
-        os.environ.update(environment(Path(scratch), haproxy))
+        os.environ.update(environment(Path(scratch), haproxy, cfg.host))
         sys.path.insert(0, str(ROOT))
         import ray
 
@@ -59,10 +61,13 @@ def run_serve(cfg: ServeConfig) -> dict[str, Any]:
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1" if cfg.loopback else None,
         )
+        for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which puts its own in their place
+            signal.signal(number, lambda *_: stop.set())
         try:
             return serve_until(cfg, app, stop, haproxy)
         finally:
             ray.shutdown()
+            end_of(Path(scratch))
 
 
 def serve_until(cfg: ServeConfig, app: Any, stop: threading.Event, haproxy: bool) -> dict[str, Any]:
@@ -138,10 +143,11 @@ def uses_haproxy(cfg: ServeConfig) -> bool:
     return cfg.proxy == "haproxy"
 
 
-def environment(scratch: Path, haproxy: bool) -> dict[str, str]:
+def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[str, str]:
     """What Ray Serve reads when it is imported, here and in every process of this cluster.
 
-    HAProxy's files and ports are its own, so that two endpoints on one machine do not meet.
+    HAProxy's files and ports and the replicas' ports are its own: two endpoints on one machine that share a range
+    answer for each other.
     """
     values = {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
@@ -152,8 +158,11 @@ def environment(scratch: Path, haproxy: bool) -> dict[str, str]:
         names = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "METRICS_SOCKET_PATH": "metrics.sock"}
         names |= {"SERVER_STATE_BASE": "", "SERVER_STATE_FILE": "server-state"}
         values |= {f"RAY_SERVE_HAPROXY_{name}": str(scratch / file) for name, file in names.items()}
+        first = free_block(host)
         values |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + PORTS - 1),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
@@ -172,6 +181,30 @@ def require_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ResourceError(f"{host}:{port} cannot be used: {error.strerror}; try another --port.") from error
+
+
+def end_of(scratch: Path) -> list[int]:
+    """Ends the HAProxy of this endpoint, if it is still there: it belongs to no process of Ray's, and outlives them
+    where they were ended before they could end it. Returns the ids of the processes."""
+    ended = []
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # gone meanwhile, or another user's
+            if f"{scratch}/".encode() in command.read_bytes():
+                os.kill(number := int(command.parent.name), signal.SIGTERM)
+                ended.append(number)
+    return ended
+
+
+def free_block(host: str) -> int:
+    """The first of `PORTS` ports in a row that nobody listens on, between those of Ray's workers and of clients."""
+    for first in random.SystemRandom().sample(range(20_000, 32_000, PORTS), 100):
+        try:
+            for port in range(first, first + PORTS):
+                require_free(host, port)
+        except ResourceError:
+            continue
+        return first
+    raise ResourceError(f"there are no {PORTS} ports in a row between 20000 and 32000; end what listens there.")
 
 
 def free_port() -> int:

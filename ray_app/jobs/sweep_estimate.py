@@ -32,6 +32,8 @@ SAMPLES = 64
 """Random settings that the estimate averages over."""
 STEPS = 3
 """Steps that are timed, after one that is not."""
+LEARNING_RATE = 1e-6
+"""Of the timed steps: whether a setting can be trained is found out by its trial."""
 SAVED_BYTES_PER_S = 3e8
 """Assumed: a checkpoint is written, hashed and synced at this speed."""
 
@@ -170,7 +172,7 @@ def step_seconds(cfg: TrainConfig, store: PairStore, threads: int) -> float:
     adapter = build_adapter(adapter_config(cfg, store), 0)
     means = {"target_mean": torch.ones(store.feature("target").width)}
     objective = make_objective(cfg, store, adapter, means).to(device).train()
-    optimizer = make_optimizer(objective, cfg.learning_rate, cfg.weight_decay)
+    optimizer = make_optimizer(objective, LEARNING_RATE, cfg.weight_decay)
     widths = store.feature("event").width, store.feature("target").width
     if cfg.space == "compressed":
         widths = cfg.rank, 2 * cfg.rank + SCALARS

@@ -62,7 +62,7 @@ class VideoSource:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "videos": [{"sequence": name, **_identity(path)} for name, path in named_sequences(self.files)],
+            "videos": [{"sequence": name, **identity(path)} for name, path in named_sequences(self.files)],
             "events": "simulated",
             "fps": self.fps,
             "seed": self.seed,
@@ -83,7 +83,7 @@ class VideoSource:
         """One for each 48 pairs of a video. InputError: a video that cannot be opened, or is too short."""
         tasks = []
         for number, (name, path) in enumerate(named_sequences(self.files)):
-            times_us = self._times(path)
+            times_us = frame_times(path, self.fps)
             half = self.duration_us // 2
             frames = [
                 i
@@ -106,7 +106,7 @@ class VideoSource:
         """The task's pairs in order. A frame that is missing costs the pairs whose windows touch it."""
         name, path = named_sequences(self.files)[task.spec["video"]]
         wanted = task.spec["frames"]
-        times_us = self._times(path)
+        times_us = frame_times(path, self.fps)
         half = self.duration_us // 2
         starts = {i: times_us[i] - half for i in wanted}
         last_end = starts[wanted[-1]] + self.duration_us
@@ -116,7 +116,7 @@ class VideoSource:
         footage = _Footage(EventSimulator(CAMERA, self.height, self.width, rng), times_us)
         targets: dict[int, Frame] = {}
         pending = list(wanted)
-        for i, frame in self._frames(path, first, stop):
+        for i, frame in frames(path, first, stop):
             footage.add(i, frame)
             if i in starts and not isinstance(frame, str):
                 targets[i] = frame
@@ -151,33 +151,6 @@ class VideoSource:
             num_positive=int(np.count_nonzero(events.p)),
             target_t_us=footage.time_us(i),
         )
-
-    def _times(self, path: Path) -> list[int]:
-        """Time of every frame in microseconds, from the container's index: nothing is decoded."""
-        if path.is_dir():
-            if not self.fps:
-                raise InputError(f"{path} is a folder of frames, whose rate is not known; give it with --fps")
-            numbers = _numbered(path)
-            return [round(1e6 * n / self.fps) for n in range(max(numbers) - min(numbers) + 1)]
-        stamps = _packets(path)
-        if self.fps:
-            return [round(1e6 * i / self.fps) for i in range(len(stamps))]
-        return [round(stamp * 1_000_000) for stamp in stamps]
-
-    def _frames(self, path: Path, first: int, stop: int) -> Iterator[tuple[int, Frame | str]]:
-        """(number, picture or what is wrong with it) from `first` on; ends early where the video does."""
-        if path.is_dir():
-            numbers = _numbered(path)
-            low = min(numbers)
-            for i in range(first, min(stop, max(numbers) - low + 1)):
-                try:
-                    if low + i not in numbers:
-                        raise InputError(f"frame {low + i} is missing in {path}")
-                    yield i, read_image(numbers[low + i])
-                except InputError as error:
-                    yield i, str(error)
-        else:
-            yield from _decoded(path, first, stop)
 
 
 class _Footage:
@@ -230,7 +203,37 @@ class _Footage:
         return Events(found.x, found.y, found.t_us, found.p, width, height).between(start_us, end_us)
 
 
-def _identity(path: Path) -> dict[str, Any]:
+def frame_times(path: Path, fps: float | None) -> list[int]:
+    """Time of every frame in microseconds, from the container's index: nothing is decoded."""
+    if path.is_dir():
+        if not fps:
+            raise InputError(f"{path} is a folder of frames, whose rate is not known; give it with --fps")
+        numbers = _numbered(path)
+        return [round(1e6 * n / fps) for n in range(max(numbers) - min(numbers) + 1)]
+    stamps = _packets(path)
+    if fps:
+        return [round(1e6 * i / fps) for i in range(len(stamps))]
+    return [round(stamp * 1_000_000) for stamp in stamps]
+
+
+def frames(path: Path, first: int, stop: int) -> Iterator[tuple[int, Frame | str]]:
+    """(number, picture or what is wrong with it) from `first` on; ends early where the video does."""
+    if path.is_dir():
+        numbers = _numbered(path)
+        low = min(numbers)
+        for i in range(first, min(stop, max(numbers) - low + 1)):
+            try:
+                if low + i not in numbers:
+                    raise InputError(f"frame {low + i} is missing in {path}")
+                yield i, read_image(numbers[low + i])
+            except InputError as error:
+                yield i, str(error)
+    else:
+        yield from _decoded(path, first, stop)
+
+
+def identity(path: Path) -> dict[str, Any]:
+    """A video's name and content, for a manifest. InputError: it cannot be read."""
     return {"file": path.name, "frames": len(images_in(path))} if path.is_dir() else file_identity(path)
 
 

@@ -1,7 +1,8 @@
 """Recorded outputs of both models, a JSON object on each line: read, checked, and bad lines set aside.
 
 A line has row, question, draft_tokens and target_tokens, and may have duration, draft_text, target_text,
-temperature, do_sample and timing_ms. The rows of a file are one stretch of windows in order of time.
+temperature, do_sample, timing_ms, sequence and states. The rows of a file are one stretch of windows in order of
+time.
 """
 
 import json
@@ -65,6 +66,10 @@ class Trace(BaseModel):
     """Whether the target sampled."""
     timing_ms: Timing | None = None
     """Measured times of this row."""
+    sequence: str = ""
+    """The continuous drive that the window is from, where it is known."""
+    states: str | None = None
+    """File with both models' states of this row, named from where the traces lie."""
 
     @property
     def prompt(self) -> Prompt:

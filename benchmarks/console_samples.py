@@ -1,6 +1,6 @@
 """Draws the console's samples into index.html: rendered scenes with simulated events.
 
-    python -m serve.console.samples
+    .venv/bin/python benchmarks/console_samples.py
 
 The event image is kept as the sensor's own picture, in its three colours: 640 × 480 such pixels are a third of the
 bytes of the 224 × 224 that the endpoint makes of them, and the endpoint makes the same of them as `prepare` does. The
@@ -20,7 +20,7 @@ from PIL import Image
 from ray_app.events.render import event_image
 from ray_app.sources.scenes import ScenesSource
 
-PAGE = Path(__file__).with_name("index.html")
+PAGE = Path(__file__).resolve().parents[1] / "serve" / "console" / "index.html"
 SOURCE = ScenesSource(num_pairs=1000, num_sequences=60, seed=7)
 CHOSEN = {"Road by day": 12, "Crossing": 9, "Town at dusk": 8}
 """Drives, by the words on their buttons."""

@@ -1,0 +1,93 @@
+"""Windows of real footage as a video model sees them: a few frames, evenly spread.
+
+A video file is read by its frames' own times; a folder of frames by the numbers in their names and `fps`.
+Shapes: T = frames of a clip, H, W = pixels as recorded, C = 3 colours.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_app.errors import InputError
+from ray_app.events.windows import Window, format_duration, windows_between
+from ray_app.sources.base import Rejected, named_sequences
+from ray_app.sources.video import Frame, frame_times, frames
+
+
+@dataclass(frozen=True, slots=True)
+class ClipWindow:
+    """One window of a video, and the frames to look at."""
+
+    row: int
+    """Place among all windows of all videos."""
+    sequence: str
+    """Name of the video."""
+    path: Path
+    """The video."""
+    window: Window
+    """Its time in the video."""
+    frames: tuple[int, ...]
+    """Numbers of its frames, T of them; a window with fewer repeats some."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """What a model is shown."""
+
+    source: ClipWindow
+    """Where it is from."""
+    frames_THWC: NDArray[np.uint8]
+    """The frames, RGB."""
+
+
+def clip_windows(
+    files: Sequence[Path], *, duration_us: int, step_us: int, num_frames: int, fps: float | None
+) -> list[ClipWindow]:
+    """Every window of every video, in order of time. InputError: a video that is shorter than a window."""
+    found: list[ClipWindow] = []
+    for sequence, path in named_sequences(files):
+        times_us = np.asarray(frame_times(path, fps))
+        gap_us = int(np.median(np.diff(times_us))) if len(times_us) > 1 else 0
+        windows = windows_between(int(times_us[0]), int(times_us[-1]) + gap_us, duration_us, step_us)
+        if not windows:
+            length_s = (times_us[-1] + gap_us - times_us[0]) / 1e6
+            raise InputError(
+                f"{path} has {len(times_us)} frames in {length_s:.3f} s, too short for a window of "
+                f"{format_duration(duration_us)}; take a shorter --duration."
+            )
+        for window in windows:
+            low, high = np.searchsorted(times_us, [window.t_start_us, window.t_end_us]).tolist()
+            low = min(low, len(times_us) - 1)
+            inside = max(high - low, 1)
+            chosen = tuple(low + n * inside // num_frames for n in range(num_frames))
+            found.append(ClipWindow(len(found), sequence, path, window, chosen))
+    return found
+
+
+def clips(windows: Sequence[ClipWindow]) -> Iterator[Clip | Rejected]:
+    """The windows' frames, of one video in order of time, read once; a window that lacks one is rejected alone."""
+    path = windows[0].path
+    first, last = windows[0].frames[0], max(window.frames[-1] for window in windows)
+    wanted = {number for window in windows for number in window.frames}
+    seen: dict[int, Frame | str] = {}
+    pending = list(windows)
+    for number, frame in frames(path, first, last + 1):
+        if number in wanted:
+            seen[number] = frame
+        while pending and number >= pending[0].frames[-1]:
+            yield _clip(pending.pop(0), seen)
+            for old in [n for n in seen if pending and n < pending[0].frames[0]]:
+                del seen[old]
+    for window in pending:
+        yield _clip(window, seen)
+
+
+def _clip(window: ClipWindow, seen: dict[int, Frame | str]) -> Clip | Rejected:
+    found = [seen.get(number, f"frame {number} cannot be decoded") for number in window.frames]
+    if flaws := [frame for frame in found if isinstance(frame, str)]:
+        start, end = window.window.t_start_us, window.window.t_end_us
+        return Rejected(str(window.path), f"row {window.row}, window [{start}, {end})", flaws[0])
+    return Clip(window, np.stack([frame for frame in found if not isinstance(frame, str)]))

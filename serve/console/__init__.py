@@ -1,1 +1,0 @@
-"""The console: one page, and what draws its samples."""
