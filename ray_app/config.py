@@ -418,6 +418,21 @@ class EvaluateConfig(JudgeFlags):
     """proxy.html of `ray-app proxy`, for report.html to link to: what cosine acceptance predicts about tokens."""
 
 
+class CompareConfig(SplitFlags, ClusterFlags, TrackingFlags):
+    """Several checkpoints on the same test pairs: acceptance, size, latency and pictures side by side."""
+
+    checkpoints: tuple[str, ...]
+    """Checkpoint folders, run folders (their best checkpoints), or models:/NAME@ALIAS."""
+    store: StorePlace
+    """Pair store: a folder, or a URI such as s3://bucket/store."""
+    out: Path
+    """Folder for comparison.json and comparison.html; files of these names are replaced."""
+    batch_size: Positive = 32
+    """Pairs per forward pass."""
+    use_gpu: bool = False
+    """Evaluate on a GPU."""
+
+
 class BenchmarkConfig(JudgeFlags):
     """The whole store through a checkpoint: benchmark_adapter_full_<S>.json with throughput."""
 

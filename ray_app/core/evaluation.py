@@ -31,6 +31,9 @@ BLOCKS = 10
 CHUNK = 128
 """Rows of the aligned features that are compared with all targets at a time."""
 
+DARK = 0.5
+"""A target below this share of the mean training target's brightness is called night."""
+
 Cosines = NDArray[np.float64]
 
 
@@ -86,6 +89,8 @@ class AlignmentEvaluation:
     """R@1, R@5, R@10: is a pair's own target the nearest among all, by centred cosine; and chance."""
     seed: int
     """Seed of the resampling."""
+    light: tuple[str, ...] = ()
+    """`day` or `night` of each pair, by its target's brightness; empty where nothing tells."""
 
     def best_control(self, theta: float = THETA) -> str:
         """The control that accepts most at θ; of equals the first of `CONTROLS`."""
@@ -115,7 +120,24 @@ class AlignmentEvaluation:
             "centered_cos_sim_mean_before": self.centered["before"],
             "retrieval": self.retrieval,
             "interval95": self.intervals(),
+            "by_sequence": self.groups(self.sequences),
+            "by_light": self.groups(self.light),
         }
+
+    def groups(self, labels: Sequence[str]) -> dict[str, Any]:
+        """Pairs, mean cosine, acceptance and lift at θ of each label; the best control is that of all pairs."""
+        best = self.controls[self.best_control()]
+        found = {}
+        for label in sorted(set(labels)):
+            mine = np.array(labels) == label
+            rates = [float((cos[mine] > THETA).mean()) for cos in (self.after, best)]
+            found[label] = {
+                "pairs": int(mine.sum()),
+                "cos_sim_mean": float(self.after[mine].mean()),
+                f"cosine_accept_rate_{rate_key(THETA)}": rates[0],
+                "lift": rates[0] - rates[1],
+            }
+        return found
 
     def intervals(self) -> dict[str, Any]:
         """95 % bootstrap intervals (percentile method) of mean, acceptance and lift.
@@ -126,7 +148,8 @@ class AlignmentEvaluation:
         unit, labels = "sequence", np.unique(self.sequences, return_inverse=True)[1]
         if labels.max() < 2:
             unit, labels = "block", np.arange(len(labels)) * min(BLOCKS, len(labels)) // len(labels)
-        rates = [cos > theta for theta in THETAS for cos in (self.after, *(self.controls[name] for name in CONTROLS))]
+        everyone = (self.after, *(self.controls[name] for name in CONTROLS))
+        rates = [cos > theta for theta in THETAS for cos in everyone]
         columns = [self.after, *rates]
         sums_SC = np.stack([np.bincount(labels, column) for column in (np.ones(len(labels)), *columns)], axis=1)
         rng = np.random.default_rng(self.seed)
@@ -165,9 +188,12 @@ class AlignmentEvaluator:
     """bf16: autocast in the forward pass."""
     hold: bool = True
     """Keep the features that `result` needs; without it `add` alone can be used."""
+    images: bool = False
+    """Targets are images of values in [0, 1]: their brightness tells day from night."""
     token_width: int | None = None
     """Features are sequences of such tokens: a pair's cosine is the mean over the tokens of its target."""
     _cosines: dict[str, list[Tensor]] = field(default_factory=dict)
+    _brightness: list[Tensor] = field(default_factory=list)
     _aligned: list[Tensor] = field(default_factory=list)
     _targets: list[Tensor] = field(default_factory=list)
 
@@ -194,6 +220,7 @@ class AlignmentEvaluator:
         if self.hold:
             for name, cos_B in cosines.items():
                 self._cosines.setdefault(name, []).append(cos_B)
+            self._brightness.append(target.mean(dim=1).cpu())
             self._aligned.append(aligned.bfloat16())
             self._targets.append(target_BD.clone())
         return cosines
@@ -218,7 +245,13 @@ class AlignmentEvaluator:
             centered={name: float(cosines[f"centered_{name}"].mean()) for name in ("after", "before")},
             retrieval=self._retrieval(aligned_ND, target_ND),
             seed=seed,
+            light=self._light() if self.images else (),
         )
+
+    def _light(self) -> tuple[str, ...]:
+        """Night where a target is less than half as bright as the mean training target."""
+        dark = torch.cat(self._brightness) < DARK * float(self.mean_target_D.mean())
+        return tuple("night" if each else "day" for each in dark.tolist())
 
     def _against(self, aligned_ND: Tensor, target_ND: Tensor, others: NDArray[np.int64]) -> Cosines:
         """Aligned feature i with target others[i]."""

@@ -31,6 +31,8 @@ from ray_app.store.split import Rows
 
 WARM_UP = 2
 """Forward passes before timing starts."""
+TIMED = 20
+"""Forward passes of one pair, of which the median is the latency."""
 START_S = 300.0
 """How long the actor may wait for CPUs or a GPU, in seconds."""
 SUM_ROWS = 256
@@ -108,6 +110,7 @@ class EvaluationWorker:
             target_scale=store.feature("target").scale,
             device=self.device,
             token_width=store.feature("target").token_width,
+            images=len(store.feature("target").shape) == 3,
         )
         seen = [np.zeros(0, np.int64)]
         done = 0
@@ -135,6 +138,21 @@ class EvaluationWorker:
         """Seconds of each forward pass since the warm-up, and with what."""
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         return {"seconds": self.forward_s, "device": device, "threads": torch.get_num_threads()}
+
+    def latency_ms(self, scale: float) -> float:
+        """Median milliseconds of one forward pass of one pair, on one core or the GPU."""
+        threads, spent = torch.get_num_threads(), []
+        torch.set_num_threads(1)
+        event_1E = torch.full((1, self.adapter.config.event_dim), scale, device=self.device)
+        with torch.no_grad():
+            for _ in range(TIMED + WARM_UP):
+                self._synchronize()
+                began = time.perf_counter()
+                self.adapter(event_1E)
+                self._synchronize()
+                spent.append(time.perf_counter() - began)
+        torch.set_num_threads(threads)
+        return 1e3 * float(np.median(spent[WARM_UP:]))
 
     def _begin(self, *_: Any) -> None:
         self._synchronize()
@@ -203,6 +221,10 @@ class Judge:
         """Aligned features of some stored event features, shape (B, D)."""
         return ray.get(self.worker.align.remote(event_BE, self.store.feature("event").scale))
 
+    def latency_ms(self) -> float:
+        """Median milliseconds of one forward pass of one pair, on one core or the GPU."""
+        return ray.get(self.worker.latency_ms.remote(self.store.feature("event").scale))
+
     def timing(self) -> dict[str, Any]:
         """Seconds of each forward pass since the warm-up, and with what."""
         return ray.get(self.worker.timing.remote())
@@ -220,4 +242,5 @@ def selected(evaluation: AlignmentEvaluation, places: NDArray[np.int64]) -> Alig
         after=evaluation.after[places],
         controls={name: cos[places] for name, cos in evaluation.controls.items()},
         previous_window=evaluation.previous_window[places],
+        light=tuple(evaluation.light[place] for place in places) if evaluation.light else (),
     )
