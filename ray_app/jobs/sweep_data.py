@@ -24,7 +24,7 @@ from ray_app.core.step import decode
 from ray_app.errors import ConfigError, ResourceError, StoreError
 from ray_app.jobs.held import Held
 from ray_app.jobs.lanes import Lanes
-from ray_app.jobs.start import PairsInMemory, held_compressed, make_start, needs
+from ray_app.jobs.start import PairsInMemory, given, held_compressed, make_start, needs
 from ray_app.jobs.train_loop import Batches, Beside, Pairs, Worker, held_batches
 from ray_app.jobs.train_state import TrainState
 from ray_app.store.pair_store import PairStore
@@ -168,7 +168,7 @@ def pairs_of(placed: Placed, worker: Worker) -> Pairs:
 
 def begin(placed: Placed, cfg: TrainConfig) -> None:
     """What a trial begins with, where it is not given by `start`."""
-    if needs(cfg) != "nothing" and not cfg.start:
+    if needs(cfg) != "nothing" and not given(cfg):
         if placed.train is None:
             raise ConfigError(
                 "a trial that streams its pairs takes its means and subspaces from a run's: set `start`"
