@@ -5,9 +5,10 @@
     .venv/bin/python benchmarks/adapter_speed.py sweep --store STORE --folder /tmp/sweep --full-width-seconds 413
 
 latency: one core, float32, 150,528 wide, the strategies in turn. race: `lightweight` for 3 epochs as the reference
-trains it, then `conv` on the same pairs, until its validation acceptance is as high; times are those of training steps,
-and of the pass that finds the mean target. sweep: tune_configs/compressed.yaml, its subspaces found first; what it has
-to stay below is twice the seconds of a full-width training. Writes its part of benchmarks/results/adapter_speed.json.
+trains it, then `conv` on the same pairs, until its validation acceptance is as high; times are those of training
+steps, and of the pass that finds the mean target. sweep: tune_configs/compressed.yaml, its subspaces found first; what
+it has to stay below is twice the seconds of a full-width training. Each writes its part of
+benchmarks/results/adapter_speed.json.
 """
 
 import argparse
