@@ -23,13 +23,13 @@ from ray_app.core.draft_replay import DRAFTERS
 from ray_app.core.drafters import Answered, Prompt
 from ray_app.core.speculative import verify_greedy
 from ray_app.errors import InputError, ResourceError, StoreError
-from ray_app.jobs.capture import plan_of, run_capture
+from ray_app.jobs.capture import plan_of, run_capture, settings_of
 from ray_app.jobs.capturer import Capturer
 from ray_app.jobs.live_models import same_tokens
 from ray_app.jobs.replay import run_replay
 from ray_app.jobs.states import answers_with_states
 from ray_app.sources.clips import Clip, clip_windows, clips
-from ray_app.store.captures import TRACES, Shard, read_shard
+from ray_app.store.captures import TRACES, Shard, claim, read_shard
 from ray_app.store.traces import read_traces
 
 QUESTION = "What is there ?"
@@ -99,6 +99,7 @@ def spoken(out: Path) -> list[tuple]:
 def here(cfg: CaptureConfig) -> Shard:
     """The first shard, captured in this process."""
     plan = plan_of(cfg)
+    claim(cfg.out, settings_of(cfg))
     done = Capturer(cfg, plan, "cpu", 1)({"shard": plan[0][0]})
     if done["error"]:
         raise getattr(errors, done["kind"])(done["error"])
@@ -219,6 +220,9 @@ def test_replay_reads_what_capture_wrote(captured: Path) -> None:
     assert result["rows"] == 37
     assert result["results"]["hidden_state"]["tokens_per_target_pass"] > 1.0
     assert result["results"]["hybrid"]["one_shot_speedup"] is not None
+    short = sum("4" not in row["timing_ms"]["verify"] for row in rows_of(captured) if "timing_ms" in row)
+    assert short > 0
+    assert f"verify(4) was not measured in {short} of 37 rows" in " ".join(result.report.notes)
 
 
 def test_nothing_is_captured_twice_and_a_damaged_shard_alone_again(

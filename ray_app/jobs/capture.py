@@ -47,7 +47,7 @@ def run_capture(cfg: CaptureConfig) -> dict[str, Any]:
     target = vocabulary(cfg.target)
     plan = plan_of(cfg)
     folder = cfg.out.absolute()
-    claim(folder, _settings(cfg))
+    claim(folder, settings_of(cfg))
     kept = {name for name, _ in plan if (shard := read_shard(folder, name)) and not shard.rejected}
     missing = [(name, windows) for name, windows in plan if name not in kept]
     verified, num_workers = np.zeros(2, dtype=np.int64), 0
@@ -164,7 +164,7 @@ def plan_of(cfg: CaptureConfig) -> Plan:
     ]
 
 
-def _settings(cfg: CaptureConfig) -> dict[str, Any]:
+def settings_of(cfg: CaptureConfig) -> dict[str, Any]:
     """All that decides what is captured, as JSON values."""
     models = {"target": cfg.target, "drafter": cfg.drafter}
     return {

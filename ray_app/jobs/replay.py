@@ -358,13 +358,13 @@ def _notes(cfg: ReplayConfig, files: Sequence[TraceFile], timing: Timing | None)
     if (cfg.start_token in starts[0]) != (cfg.start_token in starts[1]):
         side = "drafts" if cfg.start_token in starts[0] else "targets"
         notes.append(f"BOS: only the {side} begin with the start token {cfg.start_token}; drop it there.")
-    own = [trace.timing_ms for trace in traces]
-    if timing is None and not any(own):
+    own = [timing or trace.timing_ms for trace in traces]
+    if not any(own):
         notes.append("no times were measured for these rows: no speed-ups; give --timing FILE.")
-    elif any(times and cfg.gamma not in times.verify for times in ([timing] if timing else own)):
+    elif unmeasured := sum(times is not None and cfg.gamma not in times.verify for times in own):
         notes.append(
-            f"verify({cfg.gamma}) was not measured and is taken as one plain step, the least it can cost: speed-ups "
-            "are upper bounds; give `verify` in --timing FILE."
+            f"verify({cfg.gamma}) was not measured in {unmeasured:,} of {len(traces):,} rows and is taken there as "
+            "one plain step, the least it can cost: speed-ups are upper bounds; give `verify` in --timing FILE."
         )
     notes.append(
         "EventGPT runs on a device of its own, while the target prefills."
