@@ -111,6 +111,14 @@ COMMANDS: dict[str, Command] = {
         "evaluate --store STORE --checkpoint CKPT --out DIR",
         "metrics of the test part beside every control, and report.html",
     ),
+    "compare": Command(
+        c.CompareConfig,
+        "compare",
+        "compare",
+        "compare CKPT… --store STORE --out DIR",
+        "several checkpoints on the same test pairs, with size and latency",
+        "checkpoints",
+    ),
     "benchmark": Command(
         c.BenchmarkConfig,
         "benchmark",

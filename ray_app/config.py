@@ -21,6 +21,11 @@ Strategy = Literal[
     "conv",
     "lowrank",
     "ridge",
+    "token_bottleneck",
+    "token_multilayer",
+    "token_wide",
+    "token_attention",
+    "token_causal",
 ]
 """Names of the adapters in `ray_app.core.adapter.STRATEGIES`; a test holds the two equal."""
 
@@ -220,7 +225,8 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     it runs may be given anew, such as --num-workers."""
     strategy: Strategy = "lightweight"
     """Adapter. The reference's: lightweight (its diagram), lightweight_reference (its code). For images: conv.
-    Between principal subspaces: lowrank, lightweight_subspace. Plain: linear, bottleneck. Solved: ridge."""
+    Between principal subspaces: lowrank, lightweight_subspace. Plain: linear, bottleneck. Solved: ridge.
+    For sequences of hidden states: token_bottleneck, token_multilayer, token_wide, token_attention, token_causal."""
     hidden_dim: Positive | None = None
     """Width of the hidden layers, channels of conv; default: the strategy's own (lightweight 512, conv 64, lowrank
     256)."""
@@ -266,6 +272,8 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Temperature of it."""
     centred_weight: float = Field(default=0.0, ge=0.0)
     """Weight of 1 − centred cosine: the mean training target taken off both sides."""
+    next_position_weight: float = Field(default=0.0, ge=0.0)
+    """For sequences: weight of 1 − cosine of each aligned token with the target's next one; made for token_causal."""
     flip: float = Field(default=0.0, ge=0.0, le=1.0)
     """Augmentation: probability that both images of a pair are mirrored."""
     shift: float = Field(default=0.0, ge=0.0, lt=0.5)
@@ -311,9 +319,11 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
                 f"--batch-size ({self.batch_size}) must be a multiple of --num-workers ({self.num_workers}); "
                 f"try {tries}."
             )
-        losses = ("mse", "cosine", "contrastive", "accept", "centred")
+        losses = ("mse", "cosine", "contrastive", "accept", "centred", "next_position")
         if not any(getattr(self, f"{name}_weight") for name in losses):
-            raise ConfigError(f"{', '.join(f'--{name}-weight' for name in losses)} are all 0; give one a weight.")
+            raise ConfigError(
+                f"{', '.join(f'--{name}-weight'.replace('_', '-') for name in losses)} are all 0; give one a weight."
+            )
         if self.accept_weight and not self.accept_thetas:
             raise ConfigError("--accept-weight needs a θ: --accept-thetas 0.8")
         if self.space == "compressed":
@@ -406,6 +416,21 @@ class EvaluateConfig(JudgeFlags):
 
     proxy: Path | None = None
     """proxy.html of `ray-app proxy`, for report.html to link to: what cosine acceptance predicts about tokens."""
+
+
+class CompareConfig(SplitFlags, ClusterFlags, TrackingFlags):
+    """Several checkpoints on the same test pairs: acceptance, size, latency and pictures side by side."""
+
+    checkpoints: tuple[str, ...]
+    """Checkpoint folders, run folders (their best checkpoints), or models:/NAME@ALIAS."""
+    store: StorePlace
+    """Pair store: a folder, or a URI such as s3://bucket/store."""
+    out: Path
+    """Folder for comparison.json and comparison.html; files of these names are replaced."""
+    batch_size: Positive = 32
+    """Pairs per forward pass."""
+    use_gpu: bool = False
+    """Evaluate on a GPU."""
 
 
 class BenchmarkConfig(JudgeFlags):

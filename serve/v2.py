@@ -89,7 +89,7 @@ async def model_metadata(request: Request) -> Response:
     inputs = {
         side: {
             "name": side,
-            "datatype": {"uint8": "UINT8", "float16": "FP16", "float32": "FP32"}[spec.dtype],
+            "datatype": {"uint8": "UINT8", "float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}[spec.dtype],
             "shape": [-1, spec.width],
         }
         for side, spec in (("event", features.event), ("target", features.target))

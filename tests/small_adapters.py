@@ -41,9 +41,9 @@ def small_start(strategy: str, event: Tensor, target: Tensor, rank: int) -> Star
 
 
 def small_adapter(strategy: str, seed: int = 0, *, width: int = 48, spectral: bool = False) -> Adapter:
-    """A begun adapter for features of shape (3, width / 12, 4)."""
+    """A begun adapter for features of shape (3, width / 12, 4), or for sequences (width / 8, 8)."""
     event, target = small_pairs(width)
-    shape = (3, width // 12, 4)
+    shape = (width // 8, 8) if strategy.startswith("token_") else (3, width // 12, 4)
     config = AdapterConfig(
         strategy,
         width,

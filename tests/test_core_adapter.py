@@ -65,7 +65,9 @@ def test_lightweight_reference_scales_its_output_and_a_tenth_of_its_input() -> N
     np.testing.assert_allclose(adapter(torch.from_numpy(x)).detach(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "conv"])
+@pytest.mark.parametrize(
+    "strategy", [name for name in STRATEGIES if name != "conv" and not name.startswith("token_")]
+)
 def test_event_and_target_may_differ_in_width(strategy: str) -> None:
     adapter = build_adapter(AdapterConfig(strategy, 10, 7, 6, rank=3), seed=0).eval()
     assert adapter(torch.zeros(2, 10)).shape == (2, 7)

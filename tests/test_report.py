@@ -24,6 +24,10 @@ CENTRES = {
 }
 
 
+def part_of(pairs: int, lift: float) -> dict[str, Any]:
+    return {"pairs": pairs, "cos_sim_mean": 0.81, "cosine_accept_rate_0.80": 0.5, "lift": lift}
+
+
 def made_up(**changes: Any) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
     """A result as `judgement` gives it, and its cosines."""
     rng = np.random.default_rng(0)
@@ -47,7 +51,15 @@ def made_up(**changes: Any) -> tuple[dict[str, Any], dict[str, NDArray[np.float6
         "centered_cos_sim_mean": 0.31,
         "centered_cos_sim_mean_before": 0.05,
         "retrieval": {"R@1": 0.1, "R@5": 0.3, "R@10": 0.4, "chance_R@1": 0.005},
-        "interval95": {"lift": [0.2, 0.4], "cos_sim_mean": [0.8, 0.9], "unit": "sequence", "resamples": 2000},
+        "interval95": {
+            "lift": [0.2, 0.4],
+            "lift_by_theta": {"0.80": [0.2, 0.4], "0.90": [0.05, 0.15]},
+            "cos_sim_mean": [0.8, 0.9],
+            "unit": "sequence",
+            "resamples": 2000,
+        },
+        "by_sequence": {"drive_1": part_of(150, 0.25), "drive_2": part_of(50, -0.125)},
+        "by_light": {"day": part_of(180, 0.25), "night": part_of(20, -0.125)},
         "dataset": "1s",
         "checkpoint": "runs/<b>one</b>",
         "split": {
@@ -125,7 +137,7 @@ def test_every_colour_is_a_variable_with_a_light_and_a_dark_value(page: str) -> 
 def test_the_sentence_says_who_is_ahead_by_how_much_and_how_surely(
     lift: float, interval: list[float], kind: str, words: str
 ) -> None:
-    bounds = {"lift": interval, "unit": "sequence", "resamples": 2000}
+    bounds = {"lift": interval, "lift_by_theta": {"0.80": interval}, "unit": "sequence", "resamples": 2000}
     result, _ = made_up(lift=lift, interval95=bounds)
     assert outcome(result) == kind
     assert words in result["verdict"]

@@ -14,6 +14,13 @@ from ray_app.core.adapter_conv import Conv
 from ray_app.core.adapter_mlp import Bottleneck, LightweightAlignmentModule, LightweightReference, Linear
 from ray_app.core.adapter_ridge import Ridge
 from ray_app.core.adapter_subspace import LightweightSubspace, LowRank
+from ray_app.core.adapter_token import (
+    TokenAttention,
+    TokenBottleneck,
+    TokenCausal,
+    TokenMultilayer,
+    TokenWide,
+)
 from ray_app.core.layers import Adapter
 from ray_app.errors import ConfigError
 
@@ -26,6 +33,11 @@ STRATEGIES: dict[str, type[Adapter]] = {
     "conv": Conv,
     "lowrank": LowRank,
     "ridge": Ridge,
+    "token_bottleneck": TokenBottleneck,
+    "token_multilayer": TokenMultilayer,
+    "token_wide": TokenWide,
+    "token_attention": TokenAttention,
+    "token_causal": TokenCausal,
 }
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ray_app.core.adapter import Adapter
 from ray_app.core.metrics import THETA, THETAS, AlignmentCounts, cos_sim, rate_key, retrieval
+from ray_app.core.sequences import masked, sequence_cosine
 from ray_app.core.step import Precision, decode
+from ray_app.errors import InputError
 
 CONTROLS = ("before", "white", "mean_target", "shuffled")
 """Rules without learning that lift is taken over."""
@@ -28,6 +30,9 @@ BLOCKS = 10
 """Contiguous blocks that are resampled where there are fewer than three sequences."""
 CHUNK = 128
 """Rows of the aligned features that are compared with all targets at a time."""
+
+DARK = 0.5
+"""A target below this share of the mean training target's brightness is called night."""
 
 Cosines = NDArray[np.float64]
 
@@ -40,19 +45,30 @@ class TrainingMeans:
     """Number of pairs."""
     target_sum_D: NDArray[np.float64]
     """Sum of target features as stored, before the scale."""
+    tokens_T: NDArray[np.int64] | None = None
+    """Of sequences: how many have a token at each position."""
 
     @staticmethod
-    def of(target_BD: NDArray[Any]) -> "TrainingMeans":
-        """Sums of one batch of stored features."""
+    def of(target_BD: NDArray[Any], token_width: int | None = None) -> "TrainingMeans":
+        """Sums of one batch of stored features; `token_width`: they are sequences of such tokens."""
         exact = np.uint64 if target_BD.dtype.kind == "u" else np.float64
-        return TrainingMeans(len(target_BD), target_BD.sum(axis=0, dtype=exact).astype(np.float64))
+        sum_D = target_BD.sum(axis=0, dtype=exact).astype(np.float64)
+        if not token_width:
+            return TrainingMeans(len(target_BD), sum_D)
+        there_BT = target_BD.reshape(len(target_BD), -1, token_width).any(axis=2)
+        return TrainingMeans(len(target_BD), sum_D, there_BT.sum(axis=0))
 
     def __add__(self, other: "TrainingMeans") -> "TrainingMeans":
-        return TrainingMeans(self.pairs + other.pairs, self.target_sum_D + other.target_sum_D)
+        tokens = [sums.tokens_T for sums in (self, other) if sums.tokens_T is not None]
+        tokens_T = np.sum(tokens, axis=0) if tokens else None
+        return TrainingMeans(self.pairs + other.pairs, self.target_sum_D + other.target_sum_D, tokens_T)
 
     def mean_target(self, scale: float) -> Tensor:
-        """Mean training target, shape (D,), float32."""
-        return torch.from_numpy(self.target_sum_D * (scale / self.pairs)).float()
+        """Mean training target, shape (D,), float32; of sequences over those that reach a position."""
+        if self.tokens_T is None:
+            return torch.from_numpy(self.target_sum_D * (scale / self.pairs)).float()
+        sum_TW = self.target_sum_D.reshape(len(self.tokens_T), -1)
+        return torch.from_numpy(sum_TW * (scale / np.maximum(self.tokens_T, 1)[:, None])).float().flatten()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +89,8 @@ class AlignmentEvaluation:
     """R@1, R@5, R@10: is a pair's own target the nearest among all, by centred cosine; and chance."""
     seed: int
     """Seed of the resampling."""
+    light: tuple[str, ...] = ()
+    """`day` or `night` of each pair, by its target's brightness; empty where nothing tells."""
 
     def best_control(self, theta: float = THETA) -> str:
         """The control that accepts most at θ; of equals the first of `CONTROLS`."""
@@ -102,7 +120,24 @@ class AlignmentEvaluation:
             "centered_cos_sim_mean_before": self.centered["before"],
             "retrieval": self.retrieval,
             "interval95": self.intervals(),
+            "by_sequence": self.groups(self.sequences),
+            "by_light": self.groups(self.light),
         }
+
+    def groups(self, labels: Sequence[str]) -> dict[str, Any]:
+        """Pairs, mean cosine, acceptance and lift at θ of each label; the best control is that of all pairs."""
+        best = self.controls[self.best_control()]
+        found = {}
+        for label in sorted(set(labels)):
+            mine = np.array(labels) == label
+            rates = [float((cos[mine] > THETA).mean()) for cos in (self.after, best)]
+            found[label] = {
+                "pairs": int(mine.sum()),
+                "cos_sim_mean": float(self.after[mine].mean()),
+                f"cosine_accept_rate_{rate_key(THETA)}": rates[0],
+                "lift": rates[0] - rates[1],
+            }
+        return found
 
     def intervals(self) -> dict[str, Any]:
         """95 % bootstrap intervals (percentile method) of mean, acceptance and lift.
@@ -113,7 +148,8 @@ class AlignmentEvaluation:
         unit, labels = "sequence", np.unique(self.sequences, return_inverse=True)[1]
         if labels.max() < 2:
             unit, labels = "block", np.arange(len(labels)) * min(BLOCKS, len(labels)) // len(labels)
-        rates = [cos > theta for theta in THETAS for cos in (self.after, *(self.controls[name] for name in CONTROLS))]
+        everyone = (self.after, *(self.controls[name] for name in CONTROLS))
+        rates = [cos > theta for theta in THETAS for cos in everyone]
         columns = [self.after, *rates]
         sums_SC = np.stack([np.bincount(labels, column) for column in (np.ones(len(labels)), *columns)], axis=1)
         rng = np.random.default_rng(self.seed)
@@ -152,7 +188,12 @@ class AlignmentEvaluator:
     """bf16: autocast in the forward pass."""
     hold: bool = True
     """Keep the features that `result` needs; without it `add` alone can be used."""
+    images: bool = False
+    """Targets are images of values in [0, 1]: their brightness tells day from night."""
+    token_width: int | None = None
+    """Features are sequences of such tokens: a pair's cosine is the mean over the tokens of its target."""
     _cosines: dict[str, list[Tensor]] = field(default_factory=dict)
+    _brightness: list[Tensor] = field(default_factory=list)
     _aligned: list[Tensor] = field(default_factory=list)
     _targets: list[Tensor] = field(default_factory=list)
 
@@ -166,18 +207,20 @@ class AlignmentEvaluator:
             aligned = self.adapter(event).float()
         mean_1D = self.mean_target_D.to(self.device)[None]
         cosines = {
-            "after": cos_sim(aligned, target),
-            "centered_after": _cos_or_zero(aligned - mean_1D, target - mean_1D),
-            **fixed_controls(event, target, mean_1D),
+            "after": pair_cosine(aligned, target, self.token_width),
+            "centered_after": _cos_or_zero(self._centred(aligned), self._centred(target), self.token_width),
+            **fixed_controls(event, target, mean_1D, self.token_width),
         }
         if event.shape == target.shape:
-            cosines["centered_before"] = _cos_or_zero(event - mean_1D, target - mean_1D)
+            centred = self._centred(event), self._centred(target)
+            cosines["centered_before"] = _cos_or_zero(*centred, self.token_width)
         else:
             cosines["centered_before"] = torch.zeros(len(target))
         cosines = {name: cos_B.cpu() for name, cos_B in cosines.items()}
         if self.hold:
             for name, cos_B in cosines.items():
                 self._cosines.setdefault(name, []).append(cos_B)
+            self._brightness.append(target.mean(dim=1).cpu())
             self._aligned.append(aligned.bfloat16())
             self._targets.append(target_BD.clone())
         return cosines
@@ -202,14 +245,20 @@ class AlignmentEvaluator:
             centered={name: float(cosines[f"centered_{name}"].mean()) for name in ("after", "before")},
             retrieval=self._retrieval(aligned_ND, target_ND),
             seed=seed,
+            light=self._light() if self.images else (),
         )
+
+    def _light(self) -> tuple[str, ...]:
+        """Night where a target is less than half as bright as the mean training target."""
+        dark = torch.cat(self._brightness) < DARK * float(self.mean_target_D.mean())
+        return tuple("night" if each else "day" for each in dark.tolist())
 
     def _against(self, aligned_ND: Tensor, target_ND: Tensor, others: NDArray[np.int64]) -> Cosines:
         """Aligned feature i with target others[i]."""
         parts = []
         for rows in torch.arange(len(others)).split(CHUNK):
             target = decode(target_ND[torch.from_numpy(others)[rows]], self.target_scale, self.device)
-            parts.append(cos_sim(aligned_ND[rows], target).cpu())
+            parts.append(pair_cosine(aligned_ND[rows].float(), target, self.token_width).cpu())
         return torch.cat(parts).double().numpy()
 
     def _targets_against(self, target_ND: Tensor, previous: NDArray[np.int64]) -> Cosines:
@@ -222,29 +271,48 @@ class AlignmentEvaluator:
                     decode(target_ND[torch.from_numpy(which)], self.target_scale, self.device)
                     for which in (rows, previous[rows])
                 )
-                cosines[rows] = cos_sim(now, past).cpu()
+                cosines[rows] = pair_cosine(past, now, self.token_width).cpu()
         return cosines
 
     def _retrieval(self, aligned_ND: Tensor, target_ND: Tensor) -> dict[str, float]:
-        """By centred cosine: without the mean taken off, all features look alike."""
-        mean_1D = self.mean_target_D.to(self.device)[None]
+        """By centred cosine: without the mean taken off, all features look alike. Sequences are taken as a whole."""
         similarity_NN = torch.empty(len(target_ND), len(target_ND))
         unit = torch.nn.functional.normalize
         for columns in torch.arange(len(target_ND)).split(CHUNK):
-            target = unit(decode(target_ND[columns], self.target_scale, self.device) - mean_1D, dim=1)
+            target = unit(self._centred(decode(target_ND[columns], self.target_scale, self.device)), dim=1)
             for rows in torch.arange(len(aligned_ND)).split(CHUNK):
-                aligned = unit(aligned_ND[rows].float() - mean_1D, dim=1)
+                aligned = unit(self._centred(aligned_ND[rows].float()), dim=1)
                 similarity_NN[rows[:, None], columns] = (aligned @ target.T).cpu()
         return retrieval(similarity_NN)
 
+    def _centred(self, feature_BD: Tensor) -> Tensor:
+        """The mean training target taken off, where there is a token."""
+        mean_1D = self.mean_target_D.to(self.device)[None]
+        centred_BD = feature_BD - mean_1D
+        return masked(centred_BD, feature_BD, self.token_width) if self.token_width else centred_BD
 
-def fixed_controls(event_BE: Tensor, target_BD: Tensor, mean_1D: Tensor) -> dict[str, Tensor]:
+
+def pair_cosine(feature_BD: Tensor, target_BD: Tensor, token_width: int | None = None) -> Tensor:
+    """Cosine of each pair, shape (B,); of sequences the mean over the target's tokens.
+
+    A zero vector, or a target without tokens, raises InputError.
+    """
+    if token_width is None:
+        return cos_sim(feature_BD, target_BD)
+    if (empty := torch.nonzero(~target_BD.any(dim=1))).numel():
+        raise InputError(f"the target of pair {int(empty[0])} of the batch has no token")
+    return sequence_cosine(feature_BD, target_BD, token_width).clamp(-1.0, 1.0)
+
+
+def fixed_controls(
+    event_BE: Tensor, target_BD: Tensor, mean_1D: Tensor, token_width: int | None = None
+) -> dict[str, Tensor]:
     """Cosines (B,) of the controls that need no adapter. Features of different width have none: 0, never accepted."""
     same = event_BE.shape == target_BD.shape
     return {
-        "before": cos_sim(event_BE, target_BD) if same else torch.zeros(len(target_BD)),
-        "white": cos_sim(torch.ones_like(mean_1D).expand_as(target_BD), target_BD),
-        "mean_target": cos_sim(mean_1D.expand_as(target_BD), target_BD),
+        "before": pair_cosine(event_BE, target_BD, token_width) if same else torch.zeros(len(target_BD)),
+        "white": pair_cosine(torch.ones_like(mean_1D).expand_as(target_BD), target_BD, token_width),
+        "mean_target": pair_cosine(mean_1D.expand_as(target_BD), target_BD, token_width),
     }
 
 
@@ -278,8 +346,10 @@ def derangement(sequences: Sequence[str], seed: int) -> NDArray[np.int64]:
     return others
 
 
-def _cos_or_zero(a_BD: Tensor, b_BD: Tensor) -> Tensor:
+def _cos_or_zero(a_BD: Tensor, b_BD: Tensor, token_width: int | None) -> Tensor:
     """Cosine; 0 by convention where nothing is left of a vector, as of the mean target less the mean."""
+    if token_width:
+        return sequence_cosine(a_BD, b_BD, token_width)
     return torch.nn.functional.cosine_similarity(a_BD, b_BD, dim=1, eps=1e-12)
 
 

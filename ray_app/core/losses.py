@@ -15,6 +15,7 @@ from ray_app.core.augment import Augmentation
 from ray_app.core.compressed import MeanProducts, products, similarity
 from ray_app.core.metrics import THETA
 from ray_app.core.noise import BatchNoise
+from ray_app.core.sequences import next_position_cosine, sequence_cosine, sequence_mse
 
 EPSILON = 1e-8
 """Smallest norm that is divided by: an adapter's output may be zero early on."""
@@ -42,6 +43,8 @@ class LossWeights:
     """Cosines this far from θ on either side are still told apart."""
     centred: float = 0.0
     """Weight of 1 − centred cosine: the mean training target taken off both sides."""
+    next_position: float = 0.0
+    """For sequences: weight of 1 − cosine of each aligned token with the target's next one."""
 
 
 def mse_per_pair(aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
@@ -96,6 +99,8 @@ class AlignmentObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.adapter, self.weights, self.augmentation = adapter, weights, augmentation
+        shape = adapter.config.target_shape
+        self.token_width = shape[1] if len(shape) == 2 else None
         self.log_temperature: nn.Parameter | None = None
         if weights.contrastive > 0:
             self.log_temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE).log())
@@ -117,19 +122,23 @@ class AlignmentObjective(nn.Module):
         return self.adapter(event_BE, noise)
 
     def cosine(self, aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
-        """Cosine of each pair, shape (B,)."""
+        """Cosine of each pair, shape (B,); of sequences the mean over the target's tokens."""
+        if self.token_width:
+            return sequence_cosine(aligned_BD, target_BD, self.token_width)
         return cosine_per_pair(aligned_BD, target_BD)
 
     def measure(self, aligned_BD: Tensor, target_BD: Tensor) -> Measured:
         """All that the weighted losses need."""
-        weights, centred_B, cos_BB = self.weights, None, None
+        weights, width, centred_B, cos_BB = self.weights, self.token_width, None, None
         if weights.centred:
             assert self.mean_target is not None
+            assert not width, "the mean target of sequences is not that of a start"
             centred_B = cosine_per_pair(aligned_BD - self.mean_target, target_BD - self.mean_target)
         if self.log_temperature is not None:
             unit = nn.functional.normalize
             cos_BB = unit(aligned_BD, dim=1, eps=EPSILON) @ unit(target_BD, dim=1, eps=EPSILON).T
-        return Measured(mse_per_pair(aligned_BD, target_BD), self.cosine(aligned_BD, target_BD), centred_B, cos_BB)
+        mse_B = sequence_mse(aligned_BD, target_BD, width) if width else mse_per_pair(aligned_BD, target_BD)
+        return Measured(mse_B, self.cosine(aligned_BD, target_BD), centred_B, cos_BB)
 
     def losses(self, aligned_BD: Tensor, target_BD: Tensor) -> dict[str, Tensor]:
         """The same of aligned features."""
@@ -144,6 +153,10 @@ class AlignmentObjective(nn.Module):
             loss_B = loss_B + weights.accept * rejected_B
         if found.centred is not None:
             loss_B = loss_B + weights.centred * (1.0 - found.centred)
+        if weights.next_position:
+            assert self.token_width, "only sequences have a next position"
+            next_B = next_position_cosine(aligned_BD, target_BD, self.token_width)
+            loss_B = loss_B + weights.next_position * (1.0 - next_B)
         if found.cos_BB is not None and self.log_temperature is not None:
             contrastive_B = contrastive_per_pair(found.cos_BB, self.log_temperature)
             loss_B = loss_B + weights.contrastive * contrastive_B

@@ -94,13 +94,13 @@ def proxy_address(cfg: EvaluateConfig) -> str | None:
     return quote(os.path.relpath(cfg.proxy.absolute(), cfg.out.absolute()))
 
 
-def claim_report_folder(folder: Path) -> None:
-    """StoreError unless `folder` is new or holds nothing but what evaluate and benchmark write."""
+def claim_report_folder(folder: Path, files: tuple[str, ...] = REPORT_FILES) -> None:
+    """StoreError unless `folder` is new or holds nothing but `files`: what evaluate and benchmark write."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file; --out names the folder for the report.")
     if folder.is_dir():
         for path in sorted(folder.iterdir()):
-            if not any(path.match(pattern) for pattern in REPORT_FILES):
+            if not any(path.match(pattern) for pattern in files):
                 raise StoreError(
                     f"{folder} already holds something else ({path.name}); nothing is deleted or mixed in. "
                     f"Name another folder, for instance --out {folder.with_name(folder.name + '-report')}."

@@ -31,6 +31,8 @@ from ray_app.store.split import Rows
 
 WARM_UP = 2
 """Forward passes before timing starts."""
+TIMED = 20
+"""Forward passes of one pair, of which the median is the latency."""
 START_S = 300.0
 """How long the actor may wait for CPUs or a GPU, in seconds."""
 SUM_ROWS = 256
@@ -55,10 +57,12 @@ def training_means(store: PairStore, rows: Rows) -> TrainingMeans:
     parts = ordered_pairs(store, rows).map_batches(
         functools.partial(partial_sums, store), batch_size=SUM_ROWS, batch_format="pyarrow"
     )
-    total = TrainingMeans(0, np.zeros(store.feature("target").width))
+    target = store.feature("target")
+    total = TrainingMeans(0, np.zeros(target.width))
     for batch in parts.iter_batches(batch_size=None, batch_format="numpy"):
-        for pairs, target_sum_D in zip(batch["pairs"], batch["target_sum"], strict=True):
-            total += TrainingMeans(int(pairs), np.asarray(target_sum_D, np.float64))
+        for n, pairs in enumerate(batch["pairs"]):
+            tokens_T = np.asarray(batch["tokens"][n], np.int64) if target.token_width else None
+            total += TrainingMeans(int(pairs), np.asarray(batch["target_sum"][n], np.float64), tokens_T)
     assert total.pairs == len(rows)
     return total
 
@@ -73,8 +77,9 @@ def ordered_pairs(store: PairStore, rows: Rows) -> Dataset:
 
 def partial_sums(store: PairStore, batch: pa.Table) -> dict[str, NDArray[Any]]:
     """One row with the sums of a batch."""
-    sums = TrainingMeans.of(to_arrays(batch, store)[2])
-    return {"pairs": np.array([sums.pairs]), "target_sum": sums.target_sum_D[None]}
+    sums = TrainingMeans.of(to_arrays(batch, store)[2], store.feature("target").token_width)
+    tokens = {} if sums.tokens_T is None else {"tokens": sums.tokens_T[None]}
+    return {"pairs": np.array([sums.pairs]), "target_sum": sums.target_sum_D[None], **tokens}
 
 
 class EvaluationWorker:
@@ -104,6 +109,8 @@ class EvaluationWorker:
             event_scale=store.feature("event").scale,
             target_scale=store.feature("target").scale,
             device=self.device,
+            token_width=store.feature("target").token_width,
+            images=len(store.feature("target").shape) == 3,
         )
         seen = [np.zeros(0, np.int64)]
         done = 0
@@ -131,6 +138,21 @@ class EvaluationWorker:
         """Seconds of each forward pass since the warm-up, and with what."""
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         return {"seconds": self.forward_s, "device": device, "threads": torch.get_num_threads()}
+
+    def latency_ms(self, scale: float) -> float:
+        """Median milliseconds of one forward pass of one pair, on one core or the GPU."""
+        threads, spent = torch.get_num_threads(), []
+        torch.set_num_threads(1)
+        event_1E = torch.full((1, self.adapter.config.event_dim), scale, device=self.device)
+        with torch.no_grad():
+            for _ in range(TIMED + WARM_UP):
+                self._synchronize()
+                began = time.perf_counter()
+                self.adapter(event_1E)
+                self._synchronize()
+                spent.append(time.perf_counter() - began)
+        torch.set_num_threads(threads)
+        return 1e3 * float(np.median(spent[WARM_UP:]))
 
     def _begin(self, *_: Any) -> None:
         self._synchronize()
@@ -199,6 +221,10 @@ class Judge:
         """Aligned features of some stored event features, shape (B, D)."""
         return ray.get(self.worker.align.remote(event_BE, self.store.feature("event").scale))
 
+    def latency_ms(self) -> float:
+        """Median milliseconds of one forward pass of one pair, on one core or the GPU."""
+        return ray.get(self.worker.latency_ms.remote(self.store.feature("event").scale))
+
     def timing(self) -> dict[str, Any]:
         """Seconds of each forward pass since the warm-up, and with what."""
         return ray.get(self.worker.timing.remote())
@@ -216,4 +242,5 @@ def selected(evaluation: AlignmentEvaluation, places: NDArray[np.int64]) -> Alig
         after=evaluation.after[places],
         controls={name: cos[places] for name, cos in evaluation.controls.items()},
         previous_window=evaluation.previous_window[places],
+        light=tuple(evaluation.light[place] for place in places) if evaluation.light else (),
     )

@@ -26,7 +26,16 @@ def alignment_metrics(result: Mapping[str, Any], before: Mapping[str, Any], adap
     gain = result["cos_sim_mean"] - before["cos_sim_mean"]
     config = adapter.config
     ours = ("controls", "best_control", "lift", "lift_by_theta", "verdict", "retrieval", "interval95", "split")
-    also = ("data", "notes", "fingerprint", "test_fingerprint", "checkpoint_sha256", "provenance")
+    also = (
+        "by_sequence",
+        "by_light",
+        "data",
+        "notes",
+        "fingerprint",
+        "test_fingerprint",
+        "checkpoint_sha256",
+        "provenance",
+    )
     return {
         "dataset": result["dataset"],
         "checkpoint": result["checkpoint"],

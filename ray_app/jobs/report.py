@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
-from ray_app.core.evaluation import CONTROLS
+from ray_app.core.evaluation import CONTROLS, DARK
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.jobs.figures import Cosines, acceptance_figure, histogram_figure
 from ray_app.jobs.page import page, picture
@@ -179,6 +179,7 @@ def render_html(
             for title, word, pairs in groups
             if pairs
         ],
+        parts_of=[group_table(result, key) for key in ("by_light", "by_sequence") if len(result[key]) > 1],
         measures=list(measures(result)),
         split=list(split_lines(result)),
         provenance=list(flattened(result["provenance"])),
@@ -205,6 +206,9 @@ def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, bounds in interval.items():
         if isinstance(bounds, list):
             yield f"95 % interval of {name}", f"{bounds[0]:.4f} to {bounds[1]:.4f}"
+    for theta, (low, high) in interval["lift_by_theta"].items():
+        if theta != KEY:
+            yield f"95 % interval of lift at θ {theta}", f"{low:.4f} to {high:.4f}"
     yield "bootstrap", f"{interval['resamples']} resamples of whole {interval['unit']}s"
     yield (
         "centred cosine",
@@ -217,6 +221,29 @@ def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"retrieval {name}", f"{value:.4f}"
     yield "percentiles after", ", ".join(f"{name} {value:.4f}" for name, value in result["percentiles"].items())
     yield "lowest and highest cos_sim", f"{result['cos_sim_min']:.4f} and {result['cos_sim_max']:.4f}"
+
+
+def group_table(result: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The template's view of parts of the test pairs: heads, and a line for each."""
+    lines = [
+        {
+            "name": name,
+            "kind": None,
+            "cells": [
+                f"{part['pairs']:,}",
+                f"{part['cos_sim_mean']:.4f}",
+                f"{100 * part[f'cosine_accept_rate_{KEY}']:.1f} %",
+                f"{100 * part['lift']:+.1f}",
+            ],
+        }
+        for name, part in result[key].items()
+    ]
+    title, head = {"by_light": ("By day and night", "light"), "by_sequence": ("By sequence", "sequence")}[key]
+    caption = f"Lift is over {result['best_control']}, the best control of all test pairs, in percentage points."
+    if key == "by_light":
+        caption += f" Night: a target less than {DARK:g} times as bright as the mean training target."
+    heads = [head, "pairs", "mean cos_sim", f"θ {KEY}", "lift"]
+    return {"title": title, "heads": heads, "lines": lines, "caption": caption}
 
 
 def split_lines(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

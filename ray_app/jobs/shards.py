@@ -62,8 +62,8 @@ def hold(blocks: DataIterator | Dataset, store: PairStore, rows: Rows, wanted: N
     event, target = store.feature("event"), store.feature("target")
     held = Held(
         positions=wanted,
-        event_BE=torch.empty(len(wanted), event.width, dtype=getattr(torch, event.dtype)),
-        target_BD=torch.empty(len(wanted), target.width, dtype=getattr(torch, target.dtype)),
+        event_BE=torch.empty(len(wanted), event.width, dtype=getattr(torch, event.read_as)),
+        target_BD=torch.empty(len(wanted), target.width, dtype=getattr(torch, target.read_as)),
     )
     found = 0
     for batch in blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):  # type: ignore[arg-type]  # None: whole blocks

@@ -6,6 +6,7 @@ Shapes: B = pairs of a batch, E, D = widths of event and target, R = rank, N = p
 """
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,14 @@ def needs(cfg: TrainConfig) -> Needs:
     return "means" if strategy.NEEDS == "nothing" and cfg.centred_weight else strategy.NEEDS
 
 
+def given(cfg: TrainConfig) -> Path | None:
+    """The start of another run, if it is of use: not to a last run, whose validation part trains too."""
+    return cfg.start if cfg.fit_on == "train" else None
+
+
 def folder_of(cfg: TrainConfig) -> Path:
     """Where a run's start lies."""
-    return cfg.start or cfg.out / "start"
+    return given(cfg) or cfg.out / "start"
 
 
 def load_start(cfg: TrainConfig, store: PairStore) -> Start:
@@ -77,7 +83,7 @@ def load_start(cfg: TrainConfig, store: PairStore) -> Start:
 
 def origin(cfg: TrainConfig, store: PairStore) -> dict[str, Any]:
     """What a start is computed from."""
-    split = {name: getattr(cfg, name) for name in ("split", "split_seed", "test_share", "val_share")}
+    split = {name: getattr(cfg, name) for name in ("split", "split_seed", "test_share", "val_share", "fit_on")}
     return {"store": store.fingerprint, "durations": list(cfg.durations), **split}
 
 
@@ -113,8 +119,9 @@ class TrainingPairs(Protocol):
 def make_start(cfg: TrainConfig, store: PairStore, split: Split, pairs: TrainingPairs) -> None:
     """Computes what the run needs, unless it lies there already or is given."""
     level, folder = needs(cfg), folder_of(cfg)
-    if level == "nothing" or cfg.start or folder.exists():
+    if level == "nothing" or given(cfg) or folder.exists():
         return
+    began = time.perf_counter()
     start = find_start(pairs.passes, level, cfg.rank, len(split.train), cfg.seed)
     chosen: dict[str, Any] = {}
     if level == "pairs":
@@ -127,7 +134,8 @@ def make_start(cfg: TrainConfig, store: PairStore, split: Split, pairs: Training
         for part in ("train", "val") if len(split.val) else ("train",):
             found = dict(zip(("coordinates", "records"), pairs.recorded(part, start), strict=True))
             start = {**start, **{f"{part}_{name}": value for name, value in found.items()}}
-    save_training_state(folder, start, {**origin(cfg, store), **chosen})
+    seconds = round(time.perf_counter() - began, 3)
+    save_training_state(folder, start, {**origin(cfg, store), **chosen, "seconds": seconds})
 
 
 def held_compressed(cfg: TrainConfig, store: PairStore, part: str, wanted: NDArray[np.int64]) -> Held:

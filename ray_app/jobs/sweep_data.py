@@ -24,7 +24,7 @@ from ray_app.core.step import decode
 from ray_app.errors import ConfigError, ResourceError, StoreError
 from ray_app.jobs.held import Held
 from ray_app.jobs.lanes import Lanes
-from ray_app.jobs.start import PairsInMemory, held_compressed, make_start, needs
+from ray_app.jobs.start import PairsInMemory, given, held_compressed, make_start, needs
 from ray_app.jobs.train_loop import Batches, Beside, Pairs, Worker, held_batches
 from ray_app.jobs.train_state import TrainState
 from ray_app.store.pair_store import PairStore
@@ -97,7 +97,7 @@ def place(store: PairStore, split: Split, free_bytes: float) -> Placed:
         )
     if train_bytes + val_bytes <= room:
         event_NE, target_ND = store.read_rows(split.train)
-        means = TrainingMeans.of(target_ND)
+        means = TrainingMeans.of(target_ND, store.feature("target").token_width)
         train = (ray.put(event_NE), ray.put(target_ND))
         del event_NE, target_ND
     else:
@@ -119,6 +119,7 @@ def controls_of(
     store: PairStore, split: Split, event_NE: NDArray[Any], target_ND: NDArray[Any], mean_target_D: torch.Tensor
 ) -> Controls:
     """The controls of the validation part."""
+    width = store.feature("target").token_width
     scales, cpu = [store.feature(side).scale for side in ("event", "target")], torch.device("cpu")
     fixed: dict[str, AlignmentCounts] = {}
     for rows in np.array_split(np.arange(len(event_NE)), -(-len(event_NE) // CHUNK)):
@@ -126,7 +127,7 @@ def controls_of(
             decode(torch.from_numpy(side[rows]), scale, cpu)
             for side, scale in zip((event_NE, target_ND), scales, strict=True)
         )
-        for name, cos_B in fixed_controls(event_BE, target_BD, mean_target_D[None]).items():
+        for name, cos_B in fixed_controls(event_BE, target_BD, mean_target_D[None], width).items():
             fixed[name] = fixed.get(name, AlignmentCounts()) + AlignmentCounts.of(cos_B)
     return Controls(fixed, derangement(store.index.sequence[split.val].tolist(), seed=0))
 
@@ -167,7 +168,7 @@ def pairs_of(placed: Placed, worker: Worker) -> Pairs:
 
 def begin(placed: Placed, cfg: TrainConfig) -> None:
     """What a trial begins with, where it is not given by `start`."""
-    if needs(cfg) != "nothing" and not cfg.start:
+    if needs(cfg) != "nothing" and not given(cfg):
         if placed.train is None:
             raise ConfigError(
                 "a trial that streams its pairs takes its means and subspaces from a run's: set `start`"

@@ -144,7 +144,8 @@ def read_spec(path: Path, changes: Mapping[str, Any]) -> SweepSpec:
         spec = SweepSpec.model_validate(lines)
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_problem(error)}") from error
-    spec = spec.model_copy(update={"store": spec.store.absolute(), "out": spec.out.absolute()})
+    fixed = {**spec.fixed, **({"start": Path(spec.fixed["start"]).absolute()} if "start" in spec.fixed else {})}
+    spec = spec.model_copy(update={"store": spec.store.absolute(), "out": spec.out.absolute(), "fixed": fixed})
     check(spec)
     return spec
 

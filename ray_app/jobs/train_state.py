@@ -17,6 +17,7 @@ from ray_app.core.augment import Augmentation
 from ray_app.core.layers import Start
 from ray_app.core.losses import AlignmentObjective, CompressedObjective, LossWeights
 from ray_app.core.step import CosineByEpoch, StepResult, make_optimizer
+from ray_app.errors import ConfigError
 from ray_app.jobs.journal import Journal
 from ray_app.jobs.run_folder import RunFolder, place
 from ray_app.jobs.start import load_start, needs
@@ -146,7 +147,15 @@ def training_split(cfg: TrainConfig, store: PairStore) -> Split:
 
 
 def adapter_config(cfg: TrainConfig, store: PairStore) -> AdapterConfig:
-    """The adapter that fits a store."""
+    """The adapter that fits a store. ConfigError where the two, or the losses and the store, do not go together."""
+    sequences = store.feature("target").token_width is not None
+    if cfg.next_position_weight and not sequences:
+        raise ConfigError("--next-position-weight is for sequences (tokens, width); leave it out")
+    if sequences and (cfg.centred_weight or cfg.contrastive_weight):
+        raise ConfigError(
+            "--centred-weight and --contrastive-weight compare whole features, and sequences differ in length; leave "
+            "them out"
+        )
     event, target = store.feature("event"), store.feature("target")
     strategy = STRATEGIES[cfg.strategy]
     return AdapterConfig(
@@ -174,6 +183,7 @@ def make_objective(cfg: TrainConfig, store: PairStore, adapter: Adapter, start: 
         accept_thetas=cfg.accept_thetas,
         accept_temperature=cfg.accept_temperature,
         centred=cfg.centred_weight,
+        next_position=cfg.next_position_weight,
     )
     kind = CompressedObjective if cfg.space == "compressed" else AlignmentObjective
     changes = {name: getattr(cfg, name) for name in ("flip", "shift", "event_dropout", "event_noise")}

@@ -22,12 +22,16 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 
 
 class FeatureSpec(Config):
-    """How the bytes of one feature are read: a little-endian array of this type and shape, times `scale`."""
+    """How the bytes of one feature are read: a little-endian array of this type and shape, times `scale`.
 
-    dtype: Literal["uint8", "float16", "float32"]
-    """Type of a stored number."""
+    A shape of two is a sequence: at most so many tokens of one width. Only the tokens that are there are stored;
+    read, a feature is as wide as the longest, with zeros behind its end.
+    """
+
+    dtype: Literal["uint8", "float16", "bfloat16", "float32"]
+    """Type of a stored number; bfloat16 is widened to float32 as it is read, which is exact."""
     shape: tuple[Annotated[int, Field(ge=1)], ...]
-    """Shape of one feature, for images (channels, height, width)."""
+    """Shape of one feature, for images (channels, height, width), for sequences (tokens, width)."""
     scale: float = Field(gt=0.0, allow_inf_nan=False)
     """Factor from a stored number to the value that an adapter sees."""
 
@@ -40,9 +44,24 @@ class FeatureSpec(Config):
         return math.prod(self.shape)
 
     @property
+    def token_width(self) -> int | None:
+        """Width of a token, where a feature is a sequence."""
+        return self.shape[1] if len(self.shape) == 2 else None
+
+    @property
+    def read_as(self) -> Literal["uint8", "float16", "float32"]:
+        """Type of a number in memory."""
+        return "float32" if self.dtype == "bfloat16" else self.dtype
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one stored number."""
+        return 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes of one feature."""
-        return self.width * np.dtype(self.dtype).itemsize
+        """Bytes of one stored feature; of a sequence, of the longest."""
+        return self.width * self.item_bytes
 
 
 PIXELS = FeatureSpec(dtype="uint8", shape=(3, 224, 224), scale=1 / 255)

@@ -164,7 +164,8 @@ class PairStore:
         """
         rows = np.asarray(rows, dtype=np.int64)
         event_ND, target_ND = (
-            np.empty((len(rows), spec.width), spec.dtype) for spec in (self.feature("event"), self.feature("target"))
+            np.empty((len(rows), spec.width), spec.read_as)
+            for spec in (self.feature("event"), self.feature("target"))
         )
         for file in np.unique(self.index.file[rows]):
             table = self.table(int(file))
@@ -178,18 +179,38 @@ class PairStore:
 def write_part(folder: Where, name: str, pairs: Sequence[Pair], features: Features) -> PartRecord:
     """Writes one Parquet file at once or not at all; the same pairs give the same bytes.
 
-    A feature of another length than `features` says raises ValueError.
+    A feature of another length than `features` says raises ValueError; of a sequence, one that is too long, empty or
+    no whole number of tokens raises StoreError.
     """
+    for side, spec in (("event", features.event), ("target", features.target)):
+        if spec.token_width:
+            for pair in pairs:
+                check_length(getattr(pair, side), spec, f"the {side} of {pair.sequence} at {pair.t_start_us} us")
     schema = pa.schema(
         [
             *(pa.field(name, kind, nullable=False) for name, kind in INDEX_COLUMNS.items()),
-            pa.field("event", pa.binary(features.event.num_bytes), nullable=False),
-            pa.field("target", pa.binary(features.target.num_bytes), nullable=False),
+            pa.field("event", column_type(features.event), nullable=False),
+            pa.field("target", column_type(features.target), nullable=False),
             *(pa.field(name, pa.int64()) for name in FACT_COLUMNS),
         ]
     )
     columns = [[getattr(pair, field.name) for pair in pairs] for field in schema]
     return write_table(place(folder), name, pa.table(columns, schema=schema))
+
+
+def column_type(spec: FeatureSpec) -> pa.DataType:
+    """How a feature's bytes are stored: all of one length, but for sequences."""
+    return pa.binary() if spec.token_width else pa.binary(spec.num_bytes)
+
+
+def check_length(feature: bytes, spec: FeatureSpec, what: str) -> None:
+    """StoreError unless these are the bytes of 1 to `spec.shape[0]` tokens."""
+    limit, width = spec.shape
+    tokens, rest = divmod(len(feature), width * spec.item_bytes)
+    if rest:
+        raise StoreError(f"{what} has {len(feature)} bytes, no whole number of tokens of {width} × {spec.dtype}")
+    if not 0 < tokens <= limit:
+        raise StoreError(f"{what} has {tokens} tokens, the store's limit is {limit}: cut it, or raise the limit")
 
 
 def write_table(folder: Place, name: str, table: pa.Table) -> PartRecord:
@@ -245,13 +266,36 @@ def verify_file(folder: Place, record: FileRecord) -> None:
 
 
 def feature_matrix(column: pa.ChunkedArray, spec: FeatureSpec) -> NDArray[Any]:
-    """A fixed-size binary column as an (N, D) array. A read-only view where the column is one chunk."""
+    """A binary column as an (N, D) array. A read-only view where it is one chunk of fixed size as it is stored.
+
+    Sequences have zeros behind their ends.
+    """
     views = []
     for chunk in column.chunks:
+        if spec.token_width:
+            views.append(_padded(chunk, spec))
+            continue
         flat = np.frombuffer(chunk.buffers()[1], np.uint8)
         first, last = chunk.offset * spec.num_bytes, (chunk.offset + len(chunk)) * spec.num_bytes
-        views.append(flat[first:last].view(np.dtype(spec.dtype).newbyteorder("<")).reshape(len(chunk), spec.width))
+        views.append(_numbers(flat[first:last], spec).reshape(len(chunk), spec.width))
     return views[0] if len(views) == 1 else np.concatenate(views)
+
+
+def _padded(chunk: pa.Array, spec: FeatureSpec) -> NDArray[Any]:
+    """Sequences of one chunk, (N, D)."""
+    offsets = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+    flat = np.frombuffer(chunk.buffers()[2], np.uint8)
+    rows = np.zeros((len(chunk), spec.width), spec.read_as)
+    for row, first, last in zip(rows, offsets[:-1], offsets[1:], strict=True):
+        row[: (last - first) // spec.item_bytes] = _numbers(flat[first:last], spec)
+    return rows
+
+
+def _numbers(flat: NDArray[np.uint8], spec: FeatureSpec) -> NDArray[Any]:
+    """Stored bytes as numbers. bfloat16 is the upper half of a float32."""
+    if spec.dtype != "bfloat16":
+        return flat.view(np.dtype(spec.dtype).newbyteorder("<"))
+    return (flat.view("<u2").astype(np.uint32) << 16).view(np.float32)
 
 
 def publish(

@@ -1,0 +1,262 @@
+"""`ray-app compare`: several checkpoints on the same test pairs, by the one evaluator; JSON and one page."""
+
+import sys
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from ray_app.config import CompareConfig, flat
+from ray_app.core.adapter import num_parameters
+from ray_app.core.evaluation import CONTROLS
+from ray_app.core.metrics import THETA, rate_key
+from ray_app.jobs.cluster import cluster
+from ray_app.jobs.evaluate import about, as_image, as_json, claim_report_folder, judgement
+from ray_app.jobs.figures import INK, PALETTE, svg
+from ray_app.jobs.judge import Judge, mean_target, require_device
+from ray_app.jobs.page import page, picture
+from ray_app.jobs.registry import checkpoint_folder
+from ray_app.jobs.report import notes, outcome, standing_notes, verdict_sentence
+from ray_app.store.checkpoint import Checkpoint, load_checkpoint
+from ray_app.store.durable import write_file
+from ray_app.store.pair_store import PairStore
+from ray_app.store.provenance import provenance
+from ray_app.store.split import Split, split_pairs
+
+NUM_PICTURES = 4
+"""Test pairs, of different sequences where there are enough, that are drawn as every adapter aligns them."""
+FILES = ("comparison.json", "comparison.html", ".*")
+KEY, HIGH = rate_key(THETA), "0.90"
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One checkpoint."""
+
+    name: str
+    """What it was given as."""
+    result: dict[str, Any]
+    """Its metrics on the test part, its size and its latency."""
+    aligned_PD: NDArray[np.float32]
+    """Its answers on the pairs that are drawn."""
+
+
+def run_compare(cfg: CompareConfig) -> dict[str, Any]:
+    """Judges them one after the other. StoreError, CheckpointError, RegistryError: as of `evaluate`."""
+    claim_report_folder(cfg.out, FILES)
+    store = PairStore.open(cfg.store, cfg.durations)
+    split = split_pairs(store.index, cfg.split_config)
+    begun = provenance(sys.argv, store.fingerprint, config=flat(cfg))
+    drawn = split.test[pictured(store.index.sequence[split.test])] if images(store) else split.test[:0]
+    event_PE, target_PD = store.read_rows(drawn)
+    judged = []
+    with cluster(cfg.address):
+        require_device(cfg.use_gpu)
+        means = mean_target(store, split.train)
+        for name in cfg.checkpoints:
+            with checkpoint_folder(name, cfg) as folder:
+                checkpoint = load_checkpoint(folder)
+                with closing(Judge(checkpoint, store, means, use_gpu=cfg.use_gpu)) as judge:
+                    judged.append(judge_one(cfg, name, checkpoint, judge, store, split, event_PE))
+    adapters = named(judged)
+    best = max(judged, key=lambda each: each.result["lift"])
+    result = {
+        "verdict": verdict_sentence(best.result).replace("The adapter", f"`{label_of(adapters, best)}`", 1),
+        "adapters": {label: each.result for label, each in adapters.items()},
+        "controls": {name: best.result["controls"][name] for name in best.result["controls"] if name != "shuffled"},
+        "provenance": begun,
+    }
+    drawings = pictures(store, drawn, event_PE, target_PD, adapters)
+    files = dict(zip(FILES[:2], (as_json(result), render_html(result, best, drawings).encode()), strict=True))
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    for file, data in files.items():
+        write_file(cfg.out / file, data)
+    return {**result, "files": [str(cfg.out / file) for file in files]}
+
+
+def judge_one(
+    cfg: CompareConfig,
+    name: str,
+    checkpoint: Checkpoint,
+    judge: Judge,
+    store: PairStore,
+    split: Split,
+    event_PE: NDArray[Any],
+) -> Judged:
+    """One checkpoint on the test part."""
+    evaluation = judge.evaluate(split.test, cfg.batch_size, f"test pairs, {checkpoint.config.strategy}")
+    size = {
+        "checkpoint": name,
+        "strategy": checkpoint.config.strategy,
+        "parameters": num_parameters(checkpoint.adapter),
+        "checkpoint_bytes": sum(file.stat().st_size for file in checkpoint.folder.iterdir()),
+        "latency_ms": judge.latency_ms(),
+    }
+    result = {**judgement(evaluation, about(checkpoint, store, split, cfg.split_config)), **size}
+    return Judged(name, result, judge.align(event_PE) if len(event_PE) else np.zeros((0, 1), np.float32))
+
+
+def named(judged: list[Judged]) -> dict[str, Judged]:
+    """By strategy, and by folder too where a strategy comes twice."""
+    twice = Counter(each.result["strategy"] for each in judged)
+    found: dict[str, Judged] = {}
+    for each in judged:
+        strategy = each.result["strategy"]
+        label = strategy if twice[strategy] == 1 else f"{strategy} ({Path(each.name).name})"
+        found[label if label not in found else f"{label} {len(found) + 1}"] = each
+    return found
+
+
+def label_of(adapters: dict[str, Judged], judged: Judged) -> str:
+    """Its name in the table."""
+    return next(label for label, each in adapters.items() if each is judged)
+
+
+def images(store: PairStore) -> bool:
+    """Both features can be drawn."""
+    return all(len(shape) == 3 and shape[0] == 3 for shape in (store.feature(s).shape for s in ("event", "target")))
+
+
+def pictured(sequences: NDArray[np.str_]) -> NDArray[np.int64]:
+    """Places of the pairs that are drawn: the middle one of sequences spread over all."""
+    names = np.unique(sequences)
+    chosen = names[np.linspace(0, len(names) - 1, min(NUM_PICTURES, len(names))).astype(int)]
+    places = [np.flatnonzero(sequences == name) for name in chosen]
+    if len(names) < NUM_PICTURES:  # one drive: spread over its windows
+        return np.linspace(0, len(sequences) - 1, min(NUM_PICTURES, len(sequences))).astype(int)
+    return np.array([of_one[len(of_one) // 2] for of_one in places])
+
+
+def pictures(
+    store: PairStore,
+    rows: NDArray[np.int64],
+    event_PE: NDArray[Any],
+    target_PD: NDArray[Any],
+    adapters: dict[str, Judged],
+) -> list[dict[str, Any]]:
+    """The template's view of each drawn pair: event, target, and what each adapter makes of it."""
+    event, target = store.feature("event"), store.feature("target")
+    drawn = []
+    for n, row in enumerate(rows):
+        where = f"{store.index.sequence[row]} at {store.index.t_start_us[row] / 1e6:.3f} s"
+        sides = {
+            "event image": as_image(event_PE[n] * event.scale, event),
+            "target": as_image(target_PD[n] * target.scale, target),
+        }
+        wanted = target_PD[n] * target.scale
+        for label, each in adapters.items():
+            aligned = each.aligned_PD[n]
+            cos = float(aligned @ wanted / np.linalg.norm(aligned) / np.linalg.norm(wanted))
+            sides[f"{label}: {cos:.3f}"] = as_image(aligned, target)
+        shown = [picture(name, f"{name} of the pair {where}", pixels) for name, pixels in sides.items()]
+        drawn.append({"where": where, "pictures": shown})
+    return drawn
+
+
+def lines(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table: each control, and each adapter from the highest lift on."""
+    found = []
+    for name, control in result["controls"].items():
+        rates = control["cosine_accept_rate"]
+        kind = "control" if name in CONTROLS else "context"
+        cells = [f"{control['cos_sim_mean']:.4f}", f"{100 * rates[KEY]:.1f} %", f"{100 * rates[HIGH]:.1f} %"]
+        found.append({"name": name, "kind": kind, "cells": cells + [""] * 6})
+    ranked = sorted(result["adapters"].items(), key=lambda item: -item[1]["lift"])
+    for name, each in ranked:
+        rates, retrieval = each["cosine_accept_rate"], each["retrieval"]
+        low, high = (100 * bound for bound in each["interval95"]["lift"])
+        found.append(
+            {
+                "name": name,
+                "kind": "adapter",
+                "cells": [
+                    f"{each['cos_sim_mean']:.4f}",
+                    f"{100 * rates[KEY]:.1f} %",
+                    f"{100 * rates[HIGH]:.1f} %",
+                    f"{100 * each['lift']:+.1f} ({low:+.1f} to {high:+.1f})",
+                    f"{each['centered_cos_sim_mean']:.3f}",
+                    " / ".join(f"{100 * retrieval[f'R@{k}']:.1f}" for k in (1, 5, 10)),
+                    f"{each['parameters']:,}",
+                    f"{each['checkpoint_bytes'] / 1e6:.1f} MB",
+                    f"{each['latency_ms']:.2f} ms",
+                ],
+            }
+        )
+    return found
+
+
+HEADS = ["what answers", "mean cos_sim", f"θ {KEY}", f"θ {HIGH}", "lift, 95 % interval", "centred cosine"]
+HEADS += ["R@1 / 5 / 10, %", "parameters", "checkpoint", "one pair"]
+
+
+def render_html(result: dict[str, Any], best: Judged, drawings: list[dict[str, Any]]) -> str:
+    """The page."""
+    named_rates = [
+        f"{name} {100 * each['cosine_accept_rate'][KEY]:.1f} percent" for name, each in result["adapters"].items()
+    ]
+    return page(
+        "comparison.html.j2",
+        verdict=result["verdict"],
+        outcome=outcome(best.result),
+        notes=standing_notes(best.result),
+        pairs=best.result["pairs"],
+        split=best.result["split"]["label"],
+        heads=HEADS,
+        lines=lines(result),
+        cost_svg=cost_figure(result),
+        cost_alt=f"Acceptance at θ {KEY} against trained parameters and against latency: {', '.join(named_rates)}.",
+        drawings=drawings,
+    )
+
+
+def cost_figure(result: dict[str, Any]) -> str:
+    """Acceptance against parameters and against latency, each adapter a point, the best control a line."""
+    control = max(
+        result["controls"][name]["cosine_accept_rate"][KEY] for name in result["controls"] if name in CONTROLS
+    )
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2, sharey=True)
+        panels: tuple[tuple[Axes, str, str], ...] = (
+            (left, "parameters", "trained parameters"),
+            (right, "latency_ms", "ms for one pair on one core"),
+        )
+        for axes, key, label in panels:
+            for n, (name, each) in enumerate(result["adapters"].items()):
+                at = max(each[key], 1e-3 if key == "latency_ms" else 1), each["cosine_accept_rate"][KEY]
+                axes.scatter(*at, color=PALETTE[n % len(PALETTE)], s=42)
+                axes.annotate(name, at, (5, 4), textcoords="offset points", fontsize=8)
+            axes.axhline(control, color=INK, linewidth=1.0, linestyle="--")
+            axes.set(xscale="log", xlabel=label)
+            axes.margins(x=0.3, y=0.15)
+        left.annotate(
+            "best control", (0.02, control), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points"
+        )
+        left.set_ylabel(f"cosine_accept_rate at θ {KEY}")
+        left.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+    return svg("cost", draw)
+
+
+def render_compare(result: dict[str, Any], console: Console) -> None:
+    """The table, the sentence, and what to know beside them."""
+    first = next(iter(result["adapters"].values()))
+    title = f"{first['pairs']:,} test pairs; split: {first['split']['label']}"
+    table = Table(*HEADS, title=title, title_justify="left", header_style="bold")
+    for line in lines(result):
+        table.add_row(line["name"], *line["cells"], style={"adapter": "bold", "context": "dim"}.get(line["kind"]))
+    console.print(table)
+    console.print(result["verdict"], style="bold", highlight=False, markup=False)
+    for note in notes(first):
+        console.print(f"- {note['text']}", style="yellow" if note["warning"] else "dim", markup=False)
+    for path in result["files"]:
+        console.print(path, soft_wrap=True, markup=False)
