@@ -15,6 +15,7 @@ from .tracing import Tracing
 from .v2 import infer
 
 DEPLOYMENT = "alignment"
+WEIGHTS_A_THREAD = 16_000_000
 
 
 @serve.ingress()
@@ -27,6 +28,7 @@ class Replica:
         self._app_name, name = context.app_name, context.replica_id.unique_id
         torch.set_num_threads(max(1, int(cfg.cpus_per_replica)))
         self.endpoint = Endpoint(cfg, name)
+        torch.set_num_threads(threads_for(self.endpoint.model.parameters, int(cfg.cpus_per_replica)))
         self.tracing = Tracing(cfg.traces, name)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -56,6 +58,14 @@ class Replica:
     def __del__(self) -> None:
         if hasattr(self, "tracing"):
             self.tracing.close()
+
+
+def threads_for(parameters: int, cpus: int) -> int:
+    """Threads of the forward pass, begun after this is set: one for each `WEIGHTS_A_THREAD`, at most `cpus`.
+
+    A pass of a millisecond does not gain by a second thread, and loses much where that thread has to wait for a core.
+    """
+    return max(1, min(cpus, 1 + parameters // WEIGHTS_A_THREAD))
 
 
 def replica_options(cfg: EndpointConfig) -> dict[str, Any]:

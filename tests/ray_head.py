@@ -106,6 +106,8 @@ class Relay:
         except OSError:
             pass
         for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)  # a close alone sends nothing while the other thread reads
             end.close()
             self._open.discard(end)
 

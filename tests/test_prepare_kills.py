@@ -4,14 +4,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+from numpy_source import SMALL, NumpySource
 
-from ray_app.config import PrepareScenes
+from ray_app.config import PrepareFlags, PrepareScenes
 from ray_app.jobs.building import SCRATCH, SETTINGS
-from ray_app.jobs.prepare import run_prepare
+from ray_app.jobs.prepare import prepare, run_prepare
+from ray_app.sources.base import RawPair, Rejected, SourceTask
 from ray_app.store.durable import sha256_file
 from ray_app.store.pair_store import PairStore
 
@@ -69,3 +76,43 @@ def test_killed_twice_it_keeps_every_finished_file_and_ends_with_the_same_bytes(
     PairStore.open(store).verify()
     leftovers = [path.name for path in store.iterdir() if path.name.startswith(".")]
     assert not leftovers, "files that a kill left half written are written anew under the same name"
+
+
+def working_processes() -> list[psutil.Process]:
+    """Ray's processes of this cluster that build something now."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "Map" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_task_whose_process_dies_is_done_again_and_nothing_is_lost(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Slow(NumpySource):
+        def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
+            time.sleep(0.5)
+            yield from NumpySource.pairs(self, task)
+
+    expected = prepare(NumpySource(), PrepareFlags(out=tmp_path / "whole", num_workers=2), SMALL)
+    result: dict[str, Any] = {}
+    flags = PrepareFlags(out=tmp_path / "killed", num_workers=2)
+    thread = threading.Thread(target=lambda: result.update(prepare(Slow(), flags, SMALL)))
+    thread.start()
+    killed = 0
+    deadline = time.monotonic() + PATIENCE_S
+    while killed < 3 and thread.is_alive() and time.monotonic() < deadline:
+        for process in working_processes()[:1]:
+            process.kill()
+            killed += 1
+        time.sleep(0.4)
+    thread.join(PATIENCE_S)
+    assert killed == 3
+    assert result["fingerprint"] == expected["fingerprint"]
+    assert (result["pairs"], result["quarantined"]) == (expected["pairs"], 0)
+    PairStore.open(tmp_path / "killed").verify()

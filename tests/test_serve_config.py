@@ -1,5 +1,8 @@
 """What the endpoint is told: arguments, and config.yaml field by field, since Ray ignores what it does not know."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from ray.serve.schema import (
 from ray_app import cli
 from ray_app.config import EndpointConfig, ServeConfig
 from ray_app.errors import CheckpointError, ConfigError, RegistryError
-from ray_app.jobs.serve import environment, resolved
+from ray_app.jobs.serve import end_of, environment, resolved
 from serve.app import build_app, checked, local_app
 from serve.deployment import DEPLOYMENT, replica_options
 
@@ -101,6 +104,16 @@ def test_the_command_says_what_it_cannot_do(tmp_path: Path, flags: list[str], er
 
     with pytest.raises(error, match=message):
         start()
+
+
+def test_a_proxy_that_outlived_its_cluster_is_ended_and_no_other(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    mine, other = (subprocess.Popen([*command, f"{tmp_path}/{name}/haproxy.cfg"]) for name in ("one", "another"))
+    assert end_of(tmp_path / "one") == [mine.pid]
+    assert mine.wait(10) == -signal.SIGTERM
+    assert other.poll() is None
+    other.kill()
+    other.wait()
 
 
 def test_two_endpoints_on_one_machine_do_not_share_haproxys_files(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from ray_app.jobs.listening import no_listener
 LOST_S = 600.0
 """A cluster that does not answer for so long is given up; its job is not."""
 LONGEST_PAUSE_S = 15.0
+SILENCE_S = 20.0
+"""After so long without a line the log is asked for anew: a connection can die without either end noticing."""
 AGENT_S = 30.0
 """For a young cluster's first node that takes jobs."""
 DASHBOARD_PORT = 8265
@@ -76,11 +78,14 @@ class JobClient:
         while True:
             try:
                 log.again()
-                async for chunk in self._client.tail_job_logs(job):
+                chunks = aiter(self._client.tail_job_logs(job))
+                while (chunk := await asyncio.wait_for(anext(chunks, None), SILENCE_S)) is not None:
                     lost_s, pause_s = 0.0, 1.0
                     log.take(chunk)
                 if self._client.get_job_status(job).is_terminal():
                     return log.result()
+            except TimeoutError:  # a silent job, or a connection that died without a word
+                continue
             except Exception as error:  # the client raises RuntimeError and aiohttp's and requests' own
                 self._known(job)
                 if lost_s == 0.0:

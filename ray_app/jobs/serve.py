@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def run_serve(cfg: ServeConfig) -> dict[str, Any]:
             return serve_until(cfg, app, stop, haproxy)
         finally:
             ray.shutdown()
+            end_of(Path(scratch))
 
 
 def serve_until(cfg: ServeConfig, app: Any, stop: threading.Event, haproxy: bool) -> dict[str, Any]:
@@ -179,6 +181,18 @@ def require_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ResourceError(f"{host}:{port} cannot be used: {error.strerror}; try another --port.") from error
+
+
+def end_of(scratch: Path) -> list[int]:
+    """Ends the HAProxy of this endpoint, if it is still there: it belongs to no process of Ray's, and outlives them
+    where they were ended before they could end it. Returns the ids of the processes."""
+    ended = []
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # gone meanwhile, or another user's
+            if f"{scratch}/".encode() in command.read_bytes():
+                os.kill(number := int(command.parent.name), signal.SIGTERM)
+                ended.append(number)
+    return ended
 
 
 def free_block(host: str) -> int:
