@@ -54,6 +54,53 @@ def test_without_a_gpu_the_script_says_not_run(tmp_path: Path) -> None:
     assert "CUDA" in result["reason"]
 
 
+def test_noise_on_flat_grey_is_that_of_the_model() -> None:
+    import simulator_noise
+
+    shot = simulator_noise.compare(simulator_noise.SHOT, 128, 48, 10, 0)
+    leak = simulator_noise.compare(simulator_noise.LEAK | {"leak_spread": 0.0}, 128, 24, 10, 2)
+    assert shot["largest_error"] < 0.03
+    assert shot["largest_error_of_positive_share"] < 0.02  # 70,000 events: a standard deviation of 0.002
+    assert leak["largest_error"] < 0.01
+    assert leak["model_positive_share"] == 1.0
+
+
+def test_the_model_of_noise_is_worked_by_hand() -> None:
+    import simulator_noise
+
+    from ray_app.events.simulator import SimulatorConfig
+
+    exact = SimulatorConfig(sigma=0.0, shot_noise_hz=8.0, leak_rate_hz=3.0, leak_spread=0.0)
+    rates = simulator_noise.model(exact, 255)  # the brightest: a quarter of the dark rate
+    assert rates.on_hz == pytest.approx(1.0 + 3.0)
+    assert rates.off_hz == pytest.approx(1.0)
+
+
+def test_the_long_drive_is_a_true_sequence_of_the_density_asked_for(tmp_path: Path) -> None:
+    import dsec_drive
+
+    from ray_app.sources.dsec import DsecSource
+    from ray_app.sources.dsec_events import DsecEvents
+    from ray_app.sources.recorded import Cut
+
+    files = dsec_drive.DsecFiles(tmp_path, "drive_00")
+    files.events.parent.mkdir(parents=True)
+    dsec_drive.write_long_events(files.events, dsec_drive.seconds(2, 60_000, 0), 2)
+    with DsecEvents(files.events) as events:
+        assert len(events) == pytest.approx(120_000, rel=0.02)
+        assert events.index(events.t_offset_us + 1_000_000) == pytest.approx(60_000, rel=0.02)
+        (part,) = events.parts(0, len(events))
+        assert 0.4 < part.p.mean() < 0.6
+    times = [dsec_drive.FIRST_FRAME_US + i * 50_000 for i in range(40)]
+    files.timestamps.parent.mkdir(parents=True)
+    files.timestamps.write_text("".join(f"{t}\n" for t in times))
+    files.images.mkdir(parents=True)
+    for i in range(40):
+        (files.images / f"{i:06d}.png").touch()
+    (task,) = DsecSource(tmp_path, Cut((1_000_000,))).tasks()
+    assert task.num_pairs == 2
+
+
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.stem)
 def test_every_result_says_where_it_comes_from(path: Path) -> None:
     origin = json.loads(path.read_text())["provenance"]

@@ -5,10 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from dsec_drives import BEGIN_US, SECOND, dsec, same, write_small
-from dsec_writer import (
-    DsecFiles,
-)
+from dsec_drives import BEGIN_US, OFFSET_US, SECOND, dsec, same, write_small
+from dsec_writer import DsecFiles, random_events
 from numpy_source import SMALL
 
 from ray_app import cli
@@ -121,6 +119,20 @@ def test_any_number_of_workers_prepares_the_same_store(tmp_path: Path) -> None:
     for path in (tmp_path / "1").iterdir():
         for others in ("2", "16"):
             assert path.read_bytes() == (tmp_path / others / path.name).read_bytes()
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_cluster")
+def test_events_are_counted_covered_and_drawn(tmp_path: Path) -> None:
+    events = random_events(50_000, OFFSET_US, BEGIN_US + 2_100_000)
+    files = write_small(tmp_path / "dsec", "drive", frames=41, events=events)
+    middle = run_prepare(PrepareDsec(out=tmp_path / "middle", root=files.root, step="1s"))
+    each = run_prepare(PrepareDsec(out=tmp_path / "all", root=files.root, step="1s", pick="all"))
+    inside = int(((events.t_us >= BEGIN_US) & (events.t_us < BEGIN_US + 2_000_000)).sum())
+    assert middle["windows"] == each["windows"] == 2
+    assert middle["events_covered"] == each["events_covered"] == each["events_drawn"] == inside
+    assert inside // 5 - 2 <= middle["events_drawn"] <= inside // 5
+    assert 0 < middle["worker_peak_bytes"] < 2**30
 
 
 def test_flags_make_the_source_that_they_name(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def decode_image(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> NDArr
                 raise InputError(
                     f"{where} has {image.width} x {image.height} pixels, the limit is {max_pixels:,}; make it smaller"
                 )
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except UnidentifiedImageError as error:
         raise InputError(f"{where} is no readable image: of no known format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
