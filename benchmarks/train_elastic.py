@@ -4,8 +4,9 @@
 
 Three raylets of one CPU each on this machine; the driver is at the first. A raylet is killed with SIGKILL at a random
 moment, one is added once training goes on with fewer, the next is killed once it has grown. A run that ends is
-followed by another one until the kills are done; each is held against a run of one worker that nobody disturbed. Time to go
-on: from the kill to the first step that the run had not come to before. Writes benchmarks/results/train_elastic.json.
+followed by another one until the kills are done; each is held against a run of one worker that nobody disturbed. Time
+to go on: from the kill to the first step that the run had not come to before.
+Writes benchmarks/results/train_elastic.json.
 """
 
 import argparse

@@ -6,12 +6,14 @@ waits a minute for the node that has just gone. The hooks are Ray Train's own, n
 """
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     get_or_create_autoscaling_coordinator,
 )
+from ray.exceptions import RayError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ResizingState
 
@@ -20,6 +22,9 @@ from ray_app.jobs.run_folder import RunFolder
 
 PATIENCE_S = 120.0
 """For a step and a save; after it the group is replaced as it is, and goes on from the save before."""
+
+COUNT_S = 10.0
+"""For counting the cluster."""
 
 
 class Resizing(ControllerCallback):
@@ -40,6 +45,10 @@ class Resizing(ControllerCallback):
         self._run.resize_file.unlink()
 
     def before_controller_execute_failure_decision(self, _: Any) -> None:
-        """A node may be gone: the next group is to be of what is there."""
-        coordinator = get_or_create_autoscaling_coordinator()
-        ray.get(coordinator.get_reserved_resources.remote("", recompute=True))
+        """A node may be gone: the next group is to be of what is there.
+
+        Without an answer it takes Ray's old count.
+        """
+        with suppress(RayError):
+            counted = get_or_create_autoscaling_coordinator().get_reserved_resources.remote("", recompute=True)
+            ray.get(counted, timeout=COUNT_S)
