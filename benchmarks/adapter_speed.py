@@ -81,7 +81,7 @@ def race(store: Path, folder: Path, seeds: list[int]) -> dict[str, Any]:
             runs = {}
             for name, settings in (
                 ("lightweight", {"strategy": "lightweight", "num_epochs": 3}),
-                ("conv", {"strategy": "conv", "num_epochs": 12, "early_stop_patience": 12, **RECIPE}),
+                ("conv", {"strategy": "conv", "num_epochs": 3, **RECIPE}),
             ):
                 uri = f"sqlite:///{folder}/mlflow.db"
                 cfg = TrainConfig(
