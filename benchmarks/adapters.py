@@ -30,8 +30,9 @@ from ray_app.jobs.train import run_train
 from ray_app.store.manifest import MANIFEST, Features, FeatureSpec
 from ray_app.store.pair_store import Pair, PairStore, publish, write_part
 
-COMPRESSED = {"space": "compressed", "num_epochs": 12, "schedule": "cosine"}
+COMPRESSED = {"space": "compressed", "num_epochs": 60, "early_stop_patience": 60, "schedule": "cosine"}
 SWEPT = {
+    "num_epochs": 12,
     "hidden_dim": 512,
     "learning_rate": 8.4e-3,
     "weight_decay": 0.019,
@@ -43,7 +44,8 @@ SWEPT = {
 REFERENCE = {"num_epochs": 3}
 SETTINGS: dict[str, dict[str, Any]] = {
     "conv": {"strategy": "conv", "num_epochs": 12, "early_stop_patience": 12, **RECIPE},
-    "lowrank": {"strategy": "lowrank", **COMPRESSED, **SWEPT},
+    "lowrank": {"strategy": "lowrank", **COMPRESSED},
+    "lowrank, swept": {"strategy": "lowrank", **COMPRESSED, **SWEPT},
     "lightweight_subspace": {"strategy": "lightweight_subspace", **COMPRESSED},
     "ridge": {"strategy": "ridge"},
     "bottleneck": {"strategy": "bottleneck", "hidden_dim": 64, **REFERENCE},
