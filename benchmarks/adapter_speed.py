@@ -167,8 +167,8 @@ def main() -> None:
         result = sweep(args.store, args.folder, args.full_width_seconds)
     path = RESULTS / "adapter_speed.json"
     whole = json.loads(path.read_text()) if path.is_file() else {}
-    whole[args.what] = {"provenance": provenance(), **result}
-    path.write_text(json.dumps(whole, indent=1) + "\n")
+    told = {"provenance": provenance()}  # of the newest part above all, and of each part
+    path.write_text(json.dumps({**whole, **told, args.what: {**told, **result}}, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 
