@@ -196,8 +196,8 @@ def test_where_all_fail_the_reasons_are_grouped_and_the_exit_code_is_2(
     assert cli.run(words) == 2
     err = " ".join(capfd.readouterr().err.split())
     assert "1 times: The gradient is not finite" in err
-    weights = ", ".join(f"--{name}-weight" for name in ("mse", "cosine", "contrastive", "accept", "centred"))
-    assert f"1 times: {weights} are all 0" in err
+    assert "1 times: --mse-weight, --cosine-weight, " in err
+    assert "are all 0" in err
     assert "does not answer" not in err, "a trial that was refused has nothing to track"
 
 
