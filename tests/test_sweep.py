@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -310,12 +311,34 @@ def test_what_is_no_sweep_or_lacks_its_record_is_one_sentence(
         assert "is not the folder of a sweep" in " ".join(capfd.readouterr().err.split())
     sweep = SweepFolder(tmp_path / "s")
     sweep.claim({"name": "s", "key": "k", "spec": {}, "store_fingerprint": "f"})
+    (sweep.path / "journal.jsonl").unlink()
     assert cli.run(["tune", "--resume", str(sweep.path)]) == 2
     assert "is missing: it is the record of what was tried" in " ".join(capfd.readouterr().err.split())
     with pytest.raises(StoreError, match=r"holds a sweep already; .*--resume"):
         sweep.claim({})
     assert cli.run(["tune"]) == 2
     assert "exactly one of FILE, --resume and --watch" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_trial_that_was_killed_before_its_first_line_can_go_on(tmp_path: Path) -> None:
+    sweep = SweepFolder(tmp_path / "s")
+    run = sweep.run("t").path
+    run.mkdir(parents=True)
+    (run / "journal.jsonl").write_text('{"kind": "sta')
+    assert sweep.standing("t", read_spec(spec_file(tmp_path), {}))["status"] == "running"
+
+
+def test_of_sweeps_that_begin_in_one_folder_at_one_moment_one_has_it(tmp_path: Path) -> None:
+    def claim(n: int) -> int | None:
+        try:
+            SweepFolder(tmp_path / "s").claim({"key": n})
+        except StoreError:
+            return None
+        return n
+
+    with ThreadPoolExecutor(8) as pool:
+        won = [n for n in pool.map(claim, range(64)) if n is not None]
+    assert won == [SweepFolder(tmp_path / "s").about()["key"]]
 
 
 def test_hours_are_counted_over_all_starts(tmp_path: Path) -> None:

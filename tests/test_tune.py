@@ -33,7 +33,7 @@ from ray_app.store.split import split_pairs
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-FIXED = {"strategy": "lightweight", "num_epochs": 3, "batch_size": 8, "cosine_weight": 1.0}
+FIXED = {"strategy": "lightweight", "num_epochs": 3, "batch_size": 8, "cosine_weight": 1.0, "dropout": 0.0}
 
 
 def sweep_file(folder: Path, store: Path, name: str, **lines: Any) -> Path:
@@ -206,8 +206,8 @@ def test_an_estimate_above_the_budget_needs_a_word_and_the_budget_ends_the_searc
 ) -> None:
     space = {"hidden_dim": [8, 16, 24, 32]}
     fixed = FIXED | {"num_epochs": 5000, "early_stop_patience": 5000}  # so that only the budget can end a trial
-    path = sweep_file(root, small_store, "short", space=space, fixed=fixed, max_hours=0.005)
-    with pytest.raises(ConfigError, match=r"is above max_hours 0.005.*--yes"):
+    path = sweep_file(root, small_store, "short", space=space, fixed=fixed, max_hours=0.004)
+    with pytest.raises(ConfigError, match=r"is above max_hours 0.004.*--yes"):
         tune(path)
     assert not (root / "short").exists(), "nothing was begun"
     result = tune(path, yes=True)
@@ -230,20 +230,20 @@ def test_asha_stops_what_falls_behind_and_optuna_goes_on_from_the_record(small_s
 
 
 def test_a_trial_of_two_workers_is_a_ray_train_group_and_ends_as_one_of_one_does(
-    small_store: Path, root: Path
+    small_store: Path, root: Path, swept: dict[str, Any]
 ) -> None:
     """Batches are the same for any number of workers, so the numbers differ by the order of sums alone."""
-    lines = {"space": {"hidden_dim": [8]}, "workers": 2, "cpus_per_worker": 0.5, "fixed": FIXED | {"dropout": 0.0}}
-    group = tune(sweep_file(root, small_store, "group", **lines))
-    alone = tune(sweep_file(root, small_store, "alone", **lines | {"workers": 1}))
+    space = {"hidden_dim": [8], "learning_rate": [1e-3]}
+    group = tune(sweep_file(root, small_store, "group", space=space, workers=2, cpus_per_worker=0.5))
     assert [trial["status"] for trial in group["trials"]] == ["finished"]
-    folders = [SweepFolder(Path(each["sweep"])).run(each["trials"][0]["id"]).path for each in (group, alone)]
+    assert group["trials"][0]["id"] == swept["trials"][0]["id"], "the same setting"
+    folders = [SweepFolder(Path(each["sweep"])).run(each["trials"][0]["id"]).path for each in (group, swept)]
     workers = [[line["workers"] for line in entries(folder) if line["kind"] == "start"] for folder in folders]
     assert workers == [[2], [1]]
     losses = [[line["val"]["loss"] for line in entries(folder) if line["kind"] == "epoch"] for folder in folders]
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert group["trials"][0]["steps"] == alone["trials"][0]["steps"]
+    assert group["trials"][0]["steps"] == swept["trials"][0]["steps"]
 
 
 def kill_a_trial(folder: SweepFolder, killed: list[int]) -> None:
