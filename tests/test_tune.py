@@ -206,8 +206,8 @@ def test_an_estimate_above_the_budget_needs_a_word_and_the_budget_ends_the_searc
 ) -> None:
     space = {"hidden_dim": [8, 16, 24, 32]}
     fixed = FIXED | {"num_epochs": 5000, "early_stop_patience": 5000}  # so that only the budget can end a trial
-    path = sweep_file(root, small_store, "short", space=space, fixed=fixed, max_hours=0.004)
-    with pytest.raises(ConfigError, match=r"is above max_hours 0.004.*--yes"):
+    path = sweep_file(root, small_store, "short", space=space, fixed=fixed, max_hours=0.005)
+    with pytest.raises(ConfigError, match=r"is above max_hours 0.005.*--yes"):
         tune(path)
     assert not (root / "short").exists(), "nothing was begun"
     result = tune(path, yes=True)
