@@ -108,7 +108,7 @@ def champions(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
                 told_by_reload.append({"kind": kind, "version": version, **reload(base)})
                 print(told_by_reload[-1], file=sys.stderr, flush=True)
                 time.sleep(args.pause)
-        with urllib.request.urlopen(f"{base}/v1/model") as reply:
+        with urllib.request.urlopen(f"{base}/v1/model", timeout=30) as reply:
             refused = json.load(reply)["refused"]
     right = [one["action"] == ("swapped" if one["kind"] == "good" else "refused") for one in told_by_reload]
     return {

@@ -17,6 +17,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+LIMIT_S = 60.0
+"""For one answer: a server that never answers is seen as status 0, and ends no measurement."""
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -105,18 +108,19 @@ class Caller:
         self._socket: socket.socket | None = None
 
     async def ask(self) -> tuple[int, bytes, float]:
-        """(status, head of the answer, seconds). Status 0: the connection was lost."""
+        """(status, head of the answer, seconds). Status 0: the connection was lost, or no answer came in time."""
         loop, began = asyncio.get_running_loop(), time.perf_counter()
         try:
-            if self._socket is None:
-                self._socket = socket.socket()
-                self._socket.setblocking(False)
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                await loop.sock_connect(self._socket, self._request.address)
-            await loop.sock_sendall(self._socket, self._head)
-            await loop.sock_sendall(self._socket, self._request.body)
-            status, head = await self._answer(loop, self._socket)
-        except OSError:
+            async with asyncio.timeout(LIMIT_S):
+                if self._socket is None:
+                    self._socket = socket.socket()
+                    self._socket.setblocking(False)
+                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    await loop.sock_connect(self._socket, self._request.address)
+                await loop.sock_sendall(self._socket, self._head)
+                await loop.sock_sendall(self._socket, self._request.body)
+                status, head = await self._answer(loop, self._socket)
+        except OSError:  # TimeoutError is one
             status, head = 0, b""
         if status == 0 or b"connection: close" in head.lower():
             self.close()

@@ -89,7 +89,7 @@ def told(sweep: Path) -> dict[str, Any]:
     trials = [trial for trial in folder.trials() if trial.status == "finished"]
     runs = {trial.name: folder.run(trial.name) for trial in trials}
     best = min(trials, key=lambda trial: trial.rank)
-    weights = {name: best for name, run in runs.items() if (best := run.best()) and best.is_dir()}
+    weights = {name: path for name, run in runs.items() if (path := run.best()) and path.is_dir()}
     return {
         "finished": sorted(runs),
         "winner": best.name,

@@ -3,6 +3,7 @@
 Whatever happens behind it, the caller gets an answer in JSON, and it is counted once.
 """
 
+import asyncio
 import json
 import logging
 import time
@@ -58,6 +59,7 @@ class Edge:
             call.token = self._endpoint.keys.check(call.headers.get(b"authorization"), scope_needed)
         if self._endpoint.keys.path is None and not self._endpoint.cfg.open_access:
             require_local(call)
+        receive = in_time(receive, call, self._endpoint.cfg.timeout_s)
         if call.method == "POST" and call.route == "/v2/models/{model}/infer":
             headers, parts = await self._infer(self._endpoint, call, receive)
             await answer.whole(200, headers, parts)
@@ -131,6 +133,21 @@ class Answering:
         if not self._named:
             headers.append((b"x-request-id", call.request_id.encode()))
         return headers
+
+
+def in_time(receive: Receive, call: Call, longest_s: float) -> Receive:
+    """The same, but Problem 504 where a body does not arrive in its request's time: who sends a byte now and then
+    would hold a place for as long as he likes."""
+
+    async def bounded() -> Message:
+        try:
+            async with asyncio.timeout(call.timeout_s(longest_s)):
+                return await receive()
+        except TimeoutError:
+            detail = "the body did not arrive in the time of the request; grant more time, or send fewer pairs."
+            raise Problem(504, "deadline", detail) from None
+
+    return bounded
 
 
 def defect(call: Call) -> Problem:

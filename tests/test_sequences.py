@@ -215,6 +215,10 @@ def test_a_run_on_sequences_learns_and_is_judged_by_its_tokens(tmp_path: Path) -
     )
     assert trained["val"]["cos_sim_mean"] > 0.4
     assert result["cos_sim_mean"] > result["controls"]["before"]["cos_sim_mean"] + 0.3
-    with pytest.raises(ConfigError, match="sequences differ in length"):
-        run_train(cfg.model_copy(update={"out": tmp_path / "other", "centred_weight": 0.1}))
+    for changes, words in (
+        ({"centred_weight": 0.1}, "sequences differ in length"),
+        ({"strategy": "lowrank", "rank": 4}, "lowrank begins with subspaces .* token_bottleneck, "),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run_train(cfg.model_copy(update={"out": tmp_path / "other", **changes}))
     assert not (tmp_path / "other").exists()

@@ -71,6 +71,20 @@ def test_a_caller_may_ask_for_less_time(server: LocalServer) -> None:
     assert server.ask("POST", INFER, GOOD, {**GOOD_HEADERS, "x-request-timeout-ms": "5000"})[0] == 200
 
 
+@pytest.mark.parametrize("path", [INFER, "/v1/align"])
+def test_a_body_that_does_not_arrive_holds_no_place(server: LocalServer, path: str) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    connection.putrequest("POST", path)
+    told = {**GOOD_HEADERS, "content-type": "application/json", "x-request-timeout-ms": "200"}
+    for name, value in {**told, "content-length": str(len(GOOD))}.items():
+        connection.putheader(name, value)
+    connection.endheaders(GOOD[:10])
+    answer = connection.getresponse()
+    assert (answer.status, json.loads(answer.read())["code"]) == (504, "deadline")
+    connection.close()
+    assert server.endpoint.telemetry.in_flight == 0
+
+
 def test_overload_is_answered_429_and_callers_counts_are_the_servers(server: LocalServer) -> None:
     slow(server)
     before = {code: server.metric("align_requests_total", code=code, method="POST") for code in ("200", "429")}

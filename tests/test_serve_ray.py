@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +75,17 @@ class Load:
 
 def replicas(server: RayServer) -> list[psutil.Process]:
     """The processes that answer."""
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    return [process for process in children if process.name().startswith("ray::ServeReplica")]
+    return processes(server, "ray::ServeReplica")
+
+
+def processes(server: RayServer, name: str) -> list[psutil.Process]:
+    """Of the server, whose names begin so; one that ends meanwhile is not among them."""
+    found = []
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith(name):
+                found.append(process)
+    return found
 
 
 def test_it_answers_tritonclient_with_a_token_and_no_one_without(server: RayServer) -> None:
@@ -93,21 +103,15 @@ def test_it_answers_tritonclient_with_a_token_and_no_one_without(server: RayServ
 
 def test_only_this_machine_can_reach_it(server: RayServer) -> None:
     """HAProxy's own mode binds replicas to all interfaces; here they are bound to the host that was asked for."""
-    ports = {
-        connection.laddr.port: connection.laddr.ip
-        for process in [*replicas(server), *haproxies(server)]
-        for connection in process.net_connections("tcp4")
-        if connection.status == psutil.CONN_LISTEN
-    }
+    ports = {}
+    for process in [*replicas(server), *processes(server, "haproxy")]:
+        with suppress(psutil.NoSuchProcess):  # HAProxy's process before a reload ends in its own time
+            listening = (each for each in process.net_connections("tcp4") if each.status == psutil.CONN_LISTEN)
+            ports |= {each.laddr.port: each.laddr.ip for each in listening}
     assert ports[server.port] == "127.0.0.1"
     inner = {port: ip for port, ip in ports.items() if 20_000 <= port < 32_000}
     assert len(inner) == 2
     assert set(inner.values()) == {"127.0.0.1"}
-
-
-def haproxies(server: RayServer) -> list[psutil.Process]:
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    return [process for process in children if process.name() == "haproxy"]
 
 
 def test_metrics_are_of_every_replica(server: RayServer) -> None:

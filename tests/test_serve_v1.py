@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 from ray_app.events.render import equal_counts, event_image
 from ray_app.sources.npy import read_events
 
+README = Path(__file__).parents[1] / "README.md"
 RNG = np.random.default_rng(1)
 PIXELS = RNG.integers(0, 256, (2, WIDTH), dtype=np.uint8)
 TARGET = RNG.integers(1, 256, (2, WIDTH), dtype=np.uint8)
@@ -248,3 +250,16 @@ def test_openapi_is_valid_and_names_every_route(server: LocalServer) -> None:
         document["paths"]
     )
     assert "AlignRequest" in document["components"]["schemas"]
+
+
+def test_the_readmes_programs_run_as_they_stand(server: LocalServer) -> None:
+    section = README.read_text().partition("## Serve it")[2].partition("\n## ")[0]
+    programs = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(programs) == 2
+    for program in programs:
+        text = program.replace("127.0.0.1:8000", server.url).replace("150_528", str(WIDTH))
+        names: dict[str, Any] = {"pixels": np.tile(TARGET, (4, 1)), "frames": np.tile(PIXELS, (4, 1))}
+        *body, last = text.rstrip().splitlines()
+        exec("\n".join(body), names)
+        answer = eval(last, names)
+        assert (answer if isinstance(answer, np.ndarray) else answer[0]).shape == (8,)

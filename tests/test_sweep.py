@@ -1,6 +1,12 @@
 """What a sweep is made of, without Ray: its file, what it tries next, how it reads its record."""
 
+import io
 import json
+import os
+import pty
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +16,20 @@ import torch
 import yaml
 
 from ray_app import cli
-from ray_app.config import TrainConfig
+from ray_app.config import TrainConfig, TuneConfig
 from ray_app.core.evaluation import AlignmentEvaluator, Controls, derangement
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.errors import ConfigError, ResourceError, StoreError
 from ray_app.jobs.cluster import ClusterInfo
 from ray_app.jobs.journal import Journal
 from ray_app.jobs.sweep_data import controls_of
-from ray_app.jobs.sweep_estimate import kept_share, largest, room
+from ray_app.jobs.sweep_driver import Budget
+from ray_app.jobs.sweep_estimate import Estimate, kept_share, largest, room
 from ray_app.jobs.sweep_folder import SweepFolder, Trial, best_of, busy_seconds, front, scores, trial_name
 from ray_app.jobs.sweep_search import Tried, draw, propose
 from ray_app.jobs.sweep_spec import Choice, Span, SweepSpec, describe, read_spec, space_of, train_config
 from ray_app.jobs.trial import why_not_again
+from ray_app.jobs.tune import agree
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 
@@ -251,6 +259,43 @@ def test_a_space_beyond_the_memory_is_told_with_its_largest_setting(small_store:
         room(spec.model_copy(update={"use_gpu": True}), info, {}, small)
 
 
+@pytest.mark.parametrize(("answer", "begins"), [("y", True), ("n", False), ("", False)])
+def test_an_estimate_above_a_limit_is_asked_about_on_a_terminal(
+    answer: str, begins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = read_spec(spec_file(tmp_path, max_hours=1.0, max_gpu_hours=2.0, use_gpu=True), {})
+    cfg = TuneConfig(file=tmp_path / "sweep.yaml")
+    told = Estimate(4, 1, hours=0.9, hours_expected=0.5, gpu_hours=3.0, measured="")
+    master, slave = pty.openpty()
+    with open(slave) as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+        os.write(master, f"{answer}\n".encode())
+        if begins:
+            agree(cfg, spec, told)
+        else:
+            with pytest.raises(ConfigError, match="nothing was begun"):
+                agree(cfg, spec, told)
+    os.close(master)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(ConfigError, match=r"3 GPU hours is above max_gpu_hours 2.*--yes"):
+        agree(cfg, spec, told)
+    agree(cfg, spec, replace(told, gpu_hours=2.0))
+
+
+def test_hours_and_gpu_hours_end_the_search(tmp_path: Path) -> None:
+    """GPU hours are those of all trials, one GPU for each worker; of earlier starts, too."""
+    spec = read_spec(spec_file(tmp_path, max_hours=1.0, max_gpu_hours=2.0, use_gpu=True, workers=2), {})
+    assert Budget(spec, used_s=0.0, trial_s=3590.0).spent is None
+    assert "--max-gpu-hours 2 are used up" in (Budget(spec, used_s=0.0, trial_s=3600.0).spent or "")
+    assert "--max-hours 1 are used up" in (Budget(spec, used_s=3600.0, trial_s=0.0).spent or "")
+    on_cpus = Budget(spec.model_copy(update={"use_gpu": False}), used_s=0.0, trial_s=1e6)
+    assert on_cpus.spent is None
+    running = Budget(spec, used_s=0.0, trial_s=3600.0 - 1e-3)
+    running.started("a")
+    time.sleep(0.01)
+    assert running.stop_all()
+
+
 def test_what_asha_keeps_by_hand(tmp_path: Path) -> None:
     """Nine epochs, thirds at 1 and 3: 1 + 2/3 + 6/9 of 9."""
     spec = read_spec(spec_file(tmp_path, fixed={"num_epochs": 9}), {})
@@ -266,12 +311,34 @@ def test_what_is_no_sweep_or_lacks_its_record_is_one_sentence(
         assert "is not the folder of a sweep" in " ".join(capfd.readouterr().err.split())
     sweep = SweepFolder(tmp_path / "s")
     sweep.claim({"name": "s", "key": "k", "spec": {}, "store_fingerprint": "f"})
+    (sweep.path / "journal.jsonl").unlink()
     assert cli.run(["tune", "--resume", str(sweep.path)]) == 2
     assert "is missing: it is the record of what was tried" in " ".join(capfd.readouterr().err.split())
     with pytest.raises(StoreError, match=r"holds a sweep already; .*--resume"):
         sweep.claim({})
     assert cli.run(["tune"]) == 2
     assert "exactly one of FILE, --resume and --watch" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_trial_that_was_killed_before_its_first_line_can_go_on(tmp_path: Path) -> None:
+    sweep = SweepFolder(tmp_path / "s")
+    run = sweep.run("t").path
+    run.mkdir(parents=True)
+    (run / "journal.jsonl").write_text('{"kind": "sta')
+    assert sweep.standing("t", read_spec(spec_file(tmp_path), {}))["status"] == "running"
+
+
+def test_of_sweeps_that_begin_in_one_folder_at_one_moment_one_has_it(tmp_path: Path) -> None:
+    def claim(n: int) -> int | None:
+        try:
+            SweepFolder(tmp_path / "s").claim({"key": n})
+        except StoreError:
+            return None
+        return n
+
+    with ThreadPoolExecutor(8) as pool:
+        won = [n for n in pool.map(claim, range(64)) if n is not None]
+    assert won == [SweepFolder(tmp_path / "s").about()["key"]]
 
 
 def test_hours_are_counted_over_all_starts(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from ray_app.store.split import split_pairs
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-FIXED = {"strategy": "lightweight", "num_epochs": 3, "batch_size": 8, "cosine_weight": 1.0}
+FIXED = {"strategy": "lightweight", "num_epochs": 3, "batch_size": 8, "cosine_weight": 1.0, "dropout": 0.0}
 
 
 def sweep_file(folder: Path, store: Path, name: str, **lines: Any) -> Path:
@@ -229,6 +229,23 @@ def test_asha_stops_what_falls_behind_and_optuna_goes_on_from_the_record(small_s
     assert more["best"]["objective"] == max(trial["objective"] for trial in more["trials"])
 
 
+def test_a_trial_of_two_workers_is_a_ray_train_group_and_ends_as_one_of_one_does(
+    small_store: Path, root: Path, swept: dict[str, Any]
+) -> None:
+    """Batches are the same for any number of workers, so the numbers differ by the order of sums alone."""
+    space = {"hidden_dim": [8], "learning_rate": [1e-3]}
+    group = tune(sweep_file(root, small_store, "group", space=space, workers=2, cpus_per_worker=0.5))
+    assert [trial["status"] for trial in group["trials"]] == ["finished"]
+    assert group["trials"][0]["id"] == swept["trials"][0]["id"], "the same setting"
+    folders = [SweepFolder(Path(each["sweep"])).run(each["trials"][0]["id"]).path for each in (group, swept)]
+    workers = [[line["workers"] for line in entries(folder) if line["kind"] == "start"] for folder in folders]
+    assert workers == [[2], [1]]
+    losses = [[line["val"]["loss"] for line in entries(folder) if line["kind"] == "epoch"] for folder in folders]
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert group["trials"][0]["steps"] == swept["trials"][0]["steps"]
+
+
 def kill_a_trial(folder: SweepFolder, killed: list[int]) -> None:
     """SIGKILL to one trial's process after a step of it."""
     deadline = time.monotonic() + 60
@@ -269,7 +286,7 @@ def test_all_of_it_killed_it_goes_on_and_the_winner_is_judged_with_several_seeds
 ) -> None:
     space = {"hidden_dim": [8, 16], "cosine_weight": [0.5, 1.0]}
     fixed = {key: value for key, value in FIXED.items() if key != "cosine_weight"} | {"num_epochs": 6}
-    path = sweep_file(root, small_store, "killed", space=space, fixed=fixed)
+    path = sweep_file(root, small_store, "killed", space=space, fixed=fixed, final_workers=2)
     folder, uri = SweepFolder(root / "killed"), f"sqlite:///{root / 'killed.db'}"
     words = [sys.executable, "-m", "ray_app", "tune", str(path), "--tracking-uri", uri]
     process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)

@@ -12,6 +12,7 @@ sequence's end stays zero.
 Shapes: B = pairs, T = positions, W = token width, D = T · W, H = hidden width, N = heads.
 """
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -64,9 +65,9 @@ class TokenAdapter(Adapter):
         mask_BT = mask_of(event_BE, self.width)
         return (self.tokens(x_BTW, mask_BT, noise) * mask_BT[..., None]).flatten(1)
 
+    @abstractmethod
     def tokens(self, x_BTW: Tensor, mask_BT: Tensor, noise: BatchNoise | None) -> Tensor:
         """Aligned tokens (B, T, W); what it says of padding does not matter."""
-        raise NotImplementedError
 
 
 class TokenBlock(nn.Module):

@@ -130,6 +130,7 @@ def joined(evaluations: list[AlignmentEvaluation]) -> AlignmentEvaluation:
         after=np.concatenate([each.after for each in evaluations]),
         controls={name: np.concatenate([each.controls[name] for each in evaluations]) for name in CONTROLS},
         previous_window=np.concatenate([each.previous_window for each in evaluations]),
+        light=tuple(name for each in evaluations for name in each.light),
         centered={},
         retrieval={},
     )

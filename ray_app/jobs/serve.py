@@ -31,6 +31,8 @@ APP = "alignment"
 """Name of the Serve application."""
 PORTS = 40
 """A range for the replicas of one endpoint, those that ended a moment ago included."""
+KEEP_ALIVE_S = 75
+"""How long a connection may be silent."""
 DRAIN_S = "1"
 """How long a replica that ends still takes requests: HAProxy on this machine hears of it at once."""
 
@@ -74,7 +76,7 @@ def serve_until(cfg: ServeConfig, app: Any, stop: threading.Event, haproxy: bool
     """Starts, says the address, waits, drains."""
     from ray import serve
 
-    options: dict[str, Any] = {"host": cfg.host, "port": cfg.port, "keep_alive_timeout_s": 75}
+    options: dict[str, Any] = {"host": cfg.host, "port": cfg.port, "keep_alive_timeout_s": KEEP_ALIVE_S}
     if cfg.tls_cert and cfg.tls_key:
         options |= {"ssl_certfile": str(cfg.tls_cert), "ssl_keyfile": str(cfg.tls_key)}
     serve.start(proxy_location="HeadOnly", http_options=options, logging_config={"enable_access_log": False})
@@ -152,6 +154,7 @@ def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[s
     values = {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "MALLOC_ARENA_MAX": "2",  # glibc keeps an arena for each thread, and what is freed there stays there
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DRAIN_S,
     }
     if haproxy:
@@ -165,6 +168,9 @@ def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[s
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + PORTS - 1),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(KEEP_ALIVE_S),  # an hour by default, for half a header too
+            # Where a replica dies over a request another is asked: an answer is a function of its request.
+            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         }
     else:

@@ -121,19 +121,44 @@ def ticks(dimension: Dimension) -> list[tuple[float, str]]:
     return [(height(dimension, value), shown_value(value)) for value in dimension.bounds]
 
 
-def importance_figure(shares: Mapping[str, float]) -> str:
-    """How much of the objective's variance over the space each setting explains."""
+def importance_figure(
+    shares: Mapping[str, float], trials: Sequence[Trial], space: Space, controls: Mapping[str, float], name: str
+) -> str:
+    """How much of the objective's variance each setting explains, and every trial over the values of each."""
     names = sorted(shares, key=shares.__getitem__)
+    judged = [trial for trial in trials if trial.objective is not None]
+    columns = min(len(names), 3)
+    rows = -(-len(names) // columns)
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.barh(names, [shares[name] for name in names], color=PALETTE[0], height=0.6)
+        parts: Any = figure.subfigures(2, 1, height_ratios=(0.7 + 0.34 * len(names), 2.2 * rows))
+        above, below = parts
+        axes = above.subplots()
+        axes.barh(names, [shares[key] for key in names], color=PALETTE[0], height=0.6)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlim(0, 1)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("share of the objective's variance")
+        panels = list(below.subplots(rows, columns, sharey=True, squeeze=False).flat)
+        for panel, key in zip(panels, names[::-1], strict=False):
+            values_of(panel, judged, key, space[key])
+            control_lines(panel, controls, labelled=key == names[-1])
+        for panel in panels[len(names) :]:
+            panel.axis("off")
+        below.supylabel(name, fontsize=10)
 
-    return svg("importance", draw, (8.2, 0.9 + 0.38 * len(names)))
+    return svg("importance", draw, (8.2, 0.9 + 0.38 * len(names) + 2.2 * rows))
+
+
+def values_of(axes: Axes, trials: Sequence[Trial], key: str, dimension: Dimension) -> None:
+    """The objective of every trial over its value of one setting."""
+    at = [height(dimension, trial.setting[key]) for trial in trials]
+    axes.scatter(at, [trial.objective or 0.0 for trial in trials], s=16, color=PALETTE[0], alpha=0.8, linewidth=0)
+    places, texts = zip(*ticks(dimension), strict=True)
+    axes.set_xticks(places, texts, fontsize=8)
+    axes.set_xlim(-0.05, 1.05)
+    axes.set_xlabel(key)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def cost_figure(

@@ -92,11 +92,17 @@ class SweepFolder:
             raise StoreError(f"{self.path} already holds something; name a new folder for the sweep")
 
     def claim(self, about: Mapping[str, Any]) -> None:
-        """Starts a sweep here. StoreError if anything is in the way; nothing is deleted."""
+        """Starts a sweep here. StoreError if anything is in the way; nothing is deleted.
+
+        Of several that start at one moment, the one that holds the journal first has the folder.
+        """
         self.require_free()
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        write_file(self.path / SWEEP, json.dumps(dict(about), indent=1).encode())
+        with Journal(self.path, patience_s=0.0):
+            if (self.path / SWEEP).is_file():
+                self.require_free()
+            write_file(self.path / SWEEP, json.dumps(dict(about), indent=1).encode())
 
     def about(self) -> dict[str, Any]:
         """What it was started with: `name`, `key`, `created`, `spec`, `store_fingerprint`. StoreError: no sweep."""
@@ -175,7 +181,7 @@ class SweepFolder:
         reached = {"seconds": busy_seconds(lines), "status": "running", **scores(lines, spec.objective)}
         reached["steps"] = max((line["global_step"] for line in lines if line["kind"] == "step"), default=0)
         reached["latency_ms"] = next((line["ms"] for line in lines if line["kind"] == "latency"), None)
-        if lines[-1]["kind"] == "end":
+        if lines and lines[-1]["kind"] == "end":
             reached["ended_at"] = lines[-1]["time"]
             reached["status"] = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[lines[-1]["status"]]
             reached["reason"] = next((line["error"] for line in lines[::-1] if line["kind"] == "failure"), None)

@@ -124,11 +124,11 @@ def figures(
     if shares:
         yield {
             "title": "What mattered",
-            "svg": importance_figure(shares),
+            "svg": importance_figure(shares, [t for t in trials if t.status != "failed"], space, controls, name),
             "alt": "Importance of each setting: "
             + ", ".join(f"{k} {100 * v:.0f} percent" for k, v in shares.items()),
             "caption": "fANOVA (Hutter et al. 2014) over the trials that did not fail. Of a dozen trials it is a "
-            "hint, of a hundred a measurement. No control has settings, so there is no line for one here.",
+            "hint, of a hundred a measurement. Below, a dot is a trial, the dashed line the best control.",
         }
     yield {
         "title": "What it costs",

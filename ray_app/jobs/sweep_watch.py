@@ -27,10 +27,11 @@ def watch(folder: SweepFolder) -> None:
     console = Console(stderr=True)
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            lines, trials = folder.entries(), folder.trials()
-            live.update(Group(header(lines, trials), trials_table(trials)), refresh=True)
-            if lines[-1]["kind"] == "end":
-                return
+            if lines := folder.entries():  # none yet: it is about to begin
+                trials = folder.trials()
+                live.update(Group(header(lines, trials), trials_table(trials)), refresh=True)
+                if lines[-1]["kind"] == "end":
+                    return
             time.sleep(REFRESH_S)
 
 

@@ -158,6 +158,12 @@ def adapter_config(cfg: TrainConfig, store: PairStore) -> AdapterConfig:
         )
     event, target = store.feature("event"), store.feature("target")
     strategy = STRATEGIES[cfg.strategy]
+    if sequences and (strategy.NEEDS in ("subspaces", "pairs") or cfg.init == "spectral"):
+        raise ConfigError(
+            f"{cfg.strategy} begins with subspaces of whole features, and these are sequences of different lengths, "
+            "which have a mask in the token adapters alone; use one of: "
+            + ", ".join(name for name in STRATEGIES if name.startswith("token_"))
+        )
     return AdapterConfig(
         cfg.strategy,
         event.width,
