@@ -217,7 +217,7 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, run: Run
             experiment=cfg.experiment,
             params={**kept_settings(cfg), "parameters": plan.parameters},
             tags=tags,
-            workers=cfg.num_workers,
+            workers=cfg.max_workers,
             time=time.time(),
         )
     tracker = Tracker(cfg, run.path)
@@ -347,7 +347,7 @@ def summary(
     last = epochs[max(epochs)]
     trained_s = sum(line["train"]["seconds"] for line in epochs.values())
     resumes = [line for line in lines if line["kind"] == "resume"]
-    sizes = world_sizes(lines)
+    (*_, last_group) = (line for line in lines if line["kind"] == "attempt")
     return {
         "run": str(run.path),
         "checkpoint": str(best),
@@ -359,8 +359,8 @@ def summary(
         "stopped_early": len(epochs) < cfg.num_epochs,
         "steps": last["global_step"],
         "parameters": plan.parameters,
-        "workers": sizes[-1]["workers"],
-        "world_sizes": sizes,
+        "workers": last_group["workers"],
+        "world_sizes": world_sizes(lines),
         "held_in_memory": plan.held,
         "resumed_from_step": resumes[-1]["global_step"] if resumes else None,
         "restarts": len(resumes),
