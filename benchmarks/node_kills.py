@@ -144,26 +144,29 @@ def tune(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[str
                 break
             took.append(killed(nodes, process, lambda out=out: begun_again(out), rng))
         found = told_of_sweep(out) if wait(process) == 0 else None
-        wrong += found is None or found["weights"] != clean["weights"] or found["winner"] != clean["winner"]
+        wrong += found is None or found != clean
         deaths.append(begun_again(out))
     return {
         "sweep": SWEEP,
         "runs": runs,
         "jobs_that_ended_wrong": wrong,
         "trials_begun_again_by_run": deaths,
-        "trials_in_each": len(clean["weights"]),
+        "trials_in_each": len(clean["objectives"]),
         **summary("seconds_until_a_lost_trial_is_begun_again", took),
     }
 
 
 def told_of_sweep(sweep: Path) -> dict[str, Any]:
-    """The winner, and the digest of every trial's best weights."""
+    """The winner, every trial's objective, and the digests of the weights that the sweep keeps."""
     folder = SweepFolder(sweep)
     trials = [trial for trial in folder.trials() if trial.status == "finished"]
     bests = {trial.name: folder.run(trial.name).best() for trial in trials}
     return {
         "winner": min(trials, key=lambda trial: trial.rank).name,
-        "weights": {name: sha256_file(best / "model.safetensors") for name, best in bests.items() if best},
+        "objectives": {trial.name: trial.objective for trial in trials},
+        "weights": {
+            name: sha256_file(best / "model.safetensors") for name, best in bests.items() if best and best.is_dir()
+        },
     }
 
 
