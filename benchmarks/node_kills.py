@@ -204,7 +204,7 @@ def serve(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[st
 
     with cluster_endpoint(nodes.address, checkpoint_of(folder / "checkpoint", WIDTH, HIDDEN), folder) as url:
         clients = [AlignmentClient(url, timeout_s=30.0) for _ in range(CALLERS)]
-        threads = [threading.Thread(target=ask, args=(client,)) for client in clients]
+        threads = [threading.Thread(target=ask, args=(client,), daemon=True) for client in clients]
         for thread in threads:
             thread.start()
         took = []
