@@ -27,7 +27,7 @@ def provenance() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_at_start": LOAD_AT_START,
-        "load_at_end": os.getloadavg()[0],
+        "load_when_saved": os.getloadavg()[0],
         "platform": platform.platform(),
         "versions": {
             name: found for name in ("ray", "torch", "numpy", "mlflow", "pyarrow") if (found := _version(name))
