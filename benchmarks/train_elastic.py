@@ -6,7 +6,7 @@ Three raylets of one CPU each on this machine; the driver is at the first. A ray
 moment, one is added once training goes on with fewer, the next is killed once it has grown. A run that ends is
 followed by another one until the kills are done; each is held against a run of one worker that nobody disturbed. Time
 to go on: from the kill to the first step that the run had not come to before.
-Writes benchmarks/results/train_elastic.json.
+Writes benchmarks/results/train_elastic.json after each run. A store and an undisturbed run that are there are taken.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from ray.cluster_utils import Cluster
 from ray_app.jobs.journal import JOURNAL, entries
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
+SCENES = "--num-pairs 72 --num-sequences 6 --width 160 --height 120"
 FLAGS = "--hidden-dim 16 --batch-size 8 --num-epochs 60 --early-stop-patience 60 --checkpoint-every 3"
 ELASTIC = "--num-workers 1:3 --resize-seconds 2 --max-failures 2"
 NODE = {"num_cpus": 1, "object_store_memory": 300 * 2**20}
@@ -39,29 +40,33 @@ TOLERANCE = 1e-4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="new folder for the store and the runs")
+    parser.add_argument("--folder", type=Path, required=True, help="for the store and the runs")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.folder.mkdir(parents=True)
+    args.folder.mkdir(parents=True, exist_ok=True)
     folder, rng = args.folder.resolve(), random.Random(args.seed)
-    scenes = f"prepare scenes --out {folder}/store --num-pairs 72 --num-sequences 6 --width 160 --height 120 --json"
-    subprocess.run([str(RAY_APP), *scenes.split()], check=True, stdout=subprocess.DEVNULL)
     train = f"train --store {folder}/store {FLAGS} --tracking-uri sqlite:///{folder}/mlflow.db --json"
-    words = [*train.split(), "--out", str(folder / "clean")]
-    subprocess.run([str(RAY_APP), *words], check=True, stdout=subprocess.DEVNULL)
+    if not (folder / "clean").exists():
+        scenes = f"prepare scenes --out {folder}/store {SCENES} --json"
+        for words in (scenes, f"{train} --out {folder}/clean"):
+            subprocess.run([str(RAY_APP), *words.split()], check=True, stdout=subprocess.DEVNULL)
     clean = ended(folder / "clean")
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": True})
     runs: list[dict[str, Any]] = []
     try:
         while (kills := sum(len(run["seconds_to_go_on"]) for run in runs)) < args.kills:
             out = folder / f"run-{len(runs)}"
-            words = [*train.split(), *ELASTIC.split(), "--address", cluster.address, "--out", str(out)]
-            runs.append(disturbed(cluster, words, out, args.kills - kills, rng))
+            words = f"{train} {ELASTIC} --address {cluster.address} --out {out}"
+            runs.append(disturbed(cluster, words.split(), out, args.kills - kills, rng))
             runs[-1] |= {"right": runs[-1]["code"] == 0 and same(ended(out), clean)}
+            tell(runs, clean)
     finally:
         cluster.shutdown()
-    times = [seconds for run in runs for seconds in run["seconds_to_go_on"]]
+
+
+def tell(runs: list[dict[str, Any]], clean: dict[str, Any]) -> None:
+    """What is known after so many runs."""
     save(
         "train_elastic",
         {
@@ -69,13 +74,13 @@ def main() -> None:
             "pairs": 72,
             "width": 150_528,
             "clean": clean,
-            "kills": len(times),
+            "kills": sum(len(run["seconds_to_go_on"]) for run in runs),
             "jobs": len(runs),
             "jobs_ended_wrong": sum(not run["right"] for run in runs),
-            "seconds_to_go_on": {"median": statistics.median(times), "worst": max(times)},
-            "seconds_to_grow": {
-                "median": statistics.median(grown := [seconds for run in runs for seconds in run["seconds_to_grow"]]),
-                "worst": max(grown),
+            **{
+                name: {"median": statistics.median(times), "worst": max(times)}
+                for name in ("seconds_to_go_on", "seconds_to_grow")
+                if (times := [seconds for run in runs for seconds in run[name]])
             },
             "runs": runs,
         },
