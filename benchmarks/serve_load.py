@@ -8,8 +8,8 @@
 Pixels (uint8) go in, aligned features (float32) come out, in binary form; `mlflow models serve` speaks JSON alone.
 `matrix`: 1, 4, 16, 64 callers in a closed loop, each with 1, 8, 32 pairs a request; the queue holds all of them.
 `rivals`: the same load in turn on this endpoint, a bare uvicorn app, LitServe and `mlflow models serve`, then ours
-and the bare app at equal rates in an open loop. Traffic comes from this machine and shares its cores. Writes
-benchmarks/results/serve_load_PART_WIDTH.json.
+and the bare app at equal rates in an open loop, and at those rates the endpoint's own app without Ray and HAProxy.
+Traffic comes from this machine and shares its cores. Writes benchmarks/results/serve_load_PART_WIDTH.json.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def rivals(checkpoint: Path, width: int, seconds: float, folder: Path) -> dict[s
                 print(name, cell, file=sys.stderr, flush=True)
     capacity = next(c["requests_per_s"] for c in found["bare"] if (c["callers"], c["pairs_a_request"]) == (16, 1))
     equal: list[dict[str, Any]] = []
-    for name in ("ours", "bare"):
+    for name in ("ours", "bare", "app"):
         with server(name, checkpoint, folder) as base:
             request = request_to(name, base, pixels(1, width))
             closed_loop(request, 4, 1.0)
@@ -95,10 +95,20 @@ def rivals(checkpoint: Path, width: int, seconds: float, folder: Path) -> dict[s
         "ours_over_bare_p99": ratios(found["ours"], found["bare"], "p99_ms"),
         "equal_rate": equal,
         "ours_over_bare_p99_at_equal_rate": [
-            round(a["p99_ms"] / b["p99_ms"], 3) for a, b in zip(equal[: len(RATES)], equal[len(RATES) :], strict=True)
+            round(a["p99_ms"] / b["p99_ms"], 3)
+            for a, b in zip(of_server(equal, "ours"), of_server(equal, "bare"), strict=True)
+        ],
+        "app_without_ray_over_bare_p99_at_equal_rate": [
+            round(a["p99_ms"] / b["p99_ms"], 3)
+            for a, b in zip(of_server(equal, "app"), of_server(equal, "bare"), strict=True)
         ],
         "wanted": "3 times the throughput of mlflow; p99 at most 1.3 times that of the bare app at equal load",
     }
+
+
+def of_server(cells: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The cells of one server."""
+    return [cell for cell in cells if cell["server"] == name]
 
 
 def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -> list[float | None]:
@@ -108,7 +118,7 @@ def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -
 
 @contextlib.contextmanager
 def server(name: str, checkpoint: Path, folder: Path) -> Iterator[str]:
-    """The address of one of the four."""
+    """The address of one of them."""
     if name == "ours":
         with endpoint(checkpoint, *ROOMY) as (base, _):
             yield base
@@ -132,14 +142,15 @@ def server(name: str, checkpoint: Path, folder: Path) -> Iterator[str]:
         ready = f"{base}/ping"
     else:
         script = [LITSERVE] if name == "litserve" else [RIVALS, name]
-        command, ready = [sys.executable, *script, str(checkpoint), str(port)], f"{base}/health"
+        command = [sys.executable, *script, str(checkpoint), str(port)]
+        ready = f"{base}/v2/health/ready" if name == "app" else f"{base}/health"
     with process(command, ready):
         yield base
 
 
 def request_to(name: str, base: str, event: np.ndarray) -> Request:
     """The same pairs in the form that a server takes."""
-    if name == "ours":
+    if name in ("ours", "app"):
         return infer_request(base, event, ("aligned",))
     if name == "mlflow":
         return Request(f"{base}/invocations", json_body(event), (("Content-Type", "application/json"),), len(event))

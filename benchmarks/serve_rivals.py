@@ -1,11 +1,13 @@
 """The same adapter behind other servers, each as its own documents show it: who is the endpoint measured against?
 
     python benchmarks/serve_rivals.py bare CHECKPOINT PORT
+    python benchmarks/serve_rivals.py app CHECKPOINT PORT
     python benchmarks/serve_rivals.py mlflow CHECKPOINT FOLDER      # writes a model for `mlflow models serve`
 
 `bare`: one uvicorn process, Starlette, raw pixels in and raw float32 out, a forward pass for each request in a
-thread; no checks, no batches, no metrics. `mlflow`: a pyfunc model from code, JSON tensors, as `mlflow models serve`
-speaks. LitServe has a file of its own: it starts its workers by importing one.
+thread; no checks, no batches, no metrics. `app`: all of the endpoint but Ray and HAProxy, behind the same uvicorn:
+what it lacks against the endpoint is what those two cost. `mlflow`: a pyfunc model from code, JSON tensors, as
+`mlflow models serve` speaks. LitServe has a file of its own: it starts its workers by importing one.
 """
 
 import os
@@ -50,6 +52,30 @@ def bare(checkpoint: Path, port: int) -> None:
     uvicorn.run(Starlette(routes=routes), port=port, log_level="warning")
 
 
+def app(checkpoint: Path, port: int) -> None:
+    import logging
+
+    import uvicorn
+
+    from ray_app.config import EndpointConfig
+    from serve.api import build_api
+    from serve.deployment import threads_for
+    from serve.edge import Edge
+    from serve.endpoint import Endpoint
+    from serve.tracing import Tracing
+    from serve.v2 import infer
+
+    logging.getLogger("ray.serve").addHandler(logging.FileHandler(os.devnull))
+    endpoint = Endpoint(EndpointConfig(checkpoint=os.fspath(checkpoint), max_queue=2048, timeout_s=120), "app")
+    torch.set_num_threads(threads_for(endpoint.model.parameters, os.cpu_count() or 1))
+
+    async def everywhere(_: str) -> list[object]:
+        return [endpoint.telemetry.exposition(endpoint.batcher.queued_rows).decode()]
+
+    served = Edge(endpoint, infer, build_api(endpoint, everywhere), Tracing(None, "app"))
+    uvicorn.run(served, port=port, log_level="warning")
+
+
 def mlflow_model(checkpoint: Path, folder: Path) -> None:
     """A pyfunc model from code: MLflow's way without pickle."""
     import mlflow
@@ -74,4 +100,4 @@ if __name__ == "__main__":
     if kind == "mlflow":
         mlflow_model(checkpoint, Path(place))
     else:
-        bare(checkpoint, int(place))
+        {"bare": bare, "app": app}[kind](checkpoint, int(place))

@@ -155,7 +155,7 @@ class SweepRecord:
                 experiment=cfg.experiment,
                 params={**kept_settings(cfg), "parameters": trial.parameters},
                 tags={"sweep": self.name, "trial": trial.name, "dataset_fingerprint": fingerprint},
-                workers=cfg.num_workers,
+                workers=cfg.max_workers,
                 time=time.time(),
             )
         return trial
