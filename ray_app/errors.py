@@ -42,6 +42,13 @@ class RunStopped(RayAppError):
     """As of a process that SIGTERM ended."""
 
 
+class RunInterrupted(RunStopped):
+    """The same, by Ctrl-C."""
+
+    exit_code = 130
+    """As of a process that SIGINT ended."""
+
+
 class RegistryError(RayAppError):
     """The tracking server or the model registry lacks what was asked for."""
 

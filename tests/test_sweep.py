@@ -348,6 +348,29 @@ def test_what_is_no_sweep_or_lacks_its_record_is_one_sentence(
     assert "exactly one of FILE, --resume and --watch" in " ".join(capfd.readouterr().err.split())
 
 
+def test_a_sweep_that_is_being_driven_is_not_gone_on_with_and_stays_as_it_is(
+    small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ray_app.jobs.sweep_folder.HANDOVER_S", 0.1)
+    sweep = SweepFolder(tmp_path / "s")
+    told = sized(tmp_path, small_store, out=str(sweep.path)).model_dump(mode="json", exclude_unset=True)
+    sweep.claim({"name": "s", "key": "k", "spec": told, "store_fingerprint": "f"})
+    before = (sweep.path / "sweep.json").read_bytes()
+    resume = [
+        "tune",
+        "--resume",
+        str(sweep.path),
+        "--max-trials",
+        "9",
+        "--tracking-uri",
+        f"sqlite:///{tmp_path}/m.db",
+    ]
+    with sweep.driven():
+        assert cli.run(resume) == 2
+    assert "is being written by another process; wait for its end" in " ".join(capfd.readouterr().err.split())
+    assert (sweep.path / "sweep.json").read_bytes() == before
+
+
 def test_a_trial_that_was_killed_before_its_first_line_can_go_on(tmp_path: Path) -> None:
     sweep = SweepFolder(tmp_path / "s")
     run = sweep.run("t").path

@@ -1,6 +1,7 @@
 """Going on after a worker was killed, at each point of a save; no Ray is needed to see it."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 from ray_app.config import TrainConfig
-from ray_app.errors import StoreError, TrainingError
+from ray_app.errors import RunInterrupted, StoreError, TrainingError
 from ray_app.jobs import train_loop
 from ray_app.jobs.held import Held
 from ray_app.jobs.journal import Journal, entries
 from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.run_folder import RunFolder, place
+from ray_app.jobs.train import stop_when_terminated
 from ray_app.jobs.train_loop import Worker, back_off, held_batches, train_epoch, validate
 from ray_app.jobs.train_state import Keeper, TrainState, agreed_place, resume_or_init
 from ray_app.store.checkpoint import save_training_state
@@ -209,6 +211,25 @@ def test_a_run_has_one_driver_and_its_journal_one_writer(cfg: TrainConfig) -> No
         pass
     with Journal(cfg.out), pytest.raises(StoreError, match="by another process"):
         Journal(cfg.out, patience_s=0.1)
+
+
+@pytest.mark.parametrize("answer", [KeyboardInterrupt, SystemExit])
+def test_after_ctrl_c_a_run_says_how_to_go_on(cfg: TrainConfig, answer: type[BaseException]) -> None:
+    """Ray Train puts a handler of its own in place, which ends the process, and leaves it there."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    def leave(*_: Any) -> None:
+        raise answer
+
+    def interrupted() -> None:
+        with stop_when_terminated(RunFolder(cfg.out)):
+            signal.signal(signal.SIGINT, leave)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(RunInterrupted, match=r"go on with: ray-app train --resume") as told:
+        interrupted()
+    assert told.value.exit_code == 130
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_a_validation_loss_that_is_not_finite_ends_training(cfg: TrainConfig, store: PairStore, start: Start) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -139,6 +140,16 @@ def test_mlflow_holds_one_run_for_the_sweep_and_one_in_it_for_each_trial(swept: 
     assert all("@" not in point.key for line in entries(folder.path) for point in points(line))
 
 
+def test_the_page_refers_to_nothing_but_its_own_folder(swept: dict[str, Any]) -> None:
+    page = (Path(swept["sweep"]) / "sweep.html").read_text()
+    found = re.findall(r"""(?:src|href|action)\s*=\s*["']([^"']+)|url\(["']?([^"')]+)""", page)
+    references = {a or b for a, b in found}
+    assert references
+    outward = [each for each in references if not each.startswith(("#", "data:"))]
+    assert all((Path(swept["sweep"]) / each).exists() for each in outward)
+    assert "@import" not in page
+
+
 def attempts(folder: SweepFolder) -> dict[str, int]:
     runs = sorted((folder.path / "trials").iterdir())
     return {run.name: sum(line["kind"] == "attempt" for line in entries(run)) for run in runs}
@@ -201,16 +212,36 @@ def test_where_all_fail_the_reasons_are_grouped_and_the_exit_code_is_2(
     assert "does not answer" not in err, "a trial that was refused has nothing to track"
 
 
-def test_an_estimate_above_the_budget_needs_a_word_and_the_budget_ends_the_search(
-    small_store: Path, root: Path
+def interrupt(folder: SweepFolder) -> None:
+    """Ctrl-C once two epochs are told; or late, so that it ends in any case."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if sum(line["kind"] == "epoch" for run in folder.runs("trials/*") for line in entries(run)) >= 2:
+            break
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_estimate_above_the_budget_needs_a_word_and_ctrl_c_and_the_budget_end_the_search(
+    small_store: Path, root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     space = {"hidden_dim": [8, 16, 24, 32]}
-    fixed = FIXED | {"num_epochs": 5000, "early_stop_patience": 5000}  # so that only the budget can end a trial
-    path = sweep_file(root, small_store, "short", space=space, fixed=fixed, max_hours=0.005)
+    fixed = FIXED | {"num_epochs": 5000, "early_stop_patience": 5000}  # so that no trial comes to its end
+    path, folder = sweep_file(root, small_store, "short", space=space, fixed=fixed), SweepFolder(root / "short")
+    tracking = ["--tracking-uri", f"sqlite:///{root / 'mlflow.db'}"]
     with pytest.raises(ConfigError, match=r"is above max_hours 0.005.*--yes"):
-        tune(path)
-    assert not (root / "short").exists(), "nothing was begun"
-    result = tune(path, yes=True)
+        tune(path, max_hours=0.005)
+    assert not folder.path.exists(), "nothing was begun"
+    user = threading.Thread(target=interrupt, args=(folder,))
+    user.start()
+    assert cli.run(["tune", str(path), "--max-hours", "1", "--yes", *tracking]) == 130
+    user.join()
+    assert f"go on with: ray-app tune --resume {folder.path}" in capfd.readouterr().err
+    assert folder.entries()[-1]["status"] == "KILLED"
+    used_s = sum(end_s - begin_s for begin_s, end_s in folder.sessions())
+    hours = (used_s + 3) / 3600
+    result = run_tune(TuneConfig(resume=folder.path, max_hours=hours, final=False, tracking_uri=tracking[1]))
+    assert f"--max-hours {hours:g} are used up" in capfd.readouterr().err
     assert {trial["status"] for trial in result["trials"]} == {"running"}, "they can go on with a larger budget"
     assert result["best"]["objective"] is not None
 
@@ -218,14 +249,14 @@ def test_an_estimate_above_the_budget_needs_a_word_and_the_budget_ends_the_searc
 def test_asha_stops_what_falls_behind_and_optuna_goes_on_from_the_record(small_store: Path, root: Path) -> None:
     space = {"hidden_dim": [8, 12, 16], "learning_rate": {"log": [1.0e-12, 1.0e-2]}}
     lines = {"space": space, "searcher": "optuna", "scheduler": "asha", "objective": "lift", "concurrent": 1}
-    path = sweep_file(root, small_store, "asha", **lines, fixed=FIXED | {"num_epochs": 4}, max_trials=4)
+    path = sweep_file(root, small_store, "asha", **lines, max_trials=4)
     first = tune(path)
     more = run_tune(
-        TuneConfig(resume=root / "asha", max_trials=8, final=False, tracking_uri=f"sqlite:///{root}/m.db")
+        TuneConfig(resume=root / "asha", max_trials=8, final=False, tracking_uri=f"sqlite:///{root}/mlflow.db")
     )
     assert [trial["config"] for trial in more["trials"][:4]] == [trial["config"] for trial in first["trials"]]
     stopped = [trial for trial in more["trials"] if trial["status"] == "stopped"]
-    assert all(trial["epochs"] < 4 for trial in stopped)
+    assert all(trial["epochs"] < 3 for trial in stopped)
     assert more["best"]["objective"] == max(trial["objective"] for trial in more["trials"])
 
 
@@ -263,21 +294,25 @@ def kill_a_trial(folder: SweepFolder, killed: list[int]) -> None:
 def test_a_killed_trial_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes(
     small_store: Path, root: Path
 ) -> None:
-    lines = {"space": {"hidden_dim": [8]}, "fixed": FIXED | {"num_epochs": 30, "early_stop_patience": 30}}
-    clean = tune(sweep_file(root, small_store, "clean", **lines))
+    """Two trials, one after the other, that differ in a patience that neither comes to need: the first is killed."""
+    fixed = FIXED | {"hidden_dim": 8, "num_epochs": 20, "early_stop_patience": 20}
+    path = sweep_file(root, small_store, "hurt", space={"plateau_patience": [50, 51]}, fixed=fixed, concurrent=1)
     folder, killed = SweepFolder(root / "hurt"), []
     killer = threading.Thread(target=kill_a_trial, args=(folder, killed))
     killer.start()
-    hurt = tune(sweep_file(root, small_store, "hurt", **lines))
+    result = tune(path)
     killer.join()
     assert killed
-    (name,) = attempts(folder)
-    assert attempts(folder)[name] == 2
-    assert any(line["kind"] == "resume" for line in entries(folder.run(name).path))
+    hurt, clean = result["trials"]
+    assert attempts(folder) == {hurt["id"]: 2, clean["id"]: 1}
+    assert any(line["kind"] == "resume" for line in entries(folder.run(hurt["id"]).path))
     (died,) = [line for line in folder.entries() if line["kind"] == "died"]
-    assert died["name"] == name
-    assert hurt["trials"][0]["steps"] == clean["trials"][0]["steps"]
-    weights = [sha256_file(Path(each["best"]["checkpoint"]) / "model.safetensors") for each in (clean, hurt)]
+    assert died["name"] == hurt["id"]
+    assert hurt["steps"] == clean["steps"] > 20
+    assert hurt["objective"] == clean["objective"]
+    bests = [folder.run(trial["id"]).best() for trial in (hurt, clean)]
+    weights = [sha256_file(best / "model.safetensors") for best in bests if best]
+    assert len(weights) == 2
     assert weights[0] == weights[1]
 
 
@@ -287,8 +322,9 @@ def test_all_of_it_killed_it_goes_on_and_the_winner_is_judged_with_several_seeds
     space = {"hidden_dim": [8, 16], "cosine_weight": [0.5, 1.0]}
     fixed = {key: value for key, value in FIXED.items() if key != "cosine_weight"} | {"num_epochs": 6}
     path = sweep_file(root, small_store, "killed", space=space, fixed=fixed, final_workers=2)
-    folder, uri = SweepFolder(root / "killed"), f"sqlite:///{root / 'killed.db'}"
-    words = [sys.executable, "-m", "ray_app", "tune", str(path), "--tracking-uri", uri]
+    folder, uri = SweepFolder(root / "killed"), f"sqlite:///{root / 'mlflow.db'}"
+    tracking = ["--tracking-uri", uri, "--experiment", "killed"]
+    words = [sys.executable, "-m", "ray_app", "tune", str(path), *tracking]
     process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not ((folder.path / "journal.jsonl").is_file() and any(x["kind"] == "ended" for x in folder.entries())):
@@ -301,7 +337,7 @@ def test_all_of_it_killed_it_goes_on_and_the_winner_is_judged_with_several_seeds
     process.wait(timeout=60)
     done = {trial.name for trial in folder.trials() if trial.ended_at is not None}
     before = attempts(folder)
-    assert cli.run(["tune", "--resume", str(folder.path), "--tracking-uri", uri, "--json"]) == 0
+    assert cli.run(["tune", "--resume", str(folder.path), *tracking, "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert [trial["status"] for trial in result["trials"]] == ["finished"] * 4
     assert {name: count for name, count in attempts(folder).items() if name in done} == {n: before[n] for n in done}
@@ -317,6 +353,6 @@ def test_all_of_it_killed_it_goes_on_and_the_winner_is_judged_with_several_seeds
     (best,) = [trial for trial in folder.trials() if trial.name == result["best"]["trial"]]
     assert ends[-1]["epoch"] == best.best_epoch
     client = MlflowClient(uri)
-    runs = client.search_runs([client.get_experiment_by_name("alignment").experiment_id])
+    runs = client.search_runs([client.get_experiment_by_name("killed").experiment_id])
     keys = [r.data.tags["run_key"] for r in runs]
     assert len(keys) == len(set(keys)) == 1 + 4 + 2

@@ -97,7 +97,7 @@ class Journal:
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
                     raise StoreError(
-                        f"{self._path} is being written by another process; a run has one driver at a time"
+                        f"{self._path} is being written by another process; wait for its end, or stop it"
                     ) from error
             time.sleep(POLL_S)
 

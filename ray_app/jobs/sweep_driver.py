@@ -272,7 +272,8 @@ class Budget(Unsaved, tune.Stopper):
         self._spec, self._before_s, self._trial_s = spec, used_s, trial_s
         self._began = time.monotonic()
         self._running: dict[str, float] = {}
-        self.asked = False
+        self.asked = 0
+        """The signal that asked it to stop."""
 
     @property
     def used_hours(self) -> float:

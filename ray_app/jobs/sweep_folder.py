@@ -24,6 +24,8 @@ from ray_app.jobs.sweep_spec import Setting, SweepSpec
 from ray_app.store.durable import write_file, writing
 
 SWEEP = "sweep.json"
+HANDOVER_S = 5.0
+"""How long a driver waits for the one before it, which may have just been killed."""
 RUNS = ("trials/*", "final/*/*")
 """Where run folders lie."""
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
@@ -106,6 +108,10 @@ class SweepFolder:
             if (self.path / SWEEP).is_file():
                 self.require_free()
             write_file(self.path / SWEEP, json.dumps(dict(about), indent=1).encode())
+
+    def driven(self) -> Journal:
+        """The sweep's journal, for its one driver. StoreError: another process has it."""
+        return Journal(self.path, HANDOVER_S)
 
     def about(self) -> dict[str, Any]:
         """What it was started with: `name`, `key`, `created`, `spec`, `store_fingerprint`. StoreError: no sweep."""

@@ -117,4 +117,4 @@ def trial_line(trial: Trial) -> str:
     if trial.accept_rate is not None and trial.lift is not None:
         numbers = f"accepted at 0.80 {100 * trial.accept_rate:.1f} %, lift {100 * trial.lift:+.1f}"
     why = f": {trial.reason}" if trial.reason else ""
-    return f"{trial.name} {trial.status}{why} after {trial.epochs} epochs: {numbers}  ({describe(trial.setting)})"
+    return f"{trial.name} {trial.status} after {trial.epochs} epochs: {numbers}  ({describe(trial.setting)}){why}"

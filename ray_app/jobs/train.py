@@ -31,7 +31,7 @@ from rich.table import Table
 from ray_app.config import TrainConfig, flat
 from ray_app.core.adapter import STRATEGIES
 from ray_app.core.start import check_rank
-from ray_app.errors import ConfigError, ResourceError, RunStopped, StoreError, TrainingError
+from ray_app.errors import ConfigError, ResourceError, RunInterrupted, RunStopped, StoreError, TrainingError
 from ray_app.jobs.cluster import ClusterInfo, cluster, require
 from ray_app.jobs.journal import Journal, entries, since_start
 from ray_app.jobs.lanes import Lanes
@@ -228,12 +228,14 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, run: Run
             fit(cfg, store, split, plan, f"{origin['name']}-{int(time.time() * 1000)}", about)
         lines = entries(run.path)
         if lines[-1]["kind"] == "stop":
-            status = "KILLED"
             raise RunStopped(
                 f"stopped on request after step {lines[-1]['global_step']}; go on with: "
                 f"ray-app train --resume {run.path}"
             )
         status, best = "FINISHED", run.best()
+    except RunStopped:
+        status = "KILLED"
+        raise
     finally:
         with Journal(run.path) as journal:
             artifacts = str(best.relative_to(run.path)) if best else None
@@ -244,15 +246,24 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, run: Run
 
 @contextmanager
 def stop_when_terminated(run: RunFolder) -> Iterator[None]:
-    """SIGTERM asks the workers to save and end, instead of ending this process."""
+    """SIGTERM asks the workers to save and end, instead of ending this process.
+
+    RunInterrupted: Ctrl-C. Ray Train answers it by ending the workers and leaving this process without a word.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only there can signals be handled
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: run.stop_file.touch())
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, lambda *_: run.stop_file.touch())
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):
+        raise RunInterrupted(
+            f"interrupted; what was saved before is whole, go on with: ray-app train --resume {run.path}"
+        ) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ray import tune
 from rich.console import Console
 
 from ray_app.config import TuneConfig, flat
-from ray_app.errors import ConfigError, ResourceError, RunStopped, StoreError, TrainingError
+from ray_app.errors import ConfigError, ResourceError, RunInterrupted, RunStopped, StoreError, TrainingError
 from ray_app.jobs.cluster import ClusterInfo, cluster
 from ray_app.jobs.journal import Journal
 from ray_app.jobs.sweep_data import Placed, place
@@ -53,11 +53,17 @@ def run_tune(cfg: TuneConfig) -> dict[str, Any]:
         watch(folder)
         return summary(folder)
     uri = tracking_uri(cfg)  # a mistake in it is told before anything is read or written
-    folder, spec = going_on(cfg) if cfg.resume else planned(cfg)
-    stores = stores_of(spec)
-    if cfg.resume:
-        require_same_store(folder, stores)
-    with cluster(cfg.address, dashboard=spec.workers > 1) as info:
+    with ExitStack() as held:
+        if cfg.resume:
+            folder = begun_before(cfg)
+            journal = held.enter_context(folder.driven())
+            spec = going_on(cfg, folder)
+        else:
+            folder, spec = planned(cfg)
+        stores = stores_of(spec)
+        if cfg.resume:
+            require_same_store(folder, stores)
+        info = held.enter_context(cluster(cfg.address, dashboard=spec.workers > 1))
         most = largest(spec, next(iter(stores.values())))
         room(spec, info, {}, most)  # a space that is too large is told before anything is read or written
         placed = placed_parts(stores, spec)
@@ -65,28 +71,33 @@ def run_tune(cfg: TuneConfig) -> dict[str, Any]:
         if not cfg.resume:
             agree(cfg, spec, estimated(spec, placed, concurrent))
             folder.claim(begun(spec, placed, uri))
+            journal = held.enter_context(folder.driven())
+        begin(folder, spec, journal, cfg, info, concurrent)
         tracking = {"tracking_uri": uri, "experiment": cfg.experiment, "model_name": cfg.model_name}
-        with Journal(folder.path) as journal:
-            begin(folder, spec, journal, cfg, info, concurrent)
-            tracker = SweepTracker(cfg, folder.path)
-            status = "FAILED"
-            try:
-                record = SweepRecord(folder, journal, stores, tracking)
-                search(record, placed, concurrent)
-                best = judged(record)
-                if cfg.final:
-                    placed.clear()  # its memory is wanted by the last training
-                    run_final(cfg, folder, journal, best)
-                status = "FINISHED"
-            except RunStopped:
-                status = "KILLED"
-                raise
-            finally:
-                journal.write("end", status=status, artifacts=None, time=time.time())
-                write_page(folder)
-
-                tracker.close()
+        sweep(cfg, SweepRecord(folder, journal, stores, tracking), placed, concurrent)
     return summary(folder)
+
+
+def sweep(cfg: TuneConfig, record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> None:
+    """Search and last training, with an end in the journal whatever comes. RunStopped: it was asked to stop."""
+    folder, journal = record.folder, record.journal
+    tracker = SweepTracker(cfg, folder.path)
+    status = "FAILED"
+    try:
+        search(record, placed, concurrent)
+        best = judged(record)
+        if cfg.final:
+            placed.clear()  # its memory is wanted by the last training
+            run_final(cfg, folder, journal, best)
+        status = "FINISHED"
+    except (RunStopped, KeyboardInterrupt) as stop:
+        status = "KILLED"
+        kind = RunInterrupted if isinstance(stop, KeyboardInterrupt) else type(stop)
+        raise kind(f"stopped on request; go on with: ray-app tune --resume {folder.path}") from None
+    finally:
+        journal.write("end", status=status, artifacts=None, time=time.time())
+        write_page(folder)
+        tracker.close()
 
 
 def planned(cfg: TuneConfig) -> tuple[SweepFolder, SweepSpec]:
@@ -98,19 +109,25 @@ def planned(cfg: TuneConfig) -> tuple[SweepFolder, SweepSpec]:
     return folder, spec
 
 
-def going_on(cfg: TuneConfig) -> tuple[SweepFolder, SweepSpec]:
-    """A sweep that was begun. ConfigError: more than its budget is to change."""
+def begun_before(cfg: TuneConfig) -> SweepFolder:
+    """A sweep to go on with. ConfigError: more than its budget is to change. StoreError: it lacks its record."""
     assert cfg.resume is not None
     folder = SweepFolder(cfg.resume.absolute())
-    about = folder.about()
-    folder.entries()  # without its journal nothing is known
+    folder.about()
+    folder.entries()
     if cfg.store or cfg.out:
         raise ConfigError("--resume goes on with the sweep's own store and folder; leave --store and --out out")
+    return folder
+
+
+def going_on(cfg: TuneConfig, folder: SweepFolder) -> SweepSpec:
+    """What is to be done of it, by the one who drives it; a changed budget is written down."""
     changes = {name: value for name in BUDGET if (value := getattr(cfg, name)) is not None}
     if changes:
+        about = folder.about()
         about["spec"] |= changes
         write_file(folder.path / SWEEP, json.dumps(about, indent=1).encode())
-    return folder, folder.spec
+    return folder.spec
 
 
 def stores_of(spec: SweepSpec) -> dict[str, PairStore]:
@@ -269,7 +286,7 @@ def search(record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> N
             ),
         ).fit()
     if budget.asked:
-        raise RunStopped(f"stopped on request; go on with: ray-app tune --resume {folder.path}")
+        raise RunInterrupted if budget.asked == signal.SIGINT else RunStopped
     if budget.spent and (open_ones := sum(trial.ended_at is None for trial in record.trials.values())):
         print(
             f"{budget.spent}: {open_ones} trials have not ended and can go on later, with "
@@ -290,8 +307,8 @@ def asked_to_stop(budget: Budget) -> Iterator[None]:
         yield  # only there can signals be handled
         return
 
-    def ask(*_: Any) -> None:
-        budget.asked = True
+    def ask(number: int, _: Any) -> None:
+        budget.asked = number
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
