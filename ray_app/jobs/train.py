@@ -45,7 +45,8 @@ WEIGHTS_AND_MOMENTS_BYTES = 16
 """For each parameter: weight, gradient and AdamW's two moments in float32."""
 ROUNDING = {"num_workers", "use_gpu", "cpus_per_worker", "shard_memory_gib"}
 """Settings that a resumed run may change at the price of byte-identity: another order of sums, or other kernels."""
-CHANGEABLE = ROUNDING | {"resume", "address", "tracking_uri", "model_name", "max_failures", "checkpoint_every"}
+CHANGEABLE = ROUNDING | {"resume", "address", "tracking_uri", "model_name", "max_failures"}
+CHANGEABLE |= {"checkpoint_every", "validate_every"}
 """All that a resumed run may change."""
 
 
