@@ -24,7 +24,7 @@ from ray_app.jobs.figures import INK, PALETTE, svg
 from ray_app.jobs.judge import Judge, mean_target, require_device
 from ray_app.jobs.page import page, picture
 from ray_app.jobs.registry import checkpoint_folder
-from ray_app.jobs.report import notes, outcome, standing_notes, verdict_sentence
+from ray_app.jobs.report import outcome, standing_notes, verdict_sentence
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
 from ray_app.store.durable import write_file
 from ray_app.store.pair_store import PairStore
@@ -278,7 +278,7 @@ def render_compare(result: dict[str, Any], console: Console) -> None:
     whole = [{**line, "cells": further[line["name"]] + line["cells"]} for line in costs(result)]
     console.print(terminal_table([COST_HEADS[0], *HEADS[6:], *COST_HEADS[1:]], whole))
     console.print(result["verdict"], style="bold", highlight=False, markup=False)
-    for note in notes(first):
+    for note in standing_notes(first):
         console.print(f"- {note['text']}", style="yellow" if note["warning"] else "dim", markup=False)
     for path in result["files"]:
         console.print(path, soft_wrap=True, markup=False)

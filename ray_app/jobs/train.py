@@ -31,7 +31,7 @@ from ray_app.jobs.run_folder import KEPT_PLACES, RunFolder
 from ray_app.jobs.shards import pairs_dataset
 from ray_app.jobs.start import PairsThroughRay, make_start, needs
 from ray_app.jobs.tracking import Tracker, shown, tracking_uri
-from ray_app.jobs.train_state import parameters, training_split
+from ray_app.jobs.train_state import augmentation, parameters, training_split
 from ray_app.jobs.train_worker import train_loop_per_worker
 from ray_app.store.checkpoint import verify_folder
 from ray_app.store.durable import sha256_file
@@ -130,10 +130,12 @@ def refuse_changes(cfg: TrainConfig, store: PairStore, about: dict[str, Any]) ->
 
 
 def make_plan(cfg: TrainConfig, store: PairStore, split: Split, info: ClusterInfo) -> Plan:
-    """ResourceError where the cluster or the disk is too small: nothing has been started or written then."""
+    """ConfigError where settings and pairs do not go together, ResourceError where the cluster or the disk is too
+    small: nothing has been started or written then."""
+    num = parameters(cfg, store)
+    augmentation(cfg, store)
     if needs(cfg) == "subspaces":
         check_rank(cfg.rank, len(split.train))
-    num = parameters(cfg, store)
     pair_bytes = store.feature("event").num_bytes + store.feature("target").num_bytes
     shard_bytes = -(-len(split.train) // cfg.num_workers) * pair_bytes
     held = shard_bytes <= cfg.shard_memory_gib * 2**30
