@@ -12,6 +12,7 @@ Writes benchmarks/results/adapters_NAME.json from all that lies there.
 import argparse
 import json
 import statistics
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -191,11 +192,12 @@ def main() -> None:
     args.folder = args.folder.absolute()
     args.folder.mkdir(parents=True, exist_ok=True)
     store = token_store(PairStore.open(args.store), args.folder / "store") if args.tokens else args.store
-    with cluster(None):
-        for seed in args.seeds:
-            for name in args.strategies or (TOKENS if args.tokens else SETTINGS):
-                if not (path := args.folder / f"{name}-{seed}.json").is_file():
-                    path.write_text(json.dumps(measured(store, args.folder, name, seed)))
+    names = args.strategies or (TOKENS if args.tokens else SETTINGS)
+    wanted = {args.folder / f"{name}-{seed}.json": (name, seed) for seed in args.seeds for name in names}
+    with nullcontext() if all(path.is_file() for path in wanted) else cluster(None):
+        for path, (name, seed) in wanted.items():
+            if not path.is_file():
+                path.write_text(json.dumps(measured(store, args.folder, name, seed)))
     save(f"adapters_{args.name}", collected(args.folder))
 
 
