@@ -56,11 +56,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lightweight_reference": {"strategy": "lightweight_reference", **REFERENCE},
 }
 """`lightweight` is the reference's recipe: its diagram, hidden 512, batch 32, learning rate 1e-3, 3 epochs."""
-TOKENS: dict[str, dict[str, Any]] = {
+BY_TOKENS = {
     name: {"strategy": name, "num_epochs": 6, "schedule": "cosine"}
     for name in STRATEGIES
     if name.startswith("token_")
 }
+TOKENS: dict[str, dict[str, Any]] = {
+    **{f"{name}, cosine": {**settings, "mse_weight": 0.0} for name, settings in BY_TOKENS.items()},
+    **BY_TOKENS,
+}
+"""With the default losses, and without the squared error: an event patch is five times as long as a target's."""
 PATCH = 16
 """Side of a patch that is one token, of images at half their size: 49 tokens of 768 numbers."""
 CONTROLS = ("before", "white", "mean_target", "shuffled", "previous_window")
