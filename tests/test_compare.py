@@ -1,8 +1,9 @@
 """Several checkpoints side by side, by the one evaluator."""
 
-import io
 import json
-from contextlib import redirect_stdout
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,18 @@ PICTURES = 4
 """Windows of the one drive of the test part."""
 
 
+@contextmanager
+def as_standard_output(file: int) -> Iterator[None]:
+    """The command writes to the descriptor itself, and pytest captures that for single tests alone."""
+    kept = os.dup(1)
+    os.dup2(file, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 @pytest.fixture(scope="module")
 def compared(
     ray_cluster: None,  # noqa: ARG001
@@ -30,9 +43,9 @@ def compared(
     root = tmp_path_factory.mktemp("compare")
     runs = [make_run(small_store, root / name, steps=steps) for name, steps in (("a", 40), ("b", 0))]
     words = ["compare", *map(str, runs), "--store", str(small_store), "--out", str(root / "out"), "--json"]
-    with redirect_stdout(io.StringIO()) as said:
+    with (root / "said.json").open("w") as said, as_standard_output(said.fileno()):
         assert cli.run(words) == 0
-    return runs, root / "out", json.loads(said.getvalue())
+    return runs, root / "out", json.loads((root / "said.json").read_text())
 
 
 def test_checkpoints_get_the_numbers_of_evaluate_and_one_page(
