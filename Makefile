@@ -1,10 +1,10 @@
-# make setup | quickstart | test | check | chaos      (Linux, Python 3.11, no GPU needed)
+# make setup | quickstart | test | test-net | check | chaos      (Linux, Python 3.11, no GPU needed)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup quickstart test check chaos
+.PHONY: setup quickstart test test-net check chaos
 
 setup: $(STAMP)
 
@@ -25,6 +25,10 @@ check: setup
 
 test: check
 	$(BIN)/python -m pytest
+
+# Needs root, iproute2 and a kernel with network namespaces, veth and bridges; about 15 minutes.
+test-net: setup
+	$(BIN)/python -m pytest tests/net --timeout 900 -s
 
 chaos: setup
 	$(BIN)/python benchmarks/chaos.py --folder $$(mktemp -d)/chaos

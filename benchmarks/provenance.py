@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
+LOAD_AT_START = os.getloadavg()[0]
+"""Of the machine, before the script's own work: scripts save when they are done."""
 
 
 def provenance() -> dict[str, Any]:
@@ -24,7 +26,8 @@ def provenance() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "load_at_start": os.getloadavg()[0],
+        "load_at_start": LOAD_AT_START,
+        "load_when_saved": os.getloadavg()[0],
         "platform": platform.platform(),
         "versions": {
             name: found for name in ("ray", "torch", "numpy", "mlflow", "pyarrow") if (found := _version(name))

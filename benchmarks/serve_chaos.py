@@ -1,11 +1,13 @@
 """The endpoint when things go wrong: too many callers, new and bad champions, killed replicas, a long time.
 
     python benchmarks/serve_chaos.py overload
+    python benchmarks/serve_chaos.py overload --precision fp32
     python benchmarks/serve_chaos.py champions
     python benchmarks/serve_chaos.py kills
     python benchmarks/serve_chaos.py soak
 
-`overload`: capacity in a closed loop, then four times that rate in an open loop; nobody asks twice. `champions`: 20
+`overload`: capacity in a closed loop, then four times that rate in an open loop; nobody asks twice. In fp32 a forward
+pass takes so long that four times the rate is one that this machine's callers can ask at. `champions`: 20
 good and 5 bad versions become champion in a real registry while callers ask without pause. `kills`: SIGKILL to one of
 two replicas, ten times, while threads ask through `ray_app.client`. `soak`: a steady low rate, memory and file
 descriptors every half minute. Traffic comes from this machine and shares its cores. Writes
@@ -51,7 +53,8 @@ def pixels(pairs: int, width: int = WIDTH) -> np.ndarray:
 
 def overload(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     width = args.width or 150_528
-    with endpoint(checkpoint_of(folder / "checkpoint", width, HIDDEN)) as (base, _):
+    checkpoint = checkpoint_of(folder / "checkpoint", width, HIDDEN)
+    with endpoint(checkpoint, "--precision", args.precision) as (base, _):
         request = infer_request(base, pixels(1, width), ("aligned",))
         closed_loop(request, 8, 3.0)
         full = closed_loop(request, 48, args.seconds, warm_s=2.0)
@@ -63,6 +66,7 @@ def overload(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     accepted, at_capacity = quantiles_ms(flood.ok_s), quantiles_ms(full.ok_s)
     return {
         "width": width,
+        "precision": args.precision,
         "capacity_requests_per_s": round(capacity, 1),
         "asked_per_s": round(sum(flood.codes.values()) / flood.seconds, 1),
         "at_capacity_48_callers": full.summary(),
@@ -333,6 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--width", type=int, help="of features, for overload; default 150528")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of overload's model")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement of overload")
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between two champions, or two kills")
     parser.add_argument("--minutes", type=float, default=20.0, help="of the soak")
@@ -340,7 +345,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = PARTS[args.part](Path(folder), args)
-    save(f"serve_{args.part}", {"hidden_dim": HIDDEN, **result})
+    name = args.part if args.precision == "auto" else f"{args.part}_{args.precision}"
+    save(f"serve_{name}", {"hidden_dim": HIDDEN, **result})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ later one wins.
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,10 +149,20 @@ def parse(
     )
 
 
+class SettingsLoader(yaml.SafeLoader):
+    """YAML in which 1:8 is text, not 68: YAML 1.1 reads it in base 60."""
+
+
+SettingsLoader.yaml_implicit_resolvers = yaml.SafeLoader.yaml_implicit_resolvers | {
+    digit: [("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$")), *yaml.SafeLoader.yaml_implicit_resolvers[digit]]
+    for digit in "0123456789"
+}
+
+
 def yaml_flags(path: Path, config: type[c.Config]) -> list[str]:
     """The YAML file as flags. Unknown keys and nested values raise `ConfigError`."""
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.load(path.read_text(), SettingsLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict):

@@ -38,6 +38,20 @@ StorePlace = Annotated[str, BeforeValidator(os.fspath)]
 """A folder, or a URI such as s3://bucket/store. Text, for a Path would make one slash of the two."""
 
 
+def _workers(value: Any) -> str:
+    """A number, or MIN:MAX; ConfigError otherwise."""
+    found = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", str(value))
+    if not found or int(found[1]) > int(found[2] or found[1]):
+        raise ConfigError(
+            f"--num-workers ({value}) must be a number from 1 on, or MIN:MAX with 1 ≤ MIN ≤ MAX, such as 1:8"
+        )
+    return str(value)
+
+
+Workers = Annotated[str, BeforeValidator(_workers)]
+"""A fixed number of workers, or the fewest and the most."""
+
+
 class Config(BaseModel):
     """Frozen, and strict about names."""
 
@@ -296,8 +310,12 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     best checkpoint is still that of an epoch's end. 0: only there."""
     seed: int = 0
     """Seed of weights, order and dropout."""
-    num_workers: Positive = 1
-    """Data-parallel workers."""
+    num_workers: Workers = "1"
+    """Data-parallel workers: a number, or MIN:MAX such as 1:8. Then as many train as the cluster has room for: fewer
+    go on when nodes go, more when nodes come, with the same global batches; a node that goes costs the steps since
+    the last save (see --checkpoint-every)."""
+    resize_seconds: float = Field(default=60.0, gt=0.0)
+    """With MIN:MAX: seconds between two looks for room for more workers; each change costs a start of all workers."""
     use_gpu: bool = False
     """One GPU for each worker, NCCL instead of gloo."""
     cpus_per_worker: float | None = Field(default=None, gt=0.0)
@@ -309,18 +327,21 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     shard_memory_gib: float = Field(default=8.0, gt=0.0)
     """A worker's shard up to this size is held in memory; a larger one is streamed each epoch."""
     max_failures: int = Field(default=2, ge=0)
-    """Restarts from the newest checkpoint after a worker dies."""
+    """Restarts from the newest checkpoint after a worker dies; with MIN:MAX, those without a step forward."""
     checkpoint_every: int = Field(default=0, ge=0)
     """Also save after every so many optimizer steps; 0: only after each epoch, and when asked to stop."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.batch_size % self.num_workers:
-            low = self.batch_size // self.num_workers * self.num_workers
-            tries = " or ".join(str(n) for n in (low, low + self.num_workers) if n)
+        if self.max_workers > self.batch_size:
             raise ConfigError(
-                f"--batch-size ({self.batch_size}) must be a multiple of --num-workers ({self.num_workers}); "
-                f"try {tries}."
+                f"--num-workers ({self.num_workers}) asks for more workers than a batch has pairs "
+                f"({self.batch_size}); take at most {self.batch_size}, or a larger --batch-size."
+            )
+        if self.elastic and self.contrastive_weight:
+            raise ConfigError(
+                "--contrastive-weight compares a pair with the others of its worker, so the loss would change with "
+                f"the number of workers; fix it (--num-workers {self.max_workers}), or leave the weight out."
             )
         losses = ("mse", "cosine", "contrastive", "accept", "centred", "next_position")
         if not any(getattr(self, f"{name}_weight") for name in losses):
@@ -332,6 +353,21 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
         if self.space == "compressed":
             self._fits_in_subspaces()
         return self
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that train."""
+        return int(self.num_workers.partition(":")[0])
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that train."""
+        return int(self.num_workers.rpartition(":")[2])
+
+    @property
+    def elastic(self) -> bool:
+        """The number of workers follows the cluster."""
+        return ":" in self.num_workers
 
     def _fits_in_subspaces(self) -> None:
         if self.strategy not in ("lowrank", "lightweight_subspace"):

@@ -49,9 +49,28 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
         parse("train", "--config", str(settings))
 
 
-def test_a_batch_that_the_workers_do_not_divide_names_two_that_they_do() -> None:
-    with pytest.raises(ConfigError, match="try 48 or 52"):
-        parse("train", "--store", "S", "--out", "R", "--batch-size", "50", "--num-workers", "4")
+@pytest.mark.parametrize("workers", ["0", "3:2", "0:2", "1:", ":2", "1:2:3", "many", "-1", "1.5"])
+def test_a_number_of_workers_that_is_none_is_told_what_is_one(workers: str) -> None:
+    with pytest.raises(ConfigError, match="a number from 1 on, or MIN:MAX with 1 ≤ MIN ≤ MAX"):
+        parse("train", "--store", "S", "--out", "R", f"--num-workers={workers}")
+
+
+def test_workers_may_not_be_more_than_pairs_of_a_batch_nor_change_with_negatives_of_their_own() -> None:
+    with pytest.raises(ConfigError, match=r"1:64.*take at most 32"):
+        parse("train", "--store", "S", "--out", "R", "--num-workers", "1:64")
+    with pytest.raises(ConfigError, match=r"fix it .--num-workers 3"):
+        parse("train", "--store", "S", "--out", "R", "--num-workers", "1:3", "--contrastive-weight", "1")
+
+
+@pytest.mark.parametrize(("text", "fewest", "most"), [("1:8", 1, 8), ("4", 4, 4), ("'2:3'", 2, 3), ("1:59", 1, 59)])
+def test_workers_in_a_file_are_those_of_the_flag_and_not_a_number_in_base_60(
+    text: str, fewest: int, most: int, tmp_path: Path
+) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"store: S\nout: R\nbatch_size: 64\nnum_workers: {text}\n")
+    cfg = parse("train", "--config", str(settings))
+    assert isinstance(cfg, TrainConfig)
+    assert (cfg.min_workers, cfg.max_workers, cfg.elastic) == (fewest, most, ":" in text)
 
 
 def test_leading_words_are_the_commands_subject() -> None:

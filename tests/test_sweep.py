@@ -23,9 +23,9 @@ from ray_app.errors import ConfigError, ResourceError, StoreError
 from ray_app.jobs.cluster import ClusterInfo
 from ray_app.jobs.journal import Journal
 from ray_app.jobs.sweep_data import controls_of
-from ray_app.jobs.sweep_driver import Budget
+from ray_app.jobs.sweep_driver import Budget, SweepRecord
 from ray_app.jobs.sweep_estimate import Estimate, kept_share, largest, room
-from ray_app.jobs.sweep_folder import SweepFolder, Trial, best_of, busy_seconds, front, scores, trial_name
+from ray_app.jobs.sweep_folder import SweepFolder, Trial, best_of, busy_seconds, compared, front, scores, trial_name
 from ray_app.jobs.sweep_search import Tried, draw, propose
 from ray_app.jobs.sweep_spec import Choice, Span, SweepSpec, describe, read_spec, space_of, train_config
 from ray_app.jobs.trial import why_not_again
@@ -166,11 +166,11 @@ def test_a_trials_name_is_its_number_and_its_setting() -> None:
     assert describe({"a": 0.12345, "b": "x", "c": ["1s"]}) == 'a 0.123, b x, c ["1s"]'
 
 
-def epoch(n: int, loss: float, rate: float) -> dict[str, Any]:
+def epoch(n: int, loss: float, rate: float, cos: float = 0.0) -> dict[str, Any]:
     return {
         "kind": "epoch",
         "epoch": n,
-        "val": {"loss": loss, "cosine_accept_rate": {"0.80": rate}, "lift": rate - 0.5},
+        "val": {"loss": loss, "cosine_accept_rate": {"0.80": rate}, "lift": rate - 0.5, "cos_sim_mean": cos},
     }
 
 
@@ -180,6 +180,34 @@ def test_a_trial_counts_with_its_best_checkpoint_not_with_its_luckiest_epoch() -
     assert (found["objective"], found["best_epoch"], found["epochs"]) == (0.4, 2, 3)
     assert scores(lines, "lift")["objective"] == pytest.approx(-0.1)
     assert scores([], "lift") == {}
+
+
+@pytest.mark.parametrize("objective", ["cosine_accept_rate_0.80", "lift"])
+def test_under_way_the_mean_cosine_decides_between_equals_and_never_against_one_pair_more(objective: str) -> None:
+    def told(rate: float, cos: float) -> float:
+        return compared([epoch(1, 1.0, rate, cos), epoch(2, 2.0, 1.0, 1.0)], objective)
+
+    assert told(0.4, 0.71) > told(0.4, 0.70)
+    assert told(0.4 + 1 / 100_000, -1.0) > told(0.4, 1.0)
+
+
+def test_a_trial_that_ended_as_its_driver_was_killed_is_not_tried_again(small_store: Path, tmp_path: Path) -> None:
+    """Its own journal has an end, the sweep's does not know of it yet."""
+    spec = sized(tmp_path, small_store, out=str(tmp_path / "sweep"))
+    sweep, store = SweepFolder(spec.out), PairStore.open(small_store)
+    told = spec.model_dump(mode="json", exclude_unset=True)
+    sweep.claim({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
+    with Journal(sweep.path) as journal:
+        begun = SweepRecord(sweep, journal, {"all": store}, {}).next_trial()
+    assert begun is not None
+    with Journal(sweep.run(begun.name).path) as journal:
+        journal.write("end", status="FINISHED", artifacts=None, time=time.time())
+    with Journal(sweep.path) as journal:
+        record = SweepRecord(sweep, journal, {"all": store}, {})
+        assert record.trials[begun.name].status == "finished"
+        following = record.next_trial()
+        assert following is not None
+        assert following.name != begun.name
 
 
 def test_time_between_attempts_is_not_counted() -> None:

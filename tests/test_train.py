@@ -107,14 +107,15 @@ def test_a_folder_in_use_is_refused_and_left_alone(one_worker: tuple[TrainConfig
     assert sorted(str(path) for path in cfg.out.rglob("*")) == before
 
 
-def test_two_workers_equal_one_on_the_same_global_batches(
+def test_three_workers_on_batches_of_eight_equal_one(
     one_worker: tuple[TrainConfig, dict[str, Any]], config: Callable[..., TrainConfig]
 ) -> None:
     """Dropout included, and validating within epochs, which changes nothing. Float32 sums in another order: weights
     agree to 1e-5, metrics to 1e-6."""
     alone = one_worker[1]
-    cfg = config("two", num_workers=2, validate_every=2)
+    cfg = config("three", num_workers=3, validate_every=2)
     both = run_train(cfg)
+    assert both["world_sizes"] == [{"workers": 3, "steps": alone["steps"]}]
     assert both["steps"] == alone["steps"]
     assert both["val"]["pairs"] == alone["val"]["pairs"]
     assert both["val"]["cosine_accept_rate"] == alone["val"]["cosine_accept_rate"]
@@ -223,7 +224,7 @@ def test_another_number_of_workers_may_go_on_and_is_told_what_it_costs(
     shutil.copytree(one_worker[0].out, run)
     for place in ("checkpoints/epoch_0003", "training_state/epoch_0003"):
         shutil.rmtree(run / place)
-    assert cli.run(["train", "--resume", str(run), "--num-workers", "2", "--json"]) == 0
+    assert cli.run(["train", "--resume", str(run), "--num-workers", "1:2", "--json"]) == 0
     told = capfd.readouterr()
     assert "num_workers changed" in told.err
     assert "not be byte-identical" in told.err

@@ -2,8 +2,9 @@
 
 The training pairs are shuffled once and dealt into lanes, one for each place of a global batch. In an epoch
 each lane is permuted by a pure function of (seed, epoch, lane), and batch s takes the s-th pair of every lane
-that has one. A worker holds whole lanes. So every number of workers that divides the batch sees the same
-global batches, each pair comes once an epoch, and any epoch's order is known without the ones before.
+that has one. A worker holds neighbouring lanes as a whole, as many as another one or one more. So every number
+of workers up to the batch sees the same global batches, each pair comes once an epoch, and any epoch's order is
+known without the ones before.
 
 Shapes: N = training pairs, B = pairs of a global batch = lanes, W = workers.
 """
@@ -68,6 +69,5 @@ class Lanes:
             yield Batch(np.array(positions, np.int64), first_row, global_rows)
 
     def _of_worker(self, rank: int, world: int) -> range:
-        assert self.num_lanes % world == 0
-        share = self.num_lanes // world
-        return range(rank * share, (rank + 1) * share)
+        assert world <= self.num_lanes
+        return range(rank * self.num_lanes // world, (rank + 1) * self.num_lanes // world)

@@ -29,6 +29,7 @@ class TrainingProgress:
         )
         nothing: dict[str, Any] = {"epoch": 0, "loss": float("nan"), "cos_sim": float("nan"), "speed": 0.0}
         self._task = self._bar.add_task("", total=total_steps, **nothing)
+        self._workers = 1
         self._thread = threading.Thread(target=self._show, name="progress", daemon=True)
 
     def __enter__(self) -> Self:
@@ -45,6 +46,7 @@ class TrainingProgress:
         for lines in follow(self._run, self._stop):
             for line in lines:
                 if line["kind"] == "step":
+                    self._tell_workers(line)
                     self._bar.update(
                         self._task,
                         completed=line["global_step"],
@@ -58,6 +60,12 @@ class TrainingProgress:
                     self._console.print(told, highlight=False, soft_wrap=True)
                 elif line["kind"] == "epoch":
                     self._console.print(epoch_line(line), highlight=False, soft_wrap=True)
+
+    def _tell_workers(self, line: dict[str, Any]) -> None:
+        if (workers := line.get("workers", self._workers)) != self._workers:
+            self._workers = workers
+            noun = "worker" if workers == 1 else "workers"
+            self._console.print(f"from step {line['global_step']} on: {workers} {noun}", highlight=False)
 
 
 def epoch_line(line: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from ray_app.store.checkpoint import save_checkpoint, save_training_state, verif
 from ray_app.store.durable import write_file, writing
 from ray_app.store.manifest import Features
 
-RUN, BEST, STOP = "run.json", "best.json", "stop"
+RUN, BEST, STOP, RESIZE = "run.json", "best.json", "stop", "resize"
 KEPT_PLACES = 2
 """Newest places of which everything is kept."""
 
@@ -58,6 +58,7 @@ class RunFolder:
             except BlockingIOError as error:
                 raise StoreError(f"{self.path} is a run that goes on in another process; wait, or stop it") from error
             self.stop_file.unlink(missing_ok=True)
+            self.resize_file.unlink(missing_ok=True)
             yield
         finally:
             os.close(handle)
@@ -73,6 +74,15 @@ class RunFolder:
     def stop_file(self) -> Path:
         """Where it lies, the workers save and end."""
         return self.path / STOP
+
+    @property
+    def resize_file(self) -> Path:
+        """Where it lies, they do so too, and others begin in their place."""
+        return self.path / RESIZE
+
+    def asked_to_save_and_end(self) -> bool:
+        """One of the two lies there."""
+        return self.stop_file.exists() or self.resize_file.exists()
 
     def checkpoint(self, name: str) -> Path:
         """Where the weights of a place lie."""

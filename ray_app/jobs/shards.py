@@ -23,11 +23,12 @@ SHUFFLE_ROWS = 512
 """Pairs that a streaming worker shuffles among: 154 MB at 150,528 wide."""
 
 
-def pairs_dataset(store: PairStore, rows: Rows) -> Dataset:
+def pairs_dataset(store: PairStore, rows: Rows, *, read_cpus: float = 1.0) -> Dataset:
     """Columns `position` (int64, in the store's canonical order), `event`, `target` of these rows.
 
     One block for each Parquet file that holds one of them; its SHA-256 and page checksums are verified as it
-    is read, and StoreError names a damaged file.
+    is read, and StoreError names a damaged file. `read_cpus`: what reading one claims; 0 where what a lost node held
+    must be read again while workers have all CPUs.
     """
     rows = np.asarray(rows, np.int64)
     files = store.index.file[rows]
@@ -45,7 +46,7 @@ def pairs_dataset(store: PairStore, rows: Rows) -> Dataset:
         return table.add_column(0, "position", pa.array(np.asarray(item["position"][0], np.int64)))
 
     blocks = ray.data.from_items(work, override_num_blocks=len(work))
-    return blocks.map_batches(read, batch_size=1, batch_format="numpy")
+    return blocks.map_batches(read, batch_size=1, batch_format="numpy", num_cpus=read_cpus)
 
 
 def to_arrays(batch: pa.Table, store: PairStore) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:

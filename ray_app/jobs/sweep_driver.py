@@ -42,11 +42,11 @@ class SweepRecord:
         self.sweep_key, self.name = about["key"], about["name"]
         self.provenance = provenance(["ray-app", "tune", str(folder.path)], about["store_fingerprint"])
         self.trials = {trial.name: trial for trial in folder.trials()}
+        self.on_change: Callable[[Trial], None] = lambda _: None
         for trial in list(self.trials.values()):
             if trial.status in ("finished", "failed", "stopped") and not self.told(trial):
                 self.end(trial)
         self.queue = [trial.name for trial in self.trials.values() if trial.ended_at is None]
-        self.on_change: Callable[[Trial], None] = lambda _: None
 
     def told(self, trial: Trial) -> bool:
         """Whether the sweep's journal says how it ended."""
@@ -155,7 +155,7 @@ class SweepRecord:
                 experiment=cfg.experiment,
                 params={**kept_settings(cfg), "parameters": trial.parameters},
                 tags={"sweep": self.name, "trial": trial.name, "dataset_fingerprint": fingerprint},
-                workers=cfg.num_workers,
+                workers=cfg.max_workers,
                 time=time.time(),
             )
         return trial
@@ -216,7 +216,7 @@ class RecordSearcher(Unsaved, Searcher):
     """Hands the record's trials to Tune. It keeps nothing, so there is nothing to save."""
 
     def __init__(self, record: SweepRecord) -> None:
-        super().__init__(metric="objective", mode="max")
+        super().__init__(metric="compared", mode="max")
         self.record = record
 
     def suggest(self, trial_id: str) -> Any:
@@ -316,19 +316,24 @@ def scheduler_of(spec: SweepSpec, record: SweepRecord) -> TrialScheduler:
         return FIFOScheduler()
     if spec.scheduler == "pbt":
         return Population(record.space, spec.grace_epochs, spec.num_epochs, record.go_on)
-    scheduler = ASHAScheduler(
+    scheduler = asha_of(spec)
+    for trial in record.trials.values():
+        if trial.ended_at is not None:
+            tell_past(scheduler, record, trial)
+    return scheduler
+
+
+def asha_of(spec: SweepSpec) -> ASHAScheduler:
+    """Stops at each rung what is not among the best one in `reduction_factor` of those that were there before."""
+    return ASHAScheduler(
         time_attr="epoch",
-        metric="objective",
+        metric="compared",
         mode="max",
         max_t=spec.num_epochs,
         grace_period=min(spec.grace_epochs, spec.num_epochs),
         reduction_factor=spec.reduction_factor,
         stop_last_trials=False,
     )
-    for trial in record.trials.values():
-        if trial.ended_at is not None:
-            tell_past(scheduler, record, trial)
-    return scheduler
 
 
 def tell_past(scheduler: TrialScheduler, record: SweepRecord, trial: Trial) -> None:
@@ -336,5 +341,5 @@ def tell_past(scheduler: TrialScheduler, record: SweepRecord, trial: Trial) -> N
     named: Any = type("Past", (), {"trial_id": trial.name})()
     controller: Any = None
     scheduler.on_trial_add(controller, named)
-    for epoch, objective in record.folder.curve(trial.name, record.spec.objective):
-        scheduler.on_trial_result(controller, named, {"epoch": epoch, "objective": objective})
+    for epoch, value in record.folder.curve(trial.name, record.spec.objective):
+        scheduler.on_trial_result(controller, named, {"epoch": epoch, "compared": value})

@@ -28,6 +28,9 @@ RUNS = ("trials/*", "final/*/*")
 """Where run folders lie."""
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 """`stopped`: the scheduler did, for others were better. `waiting` and `running` ones can still go on."""
+TIE_BREAK = 1e-6
+"""Weight of the mean cosine beside the objective where trials are compared under way: smaller than one pair of half a
+million, so that it decides between equals alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +191,11 @@ class SweepFolder:
         return reached
 
     def curve(self, name: str, objective: str) -> list[tuple[int, float]]:
-        """(epoch, objective of the best checkpoint so far) of a trial."""
+        """(epoch, what a scheduler compares) of a trial."""
         folder = self.run(name).path
         lines = entries(folder) if (folder / JOURNAL).is_file() else []
         ends = [n for n, line in enumerate(lines, 1) if line["kind"] == "epoch"]
-        return [(lines[n - 1]["epoch"], scores(lines[:n], objective)["objective"]) for n in ends]
+        return [(lines[n - 1]["epoch"], compared(lines[:n], objective)) for n in ends]
 
     def end_trial(self, journal: Journal, trial: Trial) -> None:
         """Tells how a trial ended, and lets go of what only going on would need."""
@@ -228,7 +231,7 @@ def scores(lines: list[dict[str, Any]], objective: str) -> dict[str, Any]:
     epochs = [line for line in lines if line["kind"] == "epoch"]
     if not epochs:
         return {}
-    best = min(epochs, key=lambda line: line["val"]["loss"])
+    best = best_epoch(epochs)
     rate, lift = best["val"]["cosine_accept_rate"][rate_key(THETA)], best["val"]["lift"]
     return {
         "objective": lift if objective == "lift" else rate,
@@ -237,6 +240,20 @@ def scores(lines: list[dict[str, Any]], objective: str) -> dict[str, Any]:
         "epochs": epochs[-1]["epoch"],
         "best_epoch": best["epoch"],
     }
+
+
+def compared(lines: list[dict[str, Any]], objective: str) -> float:
+    """What a scheduler compares trials by: the objective, and of equals the mean cosine at the same checkpoint.
+
+    The objective is a count of validation pairs, so that many trials have the same; a scheduler lets equals go on.
+    """
+    best = best_epoch([line for line in lines if line["kind"] == "epoch"])
+    return scores(lines, objective)["objective"] + TIE_BREAK * best["val"]["cos_sim_mean"]
+
+
+def best_epoch(epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The line of the best checkpoint."""
+    return min(epochs, key=lambda line: line["val"]["loss"])
 
 
 def busy_seconds(lines: list[dict[str, Any]]) -> float:

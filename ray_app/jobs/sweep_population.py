@@ -50,7 +50,7 @@ class Population(PopulationBasedTraining):
         """`go_on`: (member, whose weights it takes, new setting) to the config of the trial that goes on."""
         super().__init__(
             time_attr="epoch",
-            metric="objective",
+            metric="compared",
             mode="max",
             perturbation_interval=every,
             hyperparam_mutations={"trial": {"setting": {name: mutation(each) for name, each in space.items()}}},

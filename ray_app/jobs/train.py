@@ -11,10 +11,19 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayActorError
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import (
+    DataConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +36,7 @@ from ray_app.jobs.cluster import ClusterInfo, cluster, require
 from ray_app.jobs.journal import Journal, entries, since_start
 from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.progress import TrainingProgress
+from ray_app.jobs.resizing import Resizing
 from ray_app.jobs.run_folder import KEPT_PLACES, RunFolder
 from ray_app.jobs.shards import pairs_dataset
 from ray_app.jobs.start import PairsThroughRay, make_start, needs
@@ -45,8 +55,10 @@ WEIGHTS_AND_MOMENTS_BYTES = 16
 """For each parameter: weight, gradient and AdamW's two moments in float32."""
 ROUNDING = {"num_workers", "use_gpu", "cpus_per_worker", "shard_memory_gib"}
 """Settings that a resumed run may change at the price of byte-identity: another order of sums, or other kernels."""
-CHANGEABLE = ROUNDING | {"resume", "address", "tracking_uri", "model_name", "max_failures"}
-CHANGEABLE |= {"checkpoint_every", "validate_every"}
+CHANGEABLE = ROUNDING | {
+    *("resume", "address", "tracking_uri", "model_name", "max_failures"),
+    *("checkpoint_every", "validate_every", "resize_seconds"),
+}
 """All that a resumed run may change."""
 
 
@@ -57,7 +69,7 @@ class Plan:
     parameters: int
     """Trained numbers."""
     shard_bytes: int
-    """Training pairs of one worker, as stored."""
+    """Training pairs of one worker, as stored; of one of the fewest where their number changes."""
     held: bool
     """A worker holds its shard; otherwise it streams."""
     cpus_per_worker: float
@@ -137,18 +149,21 @@ def make_plan(cfg: TrainConfig, store: PairStore, split: Split, info: ClusterInf
     if needs(cfg) == "subspaces":
         check_rank(cfg.rank, len(split.train))
     pair_bytes = store.feature("event").num_bytes + store.feature("target").num_bytes
-    shard_bytes = -(-len(split.train) // cfg.num_workers) * pair_bytes
+    shard_bytes = -(-len(split.train) // cfg.min_workers) * pair_bytes
     held = shard_bytes <= cfg.shard_memory_gib * 2**30
+    if not held:
+        refuse_streaming(cfg, shard_bytes)
     data_cpus = 0.0 if held else 1.0
-    share = 1.0 if cfg.use_gpu else info.share(cfg.num_workers, data_cpus)
+    share = 1.0 if cfg.use_gpu else info.share(cfg.max_workers, data_cpus)
+    share = max(share, 1.0) if cfg.elastic else share  # Ray's elastic policy counts whole CPUs
     plan = Plan(num, shard_bytes, held, cfg.cpus_per_worker or share)
     require(
         info,
-        num_workers=cfg.num_workers,
+        num_workers=cfg.min_workers,
         cpus_per_worker=plan.cpus_per_worker,
         use_gpu=cfg.use_gpu,
         data_cpus=data_cpus,
-        memory_bytes=cfg.num_workers * (num * WEIGHTS_AND_MOMENTS_BYTES + held * shard_bytes),
+        memory_bytes=cfg.min_workers * (num * WEIGHTS_AND_MOMENTS_BYTES + held * shard_bytes),
     )
     # Weights: the newest places, the best at each, the next while it is written. State: two moments at each place.
     needed = num * 4 * ((2 * KEPT_PLACES + 1) + 2 * (KEPT_PLACES + 1))
@@ -159,6 +174,23 @@ def make_plan(cfg: TrainConfig, store: PairStore, split: Split, info: ClusterInf
             f"{free / 2**30:.1f} GiB are free; free some, or choose another --out"
         )
     return plan
+
+
+def refuse_streaming(cfg: TrainConfig, shard_bytes: int) -> None:
+    """ConfigError where workers that stream could not see the global batches that are asked for."""
+    larger = f"a --shard-memory-gib of {shard_bytes / 2**30:.3g} or more holds the pairs"
+    if cfg.elastic:
+        raise ConfigError(
+            f"--num-workers {cfg.num_workers} keeps the global batches only where workers hold their pairs, "
+            f"and {cfg.min_workers} would have to hold {shard_bytes / 2**30:.3g} GiB each: {larger}, "
+            "or take a larger MIN"
+        )
+    if cfg.batch_size % cfg.min_workers:
+        low = cfg.batch_size // cfg.min_workers * cfg.min_workers
+        raise ConfigError(
+            f"workers that stream need a --batch-size ({cfg.batch_size}) that is a multiple of --num-workers "
+            f"({cfg.num_workers}); try {low} or {low + cfg.min_workers}, or {larger}"
+        )
 
 
 def run_name(cfg: TrainConfig, store: PairStore) -> str:
@@ -188,7 +220,7 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, run: Run
             experiment=cfg.experiment,
             params={**kept_settings(cfg), "parameters": plan.parameters},
             tags=tags,
-            workers=cfg.num_workers,
+            workers=cfg.max_workers,
             time=time.time(),
         )
     tracker = Tracker(cfg, run.path)
@@ -228,32 +260,45 @@ def stop_when_terminated(run: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def deaths_told(run: RunFolder) -> Iterator[None]:
-    """TrainingError with the way on, where processes died too often or the controller itself did."""
+    """TrainingError with the way on, where processes died too often or the controller itself did.
+
+    Where one dies, what the others were waiting for from it fails as well: one death is enough.
+    """
     try:
         yield
     except (RayActorError, WorkerGroupError) as error:
         failures = list(getattr(error, "worker_failures", {0: error}).values())
-        if not all(isinstance(failure, RayActorError) for failure in failures):
+        deaths = [failure for failure in failures if isinstance(failure, RayActorError)]
+        if not deaths:
             raise  # the doing of code, which its traceback tells
         raise TrainingError(
-            f"The training's processes died ({str(failures[0]).splitlines()[0]}). What was saved is whole; "
+            f"The training's processes died ({str(deaths[0]).splitlines()[0]}). What was saved is whole; "
             f"go on with: ray-app train --resume {run.path}"
         ) from error
 
 
 def fit(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: str, about: dict[str, Any]) -> None:
     """Ray Data reads once, Ray Train trains. TrainingError when a loss is not finite."""
-    train_pairs = pairs_dataset(store, split.train)
+    read_cpus = 0.0 if cfg.elastic else 1.0
+    train_pairs = pairs_dataset(store, split.train, read_cpus=read_cpus)
     # Read before the workers claim their CPUs: a data set in memory needs none, and cannot starve.
     datasets = {"train": train_pairs.materialize() if plan.held else train_pairs}
     if len(split.val):
-        datasets["val"] = pairs_dataset(store, split.val).materialize()
+        datasets["val"] = pairs_dataset(store, split.val, read_cpus=read_cpus).materialize()
     make_start(cfg, store, split, PairsThroughRay(store, split, datasets))
-    if not plan.held and (dropped := len(split.train) % cfg.num_workers):
+    if not plan.held and (dropped := len(split.train) % cfg.min_workers):
         print(f"streaming to {cfg.num_workers} workers leaves out {dropped} pairs of each epoch", file=sys.stderr)
     told = {"held": plan.held, "threads": plan.threads, "provenance": about, "placed": None}
     data_config = DataConfig(datasets_to_split=[] if plan.held else ["train"])
-    group(cfg, plan.cpus_per_worker, name, told, datasets=datasets, dataset_config=data_config)
+    while True:
+        begun_at = steps_told(cfg.out)
+        try:
+            group(cfg, plan.cpus_per_worker, name, told, datasets=datasets, dataset_config=data_config)
+            break
+        except TrainingFailedError:
+            if not (cfg.elastic and cfg.max_failures and steps_told(cfg.out) > begun_at):
+                raise
+            name = f"{name}-again"
     failures = [line["error"] for line in since_start(cfg.out) if line["kind"] == "failure"]
     if failures:
         kept = RunFolder(cfg.out).best()
@@ -262,22 +307,30 @@ def fit(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: str,
         )
 
 
+def steps_told(run: Path) -> int:
+    """Steps that a run has come to."""
+    return max((line["global_step"] for line in entries(run) if line["kind"] == "step"), default=0)
+
+
 def group(cfg: TrainConfig, cpus_per_worker: float, name: str, told: dict[str, Any], **data: Any) -> None:
     """A group of workers, from its start to its end. `told` goes to `train_loop_per_worker`, beside the settings."""
     TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"train": flat(cfg), **told},
         scaling_config=ScalingConfig(
-            num_workers=cfg.num_workers,
+            # Typed as the classes of before Train V2, here and below.
+            num_workers=(cfg.min_workers, cfg.max_workers) if cfg.elastic else cfg.max_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=cfg.resize_seconds,  # type: ignore[call-arg]
             use_gpu=cfg.use_gpu,
             resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if cfg.use_gpu else {})},
         ),
         run_config=RunConfig(
             name=name,
             storage_path=str(cfg.out / "ray"),
+            callbacks=[Resizing(RunFolder(cfg.out))] if cfg.elastic else [],  # type: ignore[list-item]
             failure_config=FailureConfig(
                 max_failures=cfg.max_failures,
-                controller_failure_limit=3,  # type: ignore[call-arg]  # typed as the class of before Train V2
+                controller_failure_limit=3,  # type: ignore[call-arg]
             ),
         ),
         **data,
@@ -297,6 +350,7 @@ def summary(
     last = epochs[max(epochs)]
     trained_s = sum(line["train"]["seconds"] for line in epochs.values())
     resumes = [line for line in lines if line["kind"] == "resume"]
+    (*_, last_group) = (line for line in lines if line["kind"] == "attempt")
     return {
         "run": str(run.path),
         "checkpoint": str(best),
@@ -308,7 +362,8 @@ def summary(
         "stopped_early": len(epochs) < cfg.num_epochs,
         "steps": last["global_step"],
         "parameters": plan.parameters,
-        "workers": cfg.num_workers,
+        "workers": last_group["workers"],
+        "world_sizes": world_sizes(lines),
         "held_in_memory": plan.held,
         "resumed_from_step": resumes[-1]["global_step"] if resumes else None,
         "restarts": len(resumes),
@@ -330,6 +385,12 @@ def summary(
     }
 
 
+def world_sizes(lines: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """How many workers took how many steps in a row."""
+    steps = (line.get("workers", 1) for line in lines if line["kind"] == "step")
+    return [{"workers": workers, "steps": len(list(taken))} for workers, taken in groupby(steps)]
+
+
 def render_train(result: dict[str, Any], console: Console) -> None:
     """The result, and how to go on."""
     val = result["val"]
@@ -344,9 +405,10 @@ def render_train(result: dict[str, Any], console: Console) -> None:
             f"cos_sim {val['cos_sim_mean']:.4f}, accepted at 0.80 {val['cosine_accept_rate']['0.80']:.1%} "
             f"of {val['pairs']} pairs",
         )
+    sizes = " then ".join(str(size["workers"]) for size in result["world_sizes"])
     table.add_row(
         "speed",
-        f"{result['pairs_per_second']:.1f} pairs/s on {result['workers']} workers, {result['seconds']:.0f} s in all",
+        f"{result['pairs_per_second']:.1f} pairs/s on {sizes} workers, {result['seconds']:.0f} s in all",
     )
     table.add_row("split", result["split"]["label"])
     table.add_row("MLflow run", result["mlflow_run_id"] or "none: the tracking server was away")

@@ -106,8 +106,10 @@ def ended(state: TrainState, cfg: TrainConfig) -> bool:
 
 
 def back_off(run: RunFolder) -> None:
-    """Waits before another attempt of the same driver, twice as long each time."""
-    if attempts := sum(line["kind"] == "attempt" for line in since_start(run.path)):
+    """Waits before another attempt of the same driver, twice as long after each that came no step further."""
+    kinds = [line["kind"] for line in since_start(run.path)]
+    in_vain = kinds[::-1].index("step") if "step" in kinds else len(kinds)
+    if attempts := kinds[len(kinds) - in_vain :].count("attempt"):
         time.sleep(min(2.0 ** (attempts - 1), LONGEST_BACK_OFF_S))
 
 
@@ -205,13 +207,13 @@ def train_epoch(
             where=f"epoch {state.epoch + 1}, step {state.step + 1}",
         )
         state.step += 1
-        asked = float(keeper is not None and keeper.run.stop_file.exists())
+        asked = float(keeper is not None and keeper.run.asked_to_save_and_end())
         n, loss, cos, stop = worker.summed([done.pairs, done.loss_sum, done.cos_sum, asked])
         sums.batches += 1
         sums.pairs, sums.loss, sums.cos_sim = sums.pairs + n, sums.loss + loss, sums.cos_sim + cos
         sums.seconds = before_s + time.perf_counter() - began
         if keeper:
-            keeper.step(state, loss / n, cos / n, done)
+            keeper.step(state, loss / n, cos / n, done, worker.world)
             if resumable and (stop or (cfg.checkpoint_every and state.step % cfg.checkpoint_every == 0)):
                 keeper.within_epoch(state)
             if stop:

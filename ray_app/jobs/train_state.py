@@ -271,11 +271,11 @@ class Keeper:
             metrics = json.loads((self.run.checkpoint(state.place) / "metrics.json").read_text())
             self._tell_epoch(state, metrics, 0.0)
 
-    def step(self, state: TrainState, loss: float, cos_sim: float, done: StepResult) -> None:
-        """One optimizer step; the means are over all workers."""
+    def step(self, state: TrainState, loss: float, cos_sim: float, done: StepResult, workers: int) -> None:
+        """One optimizer step; the means are over all of so many workers."""
         means = {"loss": loss, "cos_sim": cos_sim, "grad_norm": done.grad_norm}
         so_far = {"epoch": state.epoch + 1, "pairs": state.sums.pairs, "seconds": state.sums.seconds}
-        self.journal.step(state.step, **means, **so_far)
+        self.journal.step(state.step, workers=workers, **means, **so_far)
 
     def within_epoch(self, state: TrainState) -> Path:
         """Saves in the middle of an epoch."""

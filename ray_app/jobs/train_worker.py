@@ -34,7 +34,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     with Journal(run.path) if rank == 0 else nullcontext() as journal:
         if journal:
             back_off(run)
-            journal.write("attempt", time=time.time())
+            journal.write("attempt", workers=world, time=time.time())
         placed: Placed | None = config["placed"]
         pairs = sweep_data.pairs_of(placed, worker) if placed else pairs_of(worker, held=config["held"])
         train_epochs(worker, pairs, journal, config["provenance"], report)

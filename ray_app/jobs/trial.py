@@ -17,7 +17,7 @@ from ray_app.core.metrics import THETA, rate_key
 from ray_app.jobs.journal import Journal, entries, since_start
 from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.sweep_data import Placed, begin, pairs_of
-from ray_app.jobs.sweep_folder import scores
+from ray_app.jobs.sweep_folder import compared, scores
 from ray_app.jobs.sweep_population import adopt, mark
 from ray_app.jobs.train_loop import Worker, ended, train_epochs
 from ray_app.jobs.train_state import TrainState
@@ -114,7 +114,7 @@ class TrialRun:
 def metrics_of(lines: list[dict[str, Any]], epoch: int, objective: str) -> dict[str, Any]:
     """What Tune is told after an epoch."""
     found = scores(lines, objective)
-    return {"epoch": epoch, "objective": found["objective"], RATE: found["accept_rate"], "lift": found["lift"]}
+    return {"epoch": epoch, "compared": compared(lines, objective), RATE: found["accept_rate"], "lift": found["lift"]}
 
 
 def why_not_again(lines: list[dict[str, Any]]) -> str | None:

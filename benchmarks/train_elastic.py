@@ -1,0 +1,144 @@
+"""Nodes die and come while a training of 1 to 3 workers goes on: how soon does it go on, and is its result the same?
+
+    .venv/bin/python benchmarks/train_elastic.py --folder /tmp/train-elastic [--kills 10]
+
+Three raylets of one CPU each on this machine; the driver is at the first. A raylet is killed with SIGKILL at a random
+moment, one is added once training goes on with fewer, the next is killed once it has grown. A run that ends is
+followed by another one until the kills are done; each is held against a run of one worker that nobody disturbed. Time
+to go on: from the kill to the first step that the run had not come to before.
+Writes benchmarks/results/train_elastic.json.
+"""
+
+import argparse
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+from chaos import told
+from provenance import save
+from ray.cluster_utils import Cluster
+
+from ray_app.jobs.journal import JOURNAL, entries
+
+RAY_APP = Path(sys.executable).with_name("ray-app")
+FLAGS = "--hidden-dim 16 --batch-size 8 --num-epochs 60 --early-stop-patience 60 --checkpoint-every 3"
+ELASTIC = "--num-workers 1:3 --resize-seconds 2 --max-failures 2"
+NODE = {"num_cpus": 1, "object_store_memory": 300 * 2**20}
+LONGEST_S = 300.0
+"""For a run to move on, before it counts as hung."""
+TOLERANCE = 1e-4
+"""Of validation loss and mean cosine: the same sums in another order."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="new folder for the store and the runs")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True)
+    folder, rng = args.folder.resolve(), random.Random(args.seed)
+    scenes = f"prepare scenes --out {folder}/store --num-pairs 72 --num-sequences 6 --width 160 --height 120 --json"
+    subprocess.run([str(RAY_APP), *scenes.split()], check=True, stdout=subprocess.DEVNULL)
+    train = f"train --store {folder}/store {FLAGS} --tracking-uri sqlite:///{folder}/mlflow.db --json"
+    words = [*train.split(), "--out", str(folder / "clean")]
+    subprocess.run([str(RAY_APP), *words], check=True, stdout=subprocess.DEVNULL)
+    clean = ended(folder / "clean")
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": True})
+    runs: list[dict[str, Any]] = []
+    try:
+        while (kills := sum(len(run["seconds_to_go_on"]) for run in runs)) < args.kills:
+            out = folder / f"run-{len(runs)}"
+            words = [*train.split(), *ELASTIC.split(), "--address", cluster.address, "--out", str(out)]
+            runs.append(disturbed(cluster, words, out, args.kills - kills, rng))
+            runs[-1] |= {"right": runs[-1]["code"] == 0 and same(ended(out), clean)}
+    finally:
+        cluster.shutdown()
+    times = [seconds for run in runs for seconds in run["seconds_to_go_on"]]
+    save(
+        "train_elastic",
+        {
+            "flags": f"{FLAGS} {ELASTIC}",
+            "pairs": 72,
+            "width": 150_528,
+            "clean": clean,
+            "kills": len(times),
+            "jobs": len(runs),
+            "jobs_ended_wrong": sum(not run["right"] for run in runs),
+            "seconds_to_go_on": {"median": statistics.median(times), "worst": max(times)},
+            "seconds_to_grow": {
+                "median": statistics.median(grown := [seconds for run in runs for seconds in run["seconds_to_grow"]]),
+                "worst": max(grown),
+            },
+            "runs": runs,
+        },
+    )
+
+
+def ended(run: Path) -> dict[str, Any]:
+    """What a run ended with; `steps_told` counts each step line."""
+    lines = entries(run)
+    (*_, last) = (line for line in lines if line["kind"] == "epoch")
+    steps = [line["global_step"] for line in lines if line["kind"] == "step"]
+    numbers = {"val_loss": last["val"]["loss"], "val_cos_sim": last["val"]["cos_sim_mean"]}
+    return {**told(run), **numbers, "each_step_told_once": steps == list(range(1, last["global_step"] + 1))}
+
+
+def same(found: dict[str, Any], clean: dict[str, Any]) -> bool:
+    """Every step and pair once, and the numbers of the run that nobody disturbed."""
+    exact = ("epochs", "steps", "pairs_by_epoch", "each_step_told_once")
+    close = all(abs(found[name] - clean[name]) < TOLERANCE for name in ("val_loss", "val_cos_sim"))
+    return close and all(found[name] == clean[name] for name in exact)
+
+
+def disturbed(cluster: Cluster, words: list[str], run: Path, kills: int, rng: random.Random) -> dict[str, Any]:
+    """A run whose nodes go and come until it ends, or so many have gone."""
+    while len(cluster.worker_nodes) < 2:
+        cluster.add_node(**NODE)
+    process = subprocess.Popen([str(RAY_APP), *words], stdout=subprocess.DEVNULL)
+    went_on: list[float] = []
+    grew: list[float] = []
+    while len(went_on) < kills and wait(process, run, lambda steps: steps[-1]["workers"] == 3):
+        time.sleep(rng.uniform(0.0, 4.0))
+        if process.poll() is not None:
+            break
+        killed_at = time.time()
+        cluster.remove_node(rng.choice(sorted(cluster.worker_nodes, key=str)), allow_graceful=False)
+        if not wait(process, run, lambda steps: steps[-1]["workers"] < 3):
+            break  # it ended, unharmed or not: its code tells
+        (first, *_) = (line for line in steps_of(run) if line["time"] > killed_at and line["workers"] < 3)
+        went_on.append(round(first["time"] - killed_at, 1))
+        added_at = time.time()
+        cluster.add_node(**NODE)
+        if wait(process, run, lambda steps: steps[-1]["workers"] == 3):
+            grew.append(round(time.time() - added_at, 1))
+        print(f"{run.name}: on after {went_on[-1]} s, grown after {grew[-1:]} s", file=sys.stderr, flush=True)
+    code = process.wait(timeout=LONGEST_S)
+    return {"code": code, "seconds_to_go_on": went_on, "seconds_to_grow": grew}
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """The steps of a run so far."""
+    return [line for line in entries(run) if line["kind"] == "step"] if (run / JOURNAL).is_file() else []
+
+
+def wait(process: "subprocess.Popen[bytes]", run: Path, holds: Any) -> bool:
+    """Until the steps of a run say so; False when the process ends before."""
+    deadline = time.monotonic() + LONGEST_S
+    while process.poll() is None:
+        assert time.monotonic() < deadline, "nothing moves any more"
+        if (steps := steps_of(run)) and holds(steps):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+if __name__ == "__main__":
+    main()
