@@ -5,10 +5,10 @@
     .venv/bin/python benchmarks/adapter_speed.py sweep --store STORE --folder /tmp/sweep --full-width-seconds 413
 
 latency: one core, float32, 150,528 wide, the strategies in turn. race: `lightweight` for 3 epochs as the reference
-trains it, then `conv` on the same pairs, until its validation acceptance is as high: at its start, which is the mean
-target, or after an epoch; times are those of training steps, and of the pass that finds the mean target. sweep:
-tune_configs/compressed.yaml, its subspaces found first, and its winner's last trainings apart; what it has to stay
-below is twice the seconds of a full-width training. Each writes its part of benchmarks/results/adapter_speed.json.
+trains it, then `conv` on the same pairs, validating from its start on, until its validation acceptance is as high;
+what is finished in the folder is not run again. sweep: tune_configs/compressed.yaml, its subspaces found first, and
+its winner's last trainings apart; what it has to stay below is twice the seconds of a full-width training. Each
+writes its part of benchmarks/results/adapter_speed.json.
 """
 
 import argparse
@@ -25,15 +25,13 @@ from provenance import RESULTS, provenance
 
 from ray_app.config import TrainConfig
 from ray_app.core.adapter import STRATEGIES, AdapterConfig, build_adapter, num_parameters
-from ray_app.core.metrics import THETA, cos_sim, rate_key
+from ray_app.core.metrics import THETA, rate_key
 from ray_app.jobs.cluster import cluster
 from ray_app.jobs.journal import entries
 from ray_app.jobs.quickstart import RECIPE
 from ray_app.jobs.train import run_train
 from ray_app.store.checkpoint import load_training_state
 from ray_app.store.manifest import PIXELS
-from ray_app.store.pair_store import PairStore
-from ray_app.store.split import split_pairs
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
 ROUNDS = 40
@@ -76,47 +74,76 @@ def latency() -> dict[str, Any]:
 
 
 def race(store: Path, folder: Path, seeds: list[int]) -> dict[str, Any]:
-    """Seconds until the validation acceptance that the reference's recipe has after 3 epochs."""
-    found: list[dict[str, Any]] = []
+    """Seconds until a validation has the acceptance that the reference's recipe has after 3 epochs."""
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    common = {"store": str(store), "tracking_uri": f"sqlite:///{folder}/mlflow.db", "num_epochs": 3}
     with cluster(None):
         for seed in seeds:
-            runs: dict[str, dict[str, Any]] = {}
             for name, settings in (
-                ("lightweight", {"strategy": "lightweight", "num_epochs": 3}),
-                ("conv", {"strategy": "conv", "num_epochs": 3, **RECIPE}),
+                ("lightweight", {"strategy": "lightweight"}),
+                ("conv", {"strategy": "conv", "validate_every": 2, **RECIPE}),
             ):
-                uri = f"sqlite:///{folder}/mlflow.db"
-                cfg = TrainConfig(
-                    store=str(store), out=folder / f"{name}-{seed}", seed=seed, tracking_uri=uri, **settings
-                )
-                run_train(cfg)
-                lines = [line for line in entries(cfg.out) if line["kind"] == "epoch"]
-                accepted = [line["val"]["cosine_accept_rate"][rate_key(THETA)] for line in lines]
-                seconds = [line["train"]["seconds"] for line in lines]
-                start = load_training_state(cfg.out / "start")[1]["seconds"] if name == "conv" else 0.0
-                runs[name] = {"accepted": accepted, "epoch_seconds": seconds, "start_seconds": start}
-            goal, conv = runs["lightweight"]["accepted"][-1], runs["conv"]
-            conv["accepted"].insert(0, accepted_at_start(cfg))
-            epochs = next(n for n, rate in enumerate(conv["accepted"]) if rate >= goal)
-            spent = conv["start_seconds"] + sum(conv["epoch_seconds"][:epochs])
-            one = conv["start_seconds"] + conv["epoch_seconds"][0]
-            needed = sum(runs["lightweight"]["epoch_seconds"])
-            found.append({"seed": seed, "goal": goal, "conv_epochs": epochs, "conv_seconds": spent})
-            found[-1] |= {"lightweight_seconds": needed, "ratio": spent / needed, **runs}
-            found[-1]["ratio_with_one_epoch"] = one / needed
-    ratios = [each["ratio"] for each in found]
-    return {"runs": found, "ratio_mean": statistics.fmean(ratios), "ratio_worst": max(ratios)}
+                if not (out := folder / f"{name}-{seed}").exists():
+                    run_train(TrainConfig(out=out, seed=seed, **common, **settings))
+    found = [raced(folder, int(path.name.partition("-")[2])) for path in sorted(folder.glob("conv-*"))]
+    shares = [name for name in found[0] if name.startswith("share")]
+    return {
+        "runs": found,
+        **{f"{name}_mean": statistics.fmean(each[name] for each in found) for name in shares},
+        **{f"{name}_worst": max(each[name] for each in found) for name in shares},
+    }
 
 
-def accepted_at_start(cfg: TrainConfig) -> float:
-    """Validation acceptance of the mean training target, which `conv` answers before its first step."""
-    store = PairStore.open(cfg.store)
-    _, target_ND = store.read_rows(split_pairs(store.index, cfg.split_config).val)
-    mean_D = load_training_state(cfg.out / "start")[0]["target_mean"]
-    cos_N = cos_sim(mean_D.expand(len(target_ND), -1), torch.from_numpy(target_ND).float())
-    return float((cos_N > THETA).double().mean())
+def raced(folder: Path, seed: int) -> dict[str, Any]:
+    """Both runs of a seed, out of their journals.
+
+    `share`: until the first validation that is as high, of `lightweight`'s time. `share_trained`: until the first one
+    after a step of training; `share_wall`: by the clock, from the command's first line in the journal on.
+    """
+    slow, fast = timeline(folder / f"lightweight-{seed}"), timeline(folder / f"conv-{seed}")
+    goal, needed = slow[-1]["accepted"], slow[-1]
+    reached = next(each for each in fast if each["accepted"] >= goal)
+    trained = next(each for each in fast if each["accepted"] >= goal and each["step"] > 0)
+    return {
+        "seed": seed,
+        "goal": goal,
+        "reached": reached,
+        "reached_trained": trained,
+        "lightweight": needed,
+        "share": reached["seconds"] / needed["seconds"],
+        "share_trained": trained["seconds"] / needed["seconds"],
+        "share_wall": reached["wall_seconds"] / needed["wall_seconds"],
+        "conv_validations": fast,
+        "lightweight_validations": slow,
+    }
+
+
+def timeline(run: Path) -> list[dict[str, Any]]:
+    """Every validation of a run: `step`, `accepted` at θ, `seconds` and `wall_seconds` until it was known.
+
+    `seconds` are those of the pass that finds the mean target, of training steps and of validations within epochs;
+    without reading the pairs, the worker's start and saving, which all runs have alike or to `conv`'s advantage.
+    """
+    lines = entries(run)
+    begun = next(line["time"] for line in lines if line["kind"] == "start")
+    start = run / "start"
+    spent = load_training_state(start)[1]["seconds"] if start.is_dir() else 0.0
+    found = []
+    for line in lines:
+        if line["kind"] == "validation":
+            spent += line["seconds"]
+            seconds, at = spent + line["trained_seconds"], line["time"]
+        elif line["kind"] == "epoch":
+            spent += line["train"]["seconds"]
+            seconds, at = spent, line["time"] - line["save_seconds"]
+        else:
+            continue
+        accepted = line["val"]["cosine_accept_rate"][rate_key(THETA)]
+        found.append(
+            {"step": line["global_step"], "accepted": accepted, "seconds": seconds, "wall_seconds": at - begun}
+        )
+    return found
 
 
 def sweep(store: Path, folder: Path, full_width_seconds: float) -> dict[str, Any]:
@@ -155,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("latency", "race", "sweep"))
     parser.add_argument("--store", type=Path)
-    parser.add_argument("--folder", type=Path, help="new folder for the runs")
+    parser.add_argument("--folder", type=Path, help="for the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--full-width-seconds", type=float, help="of one training, as reference_job.json has it")
     args = parser.parse_args()

@@ -305,6 +305,9 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Epochs without a better validation loss before the learning rate is halved."""
     early_stop_patience: int = Field(default=5, ge=1)
     """Epochs without a better validation loss before training ends."""
+    validate_every: int = Field(default=0, ge=0)
+    """Also validate before the first step and, within each epoch, after every so many steps, for a finer curve; the
+    best checkpoint is still that of an epoch's end. 0: only there."""
     seed: int = 0
     """Seed of weights, order and dropout."""
     num_workers: Workers = "1"

@@ -1,7 +1,20 @@
 """What every page that people are given keeps to."""
 
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CROSSING = """() => {
+    const texts = [...document.querySelectorAll("svg text")].map(t => [t.textContent, t.getBoundingClientRect()])
+    const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top
+    return texts.flatMap(([name, a], n) =>
+        texts.slice(n + 1).filter(([, b]) => !apart(a, b)).map(([other]) => name + " | " + other))
+}"""
+"""Words of figures that lie on one another."""
 
 
 class Elements(HTMLParser):
@@ -43,3 +56,32 @@ def assert_light_and_dark(page: str) -> None:
     shown = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page[page.index("</style>") :])
     assert not re.findall(r"#[0-9a-fA-F]{6}\b", shown)
     assert set(re.findall(r"var\((--[\w-]+)\)", page)) <= set(re.findall(r"--[\w-]+(?=:)", light))
+
+
+def assert_opens(path: Path) -> None:
+    """A browser without a network shows it, wide and narrow, light and dark; skips where there is no browser.
+
+    Nothing is asked for or complained of, nothing sticks out of the window, every picture is drawn, and no two words
+    of a figure lie on one another.
+    """
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        for width, scheme in ((1280, "light"), (400, "dark")):
+            context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+            page, complaints = context.new_page(), []
+            page.on("console", lambda said, to=complaints: to.append(said.text))
+            page.on(
+                "request",
+                lambda asked, to=complaints: None if asked.url[:5] in ("file:", "data:") else to.append(asked.url),
+            )
+            page.goto(path.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+            assert page.evaluate(CROSSING) == []
+            assert complaints == []
+        browser.close()

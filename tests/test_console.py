@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 import torch
 from endpoints import LocalServer, local_server, make_checkpoint
 from mlflow import MlflowClient
+from pages import CHROMIUM
 from PIL import Image
 
 from ray_app.core.evaluation import AlignmentEvaluator, TrainingMeans
@@ -27,7 +27,6 @@ from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.pair_store import PairStore
 
 sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 SAMPLES = ("Road by day", "Crossing", "Town at dusk")
 

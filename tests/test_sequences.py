@@ -122,6 +122,8 @@ def test_a_mean_target_of_sequences_is_taken_over_those_that_reach_a_position() 
     torch.testing.assert_close(mean[0], tokens[:, 0].mean(dim=0))
     torch.testing.assert_close(mean[2], tokens[:2, 2].mean(dim=0))
     torch.testing.assert_close(mean[4], tokens[0, 4])
+    with pytest.raises(InputError, match="mean training target is zero everywhere"):
+        TrainingMeans.of(np.stack([target[0].numpy(), -target[0].numpy()]), WIDTH).mean_target(1.0)
 
 
 def test_dropout_of_tokens_is_the_same_however_a_batch_is_divided() -> None:
@@ -217,7 +219,10 @@ def test_a_run_on_sequences_learns_and_is_judged_by_its_tokens(tmp_path: Path) -
     assert result["cos_sim_mean"] > result["controls"]["before"]["cos_sim_mean"] + 0.3
     for changes, words in (
         ({"centred_weight": 0.1}, "sequences differ in length"),
-        ({"strategy": "lowrank", "rank": 4}, "lowrank begins with subspaces .* token_bottleneck, "),
+        ({"strategy": "lowrank", "rank": 4}, "lowrank takes whole features.* token_bottleneck, "),
+        ({"strategy": "bottleneck", "init": "spectral"}, "bottleneck takes whole features"),
+        ({"flip": 0.5}, "augmentation moves images"),
+        ({"strategy": "lightweight"}, "lightweight takes whole features.* sequences of different lengths"),
     ):
         with pytest.raises(ConfigError, match=words):
             run_train(cfg.model_copy(update={"out": tmp_path / "other", **changes}))

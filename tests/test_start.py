@@ -127,6 +127,7 @@ def test_conv_learns_with_augmentation_on_two_workers(small_store: Path, tmp_pat
         ("linear", {"init": "spectral"}, "one of: lightweight, lightweight_reference"),
         ("lowrank", {"rank": 700}, r"--rank \(700\) is not below the number of training pairs"),
         ("conv", {"patch": 5}, r"--patch \(5\) must divide"),
+        ("token_wide", {}, r"token_wide works on sequences .* shape \[3, 16, 16\]"),
     ],
 )
 def test_what_cannot_be_trained_is_told_before_anything_is_written(

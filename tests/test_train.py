@@ -110,9 +110,11 @@ def test_a_folder_in_use_is_refused_and_left_alone(one_worker: tuple[TrainConfig
 def test_three_workers_on_batches_of_eight_equal_one(
     one_worker: tuple[TrainConfig, dict[str, Any]], config: Callable[..., TrainConfig]
 ) -> None:
-    """Dropout included. Float32 sums in another order: weights agree to 1e-5, metrics to 1e-6."""
+    """Dropout included, and validating within epochs, which changes nothing. Float32 sums in another order: weights
+    agree to 1e-5, metrics to 1e-6."""
     alone = one_worker[1]
-    both = run_train(config("three", num_workers=3))
+    cfg = config("three", num_workers=3, validate_every=2)
+    both = run_train(cfg)
     assert both["world_sizes"] == [{"workers": 3, "steps": alone["steps"]}]
     assert both["steps"] == alone["steps"]
     assert both["val"]["pairs"] == alone["val"]["pairs"]
@@ -121,6 +123,10 @@ def test_three_workers_on_batches_of_eight_equal_one(
     a, b = (load_checkpoint(Path(r["checkpoint"])).adapter.state_dict() for r in (alone, both))
     for key in a:
         assert torch.allclose(a[key], b[key], atol=1e-5), key
+    judged = [line for line in entries(cfg.out) if line["kind"] == "validation"]
+    within = [n for n in range(0, both["steps"], 2) if n == 0 or n % (both["steps"] // 3)]
+    assert [line["global_step"] for line in judged] == within
+    assert {line["val"]["pairs"] for line in judged} == {both["val"]["pairs"]}
 
 
 def kill_a_worker_after(run: Path, epoch: int, killed: list[int]) -> None:

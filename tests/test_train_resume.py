@@ -18,6 +18,7 @@ from ray_app.jobs.journal import Journal, entries
 from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.run_folder import RunFolder, place
 from ray_app.jobs.train import stop_when_terminated
+from ray_app.jobs.tracking import points
 from ray_app.jobs.train_loop import Worker, back_off, held_batches, train_epoch, validate
 from ray_app.jobs.train_state import Keeper, TrainState, agreed_place, resume_or_init
 from ray_app.store.checkpoint import save_training_state
@@ -145,11 +146,12 @@ def test_places_are_in_order_by_name_and_the_first_worker_decides(cfg: TrainConf
 def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weights_are_the_same_bytes(
     cfg: TrainConfig, store: PairStore, start: Start
 ) -> None:
-    """Saved after every second step, killed after the fifth of thirteen, asked to stop after the ninth."""
+    """Saved after every second step, killed after the fifth of thirteen, asked to stop after the ninth; validated
+    within the epoch, which the one that nobody disturbs is not."""
     event, target = (torch.tensor(side) for side in store.read_rows(np.arange(50)))
     held = Held(np.arange(50), event, target)
     lanes = Lanes(50, cfg.batch_size, cfg.seed)
-    worker = Worker(cfg.model_copy(update={"checkpoint_every": 2}), store, 0, 1, CPU)
+    worker = Worker(cfg.model_copy(update={"checkpoint_every": 2, "validate_every": 3}), store, 0, 1, CPU)
     seen: list[int] = []
 
     def run(state: TrainState, keep: Keeper | None, die_after: int = 99, stop_after: int = 99) -> bool:
@@ -162,9 +164,11 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
                 seen.extend(batch.positions.tolist())
                 yield batch, *pairs
 
-        return train_epoch(state.objective, state, batches(), worker, keep, resumable=True)
+        between = held if keep else None
+        return train_epoch(state.objective, state, batches(), worker, keep, resumable=True, between=between)
 
     whole = start()
+    at_start = validate(whole.objective, held, worker, "the start")
     assert run(whole, None)
     assert sorted(seen) == list(range(50))
     first = list(seen)
@@ -190,6 +194,11 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
         assert torch.equal(value, state.tensors()[key]), key
     steps = [line["global_step"] for line in entries(cfg.out) if line["kind"] == "step"]
     assert steps == list(range(1, 14)), "each step is told once"
+    validations = [line for line in entries(cfg.out) if line["kind"] == "validation"]
+    assert [line["global_step"] for line in validations] == [0, 3, 6, 9, 12], "and each validation"
+    assert validations[0]["val"] == at_start
+    assert validations[-1]["val"]["loss"] < at_start["loss"]
+    assert {point.key for point in points(validations[0])} >= {"validation/val/loss", "validation/val/cos_sim_mean"}
 
 
 def test_another_attempt_waits_twice_as_long(cfg: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

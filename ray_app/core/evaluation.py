@@ -64,7 +64,15 @@ class TrainingMeans:
         return TrainingMeans(self.pairs + other.pairs, self.target_sum_D + other.target_sum_D, tokens_T)
 
     def mean_target(self, scale: float) -> Tensor:
-        """Mean training target, shape (D,), float32; of sequences over those that reach a position."""
+        """Mean training target, shape (D,), float32; of sequences over those that reach a position.
+
+        InputError where it is zero everywhere: as a control it has no direction.
+        """
+        if not self.target_sum_D.any():
+            raise InputError(
+                "the mean training target is zero everywhere, so the control mean_target has no cosine; "
+                "look at the pairs with `ray-app inspect`"
+            )
         if self.tokens_T is None:
             return torch.from_numpy(self.target_sum_D * (scale / self.pairs)).float()
         sum_TW = self.target_sum_D.reshape(len(self.tokens_T), -1)

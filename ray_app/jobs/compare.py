@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +24,7 @@ from ray_app.jobs.figures import INK, PALETTE, svg
 from ray_app.jobs.judge import Judge, mean_target, require_device
 from ray_app.jobs.page import page, picture
 from ray_app.jobs.registry import checkpoint_folder
-from ray_app.jobs.report import notes, outcome, standing_notes, verdict_sentence
+from ray_app.jobs.report import outcome, standing_notes, verdict_sentence
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
 from ray_app.store.durable import write_file
 from ray_app.store.pair_store import PairStore
@@ -70,7 +69,7 @@ def run_compare(cfg: CompareConfig) -> dict[str, Any]:
     adapters = named(judged)
     best = max(judged, key=lambda each: each.result["lift"])
     result = {
-        "verdict": verdict_sentence(best.result).replace("The adapter", f"`{label_of(adapters, best)}`", 1),
+        "verdict": verdict_sentence(best.result).replace("The adapter", label_of(adapters, best), 1),
         "adapters": {label: each.result for label, each in adapters.items()},
         "controls": {name: best.result["controls"][name] for name in best.result["controls"] if name != "shuffled"},
         "provenance": begun,
@@ -169,33 +168,45 @@ def lines(result: dict[str, Any]) -> list[dict[str, Any]]:
         rates = control["cosine_accept_rate"]
         kind = "control" if name in CONTROLS else "context"
         cells = [f"{control['cos_sim_mean']:.4f}", f"{100 * rates[KEY]:.1f} %", f"{100 * rates[HIGH]:.1f} %"]
-        found.append({"name": name, "kind": kind, "cells": cells + [""] * 6})
-    ranked = sorted(result["adapters"].items(), key=lambda item: -item[1]["lift"])
-    for name, each in ranked:
+        found.append({"name": name, "kind": kind, "cells": cells + [""] * (len(HEADS) - 4)})
+    for name, each in ranked(result):
         rates, retrieval = each["cosine_accept_rate"], each["retrieval"]
         low, high = (100 * bound for bound in each["interval95"]["lift"])
-        found.append(
-            {
-                "name": name,
-                "kind": "adapter",
-                "cells": [
-                    f"{each['cos_sim_mean']:.4f}",
-                    f"{100 * rates[KEY]:.1f} %",
-                    f"{100 * rates[HIGH]:.1f} %",
-                    f"{100 * each['lift']:+.1f} ({low:+.1f} to {high:+.1f})",
-                    f"{each['centered_cos_sim_mean']:.3f}",
-                    " / ".join(f"{100 * retrieval[f'R@{k}']:.1f}" for k in (1, 5, 10)),
-                    f"{each['parameters']:,}",
-                    f"{each['checkpoint_bytes'] / 1e6:.1f} MB",
-                    f"{each['latency_ms']:.2f} ms",
-                ],
-            }
-        )
+        cells = [
+            f"{each['cos_sim_mean']:.4f}",
+            f"{100 * rates[KEY]:.1f} %",
+            f"{100 * rates[HIGH]:.1f} %",
+            f"{100 * each['lift']:+.1f} ({low:+.1f} to {high:+.1f})",
+            f"{each['centered_cos_sim_mean']:.3f}",
+            "/".join(f"{100 * retrieval[f'R@{k}']:.1f}" for k in (1, 5, 10)),
+        ]
+        found.append({"name": name, "kind": "adapter", "cells": cells})
     return found
 
 
-HEADS = ["what answers", "mean cos_sim", f"θ {KEY}", f"θ {HIGH}", "lift, 95 % interval", "centred cosine"]
-HEADS += ["R@1 / 5 / 10, %", "parameters", "checkpoint", "one pair"]
+def costs(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each adapter costs, in the same order."""
+    return [
+        {
+            "name": name,
+            "kind": "",
+            "cells": [
+                f"{each['parameters']:,}",
+                f"{each['checkpoint_bytes'] / 1e6:,.1f} MB",
+                f"{each['latency_ms']:,.2f} ms",
+            ],
+        }
+        for name, each in ranked(result)
+    ]
+
+
+def ranked(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Adapters with their names, from the highest lift on."""
+    return sorted(result["adapters"].items(), key=lambda item: -item[1]["lift"])
+
+
+HEADS = ["what answers", "cos_sim", f"θ {KEY}", f"θ {HIGH}", "lift, 95 % interval", "centred", "R@1/5/10, %"]
+COST_HEADS = ["adapter", "parameters", "checkpoint", "one pair"]
 
 
 def render_html(result: dict[str, Any], best: Judged, drawings: list[dict[str, Any]]) -> str:
@@ -212,10 +223,17 @@ def render_html(result: dict[str, Any], best: Judged, drawings: list[dict[str, A
         split=best.result["split"]["label"],
         heads=HEADS,
         lines=lines(result),
+        cost_heads=COST_HEADS,
+        costs=costs(result),
+        solved=[name for name, each in ranked(result) if not each["parameters"]],
         cost_svg=cost_figure(result),
         cost_alt=f"Acceptance at θ {KEY} against trained parameters and against latency: {', '.join(named_rates)}.",
         drawings=drawings,
     )
+
+
+MARKERS = "osD^vP*X<>"
+"""One for each adapter in the picture, beside its colour."""
 
 
 def cost_figure(result: dict[str, Any]) -> str:
@@ -223,40 +241,56 @@ def cost_figure(result: dict[str, Any]) -> str:
     control = max(
         result["controls"][name]["cosine_accept_rate"][KEY] for name in result["controls"] if name in CONTROLS
     )
+    adapters = ranked(result)
+    trained = [each["parameters"] for _, each in adapters if each["parameters"]]
+    latencies = [max(each["latency_ms"], 1e-3) for _, each in adapters]
+    none_trained = min(trained, default=10) / 10  # where a solved one stands, on an axis that has no 0
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
-        panels: tuple[tuple[Axes, str, str], ...] = (
-            (left, "parameters", "trained parameters"),
-            (right, "latency_ms", "ms for one pair on one core"),
-        )
-        for axes, key, label in panels:
-            for n, (name, each) in enumerate(result["adapters"].items()):
-                at = max(each[key], 1e-3 if key == "latency_ms" else 1), each["cosine_accept_rate"][KEY]
-                axes.scatter(*at, color=PALETTE[n % len(PALETTE)], s=42)
-                axes.annotate(name, at, (5, 4), textcoords="offset points", fontsize=8)
-            axes.axhline(control, color=INK, linewidth=1.0, linestyle="--")
+        for n, (name, each) in enumerate(adapters):
+            rate, label = each["cosine_accept_rate"][KEY], name if each["parameters"] else f"{name} (none trained)"
+            look: dict[str, Any] = {"color": PALETTE[n % len(PALETTE)], "marker": MARKERS[n % len(MARKERS)], "s": 52}
+            left.scatter(each["parameters"] or none_trained, rate, label=label, **look)
+            right.scatter(latencies[n], rate, **look)
+        for axes, label in ((left, "trained parameters"), (right, "ms for one pair")):
+            axes.axhline(control, color=INK, linewidth=1.0, linestyle="--", label="best control")
             axes.set(xscale="log", xlabel=label)
-            axes.margins(x=0.3, y=0.15)
-        left.annotate(
-            "best control", (0.02, control), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points"
-        )
+            axes.margins(x=0.15, y=0.15)
         left.set_ylabel(f"cosine_accept_rate at θ {KEY}")
         left.yaxis.set_major_formatter(PercentFormatter(1.0))
+        left.xaxis.set_major_formatter(EngFormatter(sep=""))
+        wide = max(latencies) > 100 * min(latencies)  # ticks in between would lie on one another
+        right.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+        right.xaxis.set_major_formatter("{x:g}")
+        right.xaxis.set_minor_formatter(NullFormatter())
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", frameon=False, ncols=4, handletextpad=0.3)
 
     return svg("cost", draw)
 
 
 def render_compare(result: dict[str, Any], console: Console) -> None:
-    """The table, the sentence, and what to know beside them."""
+    """Two tables that fit a terminal, the sentence, and what to know beside them."""
     first = next(iter(result["adapters"].values()))
     title = f"{first['pairs']:,} test pairs; split: {first['split']['label']}"
-    table = Table(*HEADS, title=title, title_justify="left", header_style="bold")
-    for line in lines(result):
-        table.add_row(line["name"], *line["cells"], style={"adapter": "bold", "context": "dim"}.get(line["kind"]))
-    console.print(table)
+    told = lines(result)
+    console.print(terminal_table(HEADS[:6], [{**line, "cells": line["cells"][:5]} for line in told], title))
+    further = {line["name"]: line["cells"][5:] for line in told}
+    whole = [{**line, "cells": further[line["name"]] + line["cells"]} for line in costs(result)]
+    console.print(terminal_table([COST_HEADS[0], *HEADS[6:], *COST_HEADS[1:]], whole))
     console.print(result["verdict"], style="bold", highlight=False, markup=False)
-    for note in notes(first):
+    for note in standing_notes(first):
         console.print(f"- {note['text']}", style="yellow" if note["warning"] else "dim", markup=False)
     for path in result["files"]:
         console.print(path, soft_wrap=True, markup=False)
+
+
+def terminal_table(heads: list[str], told: list[dict[str, Any]], title: str | None = None) -> Table:
+    """Some of the lines, names to the left and numbers to the right."""
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 1))
+    for n, head in enumerate(heads):
+        table.add_column(head, justify="right" if n else "left", no_wrap=True)
+    for line in told:
+        table.add_row(line["name"], *line["cells"], style={"adapter": "bold", "context": "dim"}.get(line["kind"]))
+    return table

@@ -1,9 +1,9 @@
 """The journal of a run: one JSON object a line, appended as things happen, before anyone else hears of them.
 
 Kinds: `start` (a driver begins; what the tracking server needs to know of the run), `attempt` (a group of workers
-begins), `resume`, `step` (each optimizer step), `epoch` (training means and validation), `stop` (saved on request),
-`failure`, `end`. Every line ends with a CRC-32 of the rest of it. A step or an epoch that is done again after a
-restart is not told again, so each stands here once.
+begins), `resume`, `step` (each optimizer step), `validation` (within an epoch, where that is wanted), `epoch`
+(training means and validation), `stop` (saved on request), `failure`, `end`. Every line ends with a CRC-32 of the
+rest of it. What is done again after a restart is not told again, so each step, validation and epoch stands here once.
 """
 
 import errno
@@ -50,6 +50,10 @@ class Journal:
             raise
         self.last_step = max((line["global_step"] for line in lines if line["kind"] == "step"), default=0)
         """Last optimizer step that is told."""
+        self.last_validation = max(
+            (line["global_step"] for line in lines if line["kind"] == "validation"), default=-1
+        )
+        """Steps before the last validation within an epoch that is told."""
         self.last_epoch = max((line["epoch"] for line in lines if line["kind"] == "epoch"), default=0)
         """Last epoch that is told."""
 
@@ -73,6 +77,12 @@ class Journal:
         if global_step > self.last_step:
             self.write("step", global_step=global_step, time=time.time(), **values)
             self.last_step = global_step
+
+    def validation(self, global_step: int, **values: Any) -> None:
+        """A `validation` line, unless that of this step is told already."""
+        if global_step > self.last_validation:
+            self.write("validation", global_step=global_step, time=time.time(), **values)
+            self.last_validation = global_step
 
     def epoch(self, epoch: int, **values: Any) -> None:
         """An `epoch` line, unless that epoch is told already."""

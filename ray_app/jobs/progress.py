@@ -55,6 +55,9 @@ class TrainingProgress:
                         cos_sim=line["cos_sim"],
                         speed=line["pairs"] / max(line["seconds"], 1e-9),
                     )
+                elif line["kind"] == "validation":
+                    told = f"after step {line['global_step']}: {validated(line['val'])}"
+                    self._console.print(told, highlight=False, soft_wrap=True)
                 elif line["kind"] == "epoch":
                     self._console.print(epoch_line(line), highlight=False, soft_wrap=True)
 
@@ -67,14 +70,17 @@ class TrainingProgress:
 
 def epoch_line(line: dict[str, Any]) -> str:
     """One epoch in words."""
-    train, val = line["train"], line["val"]
-    validated = ""
-    if val:
-        validated = (
-            f"val loss {val['loss']:.4f} cos_sim {val['cos_sim_mean']:.4f} "
-            f"accepted at 0.80 {val['cosine_accept_rate']['0.80']:.1%}  "
-        )
+    train = line["train"]
+    told = f"{validated(line['val'])}  " if line["val"] else ""
     return (
         f"epoch {line['epoch']:>3}  train loss {train['loss']:.4f} cos_sim {train['cos_sim']:.4f}  "
-        f"{validated}{train['pairs'] / max(train['seconds'], 1e-9):.1f} pairs/s"
+        f"{told}{train['pairs'] / max(train['seconds'], 1e-9):.1f} pairs/s"
+    )
+
+
+def validated(val: dict[str, Any]) -> str:
+    """What a validation gave, in words."""
+    return (
+        f"val loss {val['loss']:.4f} cos_sim {val['cos_sim_mean']:.4f} "
+        f"accepted at 0.80 {val['cosine_accept_rate']['0.80']:.1%}"
     )

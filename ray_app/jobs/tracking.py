@@ -255,7 +255,7 @@ def unsynced(folder: Path) -> list[Path]:
 
 
 def points(line: Mapping[str, Any]) -> list[Metric]:
-    """The metrics of one journal line: every number of a step or an epoch, at its optimizer step.
+    """The metrics of one journal line: every number of a step, a validation or an epoch, at its optimizer step.
 
     Of a sweep's journal: what each trial ended with, at the trial's number.
     """
@@ -264,9 +264,9 @@ def points(line: Mapping[str, Any]) -> list[Metric]:
         return [
             Metric(f"trial/{key}", value, int(line["ended_at"] * 1000), line["index"]) for key, value in found.items()
         ]
-    if line["kind"] not in ("step", "epoch"):
+    prefix = {"step": "train", "validation": "validation", "epoch": "epoch"}.get(line["kind"])
+    if prefix is None:
         return []
-    prefix = "train" if line["kind"] == "step" else "epoch"
     at_ms, step = int(line["time"] * 1000), int(line["global_step"])
     values = flattened({k: v for k, v in line.items() if k not in ("kind", "time", "global_step")}, prefix)
     return [Metric(key, value, at_ms, step) for key, value in values.items()]

@@ -41,7 +41,7 @@ from ray_app.jobs.run_folder import KEPT_PLACES, RunFolder
 from ray_app.jobs.shards import pairs_dataset
 from ray_app.jobs.start import PairsThroughRay, make_start, needs
 from ray_app.jobs.tracking import Tracker, shown, tracking_uri
-from ray_app.jobs.train_state import parameters, training_split
+from ray_app.jobs.train_state import augmentation, parameters, training_split
 from ray_app.jobs.train_worker import train_loop_per_worker
 from ray_app.store.checkpoint import verify_folder
 from ray_app.store.durable import sha256_file
@@ -56,7 +56,8 @@ WEIGHTS_AND_MOMENTS_BYTES = 16
 ROUNDING = {"num_workers", "use_gpu", "cpus_per_worker", "shard_memory_gib"}
 """Settings that a resumed run may change at the price of byte-identity: another order of sums, or other kernels."""
 CHANGEABLE = ROUNDING | {
-    *("resume", "address", "tracking_uri", "model_name", "max_failures", "checkpoint_every", "resize_seconds")
+    *("resume", "address", "tracking_uri", "model_name", "max_failures"),
+    *("checkpoint_every", "validate_every", "resize_seconds"),
 }
 """All that a resumed run may change."""
 
@@ -141,10 +142,12 @@ def refuse_changes(cfg: TrainConfig, store: PairStore, about: dict[str, Any]) ->
 
 
 def make_plan(cfg: TrainConfig, store: PairStore, split: Split, info: ClusterInfo) -> Plan:
-    """ResourceError where the cluster or the disk is too small: nothing has been started or written then."""
+    """ConfigError where settings and pairs do not go together, ResourceError where the cluster or the disk is too
+    small: nothing has been started or written then."""
+    num = parameters(cfg, store)
+    augmentation(cfg, store)
     if needs(cfg) == "subspaces":
         check_rank(cfg.rank, len(split.train))
-    num = parameters(cfg, store)
     pair_bytes = store.feature("event").num_bytes + store.feature("target").num_bytes
     shard_bytes = -(-len(split.train) // cfg.min_workers) * pair_bytes
     held = shard_bytes <= cfg.shard_memory_gib * 2**30

@@ -83,7 +83,8 @@ def train_epochs(
     while not ended(state, cfg):
         try:
             batches = pairs.rest_of_epoch(state)
-            if not train_epoch(model, state, batches, worker, keeper, resumable=pairs.resumable):
+            between = pairs.validation if cfg.validate_every else None
+            if not train_epoch(model, state, batches, worker, keeper, resumable=pairs.resumable, between=between):
                 return
             train, val = state.sums.means(), {}
             if pairs.validation:
@@ -178,11 +179,13 @@ def train_epoch(
     keeper: Keeper | None,
     *,
     resumable: bool,
+    between: Held | None = None,
 ) -> bool:
     """The rest of an epoch, into `state.sums`; saved in between where its order can be picked up there again.
 
     False: it was asked to stop; what was done is saved, and every worker returns at the same step. Of an epoch that
     is not resumable, being streamed, nothing is saved: the end of the one before is where the run goes on.
+    `between`: this worker's validation pairs, where steps are judged within the epoch; that time is not training's.
     """
     cfg, sums = worker.cfg, state.sums
     state.objective.train()
@@ -190,6 +193,8 @@ def train_epoch(
     began = mark = time.perf_counter()
     for batch, event_BE, target_BD in batches:
         sums.data_wait_seconds += time.perf_counter() - mark
+        if between and state.step % cfg.validate_every == 0 and (sums.batches or not state.step):
+            began += validate_between(state, between, worker, keeper)
         done = training_step(
             model,
             state.optimizer,
@@ -217,6 +222,17 @@ def train_epoch(
             return False
         mark = time.perf_counter()
     return True
+
+
+def validate_between(state: TrainState, mine: Held, worker: Worker, keeper: Keeper | None) -> float:
+    """Validates before a step and tells of it; the seconds that this took."""
+    began = time.perf_counter()
+    val = validate(state.objective, mine, worker, f"epoch {state.epoch + 1}, step {state.step}")
+    state.objective.train()
+    seconds = time.perf_counter() - began
+    if keeper:
+        keeper.journal.validation(state.step, val=val, seconds=seconds, trained_seconds=state.sums.seconds)
+    return seconds
 
 
 @torch.no_grad()

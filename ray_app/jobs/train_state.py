@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ray_app.config import TrainConfig
 from ray_app.core.adapter import STRATEGIES, Adapter, AdapterConfig, build_adapter, num_parameters
+from ray_app.core.adapter_token import TokenAdapter
 from ray_app.core.augment import Augmentation
 from ray_app.core.layers import Start
 from ray_app.core.losses import AlignmentObjective, CompressedObjective, LossWeights
@@ -158,11 +159,11 @@ def adapter_config(cfg: TrainConfig, store: PairStore) -> AdapterConfig:
         )
     event, target = store.feature("event"), store.feature("target")
     strategy = STRATEGIES[cfg.strategy]
-    if sequences and (strategy.NEEDS in ("subspaces", "pairs") or cfg.init == "spectral"):
+    if sequences and not issubclass(strategy, TokenAdapter):
         raise ConfigError(
-            f"{cfg.strategy} begins with subspaces of whole features, and these are sequences of different lengths, "
-            "which have a mask in the token adapters alone; use one of: "
-            + ", ".join(name for name in STRATEGIES if name.startswith("token_"))
+            f"{cfg.strategy} takes whole features, and these are sequences of different lengths, whose mask "
+            "the token adapters alone keep; use one of: "
+            + ", ".join(name for name, each in STRATEGIES.items() if issubclass(each, TokenAdapter))
         )
     return AdapterConfig(
         cfg.strategy,
@@ -192,11 +193,15 @@ def make_objective(cfg: TrainConfig, store: PairStore, adapter: Adapter, start: 
         next_position=cfg.next_position_weight,
     )
     kind = CompressedObjective if cfg.space == "compressed" else AlignmentObjective
+    return kind(adapter, weights, augmentation(cfg, store), start["target_mean"] if cfg.centred_weight else None)
+
+
+def augmentation(cfg: TrainConfig, store: PairStore) -> Augmentation | None:
+    """What a run asks for. ConfigError where the features are no images."""
     changes = {name: getattr(cfg, name) for name in ("flip", "shift", "event_dropout", "event_noise")}
-    augmentation = None
-    if any(changes.values()):
-        augmentation = Augmentation(store.feature("event").shape, store.feature("target").shape, **changes)
-    return kind(adapter, weights, augmentation, start["target_mean"] if cfg.centred_weight else None)
+    if not any(changes.values()):
+        return None
+    return Augmentation(store.feature("event").shape, store.feature("target").shape, **changes)
 
 
 def parameters(cfg: TrainConfig, store: PairStore) -> int:
