@@ -1,5 +1,6 @@
 """What the endpoint is told: arguments, and config.yaml field by field, since Ray ignores what it does not know."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from ray.serve.schema import (
 from ray_app import cli
 from ray_app.config import EndpointConfig, ServeConfig
 from ray_app.errors import CheckpointError, ConfigError, RegistryError
-from ray_app.jobs.serve import end_of, environment, resolved
+from ray_app.jobs.proxy_end import end_of
+from ray_app.jobs.serve import environment, resolved
 from serve.app import build_app, checked, local_app
 from serve.deployment import DEPLOYMENT, replica_options
 
@@ -114,6 +116,25 @@ def test_a_proxy_that_outlived_its_cluster_is_ended_and_no_other(tmp_path: Path)
     assert other.poll() is None
     other.kill()
     other.wait()
+
+
+def test_a_proxy_ends_where_its_endpoint_was_killed_with_all_of_its_group(tmp_path: Path) -> None:
+    proxy = f"import time; print('here', flush=True); time.sleep(60)  # {tmp_path}/haproxy.cfg"
+    endpoint = f"""
+import pathlib, subprocess, sys
+from ray_app.jobs.proxy_end import watched
+with watched(pathlib.Path({str(tmp_path)!r})):
+    subprocess.run([sys.executable, "-c", {proxy!r}], start_new_session=True)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(
+        [sys.executable, "-c", endpoint], stdout=subprocess.PIPE, env=environment, start_new_session=True
+    )
+    assert started.stdout is not None
+    assert started.stdout.readline() == b"here\n"
+    os.killpg(started.pid, signal.SIGKILL)
+    assert started.stdout.read() == b""  # the proxy was the last that held it
+    assert started.wait() == -signal.SIGKILL
 
 
 def test_two_endpoints_on_one_machine_do_not_share_haproxys_files(tmp_path: Path) -> None:

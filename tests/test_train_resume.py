@@ -17,8 +17,8 @@ from ray_app.jobs.held import Held
 from ray_app.jobs.journal import Journal, entries
 from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.run_folder import RunFolder, place
-from ray_app.jobs.train import stop_when_terminated
 from ray_app.jobs.tracking import points
+from ray_app.jobs.train import stop_when_terminated
 from ray_app.jobs.train_loop import Worker, back_off, held_batches, train_epoch, validate
 from ray_app.jobs.train_state import Keeper, TrainState, agreed_place, resume_or_init
 from ray_app.store.checkpoint import save_training_state

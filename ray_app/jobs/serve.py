@@ -15,7 +15,6 @@ import socket
 import sys
 import tempfile
 import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from rich.console import Console
 
 from ray_app.config import ServeConfig, TrackingFlags
 from ray_app.errors import ConfigError, ResourceError
+from ray_app.jobs.proxy_end import watched
 from ray_app.jobs.registry import best_of_run
 from ray_app.jobs.tracking import tracking_uri
 
@@ -56,20 +56,20 @@ def run_serve(cfg: ServeConfig) -> dict[str, Any]:
 
         local_app = importlib.import_module("serve.app").local_app
         app = local_app(resolved(cfg))
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1" if cfg.loopback else None,
-        )
-        for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which puts its own in their place
-            signal.signal(number, lambda *_: stop.set())
-        try:
-            return serve_until(cfg, app, stop, haproxy)
-        finally:
-            ray.shutdown()
-            end_of(Path(scratch))
+        with watched(Path(scratch)):
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1" if cfg.loopback else None,
+            )
+            for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which puts its own in their place
+                signal.signal(number, lambda *_: stop.set())
+            try:
+                return serve_until(cfg, app, stop, haproxy)
+            finally:
+                ray.shutdown()
 
 
 def serve_until(cfg: ServeConfig, app: Any, stop: threading.Event, haproxy: bool) -> dict[str, Any]:
@@ -154,6 +154,9 @@ def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[s
     values = {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # Threads of a forward pass that wait for one another let go of the core: where something else needs it too, a
+        # pass of two that spin took 12 times as long.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "MALLOC_ARENA_MAX": "2",  # glibc keeps an arena for each thread, and what is freed there stays there
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DRAIN_S,
     }
@@ -187,18 +190,6 @@ def require_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ResourceError(f"{host}:{port} cannot be used: {error.strerror}; try another --port.") from error
-
-
-def end_of(scratch: Path) -> list[int]:
-    """Ends the HAProxy of this endpoint, if it is still there: it belongs to no process of Ray's, and outlives them
-    where they were ended before they could end it. Returns the ids of the processes."""
-    ended = []
-    for command in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):  # gone meanwhile, or another user's
-            if f"{scratch}/".encode() in command.read_bytes():
-                os.kill(number := int(command.parent.name), signal.SIGTERM)
-                ended.append(number)
-    return ended
 
 
 def free_block(host: str) -> int:
