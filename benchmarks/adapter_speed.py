@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from provenance import RESULTS, provenance
 
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.core.adapter import STRATEGIES, AdapterConfig, build_adapter, num_parameters
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.jobs.cluster import cluster

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from provenance import provenance, save
 
-from ray_app.config import EvaluateConfig, TrainConfig
+from ray_app.config.judge import EvaluateConfig
+from ray_app.config.train import TrainConfig
 from ray_app.core.adapter import STRATEGIES
 from ray_app.jobs.cluster import cluster
 from ray_app.jobs.evaluate import run_evaluate

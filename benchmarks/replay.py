@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from provenance import save
 
-from ray_app.config import ReplayConfig
+from ray_app.config.draft import ReplayConfig
 from ray_app.core.draft_replay import DRAFTERS, RowReplay, contiguous_folds, replay_rows
 from ray_app.core.draft_summary import ReplayedRow, details, summarise
 from ray_app.core.drafters import Answered, Drafter

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from provenance import save
 
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.jobs.held import Held
 from ray_app.jobs.journal import Journal, entries
 from ray_app.jobs.lanes import Lanes

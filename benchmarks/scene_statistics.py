@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from provenance import provenance
 
-from ray_app.config import SplitConfig
+from ray_app.config.base import SplitConfig
 from ray_app.events.render import event_image
 from ray_app.events.scenes import Scene
 from ray_app.jobs.building import resized

@@ -57,7 +57,7 @@ def app(checkpoint: Path, port: int) -> None:
 
     import uvicorn
 
-    from ray_app.config import EndpointConfig
+    from ray_app.config.serve import EndpointConfig
     from serve.api import build_api
     from serve.deployment import threads_for
     from serve.edge import Edge

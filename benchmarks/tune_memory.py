@@ -20,7 +20,7 @@ import yaml
 from chaos import title
 from provenance import save
 
-from ray_app.config import SplitConfig
+from ray_app.config.base import SplitConfig
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 

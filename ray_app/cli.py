@@ -18,8 +18,9 @@ import tyro
 import yaml
 from rich.console import Console
 
-from ray_app import config as c
 from ray_app.commands import COMMANDS, Command
+from ray_app.config.base import Config
+from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError, RayAppError
 from ray_app.jobs.environment import set_defaults
 
@@ -128,7 +129,7 @@ def split_trailing(command: Command, argv: list[str]) -> tuple[list[str], list[s
 
 def parse(
     name: str, command: Command, config_file: Path | None, argv: list[str], trailing: Sequence[str] = ()
-) -> c.Config:
+) -> Config:
     """The command's config from YAML and flags. A wrong flag ends the process with code 2 and a hint."""
     if trailing:
         return parse(name, command, config_file, [*argv, f"--{command.trailing}", "-"]).model_copy(
@@ -142,7 +143,7 @@ def parse(
         if leading:
             leading = [f"--{command.positional.replace('_', '-')}", *leading]
     from_yaml = yaml_flags(config_file, command.config) if config_file else []
-    from_yaml = resumed_flags(argv) + from_yaml if command.config is c.TrainConfig else from_yaml
+    from_yaml = resumed_flags(argv) + from_yaml if command.config is TrainConfig else from_yaml
     description = f"{command.config.__doc__}\n\nusage: ray-app {command.usage}\n\n{EVERYWHERE}"
     return tyro.cli(
         command.config, prog=f"ray-app {name}", description=description, args=[*from_yaml, *leading, *argv]
@@ -159,7 +160,7 @@ SettingsLoader.yaml_implicit_resolvers = yaml.SafeLoader.yaml_implicit_resolvers
 }
 
 
-def yaml_flags(path: Path, config: type[c.Config]) -> list[str]:
+def yaml_flags(path: Path, config: type[Config]) -> list[str]:
     """The YAML file as flags. Unknown keys and nested values raise `ConfigError`."""
     try:
         settings = yaml.load(path.read_text(), SettingsLoader)

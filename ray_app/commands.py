@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from ray_app import config as c
+from ray_app.config import base, draft, jobs, judge, prepare, serve, train, tune
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
     """One command: its settings, and the functions that run it and print its result."""
 
-    config: type[c.Config]
+    config: type[base.Config]
     module: str
     """Module below `ray_app.jobs` with `run_<function>` and `render_<function>`."""
     function: str
@@ -28,21 +28,21 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "quickstart": Command(
-        c.QuickstartConfig,
+        tune.QuickstartConfig,
         "quickstart",
         "quickstart",
         "quickstart",
         "everything below, small, on this machine",
     ),
     "prepare scenes": Command(
-        c.PrepareScenes,
+        prepare.PrepareScenes,
         "prepare",
         "prepare",
         "prepare scenes --out STORE",
         "a pair store of rendered driving scenes",
     ),
     "prepare video": Command(
-        c.PrepareVideo,
+        prepare.PrepareVideo,
         "prepare",
         "prepare",
         "prepare video FILE… --out STORE",
@@ -50,7 +50,7 @@ COMMANDS: dict[str, Command] = {
         "files",
     ),
     "prepare eventgpt": Command(
-        c.PrepareEventGpt,
+        prepare.PrepareEventGpt,
         "prepare",
         "prepare",
         "prepare eventgpt DIR --out STORE",
@@ -58,7 +58,7 @@ COMMANDS: dict[str, Command] = {
         "root",
     ),
     "prepare dsec": Command(
-        c.PrepareDsec,
+        prepare.PrepareDsec,
         "prepare",
         "prepare",
         "prepare dsec ROOT --out STORE",
@@ -66,7 +66,7 @@ COMMANDS: dict[str, Command] = {
         "root",
     ),
     "prepare davis": Command(
-        c.PrepareDavis,
+        prepare.PrepareDavis,
         "prepare",
         "prepare",
         "prepare davis FILE… --out STORE",
@@ -74,7 +74,7 @@ COMMANDS: dict[str, Command] = {
         "files",
     ),
     "inspect": Command(
-        c.InspectConfig,
+        prepare.InspectConfig,
         "inspect",
         "inspect",
         "inspect STORE",
@@ -82,14 +82,14 @@ COMMANDS: dict[str, Command] = {
         "store",
     ),
     "train": Command(
-        c.TrainConfig,
+        train.TrainConfig,
         "train",
         "train",
         "train --store STORE --out RUN",
         "train an adapter with Ray Train",
     ),
     "tune": Command(
-        c.TuneConfig,
+        tune.TuneConfig,
         "tune",
         "tune",
         "tune FILE | --resume SWEEP | --watch SWEEP",
@@ -97,7 +97,7 @@ COMMANDS: dict[str, Command] = {
         "file",
     ),
     "sync": Command(
-        c.SyncConfig,
+        tune.SyncConfig,
         "tracking_sync",
         "sync",
         "sync RUN…",
@@ -105,14 +105,14 @@ COMMANDS: dict[str, Command] = {
         "runs",
     ),
     "evaluate": Command(
-        c.EvaluateConfig,
+        judge.EvaluateConfig,
         "evaluate",
         "evaluate",
         "evaluate --store STORE --checkpoint CKPT --out DIR",
         "metrics of the test part beside every control, and report.html",
     ),
     "compare": Command(
-        c.CompareConfig,
+        judge.CompareConfig,
         "compare",
         "compare",
         "compare CKPT… --store STORE --out DIR",
@@ -120,14 +120,14 @@ COMMANDS: dict[str, Command] = {
         "checkpoints",
     ),
     "benchmark": Command(
-        c.BenchmarkConfig,
+        judge.BenchmarkConfig,
         "benchmark",
         "benchmark",
         "benchmark --store STORE --checkpoint CKPT --out DIR",
         "the whole store through a checkpoint, with throughput",
     ),
     "promote": Command(
-        c.PromoteConfig,
+        judge.PromoteConfig,
         "promote",
         "promote",
         "promote RUN | --rollback | --list",
@@ -135,7 +135,7 @@ COMMANDS: dict[str, Command] = {
         "run",
     ),
     "capture": Command(
-        c.CaptureConfig,
+        draft.CaptureConfig,
         "capture",
         "capture",
         "capture CLIPS… --target DIR --drafter DIR --out TRACES",
@@ -143,14 +143,14 @@ COMMANDS: dict[str, Command] = {
         "clips",
     ),
     "serve": Command(
-        c.ServeConfig,
+        serve.ServeConfig,
         "serve",
         "serve",
         "serve [--checkpoint CKPT]",
         "the endpoint on this machine: the champion over HTTP",
     ),
     "replay": Command(
-        c.ReplayConfig,
+        draft.ReplayConfig,
         "replay",
         "replay",
         "replay TRACES…",
@@ -158,7 +158,7 @@ COMMANDS: dict[str, Command] = {
         "traces",
     ),
     "proxy": Command(
-        c.ProxyConfig,
+        draft.ProxyConfig,
         "proxy",
         "proxy",
         "proxy TRACES… --adapter CKPT… --out DIR",
@@ -166,7 +166,7 @@ COMMANDS: dict[str, Command] = {
         "traces",
     ),
     "import-checkpoint": Command(
-        c.ImportCheckpointConfig,
+        tune.ImportCheckpointConfig,
         "import_checkpoint",
         "import_checkpoint",
         "import-checkpoint FILE --out CKPT",
@@ -174,7 +174,7 @@ COMMANDS: dict[str, Command] = {
         "file",
     ),
     "submit": Command(
-        c.SubmitConfig,
+        jobs.SubmitConfig,
         "submit",
         "submit",
         "submit [FLAGS] -- COMMAND …",
@@ -183,14 +183,14 @@ COMMANDS: dict[str, Command] = {
         exit_code="exit_code",
     ),
     "jobs list": Command(
-        c.JobsConfig,
+        jobs.JobsConfig,
         "jobs",
         "jobs_list",
         "jobs list",
         "the jobs of a cluster",
     ),
     "jobs logs": Command(
-        c.JobLogsConfig,
+        jobs.JobLogsConfig,
         "jobs",
         "jobs_logs",
         "jobs logs JOB",
@@ -199,7 +199,7 @@ COMMANDS: dict[str, Command] = {
         exit_code="exit_code",
     ),
     "jobs stop": Command(
-        c.JobConfig,
+        jobs.JobConfig,
         "jobs",
         "jobs_stop",
         "jobs stop JOB",
@@ -207,7 +207,7 @@ COMMANDS: dict[str, Command] = {
         "job",
     ),
     "doctor": Command(
-        c.DoctorConfig,
+        jobs.DoctorConfig,
         "doctor",
         "doctor",
         "doctor",

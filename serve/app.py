@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from ray import serve
 
-from ray_app.config import EndpointConfig
+from ray_app.config.serve import EndpointConfig
 from ray_app.errors import ConfigError
 
 from .auth import read_tokens

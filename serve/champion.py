@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ray_app.config import MODEL_URI
+from ray_app.config.base import MODEL_URI
 from ray_app.errors import CheckpointError, RegistryError
 from ray_app.store.checkpoint import SUMS
 from ray_app.store.durable import sha256_file

@@ -6,7 +6,7 @@ import torch
 from ray import serve
 from starlette.types import ASGIApp
 
-from ray_app.config import EndpointConfig
+from ray_app.config.serve import EndpointConfig
 
 from .api import build_api
 from .edge import Edge

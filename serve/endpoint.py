@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.types import Receive
 
-from ray_app.config import EndpointConfig
+from ray_app.config.serve import EndpointConfig
 from ray_app.core.metrics import THETAS, rate_key
 
 from .auth import Keys

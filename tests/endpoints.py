@@ -17,7 +17,7 @@ import numpy as np
 import uvicorn
 from mlflow_process import free_port
 
-from ray_app.config import EndpointConfig
+from ray_app.config.serve import EndpointConfig
 from ray_app.core.adapter import AdapterConfig, build_adapter
 from ray_app.store.checkpoint import save_checkpoint
 from ray_app.store.manifest import Features, FeatureSpec

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ray_app.config import SplitConfig, TrainConfig, flat
+from ray_app.config.base import SplitConfig, flat
+from ray_app.config.train import TrainConfig
 from ray_app.core.adapter import AdapterConfig, build_adapter
 from ray_app.store.checkpoint import save_checkpoint
 from ray_app.store.pair_store import PairStore

@@ -14,7 +14,7 @@ SERVE_MAY = {"sources.npy", "sources.images", "events.render"}
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     # layer: (layers of ours it may import, foreign packages it may import)
     "errors": (set(), set()),
-    "config": ({"errors"}, {"pydantic"}),
+    "config": ({"config", "errors"}, {"pydantic"}),
     "core": ({"core", "errors"}, {"torch", "numpy"}),
     "events": ({"events", "errors"}, {"numpy"}),
     "sources": ({"sources", "events", "errors"}, {"numpy", "PIL", "h5py", "hdf5plugin", "av", "yaml", "aedat"}),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM, VideoLlavaForConditionalGeneration, VideoLlavaImageProcessor
 
 from ray_app import cli, errors
-from ray_app.config import CaptureConfig, ReplayConfig
+from ray_app.config.draft import CaptureConfig, ReplayConfig
 from ray_app.core.draft_replay import DRAFTERS
 from ray_app.core.drafters import Answered, Prompt
 from ray_app.core.speculative import verify_greedy

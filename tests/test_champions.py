@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow_process import MlflowServer
 
-from ray_app.config import PromoteConfig
+from ray_app.config.judge import PromoteConfig
 from ray_app.errors import ConfigError, RegistryError
 from ray_app.jobs import turn as turn_module
 from ray_app.jobs.champion_log import ChampionLog, Entry, move, predecessor, read_log, reigns, settle

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ray_app import cli
-from ray_app.config import Config, TrainConfig
+from ray_app.config.base import Config
+from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ from pages import assert_has_words, assert_light_and_dark, assert_opens, assert_
 from small_runs import make_run
 
 from ray_app import cli
-from ray_app.config import CompareConfig, EvaluateConfig
+from ray_app.config.judge import CompareConfig, EvaluateConfig
 from ray_app.errors import StoreError
 from ray_app.jobs.compare import run_compare
 from ray_app.jobs.evaluate import run_evaluate

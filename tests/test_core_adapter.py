@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_adapters import small_adapter
 
-from ray_app.config import Strategy
+from ray_app.config.base import Strategy
 from ray_app.core.adapter import STRATEGIES, AdapterConfig, build_adapter, num_parameters
 from ray_app.core.noise import BatchNoise, mix
 from ray_app.errors import ConfigError

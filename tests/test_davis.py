@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ray_app import cli
-from ray_app.config import PrepareDavis
+from ray_app.config.prepare import PrepareDavis
 from ray_app.errors import InputError
 from ray_app.events.recording import Events
 from ray_app.events.render import equal_counts, event_image

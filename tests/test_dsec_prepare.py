@@ -10,7 +10,7 @@ from dsec_writer import DsecFiles, random_events
 from numpy_source import SMALL
 
 from ray_app import cli
-from ray_app.config import PrepareDsec
+from ray_app.config.prepare import PrepareDsec
 from ray_app.errors import ConfigError
 from ray_app.jobs.building import build_task, claim, finish
 from ray_app.jobs.prepare import run_prepare, source_of

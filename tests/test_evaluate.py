@@ -15,7 +15,8 @@ from ray.util import placement_group, remove_placement_group
 from rich.console import Console
 from small_runs import keys, make_run
 
-from ray_app.config import EvaluateConfig, SplitConfig
+from ray_app.config.base import SplitConfig
+from ray_app.config.judge import EvaluateConfig
 from ray_app.errors import CheckpointError, RegistryError, ResourceError, StoreError
 from ray_app.jobs import judge
 from ray_app.jobs.evaluate import claim_report_folder, render_evaluate, run_evaluate, varied

@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 from small_runs import keys, make_run
 
-from ray_app.config import BenchmarkConfig, EvaluateConfig, SplitConfig
+from ray_app.config.base import SplitConfig
+from ray_app.config.judge import BenchmarkConfig, EvaluateConfig
 from ray_app.jobs import benchmark
 from ray_app.jobs.benchmark import render_benchmark, run_benchmark
 from ray_app.jobs.evaluate import run_evaluate

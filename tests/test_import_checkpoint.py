@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_app import cli
-from ray_app.config import ImportCheckpointConfig
+from ray_app.config.tune import ImportCheckpointConfig
 from ray_app.errors import CheckpointError
 from ray_app.jobs.import_checkpoint import run_import_checkpoint
 from ray_app.store.checkpoint import load_checkpoint

@@ -10,7 +10,7 @@ from pages import assert_has_words, assert_light_and_dark, assert_stands_alone
 from PIL import Image
 from rich.console import Console
 
-from ray_app.config import InspectConfig
+from ray_app.config.prepare import InspectConfig
 from ray_app.errors import ConfigError, StoreError
 from ray_app.jobs.inspect import render_inspect, run_inspect
 from ray_app.store.manifest import Features, FeatureSpec

@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from ray_app.config import InspectConfig, SplitConfig
+from ray_app.config.base import SplitConfig
+from ray_app.config.prepare import InspectConfig
 from ray_app.core.likeness import CELLS, NEAR, brightness, most_alike, sketches
 from ray_app.events.recording import Events
 from ray_app.events.render import drawn_shares, event_image

@@ -15,7 +15,8 @@ from numpy_source import SMALL, NumpySource
 from s3_process import S3
 
 from ray_app import cli
-from ray_app.config import InspectConfig, PrepareFlags, TrainConfig
+from ray_app.config.prepare import InspectConfig, PrepareFlags
+from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError, StoreError
 from ray_app.jobs.building import SCRATCH, build_task, claim, finish, finished
 from ray_app.jobs.inspect import run_inspect

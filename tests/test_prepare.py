@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from numpy_source import SMALL, NumpySource, build_store
 
-from ray_app.config import PrepareEventGpt, PrepareFlags, PrepareScenes, PrepareVideo
+from ray_app.config.prepare import PrepareEventGpt, PrepareFlags, PrepareScenes, PrepareVideo
 from ray_app.errors import StoreError
 from ray_app.jobs.building import BuiltTask, build_task, claim, finish, finished
 from ray_app.jobs.prepare import prepare, render_prepare, source_of

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from numpy_source import SMALL, NumpySource
 
-from ray_app.config import PrepareFlags, PrepareScenes
+from ray_app.config.prepare import PrepareFlags, PrepareScenes
 from ray_app.jobs.building import SCRATCH, SETTINGS
 from ray_app.jobs.prepare import prepare, run_prepare
 from ray_app.sources.base import RawPair, Rejected, SourceTask

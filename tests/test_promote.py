@@ -16,7 +16,7 @@ from rich.console import Console
 from small_runs import make_run
 
 from ray_app import cli
-from ray_app.config import EvaluateConfig, PromoteConfig
+from ray_app.config.judge import EvaluateConfig, PromoteConfig
 from ray_app.errors import CheckpointError, ConfigError, RegistryError
 from ray_app.jobs import promote as promote_module
 from ray_app.jobs.bench import Bench

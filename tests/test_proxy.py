@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ray_app.config import EvaluateConfig, ProxyConfig, ReplayConfig
+from ray_app.config.draft import ProxyConfig, ReplayConfig
+from ray_app.config.judge import EvaluateConfig
 from ray_app.core.adapter import AdapterConfig, build_adapter
 from ray_app.core.drafters import Answered, Prompt
 from ray_app.core.proxy import Places, cosines, judge, rank_correlation, spearman

@@ -10,7 +10,7 @@ from pages import assert_has_words, assert_light_and_dark, assert_stands_alone
 from rich.console import Console
 
 from ray_app import cli
-from ray_app.config import ReplayConfig
+from ray_app.config.draft import ReplayConfig
 from ray_app.core.draft_cost import RowCost, StepTimes, row_cost
 from ray_app.core.draft_replay import RowReplay
 from ray_app.core.draft_summary import METRICS, ReplayedRow, details, match_rate_by_shift, summarise

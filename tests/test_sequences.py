@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ray_app.config import EvaluateConfig, TrainConfig
+from ray_app.config.judge import EvaluateConfig
+from ray_app.config.train import TrainConfig
 from ray_app.core.adapter import STRATEGIES, Adapter, AdapterConfig, build_adapter, num_parameters
 from ray_app.core.evaluation import TrainingMeans, pair_cosine
 from ray_app.core.losses import AlignmentObjective, LossWeights

@@ -9,7 +9,7 @@ import pytest
 from endpoints import WIDTH, LocalServer, local_server, make_checkpoint
 
 from ray_app import cli
-from ray_app.config import ServeConfig
+from ray_app.config.serve import ServeConfig
 from ray_app.errors import ConfigError
 from ray_app.jobs.serve import new_token
 from serve import auth

@@ -20,7 +20,7 @@ from ray.serve.schema import (
 )
 
 from ray_app import cli
-from ray_app.config import EndpointConfig, ServeConfig
+from ray_app.config.serve import EndpointConfig, ServeConfig
 from ray_app.errors import CheckpointError, ConfigError, RegistryError
 from ray_app.jobs.proxy_end import end_of
 from ray_app.jobs.serve import environment, resolved

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.core.evaluation import AlignmentEvaluator
 from ray_app.core.step import decode
 from ray_app.errors import CheckpointError, ConfigError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_app.config import SplitConfig
+from ray_app.config.base import SplitConfig
 from ray_app.store import split as split_module
 from ray_app.store.pair_store import PairIndex, previous_window
 from ray_app.store.split import closest_subset, overlapping_share, split_pairs

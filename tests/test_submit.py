@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ray_head import Head, Relay, ray_head
 
-from ray_app.config import SubmitConfig
+from ray_app.config.jobs import SubmitConfig
 from ray_app.errors import ConfigError, ResourceError
 from ray_app.jobs.job_client import JobLog
 from ray_app.jobs.submit import entrypoint, job_environment, staged

@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from ray_app import cli
-from ray_app.config import TrainConfig, TuneConfig
+from ray_app.config.train import TrainConfig
+from ray_app.config.tune import TuneConfig
 from ray_app.core.evaluation import AlignmentEvaluator, Controls, derangement
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.errors import ConfigError, ResourceError, StoreError

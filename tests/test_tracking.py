@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow_process import MlflowServer, free_port
 
 from ray_app import cli
-from ray_app.config import TrackingFlags
+from ray_app.config.base import TrackingFlags
 from ray_app.errors import ConfigError, StoreError
 from ray_app.jobs import tracking
 from ray_app.jobs.journal import Journal, entries

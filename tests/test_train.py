@@ -19,7 +19,7 @@ import torch
 from mlflow import MlflowClient
 
 from ray_app import cli
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError, ResourceError, StoreError, TrainingError
 from ray_app.jobs.cluster import ClusterInfo, require
 from ray_app.jobs.journal import Journal, entries

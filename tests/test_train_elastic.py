@@ -13,7 +13,7 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.jobs.held import Held
 from ray_app.jobs.journal import Journal, entries
 from ray_app.jobs.lanes import Lanes

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.errors import RunInterrupted, StoreError, TrainingError
 from ray_app.jobs import train_loop
 from ray_app.jobs.held import Held

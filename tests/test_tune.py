@@ -20,7 +20,9 @@ from mlflow import MlflowClient
 from numpy_source import NumpySource, build_store
 
 from ray_app import cli
-from ray_app.config import EvaluateConfig, SplitConfig, TuneConfig
+from ray_app.config.base import SplitConfig
+from ray_app.config.judge import EvaluateConfig
+from ray_app.config.tune import TuneConfig
 from ray_app.errors import ConfigError, StoreError
 from ray_app.jobs.evaluate import run_evaluate
 from ray_app.jobs.journal import entries

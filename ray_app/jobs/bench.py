@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from torch import Tensor
 
-from ray_app.config import PromoteConfig
+from ray_app.config.judge import PromoteConfig
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.errors import CheckpointError, ConfigError
 from ray_app.jobs.champion_log import read_log

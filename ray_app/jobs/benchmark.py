@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.config import BenchmarkConfig
+from ray_app.config.judge import BenchmarkConfig
 from ray_app.core.evaluation import CONTROLS, AlignmentEvaluation
 from ray_app.core.metrics import THETA, THETAS, AlignmentCounts, rate_key
 from ray_app.jobs.cluster import cluster

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ray_app.config import Config
+from ray_app.config.base import Config
 from ray_app.errors import InputError, StoreError
 from ray_app.events.windows import parse_duration
 from ray_app.sources.base import RawPair, Rejected, Source, SourceTask

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ray_app import errors
-from ray_app.config import CaptureConfig
+from ray_app.config.draft import CaptureConfig
 from ray_app.errors import InputError, ResourceError, StoreError
 from ray_app.events.windows import parse_duration
 from ray_app.jobs.capturer import Capturer, Plan

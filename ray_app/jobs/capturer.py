@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_app.config import CaptureConfig
+from ray_app.config.draft import CaptureConfig
 from ray_app.errors import InputError, RayAppError
 from ray_app.jobs.live_models import Answer, LiveModel, load, same_tokens
 from ray_app.sources.base import Rejected

@@ -8,7 +8,7 @@ from mlflow.entities.model_registry import ModelVersion
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.config import PromoteConfig
+from ray_app.config.judge import PromoteConfig
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.errors import RegistryError
 from ray_app.jobs.champion_log import CHAMPION, ChampionLog, move, predecessor, read_log, settle

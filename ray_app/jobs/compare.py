@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.config import CompareConfig, flat
+from ray_app.config.base import flat
+from ray_app.config.judge import CompareConfig
 from ray_app.core.adapter import num_parameters
 from ray_app.core.evaluation import CONTROLS
 from ray_app.core.metrics import THETA, rate_key

@@ -24,7 +24,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.config import DoctorConfig, TrackingFlags
+from ray_app.config.base import TrackingFlags
+from ray_app.config.jobs import DoctorConfig
 from ray_app.errors import ConfigError
 from ray_app.jobs.listening import CONNECT_S, no_listener
 

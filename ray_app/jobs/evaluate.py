@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from ray_app.config import EvaluateConfig, JudgeFlags, SplitConfig, TrainConfig, flat
+from ray_app.config.base import SplitConfig, flat
+from ray_app.config.judge import EvaluateConfig, JudgeFlags
+from ray_app.config.train import TrainConfig
 from ray_app.core.evaluation import AlignmentEvaluation
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.errors import InputError, StoreError

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ray_app.config import ImportCheckpointConfig
+from ray_app.config.tune import ImportCheckpointConfig
 from ray_app.core.adapter import num_parameters
 from ray_app.errors import CheckpointError
 from ray_app.store.checkpoint import save_checkpoint

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.config import InspectConfig
+from ray_app.config.prepare import InspectConfig
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.jobs.cluster import cluster
 from ray_app.jobs.contact_sheet import write_contact_sheet

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.config import JobConfig, JobLogsConfig, JobsConfig
+from ray_app.config.jobs import JobConfig, JobLogsConfig, JobsConfig
 from ray_app.jobs.job_client import JobClient, show_ended
 
 

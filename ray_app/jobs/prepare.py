@@ -13,7 +13,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.config import (
+from ray_app.config.prepare import (
     PrepareDavis,
     PrepareDsec,
     PrepareEventGpt,

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from rich.console import Console
 
-from ray_app.config import PromoteConfig
+from ray_app.config.judge import PromoteConfig
 from ray_app.core.gate import Broken, Verdict, promotion_verdict
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.errors import CheckpointError

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_app import errors
-from ray_app.config import ProxyConfig, flat
+from ray_app.config.base import flat
+from ray_app.config.draft import ProxyConfig
 from ray_app.core.draft_replay import contiguous_folds
 from ray_app.core.drafters import Answered, States
 from ray_app.core.proxy import THETAS, Places, cosines, judge, rank_correlation

@@ -5,7 +5,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ray_app.config import EvaluateConfig, InspectConfig, PrepareScenes, PromoteConfig, QuickstartConfig, TrainConfig
+from ray_app.config.judge import EvaluateConfig, PromoteConfig
+from ray_app.config.prepare import InspectConfig, PrepareScenes
+from ray_app.config.train import TrainConfig
+from ray_app.config.tune import QuickstartConfig
 from ray_app.jobs.cluster import cluster
 from ray_app.jobs.evaluate import render_evaluate, run_evaluate
 from ray_app.jobs.inspect import run_inspect

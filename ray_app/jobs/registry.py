@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from ray_app.config import MODEL_URI, TrackingFlags
+from ray_app.config.base import MODEL_URI, TrackingFlags
 from ray_app.errors import CheckpointError, RegistryError
 from ray_app.jobs.run_folder import BEST, RUN, RunFolder
 from ray_app.jobs.tracking import ARTIFACTS, TRACKING_ERRORS, experiment_id, run_of_key, shown, tracking_uri

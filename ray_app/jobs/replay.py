@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_app import errors
-from ray_app.config import ReplayConfig
+from ray_app.config.draft import ReplayConfig
 from ray_app.core.draft_cost import StepTimes, row_cost
 from ray_app.core.draft_replay import DRAFTERS, RowReplay, contiguous_folds, replay_fold
 from ray_app.core.draft_summary import ReplayedRow, details, match_rate_by_shift, summarise

@@ -20,7 +20,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ray_app.config import ServeConfig, TrackingFlags
+from ray_app.config.base import TrackingFlags
+from ray_app.config.serve import ServeConfig
 from ray_app.errors import ConfigError, ResourceError
 from ray_app.jobs.proxy_end import watched
 from ray_app.jobs.registry import best_of_run

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from ray.data import Dataset
 
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.core.adapter import STRATEGIES
 from ray_app.core.compressed import compress
 from ray_app.core.layers import Needs, Start

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ray_app.config import SubmitConfig
+from ray_app.config.jobs import SubmitConfig
 from ray_app.errors import ConfigError, ResourceError
 from ray_app.jobs.job_client import JobClient, show_ended
 from ray_app.jobs.working_dir import files_of

@@ -17,7 +17,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.core.evaluation import Controls, TrainingMeans, derangement, fixed_controls
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.core.step import decode

@@ -15,7 +15,8 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from ray_app.config import TrainConfig, flat
+from ray_app.config.base import flat
+from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError
 from ray_app.jobs.journal import Journal
 from ray_app.jobs.run_folder import RUN

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 import torch
 
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.core.adapter import build_adapter
 from ray_app.core.compressed import SCALARS
 from ray_app.core.noise import BatchNoise

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_app.config import EvaluateConfig, PromoteConfig, TrainConfig, TuneConfig
+from ray_app.config.judge import EvaluateConfig, PromoteConfig
+from ray_app.config.train import TrainConfig
+from ray_app.config.tune import TuneConfig
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.jobs.evaluate import run_evaluate
 from ray_app.jobs.journal import Journal

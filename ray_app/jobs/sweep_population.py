@@ -15,7 +15,7 @@ from ray.tune import Checkpoint
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.errors import CheckpointError, TrainingError
 from ray_app.jobs.run_folder import RunFolder, place
 from ray_app.jobs.sweep_spec import Dimension, Setting, Space, Span

@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError
 
-from ray_app.config import Positive, SplitFlags, TrainConfig
+from ray_app.config.base import Positive, SplitFlags
+from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError
 
 Setting = dict[str, Any]

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray_app.config import TrackingFlags
+from ray_app.config.base import TrackingFlags
 from ray_app.jobs.journal import JOURNAL
 from ray_app.jobs.sweep_folder import SweepFolder
 from ray_app.jobs.tracking import Tracker, sync_run

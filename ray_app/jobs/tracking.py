@@ -18,7 +18,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from ray_app.config import TrackingFlags
+from ray_app.config.base import TrackingFlags
 from ray_app.errors import ConfigError, StoreError
 from ray_app.jobs.journal import JOURNAL, entries, follow
 from ray_app.store.checkpoint import SUMS

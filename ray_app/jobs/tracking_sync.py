@@ -5,7 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.config import SyncConfig, TrackingFlags
+from ray_app.config.base import TrackingFlags
+from ray_app.config.tune import SyncConfig
 from ray_app.errors import ConfigError
 from ray_app.jobs.registry import registry_errors
 from ray_app.jobs.run_folder import RunFolder

@@ -28,7 +28,8 @@ from ray.train.torch import TorchTrainer
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.config import TrainConfig, flat
+from ray_app.config.base import flat
+from ray_app.config.train import TrainConfig
 from ray_app.core.adapter import STRATEGIES
 from ray_app.core.start import check_rank
 from ray_app.errors import ConfigError, ResourceError, RunInterrupted, RunStopped, StoreError, TrainingError

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.core.evaluation import Controls
 from ray_app.core.losses import AlignmentObjective
 from ray_app.core.metrics import AlignmentCounts

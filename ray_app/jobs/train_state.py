@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.core.adapter import STRATEGIES, Adapter, AdapterConfig, build_adapter, num_parameters
 from ray_app.core.adapter_token import TokenAdapter
 from ray_app.core.augment import Augmentation

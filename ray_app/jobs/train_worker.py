@@ -9,7 +9,7 @@ import ray.train
 import torch
 from ray.train.torch import get_device
 
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.jobs import sweep_data
 from ray_app.jobs.journal import Journal
 from ray_app.jobs.lanes import Lanes

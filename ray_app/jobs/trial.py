@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from ray import tune
 
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.jobs.journal import Journal, entries, since_start
 from ray_app.jobs.run_folder import RunFolder

@@ -12,7 +12,7 @@ from ray import tune
 from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 
-from ray_app.config import TrainConfig
+from ray_app.config.train import TrainConfig
 from ray_app.jobs.journal import Journal, entries, follow, since_start
 from ray_app.jobs.sweep_data import Placed, begin
 from ray_app.jobs.train import group

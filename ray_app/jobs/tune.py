@@ -16,7 +16,8 @@ import ray
 from ray import tune
 from rich.console import Console
 
-from ray_app.config import TuneConfig, flat
+from ray_app.config.base import flat
+from ray_app.config.tune import TuneConfig
 from ray_app.errors import ConfigError, ResourceError, RunInterrupted, RunStopped, StoreError, TrainingError
 from ray_app.jobs.cluster import ClusterInfo, cluster
 from ray_app.jobs.journal import Journal

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
-from ray_app.config import Config
+from ray_app.config.base import Config
 from ray_app.errors import StoreError
 from ray_app.store.durable import sha256_bytes
 from ray_app.store.place import Place, Where, place

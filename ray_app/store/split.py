@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ray_app.config import SplitConfig
+from ray_app.config.base import SplitConfig
 from ray_app.store.pair_store import PairIndex
 
 Rows = NDArray[np.int64]

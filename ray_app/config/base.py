@@ -1,0 +1,111 @@
+"""What all settings share: strict frozen models, common kinds of values, flags of several commands."""
+
+import os
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from ray_app.errors import ConfigError
+
+Strategy = Literal[
+    "lightweight",
+    "lightweight_reference",
+    "lightweight_subspace",
+    "linear",
+    "bottleneck",
+    "conv",
+    "lowrank",
+    "ridge",
+    "token_bottleneck",
+    "token_multilayer",
+    "token_wide",
+    "token_attention",
+    "token_causal",
+]
+"""Names of the adapters in `ray_app.core.adapter.STRATEGIES`; a test holds the two equal."""
+
+MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+"""A registered model by alias or by version."""
+
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+Positive = Annotated[int, Field(ge=1)]
+
+StorePlace = Annotated[str, BeforeValidator(os.fspath)]
+"""A folder, or a URI such as s3://bucket/store. Text, for a Path would make one slash of the two."""
+
+
+def _workers(value: Any) -> str:
+    """A number, or MIN:MAX; ConfigError otherwise."""
+    found = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", str(value))
+    if not found or int(found[1]) > int(found[2] or found[1]):
+        raise ConfigError(
+            f"--num-workers ({value}) must be a number from 1 on, or MIN:MAX with 1 ≤ MIN ≤ MAX, such as 1:8"
+        )
+    return str(value)
+
+
+Workers = Annotated[str, BeforeValidator(_workers)]
+"""A fixed number of workers, or the fewest and the most."""
+
+
+class Config(BaseModel):
+    """Frozen, and strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SplitConfig(Config):
+    """How pairs are divided. Computed from the store's index, never stored in it."""
+
+    by: Literal["sequence", "window"] = "sequence"
+    """`sequence` never cuts a drive; `window` is the reference's random split, which leaks, and says so."""
+    seed: int = 42
+    """Seed of the division."""
+    test: Share = 0.2
+    """Share of all pairs for the test part, which `evaluate` alone reads."""
+    val: Share = 0.1
+    """Share of the training part that is taken out of it for validation."""
+
+
+class SplitFlags(Config):
+    """The split as flat flags, the same on every command that makes one."""
+
+    split: Literal["sequence", "window"] = "sequence"
+    """Divide by whole drives, or by single windows at random as the reference did (leaks)."""
+    split_seed: int = 42
+    """Seed of the division."""
+    test_share: Share = 0.2
+    """Share of all pairs for the test part."""
+    val_share: Share = 0.1
+    """Share of the training part taken out of it for validation."""
+    durations: tuple[str, ...] = ()
+    """Window lengths to use, such as 1s; none named: all that the store has."""
+
+    @property
+    def split_config(self) -> SplitConfig:
+        return SplitConfig(by=self.split, seed=self.split_seed, test=self.test_share, val=self.val_share)
+
+
+class ClusterFlags(Config):
+    """Where a command runs."""
+
+    address: str | None = None
+    """Ray cluster to join (`auto`, host:port); default: RAY_ADDRESS, else one of its own on this machine."""
+
+
+class TrackingFlags(Config):
+    """Where runs and models are recorded."""
+
+    tracking_uri: str | None = None
+    """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
+    experiment: str = "alignment"
+    """MLflow experiment."""
+    model_name: str = "alignment-adapter"
+    """Name of the registered model."""
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """A config as JSON values, for MLflow parameters and provenance."""
+    return config.model_dump(mode="json")

@@ -1,0 +1,87 @@
+"""Settings of `evaluate`, `compare`, `benchmark` and `promote`."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from ray_app.config.base import ClusterFlags, Positive, SplitFlags, StorePlace, TrackingFlags
+from ray_app.errors import ConfigError
+
+
+class JudgeFlags(SplitFlags, ClusterFlags, TrackingFlags):
+    """What `evaluate` and `benchmark` share."""
+
+    store: StorePlace
+    """Pair store: a folder, or a URI such as s3://bucket/store."""
+    checkpoint: str
+    """Checkpoint folder, run folder (its best checkpoint), or models:/alignment-adapter@champion."""
+    out: Path
+    """Folder for alignment_metrics_<S>.json and report.html; files of these names are replaced."""
+    batch_size: Positive = 32
+    """Pairs per forward pass."""
+    use_gpu: bool = False
+    """Evaluate on a GPU."""
+
+
+class EvaluateConfig(JudgeFlags):
+    """Alignment metrics of a checkpoint on the test part, beside every control, and report.html."""
+
+    proxy: Path | None = None
+    """proxy.html of `ray-app proxy`, for report.html to link to: what cosine acceptance predicts about tokens."""
+
+
+class CompareConfig(SplitFlags, ClusterFlags, TrackingFlags):
+    """Several checkpoints on the same test pairs: acceptance, size, latency and pictures side by side."""
+
+    checkpoints: tuple[str, ...]
+    """Checkpoint folders, run folders (their best checkpoints), or models:/NAME@ALIAS."""
+    store: StorePlace
+    """Pair store: a folder, or a URI such as s3://bucket/store."""
+    out: Path
+    """Folder for comparison.json and comparison.html; files of these names are replaced."""
+    batch_size: Positive = 32
+    """Pairs per forward pass."""
+    use_gpu: bool = False
+    """Evaluate on a GPU."""
+
+
+class BenchmarkConfig(JudgeFlags):
+    """The whole store through a checkpoint: benchmark_adapter_full_<S>.json with throughput."""
+
+
+class PromoteConfig(SplitFlags, ClusterFlags, TrackingFlags):
+    """Register a checkpoint and make it champion if it beats the champion and every control.
+
+    Or, instead of a run: --rollback or --list.
+    """
+
+    run: str | None = None
+    """Run folder or checkpoint folder."""
+    rollback: bool = False
+    """Instead of a run: the alias goes back to who was champion before; again, one further back."""
+    list: bool = False
+    """Instead of a run: the versions with their metrics, who is champion, who was, when and why."""
+    store: StorePlace | None = None
+    """Pair store to judge on, a folder or a URI; default: the one the checkpoint was trained on."""
+    min_gain: float = Field(default=0.0, ge=0.0)
+    """How much cosine_accept_rate_0.80 must gain over the present champion."""
+    force: bool = False
+    """Move the alias whatever the verdict; recorded."""
+    batch_size: Positive = 32
+    """Pairs per forward pass."""
+    use_gpu: bool = False
+    """Evaluate on a GPU."""
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        asked = {"RUN": self.run, "--rollback": self.rollback, "--list": self.list}
+        given = [name for name, value in asked.items() if value]
+        if len(given) != 1:
+            raise ConfigError(
+                f"promote takes exactly one of RUN, --rollback and --list; given: {', '.join(given) or 'none'}. "
+                "For instance: ray-app promote runs/drive"
+            )
+        if self.rollback and self.force:
+            raise ConfigError("--force is for RUN; --rollback asks nobody.")
+        return self

@@ -1,0 +1,105 @@
+"""Settings of the endpoint and of `serve`."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ray_app.config.base import MODEL_URI, Config, Positive
+from ray_app.errors import ConfigError
+
+
+class EndpointConfig(Config):
+    """What the endpoint is told: the same for `ray-app serve`, serve/config.yaml and the app's builder."""
+
+    checkpoint: str = "models:/alignment-adapter@champion"
+    """models:/NAME@ALIAS, which is watched, models:/NAME/VERSION, or a checkpoint or run folder."""
+    tracking_uri: str | None = None
+    """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
+    name: str = Field(default="alignment-adapter", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """Name of the model in requests."""
+    tokens: Path | None = None
+    """File of bearer tokens, a line each; needed unless the endpoint is bound to loopback."""
+    open_access: bool = False
+    """Answer everyone without a token, on any interface: for a gateway that does the asking."""
+    num_replicas: Positive = 1
+    """Processes that answer."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward pass; auto: bf16 where the hardware multiplies it (AMX, GPUs)."""
+    use_gpu: bool = False
+    """One GPU for each replica."""
+    cpus_per_replica: float = Field(default=1.0, gt=0.0)
+    """CPUs, and threads of the forward pass, of each replica."""
+    max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Most pairs in a request, and in a forward pass."""
+    max_queue: Annotated[int, Field(ge=1)] = 64
+    """Most pairs that wait; a request that does not fit is answered 429."""
+    batch_wait_ms: float = Field(default=0.0, ge=0.0, le=1000.0)
+    """How long an idle replica waits for more pairs before it computes."""
+    max_body_mib: float = Field(default=32.0, gt=0.0)
+    """Largest request, as sent and inflated."""
+    max_json_mib: float = Field(default=8.0, gt=0.0)
+    """Largest JSON request: reading JSON holds everyone up, binary requests do not."""
+    timeout_s: float = Field(default=10.0, gt=0.0)
+    """Longest time of a request; a caller may ask for less."""
+    watch_s: float = Field(default=10.0, gt=0.0)
+    """Time between two looks at the alias or folder."""
+    traces: Path | None = None
+    """File that spans are appended to, a JSON object each; OTEL_EXPORTER_OTLP_ENDPOINT sends them instead."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.checkpoint.startswith("models:") and not MODEL_URI.fullmatch(self.checkpoint):
+            raise ConfigError(
+                f"--checkpoint '{self.checkpoint}' is no model; write models:/NAME@ALIAS or models:/NAME/VERSION, "
+                "for instance models:/alignment-adapter@champion."
+            )
+        if self.max_queue < self.max_batch:
+            raise ConfigError(
+                f"--max-queue ({self.max_queue}) must be at least --max-batch ({self.max_batch}), or a full request "
+                "never fits."
+            )
+        if self.tokens and self.open_access:
+            raise ConfigError("--tokens and --open-access contradict each other; give one of them.")
+        return self
+
+
+class ServeConfig(EndpointConfig):
+    """The endpoint on this machine: a champion or checkpoint over HTTP, until Ctrl-C or SIGTERM."""
+
+    host: str = "127.0.0.1"
+    """Interface to listen on; others than loopback need --tokens."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port to listen on."""
+    cpus_per_replica: float = Field(default=0.0, ge=0.0)
+    """CPUs, and threads of the forward pass, of each replica; 0: this machine's, divided by the replicas."""
+    proxy: Literal["auto", "haproxy", "python"] = "auto"
+    """What stands before the replicas; auto: HAProxy on Linux unless TLS is asked for, which it cannot do here."""
+    tls_cert: Path | None = None
+    """Certificate chain (PEM): answer HTTPS alone."""
+    tls_key: Path | None = None
+    """Its private key (PEM)."""
+    new_token: str | None = None
+    """Instead of serving: add a token of this name to --tokens, and print its secret once."""
+    scopes: tuple[Literal["infer", "admin"], ...] = ("infer",)
+    """What the new token may do."""
+
+    @model_validator(mode="after")
+    def _safe(self) -> Self:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("--tls-cert and --tls-key belong together; give both.")
+        if self.tls_cert and self.proxy == "haproxy":
+            raise ConfigError("--proxy haproxy cannot do TLS here; leave it out, or end TLS before it.")
+        if self.new_token and not self.tokens:
+            raise ConfigError("--new-token needs the file it goes to: --tokens FILE")
+        if not (self.new_token or self.tokens or self.open_access or self.loopback):
+            raise ConfigError(
+                f"--host {self.host} can be reached by others: give --tokens FILE (--new-token NAME makes one), or "
+                "--open-access where a gateway asks for them."
+            )
+        return self
+
+    @property
+    def loopback(self) -> bool:
+        """Only this machine can reach it."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")

@@ -1,0 +1,168 @@
+"""Settings of `train`, which are also what a sweep varies."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ray_app.config.base import ClusterFlags, Positive, SplitFlags, StorePlace, Strategy, TrackingFlags, Workers
+from ray_app.errors import ConfigError
+
+
+class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
+    """Train an adapter with Ray Train."""
+
+    store: StorePlace
+    """Pair store: a folder, or a URI such as s3://bucket/store."""
+    out: Path
+    """Folder of the run; must be new or empty."""
+    resume: Path | None = None
+    """Go on with the run in this folder. It gives --store, --out and all other settings; of these, only where and how
+    it runs may be given anew, such as --num-workers."""
+    strategy: Strategy = "lightweight"
+    """Adapter. The reference's: lightweight (its diagram), lightweight_reference (its code). For images: conv.
+    Between principal subspaces: lowrank, lightweight_subspace. Plain: linear, bottleneck. Solved: ridge.
+    For sequences of hidden states: token_bottleneck, token_multilayer, token_wide, token_attention, token_causal."""
+    hidden_dim: Positive | None = None
+    """Width of the hidden layers, channels of conv; default: the strategy's own (lightweight 512, conv 64, lowrank
+    256)."""
+    depth: Positive | None = None
+    """Blocks of conv, lowrank; default: the strategy's own (3, 1)."""
+    patch: Positive = 16
+    """Side of a patch of conv, in pixels."""
+    rank: Positive = 64
+    """Dimensions of the principal subspaces of lowrank, lightweight_subspace and --init spectral."""
+    init: Literal["random", "spectral"] = "random"
+    """spectral: full-width layers begin at the mean training target and the principal subspaces; conv, lowrank and
+    lightweight_subspace begin at the mean target in any case."""
+    space: Literal["full", "compressed"] = "full"
+    """compressed: lowrank and lightweight_subspace are trained on coordinates in the subspaces, with losses and
+    metrics that equal those at full width; what is saved is the full-width adapter."""
+    start: Path | None = None
+    """Means and subspaces that another run found on the same training pairs, RUN/start; default: computed here."""
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Dropout probability, where the adapter has dropout."""
+    num_epochs: Positive = 20
+    """Most epochs; early stopping may end sooner."""
+    batch_size: Positive = 32
+    """Pairs per optimizer step, summed over workers."""
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    """AdamW learning rate."""
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    """AdamW weight decay."""
+    grad_clip: float = Field(default=1.0, gt=0.0)
+    """Largest norm of the gradient."""
+    mse_weight: float = Field(default=1.0, ge=0.0)
+    """Weight of the mean squared error."""
+    cosine_weight: float = Field(default=0.5, ge=0.0)
+    """Weight of 1 − cosine."""
+    contrastive_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of the symmetric contrastive loss."""
+    mse_space: Literal["raw", "unit"] = "raw"
+    """Take the squared error on features, or on unit vectors as the reference did."""
+    accept_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of the soft rejection, sigmoid((θ − cosine) / temperature)."""
+    accept_thetas: tuple[Annotated[float, Field(ge=-1.0, le=1.0)], ...] = (0.8,)
+    """Each θ of it; their losses are averaged."""
+    accept_temperature: float = Field(default=0.05, gt=0.0)
+    """Temperature of it."""
+    centred_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of 1 − centred cosine: the mean training target taken off both sides."""
+    next_position_weight: float = Field(default=0.0, ge=0.0)
+    """For sequences: weight of 1 − cosine of each aligned token with the target's next one; made for token_causal."""
+    flip: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Augmentation: probability that both images of a pair are mirrored."""
+    shift: float = Field(default=0.0, ge=0.0, lt=0.5)
+    """Augmentation: both images are moved by up to this share of their sides."""
+    event_dropout: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Augmentation: up to this share of an image's event pixels is wiped out."""
+    event_noise: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Augmentation: up to this share of an image's pixels becomes red or blue."""
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    """Learning rate: halved where validation stands still, or a half cosine over --num-epochs, epoch by epoch."""
+    fit_on: Literal["train", "train+val"] = "train"
+    """train+val: the validation part trains too, for a last run of settings that are chosen already. Nothing stops
+    early then, the learning rate goes by the training loss, and the last epoch's checkpoint is the result."""
+    plateau_patience: int = Field(default=2, ge=0)
+    """Epochs without a better validation loss before the learning rate is halved."""
+    early_stop_patience: int = Field(default=5, ge=1)
+    """Epochs without a better validation loss before training ends."""
+    validate_every: int = Field(default=0, ge=0)
+    """Also validate before the first step and, within each epoch, after every so many steps, for a finer curve; the
+    best checkpoint is still that of an epoch's end. 0: only there."""
+    seed: int = 0
+    """Seed of weights, order and dropout."""
+    num_workers: Workers = "1"
+    """Data-parallel workers: a number, or MIN:MAX such as 1:8. Then as many train as the cluster has room for: fewer
+    go on when nodes go, more when nodes come, with the same global batches; a node that goes costs the steps since
+    the last save (see --checkpoint-every)."""
+    resize_seconds: float = Field(default=60.0, gt=0.0)
+    """With MIN:MAX: seconds between two looks for room for more workers; each change costs a start of all workers."""
+    use_gpu: bool = False
+    """One GPU for each worker, NCCL instead of gloo."""
+    cpus_per_worker: float | None = Field(default=None, gt=0.0)
+    """CPUs for each worker; default: the cluster's, divided by the workers (one for each with GPUs)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast in the forward pass."""
+    bf16_gradients: bool = False
+    """All-reduce gradients in bf16."""
+    shard_memory_gib: float = Field(default=8.0, gt=0.0)
+    """A worker's shard up to this size is held in memory; a larger one is streamed each epoch."""
+    max_failures: int = Field(default=2, ge=0)
+    """Restarts from the newest checkpoint after a worker dies; with MIN:MAX, those without a step forward."""
+    checkpoint_every: int = Field(default=0, ge=0)
+    """Also save after every so many optimizer steps; 0: only after each epoch, and when asked to stop."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.max_workers > self.batch_size:
+            raise ConfigError(
+                f"--num-workers ({self.num_workers}) asks for more workers than a batch has pairs "
+                f"({self.batch_size}); take at most {self.batch_size}, or a larger --batch-size."
+            )
+        if self.elastic and self.contrastive_weight:
+            raise ConfigError(
+                "--contrastive-weight compares a pair with the others of its worker, so the loss would change with "
+                f"the number of workers; fix it (--num-workers {self.max_workers}), or leave the weight out."
+            )
+        losses = ("mse", "cosine", "contrastive", "accept", "centred", "next_position")
+        if not any(getattr(self, f"{name}_weight") for name in losses):
+            raise ConfigError(
+                f"{', '.join(f'--{name}-weight'.replace('_', '-') for name in losses)} are all 0; give one a weight."
+            )
+        if self.accept_weight and not self.accept_thetas:
+            raise ConfigError("--accept-weight needs a θ: --accept-thetas 0.8")
+        if self.space == "compressed":
+            self._fits_in_subspaces()
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that train."""
+        return int(self.num_workers.partition(":")[0])
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that train."""
+        return int(self.num_workers.rpartition(":")[2])
+
+    @property
+    def elastic(self) -> bool:
+        """The number of workers follows the cluster."""
+        return ":" in self.num_workers
+
+    def _fits_in_subspaces(self) -> None:
+        if self.strategy not in ("lowrank", "lightweight_subspace"):
+            raise ConfigError(
+                "--space compressed is for lowrank and lightweight_subspace, which work between subspaces; "
+                f"{self.strategy} does not: leave it out"
+            )
+        if self.contrastive_weight and self.strategy == "lightweight_subspace":
+            raise ConfigError(
+                "--contrastive-weight compares each pair with the others, whose events the compressed space does not "
+                "hold; lightweight_subspace adds them: use --space full, or lowrank"
+            )
+        if self.flip or self.shift or self.event_dropout or self.event_noise:
+            raise ConfigError(
+                "augmentation changes pixels, which the compressed space does not hold: use --space full"
+            )

@@ -1,0 +1,86 @@
+"""Settings of what stands around trainings: `tune`, `sync`, `import-checkpoint`, `quickstart`."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from ray_app.config.base import ClusterFlags, Config, Positive, Strategy, TrackingFlags
+from ray_app.errors import ConfigError
+
+
+class TuneConfig(ClusterFlags, TrackingFlags):
+    """Search for the best adapter. A YAML file is the whole sweep; flags here override its lines of the same name.
+
+    Or, instead of a file: --resume SWEEP goes on with a sweep, --watch SWEEP shows one as it goes.
+    """
+
+    file: Path | None = None
+    """YAML file of the sweep; tune_configs/ holds examples."""
+    resume: Path | None = None
+    """Go on with the sweep in this folder: what is finished is not run again, what is not goes on."""
+    watch: Path | None = None
+    """Show the sweep in this folder live, until it ends; a finished one at once."""
+    store: Path | None = None
+    """Pair store."""
+    out: Path | None = None
+    """Folder of the sweep; must be new or empty."""
+    max_trials: Positive | None = None
+    """Most trials."""
+    max_hours: float | None = Field(default=None, gt=0.0)
+    """Most hours of search, all starts together; what has not ended then can go on later."""
+    max_gpu_hours: float | None = Field(default=None, gt=0.0)
+    """Most GPU hours of search, all trials together."""
+    final: bool = True
+    """Train the best setting once more with several seeds on training and validation parts, and judge it on the
+    test part."""
+    promote: bool = False
+    """Promote the first of these at the end; otherwise the command for it is printed."""
+    yes: bool = False
+    """Go on without a question where the estimate is above a limit."""
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        asked = {"FILE": self.file, "--resume": self.resume, "--watch": self.watch}
+        given = [name for name, value in asked.items() if value]
+        if len(given) != 1:
+            raise ConfigError(
+                f"tune takes exactly one of FILE, --resume and --watch; given: {', '.join(given) or 'none'}. "
+                "For instance: ray-app tune tune_configs/smoke.yaml"
+            )
+        return self
+
+
+class SyncConfig(TrackingFlags):
+    """Bring the tracking server to exactly what runs' journals hold; as often as one likes."""
+
+    runs: tuple[Path, ...]
+    """Run folders."""
+
+
+class ImportCheckpointConfig(Config):
+    """A checkpoint of the reference project (.pt) as a checkpoint folder; its pickle is read, never run."""
+
+    file: Path
+    """Checkpoint of the reference: torch.save of config and model_state_dict."""
+    out: Path
+    """Folder of the new checkpoint; must be new."""
+
+
+class QuickstartConfig(TrackingFlags):
+    """Scenes, training, evaluation and promotion, small, on this machine."""
+
+    out: Path = Path("quickstart")
+    """Folder for the store, the run and the report."""
+    num_pairs: Positive = 480
+    """Rendered pairs."""
+    num_sequences: Positive = 40
+    """Rendered drives."""
+    strategy: Strategy = "conv"
+    """Adapter; the reference's is lightweight."""
+    num_epochs: Positive = 12
+    """Training epochs."""
+    hidden_dim: Positive | None = None
+    """Width of the hidden layers, channels of conv; default: the strategy's own."""
+    seed: int = 0
+    """Seed of everything."""
