@@ -79,7 +79,7 @@ def replica_options(cfg: EndpointConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": 60.0,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 2.0,
-        "health_check_timeout_s": 10.0,
+        "health_check_timeout_s": 30.0,  # in a flood of requests it answers late; to replace it then would lose them
         "logging_config": {"enable_access_log": False},
     }
 
