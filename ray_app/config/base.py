@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -104,6 +105,17 @@ class TrackingFlags(Config):
     """MLflow experiment."""
     model_name: str = "alignment-adapter"
     """Name of the registered model."""
+
+
+def require_one(asked: Mapping[str, Any], example: str) -> None:
+    """ConfigError unless exactly one of these is given; `example` is a command that is right."""
+    given = [name for name, value in asked.items() if value]
+    if len(given) != 1:
+        *names, last = asked
+        raise ConfigError(
+            f"{example.split()[1]} takes exactly one of {', '.join(names)} and {last}; given: "
+            f"{', '.join(given) or 'none'}. For instance: {example}"
+        )
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from ray_app.config.base import ClusterFlags, Positive, SplitFlags, StorePlace, TrackingFlags
+from ray_app.config.base import ClusterFlags, Positive, SplitFlags, StorePlace, TrackingFlags, require_one
 from ray_app.errors import ConfigError
 
 
@@ -75,13 +75,7 @@ class PromoteConfig(SplitFlags, ClusterFlags, TrackingFlags):
 
     @model_validator(mode="after")
     def _one_task(self) -> Self:
-        asked = {"RUN": self.run, "--rollback": self.rollback, "--list": self.list}
-        given = [name for name, value in asked.items() if value]
-        if len(given) != 1:
-            raise ConfigError(
-                f"promote takes exactly one of RUN, --rollback and --list; given: {', '.join(given) or 'none'}. "
-                "For instance: ray-app promote runs/drive"
-            )
+        require_one({"RUN": self.run, "--rollback": self.rollback, "--list": self.list}, "ray-app promote runs/drive")
         if self.rollback and self.force:
             raise ConfigError("--force is for RUN; --rollback asks nobody.")
         return self

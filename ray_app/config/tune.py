@@ -5,8 +5,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from ray_app.config.base import ClusterFlags, Config, Positive, Strategy, TrackingFlags
-from ray_app.errors import ConfigError
+from ray_app.config.base import ClusterFlags, Config, Positive, Strategy, TrackingFlags, require_one
 
 
 class TuneConfig(ClusterFlags, TrackingFlags):
@@ -41,13 +40,10 @@ class TuneConfig(ClusterFlags, TrackingFlags):
 
     @model_validator(mode="after")
     def _one_task(self) -> Self:
-        asked = {"FILE": self.file, "--resume": self.resume, "--watch": self.watch}
-        given = [name for name, value in asked.items() if value]
-        if len(given) != 1:
-            raise ConfigError(
-                f"tune takes exactly one of FILE, --resume and --watch; given: {', '.join(given) or 'none'}. "
-                "For instance: ray-app tune tune_configs/smoke.yaml"
-            )
+        require_one(
+            {"FILE": self.file, "--resume": self.resume, "--watch": self.watch},
+            "ray-app tune tune_configs/smoke.yaml",
+        )
         return self
 
 
