@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CROSSING = """() => {
-    const texts = [...document.querySelectorAll("svg text")].map(t => [t.textContent, t.getBoundingClientRect()])
+CROSSING = r"""() => {
+    const texts = [...document.querySelectorAll("svg text")].map(
+        t => [t.textContent.replace(/\s+/g, ""), t.getBoundingClientRect()])
     const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top
     return texts.flatMap(([name, a], n) =>
         texts.slice(n + 1).filter(([, b]) => !apart(a, b)).map(([other]) => name + " | " + other))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pages import assert_has_words, assert_light_and_dark, assert_opens, assert_stands_alone
 from small_runs import make_run
@@ -14,7 +15,7 @@ from small_runs import make_run
 from ray_app import cli
 from ray_app.config.judge import CompareConfig, EvaluateConfig
 from ray_app.errors import StoreError
-from ray_app.jobs.compare import run_compare
+from ray_app.jobs.compare import cost_figure, run_compare
 from ray_app.jobs.evaluate import run_evaluate
 
 PICTURES = 4
@@ -75,3 +76,31 @@ def test_checkpoints_get_the_numbers_of_evaluate_and_one_page(
 
 def test_the_page_opens_without_a_network_wide_and_narrow(compared: tuple[list[Path], Path, dict[str, Any]]) -> None:
     assert_opens(compared[1] / "comparison.html")
+
+
+def test_no_two_words_of_the_picture_touch_however_near_or_far_apart_the_adapters_are(tmp_path: Path) -> None:
+    def point(parameters: int, latency_ms: float) -> dict[str, Any]:
+        return {
+            "parameters": parameters,
+            "latency_ms": latency_ms,
+            "cosine_accept_rate": {"0.80": 0.5},
+            "lift": -latency_ms,
+        }
+
+    apart = [1 + 10.0**n for n in np.linspace(-4, 4, 17)]
+    figures = [
+        cost_figure(
+            {
+                "controls": {"mean_target": {"cosine_accept_rate": {"0.80": 0.4}}},
+                "adapters": {
+                    "a": point(solved, 0.0123),
+                    "b": point(25_600, 0.0123 * by),
+                    "c": point(int(25_600 * by), 1),
+                },
+            }
+        )
+        for by in apart
+        for solved in (0, 25_600)
+    ]
+    (tmp_path / "figures.html").write_text("".join(f"<div>{figure}</div>" for figure in figures))
+    assert_opens(tmp_path / "figures.html")

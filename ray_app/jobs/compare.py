@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,7 @@ from ray_app.core.evaluation import CONTROLS
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.jobs.cluster import cluster
 from ray_app.jobs.evaluate import about, as_image, as_json, claim_report_folder, judgement
-from ray_app.jobs.figures import INK, PALETTE, svg
+from ray_app.jobs.figures import INK, PALETTE, log_scale, svg
 from ray_app.jobs.judge import Judge, mean_target, require_device
 from ray_app.jobs.page import page, picture
 from ray_app.jobs.registry import checkpoint_folder
@@ -243,9 +243,9 @@ def cost_figure(result: dict[str, Any]) -> str:
         result["controls"][name]["cosine_accept_rate"][KEY] for name in result["controls"] if name in CONTROLS
     )
     adapters = ranked(result)
-    trained = [each["parameters"] for _, each in adapters if each["parameters"]]
+    counts = [each["parameters"] for _, each in adapters]
     latencies = [max(each["latency_ms"], 1e-3) for _, each in adapters]
-    none_trained = min(trained, default=10) / 10  # where a solved one stands, on an axis that has no 0
+    none_trained = min(filter(None, counts), default=10) / 10  # where a solved one stands, on an axis that has no 0
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
@@ -256,15 +256,12 @@ def cost_figure(result: dict[str, Any]) -> str:
             right.scatter(latencies[n], rate, **look)
         for axes, label in ((left, "trained parameters"), (right, "ms for one pair")):
             axes.axhline(control, color=INK, linewidth=1.0, linestyle="--", label="best control")
-            axes.set(xscale="log", xlabel=label)
-            axes.margins(x=0.15, y=0.15)
+            axes.set(xlabel=label)
+            axes.margins(y=0.15)
         left.set_ylabel(f"cosine_accept_rate at θ {KEY}")
         left.yaxis.set_major_formatter(PercentFormatter(1.0))
-        left.xaxis.set_major_formatter(EngFormatter(sep=""))
-        wide = max(latencies) > 100 * min(latencies)  # ticks in between would lie on one another
-        right.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
-        right.xaxis.set_major_formatter("{x:g}")
-        right.xaxis.set_minor_formatter(NullFormatter())
+        log_scale(left, [parameters or none_trained for parameters in counts])
+        log_scale(right, latencies)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", frameon=False, ncols=4, handletextpad=0.3)
 

@@ -6,14 +6,14 @@ The SVG holds no address of another site, not even a namespace: an HTML page nee
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
 from ray_app.core.metrics import THETA, rate_key
@@ -63,6 +63,16 @@ def svg(name: str, draw: Callable[[Figure], None], size: tuple[float, float] = (
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         return to_svg(figure)
+
+
+def log_scale(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic x axis that holds `values` and is at least a decade wide, with ticks too few to touch."""
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    margin = max(10.0 / (high / low), (high / low) ** 0.3, 1.5) ** 0.5
+    axes.set(xscale="log", xlim=(low / margin, high * margin))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep="") if high >= 1000 else "{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def acceptance_figure(cosines: Cosines) -> str:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from ray_app.jobs.figures import INK, PALETTE, svg
+from ray_app.jobs.figures import INK, PALETTE, log_scale, svg
 from ray_app.jobs.leaks import Compared, Example, place
 from ray_app.jobs.page import page, picture
 from ray_app.jobs.report import flattened
@@ -176,7 +176,7 @@ def events_figure(values: NDArray[np.float64], name: str) -> str:
         if some.size:
             low, high = some.min(), max(some.max(), some.min() * 1.1)
             axes.hist(some, bins=np.geomspace(low, high, BINS).tolist(), color=BLUE)
-            axes.set_xscale("log")
+            log_scale(axes, [low, high])
         axes.set_title(f"{known.size - some.size:,} windows without events", loc="left", fontsize=10)
         axes.set_xlabel("events")
         axes.set_ylabel("windows")

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ray_app.jobs.figures import FAINT, INK, PALETTE, svg
+from ray_app.jobs.figures import FAINT, INK, PALETTE, log_scale, svg
 from ray_app.jobs.sweep_folder import Trial
 from ray_app.jobs.sweep_spec import Choice, Dimension, Space, shown_value
 
@@ -180,7 +180,7 @@ def cost_figure(
             )  # fmt: skip
         axes.plot([getattr(t, second) for t in best], [height_of(t) for t in best], color=PALETTE[5], label="front")
         control_lines(axes, controls)
-        axes.set_xscale("log")
+        log_scale(axes, [getattr(t, second) for t in judged])
         axes.set_xlabel("parameters" if second == "parameters" else "milliseconds for one pair")
         axes.set_ylabel(name)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
