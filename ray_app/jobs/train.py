@@ -36,6 +36,7 @@ from ray_app.errors import ConfigError, ResourceError, RunInterrupted, RunStoppe
 from ray_app.jobs.cluster import ClusterInfo, cluster, require
 from ray_app.jobs.journal import Journal, entries, since_start
 from ray_app.jobs.lanes import Lanes
+from ray_app.jobs.process_group import NodeAddress
 from ray_app.jobs.progress import TrainingProgress
 from ray_app.jobs.resizing import Resizing
 from ray_app.jobs.run_folder import KEPT_PLACES, RunFolder
@@ -329,6 +330,7 @@ def group(cfg: TrainConfig, cpus_per_worker: float, name: str, told: dict[str, A
     TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"train": flat(cfg), **told},
+        torch_config=NodeAddress(),
         scaling_config=ScalingConfig(
             # Typed as the classes of before Train V2, here and below.
             num_workers=(cfg.min_workers, cfg.max_workers) if cfg.elastic else cfg.max_workers,  # type: ignore[arg-type]
