@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from ray_app.jobs.listening import no_listener
+
 RAY = str(Path(sys.executable).with_name("ray"))
 NETWORK = "10.213.77"
 PORT = 6379
@@ -98,12 +100,23 @@ class Network:
         done = subprocess.run([sys.executable, "-c", code, self.address], capture_output=True, text=True, timeout=60)
         return set(done.stdout.split())
 
+    def listens(self) -> None:
+        """Until the head does: a worker that comes before it may never join."""
+        until = time.monotonic() + START_S
+        while no_listener(self.address):
+            assert time.monotonic() < until, self.told()
+            time.sleep(0.1)
+
     def wait(self) -> None:
         """Until all nodes are there."""
         until = time.monotonic() + START_S
         while not {node.address for node in self.nodes} <= self.alive():
-            assert time.monotonic() < until, (self.folder / "head.log").read_text()[-2000:]
+            assert time.monotonic() < until, self.told()
             time.sleep(0.5)
+
+    def told(self) -> str:
+        """The end of each node's log."""
+        return "\n".join(path.read_text()[-1000:] for path in sorted(self.folder.glob("*.log")))
 
 
 @contextmanager
@@ -127,7 +140,7 @@ def network(num_workers: int = 2) -> Iterator[Network]:
                 ip(f"-n {node.name} link set lo up")
                 ip(f"-n {node.name} link set eth0 up")
                 ip(f"link set {node.link} master {made.bridge} up")
-            time.sleep(3.0)  # the head listens; a worker that comes before tries again, slowly
+            made.listens()
             for node in made.nodes:
                 made.start(node)
             made.wait()
