@@ -21,7 +21,7 @@ from ray_app.jobs.listening import no_listener
 RAY = str(Path(sys.executable).with_name("ray"))
 NETWORK = "10.213.77"
 PORT = 6379
-START_S = 90.0
+START_S = 180.0
 
 
 def available() -> str:
@@ -108,10 +108,13 @@ class Network:
             time.sleep(0.1)
 
     def wait(self) -> None:
-        """Until all nodes are there."""
+        """Until all nodes are there; one that did not come up in Ray's 30 s starts again."""
         until = time.monotonic() + START_S
         while not {node.address for node in self.nodes} <= self.alive():
             assert time.monotonic() < until, self.told()
+            for node in self.nodes:
+                if node.process and node.process.poll() is not None:
+                    self.start(node)
             time.sleep(0.5)
 
     def told(self) -> str:
