@@ -120,7 +120,8 @@ class DeployedServer(MlflowServer):
             "--backend-store-uri": database,
             "--artifacts-destination": str(folder / "artifacts"),
         }
-        given = dict(word.split("=", 1) for word in container["args"])
+        self.given: list[str] = container["args"]
+        given = dict(word.split("=", 1) for word in self.given)
         assert own.keys() <= given.keys(), "the manifest has other arguments"
         assert given["--backend-store-uri"].partition("://")[0] == database.partition("://")[0]
         self.words = [f"{name}={value}" for name, value in (given | own).items()]
@@ -150,7 +151,7 @@ def main() -> None:
         postgres = calls(server.uri)
         result = {
             "postgres": database.rows("show server_version"),
-            "server_arguments": [word for word in server.words if PASSWORD not in word],
+            "server_arguments": server.given,
             "seconds_of_the_first_start_with_migrations": first_start,
             "path": path(folder, store, server.uri, database),
             "calls": f"{THREADS} threads, {CALLS} log_batch of {POINTS} points each",
@@ -188,11 +189,11 @@ def path(folder: Path, store: Path, uri: str, database: Postgres) -> dict[str, A
     database.start()
     synced = [told(f"sync {run}") for run in (*runs, runs[2])]
     return {
-        "tracked": [told_of["tracked"] for told_of in (away,)],
+        "tracked_without_the_database": away["tracked"],
         "verdicts": [one["verdict_code"] for one in promoted],
         "champion_after_force_and_rollback": [promoted[1]["champion"], rolled["champion"]],
-        "listed": listed,
-        "judged_checkpoint": judged["checkpoint"],
+        "listed": {key: listed[key] for key in ("champion", "champion_before", "code", "notes")},
+        "pairs_judged_through_the_alias": judged["pairs"],
         "points_in_journals": [one["points_journal"] for one in synced[:3]],
         "sent_by_sync": [one["points_sent"] for one in synced],
         "missing_after_sync": sum(one["missing"] for one in synced),
