@@ -158,6 +158,7 @@ def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[s
         # Threads of a forward pass that wait for one another let go of the core: where something else needs it too, a
         # pass of two that spin took 12 times as long.
         "OMP_WAIT_POLICY": "PASSIVE",
+        "RAY_worker_niceness": "0",  # Ray's 15 lets HAProxy and every other program go before the replicas
         "MALLOC_ARENA_MAX": "2",  # glibc keeps an arena for each thread, and what is freed there stays there
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DRAIN_S,
     }
@@ -175,6 +176,7 @@ def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[s
             "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(KEEP_ALIVE_S),  # an hour by default, for half a header too
             # Where a replica dies over a request another is asked: an answer is a function of its request.
             "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.gate:middlewares",  # refuses before a body is read
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         }
     else:
