@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from ray_app.config.train import TrainConfig
 from ray_app.errors import RunInterrupted, StoreError, TrainingError
@@ -18,7 +20,7 @@ from ray_app.jobs.journal import Journal, entries
 from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.run_folder import RunFolder, place
 from ray_app.jobs.tracking import points
-from ray_app.jobs.train import stop_when_terminated
+from ray_app.jobs.train import stop_when_terminated, way_on_told
 from ray_app.jobs.train_loop import Worker, back_off, held_batches, train_epoch, validate
 from ray_app.jobs.train_state import Keeper, TrainState, agreed_place, resume_or_init
 from ray_app.store.checkpoint import save_training_state
@@ -241,6 +243,21 @@ def test_after_ctrl_c_a_run_says_how_to_go_on(cfg: TrainConfig, answer: type[Bas
         interrupted()
     assert told.value.exit_code == 130
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_disk_that_fails_a_worker_is_told_with_the_way_on_and_a_defect_of_ours_is_not(cfg: TrainConfig) -> None:
+    run = RunFolder(cfg.folder)
+
+    def ended_by(cause: Exception) -> WorkerGroupError:
+        return WorkerGroupError("Training failed", {0: UserExceptionWithTraceback(cause, "Traceback …")})
+
+    full = StoreError("best.json cannot be written: No space left on device; Make room for it.")
+    way_on = r"Make room for it\. What was saved is whole; go on with: ray-app train"
+    for error in (ended_by(full), full):
+        with pytest.raises(StoreError, match=way_on), way_on_told(run):
+            raise error
+    with pytest.raises(WorkerGroupError), way_on_told(run):
+        raise ended_by(ValueError("ours"))
 
 
 def test_a_validation_loss_that_is_not_finite_ends_training(cfg: TrainConfig, store: PairStore, start: Start) -> None:
