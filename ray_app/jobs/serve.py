@@ -26,6 +26,7 @@ from ray_app.errors import ConfigError, ResourceError
 from ray_app.jobs.proxy_end import watched
 from ray_app.jobs.registry import best_of_run
 from ray_app.jobs.tracking import tracking_uri
+from ray_app.store.place import absolute
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = "alignment"
@@ -126,7 +127,7 @@ def resolved(cfg: ServeConfig) -> ServeConfig:
     if cfg.checkpoint.startswith("models:"):
         update["tracking_uri"] = tracking_uri(TrackingFlags(tracking_uri=cfg.tracking_uri))
     else:
-        update["checkpoint"] = str(best_of_run(Path(cfg.checkpoint)).absolute())
+        update["checkpoint"] = absolute(best_of_run(cfg.checkpoint))
     if not cfg.cpus_per_replica:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = cpus / cfg.num_replicas
