@@ -64,9 +64,11 @@ BY_TOKENS = {
 }
 TOKENS: dict[str, dict[str, Any]] = {
     **{f"{name}, cosine": {**settings, "mse_weight": 0.0} for name, settings in BY_TOKENS.items()},
+    **{f"{name}, spectral": {**settings, "init": "spectral"} for name, settings in BY_TOKENS.items()},
     **BY_TOKENS,
 }
-"""With the default losses, and without the squared error: an event patch is five times as long as a target's."""
+"""Without the squared error, from the mean target on, and as they are by default: an event patch is five times as
+long as a target's."""
 PATCH = 16
 """Side of a patch that is one token, of images at half their size: 49 tokens of 768 numbers."""
 CONTROLS = ("before", "white", "mean_target", "shuffled", "previous_window")
