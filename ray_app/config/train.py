@@ -33,8 +33,8 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     rank: Positive = 64
     """Dimensions of the principal subspaces of lowrank, lightweight_subspace and --init spectral."""
     init: Literal["random", "spectral"] = "random"
-    """spectral: full-width layers begin at the mean training target and the principal subspaces; conv, lowrank and
-    lightweight_subspace begin at the mean target in any case."""
+    """spectral: full-width layers begin at the mean training target and the principal subspaces; for sequences each
+    position begins at its own mean training target. conv, lowrank and lightweight_subspace begin there anyway."""
     space: Literal["full", "compressed"] = "full"
     """compressed: lowrank and lightweight_subspace are trained on coordinates in the subspaces, with losses and
     metrics that equal those at full width; what is saved is the full-width adapter."""

@@ -176,6 +176,7 @@ def adapter_config(cfg: TrainConfig, store: PairStore) -> AdapterConfig:
         depth=cfg.depth or strategy.DEPTH,
         patch=cfg.patch,
         rank=len(training_split(cfg, store).train) if strategy.NEEDS == "pairs" else cfg.rank,
+        mean_start=cfg.init == "spectral" and strategy.SPECTRAL == "means",
     )
 
 
