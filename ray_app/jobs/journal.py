@@ -1,9 +1,10 @@
 """The journal of a run: one JSON object a line, appended as things happen, before anyone else hears of them.
 
 Kinds: `start` (a driver begins; what the tracking server needs to know of the run), `attempt` (a group of workers
-begins), `resume`, `step` (each optimizer step), `validation` (within an epoch, where that is wanted), `epoch`
-(training means and validation), `stop` (saved on request), `failure`, `end`. Every line ends with a CRC-32 of the
-rest of it. What is done again after a restart is not told again, so each step, validation and epoch stands here once.
+begins; of a sweep's trial with its node), `resume`, `step` (each optimizer step), `validation` (within an epoch,
+where that is wanted), `epoch` (training means and validation), `stop` (saved on request), `failure`, `end`. Every
+line ends with a CRC-32 of the rest of it. What is done again after a restart is not told again, so each step,
+validation and epoch stands here once.
 """
 
 import errno

@@ -36,6 +36,7 @@ from ray_app.errors import ConfigError, ResourceError, RunInterrupted, RunStoppe
 from ray_app.jobs.cluster import ClusterInfo, cluster, require
 from ray_app.jobs.journal import entries, require_newest, since_start
 from ray_app.jobs.lanes import Lanes
+from ray_app.jobs.process_group import NodeAddress
 from ray_app.jobs.progress import TrainingProgress
 from ray_app.jobs.resizing import Resizing
 from ray_app.jobs.run_copy import run_at
@@ -340,6 +341,7 @@ def group(
     TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"run": str(run), "train": flat(cfg), **told},
+        torch_config=NodeAddress(),
         scaling_config=ScalingConfig(
             # Typed as the classes of before Train V2, here and below.
             num_workers=(cfg.min_workers, cfg.max_workers) if cfg.elastic else cfg.max_workers,  # type: ignore[arg-type]

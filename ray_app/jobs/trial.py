@@ -5,16 +5,19 @@ process that works for it, those of the ones before too, so that a scheduler tha
 """
 
 import time
+from collections.abc import Set
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray import tune
 
 from ray_app.config.train import TrainConfig
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.jobs.journal import Journal, entries, since_start
+from ray_app.jobs.listening import answers
 from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.sweep_data import Placed, begin, pairs_of
 from ray_app.jobs.sweep_folder import compared, scores
@@ -42,10 +45,11 @@ def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
         trial = TrialRun(cfg, journal, config)
         if entries(cfg.folder)[-1]["kind"] == "end":
             return  # a member of a population that had paused at its end
-        if reason := why_not_again(since_start(cfg.folder)):
+        told = since_start(cfg.folder)
+        if reason := why_not_again(told, gone({line["node"] for line in told if line["kind"] == "attempt"})):
             trial.fail(reason)
             return
-        journal.write("attempt", time=time.time())
+        journal.write("attempt", node=ray.get_runtime_context().get_node_id(), time=time.time())
         try:
             if config["origin"]:
                 adopt(RunFolder(Path(config["origin"])), RunFolder(cfg.folder), cfg, config["provenance"])
@@ -118,17 +122,26 @@ def metrics_of(lines: list[dict[str, Any]], epoch: int, objective: str) -> dict[
     return {"epoch": epoch, "compared": compared(lines, objective), RATE: found["accept_rate"], "lift": found["lift"]}
 
 
-def why_not_again(lines: list[dict[str, Any]]) -> str | None:
-    """Why a trial is not tried again: its process died twice, under one driver, without a step in between."""
-    deaths: list[int] = []
+def gone(nodes: Set[str]) -> Set[str]:
+    """Those of some nodes, by their ids, that have no raylet any more."""
+    return nodes - {node["NodeID"] for node in ray.nodes() if node["NodeID"] in nodes and answers(node)}
+
+
+def why_not_again(lines: list[dict[str, Any]], gone: Set[str]) -> str | None:
+    """Why a trial is not tried again: its process died twice, under one driver, without a step in between.
+
+    A process that went with its node is not counted: that is no doing of the trial's.
+    """
+    begun: list[tuple[int, str]] = []
     step = 0
     for line in lines:
         if line["kind"] == "step":
             step = line["global_step"]
         elif line["kind"] == "attempt":
-            deaths.append(step)
+            begun.append((step, line["node"]))
         elif line["kind"] == "error":  # it was alive to tell
-            deaths.pop()
+            begun.pop()
+    deaths = [at for at, node in begun if node not in gone]
     if len(deaths) >= 2 and deaths[-1] == step:
         return f"its process died twice before step {step + 1}"
     return None
