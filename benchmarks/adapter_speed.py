@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,15 @@ def race(store: Path, folder: Path, seeds: list[int]) -> dict[str, Any]:
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     common = {"store": str(store), "tracking_uri": f"sqlite:///{folder}/mlflow.db", "num_epochs": 3}
-    with cluster(None):
-        for seed in seeds:
-            for name, settings in (
-                ("lightweight", {"strategy": "lightweight"}),
-                ("conv", {"strategy": "conv", "validate_every": 2, **RECIPE}),
-            ):
-                if not (out := folder / f"{name}-{seed}").exists():
-                    run_train(TrainConfig(out=out, seed=seed, **common, **settings))
+    rivals: dict[str, dict[str, Any]] = {
+        "lightweight": {"strategy": "lightweight"},
+        "conv": {"strategy": "conv", "validate_every": 2, **RECIPE},
+    }
+    wanted = {folder / f"{name}-{seed}": (seed, settings) for seed in seeds for name, settings in rivals.items()}
+    with nullcontext() if all(out.exists() for out in wanted) else cluster(None):
+        for out, (seed, settings) in wanted.items():
+            if not out.exists():
+                run_train(TrainConfig(out=out, seed=seed, **common, **settings))
     found = [raced(folder, int(path.name.partition("-")[2])) for path in sorted(folder.glob("conv-*"))]
     shares = [name for name in found[0] if name.startswith("share")]
     return {

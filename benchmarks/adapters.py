@@ -21,9 +21,11 @@ import torch
 from numpy.typing import NDArray
 from provenance import provenance, save
 
+from ray_app.config.base import SplitConfig
 from ray_app.config.judge import EvaluateConfig
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapter import STRATEGIES
+from ray_app.core.sequences import sequence_cosine
 from ray_app.jobs.cluster import cluster
 from ray_app.jobs.evaluate import run_evaluate
 from ray_app.jobs.quickstart import RECIPE
@@ -31,6 +33,7 @@ from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.train import run_train
 from ray_app.store.manifest import MANIFEST, Features, FeatureSpec
 from ray_app.store.pair_store import Pair, PairStore, publish, write_part
+from ray_app.store.split import split_pairs
 
 COMPRESSED = {"space": "compressed", "num_epochs": 60, "early_stop_patience": 60, "schedule": "cosine"}
 SWEPT = {
@@ -64,9 +67,11 @@ BY_TOKENS = {
 }
 TOKENS: dict[str, dict[str, Any]] = {
     **{f"{name}, cosine": {**settings, "mse_weight": 0.0} for name, settings in BY_TOKENS.items()},
+    **{f"{name}, spectral": {**settings, "init": "spectral"} for name, settings in BY_TOKENS.items()},
     **BY_TOKENS,
 }
-"""With the default losses, and without the squared error: an event patch is five times as long as a target's."""
+"""Without the squared error, from the mean target on, and as they are by default: an event patch is five times as
+long as a target's."""
 PATCH = 16
 """Side of a patch that is one token, of images at half their size: 49 tokens of 768 numbers."""
 CONTROLS = ("before", "white", "mean_target", "shuffled", "previous_window")
@@ -146,6 +151,19 @@ def as_tokens(image_BD: NDArray[Any], shape: tuple[int, ...]) -> list[bytes]:
     return [tokens.tobytes() for tokens in stored]
 
 
+def own_colours(folder: Path) -> dict[str, float]:
+    """What knowing the mean colour of each target's own patches would be worth, on the test part.
+
+    A mean cosine over patches does not see how bright each is, which is most of what a picture's events tell of it.
+    """
+    store = PairStore.open(folder)
+    target_BD = torch.from_numpy(store.read_rows(split_pairs(store.index, SplitConfig()).test)[1])
+    colour = target_BD.unflatten(1, (-1, 3, PATCH**2)).mean(dim=3, keepdim=True).expand(-1, -1, -1, PATCH**2)
+    cos_B = sequence_cosine(colour.flatten(1), target_BD, 3 * PATCH**2)
+    rates = {f"accept_{theta:.2f}": float((cos_B > theta).double().mean()) for theta in (0.8, 0.9, 0.95)}
+    return {"cos_sim_mean": float(cos_B.mean()), **rates}
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Mean and standard deviation over seeds."""
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
@@ -204,7 +222,8 @@ def main() -> None:
         for path, (name, seed) in wanted.items():
             if not path.is_file():
                 path.write_text(json.dumps(measured(store, args.folder, name, seed)))
-    save(f"adapters_{args.name}", collected(args.folder))
+    context = {"own_colours": own_colours(store)} if args.tokens else {}
+    save(f"adapters_{args.name}", {**context, **collected(args.folder)})
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from ray_app.config.train import TrainConfig
 from ray_app.jobs.held import Held
 from ray_app.jobs.journal import Journal, entries
 from ray_app.jobs.lanes import Lanes
+from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.train_loop import Pairs, Worker, held_batches, train_epochs
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
@@ -151,7 +152,7 @@ def alone(folder: Path, out: Path, hidden: int, batch: int) -> float:
     out.mkdir()
     with Journal(out) as journal:
         pairs = Pairs(lambda state: held_batches(train, lanes, state, worker), True, None)
-        train_epochs(worker, pairs, journal, {}, lambda *_: None)
+        train_epochs(worker, RunFolder(out), pairs, journal, {}, lambda *_: None)
     return step_seconds(out, batch)
 
 

@@ -15,9 +15,14 @@ from ray_app.core.noise import BatchNoise
 from ray_app.core.sequences import mask_of, next_position_cosine, padded, sequence_mse
 from ray_app.errors import ConfigError, InputError, StoreError
 from ray_app.jobs.evaluate import run_evaluate
+from ray_app.jobs.held import Held
+from ray_app.jobs.start import PairsInMemory, make_start
 from ray_app.jobs.train import run_train
+from ray_app.jobs.train_state import resume_or_init
+from ray_app.store.checkpoint import load_checkpoint, replay_golden, save_checkpoint
 from ray_app.store.manifest import Features, FeatureSpec
 from ray_app.store.pair_store import Pair, PairStore, publish, write_part
+from ray_app.store.split import split_pairs
 
 LIMIT, WIDTH = 5, 16
 TOKENS = [name for name in STRATEGIES if name.startswith("token_")]
@@ -196,6 +201,28 @@ def test_features_of_a_sequence_that_no_store_can_hold_are_refused(tmp_path: Pat
     ):
         with pytest.raises(StoreError, match=words):
             write_part(tmp_path, "part.parquet", [Pair("drive", 0, 1, bad, good)], features)
+
+
+@pytest.mark.parametrize("strategy", TOKENS)
+def test_with_a_mean_start_every_position_begins_at_its_mean_training_target(strategy: str, tmp_path: Path) -> None:
+    store = PairStore.open(build_store(tmp_path / "store"))
+    cfg = TrainConfig(store=tmp_path / "store", out=tmp_path, strategy=strategy, hidden_dim=8, init="spectral")
+    split = split_pairs(store.index, cfg.split_config)
+    train, val = (
+        Held(rows, *(torch.tensor(side) for side in store.read_rows(rows))) for rows in (split.train, split.val)
+    )
+    make_start(cfg, store, split, PairsInMemory(store, train, val))
+    adapter = resume_or_init(cfg, store, None, torch.device("cpu")).objective.adapter.eval()
+    mask_BT = mask_of(val.event_BE, WIDTH)
+    tokens = train.target_BD.view(-1, LIMIT, WIDTH)
+    mean_TW = torch.stack([tokens[:, t][tokens[:, t].any(dim=1)].mean(dim=0) for t in range(LIMIT)])
+    expected = mean_TW * mask_BT[..., None]
+    torch.testing.assert_close(adapter(val.event_BE).view(-1, LIMIT, WIDTH), expected)
+    features = Features(event=SPEC, target=SPEC)
+    save_checkpoint(tmp_path / "saved", adapter, metrics={}, provenance={}, features=features)
+    loaded = load_checkpoint(tmp_path / "saved")
+    replay_golden(loaded)
+    torch.testing.assert_close(loaded.adapter(val.event_BE).view(-1, LIMIT, WIDTH), expected)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -87,7 +87,7 @@ def test_a_sweep_without_a_store_says_how_to_name_one(tmp_path: Path) -> None:
     path.write_text("space: {hidden_dim: [8]}\n")
     with pytest.raises(ConfigError, match="--store stores/scenes"):
         read_spec(path, {})
-    assert read_spec(path, {"store": "A", "out": "B"}).store.name == "A"
+    assert read_spec(path, {"store": "A", "out": "B"}).store == str(Path("A").absolute())
 
 
 def test_any_setting_of_train_may_be_searched(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ class AdapterConfig:
     """Side of a patch of `conv`, in pixels."""
     rank: int = 64
     """Dimensions of the subspaces; of `ridge` its training pairs."""
+    mean_start: bool = False
+    """Adapters of sequences add to the mean training target of each position, and not to their input."""
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

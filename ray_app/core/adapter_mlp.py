@@ -22,7 +22,7 @@ class LightweightAlignmentModule(Adapter):
     and the residual connection is off.
     """
 
-    SPECTRAL = True
+    SPECTRAL = "subspaces"
 
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__(config)
@@ -55,7 +55,7 @@ class LightweightReference(Adapter):
     """
 
     RESIDUAL: ClassVar[float] = 0.1
-    SPECTRAL = True
+    SPECTRAL = "subspaces"
 
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__(config)
@@ -96,7 +96,7 @@ class Linear(Adapter):
 class Bottleneck(Adapter):
     """E → H → D without a residual connection: what passes, passes through H numbers."""
 
-    SPECTRAL = True
+    SPECTRAL = "subspaces"
 
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__(config)

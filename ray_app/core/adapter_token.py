@@ -6,8 +6,9 @@
     token_attention   one pre-norm attention layer, 8 heads, FFN 2,048; its output mixed into the input
     token_causal      the same, each position seeing those before it; trained with --next-position-weight too
 
-None normalises its output: a target's length is its own, and at the start each is the identity. What is behind a
-sequence's end stays zero.
+None normalises its output: a target's length is its own, and at the start each is the identity. With `mean_start` the
+residual connection is cut where it leaves: what a layer adds is added to the mean training target of the position, as
+`conv` does, and training begins there. What is behind a sequence's end stays zero.
 
 Shapes: B = pairs, T = positions, W = token width, D = T · W, H = hidden width, N = heads.
 """
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ray_app.core.layers import Adapter, NoisyDropout
+from ray_app.core.layers import Adapter, NoisyDropout, Start
 from ray_app.core.noise import BatchNoise
 from ray_app.core.sequences import mask_of
 from ray_app.errors import ConfigError
@@ -36,10 +37,14 @@ class TokenAdapter(Adapter):
     """Cuts features into tokens, and puts zeros back where there is none."""
 
     HIDDEN_DIM = 256
+    SPECTRAL = "means"
 
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__(config)
         self.limit, self.width = config.event_shape
+        self.mean_target: Tensor
+        if config.mean_start:
+            self.register_buffer("mean_target", torch.zeros(self.limit, self.width))
 
     @classmethod
     def check(cls, config: "AdapterConfig") -> None:
@@ -63,11 +68,25 @@ class TokenAdapter(Adapter):
             )
         x_BTW = event_BE.unflatten(1, (self.limit, self.width))
         mask_BT = mask_of(event_BE, self.width)
-        return (self.tokens(x_BTW, mask_BT, noise) * mask_BT[..., None]).flatten(1)
+        aligned_BTW = self.tokens(x_BTW, mask_BT, noise)
+        if self.config.mean_start:
+            aligned_BTW = self.mean_target + (aligned_BTW - x_BTW)
+        return (aligned_BTW * mask_BT[..., None]).flatten(1)
 
     @abstractmethod
     def tokens(self, x_BTW: Tensor, mask_BT: Tensor, noise: BatchNoise | None) -> Tensor:
-        """Aligned tokens (B, T, W); what it says of padding does not matter."""
+        """Tokens with what is added to them, (B, T, W); what it says of padding does not matter."""
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        super().draw(generator)
+        if self.config.mean_start:
+            nn.init.zeros_(self.mean_target)
+
+    @torch.no_grad()
+    def begin(self, start: Start, *, spectral: bool) -> None:
+        if spectral:
+            self.mean_target.copy_(start["target_mean"].view_as(self.mean_target))
 
 
 class TokenBlock(nn.Module):

@@ -31,8 +31,8 @@ class Adapter(nn.Module):
     """Blocks where none are asked for."""
     NEEDS: ClassVar[Needs] = "nothing"
     """What `begin` must be given."""
-    SPECTRAL: ClassVar[bool] = False
-    """It has full-width layers that `begin` can set to the principal subspaces."""
+    SPECTRAL: ClassVar[Needs] = "nothing"
+    """What `begin` must be given for a spectral start, where the strategy has one."""
 
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__()

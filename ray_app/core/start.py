@@ -7,7 +7,8 @@ basis, power iterations with a QR after each, and the eigenvectors of what is fo
 Names in a start: `target_mean` (D,), `event_mean` (E,), and for subspaces `target_basis` (D, R), `target_scale`
 (R,), `event_basis` (E, R), `event_scale` (R,). Bases are orthonormal, scales are standard deviations along them.
 
-Shapes: B = pairs of a batch, N = training pairs, E, D = widths, W = either of them, R = rank, K = R + spare.
+Shapes: B = pairs of a batch, N = training pairs, E, D = widths, W = either of them, R = rank, K = R + spare,
+T = positions of a sequence.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ray_app.core.layers import Needs, Start
+from ray_app.core.sequences import mask_of
 from ray_app.errors import ConfigError
 
 SPARE = 16
@@ -33,16 +35,18 @@ Passes = Callable[[Part], Sums]
 """Passes once over the training part and adds up what a `Part` says of each batch."""
 
 
-def find_start(passes: Passes, needs: Needs, rank: int, pairs: int, seed: int) -> Start:
-    """Means, and subspaces where they are needed.
+def find_start(
+    passes: Passes, needs: Needs, rank: int, pairs: int, seed: int, token_width: int | None = None
+) -> Start:
+    """Means, and subspaces where they are needed. `token_width`: features are sequences of such tokens.
 
     ConfigError: rank above the number of pairs, a side that is constant or varies in fewer directions than the
     rank, a mean target of zeros.
     """
     if needs == "subspaces":
         check_rank(rank, pairs)
-    sums = passes(column_sums)
-    start = {f"{side}_mean": (sums[side] / sums["pairs"]).float() for side in SIDES}
+    sums = passes(ColumnSums(token_width))
+    start = {f"{side}_mean": mean_of(sums[side], sums[f"{side}_there"]) for side in SIDES}
     if not start["target_mean"].any():
         raise ConfigError(
             "the mean training target is zero everywhere: there is nothing to start from, and its cosine has no "
@@ -75,13 +79,24 @@ def check_rank(rank: int, pairs: int) -> None:
         )
 
 
-def column_sums(event_BE: Tensor, target_BD: Tensor) -> Sums:
-    """Sums of both sides, float64, and the number of pairs."""
-    return {
-        "pairs": torch.tensor(len(event_BE), dtype=torch.float64),
-        "event": event_BE.sum(dim=0, dtype=torch.float64),
-        "target": target_BD.sum(dim=0, dtype=torch.float64),
-    }
+class ColumnSums:
+    """Sums of both sides, float64, and of how many: pairs (1,), or the sequences that reach each position (T,)."""
+
+    def __init__(self, token_width: int | None) -> None:
+        self.token_width = token_width
+
+    def __call__(self, event_BE: Tensor, target_BD: Tensor) -> Sums:
+        sums = {}
+        for side, x_BW in (("event", event_BE), ("target", target_BD)):
+            there = mask_of(x_BW, self.token_width) if self.token_width else torch.ones(len(x_BW), 1)
+            sums[side] = x_BW.sum(dim=0, dtype=torch.float64)
+            sums[f"{side}_there"] = there.sum(dim=0, dtype=torch.float64)
+        return sums
+
+
+def mean_of(sum_W: Tensor, there_T: Tensor) -> Tensor:
+    """Mean (W,) over those that are there; zero where none is."""
+    return (sum_W.view(len(there_T), -1) / there_T.clamp(min=1.0)[:, None]).float().flatten()
 
 
 class PowerSums:

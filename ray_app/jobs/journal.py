@@ -147,6 +147,20 @@ def since_start(run: Path) -> list[dict[str, Any]]:
     return lines[max(n for n, line in enumerate(lines, 1) if line["kind"] == "start") :]
 
 
+def newest_start(run: Path) -> float:
+    """When the newest driver began, in Unix time."""
+    return [line["time"] for line in entries(run) if line["kind"] == "start"][-1]
+
+
+def require_newest(run: Path, started: float) -> None:
+    """StoreError unless the driver that began then is the newest: after another on some other machine, neither it nor
+    its workers write any more."""
+    if (newest := newest_start(run)) != started:
+        raise StoreError(
+            f"this run goes on under another driver, which began {newest - started:.0f} s after this one, which ends"
+        )
+
+
 def follow(run: Path, stop: threading.Event) -> Iterator[list[dict[str, Any]]]:
     """New lines as they come, in batches that may be empty; ends once `stop` is set and all has been read."""
     path = run / JOURNAL

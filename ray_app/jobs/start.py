@@ -32,6 +32,7 @@ from ray_app.store.checkpoint import load_training_state, save_training_state
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import Split
 
+START = "start"
 BATCH = 128
 """Pairs whose sums are taken in one task: 154 MB of float32 a side at 150,528 wide."""
 CPU = torch.device("cpu")
@@ -41,13 +42,13 @@ def needs(cfg: TrainConfig) -> Needs:
     """How much of a start a run needs. ConfigError: a spectral start of a strategy that has no layers for it."""
     strategy = STRATEGIES[cfg.strategy]
     if cfg.init == "spectral" and strategy.NEEDS != "subspaces":
-        if not strategy.SPECTRAL:
-            can = ", ".join(name for name, each in STRATEGIES.items() if each.SPECTRAL or each.NEEDS == "subspaces")
+        if strategy.SPECTRAL == "nothing":
+            can = [name for name, each in STRATEGIES.items() if "subspaces" in (each.SPECTRAL, each.NEEDS)]
             raise ConfigError(
                 f"--init spectral sets full-width layers, and {cfg.strategy} has none to set; leave it out, or use "
-                f"one of: {can}"
+                f"one of: {', '.join(can)}"
             )
-        return "subspaces"
+        return strategy.SPECTRAL
     return "means" if strategy.NEEDS == "nothing" and cfg.centred_weight else strategy.NEEDS
 
 
@@ -58,7 +59,7 @@ def given(cfg: TrainConfig) -> Path | None:
 
 def folder_of(cfg: TrainConfig) -> Path:
     """Where a run's start lies."""
-    return given(cfg) or cfg.out / "start"
+    return given(cfg) or cfg.folder / START
 
 
 def load_start(cfg: TrainConfig, store: PairStore) -> Start:
@@ -122,7 +123,8 @@ def make_start(cfg: TrainConfig, store: PairStore, split: Split, pairs: Training
     if level == "nothing" or given(cfg) or folder.exists():
         return
     began = time.perf_counter()
-    start = find_start(pairs.passes, level, cfg.rank, len(split.train), cfg.seed)
+    tokens = store.feature("target").token_width
+    start = find_start(pairs.passes, level, cfg.rank, len(split.train), cfg.seed, tokens)
     chosen: dict[str, Any] = {}
     if level == "pairs":
         train, val = pairs.held("train"), pairs.held("val")

@@ -41,29 +41,30 @@ def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
     config = config["trial"]
     cfg = TrainConfig.model_validate(config["train"])
     torch.set_num_threads(config["threads"])
-    with Journal(cfg.out) as journal:
+    with Journal(cfg.folder) as journal:
         trial = TrialRun(cfg, journal, config)
-        if entries(cfg.out)[-1]["kind"] == "end":
+        if entries(cfg.folder)[-1]["kind"] == "end":
             return  # a member of a population that had paused at its end
-        told = since_start(cfg.out)
+        told = since_start(cfg.folder)
         if reason := why_not_again(told, gone({line["node"] for line in told if line["kind"] == "attempt"})):
             trial.fail(reason)
             return
         journal.write("attempt", node=ray.get_runtime_context().get_node_id(), time=time.time())
         try:
             if config["origin"]:
-                adopt(RunFolder(Path(config["origin"])), RunFolder(cfg.out), cfg, config["provenance"])
+                adopt(RunFolder(Path(config["origin"])), RunFolder(cfg.folder), cfg, config["provenance"])
             if not config["population"]:  # it compares the present alone
                 trial.tell_past_epochs()
             data = placed[config["data"]]
             device = torch.device("cuda" if cfg.use_gpu else "cpu")
             worker = Worker(cfg, data.store, 0, 1, device)
             begin(data, cfg)
-            train_epochs(worker, pairs_of(data, worker), journal, config["provenance"], trial.report)
+            run, pairs = RunFolder(cfg.folder), pairs_of(data, worker)
+            train_epochs(worker, run, pairs, journal, config["provenance"], trial.report)
         except Exception as error:
             trial.failed_with(error)
         else:
-            if any(line["kind"] == "failure" for line in since_start(cfg.out)):
+            if any(line["kind"] == "failure" for line in since_start(cfg.folder)):
                 trial.end("FAILED")
 
 
@@ -75,16 +76,16 @@ class TrialRun:
 
     def report(self, state: TrainState, _: dict[str, Any]) -> None:
         """One epoch. The end is told first, for Tune may not come back after it."""
-        if self.config["latency"] and not any(line["kind"] == "latency" for line in entries(self.cfg.out)):
+        if self.config["latency"] and not any(line["kind"] == "latency" for line in entries(self.cfg.folder)):
             self.journal.write("latency", ms=latency_ms(state))
         if ended(state, self.cfg):
             self.end("FINISHED")
-        lines = entries(self.cfg.out)
+        lines = entries(self.cfg.folder)
         self.tell(lines, state.epoch)
 
     def tell_past_epochs(self) -> None:
         """What earlier processes have done."""
-        lines = entries(self.cfg.out)
+        lines = entries(self.cfg.folder)
         for n, line in enumerate(lines):
             if line["kind"] == "epoch":
                 self.tell(lines[: n + 1], line["epoch"])
@@ -92,7 +93,7 @@ class TrialRun:
     def tell(self, lines: list[dict[str, Any]], epoch: int) -> None:
         """To Tune, which answers by going on, or never. The driver may end the journal meanwhile."""
         metrics = metrics_of(lines, epoch, self.config["objective"])
-        with self.journal.lent(), mark(self.cfg.out) if self.config["population"] else nullcontext() as checkpoint:
+        with self.journal.lent(), mark(self.cfg.folder) if self.config["population"] else nullcontext() as checkpoint:
             tune.report(metrics, checkpoint=checkpoint)
 
     def end(self, status: str) -> None:
@@ -107,7 +108,7 @@ class TrialRun:
     def failed_with(self, error: Exception) -> None:
         """Raises the error for another try, unless it is the second of its kind."""
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        before = [line["cause"] for line in since_start(self.cfg.out) if line["kind"] == "error"]
+        before = [line["cause"] for line in since_start(self.cfg.folder) if line["kind"] == "error"]
         self.journal.write("error", cause=cause, time=time.time())
         if cause in before:
             self.fail(f"twice the same: {cause}")
