@@ -273,6 +273,9 @@ def test_every_reader_takes_a_checkpoint_or_a_run_at_a_uri(s3: S3, small_store: 
     there.write("run.json", (local / "run.json").read_bytes())
     with pytest.raises(CheckpointError, match="without a finished epoch"):
         best_of_run(uri)
+    there.write("best.json", b'{"checkpoint": "../../elsewhere"}')
+    with pytest.raises(CheckpointError, match=r"best\.json is damaged.*elsewhere' is no folder of a run"):
+        best_of_run(uri)
     best = "checkpoints/epoch_0001"
     send_folder(local / best, there, best)
     there.write("best.json", (local / "best.json").read_bytes())
