@@ -43,7 +43,7 @@ def client(server: LocalServer) -> Iterator[AlignmentClient]:
 
 
 def expected(server: LocalServer, event: Any) -> Any:
-    adapter = load_checkpoint(server.endpoint.succession.source.folder).adapter
+    adapter = load_checkpoint(Path(server.endpoint.cfg.checkpoint)).adapter
     with torch.no_grad():
         return adapter(torch.from_numpy(event.astype(np.float32))).numpy()
 
