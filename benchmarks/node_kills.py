@@ -45,7 +45,7 @@ from three_nodes import Nodes, three_nodes
 RAY_APP = Path(sys.executable).with_name("ray-app")
 SCENES = "--num-pairs 96 --num-sequences 24 --width 160 --height 120"
 SWEEP = {
-    "fixed": {"strategy": "bottleneck", "num_epochs": 40, "batch_size": 8, "early_stop_patience": 40},
+    "fixed": {"strategy": "bottleneck", "num_epochs": 80, "batch_size": 8, "early_stop_patience": 80},
     "space": {"hidden_dim": [8, 16, 24], "learning_rate": [1.0e-3, 3.0e-3]},
     "searcher": "grid",
     "scheduler": "none",
@@ -124,7 +124,8 @@ def finished_tasks(out: Path) -> int:
 
 
 def tune(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kills while trials run; a trial that was begun again is the sign that it went on."""
+    """Kills while trials run; a trial that was begun again is the sign that it went on. A kill that met no trial is
+    not one of the `kills`."""
     store = build_store(NumpySource(), folder / "store")
     file = folder / "sweep.yaml"
     file.write_text(yaml.safe_dump({"store": str(store), "out": "-", **SWEEP}))
@@ -134,12 +135,12 @@ def tune(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[str
     took: list[float | None] = []
     wrong = runs = 0
     deaths = []
-    while len(took) < kills:
+    while met(took) < kills:
         runs += 1
         out = folder / str(runs)
         process = command(nodes, f"{words} {out}")
         grow(process, lambda out=out: steps(out))
-        while len(took) < kills and process.poll() is None:
+        while met(took) < kills and process.poll() is None:
             time.sleep(rng.uniform(0.0, 6.0))
             if process.poll() is not None:
                 break
@@ -255,6 +256,11 @@ def killed(nodes: Nodes, process: "subprocess.Popen[bytes]", sign: Any, rng: ran
     return seconds
 
 
+def met(seconds: Sequence[float | None]) -> int:
+    """Kills after which something had to go on."""
+    return sum(took is not None for took in seconds)
+
+
 def grow(process: "subprocess.Popen[bytes]", sign: Any, before: int = 0) -> None:
     """Until a count is larger than it was, or the command has ended."""
     until = time.monotonic() + LONGEST_S
@@ -273,9 +279,9 @@ def summary(name: str, seconds: Sequence[float | None]) -> dict[str, Any]:
     rounded = [round(s, 1) for s in seconds if s is not None]
     return {
         "nodes_killed": len(seconds),
-        "of_them_with_nothing_left_to_do": len(seconds) - len(rounded),
+        "of_them_with_nothing_left_to_do": len(seconds) - met(seconds),
         name: rounded,
-        "median_s": statistics.median(rounded),
+        "median_s": round(statistics.median(rounded), 1),
         "worst_s": max(rounded),
     }
 

@@ -1,17 +1,18 @@
-"""What a second worker brings, and a model of the training step from its parts for more of them.
+"""What more raylets bring on two cores, and a model of the training step from its parts for more workers.
 
     .venv/bin/python benchmarks/scaling.py --folder /tmp/scaling
 
-One and two raylets of one CPU each on this machine, the head without any: `prepare` and `train` as users call them.
-A step is taken apart: computing a share of a batch (the training loop alone, on one thread, without Ray), the
-all-reduce of its gradients (two processes over gloo, nothing else), and waiting, which is what is left of the step
-that was measured on two raylets. The model is
+One, two and four raylets of one CPU each on this machine, the head without any: `prepare` and `train` as users call
+them. A step is taken apart: computing a share of a batch (the training loop alone, on one thread, without Ray), the
+all-reduce of its gradients (processes over gloo, nothing else), and waiting, which is what is left of the step that
+was measured on raylets. The model is
 
     step(N) = fixed + each * pairs per worker + 2 (N - 1) / N * bytes / bandwidth + 2 (N - 1) * latency
 
-with its four numbers taken from some of the points and held against the others. The last part applies it to GPUs
-that nobody has measured here: every number that is assumed is in the result. The raylets share cores, memory and
-loopback: nothing is told of a network here. Writes benchmarks/results/scaling.json.
+with its four numbers taken from some of the points (batches of 4 and 16 alone, all-reduces of two processes) and held
+against the others. Four raylets share two cores: there the model is told that each computes half as fast. The last
+part applies it to GPUs that nobody has measured here: every number that is assumed is in the result. The raylets
+share cores, memory and loopback: nothing is told of a network here. Writes benchmarks/results/scaling.json.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from ray_app.config.train import TrainConfig
 from ray_app.jobs.held import Held
 from ray_app.jobs.journal import Journal, entries
 from ray_app.jobs.lanes import Lanes
+from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.train_loop import Pairs, Worker, held_batches, train_epochs
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
@@ -44,7 +46,8 @@ from three_nodes import Nodes
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
 SCENES = "--num-pairs 96 --num-sequences 12 --width 160 --height 120"
-BATCH, EPOCHS = 16, 4
+BATCH, EPOCHS = 16, 6
+RAYLETS, CORES = (1, 2, 4), 2
 HIDDEN = {"small": 16, "large": 64}
 """Of `lightweight`, at a width of 150,528: 4.8 and 19.3 million parameters."""
 SIZES = [2**10, 2**20, 2**23, 2**25]
@@ -72,7 +75,7 @@ def main() -> None:
     folder = args.folder.resolve()
     os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
-    by_workers = {str(n): on_raylets(n, folder) for n in (1, 2)}
+    by_workers = {str(n): on_raylets(n, folder) for n in RAYLETS}
     computing = {
         name: {
             str(batch): alone(folder / "store-1", folder / f"alone-{name}-{batch}", hidden, batch)
@@ -80,7 +83,7 @@ def main() -> None:
         }
         for name, hidden in HIDDEN.items()
     }
-    reducing = all_reduces(folder)
+    reducing = {str(n): all_reduces(folder, n) for n in RAYLETS[1:]}
     save(
         "scaling",
         {
@@ -88,9 +91,10 @@ def main() -> None:
             "batch": BATCH,
             "hidden": HIDDEN,
             "by_workers": by_workers,
-            "prepare_speedup": round(
-                by_workers["2"]["prepare_pairs_per_s"] / by_workers["1"]["prepare_pairs_per_s"], 2
-            ),
+            "prepare_speedup": {
+                str(n): round(by_workers[str(n)]["prepare_pairs_per_s"] / by_workers["1"]["prepare_pairs_per_s"], 2)
+                for n in RAYLETS[1:]
+            },
             "computing_s": computing,
             "all_reduce_s": reducing,
             "parts_and_model": {
@@ -148,7 +152,7 @@ def alone(folder: Path, out: Path, hidden: int, batch: int) -> float:
     out.mkdir()
     with Journal(out) as journal:
         pairs = Pairs(lambda state: held_batches(train, lanes, state, worker), True, None)
-        train_epochs(worker, pairs, journal, {}, lambda *_: None)
+        train_epochs(worker, RunFolder(out), pairs, journal, {}, lambda *_: None)
     return step_seconds(out, batch)
 
 
@@ -163,11 +167,14 @@ def step_seconds(run: Path, batch: int) -> float:
     return round(statistics.median(took), 4)
 
 
-def all_reduces(folder: Path) -> dict[str, float]:
-    """Medians of an all-reduce of so many float32 numbers between two processes."""
+def all_reduces(folder: Path, workers: int) -> dict[str, float]:
+    """Medians of an all-reduce of so many float32 numbers between so many processes."""
     context = get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=reduce_worker, args=(rank, str(folder / "gloo"), queue)) for rank in (0, 1)]
+    processes = [
+        context.Process(target=reduce_worker, args=(rank, workers, str(folder / f"gloo-{workers}"), queue))
+        for rank in range(workers)
+    ]
     for process in processes:
         process.start()
     found: dict[str, float] = queue.get(timeout=300)
@@ -176,10 +183,10 @@ def all_reduces(folder: Path) -> dict[str, float]:
     return found
 
 
-def reduce_worker(rank: int, file: str, queue: Any) -> None:
-    """One of the two."""
+def reduce_worker(rank: int, workers: int, file: str, queue: Any) -> None:
+    """One of them."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=workers)
     found = {}
     for size in SIZES:
         numbers, took = torch.zeros(size), []
@@ -195,31 +202,43 @@ def reduce_worker(rank: int, file: str, queue: Any) -> None:
 
 
 def parts(
-    computing: dict[str, float], reducing: dict[str, float], by_workers: dict[str, Any], name: str, numbers: int
+    computing: dict[str, float],
+    reducing: dict[str, dict[str, float]],
+    by_workers: dict[str, Any],
+    name: str,
+    numbers: int,
 ) -> dict[str, Any]:
-    """A step on two raylets taken apart, and the model held against the points that it was not made from."""
+    """A step on several raylets taken apart, and the model held against the points that it was not made from."""
+    small, large = str(SIZES[0]), str(SIZES[-1])
     each = (computing["16"] - computing["4"]) / 12
     fixed = computing["4"] - 4 * each
-    bandwidth = 4 * (SIZES[-1] - SIZES[0]) / (reducing[str(SIZES[-1])] - reducing[str(SIZES[0])])
-    latency = reducing[str(SIZES[0])] / 2
+    bandwidth = 4 * (SIZES[-1] - SIZES[0]) / (reducing["2"][large] - reducing["2"][small])
+    latency = reducing["2"][small] / 2
+
+    def computed(workers: int, batch: int) -> float:
+        return max(workers / CORES, 1) * (fixed + each * batch / workers)
 
     def model(workers: int, batch: int) -> float:
-        return fixed + each * batch / workers + reduced(workers, 4 * numbers, bandwidth, latency)
+        return computed(workers, batch) + reduced(workers, 4 * numbers, bandwidth, latency)
 
-    measured = by_workers["2"][f"step_s_{name}"]
-    share, reduce_s = fixed + each * BATCH / 2, reduced(2, 4 * numbers, bandwidth, latency)
-    checks = {
-        "alone, batch 8": (model(1, 8), computing["8"]),
-        f"one raylet, batch {BATCH}": (model(1, BATCH), by_workers["1"][f"step_s_{name}"]),
-        f"two raylets, batch {BATCH}": (model(2, BATCH), measured),
-        f"all-reduce of {SIZES[-2]}": (reduced(2, 4 * SIZES[-2], bandwidth, latency), reducing[str(SIZES[-2])]),
-    }
+    checks = {"alone, batch 8": (model(1, 8), computing["8"])}
+    steps = {}
+    for n in RAYLETS:
+        measured, reduce_s = by_workers[str(n)][f"step_s_{name}"], reduced(n, 4 * numbers, bandwidth, latency)
+        checks[f"{n} raylets, batch {BATCH}"] = (model(n, BATCH), measured)
+        steps[str(n)] = {
+            "step_s": measured,
+            "of_it_computing_s": round(computed(n, BATCH), 4),
+            "of_it_all_reduce_s": round(reduce_s, 4),
+            "of_it_waiting_s": round(measured - computed(n, BATCH) - reduce_s, 4),
+        }
+    for n, size in product(RAYLETS[1:], SIZES[1:]):
+        if (n, size) != (2, SIZES[-1]):
+            told = reduced(n, 4 * size, bandwidth, latency)
+            checks[f"all-reduce of {size} between {n}"] = (told, reducing[str(n)][str(size)])
     return {
         "gradient_bytes": 4 * numbers,
-        "step_on_two_s": measured,
-        "of_it_computing_s": round(share, 4),
-        "of_it_all_reduce_s": round(reduce_s, 4),
-        "of_it_waiting_s": round(measured - share - reduce_s, 4),
+        "steps": steps,
         "model": {
             "fixed_s": round(fixed, 4),
             "each_pair_s": round(each, 4),

@@ -7,9 +7,11 @@ moment, one is added once training goes on with fewer, the next is killed once i
 followed by another one until the kills are done; each is held against a run of one worker that nobody disturbed. Time
 to go on: from the kill to the first step that the run had not come to before.
 Writes benchmarks/results/train_elastic.json after each run. A store and an undisturbed run that are there are taken.
+With --add the runs of the result file that is there count towards the kills, and stay in it with their own date.
 """
 
 import argparse
+import json
 import os
 import random
 import statistics
@@ -22,7 +24,7 @@ from typing import Any
 os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 from chaos import told
-from provenance import save
+from provenance import RESULTS, provenance, save
 from ray.cluster_utils import Cluster
 
 from ray_app.jobs.journal import JOURNAL, entries
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for the store and the runs")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--add", action="store_true", help="to the runs of the result file")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     folder, rng = args.folder.resolve(), random.Random(args.seed)
@@ -53,16 +56,29 @@ def main() -> None:
             subprocess.run([str(RAY_APP), *words.split()], check=True, stdout=subprocess.DEVNULL)
     clean = ended(folder / "clean")
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": True})
-    runs: list[dict[str, Any]] = []
+    runs = earlier(clean) if args.add else []
     try:
         while (kills := sum(len(run["seconds_to_go_on"]) for run in runs)) < args.kills:
-            out = folder / f"run-{len(runs)}"
+            out = folder / f"run-{args.seed}-{len(runs)}"
             words = f"{train} {ELASTIC} --address {cluster.address} --out {out}"
             runs.append(disturbed(cluster, words.split(), out, args.kills - kills, rng))
-            runs[-1] |= {"right": runs[-1]["code"] == 0 and same(ended(out), clean)}
+            runs[-1] |= {"right": runs[-1]["code"] == 0 and same(ended(out), clean), **when(provenance())}
             tell(runs, clean)
     finally:
         cluster.shutdown()
+
+
+def earlier(clean: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of the result file, if they were held against the same undisturbed run."""
+    found = json.loads((RESULTS / "train_elastic.json").read_text())
+    assert found["flags"] == f"{FLAGS} {ELASTIC}", "the result file is of other flags"
+    assert found["clean"] == clean, "the result file is of another undisturbed run"
+    return [{**when(found["provenance"]), **run} for run in found["runs"]]
+
+
+def when(about: dict[str, Any]) -> dict[str, Any]:
+    """Of a run: date, commit and the machine's load before it."""
+    return {name: about[name] for name in ("date", "commit", "load_at_start")}
 
 
 def tell(runs: list[dict[str, Any]], clean: dict[str, Any]) -> None:

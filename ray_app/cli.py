@@ -185,14 +185,13 @@ def resumed_flags(argv: list[str]) -> list[str]:
     value = words[at][2] or " ".join(argv[at + 1 : at + 2]) if at is not None else ""
     if not value:
         return []
-    from ray_app.jobs.run_folder import RunFolder
+    from ray_app.jobs.run_copy import settings_of_run
 
-    run = RunFolder(Path(value).absolute())
-    settings = {**run.about()["config"], "out": str(run.path)}
-    return [word for key, value in settings.items() if value not in (None, []) for word in flag(key, value, run.path)]
+    settings = settings_of_run(value)
+    return [word for key, given in settings.items() if given not in (None, []) for word in flag(key, given, value)]
 
 
-def flag(field: str, value: Any, path: Path) -> list[str]:
+def flag(field: str, value: Any, path: Path | str) -> list[str]:
     """One YAML value as flag words."""
     option = field.replace("_", "-")
     if isinstance(value, bool):

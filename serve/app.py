@@ -6,7 +6,6 @@ here before anything is started, and the message says what to change.
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,6 +13,7 @@ from ray import serve
 
 from ray_app.config.serve import EndpointConfig
 from ray_app.errors import ConfigError
+from ray_app.store.place import absolute, place
 
 from .auth import read_tokens
 from .champion import source_of
@@ -65,9 +65,9 @@ def local_app(cfg: EndpointConfig) -> serve.Application:
 def with_model(cfg: EndpointConfig) -> EndpointConfig:
     """The same with a tracking server that every replica reaches. ConfigError: none, or no such folder."""
     if not cfg.checkpoint.startswith("models:"):
-        if not Path(cfg.checkpoint).is_dir():
+        if not place(cfg.checkpoint).exists():
             raise ConfigError(f"checkpoint '{cfg.checkpoint}' is no folder here, and no models:/NAME@ALIAS.")
-        return cfg.model_copy(update={"checkpoint": str(Path(cfg.checkpoint).absolute())})
+        return cfg.model_copy(update={"checkpoint": absolute(cfg.checkpoint)})
     uri = cfg.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri or (uri.startswith("sqlite:///") and not uri.startswith("sqlite:////")):
         raise ConfigError("tracking_uri must name the MLflow server (or a database by its absolute path).")

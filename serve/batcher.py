@@ -9,8 +9,9 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .predict import Answer, Work
@@ -18,6 +19,8 @@ from .problems import Problem
 
 SMOOTHING = 0.1
 """Weight of the newest batch in the mean time of one."""
+ARRIVAL_S = 1.0
+"""So long a body that arrives keeps its place in the queue: who sends a byte now and then keeps none."""
 STUCK_S = 60.0
 """A forward pass that takes longer is not coming back."""
 
@@ -69,24 +72,38 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, "forward", prepare)
         self._worker: asyncio.Task[None] | None = None
         self._began: float | None = None
+        self._arriving: dict[object, float] = {}
         self.queued_rows = 0
         self.batch_s = 0.05
 
-    def admit(self, rows: int) -> None:
-        """Problem 429 if so many rows do not fit into the queue now."""
-        if self.queued_rows + rows > self._max_queued_rows:
-            batches = 1 + self.queued_rows / self._max_rows
-            seconds = max(1, math.ceil(batches * self.batch_s))
-            raise Problem(
-                429,
-                "busy",
-                f"{self.queued_rows} pairs wait, the limit is {self._max_queued_rows}; try again in {seconds} s.",
-                {"retry-after": str(seconds)},
-            )
+    def full(self, rows: int = 1) -> bool:
+        """Whether so many rows do not fit into the queue now, beside those that wait and those that arrive."""
+        late = time.monotonic() - ARRIVAL_S
+        while self._arriving and next(iter(self._arriving.values())) < late:
+            del self._arriving[next(iter(self._arriving))]
+        return self.queued_rows + len(self._arriving) + rows > self._max_queued_rows
+
+    def busy(self) -> Problem:
+        """429, with the time after which it is worth asking again."""
+        batches = 1 + self.queued_rows / self._max_rows
+        seconds = max(1, math.ceil(batches * self.batch_s))
+        waits = f"{self.queued_rows} pairs wait and {len(self._arriving)} requests arrive"
+        detail = f"{waits}, the limit is {self._max_queued_rows}; try again in {seconds} s."
+        return Problem(429, "busy", detail, {"retry-after": str(seconds)})
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Keeps a place in the queue for a request whose body is still on its way."""
+        self._arriving[key := object()] = time.monotonic()
+        try:
+            yield
+        finally:
+            self._arriving.pop(key, None)
 
     async def answer(self, work: Work, timeout_s: float) -> Answer:
         """The model's answer. Problem 429: the queue is full. Problem 504: not in time. Others: what is wrong."""
-        self.admit(work.rows)
+        if self.full(work.rows):
+            raise self.busy()
         loop = asyncio.get_running_loop()
         waiting = Waiting(work, time.monotonic() + timeout_s, loop.create_future())
         self._queue.append(waiting)

@@ -1,4 +1,4 @@
-"""Where models come from: an alias or version in MLflow's registry, or a checkpoint folder.
+"""Where models come from: an alias or version in MLflow's registry, or a checkpoint in a folder or at a URI.
 
 Only plain artifacts are taken (safetensors, JSON), by the digest that was noted at promotion. Nothing that the
 registry holds is run or unpickled.
@@ -13,37 +13,41 @@ from typing import Any, Protocol
 from ray_app.config.base import MODEL_URI
 from ray_app.errors import CheckpointError, RegistryError
 from ray_app.store.checkpoint import SUMS
-from ray_app.store.durable import sha256_file
+from ray_app.store.durable import sha256_bytes
+from ray_app.store.place import place
+from ray_app.store.sealed import local_folder
 
 from .model import Identity
+
+LOOK_S = 2.0
+"""How long a look waits for an object store; the next one comes anyway."""
 
 
 class Source(Protocol):
     """Names the model that should be served now, and brings its files."""
 
     def current(self) -> Identity:
-        """RegistryError: the registry is away or has no such model. CheckpointError: there is none."""
+        """RegistryError, StoreError: what holds it is away, or has no such model. CheckpointError: there is none."""
 
     def files(self, identity: Identity) -> AbstractContextManager[Path]:
         """A folder with the checkpoint, there until the block ends."""
 
 
-class FolderSource:
-    """A checkpoint folder on this machine."""
+class PlaceSource:
+    """A checkpoint in a folder of this machine, or at a URI."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, where: str) -> None:
+        self._where, self._there = where, place(where, LOOK_S)
 
     def current(self) -> Identity:
         try:
-            digest = sha256_file(self.folder / SUMS)
+            digest = sha256_bytes(self._there.read(SUMS))
         except OSError as error:
-            raise CheckpointError(f"{self.folder} is not a checkpoint: it has no {SUMS}.") from error
-        return Identity(version=digest[:12], digest=digest, source=self.folder.name)
+            raise CheckpointError(f"{self._there} is not a checkpoint: it has no {SUMS}.") from error
+        return Identity(version=digest[:12], digest=digest, source=str(self._there).rpartition("/")[2])
 
-    @contextmanager
-    def files(self, identity: Identity) -> Iterator[Path]:  # noqa: ARG002
-        yield self.folder
+    def files(self, identity: Identity) -> AbstractContextManager[Path]:  # noqa: ARG002
+        return local_folder(self._where)
 
 
 class RegistrySource:
@@ -121,4 +125,4 @@ def source_of(checkpoint: str, tracking_uri: str | None) -> Source:
     if checkpoint.startswith("models:"):
         assert tracking_uri is not None, "checked by EndpointConfig"
         return RegistrySource(checkpoint, tracking_uri)
-    return FolderSource(Path(checkpoint))
+    return PlaceSource(checkpoint)

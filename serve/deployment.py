@@ -11,6 +11,7 @@ from ray_app.config.serve import EndpointConfig
 from .api import build_api
 from .edge import Edge
 from .endpoint import Endpoint
+from .gate import Gate
 from .tracing import Tracing
 from .v2 import infer
 
@@ -33,7 +34,8 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Ray Serve sends requests to."""
-        return Edge(self.endpoint, infer, build_api(self.endpoint, self._everywhere), self.tracing)
+        Gate.edge = Edge(self.endpoint, infer, build_api(self.endpoint, self._everywhere), self.tracing)
+        return Gate.edge
 
     async def _everywhere(self, method: str) -> list[object]:
         if self.endpoint.cfg.num_replicas == 1:

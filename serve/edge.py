@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -21,6 +22,9 @@ LOG = logging.getLogger("ray.serve")
 OPEN = {"/", "/openapi.json", "/v2/health/live", "/v2/health/ready"}
 """Asked without a token: whether it lives, what it speaks, and the page that asks for one."""
 ADMIN = {"/v1/reload"}
+INFER = "/v2/models/{model}/infer"
+QUEUED = {INFER, "/v1/align", "/v1/verify"}
+"""Asked by POST, they wait for a forward pass."""
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 Infer = Callable[[Endpoint, Call, Receive], Awaitable[tuple[list[tuple[bytes, bytes]], list[bytes]]]]
@@ -32,13 +36,19 @@ class Edge:
     def __init__(self, endpoint: Endpoint, infer: Infer, api: ASGIApp, tracing: Tracing) -> None:
         self._endpoint, self._infer, self._api, self._tracing = endpoint, infer, api, tracing
 
+    def refuses(self, scope: Scope) -> bool:
+        """Whether an HTTP request will hear that the queue is full."""
+        return self._endpoint.batcher.full() and scope["method"] == "POST" and Call.of(scope).route in QUEUED
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._api(scope, receive, send)
             return
         call = Call.of(scope)
+        named = bool(call.request_id) and "ray_app.before_ray" not in scope
+        call.request_id = call.request_id or uuid.uuid4().hex
         scope["ray_app.call"], scope["ray_app.endpoint"] = call, self._endpoint
-        answer = Answering(call, send, ray_names_requests=bool(call.request_id))
+        answer = Answering(call, send, ray_names_requests=named)
         self._endpoint.telemetry.in_flight += 1
         try:
             with self._tracing.request(call):
@@ -60,7 +70,7 @@ class Edge:
         if self._endpoint.keys.path is None and not self._endpoint.cfg.open_access:
             require_local(call)
         receive = in_time(receive, call, self._endpoint.cfg.timeout_s)
-        if call.method == "POST" and call.route == "/v2/models/{model}/infer":
+        if call.method == "POST" and call.route == INFER:
             headers, parts = await self._infer(self._endpoint, call, receive)
             await answer.whole(200, headers, parts)
         else:

@@ -1,7 +1,8 @@
 """All of a replica but HTTP: the model in service, the queue before it, keys, metrics, the watch on the source."""
 
 import asyncio
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,7 +17,6 @@ from .body import chunks, swallow
 from .champion import source_of
 from .model import ServedModel
 from .predict import Answer, Work, predict
-from .problems import Problem
 from .service import Outcome, Succession, stamp
 from .strict_json import DEPTH
 from .telemetry import Telemetry
@@ -58,13 +58,14 @@ class Endpoint:
         """In service now."""
         return self.succession.model
 
-    async def admit(self, receive: Receive) -> None:
-        """Problem 429 where the queue is full: before the body is held, not before the caller has sent it."""
-        try:
-            self.batcher.admit(1)
-        except Problem:
+    @asynccontextmanager
+    async def place(self, receive: Receive) -> AsyncIterator[None]:
+        """Held while a body arrives. Problem 429 where the queue is full, once the caller has sent all of it."""
+        if self.batcher.full():
             await swallow(chunks(receive), self.max_body_bytes)
-            raise
+            raise self.batcher.busy()
+        with self.batcher.place():
+            yield
 
     async def answer(self, work: Work, timeout_s: float) -> Answer:
         """The model's answer, counted."""

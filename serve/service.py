@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from ray_app.errors import CheckpointError, RayAppError, RegistryError
+from ray_app.errors import CheckpointError, RayAppError, RegistryError, StoreError
 
 from .champion import Source
 from .model import Identity, ServedModel, load_served
@@ -59,7 +59,7 @@ class Succession:
         with self._turn:
             try:
                 identity = self.source.current()
-            except RegistryError as error:
+            except (RegistryError, StoreError) as error:
                 self.watch.failures += 1
                 self.watch.last_error = str(error)
                 return "unreachable"
@@ -76,7 +76,7 @@ class Succession:
             try:
                 model = self._loaded(identity)
                 self._require_interface(model)
-            except RegistryError as error:  # away while it was downloaded: the next look tries again
+            except (RegistryError, StoreError) as error:  # away while it was downloaded: the next look tries again
                 self.watch = Watch(self.watch.last_checked, self.watch.failures + 1, str(error))
                 return "unreachable"
             except (RayAppError, RuntimeError, OSError, ValueError, KeyError) as error:

@@ -39,8 +39,8 @@ async def answered(request: Request, kind: type[AlignRequest], default: list[str
     """The whole way of a request."""
     endpoint: Endpoint = request.scope["ray_app.endpoint"]
     call: Call = request.scope["ray_app.call"]
-    await endpoint.admit(request.receive)
-    asked, event_BE, target_BD = await read_request(request, kind)
+    async with endpoint.place(request.receive):
+        asked, event_BE, target_BD = await read_request(request, kind)
     wanted: list[str] = default if asked.wanted is None else list(asked.wanted)
     require_images(endpoint, wanted, target_BD)
     work = Work(event_BE, target_BD, aligned=bool({"aligned", "aligned_image"} & set(wanted)), before=True)

@@ -22,11 +22,11 @@ OCTETS = [(b"content-type", b"application/octet-stream")]
 async def infer(endpoint: Endpoint, call: Call, receive: Receive) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
     """(headers, body in parts). Problem: what is wrong."""
     require_model(endpoint, call)
-    await endpoint.admit(receive)
     header_length = call.headers.get(HEADER_LENGTH)
     raw_at = int(header_length) if header_length and header_length.isdigit() and len(header_length) < 9 else 0
     limit = endpoint.max_body_bytes if header_length else endpoint.max_json_bytes
-    body = await read_body(call.headers, receive, limit, raw_at)
+    async with endpoint.place(receive):
+        body = await read_body(call.headers, receive, limit, raw_at)
     endpoint.telemetry.body(len(body))
     read = time.perf_counter()
     asked = parse_infer(body, header_length, endpoint.limits)

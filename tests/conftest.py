@@ -14,6 +14,7 @@ from ray_app.jobs.environment import set_defaults
 
 if TYPE_CHECKING:
     from dsec_writer import DsecFiles
+    from s3_process import S3
 
 # Read by Ray when it is imported: no token file in the home folder, no telemetry, quick health checks, an
 # early end where data starves. The keys are those of the tests' own S3 server.
@@ -66,6 +67,17 @@ def ray_cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[S3]":
+    """A real S3 server (moto's) on this machine with an empty bucket `bucket`."""
+    from s3_process import S3
+
+    server = S3(tmp_path_factory.mktemp("s3"))
+    server.make_bucket("bucket")
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

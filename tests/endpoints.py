@@ -103,8 +103,8 @@ class LocalServer(Server):
                 return [await self.endpoint.reload(again=True)]
             return [self.endpoint.telemetry.exposition(self.endpoint.batcher.queued_rows).decode()]
 
-        app = Edge(self.endpoint, infer, build_api(self.endpoint, everywhere), tracing)
-        options = uvicorn.Config(app, port=self.port, log_level="warning", timeout_graceful_shutdown=5)
+        self.edge = Edge(self.endpoint, infer, build_api(self.endpoint, everywhere), tracing)
+        options = uvicorn.Config(self.edge, port=self.port, log_level="warning", timeout_graceful_shutdown=5)
         self._uvicorn = uvicorn.Server(options)
         self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)
 

@@ -25,19 +25,20 @@ class MlflowServer:
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
+        self.environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self.words = ["--workers=1", "--host=127.0.0.1", f"--port={self.port}"]
+        self.words += [f"--backend-store-uri=sqlite:///{folder}/server.db"]
+        self.words += [f"--artifacts-destination={folder / 'artifacts'}"]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Returns when it answers."""
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "mlflow", "server", *self.words],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            env={**os.environ, **self.environment},
         )
         deadline = time.monotonic() + START_S
         while True:

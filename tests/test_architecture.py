@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "jobs": (
         {"jobs", "store", "sources", "events", "core", "config", "errors"},
         {"numpy", "torch", "pyarrow", "PIL", "ray", "mlflow", "rich", "jinja2", "matplotlib", "sqlalchemy"}
-        | {"optuna", "pydantic", "yaml", "transformers"}
+        | {"optuna", "pydantic", "yaml", "transformers", "psutil"}
         | {"serve"},  # `serve.app`, by its name and when it is started: it lies beside the package
     ),
     "serve": (

@@ -31,14 +31,6 @@ BOTH = Features(event=SMALL, target=SMALL)
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    server = S3(tmp_path_factory.mktemp("s3"))
-    server.make_bucket("bucket")
-    yield server
-    server.close()
-
-
 def slow_source(pause_s: float) -> NumpySource:
     """A source whose tasks take their time, so that a failure of the server falls into them."""
 

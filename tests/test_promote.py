@@ -320,7 +320,7 @@ def test_a_checkpoint_that_tells_nothing_of_its_store_needs_one(
 def test_a_run_without_a_finished_epoch_has_no_checkpoint_and_a_damaged_best_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(CheckpointError, match="without a finished epoch"):
-        best_of_run(tmp_path)
+        best_of_run(str(tmp_path))
     (tmp_path / "best.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"best\.json is damaged"):
-        best_of_run(tmp_path)
+        best_of_run(str(tmp_path))

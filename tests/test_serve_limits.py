@@ -16,6 +16,7 @@ import torch
 from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint
 
 from serve.batcher import Batcher, BatchTimes
+from serve.gate import Gate
 from serve.predict import Work
 from serve.problems import Problem
 
@@ -115,6 +116,60 @@ def test_overload_is_answered_429_and_callers_counts_are_the_servers(server: Loc
     assert server.metric("align_rejected_total", reason="busy") == codes[429]
     assert float(np.median(refused_ms)) < 20.0
     assert server.endpoint.batcher.queued_rows == 0
+
+
+def test_a_full_queue_is_told_before_ray_reads_the_body(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached: list[str] = []
+
+    async def ray(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
+        reached.append(scope["path"])
+
+    async def never() -> Any:
+        raise AssertionError("the body was read")
+
+    def asked(method: str, path: str, told: dict[str, str]) -> list[Any]:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(name.lower().encode(), value.encode()) for name, value in told.items()]
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers}
+        asyncio.run(Gate(ray)(scope, never, send))
+        return sent
+
+    endpoint = server.endpoint
+    monkeypatch.setattr(Gate, "edge", server.edge)
+    asked("POST", INFER, GOOD_HEADERS)
+    assert reached == [INFER], "there is a place: Ray takes it"
+    monkeypatch.setattr(endpoint.batcher, "queued_rows", 8)
+    before = server.metric("align_requests_total", code="429")
+    for path, method in ((INFER, "GET"), ("/v1/reload", "POST"), ("/v2/health/ready", "GET")):
+        asked(method, path, {})
+    assert reached == [INFER, INFER, "/v1/reload", "/v2/health/ready"], "what waits for no forward pass goes on"
+    for path in (INFER, "/v1/align", "/v1/verify"):
+        start, body = asked("POST", path, {**GOOD_HEADERS, "x-request-id": "mine"})
+        headers = dict(start["headers"])
+        assert (start["status"], headers[b"x-request-id"]) == (429, b"mine")
+        assert int(headers[b"retry-after"]) >= 1
+        assert json.loads(body["body"])["code"] == "busy"
+    assert len(dict(asked("POST", INFER, GOOD_HEADERS)[0]["headers"])[b"x-request-id"]) == 32
+    assert server.metric("align_requests_total", code="429") - before == 4
+    assert len(reached) == 4
+
+
+def test_bodies_on_their_way_count_as_waiting_for_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.batcher.ARRIVAL_S", 0.05)
+    batcher = Batcher(list, max_rows=4, max_queued_rows=4)
+    with batcher.place(), batcher.place(), batcher.place():
+        assert not batcher.full(1)
+        assert batcher.full(2)
+        with batcher.place():
+            assert batcher.full(1)
+            assert "0 pairs wait and 4 requests arrive, the limit is 4" in batcher.busy().detail
+            time.sleep(0.06)
+            assert not batcher.full(4), "who sends a byte now and then keeps no place"
+    assert not batcher.full(4)
 
 
 def slow(server: LocalServer) -> None:

@@ -4,7 +4,9 @@ loses nothing."""
 import http.client
 import json
 import os
+import select
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -123,6 +125,21 @@ def test_metrics_are_of_every_replica(server: RayServer) -> None:
     names = {line.split('replica="')[1].split('"')[0] for line in text.splitlines() if "align_model_info{" in line}
     assert len(names) == 2
     assert text.count("# TYPE align_requests_total counter") == 1
+
+
+def test_in_a_flood_a_full_queue_is_told_before_the_body_is_sent(server: RayServer) -> None:
+    head = [f"POST {INFER} HTTP/1.1", f"Host: {server.url}", f"Authorization: Bearer {server.token}"]
+    head += [f"{name}: {value}" for name, value in {**HEADERS, "Content-Length": str(len(BODY))}.items()]
+    callers = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(600)]
+    for caller in callers:
+        caller.sendall("\r\n".join([*head, "", ""]).encode())
+    told, _, _ = select.select(callers, [], [], 5.0)
+    assert told, "the queues of two replicas have 128 places"
+    for caller in told:
+        assert caller.recv(12) == b"HTTP/1.1 429"
+    for caller in callers:
+        caller.close()
+    assert server.ask("POST", INFER, BODY, HEADERS)[0] in (200, 429)
 
 
 def test_a_new_model_takes_over_on_every_replica_and_no_caller_sees_it(server: RayServer, folder: Path) -> None:

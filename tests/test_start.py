@@ -57,7 +57,7 @@ def test_a_start_through_ray_data_is_that_of_a_singular_value_decomposition(
     cfg, _ = compressed
     store = PairStore.open(cfg.store)
     split = split_pairs(store.index, cfg.split_config)
-    start, about = load_training_state(cfg.out / "start")
+    start, about = load_training_state(cfg.folder / "start")
     assert about["store"] == store.fingerprint
     event, target = store.read_rows(split.train)
     for side, stored in (("event", event), ("target", target)):
@@ -76,7 +76,7 @@ def test_another_run_takes_a_start_over_and_one_of_other_pairs_is_refused(
 ) -> None:
     cfg, _ = compressed
     store = PairStore.open(cfg.store)
-    given = {"start": cfg.out / "start"}
+    given = {"start": cfg.folder / "start"}
     lower = config(cfg.store, tmp_path / "run", "lowrank", space="compressed", rank=4, **given)
     held = starts.held_compressed(lower, store, "train", np.arange(5))
     assert held.event_BE.shape == (5, 4)
@@ -100,7 +100,7 @@ def test_ridge_is_solved_once_and_is_no_worse_on_validation_than_the_mean_target
     assert (result["epochs"], result["parameters"]) == (1, 0)
     store = PairStore.open(small_store)
     split = split_pairs(store.index, cfg.split_config)
-    chosen = load_training_state(cfg.out / "start")[1]["mean_cosine_on_validation"]
+    chosen = load_training_state(cfg.folder / "start")[1]["mean_cosine_on_validation"]
     assert result["val"]["cos_sim_mean"] == pytest.approx(max(chosen.values()), abs=1e-5)
     _, target = (torch.tensor(side) / 255 for side in store.read_rows(split.val))
     mean = torch.tensor(store.read_rows(split.train)[1] / 255).mean(0).float()

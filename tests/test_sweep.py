@@ -87,7 +87,7 @@ def test_a_sweep_without_a_store_says_how_to_name_one(tmp_path: Path) -> None:
     path.write_text("space: {hidden_dim: [8]}\n")
     with pytest.raises(ConfigError, match="--store stores/scenes"):
         read_spec(path, {})
-    assert read_spec(path, {"store": "A", "out": "B"}).store.name == "A"
+    assert read_spec(path, {"store": "A", "out": "B"}).store == str(Path("A").absolute())
 
 
 def test_any_setting_of_train_may_be_searched(tmp_path: Path) -> None:
@@ -225,13 +225,22 @@ def test_time_between_attempts_is_not_counted() -> None:
         ("attempt 1 attempt 2", True),
         ("attempt error attempt error", True),
         ("attempt error attempt", True),
+        ("lost lost lost", True),
+        ("attempt 1 lost", True),
+        ("lost 1 attempt", True),
+        ("attempt 1 lost attempt", False),
+        ("lost 1 attempt attempt", False),
     ],
 )
 def test_a_process_that_dies_twice_at_one_step_is_not_started_again(told: str, again: bool) -> None:
-    lines = [
-        {"kind": "step", "global_step": int(word)} if word.isdigit() else {"kind": word} for word in told.split()
-    ]
-    assert (why_not_again(lines) is None) == again
+    """`lost`: an attempt on a node that has gone since."""
+    kinds = {
+        "attempt": {"kind": "attempt", "node": "here"},
+        "lost": {"kind": "attempt", "node": "gone"},
+        "error": {"kind": "error"},
+    }
+    lines = [kinds.get(word) or {"kind": "step", "global_step": int(word)} for word in told.split()]
+    assert (why_not_again(lines, {"gone"}) is None) == again
 
 
 def test_controls_and_lift_are_those_of_the_one_evaluator(small_store: Path) -> None:

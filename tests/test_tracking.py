@@ -133,7 +133,7 @@ def test_what_an_interrupted_sync_left_out_is_brought_by_the_next(flags: Trackin
         steps(journal, 1, 5)
     lines = entries(run)
     client = MlflowClient(tracking_uri(flags))
-    run_id = tracking.tracked_run(client, tracking_uri(flags), run, lines)
+    run_id = tracking.tracked_run(client, tracking_uri(flags), str(run), lines)
     client.log_batch(run_id, metrics=[p for line in lines[2:4] for p in points(line)])
     found = sync_run(run, tracking_uri(flags))
     assert (found["points_sent"], found["missing"], found["surplus"]) == (3 * 3, 0, 0)

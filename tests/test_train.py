@@ -58,9 +58,9 @@ def test_a_run_leaves_a_checkpoint_a_journal_and_a_tracked_run(
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert {"checkpoint", "mlflow_run_id", "epochs", "val"} <= set(result)
     checkpoint = load_checkpoint(Path(result["checkpoint"]))
-    assert checkpoint.provenance["run_key"] == json.loads((cfg.out / "run.json").read_text())["key"]
+    assert checkpoint.provenance["run_key"] == json.loads((cfg.folder / "run.json").read_text())["key"]
     assert checkpoint.metrics["val"] == result["val"]
-    lines = entries(cfg.out)
+    lines = entries(cfg.folder)
     steps = [line for line in lines if line["kind"] == "step"]
     store = PairStore.open(cfg.store)
     split = split_pairs(store.index, cfg.split_config)
@@ -78,7 +78,7 @@ def test_mlflow_holds_every_point_of_the_journal(one_worker: tuple[TrainConfig, 
     assert run.data.params["hidden_dim"] == "16"
     assert run.data.tags["dataset_fingerprint"] == PairStore.open(cfg.store).fingerprint
     expected: dict[str, list[tuple[int, float]]] = {}
-    for line in entries(cfg.out):
+    for line in entries(cfg.folder):
         for point in points(line):
             expected.setdefault(point.key, []).append((point.step, point.value))
     assert set(run.data.metrics) == set(expected)
@@ -91,20 +91,20 @@ def test_mlflow_holds_every_point_of_the_journal(one_worker: tuple[TrainConfig, 
 
 def test_only_the_best_weights_and_the_newest_places_stay(one_worker: tuple[TrainConfig, dict[str, Any]]) -> None:
     cfg, result = one_worker
-    kept = {path.name for path in (cfg.out / "checkpoints").iterdir()}
+    kept = {path.name for path in (cfg.folder / "checkpoints").iterdir()}
     assert kept == {Path(result["checkpoint"]).name, "epoch_0002", "epoch_0003"}
-    assert {path.name for path in (cfg.out / "training_state").iterdir()} == {"epoch_0002", "epoch_0003"}
-    tensors, meta = load_training_state(cfg.out / "training_state" / "epoch_0003")
+    assert {path.name for path in (cfg.folder / "training_state").iterdir()} == {"epoch_0002", "epoch_0003"}
+    tensors, meta = load_training_state(cfg.folder / "training_state" / "epoch_0003")
     assert meta["counters"]["step"] == result["steps"]
     assert any(name.endswith("exp_avg_sq") for name in tensors)
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(one_worker: tuple[TrainConfig, dict[str, Any]]) -> None:
     cfg, _ = one_worker
-    before = sorted(str(path) for path in cfg.out.rglob("*"))
+    before = sorted(str(path) for path in cfg.folder.rglob("*"))
     with pytest.raises(StoreError, match="already holds something"):
         run_train(cfg)
-    assert sorted(str(path) for path in cfg.out.rglob("*")) == before
+    assert sorted(str(path) for path in cfg.folder.rglob("*")) == before
 
 
 def test_three_workers_on_batches_of_eight_equal_one(
@@ -123,7 +123,7 @@ def test_three_workers_on_batches_of_eight_equal_one(
     a, b = (load_checkpoint(Path(r["checkpoint"])).adapter.state_dict() for r in (alone, both))
     for key in a:
         assert torch.allclose(a[key], b[key], atol=1e-5), key
-    judged = [line for line in entries(cfg.out) if line["kind"] == "validation"]
+    judged = [line for line in entries(cfg.folder) if line["kind"] == "validation"]
     within = [n for n in range(0, both["steps"], 2) if n == 0 or n % (both["steps"] // 3)]
     assert [line["global_step"] for line in judged] == within
     assert {line["val"]["pairs"] for line in judged} == {both["val"]["pairs"]}
@@ -160,12 +160,12 @@ def test_a_killed_worker_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     cfg = config("killed", **LONG)
     killed: list[int] = []
-    killer = threading.Thread(target=kill_a_worker_after, args=(cfg.out, 4, killed))
+    killer = threading.Thread(target=kill_a_worker_after, args=(cfg.folder, 4, killed))
     killer.start()
     result = run_train(cfg)
     killer.join()
     assert killed, "no worker was found to kill"
-    again, *_ = [line for line in entries(cfg.out) if line["kind"] == "resume"]
+    again, *_ = [line for line in entries(cfg.folder) if line["kind"] == "resume"]
     assert again["epoch"] >= 4
     assert result["restarts"] == 1
     assert same_result(result, uninterrupted)
@@ -194,12 +194,12 @@ def test_all_of_it_killed_then_asked_to_stop_then_resumed_the_run_ends_with_the_
 ) -> None:
     """Within epochs: saved every fourth step, killed after step 30, asked to stop after step 100."""
     cfg = config("stopped", **LONG)
-    words = f"train --store {cfg.store} --out {cfg.out} --num-epochs 30 --early-stop-patience 30 --hidden-dim 16"
+    words = f"train --store {cfg.store} --out {cfg.folder} --num-epochs 30 --early-stop-patience 30 --hidden-dim 16"
     words += f" --batch-size 8 --tracking-uri {cfg.tracking_uri} --checkpoint-every 4"
-    resume = ["train", "--resume", str(cfg.out)]
-    assert in_a_process(words.split(), cfg.out, 30, signal.SIGKILL) == -signal.SIGKILL
-    assert in_a_process(resume, cfg.out, 100, signal.SIGTERM) == 143
-    stopped = [line["global_step"] for line in entries(cfg.out) if line["kind"] == "stop"]
+    resume = ["train", "--resume", str(cfg.folder)]
+    assert in_a_process(words.split(), cfg.folder, 30, signal.SIGKILL) == -signal.SIGKILL
+    assert in_a_process(resume, cfg.folder, 100, signal.SIGTERM) == 143
+    stopped = [line["global_step"] for line in entries(cfg.folder) if line["kind"] == "stop"]
     assert len(stopped) == 1
     assert stopped[0] >= 100
     capfd.readouterr()
@@ -207,11 +207,11 @@ def test_all_of_it_killed_then_asked_to_stop_then_resumed_the_run_ends_with_the_
     result = json.loads(capfd.readouterr().out)
     assert result["resumed_from_step"] == stopped[0]
     assert same_result(result, uninterrupted)
-    steps = [line["global_step"] for line in entries(cfg.out) if line["kind"] == "step"]
+    steps = [line["global_step"] for line in entries(cfg.folder) if line["kind"] == "step"]
     assert steps == list(range(1, result["steps"] + 1)), "each step is told once"
     client = MlflowClient(tracking_uri(cfg))
     runs = client.search_runs([client.get_experiment_by_name(cfg.experiment).experiment_id])
-    (tracked,) = [run for run in runs if run.data.tags["journal"] == str(cfg.out)]
+    (tracked,) = [run for run in runs if run.data.tags["journal"] == str(cfg.folder)]
     history = client.get_metric_history(tracked.info.run_id, "train/loss")
     assert [m.step for m in history] == steps
     assert tracked.info.status == "FINISHED"
@@ -221,7 +221,7 @@ def test_another_number_of_workers_may_go_on_and_is_told_what_it_costs(
     one_worker: tuple[TrainConfig, dict[str, Any]], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "moved"  # a run may be moved, too
-    shutil.copytree(one_worker[0].out, run)
+    shutil.copytree(one_worker[0].folder, run)
     for place in ("checkpoints/epoch_0003", "training_state/epoch_0003"):
         shutil.rmtree(run / place)
     assert cli.run(["train", "--resume", str(run), "--num-workers", "1:2", "--json"]) == 0
@@ -244,7 +244,7 @@ def test_another_number_of_workers_may_go_on_and_is_told_what_it_costs(
 def test_a_resume_with_another_config_is_refused_with_key_old_and_new(
     one_worker: tuple[TrainConfig, dict[str, Any]], flag: str, words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["train", "--resume", str(one_worker[0].out), *flag.split()]) == 2
+    assert cli.run(["train", "--resume", str(one_worker[0].folder), *flag.split()]) == 2
     assert words in " ".join(capfd.readouterr().err.split())
 
 
@@ -278,7 +278,7 @@ def test_a_tracking_server_that_is_away_costs_neither_run_nor_point(
     result = run_train(cfg)
     assert result["mlflow_run_id"] is None
     assert not result["tracked"]
-    assert sum(line["kind"] == "epoch" for line in entries(cfg.out)) == 2
+    assert sum(line["kind"] == "epoch" for line in entries(cfg.folder)) == 2
     told = capfd.readouterr().err
     assert told.count("does not answer") == 1
     assert "secret" not in told
@@ -293,7 +293,7 @@ def test_no_gpu_is_said_before_anything_starts(config: Callable[..., TrainConfig
     cfg = config("gpu", use_gpu=True)
     with pytest.raises(ResourceError, match="needs 1 GPUs, the cluster has 0"):
         run_train(cfg)
-    assert not cfg.out.exists()
+    assert not cfg.folder.exists()
 
 
 ROOM = ClusterInfo(cpus=2, gpus=0, memory_bytes=8 * 2**30, node_cpus=(2,))

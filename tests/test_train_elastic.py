@@ -55,7 +55,7 @@ def alone(store: Path, out: Path, num_epochs: int) -> list[dict[str, Any]]:
     pairs = Pairs(lambda state: held_batches(train, lanes, state, worker), True, val)
     out.mkdir()
     with Journal(out) as journal:
-        train_epochs(worker, pairs, journal, {}, lambda *_: None)
+        train_epochs(worker, RunFolder(out), pairs, journal, {}, lambda *_: None)
     return of_kind(out, "epoch")
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from ray_app.config.train import TrainConfig
 from ray_app.errors import RunInterrupted, StoreError, TrainingError
@@ -18,7 +20,7 @@ from ray_app.jobs.journal import Journal, entries
 from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.run_folder import RunFolder, place
 from ray_app.jobs.tracking import points
-from ray_app.jobs.train import stop_when_terminated
+from ray_app.jobs.train import stop_when_terminated, way_on_told
 from ray_app.jobs.train_loop import Worker, back_off, held_batches, train_epoch, validate
 from ray_app.jobs.train_state import Keeper, TrainState, agreed_place, resume_or_init
 from ray_app.store.checkpoint import save_training_state
@@ -42,24 +44,24 @@ def store(cfg: TrainConfig) -> PairStore:
 
 @pytest.fixture
 def start(cfg: TrainConfig, store: PairStore) -> Start:
-    return lambda: resume_or_init(cfg, store, RunFolder(cfg.out).newest_state(), CPU)
+    return lambda: resume_or_init(cfg, store, RunFolder(cfg.folder).newest_state(), CPU)
 
 
 def keeper(cfg: TrainConfig, store: PairStore, journal: Journal) -> Keeper:
-    return Keeper(RunFolder(cfg.out), store, journal, {})
+    return Keeper(RunFolder(cfg.folder), store, journal, {})
 
 
 def end_epoch(cfg: TrainConfig, store: PairStore, state: TrainState, val_loss: float) -> None:
     state.step += 7
     state.end_epoch(val_loss)
-    with Journal(cfg.out) as journal:
+    with Journal(cfg.folder) as journal:
         keeper(cfg, store, journal).end_of_epoch(state, {"loss": 1.0}, {"loss": val_loss})
 
 
 def test_killed_before_the_weights_it_goes_on_from_the_epoch_before(
     cfg: TrainConfig, store: PairStore, start: Start
 ) -> None:
-    run, state = RunFolder(cfg.out), start()
+    run, state = RunFolder(cfg.folder), start()
     assert state.epoch == 0
     end_epoch(cfg, store, state, 2.0)
     state.end_epoch(1.0)
@@ -74,17 +76,17 @@ def test_killed_before_the_weights_it_goes_on_from_the_epoch_before(
 def test_killed_before_it_is_told_an_epoch_is_told_by_the_next_start_and_only_once(
     cfg: TrainConfig, store: PairStore, start: Start
 ) -> None:
-    run, state = RunFolder(cfg.out), start()
+    run, state = RunFolder(cfg.folder), start()
     for loss in (2.0, 1.0):
         end_epoch(cfg, store, state, loss)
-    (cfg.out / "best.json").write_text(json.dumps({"checkpoint": "checkpoints/epoch_0001", "epoch": 1}))
-    journal_file = cfg.out / "journal.jsonl"
+    (cfg.folder / "best.json").write_text(json.dumps({"checkpoint": "checkpoints/epoch_0001", "epoch": 1}))
+    journal_file = cfg.folder / "journal.jsonl"
     journal_file.write_bytes(b"".join(journal_file.read_bytes().splitlines(keepends=True)[:-1]))  # killed before it
     for _ in range(2):
-        with Journal(cfg.out) as journal:
+        with Journal(cfg.folder) as journal:
             keeper(cfg, store, journal).begin(start(), 1)
     assert run.best() == run.checkpoint(place(2))
-    lines = entries(cfg.out)
+    lines = entries(cfg.folder)
     told = [(line["kind"], line["epoch"]) for line in lines]
     assert told == [("epoch", 1), ("resume", 2), ("epoch", 2), ("resume", 2)]
     assert lines[2]["val"] == {"loss": 1.0}
@@ -96,12 +98,12 @@ def test_a_damaged_state_is_set_aside_and_the_place_before_is_gone_on_from(
     state = start()
     for loss in (3.0, 2.0, 1.0):
         end_epoch(cfg, store, state, loss)
-    path = RunFolder(cfg.out).state(place(3)) / "training_state.json"
+    path = RunFolder(cfg.folder).state(place(3)) / "training_state.json"
     path.write_text(path.read_text().replace("1.0", "4.0"))
     assert start().epoch == 2
     assert str(path) in capsys.readouterr().err
-    assert RunFolder(cfg.out).checkpoint(place(3)).is_dir(), "its weights hold, and may be the best"
-    (aside,) = (cfg.out / "training_state").glob(".aside-*")
+    assert RunFolder(cfg.folder).checkpoint(place(3)).is_dir(), "its weights hold, and may be the best"
+    (aside,) = (cfg.folder / "training_state").glob(".aside-*")
     assert (aside / "training_state.json").is_file()
     assert start().epoch == 2, "a second start finds the same"
 
@@ -111,7 +113,9 @@ def test_the_newest_two_places_and_the_best_at_each_stay(cfg: TrainConfig, store
     kept = []
     for loss in (2.0, 4.0, 3.0, 1.0, 5.0):
         end_epoch(cfg, store, state, loss)
-        kept.append([{p.name for p in (cfg.out / folder).iterdir()} for folder in ("checkpoints", "training_state")])
+        kept.append(
+            [{p.name for p in (cfg.folder / folder).iterdir()} for folder in ("checkpoints", "training_state")]
+        )
     assert kept[2:] == [
         [{place(1), place(2), place(3)}, {place(2), place(3)}],
         [{place(1), place(3), place(4)}, {place(3), place(4)}],  # the first was the best at the third
@@ -125,11 +129,11 @@ def test_where_the_newest_weights_are_damaged_and_were_the_best_the_best_before_
     state = start()
     for loss in (2.0, 4.0, 3.0, 1.0):
         end_epoch(cfg, store, state, loss)
-    run = RunFolder(cfg.out)
+    run = RunFolder(cfg.folder)
     (run.checkpoint(place(4)) / "model.safetensors").write_bytes(b"")
     state = start()
     assert (state.epoch, state.best_epoch) == (3, 1)
-    with Journal(cfg.out) as journal:
+    with Journal(cfg.folder) as journal:
         keeper(cfg, store, journal).begin(state, 1)
     assert run.best() == run.checkpoint(place(1))
     assert run.best().is_dir()
@@ -140,7 +144,7 @@ def test_where_the_newest_weights_are_damaged_and_were_the_best_the_best_before_
 def test_places_are_in_order_by_name_and_the_first_worker_decides(cfg: TrainConfig) -> None:
     names = [place(0, 99), place(1), place(1, 130), place(1, 1300), place(2), place(10, 1)]
     assert names == sorted(names)
-    assert agreed_place(RunFolder(cfg.out), 0, 1, CPU) is None
+    assert agreed_place(RunFolder(cfg.folder), 0, 1, CPU) is None
 
 
 def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weights_are_the_same_bytes(
@@ -160,7 +164,7 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
                 if state.step == die_after:
                     raise KeyboardInterrupt
                 if state.step == stop_after - 1:
-                    RunFolder(cfg.out).stop_file.touch()
+                    RunFolder(cfg.folder).stop_file.touch()
                 seen.extend(batch.positions.tolist())
                 yield batch, *pairs
 
@@ -174,14 +178,14 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
     first = list(seen)
 
     seen.clear()
-    with Journal(cfg.out) as journal:
+    with Journal(cfg.folder) as journal:
         with pytest.raises(KeyboardInterrupt):
             run(start(), keeper(cfg, store, journal), die_after=5)
         del seen[4 * cfg.batch_size :]  # what was done after the save is done again
         state = start()
         assert state.place == place(0, 4)
         assert not run(state, keeper(cfg, store, journal), stop_after=9)
-        RunFolder(cfg.out).stop_file.unlink()
+        RunFolder(cfg.folder).stop_file.unlink()
         state = start()
         assert state.place == place(0, 9)
         assert run(state, keeper(cfg, store, journal))
@@ -192,9 +196,9 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
         assert torch.equal(value, state.objective.state_dict()[key]), key
     for key, value in whole.tensors().items():
         assert torch.equal(value, state.tensors()[key]), key
-    steps = [line["global_step"] for line in entries(cfg.out) if line["kind"] == "step"]
+    steps = [line["global_step"] for line in entries(cfg.folder) if line["kind"] == "step"]
     assert steps == list(range(1, 14)), "each step is told once"
-    validations = [line for line in entries(cfg.out) if line["kind"] == "validation"]
+    validations = [line for line in entries(cfg.folder) if line["kind"] == "validation"]
     assert [line["global_step"] for line in validations] == [0, 3, 6, 9, 12], "and each validation"
     assert validations[0]["val"] == at_start
     assert validations[-1]["val"]["loss"] < at_start["loss"]
@@ -204,22 +208,22 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
 def test_another_attempt_waits_twice_as_long(cfg: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(train_loop.time, "sleep", waited.append)
-    with Journal(cfg.out) as journal:
+    with Journal(cfg.folder) as journal:
         for _ in range(2):
             journal.write("start")
             for _ in range(7):
-                back_off(RunFolder(cfg.out))
+                back_off(RunFolder(cfg.folder))
                 journal.write("attempt")
     assert waited == [1, 2, 4, 8, 16, 30] * 2
 
 
 def test_a_run_has_one_driver_and_its_journal_one_writer(cfg: TrainConfig) -> None:
-    run = RunFolder(cfg.out)
-    (cfg.out / "run.json").write_text("{}")
+    run = RunFolder(cfg.folder)
+    (cfg.folder / "run.json").write_text("{}")
     with run.driven(), pytest.raises(StoreError, match="in another process"), run.driven():
         pass
-    with Journal(cfg.out), pytest.raises(StoreError, match="by another process"):
-        Journal(cfg.out, patience_s=0.1)
+    with Journal(cfg.folder), pytest.raises(StoreError, match="by another process"):
+        Journal(cfg.folder, patience_s=0.1)
 
 
 @pytest.mark.parametrize("answer", [KeyboardInterrupt, SystemExit])
@@ -231,7 +235,7 @@ def test_after_ctrl_c_a_run_says_how_to_go_on(cfg: TrainConfig, answer: type[Bas
         raise answer
 
     def interrupted() -> None:
-        with stop_when_terminated(RunFolder(cfg.out)):
+        with stop_when_terminated(RunFolder(cfg.folder)):
             signal.signal(signal.SIGINT, leave)
             signal.raise_signal(signal.SIGINT)
 
@@ -239,6 +243,21 @@ def test_after_ctrl_c_a_run_says_how_to_go_on(cfg: TrainConfig, answer: type[Bas
         interrupted()
     assert told.value.exit_code == 130
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_disk_that_fails_a_worker_is_told_with_the_way_on_and_a_defect_of_ours_is_not(cfg: TrainConfig) -> None:
+    run = RunFolder(cfg.folder)
+
+    def ended_by(cause: Exception) -> WorkerGroupError:
+        return WorkerGroupError("Training failed", {0: UserExceptionWithTraceback(cause, "Traceback …")})
+
+    full = StoreError("best.json cannot be written: No space left on device; Make room for it.")
+    way_on = r"Make room for it\. What was saved is whole; go on with: ray-app train"
+    for error in (ended_by(full), full):
+        with pytest.raises(StoreError, match=way_on), way_on_told(run):
+            raise error
+    with pytest.raises(WorkerGroupError), way_on_told(run):
+        raise ended_by(ValueError("ours"))
 
 
 def test_a_validation_loss_that_is_not_finite_ends_training(cfg: TrainConfig, store: PairStore, start: Start) -> None:

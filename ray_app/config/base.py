@@ -3,9 +3,10 @@
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ray_app.errors import ConfigError
 
@@ -55,6 +56,19 @@ class Config(BaseModel):
     """Frozen, and strict about names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="after")
+    def _no_uri_for_a_path(self) -> Self:
+        """ConfigError: a URI where only a disk will do, which would become a folder of that name."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for each in value if isinstance(value, tuple) else (value,):
+                if isinstance(each, Path) and (scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(each))):
+                    raise ConfigError(
+                        f"--{name.replace('_', '-')} takes a folder or file, and {scheme[1]}:/… is a URI; name one "
+                        "on a disk (of a cluster: one that all nodes see)"
+                    )
+        return self
 
 
 class SplitConfig(Config):

@@ -15,7 +15,8 @@ class JudgeFlags(SplitFlags, ClusterFlags, TrackingFlags):
     store: StorePlace
     """Pair store: a folder, or a URI such as s3://bucket/store."""
     checkpoint: str
-    """Checkpoint folder, run folder (its best checkpoint), or models:/alignment-adapter@champion."""
+    """Checkpoint or run (its best checkpoint), each a folder or a URI such as s3://bucket/run; or
+    models:/alignment-adapter@champion."""
     out: Path
     """Folder for alignment_metrics_<S>.json and report.html; files of these names are replaced."""
     batch_size: Positive = 32
@@ -35,7 +36,8 @@ class CompareConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Several checkpoints on the same test pairs: acceptance, size, latency and pictures side by side."""
 
     checkpoints: tuple[str, ...]
-    """Checkpoint folders, run folders (their best checkpoints), or models:/NAME@ALIAS."""
+    """Checkpoints or runs (their best checkpoints), each a folder or a URI such as s3://bucket/run; or
+    models:/NAME@ALIAS."""
     store: StorePlace
     """Pair store: a folder, or a URI such as s3://bucket/store."""
     out: Path
@@ -57,7 +59,7 @@ class PromoteConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """
 
     run: str | None = None
-    """Run folder or checkpoint folder."""
+    """Run or checkpoint: a folder, or a URI such as s3://bucket/run."""
     rollback: bool = False
     """Instead of a run: the alias goes back to who was champion before; again, one further back."""
     list: bool = False

@@ -13,7 +13,8 @@ class EndpointConfig(Config):
     """What the endpoint is told: the same for `ray-app serve`, serve/config.yaml and the app's builder."""
 
     checkpoint: str = "models:/alignment-adapter@champion"
-    """models:/NAME@ALIAS, which is watched, models:/NAME/VERSION, or a checkpoint or run folder."""
+    """models:/NAME@ALIAS, which is watched, models:/NAME/VERSION, or a checkpoint or run: a folder, or a URI such as
+    s3://bucket/run."""
     tracking_uri: str | None = None
     """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
     name: str = Field(default="alignment-adapter", pattern=r"^[A-Za-z0-9._-]{1,64}$")

@@ -14,11 +14,11 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
 
     store: StorePlace
     """Pair store: a folder, or a URI such as s3://bucket/store."""
-    out: Path
-    """Folder of the run; must be new or empty."""
-    resume: Path | None = None
-    """Go on with the run in this folder. It gives --store, --out and all other settings; of these, only where and how
-    it runs may be given anew, such as --num-workers."""
+    out: StorePlace
+    """Folder of the run, or a URI such as s3://bucket/run; must be new or empty."""
+    resume: StorePlace | None = None
+    """Go on with the run in this folder, or at this URI. It gives --store, --out and all other settings; of these,
+    only where and how it runs may be given anew, such as --num-workers."""
     strategy: Strategy = "lightweight"
     """Adapter. The reference's: lightweight (its diagram), lightweight_reference (its code). For images: conv.
     Between principal subspaces: lowrank, lightweight_subspace. Plain: linear, bottleneck. Solved: ridge.
@@ -135,6 +135,15 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
         if self.space == "compressed":
             self._fits_in_subspaces()
         return self
+
+    @property
+    def folder(self) -> Path:
+        """Of the run, where `out` is on a disk."""
+        return Path(self.out)
+
+    def at(self, folder: Path) -> Self:
+        """The same with the run in this folder: of a run at a URI, the copy of a process."""
+        return self.model_copy(update={"out": str(folder)})
 
     @property
     def min_workers(self) -> int:

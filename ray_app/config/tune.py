@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from ray_app.config.base import ClusterFlags, Config, Positive, Strategy, TrackingFlags, require_one
+from ray_app.config.base import ClusterFlags, Config, Positive, StorePlace, Strategy, TrackingFlags, require_one
 
 
 class TuneConfig(ClusterFlags, TrackingFlags):
@@ -20,10 +20,10 @@ class TuneConfig(ClusterFlags, TrackingFlags):
     """Go on with the sweep in this folder: what is finished is not run again, what is not goes on."""
     watch: Path | None = None
     """Show the sweep in this folder live, until it ends; a finished one at once."""
-    store: Path | None = None
-    """Pair store."""
+    store: StorePlace | None = None
+    """Pair store: a folder, or a URI such as s3://bucket/store."""
     out: Path | None = None
-    """Folder of the sweep; must be new or empty."""
+    """Folder of the sweep, on a disk that all nodes see; must be new or empty."""
     max_trials: Positive | None = None
     """Most trials."""
     max_hours: float | None = Field(default=None, gt=0.0)
@@ -50,8 +50,8 @@ class TuneConfig(ClusterFlags, TrackingFlags):
 class SyncConfig(TrackingFlags):
     """Bring the tracking server to exactly what runs' journals hold; as often as one likes."""
 
-    runs: tuple[Path, ...]
-    """Run folders."""
+    runs: tuple[StorePlace, ...]
+    """Runs: folders, or URIs such as s3://bucket/run."""
 
 
 class ImportCheckpointConfig(Config):

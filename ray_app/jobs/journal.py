@@ -1,9 +1,10 @@
 """The journal of a run: one JSON object a line, appended as things happen, before anyone else hears of them.
 
 Kinds: `start` (a driver begins; what the tracking server needs to know of the run), `attempt` (a group of workers
-begins), `resume`, `step` (each optimizer step), `validation` (within an epoch, where that is wanted), `epoch`
-(training means and validation), `stop` (saved on request), `failure`, `end`. Every line ends with a CRC-32 of the
-rest of it. What is done again after a restart is not told again, so each step, validation and epoch stands here once.
+begins; of a sweep's trial with its node), `resume`, `step` (each optimizer step), `validation` (within an epoch,
+where that is wanted), `epoch` (training means and validation), `stop` (saved on request), `failure`, `end`. Every
+line ends with a CRC-32 of the rest of it. What is done again after a restart is not told again, so each step,
+validation and epoch stands here once.
 """
 
 import errno
@@ -144,6 +145,20 @@ def since_start(run: Path) -> list[dict[str, Any]]:
     """What came after the newest `start` line: the doing of one driver."""
     lines = entries(run)
     return lines[max(n for n, line in enumerate(lines, 1) if line["kind"] == "start") :]
+
+
+def newest_start(run: Path) -> float:
+    """When the newest driver began, in Unix time."""
+    return [line["time"] for line in entries(run) if line["kind"] == "start"][-1]
+
+
+def require_newest(run: Path, started: float) -> None:
+    """StoreError unless the driver that began then is the newest: after another on some other machine, neither it nor
+    its workers write any more."""
+    if (newest := newest_start(run)) != started:
+        raise StoreError(
+            f"this run goes on under another driver, which began {newest - started:.0f} s after this one, which ends"
+        )
 
 
 def follow(run: Path, stop: threading.Event) -> Iterator[list[dict[str, Any]]]:

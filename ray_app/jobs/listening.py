@@ -1,10 +1,13 @@
 """Whether anything listens at an address: asked before Ray is, which tries for two minutes and ends the process."""
 
 import socket
+from typing import Any
 from urllib.parse import urlsplit
 
 CONNECT_S = 3.0
 """For a TCP connection."""
+ANSWER_S = 2.0
+"""For a node to answer."""
 
 
 def no_listener(address: str, default_port: int = 6379) -> str | None:
@@ -15,3 +18,15 @@ def no_listener(address: str, default_port: int = 6379) -> str | None:
             return None
     except (OSError, ValueError) as error:
         return str(error)
+
+
+def answers(node: dict[str, Any]) -> bool:
+    """One of `ray.nodes()` still has a raylet that takes connections.
+
+    Ray's head takes one that has gone for alive for some 15 s more.
+    """
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_S).close()
+    except OSError:
+        return False
+    return True

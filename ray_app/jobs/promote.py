@@ -32,6 +32,7 @@ from ray_app.jobs.turn import Turn, ensure_model, turn
 from ray_app.store.checkpoint import MODEL, Checkpoint, load_checkpoint, replay_golden, verify_folder
 from ray_app.store.durable import sha256_file
 from ray_app.store.pair_store import PairStore
+from ray_app.store.sealed import local_folder
 from ray_app.store.split import split_pairs
 
 
@@ -42,7 +43,8 @@ def run_promote(cfg: PromoteConfig) -> dict[str, Any]:
     if cfg.rollback:
         return roll_back(cfg)
     assert cfg.run is not None
-    return promote(cfg, Path(cfg.run))
+    with local_folder(best_of_run(cfg.run)) as folder:
+        return promote(cfg, folder)
 
 
 def render_promote(result: dict[str, Any], console: Console) -> None:
@@ -58,14 +60,14 @@ def render_promote(result: dict[str, Any], console: Console) -> None:
         render_outcome(result, console)
 
 
-def promote(cfg: PromoteConfig, run: Path) -> dict[str, Any]:
+def promote(cfg: PromoteConfig, folder: Path) -> dict[str, Any]:
     """Judges, registers, and moves the alias or says why not.
 
     A checkpoint whose weights are registered already keeps its version. CheckpointError: it is not what was saved,
     or does not fit. ConfigError: it was trained on pairs of this test part. RegistryError: the server refuses or
     is away.
     """
-    checkpoint = intact(best_of_run(run))
+    checkpoint = intact(folder)
     if isinstance(checkpoint, Broken):
         verdict = promotion_verdict(checkpoint, None, force=cfg.force)
         raise CheckpointError(f"not promoted ({verdict.code}): {verdict.reason}")

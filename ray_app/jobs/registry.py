@@ -11,10 +11,12 @@ from mlflow.exceptions import MlflowException
 
 from ray_app.config.base import MODEL_URI, TrackingFlags
 from ray_app.errors import CheckpointError, RegistryError
-from ray_app.jobs.run_folder import BEST, RUN, RunFolder
+from ray_app.jobs.run_folder import RUN, best_name
 from ray_app.jobs.tracking import ARTIFACTS, TRACKING_ERRORS, experiment_id, run_of_key, shown, tracking_uri
 from ray_app.store.checkpoint import SUMS, Checkpoint, verify_folder
 from ray_app.store.durable import sha256_file
+from ray_app.store.place import place
+from ray_app.store.sealed import local_folder
 
 
 @contextmanager
@@ -22,7 +24,7 @@ def checkpoint_folder(checkpoint: str, cfg: TrackingFlags) -> Iterator[Path]:
     """The folder of a checkpoint argument; one that had to be downloaded is there until the block ends.
 
     `models:/NAME@ALIAS` and `models:/NAME/VERSION` are looked up at the tracking server (RegistryError), all else
-    is a checkpoint folder or the folder of a run, whose best checkpoint is meant (CheckpointError).
+    is the place of a checkpoint or of a run, whose best checkpoint is meant (CheckpointError).
     """
     if checkpoint.startswith("models:"):
         match = MODEL_URI.fullmatch(checkpoint)
@@ -40,22 +42,23 @@ def checkpoint_folder(checkpoint: str, cfg: TrackingFlags) -> Iterator[Path]:
         with downloaded(client, str(version.source), cfg) as folder:
             yield folder
     else:
-        yield best_of_run(Path(checkpoint))
+        with local_folder(best_of_run(checkpoint)) as folder:
+            yield folder
 
 
-def best_of_run(folder: Path) -> Path:
-    """A run folder's best checkpoint; any other folder as it is."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; name a checkpoint, or the folder of a run.")
-    if not (folder / RUN).is_file():
-        return folder
+def best_of_run(where: str) -> str:
+    """The place of a run's best checkpoint; any other as it is. CheckpointError: nothing is there."""
+    there = place(where)
     try:
-        best = RunFolder(folder).best()
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / BEST} is damaged: it names no checkpoint ({error}).") from error
+        names = there.names()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{there} is not a folder; name a checkpoint, or the folder of a run.") from error
+    if RUN not in names:
+        return where
+    best = best_name(there)
     if best is None:
-        raise CheckpointError(f"{folder} is a run without a finished epoch: it has no checkpoint yet.")
-    return best
+        raise CheckpointError(f"{there} is a run without a finished epoch: it has no checkpoint yet.")
+    return there.below(best)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ failure the cluster is counted anew, once no node is counted that does not answe
 minute for the node that has just gone. The hooks are Ray Train's own, not its public ones; Ray is pinned.
 """
 
-import socket
 import time
 from contextlib import suppress
 from typing import Any
@@ -21,6 +20,7 @@ from ray.train.v2._internal.execution.controller.state import ResizingState
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from ray_app.jobs.journal import POLL_S, entries
+from ray_app.jobs.listening import answers
 from ray_app.jobs.run_folder import RunFolder
 
 PATIENCE_S = 120.0
@@ -28,9 +28,6 @@ PATIENCE_S = 120.0
 
 LOST_S = 60.0
 """For the head to hear that a node has gone; after it the next group may have to wait for that."""
-
-ANSWER_S = 2.0
-"""For a node to answer."""
 
 COUNT_S = 10.0
 """For counting the cluster."""
@@ -65,12 +62,3 @@ class Resizing(ControllerCallback):
             counted = get_or_create_autoscaling_coordinator().get_reserved_resources.remote("", recompute=True)
             ray.get(counted, timeout=COUNT_S)
         time.sleep(ElasticScalingPolicy.GET_RESERVED_RESOURCES_INTERVAL_S)  # so long it keeps the count before
-
-
-def answers(node: dict[str, Any]) -> bool:
-    """One of `ray.nodes()` still has a raylet that takes connections."""
-    try:
-        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_S).close()
-    except OSError:
-        return False
-    return True

@@ -7,10 +7,11 @@ A place in a run is named by its finished epochs, and within an epoch by the opt
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from torch import Tensor
 
 from ray_app.core.adapter import Adapter
 from ray_app.errors import CheckpointError, StoreError
+from ray_app.jobs.journal import Journal
 from ray_app.store.checkpoint import save_checkpoint, save_training_state, verify_folder
 from ray_app.store.durable import write_file, writing
 from ray_app.store.manifest import Features
+from ray_app.store.place import Disk, Place
 
 RUN, BEST, STOP, RESIZE = "run.json", "best.json", "stop", "resize"
+CHECKPOINTS, STATES = "checkpoints", "training_state"
 KEPT_PLACES = 2
 """Newest places of which everything is kept."""
 
@@ -39,6 +43,36 @@ class RunFolder:
 
     path: Path
     """The run's folder."""
+
+    def __str__(self) -> str:
+        """What `--resume` and `sync` take."""
+        return str(self.path)
+
+    def shown(self, path: Path) -> str:
+        """A file or folder of the run by the name that holds everywhere."""
+        return str(path)
+
+    def journal(self) -> AbstractContextManager[Journal]:
+        """The journal, for the one process that writes it now."""
+        return Journal(self.path)
+
+    def followed(self) -> AbstractContextManager[None]:
+        """Meanwhile what workers do shows up in `path`, and the signs that lie there reach them."""
+        return nullcontext()
+
+    @property
+    def resume(self) -> str:
+        """The command that goes on with it."""
+        return f"ray-app train --resume {shlex.quote(str(self))}"
+
+    def pull(self) -> None:
+        """All that is told of the run so far lies in `path` afterwards."""
+
+    def bring(self, *folders: str) -> None:
+        """These folders of the run, where there are such, lie in `path` afterwards."""
+
+    def publish(self, folder: str) -> None:
+        """A folder that was made in `path` is the run's afterwards."""
 
     def claim(self, about: Mapping[str, Any]) -> None:
         """Starts a run here. StoreError if anything is in the way; nothing is deleted."""
@@ -65,10 +99,7 @@ class RunFolder:
 
     def about(self) -> dict[str, Any]:
         """What the run was started with: `name`, `key`, `config`, `store_fingerprint`. StoreError: not a run."""
-        try:
-            return json.loads((self.path / RUN).read_text())
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{self.path} is not the folder of a run: {RUN} cannot be read ({error})") from error
+        return about_run(Disk(self.path))
 
     @property
     def stop_file(self) -> Path:
@@ -86,11 +117,11 @@ class RunFolder:
 
     def checkpoint(self, name: str) -> Path:
         """Where the weights of a place lie."""
-        return self.path / "checkpoints" / name
+        return self.path / CHECKPOINTS / name
 
     def state(self, name: str) -> Path:
         """Where what is needed to go on from a place lies."""
-        return self.path / "training_state" / name
+        return self.path / STATES / name
 
     def save(
         self,
@@ -121,22 +152,36 @@ class RunFolder:
         best at each of them. A second call changes nothing.
         """
         if best_epoch:
-            best = {"checkpoint": f"checkpoints/{place(best_epoch)}", "epoch": best_epoch}
-            write_file(self.path / BEST, json.dumps(best).encode())
-        states = sorted(path.name for path in self.state("").glob("epoch_*") if path.name < newest)
+            best = {"checkpoint": f"{CHECKPOINTS}/{place(best_epoch)}", "epoch": best_epoch}
+            self._there.write(BEST, json.dumps(best).encode())
+        states = sorted(name for name in self._places(STATES) if name < newest)
         keep = {newest, *states[-(KEPT_PLACES - 1) :]}
         best_of_each = {best_epoch, *(self._best_epoch_at(name) for name in keep - {newest})}
         keep_weights = keep | {place(epoch) for epoch in best_of_each if epoch}
-        for parent, kept in ((self.checkpoint(""), keep_weights), (self.state(""), keep)):
-            for old in parent.glob("epoch_*"):
-                if old.name not in kept:
-                    with writing(old):
-                        shutil.rmtree(old)
+        for kind, kept in ((CHECKPOINTS, keep_weights), (STATES, keep)):
+            for old in sorted(self._places(kind) - kept):
+                self._drop(f"{kind}/{old}")
+
+    @property
+    def _there(self) -> Place:
+        """What the next start goes on from."""
+        return Disk(self.path)
+
+    def _places(self, kind: str) -> set[str]:
+        """Names of the places that have weights, or state."""
+        try:
+            return {name for name in self._there.names(kind) if name.startswith("epoch_")}
+        except FileNotFoundError:
+            return set()
+
+    def _drop(self, folder: str) -> None:
+        with writing(self.path / folder):
+            self._there.delete(folder)
 
     def _best_epoch_at(self, name: str) -> int:
         """Which epoch was the best when a place was saved; 0 where that is unknown."""
         try:
-            return json.loads((self.state(name) / "training_state.json").read_text())["counters"]["best_epoch"]
+            return json.loads(self._there.read(f"{STATES}/{name}/training_state.json"))["counters"]["best_epoch"]
         except (OSError, ValueError, KeyError):  # damaged: it will never be gone on from
             return 0
 
@@ -145,26 +190,44 @@ class RunFolder:
 
         A newer one that does not verify gets another name, and is told on standard error: so one process calls this.
         """
-        for state in sorted(self.state("").glob("epoch_*"), reverse=True):
-            weights = self.checkpoint(state.name)
-            if not weights.exists():
-                continue  # a save that was cut off
-            for folder in (weights, state):
-                try:
-                    verify_folder(folder)
-                except CheckpointError as error:
-                    print(f"not gone on from: {error}", file=sys.stderr)
-                    with writing(self.path):
-                        set_aside(folder)
-                    break
-            else:
-                return state.name
+        for name in sorted(self._places(STATES) & self._places(CHECKPOINTS), reverse=True):  # else a save cut off
+            if all(self._sound(f"{kind}/{name}") for kind in (CHECKPOINTS, STATES)):
+                return name
         return None
 
+    def _sound(self, folder: str) -> bool:
+        try:
+            verify_folder(self.path / folder)
+        except CheckpointError as error:
+            print(f"not gone on from: {error}", file=sys.stderr)
+            with writing(self.path):
+                set_aside(self.path / folder)
+            return False
+        return True
+
     def best(self) -> Path | None:
-        """The best checkpoint so far, or None before the first epoch."""
-        path = self.path / BEST
-        return self.path / json.loads(path.read_text())["checkpoint"] if path.is_file() else None
+        """The best checkpoint so far, or None before the first epoch. CheckpointError: nobody knows which."""
+        name = best_name(self._there)
+        return self.path / name if name else None
+
+
+def about_run(there: Place) -> dict[str, Any]:
+    """What the run that lies there was started with. StoreError: not a run."""
+    try:
+        return json.loads(there.read(RUN))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{there} is not the folder of a run: {RUN} cannot be read ({error})") from error
+
+
+def best_name(there: Place) -> str | None:
+    """The folder of the best checkpoint of the run that lies there, None before the first epoch. CheckpointError:
+    what names it is damaged."""
+    try:
+        return str(json.loads(there.read(BEST))["checkpoint"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{there.file(BEST)} is damaged: it names no checkpoint ({error}).") from error
 
 
 def set_aside(folder: Path) -> None:

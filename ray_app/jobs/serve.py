@@ -26,6 +26,7 @@ from ray_app.errors import ConfigError, ResourceError
 from ray_app.jobs.proxy_end import watched
 from ray_app.jobs.registry import best_of_run
 from ray_app.jobs.tracking import tracking_uri
+from ray_app.store.place import absolute
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = "alignment"
@@ -126,7 +127,7 @@ def resolved(cfg: ServeConfig) -> ServeConfig:
     if cfg.checkpoint.startswith("models:"):
         update["tracking_uri"] = tracking_uri(TrackingFlags(tracking_uri=cfg.tracking_uri))
     else:
-        update["checkpoint"] = str(best_of_run(Path(cfg.checkpoint)).absolute())
+        update["checkpoint"] = absolute(best_of_run(cfg.checkpoint))
     if not cfg.cpus_per_replica:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = cpus / cfg.num_replicas
@@ -158,6 +159,7 @@ def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[s
         # Threads of a forward pass that wait for one another let go of the core: where something else needs it too, a
         # pass of two that spin took 12 times as long.
         "OMP_WAIT_POLICY": "PASSIVE",
+        "RAY_worker_niceness": "0",  # Ray's 15 lets HAProxy and every other program go before the replicas
         "MALLOC_ARENA_MAX": "2",  # glibc keeps an arena for each thread, and what is freed there stays there
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DRAIN_S,
     }
@@ -175,6 +177,7 @@ def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[s
             "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(KEEP_ALIVE_S),  # an hour by default, for half a header too
             # Where a replica dies over a request another is asked: an answer is a function of its request.
             "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.gate:middlewares",  # refuses before a body is read
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         }
     else:

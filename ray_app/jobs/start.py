@@ -32,6 +32,7 @@ from ray_app.store.checkpoint import load_training_state, save_training_state
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import Split
 
+START = "start"
 BATCH = 128
 """Pairs whose sums are taken in one task: 154 MB of float32 a side at 150,528 wide."""
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def given(cfg: TrainConfig) -> Path | None:
 
 def folder_of(cfg: TrainConfig) -> Path:
     """Where a run's start lies."""
-    return given(cfg) or cfg.out / "start"
+    return given(cfg) or cfg.folder / START
 
 
 def load_start(cfg: TrainConfig, store: PairStore) -> Start:

@@ -15,9 +15,10 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError
 
-from ray_app.config.base import Positive, SplitFlags
+from ray_app.config.base import Positive, SplitFlags, StorePlace
 from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError
+from ray_app.store.place import absolute
 
 Setting = dict[str, Any]
 """Values of the searched settings, as JSON has them."""
@@ -38,8 +39,8 @@ RESERVED: dict[str, str] = {
 class SweepSpec(SplitFlags):
     """The whole sweep."""
 
-    store: Path
-    """Pair store."""
+    store: StorePlace
+    """Pair store: a folder, or a URI such as s3://bucket/store."""
     out: Path
     """Folder of the sweep."""
     fixed: dict[str, Any] = Field(default_factory=dict)
@@ -146,7 +147,7 @@ def read_spec(path: Path, changes: Mapping[str, Any]) -> SweepSpec:
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_problem(error)}") from error
     fixed = {**spec.fixed, **({"start": Path(spec.fixed["start"]).absolute()} if "start" in spec.fixed else {})}
-    spec = spec.model_copy(update={"store": spec.store.absolute(), "out": spec.out.absolute(), "fixed": fixed})
+    spec = spec.model_copy(update={"store": absolute(spec.store), "out": spec.out.absolute(), "fixed": fixed})
     check(spec)
     return spec
 

@@ -83,8 +83,9 @@ class Tracker:
     not answer costs `PATIENCE_S` at the end of a run.
     """
 
-    def __init__(self, cfg: TrackingFlags, run: Path) -> None:
-        self._uri, self._run = tracking_uri(cfg), run
+    def __init__(self, cfg: TrackingFlags, run: Path, name: str = "") -> None:
+        """`run`: its folder; `name`: what `sync` takes, where that is another."""
+        self._uri, self._run, self._name = tracking_uri(cfg), run, name or str(run)
         self._client: MlflowClient | None = None
         self._pending: list[Metric] = []
         self._told = False
@@ -122,13 +123,13 @@ class Tracker:
     def _flush(self) -> None:
         client = self._client = self._client or MlflowClient(self._uri)
         if self.run_id is None:
-            self.run_id = tracked_run(client, self._uri, self._run, entries(self._run))
+            self.run_id = tracked_run(client, self._uri, self._name, entries(self._run))
         while self._pending:
             client.log_batch(self.run_id, metrics=self._pending[:BATCH])
             del self._pending[:BATCH]
 
     def _finish(self) -> None:
-        result = sync_run(self._run, self._uri)
+        result = sync_run(self._run, self._uri, self._name)
         self.run_id, self._arrived = result["mlflow_run_id"], not result["missing"]
 
     def _attempt(self, action: Callable[[], Any]) -> bool:
@@ -147,18 +148,20 @@ class Tracker:
             self._told = True
             print(
                 f"tracking: {shown(self._uri)} does not answer ({reason}); the run goes on, its {JOURNAL} keeps all, "
-                f"and `ray-app sync {self._run}` carries it over later",
+                f"and `ray-app sync {self._name}` carries it over later",
                 file=sys.stderr,
             )
 
 
-def tracked_run(client: MlflowClient, uri: str, run: Path, lines: list[dict[str, Any]]) -> str:
-    """Id of the MLflow run of a journal: found by its key, else made. Its parameters and tags are brought over."""
+def tracked_run(client: MlflowClient, uri: str, name: str, lines: list[dict[str, Any]]) -> str:
+    """Id of the MLflow run of a journal: found by its key, else made. Its parameters and tags are brought over.
+
+    `name`: where the run lies."""
     start = next(line for line in lines if line["kind"] == "start")
     experiment = experiment_id(client, TrackingFlags(tracking_uri=uri, experiment=start["experiment"]))
     run_id = run_of_key(client, start["key"], [experiment])
     if run_id is None:
-        names = {KEY_TAG: start["key"], "journal": str(run)}
+        names = {KEY_TAG: start["key"], "journal": name}
         run_id = client.create_run(experiment, run_name=start["name"], tags=names).info.run_id
     there = client.get_run(run_id).data
     # MLflow refuses another value for a parameter: those of the first start stay, later ones are in its tag.
@@ -180,11 +183,11 @@ def run_of_key(client: MlflowClient, key: str, experiments: list[str]) -> str | 
     return found[0].info.run_id if found else None
 
 
-def sync_run(run: Path, uri: str) -> dict[str, Any]:
+def sync_run(run: Path, uri: str, name: str = "") -> dict[str, Any]:
     """Brings the server to exactly what a run's journal holds; a second call changes nothing.
 
-    Compared is each point, by name, step, time and value. StoreError: no journal, or a damaged one. The errors of
-    `TRACKING_ERRORS` pass: the server is away.
+    `name`: where the run lies, if `run` is a copy. Compared is each point, by name, step, time and value. StoreError:
+    no journal, or a damaged one. The errors of `TRACKING_ERRORS` pass: the server is away.
     """
     if not (run / JOURNAL).is_file():
         raise StoreError(f"{run} holds no {JOURNAL}: it is not the folder of a run that has begun")
@@ -193,7 +196,7 @@ def sync_run(run: Path, uri: str) -> dict[str, Any]:
     if not any(line["kind"] == "start" for line in lines):
         raise StoreError(f"{run} holds a {JOURNAL} without a start: nothing is known of the run")
     client = MlflowClient(uri)
-    run_id = tracked_run(client, uri, run, lines)
+    run_id = tracked_run(client, uri, name or str(run), lines)
     wanted = Counter(identity(point) for line in lines for point in points(line))
     absent = wanted - served(client, run_id, wanted)
     rest = [Metric(key, value, at_ms, step) for key, step, at_ms, value in absent.elements()]
@@ -209,7 +212,7 @@ def sync_run(run: Path, uri: str) -> dict[str, Any]:
     if not missing:
         write_file(run / SYNCED, json.dumps({"bytes": size, "uri": shown(uri), "mlflow_run_id": run_id}).encode())
     return {
-        "run": str(run),
+        "run": name or str(run),
         "mlflow_run_id": run_id,
         "points_journal": wanted.total(),
         "points_server": there.total(),

@@ -34,20 +34,22 @@ from ray_app.core.adapter import STRATEGIES
 from ray_app.core.start import check_rank
 from ray_app.errors import ConfigError, ResourceError, RunInterrupted, RunStopped, StoreError, TrainingError
 from ray_app.jobs.cluster import ClusterInfo, cluster, require
-from ray_app.jobs.journal import Journal, entries, since_start
+from ray_app.jobs.journal import entries, require_newest, since_start
 from ray_app.jobs.lanes import Lanes
+from ray_app.jobs.process_group import NodeAddress
 from ray_app.jobs.progress import TrainingProgress
 from ray_app.jobs.resizing import Resizing
-from ray_app.jobs.run_folder import KEPT_PLACES, RunFolder
+from ray_app.jobs.run_copy import run_at
+from ray_app.jobs.run_folder import KEPT_PLACES, RunFolder, about_run
 from ray_app.jobs.shards import pairs_dataset
-from ray_app.jobs.start import PairsThroughRay, make_start, needs
+from ray_app.jobs.start import START, PairsThroughRay, make_start, needs
 from ray_app.jobs.tracking import Tracker, shown, tracking_uri
 from ray_app.jobs.train_state import augmentation, parameters, training_split
 from ray_app.jobs.train_worker import train_loop_per_worker
 from ray_app.store.checkpoint import verify_folder
 from ray_app.store.durable import sha256_file
 from ray_app.store.pair_store import PairStore
-from ray_app.store.place import absolute
+from ray_app.store.place import absolute, place
 from ray_app.store.provenance import provenance
 from ray_app.store.split import Split
 from ray_app.store.split import test_fingerprint as fingerprint_of
@@ -87,31 +89,25 @@ def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]
 
     RunStopped: SIGTERM came, the run is saved and can go on. ConfigError: a setting that may not change on the way.
     """
-    places = {
-        "store": absolute(cfg.store),
-        **{name: path.absolute() for name in ("out", "start") if (path := getattr(cfg, name))},
-    }
+    places = {"store": absolute(cfg.store), "out": absolute(cfg.out), "start": cfg.start and cfg.start.absolute()}
     solved = {"num_epochs": 1} if STRATEGIES[cfg.strategy].NEEDS == "pairs" else {}
     cfg = cfg.model_copy(update=places | solved)
     tracking_uri(cfg)  # a mistake in it is told before anything is read or written
     store = PairStore.open(cfg.store, cfg.durations)
-    run = RunFolder(cfg.out)
     if cfg.resume:
-        refuse_changes(cfg, store, run.about())
-        if (last := entries(run.path)[-1:]) and last[0].get("status") == "FINISHED":
-            print(f"{run.path} is finished; nothing is left to train", file=sys.stderr)
+        refuse_changes(cfg, store, about_run(place(cfg.out)))
     split = training_split(cfg, store)
     for part in ("train", "val") if cfg.fit_on == "train" else ("train",):
         if not len(getattr(split, part)):
             raise StoreError(
                 f"{cfg.store} has too few pairs: its {part} part is empty; prepare more, or change the shares"
             )
-    with cluster(cfg.address) as info:
-        plan = make_plan(cfg, store, split, info)
+    with cluster(cfg.address) as info, run_at(cfg.out) as run:
+        plan = make_plan(cfg, run, store, split, info)
         if not cfg.resume:
             about = {"name": run_name(cfg, store), "key": uuid.uuid4().hex, "store_fingerprint": store.fingerprint}
             run.claim({**about, "parent_key": parent_key, "config": kept_settings(cfg)})
-        with run.driven():
+        with run.driven(), way_on_told(run):
             return train(cfg, store, split, plan, run)
 
 
@@ -142,7 +138,7 @@ def refuse_changes(cfg: TrainConfig, store: PairStore, about: dict[str, Any]) ->
         )
 
 
-def make_plan(cfg: TrainConfig, store: PairStore, split: Split, info: ClusterInfo) -> Plan:
+def make_plan(cfg: TrainConfig, run: RunFolder, store: PairStore, split: Split, info: ClusterInfo) -> Plan:
     """ConfigError where settings and pairs do not go together, ResourceError where the cluster or the disk is too
     small: nothing has been started or written then."""
     num = parameters(cfg, store)
@@ -168,11 +164,11 @@ def make_plan(cfg: TrainConfig, store: PairStore, split: Split, info: ClusterInf
     )
     # Weights: the newest places, the best at each, the next while it is written. State: two moments at each place.
     needed = num * 4 * ((2 * KEPT_PLACES + 1) + 2 * (KEPT_PLACES + 1))
-    existing = next(folder for folder in (cfg.out, *cfg.out.parents) if folder.exists())
+    existing = next(folder for folder in (run.path, *run.path.parents) if folder.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
         raise ResourceError(
             f"checkpoints of {num:,} parameters need {needed / 2**30:.1f} GiB in {existing}, "
-            f"{free / 2**30:.1f} GiB are free; free some, or choose another --out"
+            f"{free / 2**30:.1f} GiB are free; free some, or choose another --out (of a run at a URI: another TMPDIR)"
         )
     return plan
 
@@ -212,7 +208,10 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, run: Run
         "source": str(store.manifest.source.get("name")),
         "git": str(about.get("git")),
     }
-    with Journal(run.path) as journal:
+    started = time.time()
+    with run.journal() as journal:
+        if (last := entries(run.path)[-1:]) and last[0].get("status") == "FINISHED":
+            print(f"{run} is finished; nothing is left to train", file=sys.stderr)
         journal.write(
             "start",
             name=origin["name"],
@@ -222,26 +221,25 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, run: Run
             params={**kept_settings(cfg), "parameters": plan.parameters},
             tags=tags,
             workers=cfg.max_workers,
-            time=time.time(),
+            time=started,
         )
-    tracker = Tracker(cfg, run.path)
+    told = {"started": started, "held": plan.held, "threads": plan.threads, "provenance": about, "placed": None}
+    tracker = Tracker(cfg, run.path, str(run))
     status, best = "FAILED", None
     try:
         total = Lanes(len(split.train), cfg.batch_size, cfg.seed).steps * cfg.num_epochs
-        with stop_when_terminated(run), TrainingProgress(run.path, total), deaths_told(run):
-            fit(cfg, store, split, plan, f"{origin['name']}-{int(time.time() * 1000)}", about)
+        with stop_when_terminated(run), TrainingProgress(run.path, total), run.followed():
+            fit(cfg, run, store, split, plan, f"{origin['name']}-{int(started * 1000)}", told)
         lines = entries(run.path)
         if lines[-1]["kind"] == "stop":
-            raise RunStopped(
-                f"stopped on request after step {lines[-1]['global_step']}; go on with: "
-                f"ray-app train --resume {run.path}"
-            )
+            raise RunStopped(f"stopped on request after step {lines[-1]['global_step']}; go on with: {run.resume}")
         status, best = "FINISHED", run.best()
     except RunStopped:
         status = "KILLED"
         raise
     finally:
-        with Journal(run.path) as journal:
+        with run.journal() as journal:
+            require_newest(run.path, started)
             artifacts = str(best.relative_to(run.path)) if best else None
             journal.write("end", status=status, artifacts=artifacts, time=time.time())
         tracked = tracker.close()
@@ -262,34 +260,39 @@ def stop_when_terminated(run: RunFolder) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        raise RunInterrupted(
-            f"interrupted; what was saved before is whole, go on with: ray-app train --resume {run.path}"
-        ) from None
+        raise RunInterrupted(f"interrupted; what was saved before is whole, go on with: {run.resume}") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def deaths_told(run: RunFolder) -> Iterator[None]:
-    """TrainingError with the way on, where processes died too often or the controller itself did.
+def way_on_told(run: RunFolder) -> Iterator[None]:
+    """TrainingError with the way on, where processes died too often or the controller itself did. StoreError with it,
+    where a disk or an object store failed one of them.
 
     Where one dies, what the others were waiting for from it fails as well: one death is enough.
     """
+    go_on = f"What was saved is whole; go on with: {run.resume}"
     try:
         yield
+    except StoreError as error:
+        raise StoreError(f"{str(error).rstrip('.')}. {go_on}") from error
     except (RayActorError, WorkerGroupError) as error:
         failures = list(getattr(error, "worker_failures", {0: error}).values())
-        deaths = [failure for failure in failures if isinstance(failure, RayActorError)]
-        if not deaths:
-            raise  # the doing of code, which its traceback tells
-        raise TrainingError(
-            f"The training's processes died ({str(deaths[0]).splitlines()[0]}). What was saved is whole; "
-            f"go on with: ray-app train --resume {run.path}"
-        ) from error
+        if deaths := [failure for failure in failures if isinstance(failure, RayActorError)]:
+            raise TrainingError(
+                f"The training's processes died ({str(deaths[0]).splitlines()[0]}). {go_on}"
+            ) from error
+        causes = [getattr(failure, "_base_exc", failure) for failure in failures]  # Ray wraps what code raised
+        if refusals := [cause for cause in causes if isinstance(cause, StoreError)]:
+            raise StoreError(f"{str(refusals[0]).rstrip('.')}. {go_on}") from error
+        raise  # the doing of code, which its traceback tells
 
 
-def fit(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: str, about: dict[str, Any]) -> None:
+def fit(
+    cfg: TrainConfig, run: RunFolder, store: PairStore, split: Split, plan: Plan, name: str, told: dict[str, Any]
+) -> None:
     """Ray Data reads once, Ray Train trains. TrainingError when a loss is not finite."""
     read_cpus = 0.0 if cfg.elastic else 1.0
     train_pairs = pairs_dataset(store, split.train, read_cpus=read_cpus)
@@ -297,25 +300,29 @@ def fit(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, name: str,
     datasets = {"train": train_pairs.materialize() if plan.held else train_pairs}
     if len(split.val):
         datasets["val"] = pairs_dataset(store, split.val, read_cpus=read_cpus).materialize()
-    make_start(cfg, store, split, PairsThroughRay(store, split, datasets))
+    run.bring(START)
+    make_start(cfg.at(run.path), store, split, PairsThroughRay(store, split, datasets))
+    run.publish(START)
     if not plan.held and (dropped := len(split.train) % cfg.min_workers):
         print(f"streaming to {cfg.num_workers} workers leaves out {dropped} pairs of each epoch", file=sys.stderr)
-    told = {"held": plan.held, "threads": plan.threads, "provenance": about, "placed": None}
     data_config = DataConfig(datasets_to_split=[] if plan.held else ["train"])
     while True:
-        begun_at = steps_told(cfg.out)
+        begun_at = steps_told(run.path)
         try:
-            group(cfg, plan.cpus_per_worker, name, told, datasets=datasets, dataset_config=data_config)
+            group(cfg, run, plan.cpus_per_worker, name, told, datasets=datasets, dataset_config=data_config)
             break
         except TrainingFailedError:
-            if not (cfg.elastic and cfg.max_failures and steps_told(cfg.out) > begun_at):
+            run.pull()
+            if not (cfg.elastic and cfg.max_failures and steps_told(run.path) > begun_at):
                 raise
             name = f"{name}-again"
-    failures = [line["error"] for line in since_start(cfg.out) if line["kind"] == "failure"]
+    run.pull()
+    failures = [line["error"] for line in since_start(run.path) if line["kind"] == "failure"]
     if failures:
-        kept = RunFolder(cfg.out).best()
+        kept = run.best()
         raise TrainingError(
-            f"{failures[-1]} " + (f"The last good checkpoint is {kept}." if kept else "There is no checkpoint yet.")
+            f"{failures[-1]} "
+            + (f"The last good checkpoint is {run.shown(kept)}." if kept else "There is no checkpoint yet.")
         )
 
 
@@ -324,11 +331,17 @@ def steps_told(run: Path) -> int:
     return max((line["global_step"] for line in entries(run) if line["kind"] == "step"), default=0)
 
 
-def group(cfg: TrainConfig, cpus_per_worker: float, name: str, told: dict[str, Any], **data: Any) -> None:
-    """A group of workers, from its start to its end. `told` goes to `train_loop_per_worker`, beside the settings."""
+def group(
+    cfg: TrainConfig, run: RunFolder, cpus_per_worker: float, name: str, told: dict[str, Any], **data: Any
+) -> None:
+    """A group of workers, from its start to its end. `told` goes to `train_loop_per_worker`, beside the settings.
+
+    Ray keeps its own notes in this process's folder of the run: its controller runs on this machine.
+    """
     TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"train": flat(cfg), **told},
+        train_loop_config={"run": str(run), "train": flat(cfg), **told},
+        torch_config=NodeAddress(),
         scaling_config=ScalingConfig(
             # Typed as the classes of before Train V2, here and below.
             num_workers=(cfg.min_workers, cfg.max_workers) if cfg.elastic else cfg.max_workers,  # type: ignore[arg-type]
@@ -338,8 +351,8 @@ def group(cfg: TrainConfig, cpus_per_worker: float, name: str, told: dict[str, A
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(cfg.out / "ray"),
-            callbacks=[Resizing(RunFolder(cfg.out))] if cfg.elastic else [],  # type: ignore[list-item]
+            storage_path=str(run.path / "ray"),
+            callbacks=[Resizing(RunFolder(run.path))] if cfg.elastic else [],  # type: ignore[list-item]
             failure_config=FailureConfig(
                 max_failures=cfg.max_failures,
                 controller_failure_limit=3,  # type: ignore[call-arg]
@@ -364,8 +377,8 @@ def summary(
     resumes = [line for line in lines if line["kind"] == "resume"]
     (*_, last_group) = (line for line in lines if line["kind"] == "attempt")
     return {
-        "run": str(run.path),
-        "checkpoint": str(best),
+        "run": str(run),
+        "checkpoint": run.shown(best),
         "model_sha256": sha256_file(best / "model.safetensors"),
         "mlflow_run_id": run_id,
         "tracked": tracked,

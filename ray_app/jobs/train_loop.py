@@ -65,14 +65,19 @@ class Beside:
 
 
 def train_epochs(
-    worker: "Worker", pairs: Pairs, journal: Journal | None, provenance: dict[str, Any], report: Report
+    worker: "Worker",
+    run: RunFolder,
+    pairs: Pairs,
+    journal: Journal | None,
+    provenance: dict[str, Any],
+    report: Report,
 ) -> None:
-    """A worker's part of a run, from wherever it stands. `journal` is open on the first worker, None on the others.
+    """A worker's part of `run`, from wherever it stands. `journal` is open on the first worker, None on the others.
 
     It returns at the run's end, when asked to stop, and after a failure that it has told of: one that is the same on
     every worker, and again after a restart.
     """
-    cfg, run = worker.cfg, RunFolder(worker.cfg.out)
+    cfg = worker.cfg
     place = agreed_place(run, worker.rank, worker.world, worker.device)
     state = resume_or_init(cfg, worker.store, place, worker.device)
     keeper = Keeper(run, worker.store, journal, provenance) if journal else None

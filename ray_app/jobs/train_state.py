@@ -20,7 +20,7 @@ from ray_app.core.losses import AlignmentObjective, CompressedObjective, LossWei
 from ray_app.core.step import CosineByEpoch, StepResult, make_optimizer
 from ray_app.errors import ConfigError
 from ray_app.jobs.journal import Journal
-from ray_app.jobs.run_folder import RunFolder, place
+from ray_app.jobs.run_folder import CHECKPOINTS, STATES, RunFolder, place
 from ray_app.jobs.start import load_start, needs
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
 from ray_app.store.pair_store import PairStore
@@ -214,7 +214,7 @@ def parameters(cfg: TrainConfig, store: PairStore) -> int:
 
 def resume_or_init(cfg: TrainConfig, store: PairStore, name: str | None, device: torch.device) -> TrainState:
     """The state of a place in this run, or the run's beginning. CheckpointError names a file that does not hold."""
-    run = RunFolder(cfg.out)
+    run = RunFolder(cfg.folder)
     wanted = needs(cfg) != "nothing" and (name is None or cfg.centred_weight > 0)
     start = load_start(cfg, store) if wanted else {}
     if name is None:
@@ -246,7 +246,11 @@ def agreed_place(run: RunFolder, rank: int, world: int, device: torch.device) ->
     code = torch.tensor([int(part) for part in (name or "").split("_")[1::2]] + [-1, -1], device=device)[:2].clone()
     dist.broadcast(code, 0)
     epoch, step = code.tolist()
-    return None if epoch < 0 else place(epoch, None if step < 0 else step)
+    if epoch < 0:
+        return None
+    name = place(epoch, None if step < 0 else step)
+    run.bring(f"{CHECKPOINTS}/{name}", f"{STATES}/{name}")
+    return name
 
 
 @dataclass(frozen=True, slots=True)

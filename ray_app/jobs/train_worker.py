@@ -11,11 +11,11 @@ from ray.train.torch import get_device
 
 from ray_app.config.train import TrainConfig
 from ray_app.jobs import sweep_data
-from ray_app.jobs.journal import Journal
+from ray_app.jobs.journal import require_newest
 from ray_app.jobs.lanes import Lanes
-from ray_app.jobs.run_folder import RunFolder
+from ray_app.jobs.run_copy import run_at
 from ray_app.jobs.shards import hold, stream
-from ray_app.jobs.start import held_compressed
+from ray_app.jobs.start import START, held_compressed
 from ray_app.jobs.sweep_data import Placed
 from ray_app.jobs.train_loop import Batches, Pairs, Worker, back_off, held_batches, train_epochs
 from ray_app.jobs.train_state import TrainState, training_split
@@ -23,21 +23,24 @@ from ray_app.store.pair_store import PairStore
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
-    """One worker's run. `config`: `train` (a TrainConfig), `held`, `threads`, `provenance`, and `placed`, its pairs
-    in shared memory, or None."""
+    """One worker's run. `config`: `run` (where it lies), `started` (its driver, in Unix time), `train` (a
+    TrainConfig), `held`, `threads`, `provenance`, and `placed`, its pairs in shared memory, or None."""
     cfg = TrainConfig.model_validate(config["train"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config["threads"])
-    run, store = RunFolder(cfg.out), PairStore.open(cfg.store, cfg.durations)
-    worker = Worker(cfg, store, rank, world, get_device())
-    with Journal(run.path) if rank == 0 else nullcontext() as journal:
+    store = PairStore.open(cfg.store, cfg.durations)
+    with run_at(config["run"]) as run, run.journal() if rank == 0 else nullcontext() as journal:
+        cfg = cfg.at(run.path)
+        worker = Worker(cfg, store, rank, world, get_device())
         if journal:
+            require_newest(run.path, config["started"])
             back_off(run)
             journal.write("attempt", workers=world, time=time.time())
+        run.bring(START)
         placed: Placed | None = config["placed"]
         pairs = sweep_data.pairs_of(placed, worker) if placed else pairs_of(worker, held=config["held"])
-        train_epochs(worker, pairs, journal, config["provenance"], report)
+        train_epochs(worker, run, pairs, journal, config["provenance"], report)
 
 
 def pairs_of(worker: Worker, *, held: bool) -> Pairs:

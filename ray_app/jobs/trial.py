@@ -5,16 +5,19 @@ process that works for it, those of the ones before too, so that a scheduler tha
 """
 
 import time
+from collections.abc import Set
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray import tune
 
 from ray_app.config.train import TrainConfig
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.jobs.journal import Journal, entries, since_start
+from ray_app.jobs.listening import answers
 from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.sweep_data import Placed, begin, pairs_of
 from ray_app.jobs.sweep_folder import compared, scores
@@ -38,28 +41,30 @@ def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
     config = config["trial"]
     cfg = TrainConfig.model_validate(config["train"])
     torch.set_num_threads(config["threads"])
-    with Journal(cfg.out) as journal:
+    with Journal(cfg.folder) as journal:
         trial = TrialRun(cfg, journal, config)
-        if entries(cfg.out)[-1]["kind"] == "end":
+        if entries(cfg.folder)[-1]["kind"] == "end":
             return  # a member of a population that had paused at its end
-        if reason := why_not_again(since_start(cfg.out)):
+        told = since_start(cfg.folder)
+        if reason := why_not_again(told, gone({line["node"] for line in told if line["kind"] == "attempt"})):
             trial.fail(reason)
             return
-        journal.write("attempt", time=time.time())
+        journal.write("attempt", node=ray.get_runtime_context().get_node_id(), time=time.time())
         try:
             if config["origin"]:
-                adopt(RunFolder(Path(config["origin"])), RunFolder(cfg.out), cfg, config["provenance"])
+                adopt(RunFolder(Path(config["origin"])), RunFolder(cfg.folder), cfg, config["provenance"])
             if not config["population"]:  # it compares the present alone
                 trial.tell_past_epochs()
             data = placed[config["data"]]
             device = torch.device("cuda" if cfg.use_gpu else "cpu")
             worker = Worker(cfg, data.store, 0, 1, device)
             begin(data, cfg)
-            train_epochs(worker, pairs_of(data, worker), journal, config["provenance"], trial.report)
+            run, pairs = RunFolder(cfg.folder), pairs_of(data, worker)
+            train_epochs(worker, run, pairs, journal, config["provenance"], trial.report)
         except Exception as error:
             trial.failed_with(error)
         else:
-            if any(line["kind"] == "failure" for line in since_start(cfg.out)):
+            if any(line["kind"] == "failure" for line in since_start(cfg.folder)):
                 trial.end("FAILED")
 
 
@@ -71,16 +76,16 @@ class TrialRun:
 
     def report(self, state: TrainState, _: dict[str, Any]) -> None:
         """One epoch. The end is told first, for Tune may not come back after it."""
-        if self.config["latency"] and not any(line["kind"] == "latency" for line in entries(self.cfg.out)):
+        if self.config["latency"] and not any(line["kind"] == "latency" for line in entries(self.cfg.folder)):
             self.journal.write("latency", ms=latency_ms(state))
         if ended(state, self.cfg):
             self.end("FINISHED")
-        lines = entries(self.cfg.out)
+        lines = entries(self.cfg.folder)
         self.tell(lines, state.epoch)
 
     def tell_past_epochs(self) -> None:
         """What earlier processes have done."""
-        lines = entries(self.cfg.out)
+        lines = entries(self.cfg.folder)
         for n, line in enumerate(lines):
             if line["kind"] == "epoch":
                 self.tell(lines[: n + 1], line["epoch"])
@@ -88,7 +93,7 @@ class TrialRun:
     def tell(self, lines: list[dict[str, Any]], epoch: int) -> None:
         """To Tune, which answers by going on, or never. The driver may end the journal meanwhile."""
         metrics = metrics_of(lines, epoch, self.config["objective"])
-        with self.journal.lent(), mark(self.cfg.out) if self.config["population"] else nullcontext() as checkpoint:
+        with self.journal.lent(), mark(self.cfg.folder) if self.config["population"] else nullcontext() as checkpoint:
             tune.report(metrics, checkpoint=checkpoint)
 
     def end(self, status: str) -> None:
@@ -103,7 +108,7 @@ class TrialRun:
     def failed_with(self, error: Exception) -> None:
         """Raises the error for another try, unless it is the second of its kind."""
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        before = [line["cause"] for line in since_start(self.cfg.out) if line["kind"] == "error"]
+        before = [line["cause"] for line in since_start(self.cfg.folder) if line["kind"] == "error"]
         self.journal.write("error", cause=cause, time=time.time())
         if cause in before:
             self.fail(f"twice the same: {cause}")
@@ -117,17 +122,26 @@ def metrics_of(lines: list[dict[str, Any]], epoch: int, objective: str) -> dict[
     return {"epoch": epoch, "compared": compared(lines, objective), RATE: found["accept_rate"], "lift": found["lift"]}
 
 
-def why_not_again(lines: list[dict[str, Any]]) -> str | None:
-    """Why a trial is not tried again: its process died twice, under one driver, without a step in between."""
-    deaths: list[int] = []
+def gone(nodes: Set[str]) -> Set[str]:
+    """Those of some nodes, by their ids, that have no raylet any more."""
+    return nodes - {node["NodeID"] for node in ray.nodes() if node["NodeID"] in nodes and answers(node)}
+
+
+def why_not_again(lines: list[dict[str, Any]], gone: Set[str]) -> str | None:
+    """Why a trial is not tried again: its process died twice, under one driver, without a step in between.
+
+    A process that went with its node is not counted: that is no doing of the trial's.
+    """
+    begun: list[tuple[int, str]] = []
     step = 0
     for line in lines:
         if line["kind"] == "step":
             step = line["global_step"]
         elif line["kind"] == "attempt":
-            deaths.append(step)
+            begun.append((step, line["node"]))
         elif line["kind"] == "error":  # it was alive to tell
-            deaths.pop()
+            begun.pop()
+    deaths = [at for at, node in begun if node not in gone]
     if len(deaths) >= 2 and deaths[-1] == step:
         return f"its process died twice before step {step + 1}"
     return None

@@ -13,7 +13,8 @@ from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 
 from ray_app.config.train import TrainConfig
-from ray_app.jobs.journal import Journal, entries, follow, since_start
+from ray_app.jobs.journal import Journal, entries, follow, newest_start, since_start
+from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.sweep_data import Placed, begin
 from ray_app.jobs.train import group
 from ray_app.jobs.trial import metrics_of
@@ -26,16 +27,17 @@ def run_group_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
     """A trainable of Ray Tune; `config` as of `run_trial`. Ray Train starts workers that die again, not Tune."""
     config = config["trial"]
     cfg = TrainConfig.model_validate(config["train"])
-    data = placed[config["data"]]
+    data, run = placed[config["data"]], cfg.folder
     begin(data, cfg)
     failed: list[Exception] = []
     done = threading.Event()
 
     def work() -> None:
-        name, cpus = f"{cfg.out.name}-{int(time.time() * 1000)}", cfg.cpus_per_worker or 1.0
-        told = {"held": True, "threads": config["threads"], "provenance": config["provenance"], "placed": data}
+        name, cpus = f"{run.name}-{int(time.time() * 1000)}", cfg.cpus_per_worker or 1.0
+        told = {"started": newest_start(run), "held": True, "threads": config["threads"], "placed": data}
+        told["provenance"] = config["provenance"]
         try:
-            group(cfg, cpus, name, told)
+            group(cfg, RunFolder(run), cpus, name, told)
         except Exception as error:
             failed.append(error)
         finally:
@@ -43,15 +45,15 @@ def run_group_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
 
     threading.Thread(target=work, name="group", daemon=True).start()
     lines: list[dict[str, Any]] = []
-    for new in follow(cfg.out, done):
+    for new in follow(run, done):
         for line in new:
             lines.append(line)
             if line["kind"] == "epoch" and line["epoch"] < cfg.num_epochs:
                 tune.report(metrics_of(lines, line["epoch"], config["objective"]))
     if failed and not isinstance(failed[0], RayActorError | WorkerGroupError):
         raise failed[0]
-    told = since_start(cfg.out)
-    with Journal(cfg.out) as journal:
+    told = since_start(run)
+    with Journal(run) as journal:
         if failed:
             journal.write("failure", error=f"its workers died: {str(failed[0]).splitlines()[0]}", time=time.time())
         journal.write(
@@ -60,6 +62,6 @@ def run_group_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
             artifacts=None,
             time=time.time(),
         )
-    epochs = [line["epoch"] for line in entries(cfg.out) if line["kind"] == "epoch"]
+    epochs = [line["epoch"] for line in entries(run) if line["kind"] == "epoch"]
     if epochs and epochs[-1] == cfg.num_epochs:  # told last, for Tune may not come back after it
-        tune.report(metrics_of(entries(cfg.out), epochs[-1], config["objective"]))
+        tune.report(metrics_of(entries(run), epochs[-1], config["objective"]))

@@ -157,19 +157,25 @@ def verify_folder(folder: Path) -> str:
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {SUMS}.")
     data = path.read_bytes()
-    lines = re.findall(rb"^([0-9a-f]{64})  ([A-Za-z0-9_.]+)$", data, re.MULTILINE)
-    if not lines or data != b"".join(b"%s  %s\n" % line for line in lines):
-        raise CheckpointError(f"{path} is damaged: it is not a list of SHA-256 sums and file names.")
-    listed = {SUMS, *(name.decode() for _, name in lines)}
-    if unlisted := sorted({file.name for file in folder.glob("[!.]*")} - listed):  # a list that was cut at a line end
+    listed = listed_sums(data, str(path))
+    found = {file.name for file in folder.glob("[!.]*")}
+    if unlisted := sorted(found - {SUMS, *listed}):  # a list that was cut at a line end
         raise CheckpointError(f"{path} is damaged: it does not list {', '.join(unlisted)}. Use another checkpoint.")
-    for sha256, name in lines:
-        file = folder / name.decode()
+    for name, sha256 in listed.items():
+        file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing, though {SUMS} lists it.")
-        if sha256_file(file) != sha256.decode():
+        if sha256_file(file) != sha256:
             raise CheckpointError(f"{file} is damaged: its SHA-256 differs from {SUMS}. Use another checkpoint.")
     return sha256_bytes(data)
+
+
+def listed_sums(data: bytes, where: str) -> dict[str, str]:
+    """SHA-256 of each file that a list names. CheckpointError, with `where` it lies, unless it is such a list."""
+    lines = re.findall(rb"^([0-9a-f]{64})  ([A-Za-z0-9_.]+)$", data, re.MULTILINE)
+    if not lines or data != b"".join(b"%s  %s\n" % line for line in lines):
+        raise CheckpointError(f"{where} is damaged: it is not a list of SHA-256 sums and file names.")
+    return {name.decode(): sha256.decode() for sha256, name in lines}
 
 
 def newest_verified(parent: Path) -> tuple[Path | None, list[str]]:

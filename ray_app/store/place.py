@@ -61,12 +61,17 @@ class Place(ABC):
         return f"{self}/{name}"
 
     @abstractmethod
+    def below(self, name: str) -> str:
+        """The path or URI of a file or folder in it, for commands."""
+
+    @abstractmethod
     def make(self, name: str = "") -> None:
         """Makes the folder, or one in it, with those above it."""
 
     @abstractmethod
-    def names(self) -> set[str]:
-        """Files and folders in it. FileNotFoundError: it does not exist; NotADirectoryError: it is a file."""
+    def names(self, folder: str = "") -> set[str]:
+        """Files and folders in it, or in a folder of it. FileNotFoundError: there is none; NotADirectoryError: it is
+        a file."""
 
     def exists(self) -> bool:
         """Whether there is such a folder."""
@@ -138,14 +143,18 @@ class Disk(Place):
     def __str__(self) -> str:
         return str(self.path)
 
+    def below(self, name: str) -> str:
+        return str(self.path / name)
+
     def make(self, name: str = "") -> None:
         with writing(self.path):
             make_folder(self.path / name)
 
-    def names(self) -> set[str]:
-        if not self.path.exists():  # also where it would lie below a file
-            raise FileNotFoundError(self.path)
-        return {path.name for path in self.path.iterdir()}
+    def names(self, folder: str = "") -> set[str]:
+        path = self.path / folder
+        if not path.exists():  # also where it would lie below a file
+            raise FileNotFoundError(path)
+        return {path.name for path in path.iterdir()}
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -185,6 +194,10 @@ class ObjectStore(Place):
     def telling(self, tell: Callable[[str], None]) -> "ObjectStore":
         return replace(self, tell=tell)
 
+    def below(self, name: str) -> str:
+        path, mark, query = self.uri.partition("?")
+        return f"{path.rstrip('/')}/{name}{mark}{query}"
+
     def __str__(self) -> str:
         return self.uri.partition("?")[0].rstrip("/")
 
@@ -195,11 +208,17 @@ class ObjectStore(Place):
 
         self.answer(f"{self} cannot be made", make)
 
-    def names(self) -> set[str]:
-        def names(system: fs.FileSystem, root: str) -> set[str]:
-            return {info.base_name for info in system.get_file_info(fs.FileSelector(root))}
+    def names(self, folder: str = "") -> set[str]:
+        return set(self.sizes(folder))
 
-        return self.answer(f"{self} cannot be listed", names)
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Bytes of each file in it, or in a folder of it; 0 of a folder. Errors as of `names`."""
+
+        def sizes(system: fs.FileSystem, root: str) -> dict[str, int]:
+            found = system.get_file_info(fs.FileSelector(f"{root}/{folder}".rstrip("/")))
+            return {info.base_name: info.size or 0 for info in found}
+
+        return self.answer(f"{self.file(folder) if folder else self} cannot be listed", sizes)
 
     def read(self, name: str) -> bytes:
         def read(system: fs.FileSystem, root: str) -> bytes:

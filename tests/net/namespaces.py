@@ -16,10 +16,12 @@ from pathlib import Path
 
 import psutil
 
+from ray_app.jobs.listening import no_listener
+
 RAY = str(Path(sys.executable).with_name("ray"))
 NETWORK = "10.213.77"
 PORT = 6379
-START_S = 90.0
+START_S = 180.0
 
 
 def available() -> str:
@@ -98,12 +100,26 @@ class Network:
         done = subprocess.run([sys.executable, "-c", code, self.address], capture_output=True, text=True, timeout=60)
         return set(done.stdout.split())
 
+    def listens(self) -> None:
+        """Until the head does: a worker that comes before it may never join."""
+        until = time.monotonic() + START_S
+        while no_listener(self.address):
+            assert time.monotonic() < until, self.told()
+            time.sleep(0.1)
+
     def wait(self) -> None:
-        """Until all nodes are there."""
+        """Until all nodes are there; one that did not come up in Ray's 30 s starts again."""
         until = time.monotonic() + START_S
         while not {node.address for node in self.nodes} <= self.alive():
-            assert time.monotonic() < until, (self.folder / "head.log").read_text()[-2000:]
+            assert time.monotonic() < until, self.told()
+            for node in self.nodes:
+                if node.process and node.process.poll() is not None:
+                    self.start(node)
             time.sleep(0.5)
+
+    def told(self) -> str:
+        """The end of each node's log."""
+        return "\n".join(path.read_text()[-1000:] for path in sorted(self.folder.glob("*.log")))
 
 
 @contextmanager
@@ -127,7 +143,7 @@ def network(num_workers: int = 2) -> Iterator[Network]:
                 ip(f"-n {node.name} link set lo up")
                 ip(f"-n {node.name} link set eth0 up")
                 ip(f"link set {node.link} master {made.bridge} up")
-            time.sleep(3.0)  # the head listens; a worker that comes before tries again, slowly
+            made.listens()
             for node in made.nodes:
                 made.start(node)
             made.wait()
