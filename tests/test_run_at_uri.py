@@ -370,8 +370,10 @@ def test_a_run_whose_processes_died_is_gone_on_with_from_the_uri_alone_and_ends_
     """The second driver has an empty folder of its own, as on another machine."""
     uri, database = s3.uri("bucket/runs/one"), f"sqlite:///{tmp_path / 'mlflow.db'}"
     cfg = TrainConfig(store=str(small_store), out=uri, tracking_uri=database, max_failures=0, **TINY)
-    killed = killer(f"runs/one/training_state/epoch_0002/{SUMS}")
-    with pytest.raises(TrainingError, match=r"processes died .* go on with: ray-app train --resume 's3://bucket/runs"):
+    killed = killer(f"runs/one/checkpoints/epoch_0002/{SUMS}")
+    with pytest.raises(
+        TrainingError, match=r"processes died .* go on with: ray-app train --resume 's3://bucket/runs"
+    ):
         run_train(cfg)
     assert killed
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
