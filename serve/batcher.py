@@ -76,12 +76,12 @@ class Batcher:
         self.queued_rows = 0
         self.batch_s = 0.05
 
-    def full(self, rows: int = 1) -> bool:
-        """Whether so many rows do not fit into the queue now, beside those that wait and those that arrive."""
+    def full(self) -> bool:
+        """Whether as many rows wait, and requests arrive, as may. Large requests need no more room than small."""
         late = time.monotonic() - ARRIVAL_S
         while self._arriving and next(iter(self._arriving.values())) < late:
             del self._arriving[next(iter(self._arriving))]
-        return self.queued_rows + len(self._arriving) + rows > self._max_queued_rows
+        return self.queued_rows + len(self._arriving) >= self._max_queued_rows
 
     def busy(self) -> Problem:
         """429, with the time after which it is worth asking again."""
@@ -102,7 +102,7 @@ class Batcher:
 
     async def answer(self, work: Work, timeout_s: float) -> Answer:
         """The model's answer. Problem 429: the queue is full. Problem 504: not in time. Others: what is wrong."""
-        if self.full(work.rows):
+        if self.full():
             raise self.busy()
         loop = asyncio.get_running_loop()
         waiting = Waiting(work, time.monotonic() + timeout_s, loop.create_future())

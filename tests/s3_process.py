@@ -89,6 +89,7 @@ class Front(BaseHTTPRequestHandler):
     """Hands every request on, and every answer back."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body of an answer go out at once
     server_port: int
     broken: Path
 

@@ -43,7 +43,7 @@ def client(server: LocalServer) -> Iterator[AlignmentClient]:
 
 
 def expected(server: LocalServer, event: Any) -> Any:
-    adapter = load_checkpoint(server.endpoint.succession.source.folder).adapter
+    adapter = load_checkpoint(Path(server.endpoint.cfg.checkpoint)).adapter
     with torch.no_grad():
         return adapter(torch.from_numpy(event.astype(np.float32))).numpy()
 
@@ -183,7 +183,7 @@ def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
 
 def test_a_queue_that_stays_full_is_told_when_the_time_is_over(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
-    with local_server(checkpoint, max_batch=3, max_queue=3, batch_wait_ms=500) as server:
+    with local_server(checkpoint, max_batch=3, max_queue=2, batch_wait_ms=500) as server:
         url = f"http://{server.url}"
         first = threading.Thread(target=AlignmentClient(url).align, args=(EVENT[:2],))
         first.start()
@@ -191,7 +191,9 @@ def test_a_queue_that_stays_full_is_told_when_the_time_is_over(tmp_path: Path) -
             assert first.is_alive()
         with (
             AlignmentClient(url, timeout_s=0.9) as hasty,  # a second is what Retry-After says
-            pytest.raises(EndpointBusy, match=r"2 pairs wait, the limit is 3; .* \(HTTP 429, request"),
+            pytest.raises(
+                EndpointBusy, match=r"2 pairs wait and 0 requests arrive, the limit is 2; .* \(HTTP 429, request"
+            ),
         ):
             hasty.align(EVENT[:2])
         first.join(10)

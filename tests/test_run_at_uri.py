@@ -273,6 +273,9 @@ def test_every_reader_takes_a_checkpoint_or_a_run_at_a_uri(s3: S3, small_store: 
     there.write("run.json", (local / "run.json").read_bytes())
     with pytest.raises(CheckpointError, match="without a finished epoch"):
         best_of_run(uri)
+    there.write("best.json", b'{"checkpoint": "../../elsewhere"}')
+    with pytest.raises(CheckpointError, match=r"best\.json is damaged.*elsewhere' is no folder of a run"):
+        best_of_run(uri)
     best = "checkpoints/epoch_0001"
     send_folder(local / best, there, best)
     there.write("best.json", (local / "best.json").read_bytes())
@@ -367,8 +370,10 @@ def test_a_run_whose_processes_died_is_gone_on_with_from_the_uri_alone_and_ends_
     """The second driver has an empty folder of its own, as on another machine."""
     uri, database = s3.uri("bucket/runs/one"), f"sqlite:///{tmp_path / 'mlflow.db'}"
     cfg = TrainConfig(store=str(small_store), out=uri, tracking_uri=database, max_failures=0, **TINY)
-    killed = killer(f"runs/one/training_state/epoch_0002/{SUMS}")
-    with pytest.raises(TrainingError, match=r"processes died .* go on with: ray-app train --resume s3://bucket/runs"):
+    killed = killer(f"runs/one/checkpoints/epoch_0002/{SUMS}")
+    with pytest.raises(
+        TrainingError, match=r"processes died .* go on with: ray-app train --resume 's3://bucket/runs"
+    ):
         run_train(cfg)
     assert killed
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
@@ -380,7 +385,7 @@ def test_a_run_whose_processes_died_is_gone_on_with_from_the_uri_alone_and_ends_
     assert result["model_sha256"] == undisturbed(cfg, tmp_path / "undisturbed")
     assert result["run"] == uri
     assert result["checkpoint"].startswith("s3://bucket/runs/one/checkpoints/epoch_")
-    assert not list((tmp_path / "elsewhere").iterdir()), "no copy is left"
+    assert not list((tmp_path / "elsewhere").glob("ray-app-*")), "no copy is left"
     with run_at(uri) as run:
         run.pull()
         lines = entries(run.path)

@@ -62,7 +62,6 @@ def test_the_builder_takes_checked_arguments_alone(tmp_path: Path) -> None:
     for changes, message in (
         ({"max_bach": 8}, "argument 'max_bach'.*known are checkpoint"),
         ({"max_batch": 0}, "argument 'max_batch'"),
-        ({"max_batch": 64, "max_queue": 32}, "must be at least --max-batch"),
         ({"open_access": False}, "need 'tokens'"),
         ({"tokens": str(tmp_path / "none"), "open_access": False}, "cannot be read"),
         ({"checkpoint": "models:/alignment-adapter"}, "is no model"),

@@ -162,14 +162,13 @@ def test_bodies_on_their_way_count_as_waiting_for_a_second(monkeypatch: pytest.M
     monkeypatch.setattr("serve.batcher.ARRIVAL_S", 0.05)
     batcher = Batcher(list, max_rows=4, max_queued_rows=4)
     with batcher.place(), batcher.place(), batcher.place():
-        assert not batcher.full(1)
-        assert batcher.full(2)
+        assert not batcher.full()
         with batcher.place():
-            assert batcher.full(1)
+            assert batcher.full()
             assert "0 pairs wait and 4 requests arrive, the limit is 4" in batcher.busy().detail
             time.sleep(0.06)
-            assert not batcher.full(4), "who sends a byte now and then keeps no place"
-    assert not batcher.full(4)
+            assert not batcher.full(), "who sends a byte now and then keeps no place"
+    assert not batcher.full()
 
 
 def slow(server: LocalServer) -> None:

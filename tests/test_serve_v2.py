@@ -5,6 +5,7 @@ import http.client
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -31,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
 @pytest.fixture(scope="module")
 def expected(server: LocalServer) -> Any:
     """What the adapter says, asked without any of the endpoint's code."""
-    adapter = load_checkpoint(server.endpoint.succession.source.folder).adapter
+    adapter = load_checkpoint(Path(server.endpoint.cfg.checkpoint)).adapter
 
     def forward(values: Any) -> Any:
         with torch.no_grad():

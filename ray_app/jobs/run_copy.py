@@ -23,7 +23,7 @@ from typing import Any
 from ray_app.errors import CheckpointError, StoreError
 from ray_app.jobs.journal import Journal
 from ray_app.jobs.journal_parts import JournalParts
-from ray_app.jobs.run_folder import CHECKPOINTS, RESIZE, RUN, STATES, STOP, RunFolder, about_run
+from ray_app.jobs.run_folder import CHECKPOINTS, RESIZE, RUN, STATES, STOP, RunFolder, about_run, inside
 from ray_app.store.checkpoint import SUMS
 from ray_app.store.place import Disk, ObjectStore, Place, absolute, place
 from ray_app.store.sealed import fetch_folder, send_folder
@@ -141,7 +141,7 @@ class RunCopy(RunFolder):
             self._parts.pull()
 
     def bring(self, *folders: str) -> None:
-        for folder in folders:
+        for folder in map(inside, folders):
             with suppress(FileNotFoundError):
                 if SUMS in self.there.names(folder):
                     fetch_folder(self.there, folder, self.path / folder)

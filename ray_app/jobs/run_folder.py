@@ -7,6 +7,7 @@ A place in a run is named by its finished epochs, and within an epoch by the opt
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -211,6 +212,13 @@ class RunFolder:
         return self.path / name if name else None
 
 
+def inside(folder: str) -> str:
+    """The name of a folder within a run, as others have written it. ValueError: it leads out of the run."""
+    if not re.fullmatch(r"[a-z_]+(/[a-z0-9_]+)?", folder):
+        raise ValueError(f"{folder!r} is no folder of a run")
+    return folder
+
+
 def about_run(there: Place) -> dict[str, Any]:
     """What the run that lies there was started with. StoreError: not a run."""
     try:
@@ -223,7 +231,7 @@ def best_name(there: Place) -> str | None:
     """The folder of the best checkpoint of the run that lies there, None before the first epoch. CheckpointError:
     what names it is damaged."""
     try:
-        return str(json.loads(there.read(BEST))["checkpoint"])
+        return inside(json.loads(there.read(BEST))["checkpoint"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -279,15 +279,19 @@ def way_on_told(run: RunFolder) -> Iterator[None]:
     except StoreError as error:
         raise StoreError(f"{str(error).rstrip('.')}. {go_on}") from error
     except (RayActorError, WorkerGroupError) as error:
-        failures = list(getattr(error, "worker_failures", {0: error}).values())
-        if deaths := [failure for failure in failures if isinstance(failure, RayActorError)]:
+        causes = [cause_of(failure) for failure in getattr(error, "worker_failures", {0: error}).values()]
+        if deaths := [cause for cause in causes if isinstance(cause, RayActorError)]:
             raise TrainingError(
                 f"The training's processes died ({str(deaths[0]).splitlines()[0]}). {go_on}"
             ) from error
-        causes = [getattr(failure, "_base_exc", failure) for failure in failures]  # Ray wraps what code raised
         if refusals := [cause for cause in causes if isinstance(cause, StoreError)]:
             raise StoreError(f"{str(refusals[0]).rstrip('.')}. {go_on}") from error
         raise  # the doing of code, which its traceback tells
+
+
+def cause_of(failure: Exception) -> Exception:
+    """Without what Ray Train wraps around it: what code raised, or that a worker does not answer."""
+    return getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", failure)
 
 
 def fit(

@@ -54,7 +54,7 @@ def cut(net: Network, process: "subprocess.Popen[bytes]", seconds: float, sign: 
     node.cut()
     time.sleep(seconds)
     node.mend(net.bridge)
-    mended_at, at = time.monotonic(), sign()
+    mended_at, at, over = time.monotonic(), sign(), process.poll() is not None
     started = False
     while process.poll() is None and sign() <= at:
         assert time.monotonic() - mended_at < LONGEST_S, "nothing moves any more"
@@ -73,7 +73,7 @@ def cut(net: Network, process: "subprocess.Popen[bytes]", seconds: float, sign: 
         "cut_s": round(mended_at - cut_at, 1),
         "went_on_meanwhile": at - before,
         "counted_as_dead_and_started_again": started,
-        "seconds_from_mending_to_progress": round(moved, 1),
+        "seconds_from_mending_to_progress": None if over else round(moved, 1),
     }
 
 

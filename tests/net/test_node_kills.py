@@ -20,7 +20,10 @@ NUM_PAIRS, NUM_DRIVES = 36, 9
 
 
 def test_a_job_and_an_endpoint_outlive_a_node(tmp_path: Path) -> None:
-    with three_nodes() as nodes, cluster_endpoint(nodes.address, make_checkpoint(tmp_path / "c"), tmp_path) as url:
+    with (
+        three_nodes(cpus=2.0) as nodes,
+        cluster_endpoint(nodes.address, make_checkpoint(tmp_path / "c"), tmp_path) as url,
+    ):
         stop, answers = threading.Event(), list[np.ndarray]()
         client = AlignmentClient(url, timeout_s=30.0)
         event = np.random.default_rng(0).integers(1, 256, (1, *SHAPE), dtype=np.uint8)

@@ -1,0 +1,47 @@
+"""Precision and layout of a model in service: other bytes, the same answers."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from endpoints import WIDTH, make_checkpoint
+
+from ray_app.core.adapter import AdapterConfig, build_adapter
+from ray_app.store.checkpoint import Checkpoint, load_checkpoint
+from serve.model import PackedLinear, prepared
+
+CPU = torch.device("cpu")
+TOKENS = (4, 64)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return load_checkpoint(make_checkpoint(Path(tmp_path_factory.mktemp("model")) / "checkpoint"))
+
+
+@pytest.mark.parametrize("strategy", ["linear", "lightweight", "bottleneck", "token_bottleneck", "token_attention"])
+def test_weights_that_lie_in_other_order_answer_as_those_that_do_not(checkpoint: Checkpoint, strategy: str) -> None:
+    if strategy.startswith("token"):
+        config = AdapterConfig(strategy, 64, 64, hidden_dim=16, event_shape=TOKENS, target_shape=TOKENS)
+        event = torch.randn(3, TOKENS[0] * TOKENS[1])
+    else:
+        config = AdapterConfig(strategy, WIDTH, WIDTH, hidden_dim=16)
+        event = torch.rand(3, WIDTH)
+    plain = build_adapter(config, 0).eval()
+    packed = prepared(replace(checkpoint, adapter=copy.deepcopy(plain)), "bf16", CPU)
+    assert any(isinstance(module, PackedLinear) for module in packed.modules())
+    for module in plain.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.bfloat16()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for rows in (1, 3):
+            torch.testing.assert_close(packed(event[:rows]), plain(event[:rows]), atol=1e-2, rtol=1e-2)
+
+
+def test_float32_stays_as_it_is_saved(checkpoint: Checkpoint) -> None:
+    adapter = prepared(replace(checkpoint, adapter=copy.deepcopy(checkpoint.adapter)), "fp32", CPU)
+    event = torch.rand(2, WIDTH)
+    with torch.inference_mode():
+        assert torch.equal(adapter(event), checkpoint.adapter(event))
