@@ -132,19 +132,16 @@ def build_task(source: Source, task: SourceTask, where: Where, features: Feature
             pairs[pair.sample_id] = pair
             events_in[item.sequence, item.t_start_us, item.t_end_us] = item.num_events or 0
             drawn += item.num_drawn or 0
-    try:
-        part = write_part(folder, f"{task.name}.parquet", list(pairs.values()), features) if pairs else None
-        done = BuiltTask(
-            task=task.name,
-            part=part,
-            rejected=tuple(rejected),
-            windows=len(events_in),
-            events_covered=sum(events_in.values()),
-            events_drawn=drawn,
-        )
-        _record(folder, done)
-    except StoreError as error:
-        raise StoreError(f"{error} Finished files stay; repeat the command to go on.") from error
+    part = write_part(folder, f"{task.name}.parquet", list(pairs.values()), features) if pairs else None
+    done = BuiltTask(
+        task=task.name,
+        part=part,
+        rejected=tuple(rejected),
+        windows=len(events_in),
+        events_covered=sum(events_in.values()),
+        events_drawn=drawn,
+    )
+    _record(folder, done)
     return done
 
 

@@ -126,7 +126,7 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
             kept = finished(here, task)
             done = kept or build_task(source, task, here, features)
         except StoreError as error:  # Ray Data would wrap it in an error of its own
-            return {"error": str(error)}
+            return {"error": f"{error} Finished files stay; repeat the command to go on."}
         built = {"built": done.model_dump_json(), "kept": kept is not None}
         return {"error": "", **built, "told": "\n".join(told), "peak_bytes": peak_memory_bytes()}
 
