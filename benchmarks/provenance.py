@@ -18,8 +18,9 @@ LOAD_AT_START = os.getloadavg()[0]
 
 def provenance() -> dict[str, Any]:
     """JSON values."""
+    program, *words = sys.argv
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *(("-m", "pytest") if "pytest" in program else (program,)), *words]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),

@@ -291,7 +291,8 @@ def way_on_told(run: RunFolder) -> Iterator[None]:
 
 def cause_of(failure: Exception) -> Exception:
     """Without what Ray Train wraps around it: what code raised, or that a worker does not answer."""
-    return getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", failure)
+    found: Any = getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", failure)
+    return found
 
 
 def fit(
