@@ -123,7 +123,7 @@ def test_killed_at_any_request_a_save_leaves_a_whole_epoch_and_the_next_works(
 def test_a_damaged_object_is_named_and_the_place_before_is_gone_on_from(
     copy: Callable[[str], RunCopy], s3: S3, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    uri = s3.uri("bucket/damaged")
+    uri = s3.uri("bucket/hurt")
     run = copy(uri)
     run.claim({})
     with run.journal():
@@ -134,7 +134,7 @@ def test_a_damaged_object_is_named_and_the_place_before_is_gone_on_from(
     run.there.write(name, data[:-1] + bytes([data[-1] ^ 1]))
     fresh = copy(uri)
     assert fresh.newest_state() == "epoch_0001"
-    assert f"s3://bucket/damaged/{name} is damaged" in capsys.readouterr().err
+    assert f"s3://bucket/hurt/{name} is damaged" in capsys.readouterr().err
     with fresh.journal():
         save(fresh, 2)
     assert found(copy(uri)) == 2
