@@ -42,7 +42,13 @@ from ray_app.store.sealed import send_folder
 from ray_app.store.split import split_pairs
 from serve.champion import source_of
 
-TINY: dict[str, Any] = {"num_epochs": 8, "early_stop_patience": 8, "hidden_dim": 4, "batch_size": 16}
+TINY: dict[str, Any] = {
+    "num_epochs": 8,
+    "early_stop_patience": 8,
+    "hidden_dim": 4,
+    "batch_size": 16,
+    "cpus_per_worker": 1,  # threads: with another number sums round otherwise
+}
 
 
 @pytest.fixture
@@ -316,7 +322,16 @@ def test_where_only_a_disk_will_do_a_uri_is_refused(tmp_path: Path) -> None:
 
 
 def undisturbed(cfg: TrainConfig, out: Path) -> str:
-    """SHA-256 of the weights of the same run in a folder, without Ray."""
+    """SHA-256 of the weights of the same run in a folder, without Ray, computed with as many threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(TINY["cpus_per_worker"])
+    try:
+        return weights_without_ray(cfg, out)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def weights_without_ray(cfg: TrainConfig, out: Path) -> str:
     cfg, store = cfg.at(out), PairStore.open(cfg.store)
     split = split_pairs(store.index, cfg.split_config)
     worker = Worker(cfg, store, 0, 1, torch.device("cpu"))
