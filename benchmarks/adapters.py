@@ -77,10 +77,10 @@ PATCH = 16
 CONTROLS = ("before", "white", "mean_target", "shuffled", "previous_window")
 
 
-def measured(store: Path, folder: Path, name: str, seed: int) -> dict[str, Any]:
+def measured(store: Path, folder: Path, name: str, seed: int, *, use_gpu: bool) -> dict[str, Any]:
     """One run of `train` and `evaluate`."""
     run = folder / f"{name.replace(', ', '-')}-{seed}"
-    common = {"store": store, "tracking_uri": f"sqlite:///{folder}/mlflow.db"}
+    common = {"store": store, "tracking_uri": f"sqlite:///{folder}/mlflow.db", "use_gpu": use_gpu}
     settings: dict[str, Any] = {"out": run, "seed": seed, **common, **(SETTINGS | TOKENS)[name]}
     if (run / "run.json").is_file():
         settings = {**RunFolder(run).about()["config"], "out": run, "resume": run}
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the result")
     parser.add_argument("--tokens", action="store_true", help="cut the images into patches; the adapters of tokens")
     parser.add_argument("--strategies", nargs="+", choices=[*SETTINGS, *TOKENS], help="default: all")
+    parser.add_argument("--use-gpu", action="store_true", help="train and evaluate there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     args.folder = args.folder.absolute()
@@ -221,7 +222,7 @@ def main() -> None:
     with nullcontext() if all(path.is_file() for path in wanted) else cluster(None):
         for path, (name, seed) in wanted.items():
             if not path.is_file():
-                path.write_text(json.dumps(measured(store, args.folder, name, seed)))
+                path.write_text(json.dumps(measured(store, args.folder, name, seed, use_gpu=args.use_gpu)))
     context = {"own_colours": own_colours(store)} if args.tokens else {}
     save(f"adapters_{args.name}", {**context, **collected(args.folder)})
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from provenance import provenance
 
-RAY_APP = Path(sys.executable).with_name("ray-app")
 RESULT = Path(__file__).with_name("results") / "reference_job.json"
 
 
@@ -29,6 +28,8 @@ def main() -> None:
     parser.add_argument("--num-pairs", type=int, default=5208)
     parser.add_argument("--num-sequences", type=int, default=84)
     parser.add_argument("--num-epochs", type=int, default=3)
+    parser.add_argument("--splits", nargs="+", choices=["sequence", "window"], default=["sequence", "window"])
+    parser.add_argument("--use-gpu", action="store_true", help="train, evaluate and benchmark there")
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -40,19 +41,23 @@ def main() -> None:
     }
 
     scenes = ["--num-pairs", args.num_pairs, "--num-sequences", args.num_sequences]
-    result["prepare"] = measured("prepare", "scenes", "--out", store, *scenes)
+    if not (store / "manifest.json").is_file():
+        result["prepare"] = measured("prepare", "scenes", "--out", store, *scenes)
     save(args.result, result)
-    for split in ("sequence", "window"):
+    device = ["--use-gpu"] if args.use_gpu else []
+    for split in args.splits:
         run, report = args.folder / f"run-{split}", args.folder / f"report-{split}"
         tracking = ["--tracking-uri", f"sqlite:///{args.folder.resolve()}/mlflow.db"]
         common = ["--store", store, "--split", split, *tracking]
         epochs = ["--num-epochs", args.num_epochs, "--early-stop-patience", args.num_epochs]
         result["splits"][split] = {
             "inspect": measured("inspect", store, "--split", split)["result"]["split"],
-            "train": measured("train", *common, "--out", run, *epochs),
+            "train": measured("train", *common, "--out", run, *epochs, *device),
         }
         save(args.result, result)
-        result["splits"][split]["evaluate"] = measured("evaluate", *common, "--checkpoint", run, "--out", report)
+        result["splits"][split]["evaluate"] = measured(
+            "evaluate", *common, "--checkpoint", run, "--out", report, *device
+        )
         save(args.result, result)
     bench = [
         "--store",
@@ -61,6 +66,7 @@ def main() -> None:
         args.folder / "run-sequence",
         "--out",
         args.folder / "benchmark",
+        *device,
     ]
     result["benchmark"] = measured("benchmark", *bench)
     save(args.result, result)
@@ -68,7 +74,7 @@ def main() -> None:
 
 def measured(*words: object) -> dict[str, Any]:
     """Run `ray-app WORDS --json`: its result, seconds, and peak resident memory in MiB."""
-    command = [str(RAY_APP), *map(str, words), "--json"]
+    command = [sys.executable, "-m", "ray_app", *map(str, words), "--json"]
     print(" ".join(command), file=sys.stderr, flush=True)
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE)

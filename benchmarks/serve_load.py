@@ -2,6 +2,7 @@
 
     python benchmarks/serve_load.py matrix --width 150528
     python benchmarks/serve_load.py matrix --width 4096
+    python benchmarks/serve_load.py matrix --width 150528 --use-gpu
     python benchmarks/serve_load.py rivals --width 150528
     python benchmarks/serve_load.py rivals --width 4096
 
@@ -42,9 +43,9 @@ def pixels(pairs: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(1, 256, (pairs, width), dtype=np.uint8)
 
 
-def matrix(checkpoint: Path, width: int, seconds: float) -> dict[str, Any]:
+def matrix(checkpoint: Path, width: int, seconds: float, flags: tuple[str, ...]) -> dict[str, Any]:
     cells = []
-    with endpoint(checkpoint, *ROOMY) as (base, _):
+    with endpoint(checkpoint, *flags) as (base, _):
         for pairs in PAIRS:
             for callers in CALLERS:
                 request = infer_request(base, pixels(pairs, width), ("aligned",))
@@ -62,7 +63,7 @@ def matrix(checkpoint: Path, width: int, seconds: float) -> dict[str, Any]:
                 print(cells[-1], file=sys.stderr, flush=True)
         verdicts = infer_request(base, pixels(1, width), ("cos_sim", "accepted"), pixels(1, width))
         alone = closed_loop(verdicts, 1, seconds).summary()
-    return {"flags": ROOMY, "seconds_a_cell": seconds, "cells": cells, "only_cos_sim_1_caller": alone}
+    return {"flags": flags, "seconds_a_cell": seconds, "cells": cells, "only_cos_sim_1_caller": alone}
 
 
 def computing_s(base: str) -> float:
@@ -163,14 +164,17 @@ def main() -> None:
     parser.add_argument("part", choices=("matrix", "rivals"))
     parser.add_argument("--width", type=int, default=150_528)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
+    parser.add_argument("--use-gpu", action="store_true", help="of matrix")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = checkpoint_of(Path(folder) / "checkpoint", args.width, HIDDEN)
         if args.part == "matrix":
-            result = matrix(checkpoint, args.width, args.seconds)
+            flags = (*ROOMY, "--use-gpu") if args.use_gpu else ROOMY
+            result = matrix(checkpoint, args.width, args.seconds, flags)
         else:
             result = rivals(checkpoint, args.width, args.seconds, Path(folder))
-    save(f"serve_load_{args.part}_{args.width}", {"width": args.width, "hidden_dim": HIDDEN, **result})
+    device = "_gpu" if args.use_gpu else ""
+    save(f"serve_load_{args.part}_{args.width}{device}", {"width": args.width, "hidden_dim": HIDDEN, **result})
 
 
 if __name__ == "__main__":
