@@ -32,7 +32,7 @@ class Work:
     @property
     def rows(self) -> int:
         """B."""
-        return len(self.event_BE)
+        return self.event_BE.shape[0]
 
 
 @dataclass(frozen=True, slots=True)

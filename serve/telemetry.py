@@ -48,7 +48,8 @@ class Telemetry:
         self._baseline: tuple[str, Any, Any] | None = None
 
         def made(kind: Any, name: str, help: str, labels: tuple[str, ...] = (), **more: Any) -> Any:
-            return kind(name, help, ("replica", *labels), registry=self.registry, **more)
+            series = kind(name, help, ("replica", *labels), registry=self.registry, **more)
+            return series if labels else series.labels(replica)
 
         self._requests = made(
             Counter, "align_requests_total", "Answers", ("route", "method", "code", "model_version")
@@ -84,7 +85,7 @@ class Telemetry:
 
     def body(self, num_bytes: int) -> None:
         """One body that was read."""
-        self._body_bytes.labels(self.replica).observe(num_bytes)
+        self._body_bytes.observe(num_bytes)
 
     def rejected(self, reason: str) -> None:
         """One request that was refused, by the code of its problem."""
@@ -92,10 +93,10 @@ class Telemetry:
 
     def batch(self, times: BatchTimes) -> None:
         """One forward pass."""
-        self._batch_rows.labels(self.replica).observe(times.rows)
-        self._compute_seconds.labels(self.replica).observe(times.compute_s)
+        self._batch_rows.observe(times.rows)
+        self._compute_seconds.observe(times.compute_s)
         for queued_s in times.queued_s:
-            self._queue_seconds.labels(self.replica).observe(queued_s)
+            self._queue_seconds.observe(queued_s)
 
     def answered(self, answer: Answer, rows: int) -> None:
         """Pairs of one answer; verified ones are judged at θ 0.80 whatever the caller's threshold."""
@@ -121,7 +122,7 @@ class Telemetry:
         self._info.labels(
             self.replica, identity.version, identity.digest, identity.run_id or "", model.precision
         ).set(1)
-        self._loaded.labels(self.replica).set(model.loaded_at.timestamp())
+        self._loaded.set(model.loaded_at.timestamp())
         self._baseline = baseline(model)
         self._cosines.clear()
 
@@ -170,10 +171,10 @@ class Telemetry:
 
     def exposition(self, queue_rows: int) -> bytes:
         """Prometheus text."""
-        self._queue_rows.labels(self.replica).set(queue_rows)
-        self._in_flight.labels(self.replica).set(self.in_flight)
+        self._queue_rows.set(queue_rows)
+        self._in_flight.set(self.in_flight)
         psi = self.drift()["psi"]
-        self._drift.labels(self.replica).set(float("nan") if psi is None else psi)
+        self._drift.set(float("nan") if psi is None else psi)
         return generate_latest(self.registry)
 
 
