@@ -80,7 +80,7 @@ class ServedModel:
 
     def forward(self, event_NE: Tensor) -> Tensor:
         """Aligned features (N, D), float32, on `device`. Called without a gradient."""
-        event_NE = event_NE.to(self.device, non_blocking=True)
+        event_NE = event_NE.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.adapter(event_NE).float()
 

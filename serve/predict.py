@@ -15,6 +15,8 @@ from ray_app.store.manifest import FeatureSpec
 from .model import ServedModel
 from .problems import Problem
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -53,7 +55,7 @@ class Answer:
 def predict(model: ServedModel, works: Sequence[Work]) -> list[Answer | Problem]:
     """An answer for each request, or why it has none: numbers that are not finite, a zero vector (Problem 422)."""
     features = model.features
-    event_NE = gathered([work.event_BE for work in works], features.event)
+    event_NE = gathered([work.event_BE for work in works], features.event, model.device)
     event_norm_N = torch.linalg.vector_norm(event_NE, dim=1)
     aligned_ND = model.forward(event_NE)
     norm_N = torch.linalg.vector_norm(aligned_ND, dim=1)
@@ -73,24 +75,27 @@ def predict(model: ServedModel, works: Sequence[Work]) -> list[Answer | Problem]
 def _answer(model: ServedModel, work: Work, event_BE: Tensor, aligned_BD: Tensor) -> Answer | Problem:
     cos_B = before_B = None
     if work.target_BD is not None:
-        target_BD = gathered([work.target_BD], model.features.target).to(aligned_BD.device)
+        target_BD = gathered([work.target_BD], model.features.target, model.device)
         if problem := flaw(torch.linalg.vector_norm(target_BD, dim=1), "target"):
             return problem
         cos_B = cos_sim(aligned_BD, target_BD).cpu()
         if work.before and event_BE.shape == target_BD.shape:
-            before_B = cos_sim(event_BE.to(target_BD.device), target_BD).cpu()
+            before_B = cos_sim(event_BE, target_BD).cpu()
     return Answer(model, aligned_BD.cpu() if work.aligned else None, cos_B, before_B)
 
 
-def gathered(parts: Sequence[Tensor], spec: FeatureSpec) -> Tensor:
-    """All rows as float32 values, (N, width): one copy, or none where a single float32 part needs no change."""
+def gathered(parts: Sequence[Tensor], spec: FeatureSpec, device: torch.device = CPU) -> Tensor:
+    """All rows as float32 values on `device`, (N, width): one copy, or none where a float32 part needs no change.
+
+    To a GPU they go as they were sent: pixels are a quarter of the bytes.
+    """
     if len(parts) == 1 and parts[0].dtype == torch.float32:
-        return parts[0]
-    rows_NW = torch.empty(sum(len(part) for part in parts), spec.width)
+        return parts[0].to(device)
+    rows_NW = torch.empty(sum(len(part) for part in parts), spec.width, device=device)
     start = 0
     for part in parts:
         mine = rows_NW[start : start + len(part)]
-        mine.copy_(part)
+        mine.copy_(part.to(device))
         if part.dtype == torch.uint8:
             mine.mul_(spec.scale)
         start += len(part)

@@ -26,6 +26,7 @@ from ray_app.errors import ResourceError
 from ray_app.jobs.benchmark import run_benchmark
 from ray_app.jobs.compare import run_compare
 from ray_app.jobs.evaluate import run_evaluate
+from ray_app.jobs.held import Held
 from ray_app.jobs.train import run_train
 from ray_app.jobs.tune import run_tune
 from ray_app.store.checkpoint import load_checkpoint
@@ -78,6 +79,14 @@ def test_every_strategy_takes_the_steps_that_it_takes_on_the_cpu(strategy: str) 
 def test_in_bf16_it_loses_digits_and_nothing_else(strategy: str) -> None:
     (rough, _), (exact, _) = stepped(strategy, "cuda", "bf16"), stepped(strategy, "cuda")
     assert rough == pytest.approx(exact, rel=0.05)
+
+
+def test_held_pairs_lie_where_they_are_used() -> None:
+    here = Held(np.array([3, 5, 9]), *(torch.randint(0, 256, (3, 7), dtype=torch.uint8) for _ in range(2)))
+    there = here.on(torch.device("cuda"))
+    for mine, expected in zip(there.take(np.array([9, 3])), here.take(np.array([9, 3])), strict=True):
+        assert mine.is_cuda
+        assert torch.equal(mine.cpu(), expected)
 
 
 # --- commands ---

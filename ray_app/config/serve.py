@@ -26,7 +26,7 @@ class EndpointConfig(Config):
     num_replicas: Positive = 1
     """Processes that answer."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the forward pass; auto: bf16 where the hardware multiplies it (AMX, GPUs)."""
+    """Of the forward pass; auto: bf16 where the hardware multiplies it (AMX, AVX-512 BF16, GPUs)."""
     use_gpu: bool = False
     """One GPU for each replica."""
     cpus_per_replica: float = Field(default=1.0, gt=0.0)

@@ -3,7 +3,7 @@
 Shapes: B = pairs held, E, D = widths of the event and the target feature.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,3 +25,10 @@ class Held:
         """(events, targets) of these positions."""
         at = torch.from_numpy(np.searchsorted(self.positions, positions))
         return self.event_BE[at], self.target_BD[at]
+
+    def on(self, device: torch.device) -> "Held":
+        """The same pairs where a worker computes: on a GPU, unless they would take more than half of what is free."""
+        num_bytes = self.event_BE.nbytes + self.target_BD.nbytes
+        if device.type != "cuda" or num_bytes > torch.cuda.mem_get_info(device)[0] // 2:
+            return self
+        return replace(self, event_BE=self.event_BE.to(device), target_BD=self.target_BD.to(device))

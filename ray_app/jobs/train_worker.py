@@ -50,11 +50,11 @@ def pairs_of(worker: Worker, *, held: bool) -> Pairs:
     lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
     rows = np.arange(rank, len(split.val), world)
     if cfg.space == "compressed":
-        coordinates = held_compressed(cfg, store, "train", lanes.held(rank, world))
-        judged = held_compressed(cfg, store, "val", rows) if len(split.val) else None
+        coordinates = held_compressed(cfg, store, "train", lanes.held(rank, world)).on(worker.device)
+        judged = held_compressed(cfg, store, "val", rows).on(worker.device) if len(split.val) else None
         return Pairs(lambda state: held_batches(coordinates, lanes, state, worker), True, judged)
     shard = ray.train.get_dataset_shard("train")
-    mine = hold(shard, store, split.train, lanes.held(rank, world)) if held else None
+    mine = hold(shard, store, split.train, lanes.held(rank, world)).on(worker.device) if held else None
 
     def rest_of_epoch(state: TrainState) -> Batches:
         if mine:
@@ -63,7 +63,7 @@ def pairs_of(worker: Worker, *, held: bool) -> Pairs:
 
     validation = None
     if len(split.val):
-        validation = hold(ray.train.get_dataset_shard("val"), store, split.val, rows)
+        validation = hold(ray.train.get_dataset_shard("val"), store, split.val, rows).on(worker.device)
     return Pairs(rest_of_epoch, held, validation)
 
 
