@@ -20,11 +20,12 @@ LOAD_AT_START = os.getloadavg()[0]
 def provenance() -> dict[str, Any]:
     """JSON values."""
     program, *words = sys.argv
+    commit = _git("rev-parse", "--short=12", "HEAD")
     return {
         "command": shlex.join(["python", *(("-m", "pytest") if "pytest" in program else (program,)), *words]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short=12", "HEAD") or os.environ.get("GIT_COMMIT", ""),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit,
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         **({"gpu": gpu} if (gpu := _gpu()) else {}),

@@ -19,7 +19,7 @@ from typing import Any
 
 from provenance import provenance
 
-RESULT = Path(__file__).with_name("results") / "reference_job.json"
+RESULTS = Path(__file__).with_name("results")
 
 
 def main() -> None:
@@ -30,8 +30,9 @@ def main() -> None:
     parser.add_argument("--num-epochs", type=int, default=3)
     parser.add_argument("--splits", nargs="+", choices=["sequence", "window"], default=["sequence", "window"])
     parser.add_argument("--use-gpu", action="store_true", help="train, evaluate and benchmark there")
-    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--result", type=Path, help="default: results/reference_job.json, …_gpu.json with --use-gpu")
     args = parser.parse_args()
+    args.result = args.result or RESULTS / f"reference_job{'_gpu' if args.use_gpu else ''}.json"
     args.folder.mkdir(parents=True, exist_ok=True)
     store = args.folder / "store"
     result: dict[str, Any] = {
@@ -41,7 +42,7 @@ def main() -> None:
     }
 
     scenes = ["--num-pairs", args.num_pairs, "--num-sequences", args.num_sequences]
-    if not (store / "manifest.json").is_file():
+    if not store.exists():  # else it is one of these pairs, prepared before
         result["prepare"] = measured("prepare", "scenes", "--out", store, *scenes)
     save(args.result, result)
     device = ["--use-gpu"] if args.use_gpu else []
@@ -63,7 +64,7 @@ def main() -> None:
         "--store",
         store,
         "--checkpoint",
-        args.folder / "run-sequence",
+        args.folder / f"run-{args.splits[0]}",
         "--out",
         args.folder / "benchmark",
         *device,

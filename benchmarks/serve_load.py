@@ -166,6 +166,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
     parser.add_argument("--use-gpu", action="store_true", help="of matrix")
     args = parser.parse_args()
+    if args.use_gpu and args.part != "matrix":
+        parser.error("--use-gpu is of matrix")
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = checkpoint_of(Path(folder) / "checkpoint", args.width, HIDDEN)
         if args.part == "matrix":

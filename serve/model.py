@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from ray_app.core.adapter import Adapter, AdapterConfig, num_parameters
 from ray_app.errors import CheckpointError
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint, replay_golden
-from ray_app.store.golden import golden_answers, relative_errors
+from ray_app.store.golden import TOLERANCE, golden_answers, relative_errors
 from ray_app.store.manifest import Features
 
 Precision = Literal["fp32", "bf16"]
 
-BF16_TOLERANCE = 0.1
-"""Largest error of one number in bf16, relative to the root mean square of its row: bfloat16 keeps 8 bits, and
-at full width differs by 1.5e-2."""
+LIMITS: dict[Precision, float] = {"fp32": TOLERANCE, "bf16": 0.1}
+"""Largest error of one number, relative to the root mean square of its row: bfloat16 keeps 8 bits, and at full width
+differs by 1.5e-2."""
 
 
 BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
@@ -93,8 +93,8 @@ class ServedModel:
 class PackedLinear(nn.Module):
     """A linear layer whose weights lie as oneDNN multiplies them: else each pass in bfloat16 lays them out anew.
 
-    One pair at full width, on two cores: 28 ms for 48 (Xeon with AMX, bfloat16). In float32 it is MKL that multiplies
-    otherwise: faster on that Xeon (34 ms for 46), slower on an EPYC (50 ms for 30, of three pairs 158 for 26).
+    One pair at full width, on two cores, took 28 ms for 48 (Xeon with AMX, bfloat16). In float32 it is MKL that
+    multiplies otherwise: faster on that Xeon (34 ms for 46), slower on an EPYC.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -120,7 +120,7 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
     device = torch.device("cuda" if use_gpu else "cpu")
     chosen = chosen_precision(precision, device)
     parameters = num_parameters(checkpoint.adapter)
-    golden = golden_answers(checkpoint.adapter, checkpoint.features.event) if chosen == "bf16" else None
+    golden = golden_answers(checkpoint.adapter, checkpoint.features.event)
     model = ServedModel(
         identity=identity,
         adapter=prepared(checkpoint, chosen, device),
@@ -134,8 +134,7 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
         loaded_at=datetime.now(UTC),
     )
     with torch.inference_mode():
-        if golden:
-            require_close(model, golden)
+        require_close(model, golden)
         for rows in (1, max_batch):  # kernels and buffers are made at first use
             model.forward(torch.rand(rows, model.config.event_dim))
     return model
@@ -144,8 +143,7 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
 def prepared(checkpoint: Checkpoint, precision: Precision, device: torch.device) -> Adapter:
     """The adapter on its device; in bf16 its matrices alone, so that norms and residuals stay float32."""
     adapter = checkpoint.adapter.to(device).requires_grad_(False)
-    on_onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    pack = on_onednn and (precision == "bf16" or cpu().get("vendor_id") == AMD)
+    pack = device.type == "cpu" and packs(precision)
     for module in list(adapter.modules()):
         for name, layer in module.named_children():
             if precision == "bf16" and isinstance(layer, nn.Linear):
@@ -155,23 +153,35 @@ def prepared(checkpoint: Checkpoint, precision: Precision, device: torch.device)
     return adapter
 
 
+def packs(precision: Precision) -> bool:
+    """Whether oneDNN is there, can, and is the faster on this CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if precision == "bf16":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return cpu().get("vendor_id") == AMD
+
+
 def require_close(model: ServedModel, golden: Mapping[str, Tensor]) -> None:
-    """CheckpointError where bf16 changes the answers by more than it should."""
-    event_GE = golden["event"].float() * model.features.event.scale
-    worst = float(relative_errors(model.forward(event_GE).cpu(), golden["aligned"]).max())
-    if not worst <= BF16_TOLERANCE:
+    """CheckpointError where precision, layout or device change the answers by more than they should."""
+    event_GE, limit = golden["event"].float() * model.features.event.scale, LIMITS[model.precision]
+    aligned_GD = model.forward(event_GE).cpu()
+    same_G = (aligned_GD == golden["aligned"]).all(dim=1)  # all zeros have no relative error
+    worst = float(relative_errors(aligned_GD, golden["aligned"]).masked_fill(same_G, 0.0).max())
+    if not worst <= limit:
+        mend = "serve it with precision: fp32" if model.precision == "bf16" else "serve it on another machine"
         raise CheckpointError(
-            f"{model.identity.source}: in bf16 it answers with a relative error of {worst:.1e} (limit "
-            f"{BF16_TOLERANCE:g}); serve it with precision: fp32."
+            f"{model.identity.source}: in {model.precision} it answers on {model.device} with a relative error of "
+            f"{worst:.1e} (limit {limit:g}); {mend}."
         )
 
 
 def chosen_precision(asked: str, device: torch.device) -> Precision:
     """`auto` is bf16 where the hardware multiplies it: a GPU that says so, a CPU with AMX or AVX-512 BF16."""
     if asked == "auto":
-        on_gpu = device.type == "cuda"
-        capable = torch.cuda.is_bf16_supported() if on_gpu else BF16_FLAGS & set(cpu().get("flags", "").split())
-        return "bf16" if capable else "fp32"
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if BF16_FLAGS & set(cpu().get("flags", "").split()) else "fp32"
     return "bf16" if asked == "bf16" else "fp32"
 
 

@@ -56,9 +56,8 @@ def predict(model: ServedModel, works: Sequence[Work]) -> list[Answer | Problem]
     """An answer for each request, or why it has none: numbers that are not finite, a zero vector (Problem 422)."""
     features = model.features
     event_NE = gathered([work.event_BE for work in works], features.event, model.device)
-    event_norm_N = torch.linalg.vector_norm(event_NE, dim=1)
     aligned_ND = model.forward(event_NE)
-    norm_N = torch.linalg.vector_norm(aligned_ND, dim=1)
+    event_norm_N, norm_N = (torch.linalg.vector_norm(side, dim=1).cpu() for side in (event_NE, aligned_ND))
     answers: list[Answer | Problem] = []
     start = 0
     for work in works:
@@ -85,17 +84,19 @@ def _answer(model: ServedModel, work: Work, event_BE: Tensor, aligned_BD: Tensor
 
 
 def gathered(parts: Sequence[Tensor], spec: FeatureSpec, device: torch.device = CPU) -> Tensor:
-    """All rows as float32 values on `device`, (N, width): one copy, or none where a float32 part needs no change.
+    """All rows as float32 values on `device`, (N, width). On a CPU one copy, or none of a single float32 part.
 
-    To a GPU they go as they were sent: pixels are a quarter of the bytes.
+    To a GPU rows of one type go together and as they were sent: pixels are a quarter of the bytes.
     """
+    if device.type != "cpu" and len({part.dtype for part in parts}) == 1:
+        parts = [torch.cat(list(parts)).to(device)]
     if len(parts) == 1 and parts[0].dtype == torch.float32:
         return parts[0].to(device)
     rows_NW = torch.empty(sum(len(part) for part in parts), spec.width, device=device)
     start = 0
     for part in parts:
         mine = rows_NW[start : start + len(part)]
-        mine.copy_(part.to(device))
+        mine.copy_(part)
         if part.dtype == torch.uint8:
             mine.mul_(spec.scale)
         start += len(part)

@@ -29,8 +29,10 @@ def parse_object(data: memoryview) -> dict[str, Any]:
 
 
 def depth(data: memoryview | bytes) -> int:
-    """How deep brackets stand inside one another, those in strings counted too; at most `DEPTH` brackets are not
-    looked at one by one."""
+    """How deep brackets stand inside one another, those in strings counted too.
+
+    Where no more than `DEPTH` are opened, how many: they cannot stand deeper.
+    """
     text = bytes(data)
     if (opened := text.count(b"[") + text.count(b"{")) <= DEPTH:
         return opened

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,11 +126,12 @@ def test_a_killed_worker_goes_on_and_ends_as_one_that_was_not(small_store: Path,
         while not (cfg.folder / "checkpoints" / "epoch_0002").is_dir():
             time.sleep(0.01)
         for process in psutil.Process().children(recursive=True):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                process.kill()
-                killed.append(process.pid)
+            with suppress(psutil.NoSuchProcess):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    process.kill()
+                    killed.append(process.pid)
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     result = run_train(cfg)
     thread.join()

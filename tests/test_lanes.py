@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
+from ray_app.jobs.held import Held
 from ray_app.jobs.lanes import Lanes
 
 
@@ -44,3 +46,10 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
 
     assert order(0, 1) == order(0, 1)
     assert order(0, 0) != order(0, 1) != order(1, 1)
+
+
+def test_pairs_too_many_for_what_is_free_on_a_gpu_stay_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(np.arange(4), torch.zeros(4, 10, dtype=torch.uint8), torch.zeros(4, 10, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4 * 80 - 1, 1000))
+    assert held.on(torch.device("cuda")) is held
+    assert held.on(torch.device("cpu")) is held

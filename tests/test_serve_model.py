@@ -10,10 +10,13 @@ from endpoints import WIDTH, make_checkpoint
 
 import serve.model
 from ray_app.core.adapter import AdapterConfig, build_adapter
+from ray_app.errors import CheckpointError
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
-from serve.model import AMD, PackedLinear, chosen_precision, cpu, prepared
+from serve.champion import source_of
+from serve.model import AMD, PackedLinear, Precision, chosen_precision, cpu, load_served, packs, prepared
 
 CPU = torch.device("cpu")
+onednn = pytest.mark.skipif(not packs("bf16"), reason="oneDNN does not multiply bfloat16 on this machine")
 TOKENS = (4, 64)
 
 
@@ -22,6 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return load_checkpoint(make_checkpoint(Path(tmp_path_factory.mktemp("model")) / "checkpoint"))
 
 
+@onednn
 @pytest.mark.parametrize("strategy", ["linear", "lightweight", "bottleneck", "token_bottleneck", "token_attention"])
 def test_weights_that_lie_in_other_order_answer_as_those_that_do_not(checkpoint: Checkpoint, strategy: str) -> None:
     if strategy.startswith("token"):
@@ -41,6 +45,7 @@ def test_weights_that_lie_in_other_order_answer_as_those_that_do_not(checkpoint:
             torch.testing.assert_close(packed(event[:rows]), plain(event[:rows]), atol=1e-2, rtol=1e-2)
 
 
+@onednn
 @pytest.mark.parametrize("vendor", ["GenuineIntel", AMD])
 def test_float32_stays_float32_whoever_multiplies(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, vendor: str
@@ -64,6 +69,21 @@ def test_it_computes_in_bf16_where_the_hardware_does(
     monkeypatch.setattr(serve.model, "cpu", lambda: {"flags": flags})
     assert chosen_precision("auto", CPU) == chosen
     assert chosen_precision("fp32", CPU) == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_that_answers_otherwise_here_is_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint")
+    identity = source_of(str(folder), None).current()
+    assert load_served(folder, identity, precision, use_gpu=False, max_batch=1).precision == precision
+    monkeypatch.setitem(serve.model.LIMITS, precision, -1.0)
+    monkeypatch.setattr(serve.model, "cpu", lambda: {"vendor_id": AMD})
+    with pytest.raises(
+        CheckpointError, match=rf"in {precision} it answers on cpu with a relative error of .*; serve it"
+    ):
+        load_served(folder, identity, precision, use_gpu=False, max_batch=1)
 
 
 def test_what_linux_says_of_this_cpu_is_understood() -> None:

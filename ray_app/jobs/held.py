@@ -27,8 +27,11 @@ class Held:
         return self.event_BE[at], self.target_BD[at]
 
     def on(self, device: torch.device) -> "Held":
-        """The same pairs where a worker computes: on a GPU, unless they would take more than half of what is free."""
+        """The same pairs where a worker computes: on a GPU, unless they would take over a quarter of what is free.
+
+        Weights, optimizer and activations come after them, and so do the pairs of the other part.
+        """
         num_bytes = self.event_BE.nbytes + self.target_BD.nbytes
-        if device.type != "cuda" or num_bytes > torch.cuda.mem_get_info(device)[0] // 2:
+        if device.type != "cuda" or num_bytes > torch.cuda.mem_get_info(device)[0] // 4:
             return self
         return replace(self, event_BE=self.event_BE.to(device), target_BD=self.target_BD.to(device))
