@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from cluster_endpoint import cluster_endpoint, replicas
-from endpoints import SHAPE, make_checkpoint
+from endpoints import WIDTH, make_checkpoint
 from three_nodes import Nodes, three_nodes
 
 from ray_app.client import AlignmentClient
@@ -26,7 +26,7 @@ def test_a_job_and_an_endpoint_outlive_a_node(tmp_path: Path) -> None:
     ):
         stop, answers = threading.Event(), list[np.ndarray]()
         client = AlignmentClient(url, timeout_s=30.0)
-        event = np.random.default_rng(0).integers(1, 256, (1, *SHAPE), dtype=np.uint8)
+        event = np.random.default_rng(0).integers(1, 256, (1, WIDTH), dtype=np.uint8)
         asking = threading.Thread(target=ask_until, args=(stop, client, event, answers))
         asking.start()
         store = prepare_while_a_node_dies(nodes, tmp_path / "store")
