@@ -22,7 +22,7 @@ from ray_app.core.evaluation import AlignmentEvaluator, Controls, derangement
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.errors import ConfigError, ResourceError, StoreError
 from ray_app.jobs.cluster import ClusterInfo
-from ray_app.jobs.journal import Journal
+from ray_app.jobs.journal import Journal, entries
 from ray_app.jobs.sweep_data import controls_of
 from ray_app.jobs.sweep_driver import Budget, SweepRecord
 from ray_app.jobs.sweep_estimate import Estimate, kept_share, largest, room
@@ -381,12 +381,37 @@ def test_a_sweep_that_is_being_driven_is_not_gone_on_with_and_stays_as_it_is(
     assert (sweep.path / "sweep.json").read_bytes() == before
 
 
-def test_a_trial_that_was_killed_before_its_first_line_can_go_on(tmp_path: Path) -> None:
-    sweep = SweepFolder(tmp_path / "s")
-    run = sweep.run("t").path
-    run.mkdir(parents=True)
-    (run / "journal.jsonl").write_text('{"kind": "sta')
-    assert sweep.standing("t", read_spec(spec_file(tmp_path), {}))["status"] == "running"
+@pytest.mark.parametrize("left", ["no folder", "an empty folder", ".run.json.partial", "run.json", "journal.jsonl"])
+def test_a_trial_whose_driver_was_killed_as_it_began_is_begun_again(
+    left: str, small_store: Path, tmp_path: Path
+) -> None:
+    """`left`: what its folder holds last, in the order in which it is made."""
+    spec = sized(tmp_path, small_store, out=str(tmp_path / "sweep"))
+    sweep, store = SweepFolder(spec.out), PairStore.open(small_store)
+    told = spec.model_dump(mode="json", exclude_unset=True)
+    sweep.claim({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
+    with Journal(sweep.path) as journal:
+        begun = SweepRecord(sweep, journal, {"all": store}, {}).next_trial()
+    assert begun is not None
+    run = sweep.run(begun.name).path
+    assert sorted(path.name for path in run.iterdir()) == ["journal.jsonl", "run.json"]
+    if left == "journal.jsonl":
+        (run / left).write_text('{"kind": "sta')
+    else:
+        (run / "journal.jsonl").unlink()
+    if left == ".run.json.partial":
+        (run / left).write_bytes((run / "run.json").read_bytes()[:9])
+    if left not in ("run.json", "journal.jsonl"):
+        (run / "run.json").unlink()
+    if left == "no folder":
+        run.rmdir()
+    assert [trial.status for trial in sweep.trials()] == ["running" if left == "journal.jsonl" else "waiting"]
+    with Journal(sweep.path) as journal:
+        again = SweepRecord(sweep, journal, {"all": store}, {}).next_trial()
+    assert again is not None
+    assert again.name == begun.name
+    assert [line["kind"] for line in entries(run)] == ["start"]
+    assert sweep.run(begun.name).about()["store_fingerprint"] == store.fingerprint
 
 
 def test_of_sweeps_that_begin_in_one_folder_at_one_moment_one_has_it(tmp_path: Path) -> None:

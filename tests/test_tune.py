@@ -153,7 +153,8 @@ def test_the_page_refers_to_nothing_but_its_own_folder(swept: dict[str, Any]) ->
 
 
 def attempts(folder: SweepFolder) -> dict[str, int]:
-    runs = sorted((folder.path / "trials").iterdir())
+    """Of each trial whose journal has begun: a driver that is killed may leave a trial's folder without one."""
+    runs = sorted(path.parent for path in (folder.path / "trials").glob("*/journal.jsonl"))
     return {run.name: sum(line["kind"] == "attempt" for line in entries(run)) for run in runs}
 
 

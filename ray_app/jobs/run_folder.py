@@ -23,7 +23,7 @@ from ray_app.core.adapter import Adapter
 from ray_app.errors import CheckpointError, StoreError
 from ray_app.jobs.journal import Journal
 from ray_app.store.checkpoint import save_checkpoint, save_training_state, verify_folder
-from ray_app.store.durable import write_file, writing
+from ray_app.store.durable import partial_file, write_file, writing
 from ray_app.store.manifest import Features
 from ray_app.store.place import Disk, Place
 
@@ -76,12 +76,16 @@ class RunFolder:
         """A folder that was made in `path` is the run's afterwards."""
 
     def claim(self, about: Mapping[str, Any]) -> None:
-        """Starts a run here. StoreError if anything is in the way; nothing is deleted."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        """Starts a run here. StoreError if anything is in the way; nothing is deleted.
+
+        A claim that was killed before it had its name is not in the way.
+        """
+        claimed = self.path / RUN
+        if self.path.exists() and (not self.path.is_dir() or {*self.path.iterdir()} - {partial_file(claimed)}):
             raise StoreError(f"--out {self.path} already holds something; name a new folder, nothing is overwritten")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        write_file(self.path / RUN, json.dumps(dict(about), indent=1).encode())
+        write_file(claimed, json.dumps(dict(about), indent=1).encode())
 
     @contextmanager
     def driven(self) -> Iterator[None]:

@@ -59,9 +59,14 @@ def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
         raise StoreError(f"{why}; {needed}{free:,} bytes are free there. Make room for it.") from error
 
 
+def partial_file(path: Path) -> Path:
+    """Where `path` is written before it gets its name; what lies there later was left by a killed process."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_file(path: Path, data: bytes | memoryview) -> None:
     """Writes under another name, then renames: a reader sees the old file, or the whole new one."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_file(path)
     with writing(path, memoryview(data).nbytes):
         try:
             with partial.open("wb") as file:
