@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_adapters import PAIRS, VAL, in_batches, small_adapter, small_pairs, small_start
+from small_adapters import PAIRS, VAL, in_batches, perturbed, small_adapter, small_pairs, small_start
 
 from ray_app.core.adapter import STRATEGIES, AdapterConfig, build_adapter, num_parameters
 from ray_app.core.adapter_subspace import LightweightSubspace, SubspaceAdapter
@@ -28,15 +28,6 @@ WIDTH = 768
 def conv_config(**changes: object) -> AdapterConfig:
     small = AdapterConfig("conv", WIDTH, WIDTH, 8, event_shape=IMAGE, target_shape=IMAGE, depth=2, patch=4)
     return replace(small, **changes)
-
-
-def perturbed(adapter: torch.nn.Module, seed: int = 5) -> torch.nn.Module:
-    """No weight at zero, as after training."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return adapter
 
 
 @pytest.mark.parametrize("size", [3, 24])
