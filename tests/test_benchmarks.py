@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_app.core.adapter import AdapterConfig, build_adapter
+from ray_app.config.train import TrainConfig
+from ray_app.core.adapter import STRATEGIES, AdapterConfig, build_adapter
 from ray_app.core.metrics import cos_sim
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -40,6 +41,22 @@ def test_the_gpu_script_trains() -> None:
     found = gpu_adapter.train(event, target, 8, 2, torch.device("cpu"))
     assert found["steps"] == 2 * 3
     assert 0 < found["cos_sim_last_batch"] <= 1
+
+
+def test_every_setting_of_the_comparison_is_one_of_training_and_one_has_the_loss_of_its_strategy(
+    tmp_path: Path,
+) -> None:
+    import adapters
+
+    runs = {
+        name: TrainConfig.model_validate({"store": tmp_path, "out": tmp_path / "run", **settings})
+        for name, settings in (adapters.SETTINGS | adapters.TOKENS).items()
+    }
+    assert {run.strategy for run in runs.values()} == set(STRATEGIES) - {"linear"}, "too wide for images"
+    own = [name for name, run in runs.items() if run.next_position_weight]
+    assert own == ["token_causal, next"]
+    plain = runs["token_causal, spectral"].model_dump(exclude={"next_position_weight"})
+    assert runs["token_causal, next"].model_dump(exclude={"next_position_weight"}) == plain
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the script would run in full")
