@@ -126,7 +126,7 @@ def test_training_begins_at_the_mean_target_exactly(strategy: str) -> None:
     torch.testing.assert_close(adapter(event), target[:-VAL].mean(0).expand_as(target), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", [name for name, kind in STRATEGIES.items() if kind.SPECTRAL == "subspaces"])
+@pytest.mark.parametrize("strategy", ["lightweight", "lightweight_reference", "bottleneck"])
 def test_a_spectral_start_is_near_the_mean_target_and_reads_the_subspace(strategy: str) -> None:
     event, target = small_pairs()
     adapter = small_adapter(strategy, spectral=True).eval()
@@ -140,6 +140,23 @@ def test_a_spectral_start_is_near_the_mean_target_and_reads_the_subspace(strateg
     columns = weights["output.weight"][:, :5]
     directions = columns / columns.norm(dim=0)
     torch.testing.assert_close(directions, start["target_basis"], atol=1e-5, rtol=1e-4)
+
+
+def test_every_strategy_of_full_width_layers_has_a_spectral_start() -> None:
+    spectral = {name for name, kind in STRATEGIES.items() if kind.SPECTRAL == "subspaces"}
+    assert spectral == {"lightweight", "lightweight_reference", "bottleneck", "linear"}
+
+
+def test_a_linear_map_with_a_spectral_start_says_a_thousandth_of_the_mean_target_s_directions() -> None:
+    """Of events as many standard deviations off their mean, targets are a thousandth of as many off theirs."""
+    event, target = small_pairs()
+    adapter = small_adapter("linear", spectral=True).eval()
+    x, y = event[:-VAL].double().numpy(), target[:-VAL].double().numpy()
+    (u, _, _), (_, s, vt) = (np.linalg.svd(side - side.mean(0), full_matrices=False) for side in (x, y))
+    along = (adapter(event[:-VAL]).detach().double().numpy() - y.mean(0)) @ vt.T
+    spread = s[:5] / len(x) ** 0.5
+    np.testing.assert_allclose(np.abs(along[:, :5] / spread), 1e-3 * np.abs(u[:, :5]) * len(x) ** 0.5, atol=1e-5)
+    np.testing.assert_allclose(along[:, 5:], 0.0, atol=1e-5)
 
 
 def test_conv_is_small_and_takes_the_sides_of_its_images_from_the_features() -> None:
