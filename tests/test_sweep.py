@@ -195,7 +195,7 @@ def test_under_way_the_mean_cosine_decides_between_equals_and_never_against_one_
 def test_a_trial_that_ended_as_its_driver_was_killed_is_not_tried_again(small_store: Path, tmp_path: Path) -> None:
     """Its own journal has an end, the sweep's does not know of it yet."""
     spec = sized(tmp_path, small_store, out=str(tmp_path / "sweep"))
-    sweep, store = SweepFolder(spec.out), PairStore.open(small_store)
+    sweep, store = SweepFolder(Path(spec.out)), PairStore.open(small_store)
     told = spec.model_dump(mode="json", exclude_unset=True)
     sweep.claim({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
     with Journal(sweep.path) as journal:
@@ -387,7 +387,7 @@ def test_a_trial_whose_driver_was_killed_as_it_began_is_begun_again(
 ) -> None:
     """`left`: what its folder holds last, in the order in which it is made."""
     spec = sized(tmp_path, small_store, out=str(tmp_path / "sweep"))
-    sweep, store = SweepFolder(spec.out), PairStore.open(small_store)
+    sweep, store = SweepFolder(Path(spec.out)), PairStore.open(small_store)
     told = spec.model_dump(mode="json", exclude_unset=True)
     sweep.claim({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
     with Journal(sweep.path) as journal:

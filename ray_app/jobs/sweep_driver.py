@@ -19,7 +19,6 @@ from ray_app.config.base import flat
 from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError
 from ray_app.jobs.journal import Journal
-from ray_app.jobs.run_folder import RUN
 from ray_app.jobs.sweep_folder import SweepFolder, Trial, trial_name
 from ray_app.jobs.sweep_population import Population
 from ray_app.jobs.sweep_search import Direction, Tried, propose
@@ -41,7 +40,7 @@ class SweepRecord:
         self.space = space_of(self.spec)
         about = folder.about()
         self.sweep_key, self.name = about["key"], about["name"]
-        self.provenance = provenance(["ray-app", "tune", str(folder.path)], about["store_fingerprint"])
+        self.provenance = provenance(["ray-app", "tune", str(folder)], about["store_fingerprint"])
         self.trials = {trial.name: trial for trial in folder.trials()}
         self.on_change: Callable[[Trial], None] = lambda _: None
         for trial in list(self.trials.values()):
@@ -118,7 +117,7 @@ class SweepRecord:
         return {
             "name": trial.name,
             "setting": trial.setting,
-            "origin": str(self.folder.run(trial.origin).path) if trial.origin else None,
+            "origin": str(self.folder.run(trial.origin)) if trial.origin else None,
             "train": flat(cfg),
             "data": data_key(cfg),
             "objective": self.spec.objective,
@@ -130,13 +129,13 @@ class SweepRecord:
 
     def config(self, name: str, setting: Setting) -> TrainConfig:
         """A trial's settings of `train`."""
-        return train_config(self.spec, setting, self.folder.run(name).path, **self.more)
+        return train_config(self.spec, setting, str(self.folder.run(name)), **self.more)
 
     def begin(self, trial: Trial) -> Trial:
         """Its run folder, and a word to its journal that a driver begins."""
         cfg, run = self.config(trial.name, trial.setting), self.folder.run(trial.name)
         fingerprint = self.folder.about()["store_fingerprint"]
-        if not (run.path / RUN).is_file():
+        if not run.claimed:
             run.claim(
                 {
                     "name": f"{self.name}/{trial.name}",
@@ -146,8 +145,8 @@ class SweepRecord:
                 }
             )
         about = run.about()
-        run.stop_file.unlink(missing_ok=True)
-        with Journal(run.path) as journal:
+        run.take_signs_away()
+        with run.journal() as journal:
             journal.write(
                 "start",
                 name=about["name"],
@@ -171,14 +170,14 @@ class SweepRecord:
         if trial.ended_at is None:
             run = self.folder.run(name)
             if self.spec.workers > 1:
-                run.stop_file.touch()  # its workers may be at work: they save, end, and let the journal go
-            with Journal(run.path) as journal:
+                run.ask_to_stop()  # its workers may be at work: they save, end, and let the journal go
+            with run.journal() as journal:
                 journal.write("end", status="KILLED", artifacts=None, time=time.time())
         self.end(self.standing(name))
 
     def failed(self, name: str, reason: str) -> None:
         """A trial failed for good."""
-        with Journal(self.folder.run(name).path) as journal:
+        with self.folder.run(name).journal() as journal:
             journal.write("failure", error=reason, time=time.time())
             journal.write("end", status="FAILED", artifacts=None, time=time.time())
         self.end(self.standing(name))

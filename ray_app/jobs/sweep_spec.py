@@ -41,8 +41,8 @@ class SweepSpec(SplitFlags):
 
     store: StorePlace
     """Pair store: a folder, or a URI such as s3://bucket/store."""
-    out: Path
-    """Folder of the sweep."""
+    out: StorePlace
+    """Folder of the sweep, or a URI such as s3://bucket/sweep."""
     fixed: dict[str, Any] = Field(default_factory=dict)
     """Settings of `train` that all trials share."""
     space: dict[str, Any]
@@ -147,7 +147,7 @@ def read_spec(path: Path, changes: Mapping[str, Any]) -> SweepSpec:
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_problem(error)}") from error
     fixed = {**spec.fixed, **({"start": Path(spec.fixed["start"]).absolute()} if "start" in spec.fixed else {})}
-    spec = spec.model_copy(update={"store": absolute(spec.store), "out": spec.out.absolute(), "fixed": fixed})
+    spec = spec.model_copy(update={"store": absolute(spec.store), "out": absolute(spec.out), "fixed": fixed})
     check(spec)
     return spec
 
@@ -231,7 +231,7 @@ def allowed(name: str) -> None:
         raise ConfigError(f"'{name}' is no setting of `ray-app train`; known are: {known}")
 
 
-def train_config(spec: SweepSpec, setting: Setting, out: Path, **more: Any) -> TrainConfig:
+def train_config(spec: SweepSpec, setting: Setting, out: str, **more: Any) -> TrainConfig:
     """The settings of a training run. ConfigError: `train` refuses a value, or several together."""
     for name in spec.fixed:
         allowed(name)

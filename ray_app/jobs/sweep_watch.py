@@ -23,6 +23,7 @@ REFRESH_S = 1.0
 
 def watch(folder: SweepFolder) -> None:
     """Shows the sweep on standard error until it ends; one that has ended is shown once."""
+    folder.pull()
     folder.about()
     console = Console(stderr=True)
     with Live(console=console, auto_refresh=False) as live:
@@ -33,6 +34,7 @@ def watch(folder: SweepFolder) -> None:
                 if lines[-1]["kind"] == "end":
                     return
             time.sleep(REFRESH_S)
+            folder.pull()
 
 
 def header(lines: list[dict[str, Any]], trials: list[Trial]) -> Text:
