@@ -68,10 +68,12 @@ BY_TOKENS = {
 TOKENS: dict[str, dict[str, Any]] = {
     **{f"{name}, cosine": {**settings, "mse_weight": 0.0} for name, settings in BY_TOKENS.items()},
     **{f"{name}, spectral": {**settings, "init": "spectral"} for name, settings in BY_TOKENS.items()},
+    "token_causal, next": {**BY_TOKENS["token_causal"], "init": "spectral", "next_position_weight": 0.5},
     **BY_TOKENS,
 }
 """Without the squared error, from the mean target on, and as they are by default: an event patch is five times as
-long as a target's."""
+long as a target's. `token_causal, next`: its own loss too, with the weight that the cosine of the same position has,
+as the reference's project halves the two; the other rows of `token_causal` are plain causal attention."""
 PATCH = 16
 """Side of a patch that is one token, of images at half their size: 49 tokens of 768 numbers."""
 CONTROLS = ("before", "white", "mean_target", "shuffled", "previous_window")

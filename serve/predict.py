@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_app.core.metrics import cos_sim
+from ray_app.core.evaluation import pair_cosine
 from ray_app.store.manifest import FeatureSpec
 
 from .model import ServedModel
@@ -46,9 +46,9 @@ class Answer:
     aligned_BD: Tensor | None
     """Where it was wanted."""
     cos_B: Tensor | None
-    """Cosine with the target, where there is one."""
+    """Cosine with the target, where there is one; of sequences the mean over the target's tokens."""
     before_B: Tensor | None
-    """Cosine of the raw event with the target, where it was wanted and both are equally wide."""
+    """The same of the raw event, where it was wanted and both are equally wide."""
 
 
 @torch.inference_mode()
@@ -77,9 +77,10 @@ def _answer(model: ServedModel, work: Work, event_BE: Tensor, aligned_BD: Tensor
         target_BD = gathered([work.target_BD], model.features.target, model.device)
         if problem := flaw(torch.linalg.vector_norm(target_BD, dim=1), "target"):
             return problem
-        cos_B = cos_sim(aligned_BD, target_BD).cpu()
+        width = model.features.target.token_width
+        cos_B = pair_cosine(aligned_BD, target_BD, width).cpu()
         if work.before and event_BE.shape == target_BD.shape:
-            before_B = cos_sim(event_BE, target_BD).cpu()
+            before_B = pair_cosine(event_BE, target_BD, width).cpu()
     return Answer(model, aligned_BD.cpu() if work.aligned else None, cos_B, before_B)
 
 

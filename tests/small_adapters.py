@@ -58,3 +58,12 @@ def small_adapter(strategy: str, seed: int = 0, *, width: int = 48, spectral: bo
     if spectral or adapter.NEEDS != "nothing":
         adapter.begin(small_start(strategy, event, target, 5), spectral=spectral)
     return adapter
+
+
+def perturbed(adapter: Adapter, seed: int = 5) -> Adapter:
+    """No weight at zero, as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return adapter

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_app.core.adapter import AdapterConfig, build_adapter
+from ray_app.config.train import TrainConfig
+from ray_app.core.adapter import STRATEGIES, AdapterConfig, build_adapter
 from ray_app.core.metrics import cos_sim
+from ray_app.jobs.sweep_final import judgement_of
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -40,6 +42,54 @@ def test_the_gpu_script_trains() -> None:
     found = gpu_adapter.train(event, target, 8, 2, torch.device("cpu"))
     assert found["steps"] == 2 * 3
     assert 0 < found["cos_sim_last_batch"] <= 1
+
+
+def test_every_setting_of_the_comparison_is_one_of_training_and_one_has_the_loss_of_its_strategy(
+    tmp_path: Path,
+) -> None:
+    import adapters
+
+    runs = {
+        name: TrainConfig.model_validate({"store": tmp_path, "out": tmp_path / "run", **settings})
+        for name, settings in (adapters.SETTINGS | adapters.TOKENS).items()
+    }
+    assert {run.strategy for run in runs.values()} == set(STRATEGIES) - {"linear"}, "too wide for images"
+    own = [name for name, run in runs.items() if run.next_position_weight]
+    assert own == ["token_causal, next"]
+    plain = runs["token_causal, spectral"].model_dump(exclude={"next_position_weight"})
+    assert runs["token_causal, next"].model_dump(exclude={"next_position_weight"}) == plain
+
+
+def test_epochs_in_both_spaces_are_timed_in_turn_and_their_numbers_agree(small_store: Path) -> None:
+    import adapter_speed
+
+    found = adapter_speed.space(small_store, rank=6, rounds=2)
+    assert (found["width"], found["rank"]) == (768, 6)
+    for strategy in ("lowrank", "lightweight_subspace"):
+        for times in found[strategy]["epoch_seconds"].values():
+            assert len(times) == 2
+            assert min(times) > 0
+        off_by = found[strategy]["off_by"]
+        assert off_by.pop("pairs_accepted_otherwise") == 0
+        assert {"loss_relative", "mse_relative", "cos_sim", "cos_sim_mean"} <= set(off_by)
+        assert ("contrastive_relative" in off_by) == (strategy == "lowrank")
+        assert max(off_by.values()) < 1e-5
+
+
+def test_a_sweep_run_to_its_end_tells_what_the_published_one_does(tmp_path: Path) -> None:
+    import adapter_speed
+
+    published = json.loads((BENCHMARKS / "results" / "adapter_speed.json").read_text())["sweep"]
+    (seed,) = published["at_full_width"]
+    line = {"seed": 0, "run": "final/seed_0", "test": {key: each for key, each in seed.items() if key != "seed"}}
+    best = {"trial": "trial_0", "config": {"rank": 64}, "objective": 0.79, "lift": 0.1, "parameters": 12_608}
+    result = {"best": best, "trials": [{}] * 32, "final": judgement_of([line], tmp_path)}
+    found = adapter_speed.swept(413.0, 100.0, 410.0, {"seconds": 99.0, "result": result})
+    assert set(published) - {"provenance", "note"} <= set(found)
+    assert set(found["best"]) == set(published["best"])
+    assert found["at_full_width"] == published["at_full_width"]
+    for key in ("full_width_training_seconds", "subspaces_and_search_seconds", "of_two_full_width_trainings"):
+        assert found[key] == published[key]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the script would run in full")

@@ -153,6 +153,39 @@ def test_intervals_resample_whole_sequences() -> None:
     assert interval["lift"] == interval["cosine_accept_rate_0.80"]
 
 
+def grouped(names: tuple[str, ...], light: tuple[str, ...], accepted: np.ndarray) -> AlignmentEvaluation:
+    """Pairs that are accepted or not, of which no control accepts one."""
+    none = {name: np.full(len(names), 0.1) for name in CONTROLS}
+    after, no_window = np.where(accepted, 0.9, 0.5), np.full(len(names), np.nan)
+    return AlignmentEvaluation(names, after, none, no_window, {"after": 0, "before": 0}, {}, 0, light)
+
+
+def test_an_interval_within_a_light_is_over_its_sequences_and_within_a_sequence_over_its_blocks() -> None:
+    """By hand. Every day drive has a lift of one half, in whatever resample; each pair by itself would have ± 0.1.
+    Of 20 night pairs of one drive the first half is accepted: 10 blocks, so B(10, 1/2) / 10, whose quantiles are
+    2 and 8 (P(B ≤ 1) = 0.011, P(B ≤ 2) = 0.055)."""
+    names = tuple(f"day{n // 20}" for n in range(80)) + ("night",) * 20 + ("lone",)
+    light = ("day",) * 80 + ("night",) * 20 + ("dusk",)
+    accepted = np.concatenate([np.arange(80) % 2 == 0, np.arange(20) < 10, [True]])
+    metrics = grouped(names, light, accepted).metrics()
+    by_light, by_sequence = metrics["by_light"], metrics["by_sequence"]
+    day, night = by_light["day"], by_light["night"]
+    assert (day["lift"], day["lift_interval95"], day["unit"], day["units"]) == (0.5, [0.5, 0.5], "sequence", 4)
+    assert (night["lift"], night["unit"], night["units"]) == (0.5, "block", 10)
+    assert night["lift_interval95"] == pytest.approx([0.2, 0.8])
+    assert by_sequence["night"] == night
+    assert by_sequence["day0"]["lift_interval95"] == [0.5, 0.5]
+    assert by_light["dusk"] == {**by_sequence["lone"], "lift": 1.0, "lift_interval95": None, "units": 1}
+
+
+def test_the_lift_of_a_light_is_over_the_best_control_of_all_pairs_pair_by_pair() -> None:
+    found = grouped(("a",) * 4, ("day", "day", "night", "night"), np.array([True, True, True, False]))
+    found.controls["white"][:] = [0.9, 0.5, 0.9, 0.9]
+    day, night = (found.groups(found.light)[name] for name in ("day", "night"))
+    assert (day["lift"], night["lift"]) == (0.5, -0.5)
+    assert (day["lift_interval95"], night["lift_interval95"]) == ([0.0, 1.0], [-1.0, 0.0])
+
+
 def test_features_of_other_width_have_no_cosine_before() -> None:
     adapter = build_adapter(AdapterConfig("linear", 6, 4), seed=0).eval()
     evaluator = AlignmentEvaluator(adapter, torch.full((4,), 0.5), 1.0, 1.0)

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from ray_app.core.adapter import AdapterConfig, build_adapter
-from ray_app.core.losses import AlignmentObjective, LossWeights, contrastive_per_pair, cosine_per_pair, mse_per_pair
+from ray_app.core.losses import (
+    AlignmentObjective,
+    LossWeights,
+    contrastive_per_pair,
+    cosine_per_pair,
+    mse_per_pair,
+    rejection_per_pair,
+)
 from ray_app.core.noise import BatchNoise
 from ray_app.core.step import decode, make_optimizer, training_step
 from ray_app.errors import TrainingError
@@ -38,6 +45,28 @@ def test_losses_agree_with_numpy() -> None:
     cos_BB = torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=2)
     found = contrastive_per_pair(cos_BB, torch.tensor(0.5).log())
     np.testing.assert_allclose(found, (rows + columns) / 2, rtol=1e-4)
+
+
+def test_soft_acceptance_and_centred_cosine_agree_with_numpy() -> None:
+    """Alone in a loss: 1 / (1 + exp((cos − θ) / T)), the mean over θ; and 1 − centred cosine."""
+    a, b, mean = draw(5, 9), draw(5, 9, seed=1), draw(9, seed=2)
+    x, y, m = (each.double().numpy() for each in (a, b, mean))
+
+    def cosine(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+        return (p * q).sum(1) / np.linalg.norm(p, axis=1) / np.linalg.norm(q, axis=1)
+
+    rejected = sum(1 / (1 + np.exp((cosine(x, y) - theta) / 0.07)) for theta in (0.6, 0.9)) / 2
+    found = rejection_per_pair(cosine_per_pair(a, b), (0.6, 0.9), 0.07)
+    np.testing.assert_allclose(found, rejected, rtol=1e-4)
+    assert 0.1 < rejected.mean() < 0.9, "or the sigmoid would be flat, and any temperature right"
+    nothing = {"mse": 0.0, "cosine": 0.0}
+    adapter = build_adapter(AdapterConfig("linear", 9, 9), 0)
+    for weights, expected in (
+        (LossWeights(**nothing, accept=2.0, accept_thetas=(0.6, 0.9), accept_temperature=0.07), 2.0 * rejected),
+        (LossWeights(**nothing, centred=3.0), 3.0 * (1.0 - cosine(x - m, y - m))),
+    ):
+        losses = AlignmentObjective(adapter, weights, mean_target_D=mean).losses(a, b)
+        np.testing.assert_allclose(losses["loss"], expected, rtol=1e-4)
 
 
 def test_a_loss_is_composed_by_its_weights() -> None:

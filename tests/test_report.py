@@ -24,8 +24,9 @@ CENTRES = {
 }
 
 
-def part_of(pairs: int, lift: float) -> dict[str, Any]:
-    return {"pairs": pairs, "cos_sim_mean": 0.81, "cosine_accept_rate_0.80": 0.5, "lift": lift}
+def part_of(pairs: int, lift: float, interval: list[float] | None) -> dict[str, Any]:
+    measured = {"pairs": pairs, "cos_sim_mean": 0.81, "cosine_accept_rate_0.80": 0.5, "lift": lift}
+    return {**measured, "lift_interval95": interval, "unit": "block", "units": 10}
 
 
 def made_up(**changes: Any) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
@@ -58,8 +59,8 @@ def made_up(**changes: Any) -> tuple[dict[str, Any], dict[str, NDArray[np.float6
             "unit": "sequence",
             "resamples": 2000,
         },
-        "by_sequence": {"drive_1": part_of(150, 0.25), "drive_2": part_of(50, -0.125)},
-        "by_light": {"day": part_of(180, 0.25), "night": part_of(20, -0.125)},
+        "by_sequence": {"drive_1": part_of(150, 0.25, [0.1, 0.375]), "drive_2": part_of(50, -0.125, [-0.5, 0.25])},
+        "by_light": {"day": part_of(199, 0.25, [0.125, 0.375]), "night": part_of(1, -0.125, None)},
         "dataset": "1s",
         "checkpoint": "runs/<b>one</b>",
         "split": {
@@ -108,6 +109,14 @@ def test_the_first_line_is_the_verdict(page: str) -> None:
     body = html.unescape(re.sub(r"<[^>]+>", "\n", page[page.index("<body>") :]))
     first = next(line.strip() for line in body.splitlines() if line.strip())
     assert first == made_up()[0]["verdict"]
+
+
+def test_the_lift_of_each_light_and_sequence_stands_beside_its_interval(page: str) -> None:
+    cells = [re.findall(r"<td[^>]*>([^<]*)</td>", line) for line in re.findall(r"<tr.*?</tr>", page, re.DOTALL)]
+    ends = [line[-2:] for line in cells if len(line) > 2]
+    assert ["+25.0", "+10.0 to +37.5 (10 blocks)"] in ends
+    assert ["-12.5", "-50.0 to +25.0 (10 blocks)"] in ends
+    assert ["-12.5", "–"] in ends
 
 
 def test_pictures_and_figures_have_words_and_tables_have_headers(page: str) -> None:

@@ -124,7 +124,7 @@ def test_conv_learns_with_augmentation_on_two_workers(small_store: Path, tmp_pat
     ("strategy", "settings", "words"),
     [
         ("conv", {"init": "spectral"}, "--init spectral sets full-width layers, and conv has none"),
-        ("linear", {"init": "spectral"}, "one of: lightweight, lightweight_reference"),
+        ("ridge", {"init": "spectral"}, "one of: lightweight, lightweight_reference"),
         ("lowrank", {"rank": 700}, r"--rank \(700\) is not below the number of training pairs"),
         ("conv", {"patch": 5}, r"--patch \(5\) must divide"),
         ("token_wide", {}, r"token_wide works on sequences .* shape \[3, 16, 16\]"),

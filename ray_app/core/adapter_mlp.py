@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ray_app.core.layers import Adapter, NoisyDropout, Start, begin_input, begin_output
+from ray_app.core.layers import FAINT, Adapter, NoisyDropout, Start, begin_input, begin_output
 from ray_app.core.noise import BatchNoise
 
 if TYPE_CHECKING:
@@ -85,12 +85,23 @@ class LightweightReference(Adapter):
 class Linear(Adapter):
     """One linear map E → D. At full width it would have 22.7 billion weights: for narrow features."""
 
+    SPECTRAL = "subspaces"
+
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__(config)
         self.output = nn.Linear(config.event_dim, config.target_dim)
 
     def forward(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:  # noqa: ARG002
         return self.output(event_BE)
+
+    @torch.no_grad()
+    def begin(self, start: Start, *, spectral: bool) -> None:
+        """`begin_input` and `begin_output` in one matrix: whitened event coordinates speak along the target's."""
+        if spectral:
+            rank = self.config.rank
+            read_RE = (start["event_basis"] / start["event_scale"])[:, :rank].T
+            self.output.weight.copy_(FAINT * (start["target_basis"] * start["target_scale"])[:, :rank] @ read_RE)
+            self.output.bias.copy_(start["target_mean"] - self.output.weight @ start["event_mean"])
 
 
 class Bottleneck(Adapter):

@@ -3,7 +3,7 @@
 Fed batch by batch. It holds the aligned features in bfloat16 and the targets as they are stored, for the
 controls that pair one with another: 450 KB a pair at 150,528 wide, 0.47 GB for 1,042 pairs.
 
-Shapes: B = pairs of a batch, N = pairs in all, E, D = widths of event and target, S = sequences,
+Shapes: B = pairs of a batch, N = pairs in all, E, D = widths of event and target, T = thresholds,
 R = resamples, C = columns.
 """
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_app.core.adapter import Adapter
+from ray_app.core.bootstrap import RESAMPLES, interval95, resampled_means, resampled_units
 from ray_app.core.metrics import THETA, THETAS, AlignmentCounts, cos_sim, rate_key, retrieval
 from ray_app.core.sequences import masked, sequence_cosine
 from ray_app.core.step import Precision, decode
@@ -24,10 +25,6 @@ from ray_app.errors import InputError
 
 CONTROLS = ("before", "white", "mean_target", "shuffled")
 """Rules without learning that lift is taken over."""
-RESAMPLES = 2000
-"""Bootstrap resamples behind every interval."""
-BLOCKS = 10
-"""Contiguous blocks that are resampled where there are fewer than three sequences."""
 CHUNK = 128
 """Rows of the aligned features that are compared with all targets at a time."""
 
@@ -133,17 +130,26 @@ class AlignmentEvaluation:
         }
 
     def groups(self, labels: Sequence[str]) -> dict[str, Any]:
-        """Pairs, mean cosine, acceptance and lift at θ of each label; the best control is that of all pairs."""
-        best = self.controls[self.best_control()]
+        """Pairs, mean cosine, acceptance and lift at θ of each label; the best control is that of all pairs.
+
+        `lift_interval95`: as in `intervals`, within the label: its sequences, or the blocks of its one or two. None
+        where it has one pair.
+        """
+        best = self.controls[self.best_control()] > THETA
         found = {}
         for label in sorted(set(labels)):
-            mine = np.array(labels) == label
-            rates = [float((cos[mine] > THETA).mean()) for cos in (self.after, best)]
+            (mine,) = np.nonzero(np.array(labels) == label)
+            accepted, control = self.after[mine] > THETA, best[mine]
+            unit, units = resampled_units([self.sequences[place] for place in mine])
+            lift_R = resampled_means(units, [accepted.astype(float) - control], self.seed)[:, 0]
             found[label] = {
-                "pairs": int(mine.sum()),
+                "pairs": len(mine),
                 "cos_sim_mean": float(self.after[mine].mean()),
-                f"cosine_accept_rate_{rate_key(THETA)}": rates[0],
-                "lift": rates[0] - rates[1],
+                f"cosine_accept_rate_{rate_key(THETA)}": float(accepted.mean()),
+                "lift": float(accepted.mean() - control.mean()),
+                "lift_interval95": interval95(lift_R) if len(mine) > 1 else None,
+                "unit": unit,
+                "units": int(units.max()) + 1,
             }
         return found
 
@@ -153,27 +159,20 @@ class AlignmentEvaluation:
         Whole sequences are resampled, since windows of one drive are alike; with fewer than three, contiguous
         blocks of windows. The best control is chosen anew in every resample.
         """
-        unit, labels = "sequence", np.unique(self.sequences, return_inverse=True)[1]
-        if labels.max() < 2:
-            unit, labels = "block", np.arange(len(labels)) * min(BLOCKS, len(labels)) // len(labels)
+        unit, units = resampled_units(self.sequences)
         everyone = (self.after, *(self.controls[name] for name in CONTROLS))
         rates = [cos > theta for theta in THETAS for cos in everyone]
-        columns = [self.after, *rates]
-        sums_SC = np.stack([np.bincount(labels, column) for column in (np.ones(len(labels)), *columns)], axis=1)
-        rng = np.random.default_rng(self.seed)
-        drawn_RS = rng.multinomial(len(sums_SC), np.full(len(sums_SC), 1 / len(sums_SC)), size=RESAMPLES)
-        totals_RC = drawn_RS @ sums_SC
-        means_RC = totals_RC[:, 1:] / totals_RC[:, :1]
+        means_RC = resampled_means(units, [self.after, *rates], self.seed)
         rates_RTC = means_RC[:, 1:].reshape(RESAMPLES, len(THETAS), 1 + len(CONTROLS))
         lift_RT = rates_RTC[:, :, 0] - rates_RTC[:, :, 1:].max(axis=2)
-        lifts = {rate_key(theta): _interval(lift_RT[:, n]) for n, theta in enumerate(THETAS)}
+        lifts = {rate_key(theta): interval95(lift_RT[:, n]) for n, theta in enumerate(THETAS)}
         return {
-            "cos_sim_mean": _interval(means_RC[:, 0]),
-            f"cosine_accept_rate_{rate_key(THETA)}": _interval(rates_RTC[:, THETAS.index(THETA), 0]),
+            "cos_sim_mean": interval95(means_RC[:, 0]),
+            f"cosine_accept_rate_{rate_key(THETA)}": interval95(rates_RTC[:, THETAS.index(THETA), 0]),
             "lift": lifts[rate_key(THETA)],
             "lift_by_theta": lifts,
             "unit": unit,
-            "units": len(sums_SC),
+            "units": int(units.max()) + 1,
             "resamples": RESAMPLES,
         }
 
@@ -364,8 +363,3 @@ def _cos_or_zero(a_BD: Tensor, b_BD: Tensor, token_width: int | None) -> Tensor:
 def _summary(cos: Cosines) -> dict[str, Any]:
     means = AlignmentCounts.of(cos).means()
     return {key: means[key] for key in ("pairs", "cos_sim_mean", "cos_sim_std", "cosine_accept_rate")}
-
-
-def _interval(values: NDArray[np.float64]) -> list[float]:
-    low, high = np.quantile(values, (0.025, 0.975))
-    return [float(low), float(high)]

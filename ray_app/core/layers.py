@@ -20,6 +20,8 @@ Start = Mapping[str, Tensor]
 """What the training part gives before the first step, by name: see `ray_app.core.start`."""
 Needs = Literal["nothing", "means", "subspaces", "pairs"]
 """How much of a start a strategy cannot do without; each includes the ones before it."""
+FAINT = 1e-3
+"""Share of a principal direction's spread that an output layer with a spectral start begins with."""
 
 
 class Adapter(nn.Module):
@@ -93,7 +95,7 @@ def begin_output(layer: nn.Linear, start: Start, residual: float) -> None:
     basis_DR, scale_R = start["target_basis"], start["target_scale"]
     columns = min(layer.in_features, basis_DR.shape[1])
     layer.weight.zero_()
-    layer.weight[:, :columns] = 1e-3 * basis_DR[:, :columns] * scale_R[:columns]
+    layer.weight[:, :columns] = FAINT * basis_DR[:, :columns] * scale_R[:columns]
     layer.bias.copy_(start["target_mean"])
     if residual:
         layer.bias.sub_(residual * start["event_mean"])

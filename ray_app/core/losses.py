@@ -165,7 +165,7 @@ class AlignmentObjective(nn.Module):
 
 
 class CompressedObjective(AlignmentObjective):
-    """The same of pairs in a few numbers (`ray_app.core.compressed`): equal losses, at a hundredth of the cost.
+    """The same of pairs in a few numbers (`ray_app.core.compressed`): equal losses, without touching the full width.
 
     Takes event coordinates for features, records for targets, and gives core outputs for aligned features.
     """

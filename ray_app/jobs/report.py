@@ -234,6 +234,7 @@ def group_table(result: Mapping[str, Any], key: str) -> dict[str, Any]:
                 f"{part['cos_sim_mean']:.4f}",
                 f"{100 * part[f'cosine_accept_rate_{KEY}']:.1f} %",
                 f"{100 * part['lift']:+.1f}",
+                interval_words(part),
             ],
         }
         for name, part in result[key].items()
@@ -242,8 +243,16 @@ def group_table(result: Mapping[str, Any], key: str) -> dict[str, Any]:
     caption = f"Lift is over {result['best_control']}, the best control of all test pairs, in percentage points."
     if key == "by_light":
         caption += f" Night: a target less than {DARK:g} times as bright as the mean training target."
-    heads = [head, "pairs", "mean cos_sim", f"θ {KEY}", "lift"]
+    heads = [head, "pairs", "mean cos_sim", f"θ {KEY}", "lift", "95 % interval (bootstrap over)"]
     return {"title": title, "heads": heads, "lines": lines, "caption": caption}
+
+
+def interval_words(part: Mapping[str, Any]) -> str:
+    """Of the lift of some pairs, and over how many units."""
+    if part["lift_interval95"] is None:
+        return "–"
+    low, high = (100 * bound for bound in part["lift_interval95"])
+    return f"{low:+.1f} to {high:+.1f} ({part['units']} {part['unit']}s)"
 
 
 def split_lines(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
