@@ -3,7 +3,6 @@
 Shapes: G = golden rows, N = pairs, E = event width, D = target width.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +17,8 @@ from ray_app.errors import CheckpointError
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint, replay_golden
 from ray_app.store.golden import TOLERANCE, golden_answers, relative_errors
 from ray_app.store.manifest import Features
+
+from .judgement import Judgement, judgement
 
 Precision = Literal["fp32", "bf16"]
 
@@ -60,8 +61,8 @@ class ServedModel:
     """What the adapter was built from."""
     features: Features
     """Type, shape and scale of both sides."""
-    metrics: Mapping[str, Any]
-    """metrics.json of the checkpoint."""
+    judged: Judgement
+    """How it was judged before."""
     provenance: Mapping[str, Any]
     """provenance.json of the checkpoint."""
     parameters: int
@@ -83,11 +84,6 @@ class ServedModel:
         event_NE = event_NE.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.adapter(event_NE).float()
-
-    def evaluation(self) -> dict[str, Any] | None:
-        """What promotion measured on the test part: acceptance by θ, of the controls too. None where it did not."""
-        text = (self.identity.tags or {}).get("evaluation")
-        return json.loads(text) if text else None
 
 
 class PackedLinear(nn.Module):
@@ -126,7 +122,7 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
         adapter=prepared(checkpoint, chosen, device),
         config=checkpoint.config,
         features=checkpoint.features,
-        metrics=checkpoint.metrics,
+        judged=judgement(identity.source, (identity.tags or {}).get("evaluation"), checkpoint.metrics),
         provenance=checkpoint.provenance,
         parameters=parameters,
         precision=chosen,
