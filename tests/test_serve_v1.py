@@ -19,6 +19,7 @@ from PIL import Image
 
 from ray_app.events.render import equal_counts, event_image
 from ray_app.sources.npy import read_events
+from serve.call import KNOWN, TEMPLATES
 
 README = Path(__file__).parents[1] / "README.md"
 RNG = np.random.default_rng(1)
@@ -248,9 +249,10 @@ def test_the_model_tells_of_itself(server: LocalServer) -> None:
 def test_openapi_is_valid_and_names_every_route(server: LocalServer) -> None:
     document = json.loads(server.ask("GET", "/openapi.json")[2])
     validate(document)
-    assert {"/v1/align", "/v1/verify", "/v1/model", "/v1/reload", "/v1/stats", "/metrics", "/v2"} <= set(
-        document["paths"]
-    )
+    paths = set(document["paths"])
+    assert {"/v1/align", "/v1/verify", "/v1/model", "/v1/reload", "/v1/stats", "/metrics", "/v2"} <= paths
+    assert {path for path in KNOWN if path not in ("/", "/openapi.json")} <= paths
+    assert {template for _, template in TEMPLATES} <= paths
     assert "AlignRequest" in document["components"]["schemas"]
 
 
