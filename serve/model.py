@@ -3,7 +3,6 @@
 Shapes: G = golden rows, N = pairs, E = event width, D = target width.
 """
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +18,8 @@ from ray_app.errors import CheckpointError
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint, replay_golden
 from ray_app.store.golden import TOLERANCE, golden_answers, relative_errors
 from ray_app.store.manifest import Features
+
+from .judgement import Judgement, judgement
 
 Precision = Literal["fp32", "bf16"]
 
@@ -63,8 +64,8 @@ class ServedModel:
     """What the adapter was built from."""
     features: Features
     """Type, shape and scale of both sides."""
-    metrics: Mapping[str, Any]
-    """metrics.json of the checkpoint."""
+    judged: Judgement
+    """How it was judged before."""
     provenance: Mapping[str, Any]
     """provenance.json of the checkpoint."""
     parameters: int
@@ -93,11 +94,6 @@ class ServedModel:
         """Seconds of a forward pass of so many pairs on an idle machine."""
         first_s, more_s = self.alone_s
         return first_s + (rows - 1) * more_s
-
-    def evaluation(self) -> dict[str, Any] | None:
-        """What promotion measured on the test part: acceptance by θ, of the controls too. None where it did not."""
-        text = (self.identity.tags or {}).get("evaluation")
-        return json.loads(text) if text else None
 
 
 class PackedLinear(nn.Module):
@@ -136,7 +132,7 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
         adapter=prepared(checkpoint, chosen, device),
         config=checkpoint.config,
         features=checkpoint.features,
-        metrics=checkpoint.metrics,
+        judged=judgement(identity.source, (identity.tags or {}).get("evaluation"), checkpoint.metrics),
         provenance=checkpoint.provenance,
         parameters=parameters,
         precision=chosen,

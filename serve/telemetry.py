@@ -3,7 +3,6 @@
 import time
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from ray_app.core.gate import accept
 from ray_app.core.metrics import THETA
 
 from .batcher import BatchTimes
+from .judgement import stability_index
 from .model import ServedModel
 from .predict import Answer
 
@@ -123,7 +123,7 @@ class Telemetry:
             self.replica, identity.version, identity.digest, identity.run_id or "", model.precision
         ).set(1)
         self._loaded.set(model.loaded_at.timestamp())
-        self._baseline = baseline(model)
+        self._baseline = model.judged.baseline
         self._cosines.clear()
 
     def reload(self, outcome: str) -> None:
@@ -176,24 +176,3 @@ class Telemetry:
         psi = self.drift()["psi"]
         self._drift.set(float("nan") if psi is None else psi)
         return generate_latest(self.registry)
-
-
-def baseline(model: ServedModel) -> tuple[str, Any, Any] | None:
-    """(part, edges, shares of the bins): cosines as they were on the test part, else on the validation part."""
-    for part, found in (("test", model.evaluation()), ("val", model.metrics.get("val"))):
-        percentiles = (found or {}).get("percentiles")
-        if isinstance(percentiles, Mapping) and percentiles:
-            points = sorted(
-                (float(name.removeprefix("P")) / 100, float(value)) for name, value in percentiles.items()
-            )
-            shares = np.diff([0.0, *(share for share, _ in points), 1.0])
-            return part, np.array([value for _, value in points]), shares
-    return None
-
-
-def stability_index(live: Any, edges: Any, expected: Any) -> float:
-    """PSI = Σ (a − e)·ln(a / e) over bins, a and e the shares of live and expected; an empty bin counts as 10⁻⁴."""
-    counts = np.bincount(np.searchsorted(edges, live, side="left"), minlength=len(edges) + 1)
-    actual = np.maximum(counts / len(live), 1e-4)
-    expected = np.maximum(expected, 1e-4)
-    return float(((actual - expected) * np.log(actual / expected)).sum())

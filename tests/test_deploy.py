@@ -17,6 +17,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from ray_app import cli
+from ray_app.config.serve import EndpointConfig
+from serve.deployment import replica_options
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
@@ -157,6 +159,19 @@ def test_the_endpoint_on_kubernetes_is_the_one_of_this_repository() -> None:
     ServeDeploySchema.model_validate(theirs)
     for left, right in zip(theirs["applications"], ours["applications"], strict=True):
         assert {k: v for k, v in left.items() if k != "args"} == {k: v for k, v in right.items() if k != "args"}
+
+
+def test_the_gpu_overlay_is_the_endpoint_of_the_base_with_a_gpu_for_each_replica() -> None:
+    services = {folder.name: next(o for o in build(folder) if o["kind"] == "RayService") for folder in OVERLAYS}
+    found = {name: yaml.safe_load(service["spec"]["serveConfigV2"]) for name, service in services.items()}
+    (gpu,), (cpu,) = found["gpu"]["applications"], found["cpu"]["applications"]
+    assert "use_gpu" not in cpu["args"]
+    cpu["args"]["use_gpu"] = True
+    assert found["gpu"] == found["cpu"]
+    options = replica_options(EndpointConfig.model_validate(gpu["args"]))
+    assert options["ray_actor_options"]["num_gpus"] == 1
+    for worker in containers(services["gpu"]["spec"]["rayClusterConfig"]["workerGroupSpecs"]):
+        assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
 INSTRUCTION = re.compile(r"^([A-Z]+) ((?:[^\\\n]|\\\n|\\.)*)", re.MULTILINE)

@@ -159,6 +159,21 @@ def test_a_full_queue_is_told_before_ray_reads_the_body(server: LocalServer, mon
     assert len(reached) == 4
 
 
+def test_headers_reach_ray_in_ascii() -> None:
+    """It takes the bytes of some for UTF-8, and answers 500 where they are not."""
+    reached: list[Any] = []
+
+    async def ray(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
+        reached.append(dict(scope["headers"]))
+
+    sent = [(b"x-request-id", b"caf\xe9"), (b"x-session-id", "日".encode()), (b"accept", b"*/*")]
+    for kind in ("http", "websocket"):
+        asyncio.run(Gate(ray)({"type": kind, "path": "/", "headers": sent}, None, None))  # type: ignore[arg-type]
+    asyncio.run(Gate(ray)({"type": "http", "path": "/", "headers": sent[2:]}, None, None))  # type: ignore[arg-type]
+    plain = {b"x-request-id": b"caf_", b"x-session-id": b"___", b"accept": b"*/*"}
+    assert reached == [plain, plain, {b"accept": b"*/*"}]
+
+
 def test_bodies_on_their_way_count_as_waiting_for_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.batcher.ARRIVAL_S", 0.05)
     batcher = Batcher(list, max_rows=4, max_queued_rows=4)
