@@ -33,7 +33,7 @@ class JobLogsConfig(JobConfig):
 class SubmitConfig(JobsConfig):
     """Run a command as a job on a cluster, follow its log, end with its exit code.
 
-    For instance: ray-app submit --env MLFLOW_TRACKING_URI -- train --store /mnt/stores/dsec --out /mnt/runs/dsec
+    For instance: ray-app submit --env MLFLOW_TRACKING_URI -- train --store s3://my-bucket/stores/dsec --out s3://my-bucket/runs/dsec
     """
 
     command: tuple[str, ...] = ()
