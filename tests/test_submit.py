@@ -30,17 +30,20 @@ def head() -> Iterator[Head]:
         yield head
 
 
-def app(head: Head, *argv: str, token: str | None = None, address: str | None = None) -> subprocess.Popen[str]:
-    environment = {
+def environment(head: Head, token: str | None = None, address: str | None = None) -> dict[str, str]:
+    return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token or head.token,
         "RAY_API_SERVER_ADDRESS": address or head.dashboard,
     }
+
+
+def app(head: Head, *argv: str, token: str | None = None, address: str | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "ray_app", *argv],
-        env=environment,
+        env=environment(head, token, address),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -155,6 +158,41 @@ def test_what_is_refused_says_how_to_mend_it(head: Head) -> None:
         assert code == 2, (name, stderr)
         assert expected[name] in stdout + stderr, (name, stderr)
         assert "Traceback" not in stderr, name
+
+
+OTHER_VERSIONS = """
+import os, sys
+import ray, ray._private.utils
+from ray_app.errors import ResourceError
+from ray_app.jobs.cluster import cluster
+from ray_app.jobs.job_client import JobClient
+
+ray._private.utils.compute_version_info = lambda: ("2.59.0", "3.11.0")
+try:
+    with cluster(sys.argv[1]):
+        pass
+except ResourceError as error:
+    print(error)
+ray.__version__ = "2.59.0"
+try:
+    JobClient(sys.argv[2])
+except ResourceError as error:
+    print(error)
+"""
+
+
+def test_another_version_of_ray_is_told_with_both_versions(head: Head) -> None:
+    import ray
+
+    words = [sys.executable, "-c", OTHER_VERSIONS, head.address, head.dashboard]
+    done = subprocess.run(words, env=environment(head), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    joined, submitted = done.stdout.splitlines()
+    here = ".".join(map(str, sys.version_info[:3]))
+    assert joined.startswith(
+        f"the cluster at {head.address} runs Ray {ray.__version__} on Python {here}, this is Ray 2.59.0 on Python 3.11.0"
+    )
+    assert "ray-app submit" in joined
+    assert submitted.startswith(f"the cluster at {head.dashboard} runs Ray {ray.__version__}, this is Ray 2.59.0;")
 
 
 def test_data_does_not_travel(tmp_path: Path) -> None:
