@@ -17,7 +17,7 @@ from ray_head import Head, Relay, ray_head
 
 from ray_app.config.jobs import SubmitConfig
 from ray_app.errors import ConfigError, ResourceError
-from ray_app.jobs.job_client import JobLog
+from ray_app.jobs.job_client import JobLog, way_on
 from ray_app.jobs.submit import entrypoint, job_environment, staged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +123,9 @@ def test_a_lost_connection_costs_no_line_and_doubles_none(head: Head, small_dir:
 
 
 def test_a_job_is_listed_and_stopped_by_hand(head: Head, small_dir: Path) -> None:
-    code, stdout, stderr = ended(app(head, "submit", "--json", "--detach", *long_work(small_dir, 100, 1)[1:]))
+    command = ["train", "--store", "/mnt/s", "--out", "/mnt/a run", "--seed", "100", "--num-epochs", "1"]
+    words = ["submit", "--json", "--detach", "--working-dir", str(small_dir), "--", *command]
+    code, stdout, stderr = ended(app(head, *words))
     assert code == 0, stderr
     job = json.loads(stdout)["job"]
     assert any(row["job"] == job for row in json.loads(ended(app(head, "jobs", "list", "--json"))[1])["jobs"])
@@ -133,7 +135,23 @@ def test_a_job_is_listed_and_stopped_by_hand(head: Head, small_dir: Path) -> Non
     code, stdout, stderr = ended(follower)
     assert code == 143
     assert "stopped" in stdout
+    assert "go on with:  ray-app submit -- train --resume '/mnt/a run'" in stdout
     assert "saved" in stderr, "it was given longer than Ray's three seconds"
+
+
+@pytest.mark.parametrize(
+    ("command", "way"),
+    [
+        ("train --store s3://b/s?a=b --out=s3://b/r?c=d --seed 1", "train --resume 's3://b/r?c=d'"),
+        ("train --resume 's3://b/a run' --num-epochs 9", "train --resume 's3://b/a run'"),
+        ("tune f.yaml --out /mnt/sweep", "tune --resume /mnt/sweep"),
+        ("tune f.yaml", "tune --resume FOLDER"),
+        ("prepare dsec '/mnt/a b' --out s3://b/s", "prepare dsec '/mnt/a b' --out s3://b/s"),
+        ("doctor", None),
+    ],
+)
+def test_a_stopped_job_tells_how_to_go_on(command: str, way: str | None) -> None:
+    assert way_on(f"python -m ray_app {command}") == (way and f"ray-app submit -- {way}")
 
 
 def test_what_is_refused_says_how_to_mend_it(head: Head) -> None:
@@ -188,8 +206,8 @@ def test_another_version_of_ray_is_told_with_both_versions(head: Head) -> None:
     done = subprocess.run(words, env=environment(head), cwd=ROOT, capture_output=True, text=True, timeout=120)
     joined, submitted = done.stdout.splitlines()
     here = ".".join(map(str, sys.version_info[:3]))
-    assert joined.startswith(
-        f"the cluster at {head.address} runs Ray {ray.__version__} on Python {here}, this is Ray 2.59.0 on Python 3.11.0"
+    assert (
+        f"{head.address} runs Ray {ray.__version__} on Python {here}, this is Ray 2.59.0 on Python 3.11.0" in joined
     )
     assert "ray-app submit" in joined
     assert submitted.startswith(f"the cluster at {head.dashboard} runs Ray {ray.__version__}, this is Ray 2.59.0;")

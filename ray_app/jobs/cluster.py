@@ -99,8 +99,8 @@ def _no_cluster(where: str, reason: str) -> str:
 
 def _other_version(where: str, theirs: tuple[str, str], ours: tuple[str, str]) -> str:
     return (
-        f"the cluster at {where} runs Ray {theirs[0]} on Python {theirs[1]}, this is Ray {ours[0]} on Python {ours[1]}, "
-        "and Ray takes no others; run this in the image of its nodes, or by `ray-app submit`"
+        f"the cluster at {where} runs Ray {theirs[0]} on Python {theirs[1]}, this is Ray {ours[0]} on Python "
+        f"{ours[1]}, and Ray takes no others; run this in the image of its nodes, or by `ray-app submit`"
     )
 
 

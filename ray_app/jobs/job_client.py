@@ -4,9 +4,11 @@ import asyncio
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -227,12 +229,22 @@ def told(address: str, call: Callable[[], T]) -> T:
 
 def show_ended(result: dict[str, Any], console: Console) -> None:
     """How a job ended, and how to go on."""
-    words = result["entrypoint"].partition("-m ray_app ")[2].split()
     lines = [f"job {result['job']}: {result['status'].lower()}, exit code {result['exit_code']}"]
     if result["status"] == "FAILED" and result["message"]:
         lines.append(str(result["message"]).strip().splitlines()[0])
-    if result["exit_code"] == EXIT_STOPPED and words[:1] == ["train"] and {"--out", "--resume"} & set(words):
-        run = words[words.index("--out" if "--out" in words else "--resume") + 1]
-        lines.append(f"what was saved is kept; go on with:  ray-app submit -- train --resume {run}")
+    if result["exit_code"] == EXIT_STOPPED and (command := way_on(result["entrypoint"])):
+        lines.append(f"what was saved is kept; go on with:  {command}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def way_on(entrypoint: str) -> str | None:
+    """The command that goes on with what a job has saved; None of one that saves nothing on its way."""
+    words = shlex.split(entrypoint.partition("-m ray_app ")[2])
+    if words[:1] == ["prepare"]:
+        return shlex.join(["ray-app", "submit", "--", *words])
+    if words[:1] not in (["train"], ["tune"]):
+        return None
+    flags = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    named = [after for flag, after in pairwise(flags) if flag in ("--resume", "--out")]
+    return f"ray-app submit -- {words[0]} --resume {shlex.quote(named[0]) if named else 'FOLDER'}"
