@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 from ray_head import Head, Relay, ray_head
+from rich.console import Console
 
 from ray_app.config.jobs import SubmitConfig
 from ray_app.errors import ConfigError, ResourceError
-from ray_app.jobs.job_client import JobLog, way_on
+from ray_app.jobs.job_client import JobLog, show_ended, way_on
 from ray_app.jobs.submit import entrypoint, job_environment, staged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +96,12 @@ def test_a_real_command_runs_there_and_its_result_comes_back(head: Head, tmp_pat
     assert (told["status"], told["exit_code"], told["result"]["pairs"]) == ("SUCCEEDED", 0, 4)
     assert told["uploaded_bytes"] < 5 * 2**20
     assert (store / "manifest.json").is_file()
+    code, stdout, stderr = ended(app(head, "jobs", "fetch", told["job"], "--to", str(tmp_path / "fetched")))
+    assert code == 0, stderr
+    assert f"store: {store}\n" in stdout
+    fetched = json.loads((tmp_path / "fetched" / f"{told['job']}.json").read_text())
+    assert (fetched["status"], fetched["result"]) == ("SUCCEEDED", told["result"])
+    assert json.dumps(told["result"]) in (tmp_path / "fetched" / f"{told['job']}.log").read_text()
 
 
 def test_a_lost_connection_costs_no_line_and_doubles_none(head: Head, small_dir: Path) -> None:
@@ -257,6 +264,14 @@ def test_a_log_that_starts_again_is_printed_once(capsys: pytest.CaptureFixture[s
             log.take(piece)
     assert capsys.readouterr().err == whole
     assert log.result() == {"pairs": 3}
+
+
+def test_where_a_training_is_tracked_is_told_at_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {"mlflow_run_id": "abc", "tracking_uri": "http://mlflow:5000", "artifacts": "s3://b/0/abc/artifacts"}
+    state = {"job": "j", "status": "SUCCEEDED", "exit_code": 0, "message": "", "entrypoint": "-m ray_app train"}
+    show_ended({**state, "result": found}, Console(width=20))
+    told = "job j: succeeded, exit code 0\nMLflow run: abc\nMLflow: http://mlflow:5000\nartifacts: s3://b/0/abc/artifacts\n"
+    assert capsys.readouterr().out == told
 
 
 def test_results_are_read_whatever_else_a_log_holds() -> None:

@@ -30,6 +30,13 @@ class JobLogsConfig(JobConfig):
     """Wait for the end; otherwise only what there is."""
 
 
+class JobFetchConfig(JobConfig):
+    """A job's log and the --json object of its command, as the files JOB.log and JOB.json."""
+
+    to: Path
+    """Folder for them."""
+
+
 class SubmitConfig(JobsConfig):
     """Run a command as a job on a cluster, follow its log, end with its exit code.
 
