@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ray_app.config.jobs import SubmitConfig
 from ray_app.errors import ConfigError, ResourceError
-from ray_app.jobs.job_client import JobLog, show_ended, way_on
+from ray_app.jobs.job_client import JobLog, result_in, show_ended, way_on
 from ray_app.jobs.submit import entrypoint, job_environment, staged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,6 +102,19 @@ def test_a_real_command_runs_there_and_its_result_comes_back(head: Head, tmp_pat
     fetched = json.loads((tmp_path / "fetched" / f"{told['job']}.json").read_text())
     assert (fetched["status"], fetched["result"]) == ("SUCCEEDED", told["result"])
     assert json.dumps(told["result"]) in (tmp_path / "fetched" / f"{told['job']}.log").read_text()
+
+
+def test_rays_own_client_submits_a_command_as_well(head: Head) -> None:
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = "python -m ray_app doctor --tracking-uri http://127.0.0.1:9 --json"
+    words = [ray, "job", "submit", "--working-dir", ".", "--", *command.split()]
+    done = subprocess.run(words, env=environment(head), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    found = result_in(done.stdout)
+    assert found, done.stderr
+    (ray_check,) = (check for check in found["checks"] if check["name"] == "Ray")
+    assert ray_check["state"] == "ok", "it joined the cluster that it runs on"
+    assert f":{head.address.rpartition(':')[2]}: " in ray_check["found"]
+    assert done.returncode == 1, "nothing answers at the tracking server's address"
 
 
 def test_a_lost_connection_costs_no_line_and_doubles_none(head: Head, small_dir: Path) -> None:
