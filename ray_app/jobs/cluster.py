@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
     the CPUs of its workers stay taken.
 
     Only a connection that was made here is closed at the end. An error of ours that Ray has wrapped on its
-    way from a worker is raised as itself. ResourceError: no cluster at the address.
+    way from a worker is raised as itself. ResourceError: no cluster at the address, or one of another version.
     """
     with user_errors():
         if ray.is_initialized():
@@ -75,6 +76,10 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
             )
         except (ConnectionError, RayError) as error:
             raise ResourceError(_no_cluster(where, str(error).splitlines()[0])) from error
+        except RuntimeError as error:
+            if versions := re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error)):  # its own are plain RuntimeErrors
+                raise ResourceError(_other_version(where, *versions)) from error
+            raise
         try:
             info = _info()
             if where == "local":
@@ -89,6 +94,13 @@ def _no_cluster(where: str, reason: str) -> str:
     return (
         f"there is no Ray cluster at '{where}' that lets this user in ({reason}); name another with --address, or "
         "unset RAY_ADDRESS to start one on this machine (`ray-app doctor` tells more)"
+    )
+
+
+def _other_version(where: str, theirs: tuple[str, str], ours: tuple[str, str]) -> str:
+    return (
+        f"the cluster at {where} runs Ray {theirs[0]} on Python {theirs[1]}, this is Ray {ours[0]} on Python "
+        f"{ours[1]}, and Ray takes no others; run this in the image of its nodes, or by `ray-app submit`"
     )
 
 
