@@ -155,3 +155,60 @@ def test_the_long_drive_is_a_true_sequence_of_the_density_asked_for(tmp_path: Pa
 def test_every_result_says_where_it_comes_from(path: Path) -> None:
     origin = json.loads(path.read_text())["provenance"]
     assert {"command", "date", "commit", "cpu", "cores"} <= set(origin)
+
+
+def test_the_replay_script_finds_the_cost_of_a_pass_at_which_nothing_is_gained() -> None:
+    import replay
+
+    from ray_app.core.draft_cost import RowCost
+    from ray_app.core.draft_replay import RowReplay
+    from ray_app.core.draft_summary import ReplayedRow
+
+    row = RowReplay(length=6, drafted=(2, 2), accepted=(2, 2), at_once=(), prefix=0, matches=0, seconds=0.0)
+
+    def rows(steps: float) -> list[ReplayedRow]:
+        cost = RowCost(plain_ms=160.0, one_shot_ms=160.0, continuous_ms=100.0 + 2 * 10.0 * steps)
+        return [ReplayedRow(block, 0, row, (1,) * 6, cost, 10.0, 10.0 * steps, 0.0) for block in range(2)]
+
+    found = replay.verify_sensitivity(rows)
+    assert found["1.5"]["continuous_speedup"] == pytest.approx(160 / 130)
+    assert found["break_even_steps"] == pytest.approx(3.0)  # 100 + 2 · 30 = 160
+
+
+@pytest.mark.parametrize("name", ["EventPlaceHybrid", "EventSetHybrid"])
+def test_the_replay_scripts_hybrids_see_what_eventgpt_said(name: str) -> None:
+    """Two answers that begin alike, each with an EventGPT text of its own."""
+    import replay
+
+    from ray_app.core.drafters import Answered, Prompt
+
+    one, other = Answered(Prompt("q", (1, 2, 3)), (7, 8, 9)), Answered(Prompt("q", (4, 5, 6)), (17, 18, 19))
+    drafter = getattr(replay, name)()
+    drafter.fit([one, other] * 20)
+    for each in (one, other):
+        assert tuple(drafter.draft(each.prompt, (), 3).tokens) == each.answer
+
+
+def test_the_replay_script_runs_every_drafter_on_made_up_traces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import replay
+    from made_up_traces import rows, write
+
+    saved: dict[str, dict] = {}
+    monkeypatch.setattr(replay, "save", lambda name, result: saved.update({name: result}))
+    monkeypatch.setattr(replay, "GAP", 3)
+    monkeypatch.setattr(replay, "ROUNDS", 1)
+    monkeypatch.setattr("sys.argv", ["replay.py", str(write(tmp_path / "a.jsonl", rows(40)))])
+    replay.main()
+    result = saved["replay"]
+    assert set(result["by_gamma"]["8"]) == set(replay.NAMES)
+    assert "adapter" not in replay.NAMES
+    assert set(result["second_device"]) == {"what", "eventgpt", "prompt_lookup", "retrieval"}
+    for name in ("event_place", "event_set"):
+        found = result["hybrid_with_event_tokens"][name]["1s"]
+        hybrid = result["by_gamma"]["8"]["hybrid"]["1s"]["tokens_per_target_pass"]
+        assert found["tokens_per_target_pass"] - found["difference"] == pytest.approx(hybrid)
+    share = result["overhead"]["share_of_a_target_step"]["ngram"]
+    assert share == pytest.approx(result["overhead"]["us_per_token"]["ngram"] / 14_500)
+    json.dumps(result, allow_nan=False)
