@@ -8,9 +8,8 @@ With `align: infinite` the frame is drawn as the event camera sees it (events/vi
 what both cameras see; with `none`, as in the reference, both stay whole and show different parts of the scene.
 """
 
-import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from ray_app.errors import ConfigError, InputError
 from ray_app.events.views import EventView
 from ray_app.events.windows import Window, format_duration
-from ray_app.sources.base import RawPair, Rejected, SourceTask
+from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity
 from ray_app.sources.dsec_events import DsecEvents
 from ray_app.sources.dsec_files import DsecSequence, find_sequences, sequence_in
 from ray_app.sources.recorded import Cut, file_name
@@ -62,7 +61,7 @@ class DsecSource:
             "boundaries": self.boundaries,
             "align": align,
             **cut,
-            "target": cut["target"] + (", as the event camera sees it" if align == "infinite" else ""),
+            **(_cut_alike(cut) if align == "infinite" else {}),
         }
 
     def durations(self) -> list[str]:
@@ -183,8 +182,22 @@ def _identity(sequence: DsecSequence, align: Align) -> dict[str, Any]:
             "frames": len(sequence.times_us()),
         }
     if sequence.calibration and align == "infinite":
-        identity["calibration_sha256"] = hashlib.sha256(sequence.calibration.read_bytes()).hexdigest()
+        view = sequence.view()
+        identity |= {
+            "calibration_sha256": file_identity(sequence.calibration)["sha256"],
+            "rectify_map_sha256": file_identity(sequence.rectify_map())["sha256"],
+            "crop": asdict(view.crop),
+            "event_view_without_frame": round(1 - float(view.valid_HW.mean()), 6),
+        }
     return identity
+
+
+def _cut_alike(cut: dict[str, Any]) -> dict[str, str]:
+    """What alignment makes of the two pictures, in words."""
+    return {
+        "event_image": f"{cut['event_image']}, cut to the crop of its sequence, which both cameras see",
+        "target": f"{cut['target']}, as the event camera sees it, cut alike",
+    }
 
 
 def _check_clocks(sequence: DsecSequence, events: DsecEvents, times_us: NDArray[np.int64]) -> None:
