@@ -20,7 +20,7 @@ from ray_app.errors import InputError
 from ray_app.events.recording import Events
 from ray_app.events.windows import Window, format_duration
 from ray_app.sources.aedat4 import Aedat4, Frame, frame_span
-from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, named_sequences
+from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, named_sequences, require_here
 from ray_app.sources.recorded import Cut, file_name, first_gap
 
 
@@ -70,6 +70,7 @@ class DavisSource:
         """The task's pairs in order of time; a window that cannot be built costs its own pairs alone."""
         spec = task.spec
         name, path = named_sequences(self.files)[spec["file"]]
+        require_here(path)
         reader = _reader(path, spec["starts_us"][0])
         for start_us in spec["starts_us"]:
             window = Window(start_us, start_us + spec["duration_us"])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ray_app.errors import ConfigError, InputError
 from ray_app.events.views import EventView
 from ray_app.events.windows import Window, format_duration
-from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity
+from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, require_here
 from ray_app.sources.dsec_events import DsecEvents
 from ray_app.sources.dsec_files import DsecSequence, find_sequences, sequence_in
 from ray_app.sources.recorded import Cut, file_name
@@ -95,6 +95,8 @@ class DsecSource:
     def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
         """The task's pairs in order of time; a window that cannot be built costs its own pairs alone."""
         spec = task.spec
+        require_here(self.root)
+        require_here(self.root / spec["events"])
         sequence = sequence_in(self.root / spec["folder"], spec["sequence"])
         times_us = sequence.times_us()
         view = sequence.view() if spec["align"] == "infinite" else None
@@ -160,6 +162,7 @@ class DsecSource:
         for part, starts_us in enumerate(portions):
             spec = {
                 "folder": str(sequence.folder.relative_to(self.root)),
+                "events": str(sequence.events.relative_to(self.root)),
                 "sequence": sequence.name,
                 "align": align,
                 "duration_us": duration_us,
