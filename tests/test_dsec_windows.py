@@ -230,7 +230,7 @@ def test_nothing_outside_the_drawn_slice_is_read(tmp_path: Path, monkeypatch: py
     assert all(b - a < 40 for a, b in elsewhere)
 
 
-@pytest.mark.parametrize("name", ["000069.npy", "000079.npy", "000099.npy"])
+@pytest.mark.parametrize("name", ["000069.npy", "000079.npy", "000099.npy", "sample1_uint16_time.npy"])
 def test_a_real_window_written_in_this_layout_is_read_back_event_for_event(
     shared_data: Path, tmp_path: Path, name: str
 ) -> None:
