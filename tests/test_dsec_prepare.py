@@ -48,7 +48,7 @@ def test_long_windows_are_few_to_a_task(tmp_path: Path) -> None:
     files.timestamps.write_text("".join(f"{t}\n" for t in times))
     tasks = dsec(tmp_path, (20_000_000,)).tasks()
     assert [task.num_pairs for task in tasks] == [3, 3, 3, 2]
-    assert [start for task in tasks for start in task.spec["starts_us"]] == [
+    assert [start for task in tasks for start, _ in task.spec["windows"]] == [
         BEGIN_US + i * 10_000_000 for i in range(11)
     ]
 
