@@ -30,7 +30,8 @@ from ray_app.sources.dsec import DsecSource
 from ray_app.sources.dsec_events import HEIGHT, WIDTH, DsecEvents
 from ray_app.sources.dsec_files import sequence_in
 from ray_app.sources.images import resized
-from ray_app.sources.recorded import Cut, painted
+from ray_app.sources.recorded import Cut
+from ray_app.sources.sweep import Slice, swept
 
 SECOND_US = 1_000_000
 DSEC_WINDOWS = 5_208
@@ -64,7 +65,8 @@ def against_the_loop(root: Path, name: str, num_windows: int) -> dict[str, Any]:
     sources = {pick: DsecSource(root, Cut((SECOND_US,), pick=pick)) for pick in ("middle", "all")}
     (task, *_) = sources["middle"].tasks()
     starts_us = [int(times_us[0]) + 3 * (number + 1) * SECOND_US for number in range(num_windows)]
-    mine = type(task)(task.name, num_windows, {**task.spec, "starts_us": starts_us})
+    windows = [[start_us, start_us + SECOND_US] for start_us in starts_us]
+    mine = type(task)(task.name, num_windows, {**task.spec, "windows": windows})
     ours_s = {pick: timed(ours, source, mine)[0] / num_windows for pick, source in sources.items()}
     rounds: list[dict[str, float]] = []
     with DsecEvents(sequence.events) as reader:
@@ -75,8 +77,8 @@ def against_the_loop(root: Path, name: str, num_windows: int) -> dict[str, Any]:
             found["loop_drawing_s"], images = timed(loop, events)
             found["drawing_s"], _ = timed(draw, events)
             fifth = (stop - first) // 5
-            middle = reader.parts(first + 2 * fifth, first + 3 * fifth)
-            found["read_and_drawn_s"], image = timed(painted, middle, WIDTH, HEIGHT)
+            middle = (first + 2 * fifth, first + 3 * fifth)
+            found["read_and_drawn_s"], image = timed(drawn_alone, reader, middle)
             assert np.array_equal(image, images[2]), "the same picture, to the byte"
             rounds.append(found)
     slow = [r["loop_reading_s"] + r["loop_drawing_s"] for r in rounds]
@@ -128,6 +130,12 @@ def ours(source: DsecSource, task: Any) -> list[bytes]:
     """A window's pairs as they are stored."""
     pairs = list(source.pairs(task))
     return [resized(image, 224, 224).tobytes() for pair in pairs for image in (pair.event_HWC, pair.target_HWC)]
+
+
+def drawn_alone(reader: DsecEvents, middle: Slice) -> NDArray[np.uint8]:
+    """One image, without its frame."""
+    (sketch,) = swept(reader, [middle])
+    return sketch.image()
 
 
 def read(reader: DsecEvents, first: int, stop: int) -> Events:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +35,8 @@ from ray_app.store.place import place
 
 LONGEST_SILENCE_S = 600.0
 """Longest time in which no task of the cluster ends: on a slow core one may take minutes."""
+
+GO_ON = "Finished files stay; repeat the command to go on."
 
 
 def run_prepare(cfg: PrepareFlags) -> dict[str, Any]:
@@ -110,7 +113,8 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
     """Builds a store of `source` in `cfg.out` on the cluster of `cfg.address`; returns the --json object.
 
     `feature` is the shape (3, height, width) and scale of both sides, uint8. StoreError: the folder is in the
-    way or cannot be written, or too many pairs are quarantined; what was built stays.
+    way or cannot be written, or too many pairs are quarantined. ResourceError: the cluster loses workers, hangs, or
+    does not see the input. What was built stays.
     """
     assert feature.dtype == "uint8", "pictures are stored as uint8"
     features = Features(event=feature, target=feature)
@@ -125,8 +129,8 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
         try:
             kept = finished(here, task)
             done = kept or build_task(source, task, here, features)
-        except StoreError as error:  # Ray Data would wrap it in an error of its own
-            return {"error": f"{error} Finished files stay; repeat the command to go on."}
+        except (StoreError, ResourceError) as error:  # Ray Data would wrap it in an error of its own
+            return {"error": f"{error} {GO_ON}", "kind": type(error).__name__}
         built = {"built": done.model_dump_json(), "kept": kept is not None}
         return {"error": "", **built, "told": "\n".join(told), "peak_bytes": peak_memory_bytes()}
 
@@ -144,7 +148,7 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
         try:
             for row in dataset.iter_rows():
                 if row["error"]:
-                    raise StoreError(row["error"])
+                    raise (StoreError if row["kind"] == "StoreError" else ResourceError)(row["error"])
                 done = BuiltTask.model_validate_json(row["built"])
                 built[done.task] = done
                 progress.add(done, row["kept"], row["told"])
@@ -153,8 +157,14 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
                     new.append(done)
         except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
             raise ResourceError(
-                f"a task lost its worker time and again ({str(error).splitlines()[0]}). Finished files "
-                "stay; take fewer --num-workers if memory is short, and repeat the command to go on."
+                f"a task lost its worker time and again ({str(error).splitlines()[0]}). Take fewer --num-workers if "
+                f"memory is short. {GO_ON}"
+            ) from error
+        except ExecutionTimeoutError as error:
+            raise ResourceError(
+                f"no task ended for {LONGEST_SILENCE_S:.0f} s, and {len(built)} of {len(tasks)} are done. See by "
+                "`ray status` whether the cluster has CPUs for them, look for a node whose disk or network hangs, or "
+                f"take fewer --num-workers if all are slow. {GO_ON}"
             ) from error
         seconds = time.perf_counter() - began
     manifest = finish(folder, source, [built[task.name] for task in tasks], features, cfg.max_quarantined)
