@@ -18,6 +18,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from numpy_source import NumpySource, build_store
+from pages import assert_opens
 
 from ray_app import cli
 from ray_app.config.base import SplitConfig
@@ -150,6 +151,10 @@ def test_the_page_refers_to_nothing_but_its_own_folder(swept: dict[str, Any]) ->
     outward = [each for each in references if not each.startswith(("#", "data:"))]
     assert all((Path(swept["sweep"]) / each).exists() for each in outward)
     assert "@import" not in page
+
+
+def test_the_page_opens_without_a_network_wide_and_narrow(swept: dict[str, Any]) -> None:
+    assert_opens(Path(swept["sweep"]) / "sweep.html")
 
 
 def attempts(folder: SweepFolder) -> dict[str, int]:
