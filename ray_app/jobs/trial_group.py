@@ -15,7 +15,7 @@ from ray.train import WorkerGroupError
 from ray_app.config.train import TrainConfig
 from ray_app.jobs.journal import Journal, entries, follow, newest_start, since_start
 from ray_app.jobs.run_folder import RunFolder
-from ray_app.jobs.sweep_data import Placed, begin
+from ray_app.jobs.sweep_data import Placed
 from ray_app.jobs.train import group
 from ray_app.jobs.trial import metrics_of
 
@@ -28,7 +28,6 @@ def run_group_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
     config = config["trial"]
     cfg = TrainConfig.model_validate(config["train"])
     data, run = placed[config["data"]], cfg.folder
-    begin(data, cfg)
     failed: list[Exception] = []
     done = threading.Event()
 
