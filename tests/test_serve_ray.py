@@ -101,7 +101,9 @@ def test_it_answers_tritonclient_with_a_token_and_no_one_without(server: RayServ
         client.infer("alignment-adapter", [event])
     client.close()
     assert "HAProxy" in "".join(server.said)
-    assert server.ask("GET", "/v2/health/ready", headers={"x-request-id": "caf\xe9"})[0] == 200, "Ray reads it as UTF-8"
+    assert server.ask("GET", "/v2/health/ready", headers={"x-request-id": "caf\xe9"})[0] == 200, (
+        "Ray reads it as UTF-8"
+    )
 
 
 def test_only_this_machine_can_reach_it(server: RayServer) -> None:

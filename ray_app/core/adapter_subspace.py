@@ -64,8 +64,8 @@ class SubspaceAdapter(Adapter):
 
     @torch.no_grad()
     def begin(self, start: Start, *, spectral: bool) -> None:  # noqa: ARG002
-        for name in BUFFERS:
-            getattr(self, name).copy_(start[name])
+        for name in BUFFERS:  # without a copy: nothing writes to them
+            setattr(self, name, start[name])
 
 
 class LowRank(SubspaceAdapter):

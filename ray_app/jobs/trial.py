@@ -19,8 +19,7 @@ from ray_app.jobs.journal import Journal, entries, since_start
 from ray_app.jobs.listening import answers
 from ray_app.jobs.run_copy import run_at
 from ray_app.jobs.run_folder import RunFolder
-from ray_app.jobs.start import START
-from ray_app.jobs.sweep_data import Placed, begin, pairs_of
+from ray_app.jobs.sweep_data import Placed, pairs_of, start_of
 from ray_app.jobs.sweep_folder import compared, scores
 from ray_app.jobs.sweep_population import adopt, mark
 from ray_app.jobs.train_loop import Worker, ended, train_epochs
@@ -60,10 +59,7 @@ def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
                 trial.tell_past_epochs()
             data = placed[config["data"]]
             device = torch.device("cuda" if cfg.use_gpu else "cpu")
-            worker = Worker(cfg, data.store, 0, 1, device)
-            run.bring(START)
-            begin(data, cfg)
-            run.publish(START)
+            worker = Worker(cfg, data.store, 0, 1, device, start_of(data, cfg))
             pairs = pairs_of(data, worker)
             train_epochs(worker, run, pairs, journal, config["provenance"], trial.report)
         except Exception as error:

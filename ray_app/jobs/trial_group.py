@@ -16,8 +16,7 @@ from ray_app.config.train import TrainConfig
 from ray_app.jobs.journal import entries, follow, newest_start, since_start
 from ray_app.jobs.run_copy import run_at
 from ray_app.jobs.run_folder import RunFolder
-from ray_app.jobs.start import START
-from ray_app.jobs.sweep_data import Placed, begin
+from ray_app.jobs.sweep_data import Placed
 from ray_app.jobs.train import group
 from ray_app.jobs.trial import metrics_of
 
@@ -31,9 +30,6 @@ def run_group_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
     cfg = TrainConfig.model_validate(config["train"])
     with run_at(cfg.out) as run:
         run.pull()
-        run.bring(START)
-        begin(placed[config["data"]], cfg.at(run.path))
-        run.publish(START)
         with run.followed():
             failed = tell_epochs(config, cfg, run, placed[config["data"]])
         if failed and not isinstance(failed[0], RayActorError | WorkerGroupError):

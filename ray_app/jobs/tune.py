@@ -30,6 +30,7 @@ from ray_app.jobs.sweep_final import judgement_of, run_final
 from ray_app.jobs.sweep_folder import SWEEP, SweepFolder, Trial, best_of, front
 from ray_app.jobs.sweep_report import write_page
 from ray_app.jobs.sweep_spec import Choice, SweepSpec, describe, read_spec, space_of, train_config
+from ray_app.jobs.sweep_start import STARTS, with_starts
 from ray_app.jobs.sweep_tracking import SweepTracker
 from ray_app.jobs.sweep_watch import SweepProgress, trials_table, watch
 from ray_app.jobs.tracking import shown, tracking_uri
@@ -258,6 +259,7 @@ def search(record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> N
     left = len(record.queue) + record.left
     if not left or budget.stop_all():
         return
+    placed = with_starts(spec, placed, folder.path / STARTS)
     run, resources = run_trial, {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
     if spec.workers > 1:
         run, resources = run_group_trial, RESOURCES
