@@ -151,6 +151,34 @@ def test_the_long_drive_is_a_true_sequence_of_the_density_asked_for(tmp_path: Pa
     assert task.num_pairs == 2
 
 
+def test_the_script_of_dsec_tells_medians_and_ranges_of_rounds_that_agree() -> None:
+    import prepare_dsec
+
+    same = {"pairs": 8, "quarantined": 0, "windows": 8, "events_covered": 10**9, "events_drawn": 2 * 10**8}
+    same |= {"workers": 2, "fingerprint": "f"}
+    rounds = [same | {"seconds": seconds, "worker_peak_bytes": 2**28} for seconds in (4.0, 2.0, 5.0)]
+    found = prepare_dsec.summary(("--durations", "1s"), rounds)
+    assert found["seconds"] == {"median": 4.0, "range": [2.0, 5.0]}
+    assert found["million_events_drawn_per_s_per_core"] == {"median": 25.0, "range": [20.0, 50.0]}
+    assert found["windows_per_s_per_core"]["median"] == 1.0
+    with pytest.raises(AssertionError):
+        prepare_dsec.summary((), [*rounds, rounds[0] | {"fingerprint": "g"}])
+    alone = {f"of_four_{name}_alone": {"seconds": {"median": 3.0}} for name in "abcd"}
+    shares = prepare_dsec.four_durations({**alone, "four_durations_in_one": {"seconds": {"median": 6.0}}})
+    assert shares == {"together_s": 6.0, "one_by_one_s": 12.0, "share": 0.5}
+
+
+def test_the_script_of_dsec_draws_what_the_loop_draws(tmp_path: Path) -> None:
+    import prepare_dsec
+    from dsec_drives import write_small
+
+    write_small(tmp_path, "drive_00", frames=102)
+    found = prepare_dsec.against_the_loop(tmp_path, "drive_00", 1, 2)
+    assert len(found["windows"]) == 2
+    for ratio in ("ratio_events_side", "ratio_whole_pair", "ratio_five_whole_pairs", "ratio_drawing_alone"):
+        assert 0 < found[ratio]["range"][0] <= found[ratio]["median"] <= found[ratio]["range"][1]
+
+
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.stem)
 def test_every_result_says_where_it_comes_from(path: Path) -> None:
     origin = json.loads(path.read_text())["provenance"]

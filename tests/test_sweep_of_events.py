@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from dsec_drives import BEGIN_US, OFFSET_US, dsec, events_until, pairs_of, same, write_small
@@ -97,8 +98,6 @@ def test_a_damaged_place_costs_the_slices_alone_that_it_lies_in(tmp_path: Path) 
     events = events_until(1_000_000)
     path = tmp_path / "events.h5"
     write_events(path, events, OFFSET_US, chunks=512)
-    import h5py
-
     with h5py.File(path) as file:
         chunk = file["events/x"].id.get_chunk_info(8)
     data = bytearray(path.read_bytes())

@@ -31,8 +31,6 @@ SECONDS_PER_TASK_US = 64_000_000
 """Most recorded time whose windows one task draws: long windows are few to a task."""
 
 Pick = Literal["middle", "all"]
-
-
 Sides = Callable[[NDArray[np.uint8], int], tuple[NDArray[np.uint8], NDArray[np.uint8]]]
 """Both pictures of a pair, (H, W, 3) each, from the drawn events and the number of the frame. InputError: no such."""
 
