@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
 LAUNCHED = [ROOT / "cluster.yaml", *sorted((DEPLOY / "launcher").glob("*.yaml"))]
 OVERLAYS = sorted((DEPLOY / "kuberay" / "overlays").iterdir())
-JOBS = sorted((DEPLOY / "kuberay" / "jobs").glob("*.yaml"))
+JOBS = sorted((DEPLOY / "kuberay").rglob("jobs/*.yaml"))
 KUBERNETES = "1.34"
 PINNED = dict(
     line.split("==")
@@ -140,15 +140,29 @@ def test_kubernetes_and_kuberay_accept_every_object(folder: Path) -> None:
         check(thing)
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: str(path.relative_to(DEPLOY / "kuberay")))
 def test_kuberay_accepts_every_job_and_we_accept_its_command(path: Path) -> None:
     job = yaml.safe_load(path.read_text())
     check(job)
     words = shlex.split(Template(job["spec"]["entrypoint"]).substitute(environment_of_pods()))
     assert words[:3] == ["python", "-m", "ray_app"]
     name, rest = cli.find_command(words[3:])
-    cli.parse(name, cli.COMMANDS[name], None, rest)
+    cfg = cli.parse(name, cli.COMMANDS[name], None, rest)
+    assert bool(getattr(cfg, "use_gpu", False)) == ("gpu" in path.parts)
     assert set(yaml.safe_load(job["spec"]["runtimeEnvYAML"])) == {"env_vars"}
+
+
+def test_the_gpu_overlay_has_jobs_that_ask_for_what_its_workers_have() -> None:
+    folder = DEPLOY / "kuberay" / "overlays" / "gpu"
+    assert {path.stem for path in JOBS if folder in path.parents} == {"train", "tune"}
+    cluster = next(o for o in build(folder) if o["kind"] == "RayCluster")
+    limits = [one["resources"]["limits"] for one in containers(cluster["spec"]["workerGroupSpecs"])]
+    assert any(limit.get("nvidia.com/gpu") for limit in limits)
+    for path in JOBS:
+        assert (
+            yaml.safe_load(path.read_text())["spec"]["clusterSelector"]["ray.io/cluster"]
+            == cluster["metadata"]["name"]
+        )
 
 
 def test_an_unknown_name_in_a_manifest_is_found() -> None:
