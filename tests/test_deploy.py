@@ -200,34 +200,3 @@ def test_the_endpoint_on_kubernetes_is_the_one_of_this_repository() -> None:
     assert theirs == ours
     for application in ours["applications"]:
         assert "tracking_uri" not in application["args"], "MLFLOW_TRACKING_URI of the nodes tells it"
-
-
-INSTRUCTION = re.compile(r"^([A-Z]+) ((?:[^\\\n]|\\\n|\\.)*)", re.MULTILINE)
-
-
-def test_the_container_file_builds_from_what_is_here_and_ends_without_powers() -> None:
-    text = re.sub(r"^#.*\n", "", (DEPLOY / "Containerfile").read_text(), flags=re.MULTILINE)
-    steps = [(name, rest.replace("\\\n", " ").strip()) for name, rest in INSTRUCTION.findall(text)]
-    kept = [line[1:] for line in (ROOT / ".containerignore").read_text().splitlines() if line.startswith("!")]
-    copied = [source for name, rest in steps if name == "COPY" for source in rest.split()[:-1]]
-    assert copied
-    for source in copied:
-        assert (ROOT / source).exists(), source
-        assert source in kept, f"{source} is kept from the builder by .containerignore"
-    names = [name for name, _ in steps]
-    assert "ADD" not in names
-    assert names.index("USER") > max(i for i, (name, _) in enumerate(steps) if name in ("RUN", "COPY"))
-    assert dict(steps)["USER"] == "1000"
-    assert f"torch=={PINNED['torch']}" in text
-    assert not re.search(r"(?i)(password|secret|token|key)\s*=", text)
-    start = dict(steps)["FROM"]
-    assert re.fullmatch(r"docker\.io/library/python:\$\{PYTHON\}-slim-bookworm", start)
-
-
-def test_the_image_has_every_extra_that_it_names() -> None:
-    import tomllib
-
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = re.findall(r"'\.\[([a-z,]+)\]'", (DEPLOY / "Containerfile").read_text())
-    assert named
-    assert {extra for group in named for extra in group.split(",")} <= set(extras)
