@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
 LAUNCHED = [ROOT / "cluster.yaml", *sorted((DEPLOY / "launcher").glob("*.yaml"))]
 OVERLAYS = sorted((DEPLOY / "kuberay" / "overlays").iterdir())
-JOBS = sorted((DEPLOY / "kuberay" / "jobs").glob("*.yaml"))
+JOBS = sorted((DEPLOY / "kuberay").rglob("jobs/*.yaml"))
 KUBERNETES = "1.34"
 PINNED = dict(
     line.split("==")
@@ -142,15 +142,29 @@ def test_kubernetes_and_kuberay_accept_every_object(folder: Path) -> None:
         check(thing)
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: str(path.relative_to(DEPLOY / "kuberay")))
 def test_kuberay_accepts_every_job_and_we_accept_its_command(path: Path) -> None:
     job = yaml.safe_load(path.read_text())
     check(job)
     words = shlex.split(Template(job["spec"]["entrypoint"]).substitute(environment_of_pods()))
     assert words[:3] == ["python", "-m", "ray_app"]
     name, rest = cli.find_command(words[3:])
-    cli.parse(name, cli.COMMANDS[name], None, rest)
+    cfg = cli.parse(name, cli.COMMANDS[name], None, rest)
+    assert bool(getattr(cfg, "use_gpu", False)) == ("gpu" in path.parts)
     assert set(yaml.safe_load(job["spec"]["runtimeEnvYAML"])) == {"env_vars"}
+
+
+def test_the_gpu_overlay_has_jobs_that_ask_for_what_its_workers_have() -> None:
+    folder = DEPLOY / "kuberay" / "overlays" / "gpu"
+    assert {path.stem for path in JOBS if folder in path.parents} == {"train", "tune"}
+    cluster = next(o for o in build(folder) if o["kind"] == "RayCluster")
+    limits = [one["resources"]["limits"] for one in containers(cluster["spec"]["workerGroupSpecs"])]
+    assert any(limit.get("nvidia.com/gpu") for limit in limits)
+    for path in JOBS:
+        assert (
+            yaml.safe_load(path.read_text())["spec"]["clusterSelector"]["ray.io/cluster"]
+            == cluster["metadata"]["name"]
+        )
 
 
 def test_an_unknown_name_in_a_manifest_is_found() -> None:
@@ -201,28 +215,6 @@ def test_the_gpu_overlay_is_the_endpoint_of_the_base_with_a_gpu_for_each_replica
     assert options["ray_actor_options"]["num_gpus"] == 1
     for worker in containers(services["gpu"]["spec"]["rayClusterConfig"]["workerGroupSpecs"]):
         assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
-
-
-INSTRUCTION = re.compile(r"^([A-Z]+) ((?:[^\\\n]|\\\n|\\.)*)", re.MULTILINE)
-
-
-def test_the_container_file_builds_from_what_is_here_and_ends_without_powers() -> None:
-    text = re.sub(r"^#.*\n", "", (DEPLOY / "Containerfile").read_text(), flags=re.MULTILINE)
-    steps = [(name, rest.replace("\\\n", " ").strip()) for name, rest in INSTRUCTION.findall(text)]
-    kept = [line[1:] for line in (ROOT / ".containerignore").read_text().splitlines() if line.startswith("!")]
-    copied = [source for name, rest in steps if name == "COPY" for source in rest.split()[:-1]]
-    assert copied
-    for source in copied:
-        assert (ROOT / source).exists(), source
-        assert source in kept, f"{source} is kept from the builder by .containerignore"
-    names = [name for name, _ in steps]
-    assert "ADD" not in names
-    assert names.index("USER") > max(i for i, (name, _) in enumerate(steps) if name in ("RUN", "COPY"))
-    assert dict(steps)["USER"] == "1000"
-    assert f"torch=={PINNED['torch']}" in text
-    assert not re.search(r"(?i)(password|secret|token|key)\s*=", text)
-    start = dict(steps)["FROM"]
-    assert re.fullmatch(r"docker\.io/library/python:\$\{PYTHON\}-slim-bookworm", start)
 
 
 def test_the_image_has_every_extra_that_it_names() -> None:

@@ -30,7 +30,7 @@ from ray_app.jobs.sweep_folder import SweepFolder, Trial, best_of, busy_seconds,
 from ray_app.jobs.sweep_search import Tried, draw, propose
 from ray_app.jobs.sweep_spec import Choice, Span, SweepSpec, describe, read_spec, space_of, train_config
 from ray_app.jobs.trial import why_not_again
-from ray_app.jobs.tune import agree
+from ray_app.jobs.tune import agree, planned
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 
@@ -88,6 +88,8 @@ def test_a_sweep_without_a_store_says_how_to_name_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--store stores/scenes"):
         read_spec(path, {})
     assert read_spec(path, {"store": "A", "out": "B"}).store == str(Path("A").absolute())
+    for asked in (False, True):
+        assert planned(TuneConfig(file=path, store="A", out="B", use_gpu=asked)).use_gpu == asked
 
 
 def test_any_setting_of_train_may_be_searched(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_what_is_finished_is_not_run_again_and_a_larger_budget_adds_to_it(swept:
     more = run_tune(TuneConfig(resume=folder.path, max_trials=4, **flags))
     assert len(more["trials"]) == 4
     assert {name: count for name, count in attempts(folder).items() if name in before} == before
-    with pytest.raises(ConfigError, match="leave --store and --out out"):
+    with pytest.raises(ConfigError, match="leave --store, --out and --use-gpu out"):
         run_tune(TuneConfig(resume=folder.path, store=root, **flags))
 
 

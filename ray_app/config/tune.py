@@ -24,6 +24,8 @@ class TuneConfig(ClusterFlags, TrackingFlags):
     """Pair store: a folder, or a URI such as s3://bucket/store."""
     out: StorePlace | None = None
     """Folder of the sweep, on a disk that all nodes see, or a URI such as s3://bucket/sweep; must be new or empty."""
+    use_gpu: bool = False
+    """One GPU for each worker of a trial, whatever the file says."""
     max_trials: Positive | None = None
     """Most trials."""
     max_hours: float | None = Field(default=None, gt=0.0)

@@ -109,7 +109,8 @@ def sweep(cfg: TuneConfig, record: SweepRecord, placed: dict[str, Placed], concu
 def planned(cfg: TuneConfig) -> SweepSpec:
     """A new sweep, as its file and the flags tell it."""
     assert cfg.file is not None
-    return read_spec(cfg.file, {name: getattr(cfg, name) for name in ("store", "out", *BUDGET)})
+    changes = {name: getattr(cfg, name) for name in ("store", "out", *BUDGET)}
+    return read_spec(cfg.file, {**changes, "use_gpu": cfg.use_gpu or None})
 
 
 def begun_before(cfg: TuneConfig, folder: SweepFolder) -> None:
@@ -117,8 +118,8 @@ def begun_before(cfg: TuneConfig, folder: SweepFolder) -> None:
     folder.pull()
     folder.about()
     folder.entries()
-    if cfg.store or cfg.out:
-        raise ConfigError("--resume goes on with the sweep's own store and folder; leave --store and --out out")
+    if cfg.store or cfg.out or cfg.use_gpu:
+        raise ConfigError("--resume goes on with the sweep's own: leave --store, --out and --use-gpu out")
 
 
 def going_on(cfg: TuneConfig, folder: SweepFolder) -> SweepSpec:
