@@ -1,10 +1,10 @@
-# make setup | quickstart | test | test-net | check | chaos      (Linux, Python 3.11, no GPU needed)
+# make setup | quickstart | lift | test | test-net | check | chaos      (Linux, Python 3.11, no GPU needed)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup quickstart test test-net check chaos
+.PHONY: setup quickstart lift test test-net check chaos
 
 setup: $(STAMP)
 
@@ -17,6 +17,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/ray-app quickstart
+
+# The quickstart anew, elsewhere; fails unless its adapter is ahead of the best control.
+lift: setup
+	folder=$$(mktemp -d) && $(BIN)/ray-app quickstart --out $$folder --tracking-uri sqlite:///$$folder/mlflow.db --json > $$folder/said.json \
+	&& $(BIN)/python -c 'import json, sys; told = json.load(sys.stdin)["evaluate"]; print(told["verdict"]); sys.exit(told["lift"] <= 0)' < $$folder/said.json
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,9 @@
 """The whole loop as a user starts it, at the real feature width, with few pairs."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +31,17 @@ def test_quickstart_ends_with_a_table_a_report_and_a_champion(
     for word in ("mean_target", "shuffled", "report.html", "champion"):
         assert word in out
     assert {path.name for path in (tmp_path / "q").iterdir() if path.name.startswith("run-")} >= {"run-1", "run-2"}
+
+
+@pytest.mark.parametrize(("lift", "fails"), [(0.31, False), (0.0, True), (-0.2, True)])
+def test_make_lift_fails_unless_the_adapter_is_ahead(tmp_path: Path, lift: float, fails: bool) -> None:
+    said = json.dumps({"evaluate": {"verdict": "so it is", "lift": lift}})
+    (tmp_path / "ray-app").write_text(f"#!/bin/sh\necho '{said}'\n")
+    (tmp_path / "ray-app").chmod(0o755)
+    (tmp_path / "python").symlink_to(sys.executable)
+    stamp = str(tmp_path / "ray-app")
+    command = ["make", "-s", "lift", f"BIN={tmp_path}", f"STAMP={stamp}", "-o", stamp]
+    root, env = Path(__file__).parents[1], {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == "so it is\n"
+    assert (done.returncode != 0) == fails

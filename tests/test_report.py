@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pages import Elements, assert_has_words, assert_light_and_dark, assert_stands_alone
 from rich.console import Console
 
 from ray_app.core.metrics import THETAS, AlignmentCounts, rate_key
+from ray_app.jobs.figures import log_scale
 from ray_app.jobs.report import PairPicture, notes, outcome, render_html, results_table, verdict_sentence
 
 CENTRES = {
@@ -198,6 +200,15 @@ def test_table_and_page_show_the_same_rates(page: str) -> None:
         assert f"{rate} %" in printed
         assert f'<td class="key">{rate}</td>' in page
     assert f"{100 * result['lift']:+.1f}" in printed
+
+
+@pytest.mark.parametrize(("values", "inside"), [([0, 12_608, 2.0e6], [12_608, 2.0e6]), ([0], [1.0]), ([], [1.0])])
+def test_a_logarithmic_axis_leaves_out_what_has_no_place_there(values: list[float], inside: list[float]) -> None:
+    axes = Figure().subplots()
+    log_scale(axes, values)
+    low, high = axes.get_xlim()
+    assert 0 < low < min(inside) <= max(inside) < high
+    assert high / low >= 9.9
 
 
 def test_features_that_are_no_images_leave_the_pictures_out() -> None:

@@ -9,10 +9,13 @@ import torch
 
 from ray_app.config.train import TrainConfig
 from ray_app.core.evaluation import AlignmentEvaluator
+from ray_app.core.start import GRID
 from ray_app.core.step import decode
 from ray_app.errors import CheckpointError, ConfigError
 from ray_app.jobs import start as starts
+from ray_app.jobs.held import Held
 from ray_app.jobs.train import run_train
+from ray_app.jobs.train_state import training_split
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
@@ -106,6 +109,38 @@ def test_ridge_is_solved_once_and_is_no_worse_on_validation_than_the_mean_target
     mean = torch.tensor(store.read_rows(split.train)[1] / 255).mean(0).float()
     control = torch.nn.functional.cosine_similarity(mean[None], target).mean()
     assert result["val"]["cos_sim_mean"] > float(control) - 1e-3
+
+
+def test_a_last_ridge_holds_all_pairs_at_the_regularisation_that_validation_chose(
+    small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = config(small_store, tmp_path / "first", "ridge")
+    last = config(small_store, tmp_path / "last", "ridge", fit_on="train+val")
+    store = PairStore.open(small_store)
+
+    def begin(cfg: TrainConfig) -> np.ndarray:
+        split = training_split(cfg, store)
+        train, val = (
+            Held(rows, *(torch.tensor(side) for side in store.read_rows(rows))) for rows in (split.train, split.val)
+        )
+        starts.make_start(cfg, store, split, starts.PairsInMemory(store, train, val))
+        return split.train
+
+    begin(first)
+    everyone = begin(last)
+    chosen, (start, about) = (load_training_state(cfg.folder / "start") for cfg in (first, last))
+    cosines = {float(key): cos for key, cos in about["mean_cosine_on_validation"].items()}
+    assert list(cosines) == list(GRID)
+    assert about["mean_cosine_on_validation"] == pytest.approx(chosen[1]["mean_cosine_on_validation"], abs=1e-5)
+    event = torch.tensor(store.read_rows(everyone)[0] / 255).double()
+    assert len(event) > len(chosen[0]["event_pairs"])
+    kernel = (event - start["event_mean"]) @ (event - start["event_mean"]).T
+    best = max(cosines, key=lambda relative: cosines[relative])
+    expected = torch.linalg.inv(kernel + best * kernel.diagonal().mean() * torch.eye(len(event)))
+    torch.testing.assert_close(start["inverse"].double(), expected, atol=1e-4, rtol=1e-3)
+    monkeypatch.setattr(starts, "split_pairs", lambda *words: split_pairs(*words).without_validation())
+    with pytest.raises(ConfigError, match="regularisation on the validation part, which is empty"):
+        begin(last.model_copy(update={"out": str(tmp_path / "none")}))
 
 
 def test_conv_learns_with_augmentation_on_two_workers(small_store: Path, tmp_path: Path) -> None:

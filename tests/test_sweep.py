@@ -18,6 +18,7 @@ import yaml
 from ray_app import cli
 from ray_app.config.train import TrainConfig
 from ray_app.config.tune import TuneConfig
+from ray_app.core.adapter import STRATEGIES
 from ray_app.core.evaluation import AlignmentEvaluator, Controls, derangement
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.errors import ConfigError, ResourceError, StoreError
@@ -52,7 +53,15 @@ def test_every_sweep_that_is_shipped_can_be_read_and_says_what_it_is_for(path: P
 
 
 def test_the_shipped_sweeps_are_there() -> None:
-    assert {path.stem for path in CONFIGS} >= {"smoke", "lightweight", "strategies", "durations"}
+    assert {path.stem for path in CONFIGS} >= {"smoke", "lightweight", "strategies", "durations", "tokens", "losses"}
+
+
+def test_every_strategy_but_the_widest_and_every_loss_is_in_a_shipped_space() -> None:
+    spaces = [space_of(read_spec(path, {})) for path in CONFIGS]
+    strategies = {each for space in spaces if "strategy" in space for each in space["strategy"].bounds}
+    assert strategies == set(STRATEGIES) - {"linear"}, "it would have 22.7 billion weights on images"
+    losses = {name for name in TrainConfig.model_fields if name.endswith("_weight")}
+    assert losses <= {name for space in spaces for name in space}
 
 
 @pytest.mark.parametrize(

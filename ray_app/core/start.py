@@ -11,7 +11,7 @@ Shapes: B = pairs of a batch, N = training pairs, E, D = widths, W = either of t
 T = positions of a sequence.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -162,9 +162,13 @@ GRID = tuple(10.0**exponent for exponent in range(-4, 4))
 
 
 def solve_ridge(
-    start: Start, event: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], units: tuple[float, float]
+    start: Start,
+    event: tuple[Tensor, Tensor],
+    target: tuple[Tensor, Tensor],
+    units: tuple[float, float],
+    grid: Sequence[float] = GRID,
 ) -> tuple[Start, dict[float, float]]:
-    """The start of `Ridge`, with the λ of `GRID` whose mean cosine on validation is best; and that cosine of each.
+    """The start of `Ridge`, with the λ of the grid whose mean cosine on validation is best; and that cosine of each.
 
     `event` and `target`: features of the training and the validation part, as stored; `units`: their scales.
     ConfigError: constant event features.
@@ -188,7 +192,7 @@ def solve_ridge(
     norm_V = (val_y + mean_D).double().norm(dim=1)
     eigen_N, vectors_NN = torch.linalg.eigh(kernel_NN)
     cosines, inverses = {}, {}
-    for relative in GRID:
+    for relative in grid:
         inverse_NN = (vectors_NN / (eigen_N.clamp(min=0.0) + relative * size)) @ vectors_NN.T
         w_VN = across_VN @ inverse_NN
         dot_V = mean_sq + on_mean_V + w_VN @ on_mean_N + (w_VN * target_NV.T).sum(dim=1)

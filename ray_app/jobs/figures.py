@@ -66,8 +66,12 @@ def svg(name: str, draw: Callable[[Figure], None], size: tuple[float, float] = (
 
 
 def log_scale(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic x axis that holds `values` and is at least a decade wide, with ticks too few to touch."""
-    low, high = min(values, default=1.0), max(values, default=1.0)
+    """A logarithmic x axis that holds `values` and is at least a decade wide, with ticks too few to touch.
+
+    It has no place for 0, the parameters of an adapter that is solved and not trained.
+    """
+    there = [value for value in values if value > 0]
+    low, high = min(there, default=1.0), max(there, default=1.0)
     margin = max(10.0 / (high / low), (high / low) ** 0.3, 1.5) ** 0.5
     axes.set(xscale="log", xlim=(low / margin, high * margin))
     axes.xaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5)))

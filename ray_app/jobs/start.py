@@ -2,7 +2,7 @@
 
 Through Ray Data batches and their order are the store's, whatever the number of workers.
 
-Shapes: B = pairs of a batch, E, D = widths of event and target, R = rank, N = pairs of a part.
+Shapes: B = pairs of a batch, E, D = widths of event and target, R = rank, V = pairs of the validation part.
 """
 
 import functools
@@ -30,7 +30,7 @@ from ray_app.jobs.held import Held
 from ray_app.jobs.shards import hold, to_arrays
 from ray_app.store.checkpoint import load_training_state, save_training_state
 from ray_app.store.pair_store import PairStore
-from ray_app.store.split import Split
+from ray_app.store.split import Split, split_pairs
 
 START = "start"
 BATCH = 128
@@ -129,10 +129,7 @@ def make_start(cfg: TrainConfig, store: PairStore, split: Split, pairs: Training
     start = find_start(pairs.passes, level, cfg.rank, len(split.train), cfg.seed, tokens)
     chosen: dict[str, Any] = {}
     if level == "pairs":
-        train, val = pairs.held("train"), pairs.held("val")
-        units = store.feature("event").scale, store.feature("target").scale
-        sides = (train.event_BE, val.event_BE), (train.target_BD, val.target_BD)
-        start, cosines = solve_ridge(start, *sides, units)
+        start, cosines = solved(cfg, store, split, pairs, start)
         chosen = {"mean_cosine_on_validation": {f"{relative:g}": cos for relative, cos in cosines.items()}}
     if cfg.space == "compressed":
         for part in ("train", "val") if len(split.val) else ("train",):
@@ -140,6 +137,37 @@ def make_start(cfg: TrainConfig, store: PairStore, split: Split, pairs: Training
             start = {**start, **{f"{part}_{name}": value for name, value in found.items()}}
     seconds = round(time.perf_counter() - began, 3)
     save_training_state(folder, start, {**origin(cfg, store), **chosen, "seconds": seconds})
+
+
+def solved(
+    cfg: TrainConfig, store: PairStore, split: Split, pairs: TrainingPairs, start: Start
+) -> tuple[Start, dict[float, float]]:
+    """The ridge solution of the training part, and the mean cosine on validation of each λ.
+
+    Of a last run, whose training part holds validation too, λ is what the rest of it chose on those pairs.
+    ConfigError: there are none.
+    """
+    train, units = pairs.held("train"), (store.feature("event").scale, store.feature("target").scale)
+    if len(split.val):
+        held = pairs.held("val")
+        return solve_ridge(start, (train.event_BE, held.event_BE), (train.target_BD, held.target_BD), units)
+    inside = torch.from_numpy(np.isin(split.train, split_pairs(store.index, cfg.split_config).val))
+    if not inside.any():
+        raise ConfigError(
+            "ridge chooses its regularisation on the validation part, which is empty: prepare more pairs, or raise "
+            "--val-share"
+        )
+    rest, val = ((train.event_BE[rows], train.target_BD[rows]) for rows in (~inside, inside))
+    event, target = zip(rest, val, strict=True)
+    means = [
+        (side.sum(dim=0, dtype=torch.float64) / len(side) * unit).float()
+        for side, unit in zip(rest, units, strict=True)
+    ]
+    _, cosines = solve_ridge({"event_mean": means[0], "target_mean": means[1]}, event, target, units)
+    best = max(cosines, key=lambda relative: cosines[relative])
+    sides = (train.event_BE, val[0]), (train.target_BD, val[1])
+    whole, _ = solve_ridge(start, *sides, units, grid=(best,))
+    return whole, cosines
 
 
 def held_compressed(cfg: TrainConfig, store: PairStore, part: str, wanted: NDArray[np.int64]) -> Held:
