@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import ray
 import torch
 from ray import serve
 from starlette.types import ASGIApp
@@ -11,6 +12,7 @@ from ray_app.config.serve import EndpointConfig
 from .api import build_api
 from .edge import Edge
 from .endpoint import Endpoint
+from .error_page import write_page
 from .gate import Gate
 from .tracing import Tracing
 from .v2 import infer
@@ -31,6 +33,7 @@ class Replica:
         self.endpoint = Endpoint(cfg, name)
         torch.set_num_threads(threads_for(self.endpoint.model.parameters, int(cfg.cpus_per_replica)))
         self.tracing = Tracing(cfg.traces, name)
+        write_page(ray.get_runtime_context().get_node_id())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Ray Serve sends requests to."""
