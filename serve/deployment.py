@@ -14,6 +14,7 @@ from .edge import Edge
 from .endpoint import Endpoint
 from .error_page import write_page
 from .gate import Gate
+from .stats import Snapshot
 from .tracing import Tracing
 from .v2 import infer
 
@@ -50,6 +51,10 @@ class Replica:
     async def reload(self) -> str:
         """Looks at the model source, a version that was refused included."""
         return await self.endpoint.reload(again=True)
+
+    async def snapshot(self) -> Snapshot:
+        """This replica's part of `/v1/stats`."""
+        return self.endpoint.telemetry.snapshot(self.endpoint.batcher.queued_rows)
 
     async def exposition(self) -> str:
         """Prometheus text of this replica."""

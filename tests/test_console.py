@@ -215,12 +215,12 @@ def test_it_tells_what_is_served_and_how_much_it_is_asked(browser: Any, endpoint
     for words in ("models:/alignment-adapter@champion", "lightweight", "768 → 768", evaluation["best_control"]):
         assert words in served
     page.locator("#since", has_text="since").wait_for()
-    before = server.endpoint.telemetry.stats(0)["requests"]["total"]
+    before = server.endpoint.telemetry.snapshot(0).codes.total()
     page.get_by_role("button", name="Crossing").click()
     page.locator("#verdict strong").wait_for()
     page.wait_for_timeout(1500)
     shown = int(re.search(r"requests\s+([\d,]+)", page.locator("#live").inner_text())[1].replace(",", ""))  # type: ignore[index]
-    assert before < shown <= server.endpoint.telemetry.stats(0)["requests"]["total"]
+    assert before < shown <= server.endpoint.telemetry.snapshot(0).codes.total()
     assert float(page.locator("#rate").inner_text()) > 0
     closed(page)
 

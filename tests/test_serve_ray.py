@@ -143,6 +143,10 @@ def test_metrics_are_of_every_replica(server: RayServer) -> None:
         time.sleep(1.0)
     assert not load.failures
     assert server.metric("align_requests_total", route="/v2/models/{model}/infer", code="200") >= load.codes[200]
+    stats = server.json("GET", "/v1/stats")[1]
+    assert stats["replicas"] == 2
+    assert stats["requests"]["by_code"]["200"] >= load.codes[200], "no replica alone has answered so many"
+    assert stats["pairs"] >= 2 * load.codes[200]
     text = server.ask("GET", "/metrics")[2].decode()
     names = {line.split('replica="')[1].split('"')[0] for line in text.splitlines() if "align_model_info{" in line}
     assert len(names) == 2
