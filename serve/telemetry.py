@@ -1,20 +1,19 @@
-"""What a replica tells of itself: Prometheus series in a registry of its own, and the live numbers of `/v1/stats`."""
+"""What a replica tells of itself: Prometheus series in a registry of its own, and its part of `/v1/stats`."""
 
 import time
 from collections import Counter as Tally
 from collections import deque
 from typing import Any
 
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ray_app.core.gate import accept
 from ray_app.core.metrics import THETA
 
 from .batcher import BatchTimes
-from .judgement import stability_index
 from .model import ServedModel
 from .predict import Answer
+from .stats import Snapshot, drift
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -30,8 +29,6 @@ KEPT = 20_000
 """Requests remembered at most."""
 LIVE_PAIRS = 2_000
 """Newest verified pairs that are compared with the test part's."""
-ENOUGH = 100
-"""Pairs below which a comparison would be noise."""
 
 
 class Telemetry:
@@ -45,7 +42,7 @@ class Telemetry:
         self._cosines: deque[float] = deque(maxlen=LIVE_PAIRS)
         self._pairs = self._verified = self._accepted = 0
         self._cos_sum = 0.0
-        self._baseline: tuple[str, Any, Any] | None = None
+        self._model: ServedModel | None = None
 
         def made(kind: Any, name: str, help: str, labels: tuple[str, ...] = (), **more: Any) -> Any:
             series = kind(name, help, ("replica", *labels), registry=self.registry, **more)
@@ -123,56 +120,39 @@ class Telemetry:
             self.replica, identity.version, identity.digest, identity.run_id or "", model.precision
         ).set(1)
         self._loaded.set(model.loaded_at.timestamp())
-        self._baseline = model.judged.baseline
+        self._model = model
         self._cosines.clear()
 
     def reload(self, outcome: str) -> None:
         """One look at the model source."""
         self._reloads.labels(self.replica, outcome).inc()
 
-    def drift(self) -> dict[str, Any]:
-        """How far live cosines are from those of the part the model was judged on."""
-        psi = None
-        if self._baseline and len(self._cosines) >= ENOUGH:
-            psi = stability_index(np.array(self._cosines), *self._baseline[1:])
-        return {
-            "live_pairs": len(self._cosines),
-            "reference": self._baseline[0] if self._baseline else None,
-            "psi": psi,
-        }
-
-    def stats(self, queue_rows: int) -> dict[str, Any]:
-        """`/v1/stats`."""
+    def snapshot(self, queue_rows: int) -> Snapshot:
+        """Its part of `/v1/stats`."""
         now = time.monotonic()
         recent = [(when, seconds, pairs) for when, seconds, pairs in self._recent if now - when <= RECENT_S]
         lately = [pairs for when, _, pairs in recent if now - when <= RATE_S]
         span = min(RATE_S, max(time.time() - self.began, 1.0))
-        latency = {}
-        if recent:
-            points = np.percentile([seconds for _, seconds, _ in recent], (50, 95, 99)) * 1e3
-            latency = dict(zip(("p50", "p95", "p99"), points.round(3).tolist(), strict=True))
-        return {
-            "replica": self.replica,
-            "uptime_s": round(time.time() - self.began, 3),
-            "requests": {"total": self._codes.total(), "by_code": dict(self._codes)},
-            "request_rate_10s": round(len(lately) / span, 3),
-            "pairs": self._pairs,
-            "pair_rate_10s": round(sum(lately) / span, 3),
-            "latency_ms_60s": latency,
-            "queue_rows": queue_rows,
-            "in_flight": self.in_flight,
-            "verified": {
-                "pairs": self._verified,
-                "accepted": self._accepted,
-                "cos_sim_mean": self._cos_sum / self._verified if self._verified else None,
-            },
-            "drift": self.drift(),
-        }
+        return Snapshot(
+            uptime_s=time.time() - self.began,
+            codes=Tally(self._codes),
+            request_rate=len(lately) / span,
+            pair_rate=sum(lately) / span,
+            seconds=[seconds for _, seconds, _ in recent],
+            pairs=self._pairs,
+            queue_rows=queue_rows,
+            in_flight=self.in_flight,
+            verified=self._verified,
+            accepted=self._accepted,
+            cos_sum=self._cos_sum,
+            cosines=list(self._cosines),
+            digest=self._model.identity.digest if self._model else "",
+        )
 
     def exposition(self, queue_rows: int) -> bytes:
         """Prometheus text."""
         self._queue_rows.set(queue_rows)
         self._in_flight.set(self.in_flight)
-        psi = self.drift()["psi"]
+        psi = drift(self._cosines, self._model.judged)["psi"] if self._model else None
         self._drift.set(float("nan") if psi is None else psi)
         return generate_latest(self.registry)

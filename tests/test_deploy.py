@@ -215,12 +215,3 @@ def test_the_gpu_overlay_is_the_endpoint_of_the_base_with_a_gpu_for_each_replica
     assert options["ray_actor_options"]["num_gpus"] == 1
     for worker in containers(services["gpu"]["spec"]["rayClusterConfig"]["workerGroupSpecs"]):
         assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1
-
-
-def test_the_image_has_every_extra_that_it_names() -> None:
-    import tomllib
-
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = re.findall(r"'\.\[([a-z,]+)\]'", (DEPLOY / "Containerfile").read_text())
-    assert named
-    assert {extra for group in named for extra in group.split(",")} <= set(extras)

@@ -85,13 +85,11 @@ def test_a_deployment_that_cannot_be_is_told_once_in_a_sentence(
     """As Ray builds it: what it returns here it does not try again, what it raises it tries four times."""
     good, damaged = make_checkpoint(tmp_path / "good"), make_checkpoint(tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"nothing")
-    registry = f"sqlite:///{tmp_path}/mlflow.db"
     build = application_state.build_serve_application._function
     monkeypatch.setattr(application_state, "configure_component_logger", lambda **_: None)  # there is no Ray here
     for args, message in (
         ({"checkpoint": str(good), "max_bach": 8}, r"argument 'max_bach'"),
         ({"checkpoint": str(damaged)}, r"model\.safetensors is damaged"),
-        ({"checkpoint": "models:/none@champion", "tracking_uri": registry}, r"models:/none@champion: "),
     ):
         args = {**args, "open_access": True}
         _, built, told = build("serve.app:build_app", "1", "alignment", args, LoggingConfig(), None, {}, {}, {})
