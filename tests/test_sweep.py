@@ -75,6 +75,9 @@ def test_the_shipped_sweeps_are_there() -> None:
         ({"searcher": "bohb"}, "searcher: .*'grid', 'random' or 'optuna'"),
         ({"scheduler": "pbt"}, "hands weights on"),
         ({"max_trials": 0}, "max_trials"),
+        ({"space": {"rank": [4, 8]}}, "rank changes nothing in lightweight,"),
+        ({"space": {"patch": [4, 8], "strategy": ["lightweight", "lowrank"]}}, "patch changes nothing in light"),
+        ({"space": {"depth": [1, 2]}, "fixed": {"strategy": "linear"}}, "depth changes nothing in linear"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_one_sentence(lines: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -95,6 +98,12 @@ def test_any_setting_of_train_may_be_searched(tmp_path: Path) -> None:
     spec = read_spec(spec_file(tmp_path, space=space), {})
     cfg = train_config(spec, {"durations": ["1s", "2s"], "mse_space": "unit"}, tmp_path)
     assert (cfg.durations, cfg.mse_space) == (("1s", "2s"), "unit")
+
+
+def test_a_setting_that_one_adapter_of_the_space_has_may_be_searched(tmp_path: Path) -> None:
+    for space in ({"depth": [1, 2]}, {"rank": [4, 8], "init": ["random", "spectral"]}):
+        assert read_spec(spec_file(tmp_path, space=space), {})
+    assert read_spec(spec_file(tmp_path, space={"patch": [4, 8], "strategy": ["conv", "lightweight"]}), {})
 
 
 SPACE = {
