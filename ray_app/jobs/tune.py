@@ -32,7 +32,7 @@ from ray_app.jobs.sweep_start import STARTS, with_starts
 from ray_app.jobs.sweep_tracking import SweepTracker
 from ray_app.jobs.sweep_watch import SweepProgress, trials_table, watch
 from ray_app.jobs.tracking import shown, tracking_uri
-from ray_app.jobs.trial import run_trial
+from ray_app.jobs.trial import alike, run_trial
 from ray_app.jobs.trial_group import RESOURCES, run_group_trial
 from ray_app.store.durable import write_file
 from ray_app.store.pair_store import PairStore
@@ -326,9 +326,11 @@ def judged(record: SweepRecord) -> Trial:
     trials = [record.standing(name) if trial.ended_at is None else trial for name, trial in record.trials.items()]
     if best := best_of(trials):
         return best
-    failed = Counter(trial.reason for trial in record.folder.trials() if trial.status == "failed")
+    failed = [trial.reason or "" for trial in record.folder.trials() if trial.status == "failed"]
     if failed:
-        reasons = "; ".join(f"{count} times: {reason}" for reason, count in failed.most_common())
+        first = {alike(reason): reason for reason in reversed(failed)}
+        grouped = Counter(map(alike, failed)).most_common()
+        reasons = "; ".join(f"{count} times: {first[kind]}" for kind, count in grouped)
         raise TrainingError(f"no trial of {record.folder.path} could be judged. Failed: {reasons}")
     raise TrainingError(
         f"no trial of {record.folder.path} has finished an epoch yet; go on with: "
