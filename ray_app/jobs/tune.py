@@ -230,9 +230,10 @@ def agree(cfg: TuneConfig, spec: SweepSpec, told: Estimate) -> None:
     """Prints the estimate; where it is above a limit, asks. ConfigError: no, or nobody is there to ask."""
     most = f" (at most {told.hours:.2g} h)" if told.hours_expected < told.hours else ""
     gpus = f", {told.gpu_hours:.2g} GPU hours at most" if told.gpu_hours else ""
+    final = f", then about {told.final_hours:.2g} h for {spec.final_seeds} seeds of the winner" if cfg.final else ""
     print(
-        f"about {told.hours_expected:.2g} h{most}{gpus} for {told.trials} trials, {told.concurrent} at a time; "
-        f"{told.measured}",
+        f"about {told.hours_expected:.2g} h{most}{gpus} for {told.trials} trials, {told.concurrent} at a time"
+        f"{final}; {told.measured}",
         file=sys.stderr,
     )
     above = [
