@@ -5,8 +5,8 @@
 From the line in the sweep's journal that a setting is tried, to the beginning of the first optimizer step of its run;
 one trial at a time, on 2 CPUs. The same sweep runs a second time with `workers: 2` (half a CPU each), which starts a
 `TorchTrainer` in every trial, with fewer trials; and, in processes of their own, with strategies that cost more to
-begin: conv and lowrank, whose means and subspaces the sweep finds once (`before_s`: from the driver's start to the first
-trial), and lightweight of hidden 512. Writes benchmarks/results/tune_overhead.json.
+begin: conv and lowrank, whose means and subspaces the sweep finds once (`before_s`: from the driver's start to the
+first trial), and lightweight of hidden 512. Writes benchmarks/results/tune_overhead.json.
 """
 
 import argparse
