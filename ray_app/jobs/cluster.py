@@ -33,6 +33,8 @@ class ClusterInfo:
     """Memory that tasks and workers may claim."""
     node_cpus: tuple[float, ...]
     """CPUs of each node: a worker lies on one."""
+    node_memory_bytes: tuple[float, ...] = ()
+    """Memory of each node, in the same order."""
 
     def room(self, cpus_per_worker: float, data_cpus: float = 0.0) -> int:
         """How many workers of so many CPUs fit, beside `data_cpus` on the largest node."""
@@ -184,8 +186,9 @@ def require(
 
 def _info() -> ClusterInfo:
     total = ray.cluster_resources()
-    nodes = tuple(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
-    return ClusterInfo(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0), nodes)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, memory = (tuple(node.get(name, 0.0) for node in nodes) for name in ("CPU", "memory"))
+    return ClusterInfo(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0), cpus, memory)
 
 
 def _keep_token_private() -> None:

@@ -188,7 +188,7 @@ class SweepRecord:
 
     def end(self, trial: Trial) -> None:
         """Writes down how a trial ended; weights that nobody will ask for go."""
-        if trial.status == "failed" and (deaths := [d["reason"] for d in self.deaths(trial.name)]):
+        if trial.status == "failed" and (deaths := [d["reason"] for d in self.deaths(trial.name) if d["reason"]]):
             trial = replace(trial, reason=f"{trial.reason} (the last time: {deaths[-1]})")
         self.trials[trial.name] = trial
         self.folder.end_trial(self.journal, trial)
@@ -247,7 +247,7 @@ class Recorder(Unsaved, tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
         self.budget.ended(trial.trial_id)
-        self.record.failed(trial.config["trial"]["name"], reason_of(trial))
+        self.record.failed(trial.config["trial"]["name"], reason_of(trial) or "its process failed too often")
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
         name = trial.config["trial"]["name"]
@@ -257,8 +257,10 @@ class Recorder(Unsaved, tune.Callback):
 
 
 def reason_of(trial: TuneTrial) -> str:
-    """The last line of what Tune knows of a failure."""
+    """The last line of what Tune knows of a failure; nothing of one that the trial's journal tells of."""
     error = trial.get_pickled_error() or trial.get_error()
+    if error is None:
+        return ""
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return (lines[0] if type(error).__name__ != "TuneError" else lines[-1]) if lines else type(error).__name__

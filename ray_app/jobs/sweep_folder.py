@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.errors import StoreError
-from ray_app.jobs.journal import JOURNAL, Journal, entries
+from ray_app.jobs.journal import JOURNAL, Journal, entries, has_writer
 from ray_app.jobs.journal_parts import PARTS
 from ray_app.jobs.run_folder import CHECKPOINTS, STATES, RunFolder
 from ray_app.jobs.sweep_spec import Setting, SweepSpec
@@ -158,6 +158,10 @@ class SweepFolder:
     def driven(self) -> AbstractContextManager[Journal]:
         """The sweep's journal, for its one driver. StoreError: another process has it."""
         return Journal(self.path, HANDOVER_S)
+
+    def has_driver(self) -> bool:
+        """Whether one is at work, as far as can be told from here."""
+        return has_writer(self.path)
 
     def about(self) -> dict[str, Any]:
         """What it was started with: `name`, `key`, `created`, `spec`, `store_fingerprint`. StoreError: no sweep."""

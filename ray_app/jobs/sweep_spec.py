@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 
 from ray_app.config.base import Positive, SplitFlags, StorePlace
 from ray_app.config.train import TrainConfig
+from ray_app.core.adapter import STRATEGIES
 from ray_app.errors import ConfigError
 from ray_app.store.place import absolute
 
@@ -167,12 +168,33 @@ def check(spec: SweepSpec) -> None:
     for name, dimension in space.items():
         for value in dimension.bounds:
             train_config(spec, {name: value}, spec.out)
+    check_used(spec, space)
     if spec.searcher == "grid" and (spans := [name for name, d in space.items() if isinstance(d, Span)]):
         raise ConfigError(f"`searcher: grid` needs lists, but {spans[0]} is a span; list its values, or take random")
     if spec.also_minimise == "latency_ms" and spec.workers > 1:
         raise ConfigError("latency_ms is measured in a trial's own process; it needs `workers: 1`")
     if spec.scheduler == "pbt":
         check_population(spec, space)
+
+
+def check_used(spec: SweepSpec, space: Space) -> None:
+    """ConfigError if a searched setting changes no adapter of the space: trials would differ by nothing."""
+
+    def values(name: str) -> tuple[Any, ...]:
+        return (
+            space[name].bounds if name in space else (spec.fixed.get(name, TrainConfig.model_fields[name].default),)
+        )
+
+    kinds = {name: STRATEGIES[name] for name in values("strategy")}
+    used = frozenset[str]().union(*(kind.SETTINGS for kind in kinds.values()))
+    if "spectral" in values("init") and any(kind.SPECTRAL == "subspaces" for kind in kinds.values()):
+        used |= {"rank"}
+    for name in ("hidden_dim", "depth", "patch", "rank", "dropout"):
+        if name in space and name not in used:
+            raise ConfigError(
+                f"space: {name} changes nothing in {', '.join(kinds)}, so trials would differ by nothing; leave it "
+                "out, or take another `strategy`"
+            )
 
 
 def check_population(spec: SweepSpec, space: Space) -> None:

@@ -212,6 +212,13 @@ def parameters(cfg: TrainConfig, store: PairStore) -> int:
         return num_parameters(STRATEGIES[config.strategy](config))
 
 
+def beside_bytes(cfg: TrainConfig, store: PairStore) -> int:
+    """Bytes of what a run's adapter holds and does not train: means, bases, pairs."""
+    with torch.device("meta"):
+        config = adapter_config(cfg, store)
+        return sum(buffer.nbytes for buffer in STRATEGIES[config.strategy](config).buffers())
+
+
 def resume_or_init(
     cfg: TrainConfig, store: PairStore, name: str | None, device: torch.device, known: Start | None = None
 ) -> TrainState:

@@ -4,6 +4,7 @@ Its run folder is all its memory. Killed at any point, it goes on from there; ev
 process that works for it, those of the ones before too, so that a scheduler that was started anew knows them.
 """
 
+import re
 import time
 from collections.abc import Set
 from contextlib import nullcontext
@@ -112,12 +113,22 @@ class TrialRun:
     def failed_with(self, error: Exception) -> None:
         """Raises the error for another try, unless it is the second of its kind."""
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        before = [line["cause"] for line in since_start(self.cfg.folder) if line["kind"] == "error"]
+        again = told_before(cause, since_start(self.cfg.folder))
         self.journal.write("error", cause=cause, time=time.time())
-        if cause in before:
+        if again:
             self.fail(f"twice the same: {cause}")
         else:
             raise error
+
+
+def told_before(cause: str, lines: list[dict[str, Any]]) -> bool:
+    """Whether an earlier error of these lines is of this kind."""
+    return alike(cause) in [alike(line["cause"]) for line in lines if line["kind"] == "error"]
+
+
+def alike(cause: str) -> str:
+    """A cause without its numbers: places, sizes and addresses differ from one time to the next."""
+    return re.sub(r"\b(0x[0-9a-f]+|nan|inf|\d[\d.,_]*(e[+-]?\d+)?)\b", "#", cause, flags=re.IGNORECASE)
 
 
 def metrics_of(lines: list[dict[str, Any]], epoch: int, objective: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from ray_app.jobs.sweep_start import STARTS, with_starts
 from ray_app.jobs.sweep_tracking import SweepTracker
 from ray_app.jobs.sweep_watch import SweepProgress, trials_table, watch
 from ray_app.jobs.tracking import shown, tracking_uri
-from ray_app.jobs.trial import run_trial
+from ray_app.jobs.trial import alike, run_trial
 from ray_app.jobs.trial_group import RESOURCES, run_group_trial
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
@@ -230,9 +230,10 @@ def agree(cfg: TuneConfig, spec: SweepSpec, told: Estimate) -> None:
     """Prints the estimate; where it is above a limit, asks. ConfigError: no, or nobody is there to ask."""
     most = f" (at most {told.hours:.2g} h)" if told.hours_expected < told.hours else ""
     gpus = f", {told.gpu_hours:.2g} GPU hours at most" if told.gpu_hours else ""
+    final = f", then about {told.final_hours:.2g} h for {spec.final_seeds} seeds of the winner" if cfg.final else ""
     print(
-        f"about {told.hours_expected:.2g} h{most}{gpus} for {told.trials} trials, {told.concurrent} at a time; "
-        f"{told.measured}",
+        f"about {told.hours_expected:.2g} h{most}{gpus} for {told.trials} trials, {told.concurrent} at a time"
+        f"{final}; {told.measured}",
         file=sys.stderr,
     )
     above = [
@@ -326,9 +327,11 @@ def judged(record: SweepRecord) -> Trial:
     trials = [record.standing(name) if trial.ended_at is None else trial for name, trial in record.trials.items()]
     if best := best_of(trials):
         return best
-    failed = Counter(trial.reason for trial in record.folder.trials() if trial.status == "failed")
+    failed = [trial.reason or "" for trial in record.folder.trials() if trial.status == "failed"]
     if failed:
-        reasons = "; ".join(f"{count} times: {reason}" for reason, count in failed.most_common())
+        first = {alike(reason): reason for reason in reversed(failed)}
+        grouped = Counter(map(alike, failed)).most_common()
+        reasons = "; ".join(f"{count} times: {first[kind]}" for kind, count in grouped)
         raise TrainingError(f"no trial of {record.folder} could be judged. Failed: {reasons}")
     raise TrainingError(
         f"no trial of {record.folder} has finished an epoch yet; go on with: {record.folder.resume} and a larger "
