@@ -1,5 +1,6 @@
 """The container file: linted, and its steps replayed as far as they go without a container engine and a network."""
 
+import json
 import os
 import re
 import shutil
@@ -20,11 +21,27 @@ STEPS = [(name, rest.replace("\\\n", " ").strip()) for name, rest in INSTRUCTION
 COPIED = [source for name, rest in STEPS if name == "COPY" for source in rest.split()[:-1]]
 
 
-def test_hadolint_finds_nothing() -> None:
-    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert hadolint, "it is one of the dev dependencies"
-    done = subprocess.run([hadolint, "--no-color", str(FILE)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+def test_its_instructions_keep_the_rules_of_the_trade() -> None:
+    """Those of a linter that apply here: known instructions, exec form, absolute folders, commands that sh can read,
+    packages without what they recommend, and no caches left in the image."""
+    known = {"FROM", "ARG", "RUN", "WORKDIR", "COPY", "ENV", "USER", "CMD", "ENTRYPOINT", "EXPOSE", "LABEL", "SHELL"}
+    assert {name for name, _ in STEPS} <= known
+    assert "".join(f"{name} {rest}\n" for name, rest in INSTRUCTION.findall(TEXT)) == re.sub(r"\n+", "\n", TEXT)
+    for name, rest in STEPS:
+        if name in ("CMD", "ENTRYPOINT"):
+            assert isinstance(json.loads(rest), list), rest
+        elif name == "WORKDIR":
+            assert rest.startswith("/"), rest
+        elif name == "RUN":
+            assert subprocess.run(["sh", "-n", "-c", rest]).returncode == 0, rest
+            assert not re.search(r"\b(sudo|ssh|curl [^|]*\| *(ba)?sh)\b ", rest), rest
+            if "apt-get install" in rest:
+                assert "--no-install-recommends" in rest
+                assert "--yes" in rest
+                assert "rm -rf /var/lib/apt/lists/*" in rest
+            if "pip install" in rest:
+                assert "--no-cache-dir" in rest
+                assert "--constraint constraints.txt" in rest
 
 
 def test_it_copies_what_is_here_and_ends_without_powers() -> None:
