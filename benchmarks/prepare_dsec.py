@@ -57,7 +57,7 @@ def prepare(root: Path, folder: Path, num_workers: int, flags: tuple[str, ...]) 
     """The --json object of one run."""
     out = folder / f"store-{uuid.uuid4().hex[:8]}"
     words = ["prepare", "dsec", str(root), "--out", str(out), "--num-workers", str(num_workers), *flags, "--json"]
-    done = subprocess.run([sys.executable, "-m", "ray_app", *words], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "ray_app", *words], check=True, stdout=subprocess.PIPE, text=True)
     shutil.rmtree(out)
     return json.loads(done.stdout)
 

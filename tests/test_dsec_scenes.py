@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from dsec_drives import BEGIN_US, SceneDrive, write_scene
 from numpy.typing import NDArray
-from pages import assert_has_words, assert_light_and_dark, assert_stands_alone
+from pages import assert_has_words, assert_light_and_dark, assert_opens, assert_stands_alone
 from s3_process import S3
 
 from ray_app.config.prepare import InspectConfig, PrepareDsec
@@ -106,6 +106,7 @@ def test_inspect_tells_the_numbers_that_numpy_gives(
     for check in (assert_stands_alone, assert_has_words, assert_light_and_dark):
         check(text)
     assert "Share of each window that the one before it covers: median 50 %" in text
+    assert_opens(page)
 
 
 def test_a_bucket_gets_the_same_store(scene_drive: SceneDrive, prepared: dict[str, Any], s3: S3) -> None:

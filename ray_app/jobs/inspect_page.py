@@ -205,7 +205,7 @@ def drawn_figure(survey: Survey) -> str:
             counts, edges = np.histogram(of_events[~np.isnan(of_events)], bins=np.linspace(0, 1, BINS + 1))
             right.stairs(counts, edges, color=INK, linewidth=1.4, label="all events drawn")
             right.legend(frameon=False, fontsize=9, loc="upper left")
-        right.set_xlim(0, 1)
+        right.set_xlim(-0.02, 1.02)
         right.set_xlabel("positive share")
         for axes in (left, right):
             axes.set_ylabel("windows")
@@ -281,7 +281,7 @@ def overlap_figure(overlap: NDArray[np.float64]) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         histogram(axes, overlap, TEAL, "windows")
-        axes.set_xlim(0, 1)
+        axes.set_xlim(-0.02, 1.02)
         axes.set_xlabel("share of the window that the one before it covers")
         axes.set_ylabel("windows")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
