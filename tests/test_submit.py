@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from ray_app.config.jobs import SubmitConfig
 from ray_app.errors import ConfigError, ResourceError
 from ray_app.jobs.job_client import JobLog, result_in, show_ended, way_on
 from ray_app.jobs.submit import entrypoint, job_environment, staged
+from ray_app.jobs.working_dir import files_of
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.cluster
@@ -236,6 +238,11 @@ def test_another_version_of_ray_is_told_with_both_versions(head: Head) -> None:
 def test_data_does_not_travel(tmp_path: Path) -> None:
     (tmp_path / "ray_app").mkdir()
     (tmp_path / "ray_app" / "a.py").write_text("1")
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "deploy" / "ray-app.env").write_text("AWS_SECRET_ACCESS_KEY=secret")
+    (tmp_path / "deploy" / "ray-app.env.example").write_text("AWS_SECRET_ACCESS_KEY=")
+    assert [str(file) for file in files_of(tmp_path)] == ["deploy/ray-app.env.example", "ray_app/a.py"]
+    shutil.rmtree(tmp_path / "deploy")
     (tmp_path / "pairs.parquet").write_bytes(bytes(6 * 2**20))
     with (
         pytest.raises(ResourceError, match=r"6\.0 MiB, the limit is 5 MiB.*pairs\.parquet \(6\.0 MiB\)"),

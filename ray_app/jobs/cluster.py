@@ -14,10 +14,13 @@ import ray
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 from ray.train import ControllerError, TrainingFailedError
+from ray.util import placement_group, remove_placement_group
 
 from ray_app.errors import RayAppError, ResourceError
 from ray_app.jobs.listening import no_listener
 
+WAIT_NODES_S = "RAY_APP_WAIT_NODES_S"
+"""Variable of a cluster whose nodes come when they are asked for: how long a command waits for them."""
 NO_ROOM = "Something else may hold the cluster's CPUs (`ray status` tells); wait for it, or ask for less."
 
 
@@ -146,6 +149,30 @@ def _bare(error: RayAppError) -> RayAppError:
     cause = getattr(error, "cause", None)
     text = (cause if isinstance(cause, RayAppError) else error).args[0]
     return plain(text.partition("\nFailed to apply")[0])
+
+
+def grown(info: ClusterInfo, num_workers: int, cpus_per_worker: float, use_gpu: bool) -> ClusterInfo:
+    """The cluster once its autoscaler has brought room for so many workers, or as it is after RAY_APP_WAIT_NODES_S.
+
+    Where that is not set, what is not there is not waited for: most clusters do not grow. The wish for nodes ends
+    with this process, however that ends.
+    """
+    wait_s = float(os.environ.get(WAIT_NODES_S) or 0)
+    if not wait_s or (info.room(cpus_per_worker) >= num_workers and (not use_gpu or info.gpus >= num_workers)):
+        return info
+    bundle = {"CPU": cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+    gpus = f", {num_workers} GPUs" if use_gpu else ""
+    print(
+        f"waiting up to {wait_s:g} s for nodes with {num_workers * cpus_per_worker:g} CPUs{gpus} ({WAIT_NODES_S})",
+        file=sys.stderr,
+        flush=True,
+    )
+    group = placement_group([bundle] * num_workers)
+    try:
+        group.wait(wait_s)
+    finally:
+        remove_placement_group(group)
+    return _info()
 
 
 def require(

@@ -26,7 +26,7 @@ from ray_app.config.prepare import (
 from ray_app.errors import ResourceError, StoreError
 from ray_app.events.windows import parse_duration
 from ray_app.jobs.building import BuiltTask, build_task, claim, finish, finished
-from ray_app.jobs.cluster import cluster
+from ray_app.jobs.cluster import cluster, grown
 from ray_app.jobs.prepare_progress import PrepareProgress
 from ray_app.sources.base import Source
 from ray_app.sources.recorded import Cut
@@ -135,9 +135,9 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
         return {"error": "", **built, "told": "\n".join(told), "peak_bytes": peak_memory_bytes()}
 
     built, new, peak_bytes = {}, [], 0
-    with cluster(cfg.address), PrepareProgress(sum(task.num_pairs for task in tasks)) as progress:
+    with cluster(cfg.address) as info, PrepareProgress(sum(task.num_pairs for task in tasks)) as progress:
+        num_cpus = grown(info, cfg.num_workers or 1, 1.0, use_gpu=False).cpus or 1.0
         began = time.perf_counter()
-        num_cpus = ray.cluster_resources().get("CPU", 1.0)
         num_workers = min(cfg.num_workers or max(int(num_cpus), 1), len(tasks))
         dataset = ray.data.from_items([{"task": i} for i in range(len(tasks))], override_num_blocks=len(tasks)).map(
             build,

@@ -33,7 +33,7 @@ from ray_app.config.train import TrainConfig
 from ray_app.core.adapter import STRATEGIES
 from ray_app.core.start import check_rank
 from ray_app.errors import ConfigError, ResourceError, RunInterrupted, RunStopped, StoreError, TrainingError
-from ray_app.jobs.cluster import ClusterInfo, cluster, require
+from ray_app.jobs.cluster import ClusterInfo, cluster, grown, require
 from ray_app.jobs.journal import entries, require_newest, since_start
 from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.process_group import NodeAddress
@@ -103,6 +103,7 @@ def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]
                 f"{cfg.store} has too few pairs: its {part} part is empty; prepare more, or change the shares"
             )
     with cluster(cfg.address) as info, run_at(cfg.out) as run:
+        info = grown(info, cfg.min_workers, cfg.cpus_per_worker or 1.0, cfg.use_gpu)
         plan = make_plan(cfg, run, store, split, info)
         if not cfg.resume:
             about = {"name": run_name(cfg, store), "key": uuid.uuid4().hex, "store_fingerprint": store.fingerprint}

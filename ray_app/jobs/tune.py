@@ -19,7 +19,7 @@ from rich.console import Console
 from ray_app.config.base import flat
 from ray_app.config.tune import TuneConfig
 from ray_app.errors import ConfigError, ResourceError, RunInterrupted, RunStopped, StoreError, TrainingError
-from ray_app.jobs.cluster import ClusterInfo, cluster
+from ray_app.jobs.cluster import ClusterInfo, cluster, grown
 from ray_app.jobs.journal import Journal
 from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.sweep_copy import sweep_at
@@ -71,6 +71,7 @@ def run_tune(cfg: TuneConfig) -> dict[str, Any]:
             require_same_store(folder, stores)
         info = held.enter_context(cluster(cfg.address, dashboard=spec.workers > 1))
         most = largest(spec, next(iter(stores.values())))
+        info = grown(info, spec.workers * (spec.concurrent or 1), spec.cpus_per_worker, spec.use_gpu)
         room(spec, info, {}, most)  # a space that is too large is told before anything is read or written
         placed = placed_parts(stores, spec)
         concurrent = room(spec, info, placed, most)
