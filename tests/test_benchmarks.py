@@ -105,3 +105,22 @@ def test_the_long_drive_is_a_true_sequence_of_the_density_asked_for(tmp_path: Pa
 def test_every_result_says_where_it_comes_from(path: Path) -> None:
     origin = json.loads(path.read_text())["provenance"]
     assert {"command", "date", "commit", "cpu", "cores"} <= set(origin)
+
+
+def test_one_command_runs_every_script_of_the_endpoint_and_names_what_failed() -> None:
+    from serve_all import PARTS, all_of
+
+    asked: list[str] = []
+
+    def run(command: str) -> int:
+        asked.append(command)
+        return int("kills" in command)
+
+    assert all_of(list(PARTS), run) == ["serve_chaos.py kills"]
+    scripts = {command.split()[0] for command in asked}
+    assert scripts == {"serve_load.py", "serve_chaos.py", "serve_fuzz.py", "serve_memory.py"}
+    written = (BENCHMARKS / "serve_chaos.py").read_text()
+    for command in asked:
+        assert (BENCHMARKS / command.split()[0]).is_file()
+        if command.startswith("serve_chaos"):
+            assert f'"{command.split()[1]}":' in written
