@@ -240,3 +240,22 @@ def test_the_replay_script_runs_every_drafter_on_made_up_traces(
     share = result["overhead"]["share_of_a_target_step"]["ngram"]
     assert share == pytest.approx(result["overhead"]["us_per_token"]["ngram"] / 14_500)
     json.dumps(result, allow_nan=False)
+
+
+def test_one_command_runs_every_script_of_the_endpoint_and_names_what_failed() -> None:
+    from serve_all import PARTS, all_of
+
+    asked: list[str] = []
+
+    def run(command: str) -> int:
+        asked.append(command)
+        return int("kills" in command)
+
+    assert all_of(list(PARTS), run) == ["serve_chaos.py kills"]
+    scripts = {command.split()[0] for command in asked}
+    assert scripts == {"serve_load.py", "serve_chaos.py", "serve_fuzz.py", "serve_memory.py"}
+    written = (BENCHMARKS / "serve_chaos.py").read_text()
+    for command in asked:
+        assert (BENCHMARKS / command.split()[0]).is_file()
+        if command.startswith("serve_chaos"):
+            assert f'"{command.split()[1]}":' in written

@@ -1,9 +1,14 @@
 """What is told of requests: live numbers of several replicas as one, drift, a line of JSON each, spans."""
 
+import gzip
 import json
 import logging
+import sys
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +16,12 @@ import numpy as np
 import pytest
 from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint
 
+from ray_app.errors import ConfigError
+from serve.call import Call
 from serve.edge import LOG
 from serve.judgement import Judgement, baseline, stability_index
 from serve.stats import Snapshot, summed
+from serve.tracing import OTLP, Tracing
 
 RNG = np.random.default_rng(5)
 PERCENTILES = {"P10": 0.2, "P50": 0.5, "P90": 0.9}
@@ -70,6 +78,13 @@ def test_drift_is_told_from_a_hundred_verified_pairs_on(server: LocalServer) -> 
     assert verified["cos_sim_mean"] == pytest.approx(1.0, abs=1e-5)
 
 
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def snapshot(**changes: Any) -> Snapshot:
     values: dict[str, Any] = {
         "uptime_s": 5.0,
@@ -120,6 +135,7 @@ def test_each_request_is_a_line_of_json_with_its_id(server: LocalServer) -> None
         answer = server.ask("POST", INFER, BODY, {**HEADERS, "x-request-id": "mine/7"})
         wrong = server.json("POST", "/v1/align", {"event": [[1.0]]})[1]
         server.ask("GET", "/v2/health/live", headers={"x-request-id": 'a"}\x85{"'})
+        wait_for(lambda: len(lines) == 3)  # a line is written when its answer is under way
     finally:
         LOG.removeHandler(handler)
         LOG.setLevel(level)
@@ -142,11 +158,16 @@ def test_a_span_takes_up_the_callers_trace(server: LocalServer, folder: Path) ->
     assert (
         server.ask("GET", "/v2/health/live", headers={"traceparent": "00-zz", "x-request-id": "untraced"})[0] == 200
     )
-    server.edge._tracing._provider.force_flush()
-    spans = {}
-    for line in (folder / "spans.jsonl").read_text().splitlines():
-        span = json.loads(line)
-        spans[span["attributes"]["align.request_id"]] = span
+    spans: dict[str, Any] = {}
+
+    def written() -> bool:
+        server.edge._tracing._provider.force_flush()
+        for line in (folder / "spans.jsonl").read_text().splitlines():
+            span = json.loads(line)
+            spans[span["attributes"]["align.request_id"]] = span
+        return {"traced", "untraced"} <= set(spans)
+
+    wait_for(written)
     traced = spans["traced"]
     assert traced["name"] == "POST /v2/models/{model}/infer"
     assert traced["context"]["trace_id"] == f"0x{TRACE}"
@@ -154,3 +175,40 @@ def test_a_span_takes_up_the_callers_trace(server: LocalServer, folder: Path) ->
     assert (traced["attributes"]["align.pairs"], traced["attributes"]["http.request.method"]) == (2, "POST")
     assert traced["attributes"]["align.answer_ms"] > 0
     assert spans["untraced"]["parent_id"] is None
+
+
+def test_spans_go_to_a_collector_where_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra `traces` is not installed")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    got: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            data = self.rfile.read(int(self.headers["content-length"]))
+            got.append(gzip.decompress(data) if self.headers["content-encoding"] == "gzip" else data)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        monkeypatch.setenv(OTLP, f"http://127.0.0.1:{collector.server_port}")
+        tracing = Tracing(None, "replica-1")
+        path, header = "/v2/health/live", (b"traceparent", f"00-{TRACE}-{PARENT}-01".encode())
+        with tracing.request(Call.of({"path": path, "method": "GET", "headers": [header]})):
+            pass
+        tracing.close()
+        collector.shutdown()
+    (sent,) = ExportTraceServiceRequest.FromString(got[0]).resource_spans
+    (span,) = sent.scope_spans[0].spans
+    assert (span.name, span.trace_id.hex(), span.parent_span_id.hex()) == (f"GET {path}", TRACE, PARENT)
+
+
+def test_a_collector_without_its_exporter_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OTLP, "http://127.0.0.1:4318")
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with pytest.raises(ConfigError, match=r"ray-app\[traces\]"):
+        Tracing(None, "replica-1")
