@@ -31,7 +31,7 @@ check: setup
 test: check
 	$(BIN)/python -m pytest
 
-# Needs root, iproute2 and a kernel with network namespaces, veth and bridges; about 15 minutes.
+# Links need root, iproute2 and a kernel with network namespaces, veth and bridges (netem for delay); about 15 minutes.
 test-net: setup
 	$(BIN)/python -m pytest tests/net --timeout 900 -s
 

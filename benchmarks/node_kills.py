@@ -7,8 +7,9 @@
 Three raylets on this machine: a head without CPUs and two workers. At a random moment all processes of one raylet get
 SIGKILL, and a new node comes. `prepare` and `tune` are the real commands against RAY_ADDRESS, over and over until so
 many nodes have died; their outcome is compared with a run that nobody disturbed. `serve` is the endpoint with a
-replica on each worker, asked without pause through `ray_app.client`. Raylets of one machine share its address, disk
-and cores: nothing is told of networks here. Writes benchmarks/results/node_kills_PART.json.
+replica on each worker, behind HAProxy as on a cluster, asked without pause through `ray_app.client`. Raylets of one
+machine share its address, disk and cores: nothing is told of networks here.
+Writes benchmarks/results/node_kills_PART.json.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from ray_app.store.durable import sha256_file
 from ray_app.store.pair_store import PairStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from cluster_endpoint import cluster_endpoint, replicas
+from cluster_endpoint import behind_haproxy, cluster_endpoint, replicas
 from numpy_source import NumpySource, build_store
 from three_nodes import Nodes, three_nodes
 
@@ -66,7 +67,7 @@ def main() -> None:
     folder = args.folder.resolve() / f"{args.part}-{args.seed}"
     folder.mkdir(parents=True)
     os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
-    with three_nodes() as nodes:
+    with behind_haproxy() as environment, three_nodes(environment if args.part == "serve" else {}) as nodes:
         found = PARTS[args.part](nodes, folder, args.kills, random.Random(args.seed))
     save(f"node_kills_{args.part}", {"raylets": 3, "cpus_per_worker_node": 1, **found})
 
@@ -204,7 +205,7 @@ def serve(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[st
             answered.append(time.perf_counter() - began)
             time.sleep(0.02)  # the callers share two cores with what they ask
 
-    with cluster_endpoint(nodes.address, checkpoint_of(folder / "checkpoint", WIDTH, HIDDEN), folder) as url:
+    with cluster_endpoint(nodes, checkpoint_of(folder / "checkpoint", WIDTH, HIDDEN), folder) as url:
         clients = [AlignmentClient(url, timeout_s=30.0) for _ in range(CALLERS)]
         threads = [threading.Thread(target=ask, args=(client,), daemon=True) for client in clients]
         for thread in threads:
@@ -228,6 +229,7 @@ def serve(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[st
     return {
         "width": WIDTH,
         "replicas": 2,
+        "proxy": "HAProxy",
         "requests": len(answered),
         "failed_through_the_client": len(failures),
         "what_failed": failures[:5],

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
+CODE = ("--", ":(top)", ":(top,exclude)benchmarks/results")
+"""What git is asked about: a number that was just written changes no other."""
 LOAD_AT_START = os.getloadavg()[0]
 """Of the machine, before the script's own work: scripts save when they are done."""
 
@@ -25,7 +27,7 @@ def provenance() -> dict[str, Any]:
         "command": shlex.join(["python", *(("-m", "pytest") if "pytest" in program else (program,)), *words]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", *CODE)) if commit else None,
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         **({"gpu": gpu} if (gpu := _gpu()) else {}),

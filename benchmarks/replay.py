@@ -2,13 +2,14 @@
 
     .venv/bin/python benchmarks/replay.py ../shared/data/tokens/*.jsonl
 
-Five contiguous folds of each file with a gap of 20 rows, the same settings for all files. Times of a drafter are CPU
-time of one thread. Writes benchmarks/results/replay.json.
+Five contiguous folds of each file with a gap of 20 rows, the same settings for all files; drafters that need captured
+states are left out. Times of a drafter are CPU time of one thread. Writes benchmarks/results/replay.json.
 """
 
 import copy
 import sys
 import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,71 +18,99 @@ import numpy as np
 from provenance import save
 
 from ray_app.config.draft import ReplayConfig
+from ray_app.core.draft_cost import Device
+from ray_app.core.draft_metrics import block_bootstrap
+from ray_app.core.draft_mixture import HybridDrafter
 from ray_app.core.draft_replay import DRAFTERS, RowReplay, contiguous_folds, replay_rows
 from ray_app.core.draft_summary import ReplayedRow, details, summarise
-from ray_app.core.drafters import Answered, Drafter
-from ray_app.jobs.replay import fold_of_rows, replayed_row
+from ray_app.core.drafters import Answered, Drafter, Prompt
+from ray_app.jobs.replay_rows import fold_of_rows, replayed_row
 from ray_app.store.traces import TraceFile, read_traces
 
 GAMMAS = (4, 8, 16, 24)
+GAMMA = 8
+"""Draft length of everything but the long table."""
 FOLDS, GAP = 5, 20
+NAMES = [name for name, drafter in DRAFTERS.items() if not drafter.needs_states]
 ROUGH = {"1s": 5.55, "2s": 5.13, "4s": 4.74, "5s": 4.62}
 """Tokens per target pass of a rough hybrid of 40 lines: γ = 8, these folds, this gap."""
 LEAST_GAIN = 0.05
 MORE = (
-    *("alpha", "shuffled_match_rate", "continuous_speedup", "one_shot_slower_share"),
-    *("break_even_alpha", "overhead_us_per_token"),
+    *("num_speculative_tokens", "cost_coefficient", "alpha", "shuffled_match_rate", "continuous_speedup"),
+    *("one_shot_slower_share", "continuous_slower_share", "break_even_alpha", "overhead_us_per_token"),
 )
 TABLES = ("positional", "ngram", "previous_window")
+VERIFY_STEPS = (1.0, 1.5, 2.0)
+"""What a pass over γ drafted tokens might cost, in plain steps: none of these traces measured it."""
 WORKERS = 2
 ROUNDS = 5
 """Replay speed is that of the fastest round: other work on the machine only ever slows it down."""
 
+Finished = Mapping[tuple[str, str], Mapping[int, Sequence[RowReplay]]]
+"""For each drafter and duration, and each γ, the file's rows."""
+
+
+class EventPlaceHybrid(HybridDrafter):
+    """`hybrid` with memories of EventGPT's token at the same place: alone, and with the token before."""
+
+    name = "event_place"
+    lengths = (*HybridDrafter.lengths, 0, 0)
+
+    def contexts(self, prompt: Prompt, text: Sequence[int], end: int) -> list[Hashable]:
+        event = prompt.event_tokens[end : end + 1]
+        before = tuple(text[max(end - 1, 0) : end])
+        more = (("event", end, event), ("event1", end, event, before))
+        return [*super().contexts(prompt, text, end), *((prompt.question, context) for context in more)]
+
+
+class EventSetHybrid(HybridDrafter):
+    """`hybrid` with memories of all that EventGPT said, as a set: with two tokens before, and with place and one."""
+
+    name = "event_set"
+    lengths = (*HybridDrafter.lengths, 0, 0)
+
+    def contexts(self, prompt: Prompt, text: Sequence[int], end: int) -> list[Hashable]:
+        event, before = frozenset(prompt.event_tokens), tuple(text[max(end - 2, 0) : end])
+        more = (("said", event, before), ("said_place", event, end, before[-1:]))
+        return [*super().contexts(prompt, text, end), *((prompt.question, context) for context in more)]
+
+
+WITH_EVENT: tuple[type[Drafter], ...] = (EventPlaceHybrid, EventSetHybrid)
+
 
 def main() -> None:
     files = [read_traces(Path(name), 32_000, 2) for name in sys.argv[1:]]
-    by_gamma: dict[str, dict[str, Any]] = {str(gamma): {} for gamma in GAMMAS}
     with ProcessPoolExecutor(WORKERS) as pool:
-        running = {  # the slowest first
-            (name, file.traces[0].duration): pool.submit(replay, DRAFTERS[name], file, GAMMAS)
-            for name in reversed(DRAFTERS)
+        wanted = [  # the slowest first
+            *((DRAFTERS[name], GAMMAS) for name in reversed(NAMES)),
+            *((drafter, (GAMMA,)) for drafter in WITH_EVENT),
+        ]
+        running = {
+            (drafter.name, file.traces[0].duration): pool.submit(replay, drafter, file, gammas)
+            for drafter, gammas in wanted
             for file in files
         }
         finished = {key: task.result() for key, task in running.items()}
-    for name in DRAFTERS:
-        for gamma in GAMMAS:
-            cfg = ReplayConfig(traces=tuple(file.path for file in files), gamma=gamma, folds=FOLDS, gap=GAP)
-            parts: dict[str, list[ReplayedRow]] = {"all": []}
-            for number, file in enumerate(files):
-                duration = file.traces[0].duration
-                parts[duration] = [
-                    replayed_row(
-                        cfg,
-                        name,
-                        trace,
-                        row,
-                        trace.timing_ms,
-                        block=number * 1_000_000 + place // GAP,
-                        fold=number * FOLDS + fold,
-                    )
-                    for place, (trace, row, fold) in enumerate(
-                        zip(file.traces, finished[name, duration][gamma], fold_of_rows(cfg, file), strict=True)
-                    )
-                ]
-                parts["all"] += parts[duration]
-            by_gamma[str(gamma)][name] = {part: numbers(rows, gamma) for part, rows in parts.items()}
+    by_gamma = {
+        str(gamma): {
+            name: {part: numbers(rows, gamma) for part, rows in replayed(files, finished, name, gamma).items()}
+            for name in NAMES
+        }
+        for gamma in GAMMAS
+    }
+    first = by_gamma[str(GAMMA)]
     hybrid = {
         duration: beside_rough(found["tokens_per_target_pass"], ROUGH[duration])
-        for duration, found in by_gamma["8"]["hybrid"].items()
+        for duration, found in first["hybrid"].items()
         if duration in ROUGH
     }
     speed = {name: replay_speed(DRAFTERS[name], files) for name in TABLES}
-    first = by_gamma["8"]
     save(
         "replay",
         {
             "what": "exact replay of recorded greedy outputs; tokens_per_target_pass is the mean over rows of "
-            "recorded length over number of passes; interval95 by bootstrap over blocks of 20 neighbouring rows",
+            "recorded length over number of passes; interval95 by bootstrap over blocks of 20 neighbouring rows; "
+            "expected_speedup is that of decoding alone, with a pass as long as a step",
             "traces": {str(file.path): len(file.traces) for file in files},
             "folds": FOLDS,
             "gap": GAP,
@@ -97,6 +126,30 @@ def main() -> None:
             },
             "known_figures": known_figures(first),
             "verified_tokens_per_s": speed,
+            "overhead": overhead(files, first),
+            "verify_cost": {
+                "what": "continuous speed-up where a pass over γ drafted tokens costs so many plain steps, and the "
+                "cost at which it is gone; of all rows with measured times",
+                **{
+                    name: verify_sensitivity(
+                        lambda steps, name=name: replayed(files, finished, name, GAMMA, verify_steps=steps)["all"]
+                    )
+                    for name in ("hybrid", "previous_window")
+                },
+            },
+            "second_device": {
+                "what": "EventGPT on a device of its own, while the target prefills",
+                **{
+                    name: costs(replayed(files, finished, name, GAMMA, device="second")["all"])
+                    for name in NAMES
+                    if DRAFTERS[name].needs_event_tokens
+                },
+            },
+            "hybrid_with_event_tokens": {
+                "what": "tokens per target pass of hybrid with more memories, that go by EventGPT's tokens; "
+                "difference to hybrid on the same rows",
+                **{drafter.name: beside_hybrid(files, finished, drafter.name) for drafter in WITH_EVENT},
+            },
             "by_gamma": by_gamma,
         },
     )
@@ -117,18 +170,85 @@ def replay(drafter: type[Drafter], file: TraceFile, gammas: tuple[int, ...]) -> 
     return found
 
 
+def replayed(
+    files: Sequence[TraceFile],
+    finished: Finished,
+    name: str,
+    gamma: int,
+    *,
+    device: Device = "same",
+    verify_steps: float | None = None,
+) -> dict[str, list[ReplayedRow]]:
+    """Rows with their costs: of each duration, and of all. `verify_steps`: what a pass costs, in plain steps."""
+    paths = tuple(file.path for file in files)
+    cfg = ReplayConfig(traces=paths, gamma=gamma, folds=FOLDS, gap=GAP, draft_device=device)
+    parts: dict[str, list[ReplayedRow]] = {"all": []}
+    for number, file in enumerate(files):
+        duration = file.traces[0].duration
+        folds = fold_of_rows(contiguous_folds(len(file.traces), FOLDS, GAP))
+        parts[duration] = []
+        for place, (trace, row, fold) in enumerate(
+            zip(file.traces, finished[name, duration][gamma], folds, strict=True)
+        ):
+            times = trace.timing_ms
+            if times and verify_steps:
+                times = times.model_copy(update={"verify": {gamma: verify_steps * times.target_per_token}})
+            block = number * 1_000_000 + place // GAP
+            parts[duration].append(
+                replayed_row(cfg, name, trace, row, times, block=block, fold=number * FOLDS + fold)
+            )
+        parts["all"] += parts[duration]
+    return parts
+
+
 def replay_speed(drafter: type[Drafter], files: list[TraceFile]) -> float:
     """Verified tokens/s of one thread at γ = 8: drafting, verifying and learning from accepted answers."""
     best = 0.0
     for _ in range(ROUNDS):
-        rows = [row for file in files for row in replay(drafter, file, (8,))[8]]
+        rows = [row for file in files for row in replay(drafter, file, (GAMMA,))[GAMMA]]
         best = max(best, sum(row.length for row in rows) / sum(row.seconds for row in rows))
     return best
 
 
 def numbers(rows: list[ReplayedRow], gamma: int) -> dict[str, Any]:
-    more = details(rows, gamma, np.random.default_rng(1))
-    return {**summarise(rows, gamma, np.random.default_rng(0)), **{name: more[name] for name in MORE}}
+    found, more = summarise(rows, gamma, np.random.default_rng(0)), details(rows, gamma, np.random.default_rng(1))
+    interval = {**found["interval95"], **more["interval95"]}
+    return {**found, **{name: more[name] for name in MORE}, "interval95": interval}
+
+
+def costs(rows: list[ReplayedRow]) -> dict[str, Any]:
+    """What depends on where EventGPT runs."""
+    found = numbers(rows, GAMMA)
+    names = ("one_shot_speedup", "one_shot_slower_share", "continuous_speedup", "continuous_slower_share")
+    return {
+        **{name: found[name] for name in names},
+        "interval95": {name: found["interval95"][name] for name in names},
+    }
+
+
+def verify_sensitivity(rows_at: Callable[[float], list[ReplayedRow]]) -> dict[str, Any]:
+    """Continuous speed-up at each of `VERIFY_STEPS`, and the cost of a pass in plain steps that makes it 1."""
+    found: dict[str, Any] = {}
+    for steps in VERIFY_STEPS:
+        more = details(rows_at(steps), GAMMA, np.random.default_rng(1))
+        interval = more["interval95"]["continuous_speedup"]
+        found[f"{steps:.1f}"] = {"continuous_speedup": more["continuous_speedup"], "interval95": interval}
+    at_one, at_two = ([row.cost for row in rows_at(steps) if row.cost] for steps in (1.0, 2.0))
+    plain_ms = sum(cost.plain_ms for cost in at_one)
+    one_ms, two_ms = (sum(cost.continuous_ms for cost in each) for each in (at_one, at_two))
+    return {**found, "break_even_steps": 1.0 + (plain_ms - one_ms) / (two_ms - one_ms)}
+
+
+def overhead(files: Sequence[TraceFile], first: dict[str, Any]) -> dict[str, Any]:
+    """A drafter's own time for each token of the answer, beside a plain step of the target."""
+    steps = [trace.timing_ms.target_per_token for file in files for trace in file.traces if trace.timing_ms]
+    step_us = 1e3 * float(np.mean(steps))
+    per_token = {name: first[name]["all"]["overhead_us_per_token"] for name in NAMES}
+    return {
+        "target_step_us": step_us,
+        "us_per_token": per_token,
+        "share_of_a_target_step": {name: us / step_us for name, us in per_token.items()},
+    }
 
 
 def beside_rough(found: float, rough: float) -> dict[str, Any]:
@@ -140,21 +260,52 @@ def beside_rough(found: float, rough: float) -> dict[str, Any]:
     }
 
 
+def beside_hybrid(files: Sequence[TraceFile], finished: Finished, name: str) -> dict[str, Any]:
+    """Of each duration: tokens per target pass, and the mean difference to `hybrid`, row by row."""
+    found = {}
+    for file in files:
+        duration = file.traces[0].duration
+        with_event, without = (
+            np.array([row.length / len(row.drafted) for row in finished[each, duration][GAMMA]])
+            for each in (name, "hybrid")
+        )
+        sums_SM = np.zeros((-(-len(without) // GAP), 2))
+        np.add.at(sums_SM, np.arange(len(without)) // GAP, np.stack([with_event - without, np.ones_like(without)], 1))
+        low, high = block_bootstrap(sums_SM, lambda total: total[:, 0] / total[:, 1], np.random.default_rng(0))
+        found[duration] = {
+            "tokens_per_target_pass": float(with_event.mean()),
+            "difference": float((with_event - without).mean()),
+            "interval95": [float(low), float(high)],
+        }
+    return found
+
+
 def known_figures(first: dict[str, Any]) -> dict[str, Any]:
     """What was said of this kind of data, beside what is found here."""
 
     def found(name: str, key: str) -> dict[str, float]:
         return {part: numbers[key] for part, numbers in first[name].items()}
 
+    per_pass = "tokens_per_target_pass"
     return {
         "eventgpt_match_rate": {"said": 0.016, "found": found("eventgpt", "match_rate")},
         "positional_match_rate": {"said": 0.27, "found": found("positional", "match_rate")},
+        "token_adapter_match_rate": {"said": 0.279, "found": None, "why": "not in these traces"},
         "previous_window_match_rate": {"said": 0.44, "found": found("previous_window", "match_rate")},
         "previous_window_accepted_in_a_row": {
             "said": 19.8,
             "found": found("previous_window", "accepted_prefix_mean"),
         },
         "positional_accepted_in_a_row": {"said": 9.3, "found": found("positional", "accepted_prefix_mean")},
+        "ngram_tokens_per_target_pass": {
+            "said": {"1s": 3.93, "2s": 3.84, "4s": 3.33, "5s": 3.19},
+            "found": found("ngram", per_pass),
+        },
+        "previous_window_tokens_per_target_pass": {
+            "said": {"1s": 3.68, "2s": 3.24, "4s": 2.96, "5s": 2.93},
+            "found": found("previous_window", per_pass),
+        },
+        "positional_tokens_per_target_pass": {"said": 1.4, "found": found("positional", per_pass)},
     }
 
 

@@ -4,7 +4,8 @@
 
 A grid of six settings at full feature width on a small store. At each random moment one of these gets SIGKILL: a
 trial's process, the driver alone, or everything with its cluster; a driver that is gone is followed by
-`ray-app tune --resume`. Writes benchmarks/results/tune_chaos.json.
+`ray-app tune --resume`. The moments are spread over the whole sweep: one in each of as many equal parts of the steps
+that the undisturbed one takes. Writes benchmarks/results/tune_chaos.json.
 """
 
 import argparse
@@ -55,7 +56,9 @@ def main() -> None:
     file.write_text(yaml.safe_dump({"store": str(folder / "store"), "out": "-", **SWEEP}))
     subprocess.run(words(file, folder / "clean"), check=True, stdout=subprocess.DEVNULL)
     clean = told(folder / "clean")
-    killed, starts = disturbed(file, folder / "killed", args.kills, rng)
+    part = steps(folder / "clean") / args.kills
+    moments = [int(part * (n + rng.random())) for n in range(args.kills)]
+    killed, starts = disturbed(file, folder / "killed", moments, rng)
     found = told(folder / "killed")
     save(
         "tune_chaos",
@@ -64,7 +67,8 @@ def main() -> None:
             "pairs": 72,
             "width": 150_528,
             "kills": len(killed),
-            "kills_by_kind": Counter(killed),
+            "kills_by_kind": Counter(kind for kind, *_ in killed),
+            "killed_at": [{"kind": kind, "step": step, "trials_begun": trials} for kind, step, trials in killed],
             "starts": starts,
             "clean": clean,
             "killed": found,
@@ -101,24 +105,35 @@ def told(sweep: Path) -> dict[str, Any]:
     }
 
 
-def disturbed(file: Path, sweep: Path, kills: int, rng: random.Random) -> tuple[list[str], int]:
-    """The sweep, killed so many times; what was killed, and how often a driver was started."""
-    killed: list[str] = []
+Killed = tuple[str, int, int]
+"""What was killed, after how many steps of all trials, and how many of them had begun."""
+
+
+def disturbed(file: Path, sweep: Path, moments: list[int], rng: random.Random) -> tuple[list[Killed], int]:
+    """The sweep, killed after so many steps of all trials each time; and how often a driver was started."""
+    killed: list[Killed] = []
     starts = 0
     while True:
         process = subprocess.Popen(words(file, sweep), stdout=subprocess.DEVNULL, start_new_session=True)
         starts += 1
-        while process.poll() is None and len(killed) < kills:
+        while process.poll() is None and len(killed) < len(moments):
             if not wait_for_growth(process, sweep):
                 break
-            time.sleep(rng.uniform(0.0, 4.0))
+            if (at := steps(sweep)) < moments[len(killed)]:
+                continue
             kind = KINDS[len(killed) % len(KINDS)]
             if process.poll() is None and kill(process, kind, rng):
-                killed.append(kind)
-                print(f"killed {kind}", file=sys.stderr, flush=True)
+                killed.append((kind, at, len(list(sweep.glob("trials/*/journal.jsonl")))))
+                print(f"killed {kind} at step {at}", file=sys.stderr, flush=True)
         if process.wait(timeout=LONGEST_S) == 0:
             return killed, starts
         print("the driver is gone: going on", file=sys.stderr, flush=True)
+
+
+def steps(sweep: Path) -> int:
+    """Optimizer steps that its trials have told of: what is done again is not told again."""
+    runs = [path.parent for path in sweep.glob("trials/*/journal.jsonl")]
+    return sum(line["kind"] == "step" for run in runs for line in entries(run))
 
 
 def size(sweep: Path) -> int:

@@ -198,6 +198,14 @@ COMMANDS: dict[str, Command] = {
         "job",
         exit_code="exit_code",
     ),
+    "jobs fetch": Command(
+        jobs.JobFetchConfig,
+        "jobs",
+        "jobs_fetch",
+        "jobs fetch JOB --to DIR",
+        "a job's log and result as files",
+        "job",
+    ),
     "jobs stop": Command(
         jobs.JobConfig,
         "jobs",

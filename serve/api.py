@@ -1,4 +1,4 @@
-"""The routes, and what OpenAPI says of them. Errors of the framework become problems too."""
+"""The routes. Errors of the framework become problems too."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
@@ -15,8 +13,10 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from . import v1, v2
 from .edge import defect
 from .endpoint import Endpoint
+from .openapi import MODEL_PATHS, document, named, problems, takes
 from .problems import PROBLEM_JSON, Problem
-from .schemas import AlignAnswer, AlignRequest, ProblemDocument, VerifyRequest
+from .schemas import AlignRequest, VerifyRequest
+from .stats import summed
 
 CONSOLE = Path(__file__).parent / "console" / "index.html"
 CSP = (
@@ -68,6 +68,11 @@ def build_api(endpoint: Endpoint, broadcast: Broadcast) -> FastAPI:
         texts = await broadcast("exposition")
         return PlainTextResponse(merged(texts), media_type="text/plain; version=1.0.0; charset=utf-8")
 
+    async def stats(_: Request) -> Response:
+        """Live numbers of all replicas."""
+        parts = await broadcast("snapshot")
+        return JSONResponse(summed(parts, endpoint.model.judged, endpoint.model.identity.digest))
+
     async def console(_: Request) -> Response:
         """The page."""
         if not CONSOLE.is_file():
@@ -83,19 +88,19 @@ def build_api(endpoint: Endpoint, broadcast: Broadcast) -> FastAPI:
     add = app.add_api_route
     add("/", console, methods=["GET"], include_in_schema=False)
     add("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
-    add("/metrics", metrics, methods=["GET"], response_class=PlainTextResponse, responses=problems(401))
+    add("/metrics", metrics, methods=["GET"], response_class=PlainTextResponse, responses=problems(401, 403))
     add("/v1/align", v1.align, methods=["POST"], response_model=None, **takes(AlignRequest, bare=True))
     add("/v1/verify", v1.verify, methods=["POST"], response_model=None, **takes(VerifyRequest))
-    add("/v1/model", v1.model, methods=["GET"], response_model=None, responses=problems(401))
-    add("/v1/stats", v1.stats, methods=["GET"], response_model=None, responses=problems(401))
+    add("/v1/model", v1.model, methods=["GET"], response_model=None, responses=problems(401, 403))
+    add("/v1/stats", stats, methods=["GET"], response_model=None, responses=problems(401, 403))
     add("/v1/reload", reload, methods=["POST"], response_model=None, responses=problems(401, 403, 409, 503))
-    add("/v2", v2.server_metadata, methods=["GET"], response_model=None, responses=problems(401))
-    add("/v2/health/live", v2.live, methods=["GET"], response_model=None)
-    add("/v2/health/ready", v2.ready, methods=["GET"], response_model=None, responses=problems(503))
-    for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+    add("/v2", v2.server_metadata, methods=["GET"], response_model=None, responses=problems(401, 403))
+    add("/v2/health/live", v2.live, methods=["GET"], response_model=None, responses=problems(403))
+    add("/v2/health/ready", v2.ready, methods=["GET"], response_model=None, responses=problems(403, 503))
+    for path in MODEL_PATHS:
         more: dict[str, Any] = {"response_model": None, "openapi_extra": named(path)}
-        add(path, v2.model_metadata, methods=["GET"], responses=problems(401, 404), **more)
-        add(f"{path}/ready", v2.model_ready, methods=["GET"], responses=problems(401, 404, 503), **more)
+        add(path, v2.model_metadata, methods=["GET"], responses=problems(401, 403, 404), **more)
+        add(f"{path}/ready", v2.model_ready, methods=["GET"], responses=problems(401, 403, 404, 503), **more)
     app.add_exception_handler(Problem, answer_problem)
     app.add_exception_handler(StarletteHTTPException, answer_http)
     app.add_exception_handler(Exception, answer_defect)
@@ -140,53 +145,3 @@ def merged(texts: list[Any]) -> str:
             elif line:
                 families[name][1].append(line)
     return "".join("\n".join([*heads, *series]) + "\n" for heads, series in families.values())
-
-
-def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """What a route may answer beside 200; 404, 405 and 500 go without saying."""
-    schema = {"$ref": "#/components/schemas/ProblemDocument"}
-    words = {401: "No valid token", 403: "Not allowed", 404: "Not there", 409: "Refused", 413: "Too large"}
-    words |= {
-        400: "Malformed",
-        415: "Another type",
-        422: "It cannot be answered",
-        429: "Busy",
-        503: "Not now",
-        504: "Late",
-    }
-    return {code: {"description": words[code], "content": {PROBLEM_JSON: {"schema": schema}}} for code in codes}
-
-
-def takes(kind: type[AlignRequest], bare: bool = False) -> dict[str, Any]:
-    """The OpenAPI of a route with a body."""
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
-    if bare:
-        content |= dict.fromkeys((*sorted(v1.IMAGES), v1.EVENTS), binary)
-    answer = {"schema": {"$ref": "#/components/schemas/AlignAnswer"}}
-    return {
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
-        "responses": {
-            200: {"description": "The pairs in their order", "content": {"application/json": answer}},
-            **problems(400, 401, 403, 413, 415, 422, 429, 503, 504),
-        },
-    }
-
-
-def named(path: str) -> dict[str, Any]:
-    """The parameters of a path, for OpenAPI."""
-    names = [name for name in ("model", "version") if f"{{{name}}}" in path]
-    return {"parameters": [{"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names]}
-
-
-def document(app: FastAPI, tokens: bool) -> dict[str, Any]:
-    """OpenAPI of all routes."""
-    described = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    models = [(model, "validation") for model in (AlignRequest, VerifyRequest, AlignAnswer, ProblemDocument)]
-    _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-    components = described.setdefault("components", {})
-    components["schemas"] = {**components.get("schemas", {}), **schemas["$defs"]}
-    if tokens:
-        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        described["security"] = [{"token": []}]
-    return described

@@ -1,7 +1,7 @@
 """`build_app(args)`: what `serve run serve.app:build_app` and serve/config.yaml start.
 
-Ray's builder accepts unknown arguments in silence and tries a failing build three times over; arguments are checked
-here before anything is started, and the message says what to change.
+Ray's builder accepts unknown arguments in silence and tries a failing build three times over; arguments and model are
+checked here before anything is started, and Ray is told once, in one sentence, what to change.
 """
 
 import os
@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from ray_app.config.serve import EndpointConfig
-from ray_app.errors import ConfigError
+from ray_app.errors import ConfigError, RayAppError
 from ray_app.store.place import absolute, place
 
 from .auth import read_tokens
@@ -22,12 +23,17 @@ from .model import load_served
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
-    """The app of checked arguments. ConfigError: an unknown one, or one that cannot be used."""
-    return application(checked(args))
+    """The app of checked arguments and a model that loads. RayServeException, which Ray does not retry: why not."""
+    try:
+        cfg = checked(args)
+        require_model(cfg)
+    except RayAppError as error:
+        raise RayServeException(str(error)) from error
+    return application(cfg)
 
 
 def checked(args: Mapping[str, Any]) -> EndpointConfig:
-    """The arguments as settings, with what every replica would stumble over found now."""
+    """The arguments as settings. ConfigError: an unknown one, or one that every replica would stumble over."""
     try:
         cfg = EndpointConfig.model_validate(dict(args))
     except ValidationError as error:
@@ -48,18 +54,25 @@ def checked(args: Mapping[str, Any]) -> EndpointConfig:
 def local_app(cfg: EndpointConfig) -> serve.Application:
     """The app of `ray-app serve`, which asks for no token where only this machine can reach it.
 
-    ConfigError, CheckpointError, RegistryError: it would not start, found by loading the model once here: a replica
-    that cannot load is tried again by Ray, and tells of it in its log alone.
+    ConfigError, CheckpointError, RegistryError: it would not start.
     """
     if cfg.tokens:
         read_tokens(cfg.tokens)
     known = {name: getattr(cfg, name) for name in EndpointConfig.model_fields}
     cfg = with_model(EndpointConfig.model_validate(known))
+    require_model(cfg)
+    return application(cfg)
+
+
+def require_model(cfg: EndpointConfig) -> None:
+    """CheckpointError, RegistryError, StoreError: no replica could serve it.
+
+    Found by loading it once here: a replica that cannot load is tried again by Ray, and tells of it in its log alone.
+    """
     source = source_of(cfg.checkpoint, cfg.tracking_uri)
     identity = source.current()
     with source.files(identity) as folder:
         load_served(folder, identity, "fp32", use_gpu=False, max_batch=1)
-    return application(cfg)
 
 
 def with_model(cfg: EndpointConfig) -> EndpointConfig:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import ray
 import torch
 from ray import serve
 from starlette.types import ASGIApp
@@ -11,7 +12,9 @@ from ray_app.config.serve import EndpointConfig
 from .api import build_api
 from .edge import Edge
 from .endpoint import Endpoint
+from .error_page import write_page
 from .gate import Gate
+from .stats import Snapshot
 from .tracing import Tracing
 from .v2 import infer
 
@@ -31,6 +34,7 @@ class Replica:
         self.endpoint = Endpoint(cfg, name)
         torch.set_num_threads(threads_for(self.endpoint.model.parameters, int(cfg.cpus_per_replica)))
         self.tracing = Tracing(cfg.traces, name)
+        write_page(ray.get_runtime_context().get_node_id())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Ray Serve sends requests to."""
@@ -47,6 +51,10 @@ class Replica:
     async def reload(self) -> str:
         """Looks at the model source, a version that was refused included."""
         return await self.endpoint.reload(again=True)
+
+    async def snapshot(self) -> Snapshot:
+        """This replica's part of `/v1/stats`."""
+        return self.endpoint.telemetry.snapshot(self.endpoint.batcher.queued_rows)
 
     async def exposition(self) -> str:
         """Prometheus text of this replica."""

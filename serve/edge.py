@@ -74,6 +74,8 @@ class Edge:
             headers, parts = await self._infer(self._endpoint, call, receive)
             await answer.whole(200, headers, parts)
         else:
+            if call.method == "HEAD":  # as GET; the HTTP server leaves out the body
+                scope = {**scope, "method": "GET"}
             await self._api(scope, receive, answer.send)
 
     def _tell(self, call: Call, code: int) -> None:

@@ -1,6 +1,7 @@
 """All of a replica but HTTP: the model in service, the queue before it, keys, metrics, the watch on the source."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -9,7 +10,6 @@ from typing import Any
 from starlette.types import Receive
 
 from ray_app.config.serve import EndpointConfig
-from ray_app.core.metrics import THETAS, rate_key
 
 from .auth import Keys
 from .batcher import Batcher
@@ -22,6 +22,7 @@ from .strict_json import DEPTH
 from .telemetry import Telemetry
 from .wire import Limits
 
+LOG = logging.getLogger("ray.serve")
 MIB = 2**20
 
 
@@ -44,6 +45,7 @@ class Endpoint:
             max_rows=cfg.max_batch,
             max_queued_rows=cfg.max_queue,
             wait_s=cfg.batch_wait_ms / 1e3,
+            alone_s=lambda rows: self.model.pass_s(rows),
             observe=self.telemetry.batch,
             prepare=prepare,
         )
@@ -97,12 +99,17 @@ class Endpoint:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self.cfg.watch_s)
-            await self.reload()
+            try:
+                await self.reload()
+            except Exception as error:  # a defect of ours: it is told, and the next champion may be another matter
+                LOG.exception("a look at the model source failed")
+                self.telemetry.reload("failed")
+                self.succession.watch.failures += 1
+                self.succession.watch.last_error = repr(error)
 
     def about(self) -> dict[str, Any]:
         """`/v1/model`."""
         model, identity, watch = self.model, self.model.identity, self.succession.watch
-        evaluation = model.evaluation()
         return {
             "name": self.cfg.name,
             "version": identity.version,
@@ -113,8 +120,8 @@ class Endpoint:
             "dataset_fingerprint": model.provenance.get("dataset_fingerprint"),
             "adapter": {**model.config.to_dict(), "parameters": model.parameters},
             "features": model.features.model_dump(mode="json"),
-            "metrics": {"test": evaluation, "val": model.metrics.get("val")},
-            "acceptance_curve": acceptance_curve(evaluation, model.metrics.get("val")),
+            "metrics": {"test": model.judged.test, "val": model.judged.val},
+            "acceptance_curve": model.judged.curve,
             "loaded_at": stamp(model.loaded_at),
             "serving_since": stamp(self.succession.since),
             "serving_s": round((datetime.now(UTC) - self.succession.since).total_seconds(), 3),
@@ -139,19 +146,3 @@ class Endpoint:
             "precision": model.precision,
             "replica": self.replica,
         }
-
-
-def acceptance_curve(test: dict[str, Any] | None, val: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Acceptance by θ: of the test part beside its controls, else of the validation part, which has none."""
-    found, part = (test, "test") if test else (val, "val")
-    rates = (found or {}).get("cosine_accept_rate")
-    if not isinstance(rates, dict):
-        return None
-    keys = [rate_key(theta) for theta in THETAS if rate_key(theta) in rates]
-    controls = (found or {}).get("controls", {})
-    return {
-        "part": part,
-        "theta": [float(key) for key in keys],
-        "adapter": [rates[key] for key in keys],
-        "controls": {name: [one["cosine_accept_rate"][key] for key in keys] for name, one in controls.items()},
-    }

@@ -3,9 +3,9 @@
 Shapes: G = golden rows, N = pairs, E = event width, D = target width.
 """
 
-import json
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,8 @@ from ray_app.store.checkpoint import Checkpoint, load_checkpoint, replay_golden
 from ray_app.store.golden import TOLERANCE, golden_answers, relative_errors
 from ray_app.store.manifest import Features
 
+from .judgement import Judgement, judgement
+
 Precision = Literal["fp32", "bf16"]
 
 LIMITS: dict[Precision, float] = {"fp32": TOLERANCE, "bf16": 0.1}
@@ -28,6 +30,8 @@ differs by 1.5e-2."""
 
 BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
 """CPUs that multiply bfloat16, as Linux names what they can do."""
+WARM_UPS = 3
+"""Forward passes of each size before a model is ready."""
 AMD = "AuthenticAMD"
 """Whose CPUs multiply float32 faster with oneDNN than with MKL, which PyTorch takes by itself."""
 
@@ -60,8 +64,8 @@ class ServedModel:
     """What the adapter was built from."""
     features: Features
     """Type, shape and scale of both sides."""
-    metrics: Mapping[str, Any]
-    """metrics.json of the checkpoint."""
+    judged: Judgement
+    """How it was judged before."""
     provenance: Mapping[str, Any]
     """provenance.json of the checkpoint."""
     parameters: int
@@ -72,6 +76,8 @@ class ServedModel:
     """Where it computes."""
     loaded_at: datetime
     """When it was ready."""
+    alone_s: tuple[float, float] = (0.0, 0.0)
+    """Seconds of a forward pass of one pair, and of each pair more, when it was warmed up."""
 
     @property
     def version(self) -> str:
@@ -84,10 +90,10 @@ class ServedModel:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.adapter(event_NE).float()
 
-    def evaluation(self) -> dict[str, Any] | None:
-        """What promotion measured on the test part: acceptance by θ, of the controls too. None where it did not."""
-        text = (self.identity.tags or {}).get("evaluation")
-        return json.loads(text) if text else None
+    def pass_s(self, rows: int) -> float:
+        """Seconds of a forward pass of so many pairs on an idle machine."""
+        first_s, more_s = self.alone_s
+        return first_s + (rows - 1) * more_s
 
 
 class PackedLinear(nn.Module):
@@ -126,7 +132,7 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
         adapter=prepared(checkpoint, chosen, device),
         config=checkpoint.config,
         features=checkpoint.features,
-        metrics=checkpoint.metrics,
+        judged=judgement(identity.source, (identity.tags or {}).get("evaluation"), checkpoint.metrics),
         provenance=checkpoint.provenance,
         parameters=parameters,
         precision=chosen,
@@ -135,9 +141,19 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
     )
     with torch.inference_mode():
         require_close(model, golden)
-        for rows in (1, max_batch):  # kernels and buffers are made at first use
-            model.forward(torch.rand(rows, model.config.event_dim))
-    return model
+        one_s, most_s = (seconds_of(model, rows) for rows in (1, max_batch))
+    return replace(model, alone_s=(one_s, max(most_s - one_s, 0.0) / max(max_batch - 1, 1)))
+
+
+def seconds_of(model: ServedModel, rows: int) -> float:
+    """The shortest of a few forward passes; in the first, kernels and buffers are made."""
+    event_NE = torch.rand(rows, model.config.event_dim)
+    seconds = []
+    for _ in range(WARM_UPS):
+        began = time.perf_counter()
+        model.forward(event_NE).cpu()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def prepared(checkpoint: Checkpoint, precision: Precision, device: torch.device) -> Adapter:

@@ -1,12 +1,10 @@
-"""What a replica tells of itself: Prometheus series in a registry of its own, and the live numbers of `/v1/stats`."""
+"""What a replica tells of itself: Prometheus series in a registry of its own, and its part of `/v1/stats`."""
 
 import time
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ray_app.core.gate import accept
@@ -15,6 +13,7 @@ from ray_app.core.metrics import THETA
 from .batcher import BatchTimes
 from .model import ServedModel
 from .predict import Answer
+from .stats import Snapshot, drift
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -30,8 +29,6 @@ KEPT = 20_000
 """Requests remembered at most."""
 LIVE_PAIRS = 2_000
 """Newest verified pairs that are compared with the test part's."""
-ENOUGH = 100
-"""Pairs below which a comparison would be noise."""
 
 
 class Telemetry:
@@ -45,7 +42,7 @@ class Telemetry:
         self._cosines: deque[float] = deque(maxlen=LIVE_PAIRS)
         self._pairs = self._verified = self._accepted = 0
         self._cos_sum = 0.0
-        self._baseline: tuple[str, Any, Any] | None = None
+        self._model: ServedModel | None = None
 
         def made(kind: Any, name: str, help: str, labels: tuple[str, ...] = (), **more: Any) -> Any:
             series = kind(name, help, ("replica", *labels), registry=self.registry, **more)
@@ -123,77 +120,39 @@ class Telemetry:
             self.replica, identity.version, identity.digest, identity.run_id or "", model.precision
         ).set(1)
         self._loaded.set(model.loaded_at.timestamp())
-        self._baseline = baseline(model)
+        self._model = model
         self._cosines.clear()
 
     def reload(self, outcome: str) -> None:
         """One look at the model source."""
         self._reloads.labels(self.replica, outcome).inc()
 
-    def drift(self) -> dict[str, Any]:
-        """How far live cosines are from those of the part the model was judged on."""
-        psi = None
-        if self._baseline and len(self._cosines) >= ENOUGH:
-            psi = stability_index(np.array(self._cosines), *self._baseline[1:])
-        return {
-            "live_pairs": len(self._cosines),
-            "reference": self._baseline[0] if self._baseline else None,
-            "psi": psi,
-        }
-
-    def stats(self, queue_rows: int) -> dict[str, Any]:
-        """`/v1/stats`."""
+    def snapshot(self, queue_rows: int) -> Snapshot:
+        """Its part of `/v1/stats`."""
         now = time.monotonic()
         recent = [(when, seconds, pairs) for when, seconds, pairs in self._recent if now - when <= RECENT_S]
         lately = [pairs for when, _, pairs in recent if now - when <= RATE_S]
         span = min(RATE_S, max(time.time() - self.began, 1.0))
-        latency = {}
-        if recent:
-            points = np.percentile([seconds for _, seconds, _ in recent], (50, 95, 99)) * 1e3
-            latency = dict(zip(("p50", "p95", "p99"), points.round(3).tolist(), strict=True))
-        return {
-            "replica": self.replica,
-            "uptime_s": round(time.time() - self.began, 3),
-            "requests": {"total": self._codes.total(), "by_code": dict(self._codes)},
-            "request_rate_10s": round(len(lately) / span, 3),
-            "pairs": self._pairs,
-            "pair_rate_10s": round(sum(lately) / span, 3),
-            "latency_ms_60s": latency,
-            "queue_rows": queue_rows,
-            "in_flight": self.in_flight,
-            "verified": {
-                "pairs": self._verified,
-                "accepted": self._accepted,
-                "cos_sim_mean": self._cos_sum / self._verified if self._verified else None,
-            },
-            "drift": self.drift(),
-        }
+        return Snapshot(
+            uptime_s=time.time() - self.began,
+            codes=Tally(self._codes),
+            request_rate=len(lately) / span,
+            pair_rate=sum(lately) / span,
+            seconds=[seconds for _, seconds, _ in recent],
+            pairs=self._pairs,
+            queue_rows=queue_rows,
+            in_flight=self.in_flight,
+            verified=self._verified,
+            accepted=self._accepted,
+            cos_sum=self._cos_sum,
+            cosines=list(self._cosines),
+            digest=self._model.identity.digest if self._model else "",
+        )
 
     def exposition(self, queue_rows: int) -> bytes:
         """Prometheus text."""
         self._queue_rows.set(queue_rows)
         self._in_flight.set(self.in_flight)
-        psi = self.drift()["psi"]
+        psi = drift(self._cosines, self._model.judged)["psi"] if self._model else None
         self._drift.set(float("nan") if psi is None else psi)
         return generate_latest(self.registry)
-
-
-def baseline(model: ServedModel) -> tuple[str, Any, Any] | None:
-    """(part, edges, shares of the bins): cosines as they were on the test part, else on the validation part."""
-    for part, found in (("test", model.evaluation()), ("val", model.metrics.get("val"))):
-        percentiles = (found or {}).get("percentiles")
-        if isinstance(percentiles, Mapping) and percentiles:
-            points = sorted(
-                (float(name.removeprefix("P")) / 100, float(value)) for name, value in percentiles.items()
-            )
-            shares = np.diff([0.0, *(share for share, _ in points), 1.0])
-            return part, np.array([value for _, value in points]), shares
-    return None
-
-
-def stability_index(live: Any, edges: Any, expected: Any) -> float:
-    """PSI = Σ (a − e)·ln(a / e) over bins, a and e the shares of live and expected; an empty bin counts as 10⁻⁴."""
-    counts = np.bincount(np.searchsorted(edges, live, side="left"), minlength=len(edges) + 1)
-    actual = np.maximum(counts / len(live), 1e-4)
-    expected = np.maximum(expected, 1e-4)
-    return float(((actual - expected) * np.log(actual / expected)).sum())

@@ -74,7 +74,7 @@ def exporter_of(file: Path | None) -> Any:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         except ImportError as error:
             raise ConfigError(
-                f"{OTLP} is set and its exporter is not there: pip install opentelemetry-exporter-otlp-proto-http"
+                f"{OTLP} is set and its exporter is not there: pip install 'ray-app[traces]', or unset it."
             ) from error
         return OTLPSpanExporter()
     if file is None:

@@ -158,9 +158,3 @@ def encoded(row_D: Tensor, encoding: str, answer: Answer) -> Any:
 async def model(request: Request) -> Response:
     """What is served, how it was judged, since when; what was refused; the limits."""
     return JSONResponse(request.scope["ray_app.endpoint"].about())
-
-
-async def stats(request: Request) -> Response:
-    """Live numbers of the replica that answers."""
-    endpoint: Endpoint = request.scope["ray_app.endpoint"]
-    return JSONResponse(endpoint.telemetry.stats(endpoint.batcher.queued_rows))

@@ -216,7 +216,7 @@ def _outputs(header: dict[str, Any], parameters: dict[str, Any], has_target: boo
     binary = parameters.get("binary_data_output", False)
     if not isinstance(binary, bool):
         raise Problem(400, "parameter", "'binary_data_output' must be true or false.")
-    if not header.get("outputs"):
+    if header.get("outputs", []) == []:
         return {name: binary for name in OUTPUTS if has_target or name not in OF_TARGET}
     outputs: dict[str, bool] = {}
     for item in _items(header, "outputs"):

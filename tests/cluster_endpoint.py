@@ -1,9 +1,10 @@
-"""The endpoint on a cluster as users deploy it: a Serve config for `serve.app:build_app`, run at an address."""
+"""The endpoint on a cluster as users deploy it: a Serve config for `serve.app:build_app`, behind HAProxy."""
 
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -12,13 +13,24 @@ from pathlib import Path
 
 import yaml
 from mlflow_process import free_port
+from three_nodes import Nodes
+
+from ray_app.jobs.proxy_end import watched
+from ray_app.jobs.serve import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 120.0
 
 
 @contextmanager
-def cluster_endpoint(address: str, checkpoint: Path, folder: Path, cpus: float = 0.5) -> Iterator[str]:
+def behind_haproxy() -> Iterator[dict[str, str]]:
+    """The environment of nodes whose endpoint HAProxy stands before; it has ended when the block has."""
+    with tempfile.TemporaryDirectory(prefix="ra") as scratch, watched(Path(scratch)):
+        yield environment(Path(scratch), haproxy=True)
+
+
+@contextmanager
+def cluster_endpoint(nodes: Nodes, checkpoint: Path, folder: Path, cpus: float = 0.5) -> Iterator[str]:
     """Two replicas, at most one on a node, behind the head's proxy; yields the endpoint's URL."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     application = {
@@ -38,10 +50,10 @@ def cluster_endpoint(address: str, checkpoint: Path, folder: Path, cpus: float =
             }
         )
     )
-    command = [str(Path(sys.executable).with_name("serve")), "run", str(config), "--address", address]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(config), "--address", nodes.address]
+    told = {**os.environ, **nodes.environment}
     with (folder / "serve.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=told, stdout=log, stderr=log, start_new_session=True)
     try:
         until = time.monotonic() + START_S
         while not replicas(url) >= 2:

@@ -1,22 +1,22 @@
 """Small DSEC drives that tests share, and what is asked of them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-from dsec_writer import (
-    MADE_UP,
-    DsecFiles,
-    random_events,
-    write_sequence,
-)
+from dsec_writer import HEIGHT, MADE_UP, WIDTH, DsecFiles, random_events, write_sequence
+from numpy.typing import NDArray
 
 from ray_app.events.recording import Events
+from ray_app.events.scenes import Scene
+from ray_app.events.simulator import EventSimulator, SimulatedEvents
 from ray_app.sources.base import RawPair, Rejected
 from ray_app.sources.dsec import DsecSource
 from ray_app.sources.recorded import Cut
+from ray_app.sources.scenes import FRAME_US, SENSOR
 
 OFFSET_US = 49_599_300_776
 """Start of the file's clock, as large and as odd as real ones."""
@@ -25,6 +25,8 @@ RGB = (180, 135)
 NARROW = MADE_UP | {"camRect1": [value / 8 for value in MADE_UP["camRect1"]]}
 """The made-up cameras with frames of an eighth of the size, which are written and read quickly."""
 SECOND = (1_000_000,)
+ONE_CAMERA = MADE_UP | dict.fromkeys(("cam0", "camRect1"), MADE_UP["camRect0"]) | {"cam0_distortion": [0.0] * 4}
+"""Events and frames of the same pixels."""
 
 
 def image_times(count: int, first_us: int = BEGIN_US) -> list[int]:
@@ -44,6 +46,43 @@ def write_small(root: Path, name: str = "zurich_city_00_a", frames: int = 41, **
     return write_sequence(
         files, events, image_times(frames), constants, t_offset_us=OFFSET_US, rgb_size=RGB, **settings
     )
+
+
+@dataclass(frozen=True)
+class SceneDrive:
+    """A rendered drive in the DSEC layout, and what went into it."""
+
+    files: DsecFiles
+    events: Events
+    """Simulated, at absolute times."""
+    frames: list[NDArray[np.uint8]]
+    """At 20 Hz, seen by the same pixels."""
+    times_us: list[int]
+    """Of the frames."""
+
+
+def write_scene(root: Path, name: str, seed: int, num_frames: int) -> SceneDrive:
+    """Events of a scene's true motion, as `prepare scenes` simulates them, and its pictures at 20 Hz.
+
+    Both cameras are one here, without distortion, so that alignment changes nothing.
+    """
+    scene, rng = Scene(seed, HEIGHT, WIDTH), np.random.default_rng(seed)
+    sensor = EventSimulator(SENSOR, HEIGHT, WIDTH, rng)
+    sensor.start(scene.grey(0.0), 0, random_phase=True)
+    steps_us = range(FRAME_US, num_frames * 50_000, FRAME_US)
+    found = SimulatedEvents.joined([sensor.step(scene.grey(t_us * 1e-6), t_us) for t_us in steps_us])
+    events = Events(found.x, found.y, found.t_us + BEGIN_US, found.p, WIDTH, HEIGHT)
+    frames, times_us = [scene.rgb(i * 0.05) for i in range(num_frames)], image_times(num_frames)
+    files = write_sequence(
+        DsecFiles(root, name),
+        events,
+        times_us,
+        ONE_CAMERA,
+        t_offset_us=OFFSET_US,
+        rgb_size=(WIDTH, HEIGHT),
+        pictures=frames,
+    )
+    return SceneDrive(files, events, frames, times_us)
 
 
 def dsec(root: Path, durations_us: tuple[int, ...] = SECOND, **settings: Any) -> DsecSource:

@@ -3,7 +3,7 @@
 Shapes: H, W = 480, 640 event rows and columns.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,15 +77,18 @@ def write_sequence(
     t_offset_us: int = 0,
     offset_form: Literal["scalar", "one", "absent"] = "scalar",
     rgb_size: tuple[int, int] = (RGB_WIDTH, RGB_HEIGHT),
+    pictures: Sequence[NDArray[np.uint8]] | None = None,
 ) -> DsecFiles:
-    """A whole sequence: `events` at absolute times, frames that tell their number. No `constants`, no calibration."""
+    """A whole sequence: `events` at absolute times, `pictures` as frames or frames that tell their number. No
+    `constants`, no calibration."""
     write_events(files.events, events, t_offset_us, offset_form)
     times = list(image_times_us)
     files.timestamps.parent.mkdir(parents=True, exist_ok=True)
     files.timestamps.write_text("".join(f"{t}\n" for t in times))
     files.images.mkdir(parents=True, exist_ok=True)
     for i in range(len(times)):
-        Image.fromarray(frame(i, *rgb_size)).save(files.images / f"{i:06d}.png", compress_level=1)
+        picture = pictures[i] if pictures else frame(i, *rgb_size)
+        Image.fromarray(picture).save(files.images / f"{i:06d}.png", compress_level=1)
     if constants is not None:
         write_calibration(files.calibration, constants, rgb_size)
         with h5py.File(files.rectify_map, "w") as file:

@@ -101,7 +101,8 @@ class LocalServer(Server):
         async def everywhere(method: str) -> list[Any]:
             if method == "reload":
                 return [await self.endpoint.reload(again=True)]
-            return [self.endpoint.telemetry.exposition(self.endpoint.batcher.queued_rows).decode()]
+            telemetry, rows = self.endpoint.telemetry, self.endpoint.batcher.queued_rows
+            return [telemetry.snapshot(rows) if method == "snapshot" else telemetry.exposition(rows).decode()]
 
         self.edge = Edge(self.endpoint, infer, build_api(self.endpoint, everywhere), tracing)
         options = uvicorn.Config(self.edge, port=self.port, log_level="warning", timeout_graceful_shutdown=5)

@@ -1,7 +1,8 @@
 """A real S3 server (moto's) as processes of their own: the server, and a front before it that can fail.
 
 Clients speak to the front. Killing it is what an outage looks like from outside: connections break off, the port is
-closed, and what was stored is still there afterwards. While the file `broken` lies in its folder it answers 500.
+closed, and what was stored is still there afterwards. While the file `broken` lies in its folder it answers 500, and
+while `read_only` does, what only a reader may do.
 """
 
 import contextlib
@@ -20,13 +21,14 @@ from typing import Any
 PATIENCE_S = 60.0
 LENGTHS = ("content-length", "transfer-encoding", "connection", "expect")
 """Headers of one connection, which the other has of its own."""
+DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
 
 class S3:
-    """Server and front on free ports of this machine. `folder` is for logs and the sign `broken`."""
+    """Server and front on free ports of this machine. `folder` is for logs and the signs `broken` and `read_only`."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.broken = folder, folder / "broken"
+        self.folder, self.broken, self.read_only = folder, folder / "broken", folder / "read_only"
         self.port, self._server_port = free_port(), free_port()
         server = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self._server_port)]
         self._server = self._start(server, self._server_port)
@@ -92,11 +94,15 @@ class Front(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # head and body of an answer go out at once
     server_port: int
     broken: Path
+    read_only: Path
 
     def hand_on(self) -> None:
         body = self._body()
         if self.broken.exists():
             self._reply(500, {}, b"")
+            return
+        if self.read_only.exists() and self.command not in ("GET", "HEAD"):
+            self._reply(403, {"Content-Type": "application/xml"}, DENIED)
             return
         server = http.client.HTTPConnection("127.0.0.1", self.server_port, timeout=30)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in LENGTHS}
@@ -133,5 +139,6 @@ class Front(BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     os.setpgrp()
-    port, Front.server_port, Front.broken = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]) / "broken"
+    port, Front.server_port, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    Front.broken, Front.read_only = folder / "broken", folder / "read_only"
     ThreadingHTTPServer(("127.0.0.1", port), Front).serve_forever()

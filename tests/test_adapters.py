@@ -12,6 +12,7 @@ from ray_app.core.adapter import STRATEGIES, AdapterConfig, build_adapter, num_p
 from ray_app.core.adapter_subspace import LightweightSubspace, SubspaceAdapter
 from ray_app.core.augment import Augmentation
 from ray_app.core.compressed import compress
+from ray_app.core.layers import NoisyDropout
 from ray_app.core.losses import AlignmentObjective, CompressedObjective, LossWeights
 from ray_app.core.metrics import cos_sim
 from ray_app.core.noise import BatchNoise
@@ -288,3 +289,58 @@ def test_the_learning_rate_falls_along_half_a_cosine() -> None:
         schedule.step(0.0)
     np.testing.assert_allclose(rates, [0.2, 0.1 + 0.1 / 2**0.5, 0.1, 0.1 - 0.1 / 2**0.5])
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_adapter_names_the_settings_that_change_it(strategy: str) -> None:
+    tokens = strategy.startswith("token")
+    shape = (4, 192) if tokens else IMAGE
+    small = AdapterConfig(strategy, WIDTH, WIDTH, 8, 0.0, shape, shape, depth=1, patch=8, rank=4)
+
+    def built(config: AdapterConfig) -> list[object]:
+        with torch.device("meta"):
+            adapter = STRATEGIES[strategy](config)
+        shapes = [(name, tuple(value.shape)) for name, value in adapter.state_dict().items()]
+        return [*shapes, *(each.probability for each in adapter.modules() if isinstance(each, NoisyDropout))]
+
+    changes = {"hidden_dim": 16, "depth": 2, "patch": 4, "rank": 5, "dropout": 0.5}
+    used = {name for name, value in changes.items() if built(replace(small, **{name: value})) != built(small)}
+    assert used - ({"rank"} if strategy == "ridge" else set()) == STRATEGIES[strategy].SETTINGS
+
+
+@pytest.mark.parametrize("strategy", ["lightweight", "lightweight_reference", "bottleneck", "lightweight_subspace"])
+def test_a_deeper_adapter_has_that_many_hidden_layers_more(strategy: str) -> None:
+    shallow = small_adapter(strategy)
+    deep = build_adapter(replace(shallow.config, depth=3), 0)
+    hidden = shallow.config.hidden_dim
+    assert num_parameters(deep) - num_parameters(shallow) == 2 * (hidden * hidden + 3 * hidden)
+    assert not any(name.startswith("deeper") for name in shallow.state_dict())
+    event, target = small_pairs()
+    deep.begin(small_start(strategy, event, target, 5), spectral=strategy != "lightweight_subspace")
+    deep = perturbed(deep).eval()
+    answers = deep(event)
+    weights = {name: value for name, value in deep.state_dict().items() if name.startswith("deeper")}
+    found = deep.deeper(torch.ones(1, hidden))
+    activation = (
+        torch.relu if strategy.startswith("lightweight") and "ref" not in strategy else torch.nn.functional.gelu
+    )
+    by_hand = torch.ones(1, hidden)
+    for n in range(2):
+        x = by_hand @ weights[f"deeper.{n}.linear.weight"].T + weights[f"deeper.{n}.linear.bias"]
+        x = (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+        by_hand = activation(x * weights[f"deeper.{n}.norm.weight"] + weights[f"deeper.{n}.norm.bias"])
+    torch.testing.assert_close(found, by_hand)
+    with torch.no_grad():
+        deep.deeper[1].linear.weight.zero_()
+    assert not deep(event).allclose(answers), "its answers go through them"
+
+
+def test_a_deep_adapter_of_the_subspaces_is_a_deep_one_at_full_width() -> None:
+    narrow = build_adapter(replace(small_adapter("lightweight_subspace").config, depth=3), 0)
+    assert isinstance(narrow, LightweightSubspace)
+    event, target = small_pairs()
+    narrow.begin(small_start("lightweight_subspace", event, target, 5), spectral=False)
+    perturbed(narrow).eval()
+    wide = build_adapter(replace(narrow.config, strategy="lightweight"), 1).eval()
+    wide.load_state_dict(narrow.widened())
+    torch.testing.assert_close(wide(event), narrow(event), rtol=1e-4, atol=1e-4)

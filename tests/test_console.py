@@ -93,6 +93,12 @@ def closed(page: Any, name: str = "") -> None:
     assert not complaints
 
 
+def shown_in(page: Any, side: str) -> Any:
+    """The pixels of a picture on the page."""
+    source = page.locator(f"#{side}-picture img").get_attribute("src")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB"))
+
+
 def rows_of(page: Any) -> dict[str, str]:
     """What the table under the curve says."""
     return {row.locator("th").inner_text(): row.locator("td").inner_text() for row in page.locator("#rates tr").all()}
@@ -126,14 +132,38 @@ def test_the_pictures_are_those_of_the_endpoint(browser: Any, endpoint: Any, tmp
     page = opened(browser, server)
     page.set_input_files("#event-file", tmp_path / "event.png")
     page.get_by_text("Give the target image as well").wait_for()
-    shown = page.locator("#event-picture img").get_attribute("src")
-    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown.split(",")[1]))).convert("RGB"))
-    assert np.array_equal(drawn, pixels)
+    assert np.array_equal(shown_in(page, "event"), pixels)
     assert page.get_by_text("not given").is_visible()
     page.set_input_files("#target-file", tmp_path / "event.png")
     page.locator("#verdict strong").wait_for()
     assert "scores 1.000" in page.locator("#verdict").inner_text()
     closed(page, "console-own")
+
+
+DROP = """(zone, [kind, name, data]) => {
+    const files = new DataTransfer();
+    files.items.add(new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], name));
+    zone.dispatchEvent(new DragEvent(kind, {bubbles: true, cancelable: true, dataTransfer: files}));
+    return zone.classList.contains("over");
+}"""
+
+
+def test_files_are_dropped_on_either_side(browser: Any, endpoint: Any) -> None:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(3).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(out, "PNG")
+    data = base64.b64encode(out.getvalue()).decode()
+    page = opened(browser, endpoint[0])
+    event, target = (page.locator(f'.drop[data-side="{side}"]') for side in ("event", "target"))
+    assert event.evaluate(DROP, ["dragover", "event.png", data])
+    assert not event.evaluate(DROP, ["drop", "event.png", data])
+    page.get_by_text("Give the target image as well").wait_for()
+    assert page.locator("#event-name").inner_text() == "event.png"
+    assert np.array_equal(shown_in(page, "event"), pixels)
+    target.evaluate(DROP, ["drop", "target.png", data])
+    page.locator("#verdict strong").wait_for()
+    assert "scores 1.000" in page.locator("#verdict").inner_text()
+    closed(page)
 
 
 def test_a_recording_is_drawn(browser: Any, endpoint: Any, tmp_path: Path) -> None:
@@ -215,12 +245,12 @@ def test_it_tells_what_is_served_and_how_much_it_is_asked(browser: Any, endpoint
     for words in ("models:/alignment-adapter@champion", "lightweight", "768 → 768", evaluation["best_control"]):
         assert words in served
     page.locator("#since", has_text="since").wait_for()
-    before = server.endpoint.telemetry.stats(0)["requests"]["total"]
+    before = server.endpoint.telemetry.snapshot(0).codes.total()
     page.get_by_role("button", name="Crossing").click()
     page.locator("#verdict strong").wait_for()
     page.wait_for_timeout(1500)
     shown = int(re.search(r"requests\s+([\d,]+)", page.locator("#live").inner_text())[1].replace(",", ""))  # type: ignore[index]
-    assert before < shown <= server.endpoint.telemetry.stats(0)["requests"]["total"]
+    assert before < shown <= server.endpoint.telemetry.snapshot(0).codes.total()
     assert float(page.locator("#rate").inner_text()) > 0
     closed(page)
 

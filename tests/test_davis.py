@@ -4,8 +4,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ from ray_app.events.recording import Events
 from ray_app.events.render import equal_counts, event_image
 from ray_app.events.windows import Window
 from ray_app.jobs.prepare import run_prepare, source_of
+from ray_app.sources import davis
 from ray_app.sources.aedat4 import Aedat4, decoded_to_the_end, frame_span
 from ray_app.sources.base import RawPair, Rejected
 from ray_app.sources.davis import DavisSource, Excerpt, Reader
 from ray_app.sources.npy import read_npy
 from ray_app.sources.recorded import Cut
+from ray_app.sources.spool import Spool
 from ray_app.store.pair_store import PairStore
 
 WIDTH, HEIGHT = 346, 260
@@ -61,6 +65,13 @@ def pairs_of(source: DavisSource) -> list[RawPair]:
     return [item for item in found if isinstance(item, RawPair)]
 
 
+def events_in(excerpt: Excerpt) -> Events:
+    """All of an excerpt's events."""
+    parts = list(excerpt.parts(0, excerpt.stop))
+    x, y, t_us, p = (np.concatenate([getattr(part, name) for part in parts]) for name in ("x", "y", "t_us", "p"))
+    return Events(x, y, t_us, p, excerpt.width, excerpt.height)
+
+
 def columns_of(events: Events) -> list[NDArray[Any]]:
     return [events.x, events.y, events.t_us, events.p]
 
@@ -69,8 +80,8 @@ def test_events_and_frames_equal_those_that_another_program_decoded(
     sample: Path, decoded: Events, pictures: dict[int, NDArray[np.uint8]]
 ) -> None:
     everything = Reader(sample).excerpt(Window(0, 2**62))
-    assert len(everything.events) == 6_676
-    for mine, theirs in zip(columns_of(everything.events), columns_of(decoded), strict=True):
+    assert everything.stop == 6_676
+    for mine, theirs in zip(columns_of(events_in(everything)), columns_of(decoded), strict=True):
         assert np.array_equal(mine, theirs)
     assert [frame["exposure_begin_t"] for frame in everything.frames] == list(pictures)
     assert everything.frames_us.tolist() == [t_us + 250 for t_us in pictures]  # exposed for half a millisecond
@@ -99,13 +110,14 @@ def test_a_pair_is_the_middle_fifth_of_the_windows_events_with_its_middle_frame(
 def test_frames_and_events_lie_on_one_clock(sample: Path) -> None:
     """Pixels that got brighter between two frames gave positive events then: most of all at the true times."""
     everything = Reader(sample).excerpt(Window(0, 2**62))
+    events = events_in(everything)
     grey = [np.log(everything.frame(i)[..., 0] + 10.0) for i in range(4)]
 
     def agreement(shift_us: int) -> float:
         values = []
         for i in range(3):
             span = (everything.frames_us[[i, i + 1]] + shift_us).tolist()
-            part = everything.events.between(*span)
+            part = events.between(*span)
             counts = np.zeros((HEIGHT, WIDTH))
             np.add.at(counts, (part.y, part.x), part.p.astype(float) * 2 - 1)
             hit = counts != 0
@@ -138,11 +150,10 @@ def test_a_reader_forgets_what_lies_behind(sample: Path) -> None:
     for start_us in range(int(whole.frames_us[0]), int(whole.frames_us[-1]), 10_000):
         window = Window(start_us, start_us + 20_000)
         mine, theirs = (
-            reader.excerpt(window).events.between(start_us, start_us + 20_000),
-            whole.events.between(start_us, start_us + 20_000),
+            events_in(excerpt).between(start_us, start_us + 20_000) for excerpt in (reader.excerpt(window), whole)
         )
         assert all(np.array_equal(a, b) for a, b in zip(columns_of(mine), columns_of(theirs), strict=True))
-    assert sum(len(part) for part in reader._events) < 3_000
+    assert sum(packet.stop - packet.first for packet in reader._events) < 3_000
     assert len(reader._frames) <= 2
 
 
@@ -154,8 +165,9 @@ def test_windows_with_few_events_or_a_gap_are_rejected_with_the_reason(sample: P
     assert isinstance(few, Rejected)
     assert "events cannot be drawn as 64 images" in few.reason
     excerpt = Reader(sample).excerpt(Window(0, 2**62))
+    times_us = events_in(excerpt).t_us
     for a, b in ((0, 1), (100, 101), (3_000, 3_001)):
-        low, high = excerpt.time_us(a), excerpt.time_us(b)
+        low, high = times_us[[a, b]].tolist()
         assert excerpt.silence(low, high + 1, high - low) is None
         if high - low > 1:
             assert excerpt.silence(low, high + 1, high - low - 1) == (low, high)
@@ -166,7 +178,9 @@ def test_a_frame_that_shows_a_part_or_another_format_is_refused(sample: Path) ->
     colour = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
 
     def frame(**changes: Any) -> NDArray[np.uint8]:
-        return Excerpt(whole.events, whole.frames_us, [whole.frames[0] | changes]).frame(0)
+        if "pixels" in changes:
+            changes["pixels"] = Spool().put(changes["pixels"])
+        return replace(whole, frames=[whole.frames[0] | changes]).frame(0)
 
     with pytest.raises(InputError, match=r"shows 346 x 260 pixels from \(4, 0\) on; a pair needs the sensor's whole"):
         frame(offset_x=4)
@@ -269,6 +283,47 @@ def test_a_machine_without_the_library_is_told_what_to_install(sample: Path) -> 
     )
     said = subprocess.run([sys.executable, "-c", script, str(sample)], capture_output=True, text=True, check=True)
     assert "`pip install 'ray-app[davis]'` brings it" in said.stdout
+
+
+class Synthetic:
+    """In place of Aedat4: 64 s with a packet of events every 10 ms and a frame every 40 ms, made as asked for."""
+
+    width, height = WIDTH, HEIGHT
+    num_events = 0
+    events_until_us = frames_until_us = -1
+
+    def __init__(self, path: Path) -> None:
+        del path
+
+    def __iter__(self) -> Iterator[Events | tuple[int, dict[str, Any]]]:
+        frame = {"pixels": np.full((HEIGHT, WIDTH), 7, np.uint8), "format": "L", "width": WIDTH, "height": HEIGHT}
+        for start_us in range(0, 64_000_000, 10_000):
+            rng = np.random.default_rng(start_us)
+            x, y = rng.integers(0, WIDTH, 1000).astype(np.uint16), rng.integers(0, HEIGHT, 1000).astype(np.uint16)
+            events = Events(x, y, start_us + 10 * np.arange(1000), (x % 2).astype(np.uint8), WIDTH, HEIGHT)
+            self.num_events, self.events_until_us = self.num_events + 1000, int(events.t_us[-1])
+            yield events
+            if start_us % 40_000 == 0:
+                self.frames_until_us = start_us
+                yield start_us, {**frame, "offset_x": 0, "offset_y": 0}
+
+
+def test_memory_does_not_grow_with_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(davis, "Aedat4", Synthetic)
+    monkeypatch.setattr(davis, "frame_span", lambda _: (0, 63_960_000))
+    peaks = []
+    for seconds in (2, 20):
+        file = tmp_path / f"{seconds}.aedat4"
+        file.write_bytes(b"1")
+        source = DavisSource((file,), Cut((seconds * 1_000_000,), pick="all"))
+        (task, *_) = source.tasks()
+        tracemalloc.start()
+        pairs = [item.num_events for item in islice(source.pairs(task), 5) if isinstance(item, RawPair)]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        davis._LEFT_OPEN.clear()
+        assert pairs == [seconds * 100_000] * 5
+    assert peaks[1] < peaks[0] + 3e6 < 8e6  # 20 s are 26 MB of events and 45 MB of frames; a note a packet stays
 
 
 @pytest.mark.cluster

@@ -6,6 +6,7 @@ import re
 import shlex
 from functools import cache
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import jsonschema
@@ -17,12 +18,14 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from ray_app import cli
+from ray_app.config.serve import EndpointConfig
+from serve.deployment import replica_options
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
 LAUNCHED = [ROOT / "cluster.yaml", *sorted((DEPLOY / "launcher").glob("*.yaml"))]
 OVERLAYS = sorted((DEPLOY / "kuberay" / "overlays").iterdir())
-JOBS = sorted((DEPLOY / "kuberay" / "jobs").glob("*.yaml"))
+JOBS = sorted((DEPLOY / "kuberay").rglob("jobs/*.yaml"))
 KUBERNETES = "1.34"
 PINNED = dict(
     line.split("==")
@@ -83,25 +86,52 @@ def test_a_launched_cluster_asks_for_its_token_and_keeps_its_dashboard_to_itself
         assert ". ~/ray-app.env" in " ".join(commands), "where RAY_AUTH_MODE=token stands"
     assert "/home/ray/.ray/auth_token" in plan["file_mounts"]
     assert "chmod 600 ~/.ray/auth_token" in " ".join(plan["setup_commands"])
-    opened = plan["provider"].get("security_group", {}).get("IpPermissions", [])
-    assert all(rule["FromPort"] == rule["ToPort"] == 22 for rule in opened)
+    assert "IpPermissions" not in plan["provider"].get("security_group", {}), "Ray's own rules: ssh, and the group"
+
+
+def environment_of_nodes() -> dict[str, str]:
+    lines = (DEPLOY / "ray-app.env.example").read_text().splitlines()
+    words = [shlex.split(line) for line in lines if line and line[0] != "#"]
+    assert all(len(word) == 1 for word in words), "a shell reads it"
+    return dict(word.split("=", 1) for (word,) in words)
+
+
+def environment_of_pods() -> dict[str, str]:
+    return dict(next(o for o in build(OVERLAYS[0]) if o["kind"] == "ConfigMap")["data"])
 
 
 def test_the_environment_example_turns_authentication_on_and_holds_no_secret() -> None:
-    lines = [line for line in (DEPLOY / "ray-app.env.example").read_text().splitlines() if line and line[0] != "#"]
-    values = dict(line.split("=", 1) for line in lines)
+    values = environment_of_nodes()
     assert values["RAY_AUTH_MODE"] == "token"
     assert values["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
     assert not values["MLFLOW_TRACKING_TOKEN"]
 
 
-def test_spot_instances_have_a_fallback() -> None:
-    types = yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"]
-    gpus = {name: kind for name, kind in types.items() if kind["resources"].get("GPU")}
-    spot = {name for name, kind in gpus.items() if "InstanceMarketOptions" in kind["node_config"]}
-    assert spot
-    assert set(gpus) - spot
-    assert all(kind["min_workers"] == 0 for kind in gpus.values())
+def test_nodes_and_pods_are_told_the_same() -> None:
+    nodes, pods = environment_of_nodes(), environment_of_pods()
+    elsewhere = {"RAY_AUTH_MODE", "MLFLOW_TRACKING_TOKEN"}  # KubeRay's authOptions; a secret, of which pods need none
+    assert set(nodes) - set(pods) == elsewhere
+    assert set(pods) <= set(nodes)
+    places = {"RAY_APP_STORAGE", "MLFLOW_TRACKING_URI"}
+    assert {k: v for k, v in nodes.items() if k not in places | elsewhere} == {
+        k: v for k, v in pods.items() if k not in places
+    }
+
+
+@pytest.mark.parametrize("path", [path for path in LAUNCHED if path.name != "on-premise.yaml"], ids=lambda p: p.name)
+def test_a_launched_node_may_use_the_bucket_and_spot_instances_have_a_fallback(path: Path) -> None:
+    plan = yaml.safe_load(path.read_text())
+    types = plan["available_node_types"]
+    workers = {name: kind for name, kind in types.items() if name != plan["head_node_type"]}
+    for kind in types.values():  # Ray gives the head alone a role by itself
+        assert kind["node_config"].keys() & {"IamInstanceProfile", "serviceAccounts"}
+    spot = {name for name, kind in workers.items() if re.search("spot", json.dumps(kind["node_config"]), re.I)}
+    assert {"GPU" in workers[name]["resources"] for name in spot} == {True, False}
+    for name in spot:
+        alike = [kind for other, kind in workers.items() if other not in spot]
+        (fallback,) = (kind for kind in alike if kind["resources"] == workers[name]["resources"])
+        assert workers[name]["priority"] > fallback.get("priority", 0)
+    assert all(kind["min_workers"] == 0 for kind in workers.values())
 
 
 @pytest.mark.parametrize("folder", OVERLAYS, ids=lambda path: path.name)
@@ -112,15 +142,29 @@ def test_kubernetes_and_kuberay_accept_every_object(folder: Path) -> None:
         check(thing)
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: str(path.relative_to(DEPLOY / "kuberay")))
 def test_kuberay_accepts_every_job_and_we_accept_its_command(path: Path) -> None:
     job = yaml.safe_load(path.read_text())
     check(job)
-    words = shlex.split(job["spec"]["entrypoint"])
+    words = shlex.split(Template(job["spec"]["entrypoint"]).substitute(environment_of_pods()))
     assert words[:3] == ["python", "-m", "ray_app"]
     name, rest = cli.find_command(words[3:])
-    cli.parse(name, cli.COMMANDS[name], None, rest)
+    cfg = cli.parse(name, cli.COMMANDS[name], None, rest)
+    assert bool(getattr(cfg, "use_gpu", False)) == ("gpu" in path.parts)
     assert set(yaml.safe_load(job["spec"]["runtimeEnvYAML"])) == {"env_vars"}
+
+
+def test_the_gpu_overlay_has_jobs_that_ask_for_what_its_workers_have() -> None:
+    folder = DEPLOY / "kuberay" / "overlays" / "gpu"
+    assert {path.stem for path in JOBS if folder in path.parents} == {"train", "tune"}
+    cluster = next(o for o in build(folder) if o["kind"] == "RayCluster")
+    limits = [one["resources"]["limits"] for one in containers(cluster["spec"]["workerGroupSpecs"])]
+    assert any(limit.get("nvidia.com/gpu") for limit in limits)
+    for path in JOBS:
+        assert (
+            yaml.safe_load(path.read_text())["spec"]["clusterSelector"]["ray.io/cluster"]
+            == cluster["metadata"]["name"]
+        )
 
 
 def test_an_unknown_name_in_a_manifest_is_found() -> None:
@@ -155,36 +199,19 @@ def test_the_endpoint_on_kubernetes_is_the_one_of_this_repository() -> None:
     theirs = yaml.safe_load(service["spec"]["serveConfigV2"])
     ours = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
     ServeDeploySchema.model_validate(theirs)
-    for left, right in zip(theirs["applications"], ours["applications"], strict=True):
-        assert {k: v for k, v in left.items() if k != "args"} == {k: v for k, v in right.items() if k != "args"}
+    assert theirs == ours
+    for application in ours["applications"]:
+        assert "tracking_uri" not in application["args"], "MLFLOW_TRACKING_URI of the nodes tells it"
 
 
-INSTRUCTION = re.compile(r"^([A-Z]+) ((?:[^\\\n]|\\\n|\\.)*)", re.MULTILINE)
-
-
-def test_the_container_file_builds_from_what_is_here_and_ends_without_powers() -> None:
-    text = re.sub(r"^#.*\n", "", (DEPLOY / "Containerfile").read_text(), flags=re.MULTILINE)
-    steps = [(name, rest.replace("\\\n", " ").strip()) for name, rest in INSTRUCTION.findall(text)]
-    kept = [line[1:] for line in (ROOT / ".containerignore").read_text().splitlines() if line.startswith("!")]
-    copied = [source for name, rest in steps if name == "COPY" for source in rest.split()[:-1]]
-    assert copied
-    for source in copied:
-        assert (ROOT / source).exists(), source
-        assert source in kept, f"{source} is kept from the builder by .containerignore"
-    names = [name for name, _ in steps]
-    assert "ADD" not in names
-    assert names.index("USER") > max(i for i, (name, _) in enumerate(steps) if name in ("RUN", "COPY"))
-    assert dict(steps)["USER"] == "1000"
-    assert f"torch=={PINNED['torch']}" in text
-    assert not re.search(r"(?i)(password|secret|token|key)\s*=", text)
-    start = dict(steps)["FROM"]
-    assert re.fullmatch(r"docker\.io/library/python:\$\{PYTHON\}-slim-bookworm", start)
-
-
-def test_the_image_has_every_extra_that_it_names() -> None:
-    import tomllib
-
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = re.findall(r"'\.\[([a-z,]+)\]'", (DEPLOY / "Containerfile").read_text())
-    assert named
-    assert {extra for group in named for extra in group.split(",")} <= set(extras)
+def test_the_gpu_overlay_is_the_endpoint_of_the_base_with_a_gpu_for_each_replica() -> None:
+    services = {folder.name: next(o for o in build(folder) if o["kind"] == "RayService") for folder in OVERLAYS}
+    found = {name: yaml.safe_load(service["spec"]["serveConfigV2"]) for name, service in services.items()}
+    (gpu,), (cpu,) = found["gpu"]["applications"], found["cpu"]["applications"]
+    assert "use_gpu" not in cpu["args"]
+    cpu["args"]["use_gpu"] = True
+    assert found["gpu"] == found["cpu"]
+    options = replica_options(EndpointConfig.model_validate(gpu["args"]))
+    assert options["ray_actor_options"]["num_gpus"] == 1
+    for worker in containers(services["gpu"]["spec"]["rayClusterConfig"]["workerGroupSpecs"]):
+        assert worker["resources"]["limits"]["nvidia.com/gpu"] == 1

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ray_app.core.draft_replay import DRAFTERS, contiguous_folds, num_matches, replay_fold
+from ray_app.core.draft_replay import DRAFTERS, contiguous_folds, folds_of, num_matches, replay_fold
 from ray_app.core.drafters import Answered, Continuation, Distribution, Draft, Drafter, Prompt
 from ray_app.errors import ConfigError, InputError
 
@@ -135,6 +135,15 @@ def test_previous_window_goes_on_from_where_the_words_are_found() -> None:
     assert Continuation((1, 2, 1, 3)).behind((0, 0, 1), 1) == (3,)
 
 
+def test_previous_window_is_that_of_the_same_sequence_and_question() -> None:
+    drafter = DRAFTERS["previous_window"]()
+    drafter.update(Prompt("q", (), sequence="a"), (1, 2))
+    drafter.update(Prompt("q", (), sequence="b"), (3, 4))
+    drafter.update(Prompt("other", (), sequence="a"), (5, 6))
+    assert drafter.draft(Prompt("q", (), sequence="a"), (), 2).tokens == (1, 2)
+    assert drafter.draft(Prompt("q", (), sequence="c"), (), 2).tokens == ()
+
+
 def test_retrieval_takes_the_answer_with_the_nearest_draft() -> None:
     drafter = DRAFTERS["retrieval"]()
     drafter.fit([Answered(Prompt("q", (1, 2, 3)), (11, 12)), Answered(Prompt("q", (4, 5, 6)), (13, 14))])
@@ -165,6 +174,13 @@ def test_hybrid_is_the_same_whether_or_not_its_thoughts_were_kept() -> None:
     assert kept.draft(QUESTION, rows[0].answer[:2], 8) == fresh.draft(QUESTION, rows[0].answer[:2], 8)
 
 
+def test_hybrid_thinks_anew_for_another_question() -> None:
+    drafter, other = DRAFTERS["hybrid"](), Prompt("another", ())
+    drafter.fit([Answered(QUESTION, (1, 2, 3)), Answered(other, (4, 5, 6))] * 3)
+    assert drafter.draft(QUESTION, (), 3).tokens == (1, 2, 3)
+    assert drafter.draft(other, (), 3).tokens == (4, 5, 6)
+
+
 def test_folds_keep_their_distance() -> None:
     folds = contiguous_folds(100, 5, 10)
     assert [row for fold in folds for row in fold.test] == list(range(100))
@@ -173,6 +189,21 @@ def test_folds_keep_their_distance() -> None:
         assert len(fold.train) in (70, 60)
     with pytest.raises(ConfigError, match="leave none to learn from"):
         contiguous_folds(50, 5, 20)
+
+
+def test_folds_of_named_sequences_never_cut_one() -> None:
+    sequences = [*"aaaabbbbbbccd", *"ab"]
+    folds = folds_of(sequences, 3, 20)
+    assert [sorted({sequences[row] for row in fold.test}) for fold in folds] == [["b"], ["a"], ["c", "d"]]
+    for fold in folds:
+        assert sorted([*fold.train, *fold.test]) == list(range(15))
+        assert list(fold.test) == sorted(fold.test)
+    assert len(folds_of(sequences, 9, 20)) == 4
+
+
+@pytest.mark.parametrize("sequences", [[""] * 30, ["a"] * 30, ["a", ""] * 15])
+def test_folds_are_stretches_where_sequences_are_not_told_apart(sequences: list[str]) -> None:
+    assert folds_of(sequences, 5, 2) == contiguous_folds(30, 5, 2)
 
 
 def test_matches_by_shift() -> None:

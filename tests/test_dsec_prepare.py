@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from dsec_drives import BEGIN_US, OFFSET_US, SECOND, dsec, same, write_small
-from dsec_writer import DsecFiles, random_events
+from dsec_writer import DsecFiles, random_events, write_sequence
 from numpy_source import SMALL
 
 from ray_app import cli
@@ -48,7 +48,7 @@ def test_long_windows_are_few_to_a_task(tmp_path: Path) -> None:
     files.timestamps.write_text("".join(f"{t}\n" for t in times))
     tasks = dsec(tmp_path, (20_000_000,)).tasks()
     assert [task.num_pairs for task in tasks] == [3, 3, 3, 2]
-    assert [start for task in tasks for start in task.spec["starts_us"]] == [
+    assert [start for task in tasks for start, _ in task.spec["windows"]] == [
         BEGIN_US + i * 10_000_000 for i in range(11)
     ]
 
@@ -100,25 +100,36 @@ def test_all_images_of_a_window_stand_in_one_store(two_seconds: DsecFiles, tmp_p
 @pytest.mark.cluster
 @pytest.mark.usefixtures("ray_cluster")
 def test_any_number_of_workers_prepares_the_same_store(tmp_path: Path) -> None:
-    for name in ("interlaken_00_a", "zurich_city_00_a"):
-        write_small(tmp_path / "dsec", name, frames=21)
+    long_drive(tmp_path / "dsec", "interlaken_00_a", 420)
+    long_drive(tmp_path / "dsec", "zurich_city_00_a", 620)
     results = []
     for num_workers in (1, 2, 16):
         flags = PrepareDsec(
             out=tmp_path / str(num_workers),
             root=tmp_path / "dsec",
-            durations=("200ms", "1s"),
-            step="200ms",
+            durations=("20s", "12s"),
+            step="20s",
+            max_gap="10s",
             num_workers=num_workers,
         )
         results.append(run_prepare(flags))
     one = results[0]
+    assert [result["workers"] for result in results] == [1, 2, 16]
+    assert one["files"] >= 16  # so 16 have something to do, and sequences are cut by span
     assert len({result["fingerprint"] for result in results}) == 1
-    assert (one["pairs"], one["sequences"], one["quarantined"]) == (12, 2, 0)
-    assert one["durations"] == ["200ms", "1s"]
+    assert (one["pairs"], one["sequences"], one["quarantined"]) == (2 * (21 + 31), 2, 0)
+    assert one["durations"] == ["20s", "12s"]
     for path in (tmp_path / "1").iterdir():
         for others in ("2", "16"):
             assert path.read_bytes() == (tmp_path / others / path.name).read_bytes()
+
+
+def long_drive(root: Path, name: str, seconds: int) -> DsecFiles:
+    """A drive with few events and a frame every ten seconds."""
+    files = DsecFiles(root, name)
+    times = range(BEGIN_US, BEGIN_US + seconds * 1_000_000 + 1, 10_000_000)
+    events = random_events(40_000, OFFSET_US, times[-1] + 1_000, seed=seconds)
+    return write_sequence(files, events, times, None, t_offset_us=OFFSET_US, rgb_size=(18, 13))
 
 
 @pytest.mark.cluster

@@ -1,5 +1,6 @@
 """Windows of DSEC recordings as pairs: what is read, what is drawn, which frame belongs, what is cut away."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -16,6 +17,7 @@ from dsec_drives import (
     RGB,
     SECOND,
     dsec,
+    edit,
     events_until,
     image_times,
     pairs_of,
@@ -31,14 +33,17 @@ from dsec_writer import (
     rectify_map,
     write_sequence,
 )
+from numpy_source import SMALL
 
-from ray_app.errors import InputError
+from ray_app.errors import InputError, StoreError
 from ray_app.events.render import equal_counts, event_image
 from ray_app.events.views import event_view
+from ray_app.jobs.building import claim
 from ray_app.sources.base import RawPair
 from ray_app.sources.dsec_events import DsecEvents
 from ray_app.sources.dsec_files import find_sequences, read_rig
 from ray_app.sources.npy import read_events
+from ray_app.store.manifest import Features
 
 
 def test_a_pair_is_the_middle_fifth_of_the_windows_events_with_its_middle_frame(two_seconds: DsecFiles) -> None:
@@ -144,11 +149,38 @@ def test_aligned_pairs_are_the_frame_in_the_event_view_and_both_sides_are_cut_al
     assert plain[0].target_HWC.shape == (*RGB[::-1], 3)
 
 
+def test_the_manifest_says_what_alignment_cut_away(own: DsecFiles) -> None:
+    about = dsec(own.root, SECOND).describe()
+    (sequence,) = about["sequences"]
+    crop, (height, width) = sequence["crop"], pairs_of(dsec(own.root, SECOND))[0].event_HWC.shape[:2]
+    assert (crop["bottom"] - crop["top"], crop["right"] - crop["left"]) == (height, width)
+    assert 0 <= crop["top"] < crop["bottom"] < HEIGHT
+    assert 0 < sequence["event_view_without_frame"] <= 1 - height * width / (HEIGHT * WIDTH)
+    for name, path in (("rectify_map", own.rectify_map), ("calibration", own.calibration)):
+        assert sequence[f"{name}_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert about["event_image"].endswith("cut to the crop of its sequence, which both cameras see")
+    assert about["target"].endswith("as the event camera sees it, cut alike")
+    plain = dsec(own.root, SECOND, align="none").describe()
+    assert "crop" not in plain["sequences"][0]
+    assert "cut" not in plain["event_image"] + plain["target"]
+
+
+def test_a_start_over_another_rectify_map_is_refused(own: DsecFiles, tmp_path: Path) -> None:
+    source, both = dsec(own.root, SECOND), Features(event=SMALL, target=SMALL)
+    claim(tmp_path / "s", source, source.tasks(), both)
+    claim(tmp_path / "s", source, source.tasks(), both)
+    edit(own.rectify_map, lambda file: file["rectify_map"].write_direct(file["rectify_map"][()] + np.float32(1e-3)))
+    with pytest.raises(StoreError, match="of other settings or inputs"):
+        claim(tmp_path / "s", source, source.tasks(), both)
+
+
 def test_the_real_cameras_give_a_pair_of_full_size(shared_data: Path, tmp_path: Path) -> None:
     constants = json.loads((shared_data / "dsec_calibration.json").read_text())
     files = DsecFiles(tmp_path, "thun_00_a")
     write_sequence(files, events_until(100_000), image_times(3), constants, t_offset_us=OFFSET_US)
     (pair,) = pairs_of(dsec(tmp_path, (100_000,)))
+    (about,) = dsec(tmp_path, (100_000,)).describe()["sequences"]
+    assert about["event_view_without_frame"] == pytest.approx(0.058, abs=0.002)  # and averages need a whole box
     assert pair.event_HWC.shape == pair.target_HWC.shape
     assert 440 <= pair.target_HWC.shape[0] <= 452
     assert pair.target_HWC.shape[1] == WIDTH
@@ -194,11 +226,11 @@ def test_nothing_outside_the_drawn_slice_is_read(tmp_path: Path, monkeypatch: py
     slice_ = (first + 2 * count, first + 3 * count)
     assert {(a, b) for name, a, b in reads if name != "t"} == {slice_}
     elsewhere = [(a, b) for name, a, b in reads if name == "t" and (a, b) != slice_ and b - a > 1]
-    assert len(elsewhere) == 2  # the milliseconds at both ends of the window
+    assert len(elsewhere) == 2 * 3  # the milliseconds at both ends of each window of the task
     assert all(b - a < 40 for a, b in elsewhere)
 
 
-@pytest.mark.parametrize("name", ["000069.npy", "000079.npy", "000099.npy"])
+@pytest.mark.parametrize("name", ["000069.npy", "000079.npy", "000099.npy", "sample1_uint16_time.npy"])
 def test_a_real_window_written_in_this_layout_is_read_back_event_for_event(
     shared_data: Path, tmp_path: Path, name: str
 ) -> None:

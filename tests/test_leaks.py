@@ -3,6 +3,7 @@
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,14 +132,29 @@ def test_a_leak_between_the_parts_of_a_split_is_found(tmp_path: Path) -> None:
     assert "<strong>identical target</strong>" in page.read_text()
 
 
-def test_drives_of_one_name_and_another_seed_are_not_the_same_recording(tmp_path: Path) -> None:
+def files(key: str, digit: int) -> dict[str, Any]:
+    """What a manifest says of the files of two sequences."""
+    return {key: [{"sequence": f"drive_{drive}", "sha256": f"{digit}" * 64} for drive in "ab"]}
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        [{"name": "scenes", "seed": seed, "renderer": 1} for seed in (0, 1)],
+        [{"name": "video"} | files("videos", digit) for digit in (0, 1)],
+        [{"name": "davis"} | files("recordings", digit) for digit in (0, 1)],
+    ],
+    ids=lambda sources: sources[0]["name"],
+)
+def test_drives_of_one_name_and_another_seed_or_file_are_not_the_same_recording(
+    sources: list[dict[str, Any]], tmp_path: Path
+) -> None:
     from ray_app.jobs.leaks import joined_index
 
     stores = []
-    for seed in (0, 1):
-        folder = store(tmp_path / str(seed), clean(seed, "ab"))
+    for number, source in enumerate(sources):
+        folder = store(tmp_path / str(number), clean(number, "ab"))
         opened = PairStore.open(folder)
-        source = {"name": "scenes", "seed": seed, "renderer": 1}
         stores.append(replace(opened, manifest=opened.manifest.model_copy(update={"source": source})))
     index, rows = joined_index(stores), np.arange(12)
     assert (overlapping_row(index, rows[:6], rows[6:]) < 0).all()

@@ -203,6 +203,23 @@ def test_a_bucket_that_is_missing_or_denies_is_told_before_work_starts(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["prepare scenes --num-pairs 2 --num-sequences 2", "train --store {store}"])
+def test_a_bucket_that_may_only_be_read_is_told_before_work_starts(
+    s3: S3, small_store: Path, command: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    there = s3.uri("bucket/read-only")
+    s3.read_only.touch()
+    try:
+        assert cli.run([*command.format(store=small_store).split(), "--out", there]) == 2
+    finally:
+        s3.read_only.unlink()
+    told = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "StoreError: s3://bucket/read-only/" in told
+    assert "cannot be written" in told
+    assert told.endswith("The credentials of this environment do not allow it.")
+    assert not place(there).exists()
+
+
 def test_an_answer_that_is_wrong_for_too_long_is_an_error_with_the_number_of_tries(s3: S3) -> None:
     told: list[str] = []
     there = place(s3.uri("bucket/wrong"), 8).telling(told.append)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from ray_app import cli
 from ray_app.config.draft import ProxyConfig, ReplayConfig
 from ray_app.config.judge import EvaluateConfig
 from ray_app.core.adapter import AdapterConfig, build_adapter
@@ -183,6 +184,36 @@ def test_adapters_of_known_worth(world: Path, tmp_path: Path) -> None:
     assert "exact" in page
     assert "http" not in page
     assert json.loads((tmp_path / "out" / "proxy.json").read_text())["adapters"].keys() == result["adapters"].keys()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("form", [["--json"], []])
+def test_lines_that_were_set_aside_are_told(
+    form: list[str], world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, out = world / "cut.jsonl", tmp_path / "out"
+    path.write_text((world / TRACES).read_text() + '{"row": 60, "<questi')
+    assert cli.run(["proxy", str(path), "--out", str(out), *form]) == 0
+    told = capfd.readouterr()
+    assert f"set aside: {path}, line 61: cut short, or not JSON" in told.err
+    result = json.loads((out / "proxy.json").read_text())
+    assert result["quarantined"] == [{"file": str(path), "line": 61, "reason": "cut short, or not JSON"}]
+    assert f"set aside: {path}, line 61: cut short, or not JSON" in (out / "proxy.html").read_text()
+    assert form != ["--json"] or json.loads(told.out)["quarantined"] == result["quarantined"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_place_is_looked_up_in_other_sequences_alone(world: Path, tmp_path: Path) -> None:
+    """All rows are of one drive but the last: it alone lends tokens to the others."""
+    lines = [json.loads(line) for line in (world / TRACES).read_text().splitlines()]
+    for line in lines:
+        line["sequence"] = "last" if line is lines[-1] else "others"
+    path = world / "named.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = run_proxy(ProxyConfig(traces=(path,), adapter=(world / "exact",), out=tmp_path / "out"))
+    lent = [token in lines[-1]["target_tokens"] for line in lines for token in line["target_tokens"]]
+    assert result["folds"] == 2
+    assert np.mean(lent) - 0.1 < result["adapters"]["exact"]["match_rate"] < np.mean(lent) + 0.02 < 0.9
 
 
 @pytest.mark.usefixtures("ray_cluster")

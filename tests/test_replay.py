@@ -13,7 +13,7 @@ from ray_app import cli
 from ray_app.config.draft import ReplayConfig
 from ray_app.core.draft_cost import RowCost, StepTimes, row_cost
 from ray_app.core.draft_replay import RowReplay
-from ray_app.core.draft_summary import METRICS, ReplayedRow, details, match_rate_by_shift, summarise
+from ray_app.core.draft_summary import METRICS, ReplayedRow, details, match_rate_by_shift, rate_of_group, summarise
 from ray_app.errors import ConfigError, InputError
 from ray_app.jobs.replay import render_replay, run_replay
 
@@ -49,10 +49,10 @@ def test_eventgpt_costs_its_time_unless_a_second_device_hides_it() -> None:
 def test_the_summary_by_hand() -> None:
     other = RowReplay(length=2, drafted=(4, 0), accepted=(0, 0), at_once=(7, 7), prefix=0, matches=1, seconds=0.0)
     cost = RowCost(plain_ms=100.0, one_shot_ms=50.0, continuous_ms=40.0)
-    slow = RowCost(plain_ms=100.0, one_shot_ms=150.0, continuous_ms=40.0)
+    slow = RowCost(plain_ms=100.0, one_shot_ms=150.0, continuous_ms=110.0)
     both = [
-        ReplayedRow(0, 0, ROW, tuple(range(10)), cost, 15.0, 0.0),
-        ReplayedRow(1, 0, other, (7, 8), slow, 15.0, 0.0),
+        ReplayedRow(0, 0, ROW, tuple(range(10)), cost, 15.0, 15.0, 0.0),
+        ReplayedRow(1, 0, other, (7, 8), slow, 15.0, 21.0, 0.0),
     ]
     found = summarise(both, 4, np.random.default_rng(0))
     assert found["tokens_per_target_pass"] == pytest.approx((10 / 3 + 2 / 2) / 2)
@@ -70,14 +70,43 @@ def test_the_summary_by_hand() -> None:
     assert more["passes_by_accepted"] == [2, 1, 1, 0, 1]
     assert more["rows_by_prefix"] == [1, 0, 0, 0, 1]
     assert more["one_shot_slower_share"] == 0.5
-    assert more["continuous_speedup"] == pytest.approx(200 / 80)
+    assert more["continuous_slower_share"] == 0.5
+    assert more["continuous_speedup"] == pytest.approx(200 / 150)
+    assert more["alpha"] == pytest.approx(alpha)
+    assert (more["num_speculative_tokens"], more["cost_coefficient"]) == (4, pytest.approx(c))
+    # what draws of the two blocks may give: either alone, or both
+    assert more["interval95"]["continuous_speedup"] == pytest.approx([100 / 110, 100 / 40])
+    assert more["interval95"]["alpha"] == pytest.approx([0.0, 7 / 9])
+    assert more["interval95"]["one_shot_slower_share"] == [0.0, 1.0]
+    assert more["interval95"]["acceptance_by_place"] == [[0.0, found / 3] for found in (3, 2, 1, 1)]
+    group = rate_of_group(both, np.random.default_rng(0))
+    assert group["tokens_per_target_pass"] == found["tokens_per_target_pass"]
+    assert group["interval95"] == pytest.approx([1.0, 10 / 3])
+
+
+def test_break_even_goes_by_the_measured_cost_of_a_pass() -> None:
+    """One drafted token: a pass gives 1 + α tokens, so it pays from α = verify / step + c − 1 on."""
+    row = RowReplay(length=4, drafted=(1,) * 4, accepted=(0,) * 4, at_once=(), prefix=0, matches=0, seconds=0.012)
+    cost = RowCost(plain_ms=60.0, one_shot_ms=60.0, continuous_ms=60.0)
+
+    def least(verify_ms: float) -> float | None:
+        rows = [ReplayedRow(0, 0, row, (1, 2, 3, 4), cost, 15.0, verify_ms, 0.0)]
+        return details(rows, 1, np.random.default_rng(0))["break_even_alpha"]  # type: ignore[no-any-return]
+
+    c = 12 / 4 / 15
+    assert least(15.0) == pytest.approx(c)
+    assert least(21.0) == pytest.approx(0.4 + c)
+    assert least(30.0) is None
 
 
 def test_without_measured_times_there_are_no_speedups() -> None:
-    found = summarise([ReplayedRow(0, 0, ROW, tuple(range(10)), None, 0.0, 0.0)], 4, np.random.default_rng(0))
+    found = summarise([ReplayedRow(0, 0, ROW, tuple(range(10)), None, 0.0, 0.0, 0.0)], 4, np.random.default_rng(0))
     assert found["one_shot_speedup"] is found["expected_speedup"] is None
     assert found["interval95"]["match_rate"] is None  # one block
-    json.dumps(found, allow_nan=False)
+    more = details([ReplayedRow(0, 0, ROW, tuple(range(10)), None, 0.0, 0.0, 0.0)], 4, np.random.default_rng(0))
+    for name in ("continuous_speedup", "continuous_slower_share", "cost_coefficient", "break_even_alpha"):
+        assert more[name] is None
+    json.dumps([found, more], allow_nan=False)
 
 
 def test_a_shift_is_seen() -> None:
@@ -110,6 +139,9 @@ def test_replay_gives_the_keys_of_its_promise_and_finds_the_drive(tmp_path: Path
     assert text.startswith("NOT better than positional and previous_window, which cost nothing: none, eventgpt")
     assert "verify(4) was not measured" in text
     assert "no shift is needed" in text
+    low, high = result.report.details["previous_window"]["interval95"]["continuous_speedup"]
+    assert f"× [{low:.2f}, {high:.2f}]" in text
+    assert "without prefill and with a pass as long as a step" in text
     json.dumps(result, allow_nan=False)
 
 
@@ -117,7 +149,7 @@ def test_shuffled_drafts_are_exchanged_within_a_fold_alone() -> None:
     """Six rows of one token each that were drafted rightly, in one fold and in six."""
     replays = [RowReplay(1, (1,), (1,), at_once=(n,), prefix=1, matches=1, seconds=0.0) for n in range(6)]
     for one_fold in (True, False):
-        rows = [ReplayedRow(0, 0 if one_fold else n, replays[n], (n,), None, 0.0, 0.0) for n in range(6)]
+        rows = [ReplayedRow(0, 0 if one_fold else n, replays[n], (n,), None, 0.0, 0.0, 0.0) for n in range(6)]
         found = details(rows, 1, np.random.default_rng(0))["shuffled_match_rate"]
         assert found < 0.6 if one_fold else found == 1.0
 
@@ -133,8 +165,43 @@ def test_input_that_looks_shifted_or_is_set_aside_is_told(tmp_path: Path) -> Non
     text = shown(result)
     assert "SHIFT: EventGPT's tokens match best when moved by -1" in text
     assert "BOS: only the drafts begin with the start token 1" in text
-    assert "a.jsonl, line 61: cut short, or not JSON" in text
     assert "give --timing FILE" in text
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("form", [["--json"], []])
+def test_lines_that_were_set_aside_are_told_on_standard_error(
+    form: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.jsonl", rows(60))
+    path.write_text(path.read_text() + '{"row": 60, "questi')
+    assert cli.run(["replay", str(path), "--drafter", "none", "--gap", "5", *form]) == 0
+    assert f"set aside: {path}, line 61: cut short, or not JSON" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_where_sequences_are_named_each_is_replayed_whole_by_who_never_saw_it(tmp_path: Path) -> None:
+    """Two drives in turn, each of one answer of its own: the other drive teaches nothing of it."""
+    made = rows(40)
+    for n, row in enumerate(made):
+        row["sequence"] = "ab"[n % 2]
+        row["target_tokens"] = [*range(10 + 30 * (n % 2), 29 + 30 * (n % 2)), 2]
+    cfg = ReplayConfig(traces=(write(tmp_path / "a.jsonl", made),), drafter=("ngram",), gamma=4, gap=5)
+    result = run_replay(cfg)
+    assert result["folds"] == 2
+    assert result["results"]["ngram"]["match_rate"] == pytest.approx(1 / 20)  # the end token
+    assert result["results"]["previous_window"]["match_rate"] == pytest.approx(
+        19 / 20
+    )  # the first row of each has none
+    assert result["results"]["ngram"]["interval95"]["match_rate"] == pytest.approx([1 / 20, 1 / 20])
+    assert "2 folds (whole sequences)" in shown(result)
+    for row in made:
+        del row["sequence"]
+    result = run_replay(cfg.model_copy(update={"traces": (write(tmp_path / "b.jsonl", made),), "gap": 1}))
+    assert result["folds"] == 5
+    assert result["results"]["ngram"]["match_rate"] > 0.4  # half of the rows at least are known from elsewhere
+    assert result["results"]["previous_window"]["match_rate"] < 0.1  # it is the other drive's
+    assert "5 folds (contiguous, with a gap)" in shown(result)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -177,6 +244,9 @@ def test_the_page_holds_the_flag_the_numbers_and_every_plot(timed: bool, tmp_pat
     assert '<h1 class="loses">NOT better than positional and previous_window, which cost nothing: eventgpt' in page
     for numbers in result["results"].values():
         assert f">{numbers['tokens_per_target_pass']:.2f} [" in page
+    speedups = [more["interval95"]["continuous_speedup"] for more in result.report.details.values()]
+    assert all((interval is not None) == timed for interval in speedups)
+    assert not timed or all(f"× [{low:.2f}, {high:.2f}]<" in page for low, high in speedups)
     assert page.count("<svg") == (5 if timed else 4)
     assert ("<h2>Speed-up</h2>" in page) == timed
     assert "<b>moves</b>" not in page

@@ -101,6 +101,15 @@ def test_a_page_refers_to_nothing_outside_itself(page: str) -> None:
     assert_stands_alone(page)
 
 
+def test_a_report_links_to_the_page_of_proxy_against_truth() -> None:
+    result, cosines = made_up()
+    with_link = render_html(result, cosines, proxy="../proxy%20of%20today/proxy.html")
+    links = [attributes["href"] for tag, attributes in Elements(with_link).found if tag == "a"]
+    assert links == ["../proxy%20of%20today/proxy.html"]
+    assert "What cosine acceptance predicted about tokens" in with_link
+    assert "<a " not in render_html(result, cosines)
+
+
 def test_what_the_data_says_is_never_markup(page: str) -> None:
     assert "<b>one</b>" not in page
     assert "<script" not in page

@@ -307,10 +307,9 @@ def test_every_reader_takes_a_checkpoint_or_a_run_at_a_uri(s3: S3, small_store: 
         source.current()
 
 
-def test_where_only_a_disk_will_do_a_uri_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "sweep.yaml").write_text("space: {hidden_dim: [8]}\n")
+def test_where_only_a_disk_will_do_a_uri_is_refused() -> None:
     for words in (
-        ["tune", str(tmp_path / "sweep.yaml"), "--store", "s", "--out", "s3://bucket/sweep"],
+        ["import-checkpoint", "reference.pt", "--out", "s3://bucket/checkpoint"],
         ["evaluate", "--store", "s", "--checkpoint", "c", "--out", "s3://bucket/report"],
         ["train", "--store", "s", "--out", "o", "--start", "s3://bucket/run/start"],
     ):

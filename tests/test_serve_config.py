@@ -1,6 +1,7 @@
 """What the endpoint is told: arguments, and config.yaml field by field, since Ray ignores what it does not know."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 import yaml
 from endpoints import make_checkpoint
 from pydantic import BaseModel
+from ray.serve._private import application_state
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import (
     DeploymentSchema,
     HTTPOptionsSchema,
@@ -70,8 +73,29 @@ def test_the_builder_takes_checked_arguments_alone(tmp_path: Path) -> None:
         ({"checkpoint": str(tmp_path / "none")}, "no folder"),
     ):
         with pytest.raises(ConfigError, match=message):
+            checked({**good, **changes})
+        with pytest.raises(RayServeException, match=message):
             build_app({**good, **changes})
     assert checked(good).checkpoint == checkpoint
+
+
+def test_a_deployment_that_cannot_be_is_told_once_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray builds it: what it returns here it does not try again, what it raises it tries four times."""
+    good, damaged = make_checkpoint(tmp_path / "good"), make_checkpoint(tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"nothing")
+    build = application_state.build_serve_application._function
+    monkeypatch.setattr(application_state, "configure_component_logger", lambda **_: None)  # there is no Ray here
+    for args, message in (
+        ({"checkpoint": str(good), "max_bach": 8}, r"argument 'max_bach'"),
+        ({"checkpoint": str(damaged)}, r"model\.safetensors is damaged"),
+    ):
+        args = {**args, "open_access": True}
+        _, built, told = build("serve.app:build_app", "1", "alignment", args, LoggingConfig(), None, {}, {}, {})
+        assert built is None
+        assert re.search(message, told)
+        assert len(told.splitlines()) == 1
 
 
 def test_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path: Path) -> None:

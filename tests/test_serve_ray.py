@@ -101,19 +101,41 @@ def test_it_answers_tritonclient_with_a_token_and_no_one_without(server: RayServ
         client.infer("alignment-adapter", [event])
     client.close()
     assert "HAProxy" in "".join(server.said)
+    latin = {"x-request-id": "caf\xe9"}  # Ray takes it for UTF-8
+    assert server.ask("GET", "/v2/health/ready", headers=latin)[0] == 200
 
 
 def test_only_this_machine_can_reach_it(server: RayServer) -> None:
     """HAProxy's own mode binds replicas to all interfaces; here they are bound to the host that was asked for."""
-    ports = {}
+    of_proxy: dict[int, str] = {}
+    of_replicas: dict[int, str] = {}
     for process in [*replicas(server), *processes(server, "haproxy")]:
         with suppress(psutil.NoSuchProcess):  # HAProxy's process before a reload ends in its own time
+            ports = of_proxy if process.name() == "haproxy" else of_replicas
             listening = (each for each in process.net_connections("tcp4") if each.status == psutil.CONN_LISTEN)
             ports |= {each.laddr.port: each.laddr.ip for each in listening}
-    assert ports[server.port] == "127.0.0.1"
-    inner = {port: ip for port, ip in ports.items() if 20_000 <= port < 32_000}
+    assert of_proxy[server.port] == "127.0.0.1"
+    inner = {port: ip for port, ip in of_replicas.items() if 20_000 <= port < 32_000}
     assert len(inner) == 2
     assert set(inner.values()) == {"127.0.0.1"}
+
+
+def test_haproxys_own_answer_is_a_problem(server: RayServer) -> None:
+    """Ray lets it speak where no replica can: in plain text, were it not for what a replica writes over it."""
+    proxies = processes(server, "haproxy")
+    (config,) = {argument for proxy in proxies for argument in proxy.cmdline() if argument.endswith("/haproxy.cfg")}
+    page = Path(config).with_name("500.http")
+    assert f"errorfile 503 {page}" in Path(config).read_text()
+    assert max(proxy.create_time() for proxy in proxies) > page.stat().st_mtime, "it has read this one"
+    near, far = socket.socketpair()
+    with near, far:
+        near.sendall(page.read_bytes())
+        answer = http.client.HTTPResponse(far)
+        answer.begin()
+        problem = json.loads(answer.read())
+    assert (answer.status, problem["status"], problem["code"]) == (503, 503, "not_ready")
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert int(answer.headers["retry-after"]) == 1
 
 
 def test_metrics_are_of_every_replica(server: RayServer) -> None:
@@ -121,6 +143,10 @@ def test_metrics_are_of_every_replica(server: RayServer) -> None:
         time.sleep(1.0)
     assert not load.failures
     assert server.metric("align_requests_total", route="/v2/models/{model}/infer", code="200") >= load.codes[200]
+    stats = server.json("GET", "/v1/stats")[1]
+    assert stats["replicas"] == 2
+    assert stats["requests"]["by_code"]["200"] >= load.codes[200], "no replica alone has answered so many"
+    assert stats["pairs"] >= 2 * load.codes[200]
     text = server.ask("GET", "/metrics")[2].decode()
     names = {line.split('replica="')[1].split('"')[0] for line in text.splitlines() if "align_model_info{" in line}
     assert len(names) == 2

@@ -5,6 +5,7 @@ import asyncio
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -163,6 +164,53 @@ def test_a_version_without_a_digest_is_refused(server: LocalServer, registry: Re
     version = registry.register(make_checkpoint(tmp_path / "bare", seed=3))
     registry.client.delete_model_version_tag(MODEL, version, "checkpoint_sha256")
     assert server.json("POST", "/v1/reload")[1]["code"] == "refused"
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [
+        "{not json",
+        "[1]",
+        '{"cosine_accept_rate": {"0.80": NaN}}',
+        '{"cosine_accept_rate": {"0.80": 0.5}, "controls": {"white": {}}}',
+        '{"percentiles": {"median": 0.5}}',
+        '{"percentiles": {"P50": null}}',
+    ],
+)
+def test_a_version_whose_evaluation_cannot_be_read_is_refused(
+    server: LocalServer, registry: Registry, tmp_path: Path, evaluation: str
+) -> None:
+    served = server.json("GET", "/v1/model")[1]["version"]
+    registry.register(make_checkpoint(tmp_path / "mute", seed=4), evaluation=evaluation)
+    status, problem = server.json("POST", "/v1/reload")
+    assert (status, problem["code"]) == (409, "refused")
+    assert "how it was judged cannot be read" in problem["detail"]
+    status, about = server.json("GET", "/v1/model")
+    assert (status, about["version"]) == (200, served)
+
+
+def test_the_watch_goes_on_after_a_bad_tag_and_after_a_defect(registry: Registry, tmp_path: Path) -> None:
+    """The champion after them is taken."""
+    registry.register(make_checkpoint(tmp_path / "first", seed=50))
+    with local_server(f"models:/{MODEL}@champion", tracking_uri=registry.uri, watch_s=0.05) as server:
+        bad = registry.register(make_checkpoint(tmp_path / "bad", seed=51), evaluation="{not json")
+        wait_for(lambda: server.json("GET", "/v1/model")[1]["refused"])
+        assert server.json("GET", "/v1/model")[1]["refused"]["version"] == bad
+        whole = server.endpoint.succession.source.current
+        server.endpoint.succession.source.current = lambda: 1 // 0  # type: ignore[method-assign]
+        wait_for(lambda: server.metric("align_reloads_total", outcome="failed") > 1)
+        assert "ZeroDivisionError" in server.json("GET", "/v1/model")[1]["watch"]["last_error"]
+        server.endpoint.succession.source.current = whole  # type: ignore[method-assign]
+        good = registry.register(make_checkpoint(tmp_path / "good", seed=52))
+        wait_for(lambda: server.endpoint.model.version == good)
+        assert server.json("GET", "/v1/model")[1]["watch"]["failures"] == 0
+
+
+def wait_for(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_an_outage_of_the_registry_changes_nothing(server: LocalServer, registry: Registry) -> None:

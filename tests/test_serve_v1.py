@@ -19,6 +19,7 @@ from PIL import Image
 
 from ray_app.events.render import equal_counts, event_image
 from ray_app.sources.npy import read_events
+from serve.call import KNOWN, TEMPLATES
 
 README = Path(__file__).parents[1] / "README.md"
 RNG = np.random.default_rng(1)
@@ -238,7 +239,9 @@ def test_the_model_tells_of_itself(server: LocalServer) -> None:
     assert status == 200
     assert about["dataset_fingerprint"] == "f" * 64
     assert about["adapter"]["strategy"] == "lightweight"
-    assert about["acceptance_curve"] == {"part": "val", "theta": [0.7, 0.8], "adapter": [0.5, 0.25], "controls": {}}
+    curve = {"part": "val", "theta": [0.7, 0.8], "adapter": [0.5, 0.25], "without_controls": True}
+    assert about["acceptance_curve"] == curve
+    assert about["metrics"]["val"]["without_controls"]
     assert about["refused"] is None
     assert about["limits"]["max_batch"] == 8
 
@@ -246,9 +249,10 @@ def test_the_model_tells_of_itself(server: LocalServer) -> None:
 def test_openapi_is_valid_and_names_every_route(server: LocalServer) -> None:
     document = json.loads(server.ask("GET", "/openapi.json")[2])
     validate(document)
-    assert {"/v1/align", "/v1/verify", "/v1/model", "/v1/reload", "/v1/stats", "/metrics", "/v2"} <= set(
-        document["paths"]
-    )
+    paths = set(document["paths"])
+    assert {"/v1/align", "/v1/verify", "/v1/model", "/v1/reload", "/v1/stats", "/metrics", "/v2"} <= paths
+    assert {path for path in KNOWN if path not in ("/", "/openapi.json")} <= paths
+    assert {template for _, template in TEMPLATES} <= paths
     assert "AlignRequest" in document["components"]["schemas"]
 
 

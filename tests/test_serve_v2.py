@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import ml_dtypes
 import numpy as np
 import pytest
@@ -246,6 +247,9 @@ HEADERS_BAD: list[tuple[Any, str]] = [
     ({"inputs": [event_input()], "parameters": {"binary_data_output": 1}}, "parameter"),
     ({"inputs": [event_input()], "parameters": {"timeout": -1}}, "parameter"),
     ({"inputs": [event_input()], "id": 7}, "bad_header"),
+    ({"inputs": [event_input()], "outputs": {}}, "bad_header"),
+    ({"inputs": [event_input()], "outputs": None}, "bad_header"),
+    ({"inputs": [event_input()], "outputs": ""}, "bad_header"),
 ]
 
 
@@ -254,6 +258,34 @@ def test_a_malformed_header_is_refused(server: LocalServer, header: Any, code: s
     status, problem = server.json("POST", INFER, header)
     assert 400 <= status < 500
     assert problem["code"] == code
+
+
+def test_openapi_describes_infer_and_what_it_describes_is_answered(server: LocalServer) -> None:
+    document = json.loads(server.ask("GET", "/openapi.json")[2])
+    for path in ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer"):
+        operation = document["paths"][path]["post"]
+        assert set(operation["requestBody"]["content"]) == {"application/json", "application/octet-stream"}
+        assert {"200", "400", "404", "413", "422", "429", "504"} <= set(operation["responses"])
+        assert "Inference-Header-Content-Length" in [each["name"] for each in operation["parameters"]]
+    schemas = document["components"]["schemas"]
+    outputs = [{"name": name, "parameters": {"binary_data": False}} for name in ("aligned", "cos_sim", "accepted")]
+    parameters = {"theta": 0.5, "binary_data_output": False, "timeout": 9_000_000, "priority": 1}
+    asked = {
+        "id": "mine",
+        "inputs": [event_input(), event_input(name="target", parameters={})],
+        "outputs": outputs,
+        "parameters": parameters,
+    }
+    assert set(asked) == set(schemas["InferenceRequest"]["properties"])
+    assert set(parameters) == set(schemas["InferenceRequest"]["properties"]["parameters"]["properties"])
+    jsonschema.validate(asked, schemas["InferenceRequest"])
+    jsonschema.validate(json.loads(GOOD[:AT]), schemas["InferenceRequest"])
+    status, answer = server.json("POST", INFER, asked)
+    assert status == 200
+    jsonschema.validate(answer, schemas["InferenceAnswer"])
+    _, headers, data = server.ask("POST", INFER, GOOD, GOOD_HEADERS)
+    head = data[: int(headers["inference-header-content-length"])]
+    jsonschema.validate(json.loads(head), schemas["InferenceAnswer"])
 
 
 GOOD, GOOD_HEADERS = binary_request(np.full((1, WIDTH), 0.5))
@@ -299,6 +331,29 @@ def test_damaged_compression_is_refused(server: LocalServer) -> None:
         assert (status, problem["code"]) == (400, "encoding")
     status, problem = server.json("POST", INFER, GOOD, headers={**GOOD_HEADERS, "content-encoding": "br"})
     assert (status, problem["code"]) == (415, "encoding")
+
+
+@pytest.mark.parametrize("path", ["/v2/health/live", "/v2/health/ready", "/v1/model", "/openapi.json"])
+def test_head_is_get_without_a_body(server: LocalServer, path: str) -> None:
+    status, headers, data = server.ask("HEAD", path)
+    assert (status, data) == (200, b"")
+    assert int(headers["content-length"]) > 0
+    assert server.ask("HEAD", "/v1/align")[0] == 405
+
+
+def test_the_version_in_service_answers_and_no_other(server: LocalServer) -> None:
+    path = INFER.replace("/infer", "/versions/{}/infer")
+    version = server.endpoint.model.version
+    status, headers, data = server.ask("POST", path.format(version), GOOD, GOOD_HEADERS)
+    assert (status, headers["x-model-version"]) == (200, version)
+    assert data == server.ask("POST", INFER, GOOD, GOOD_HEADERS)[2]
+    status, problem = server.json("POST", path.format("another"), GOOD, headers=GOOD_HEADERS)
+    assert (status, problem["code"]) == (404, "not_found")
+    client = triton.InferenceServerClient(server.url)
+    event = triton.InferInput("event", [1, WIDTH], "FP32")
+    event.set_data_from_numpy(np.full((1, WIDTH), 0.5, np.float32))
+    assert client.infer("alignment-adapter", [event], version).get_response()["model_version"] == version
+    client.close()
 
 
 def test_an_unknown_path_or_method_is_a_problem_too(server: LocalServer) -> None:

@@ -26,12 +26,12 @@ from ray_app.jobs.cluster import ClusterInfo
 from ray_app.jobs.journal import Journal, entries
 from ray_app.jobs.sweep_data import controls_of
 from ray_app.jobs.sweep_driver import Budget, SweepRecord
-from ray_app.jobs.sweep_estimate import Estimate, kept_share, largest, room
+from ray_app.jobs.sweep_estimate import Estimate, Need, kept_share, largest, room
 from ray_app.jobs.sweep_folder import SweepFolder, Trial, best_of, busy_seconds, compared, front, scores, trial_name
 from ray_app.jobs.sweep_search import Tried, draw, propose
 from ray_app.jobs.sweep_spec import Choice, Span, SweepSpec, describe, read_spec, space_of, train_config
 from ray_app.jobs.trial import why_not_again
-from ray_app.jobs.tune import agree
+from ray_app.jobs.tune import agree, planned
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 
@@ -84,6 +84,9 @@ def test_every_strategy_but_the_widest_and_every_loss_is_in_a_shipped_space() ->
         ({"searcher": "bohb"}, "searcher: .*'grid', 'random' or 'optuna'"),
         ({"scheduler": "pbt"}, "hands weights on"),
         ({"max_trials": 0}, "max_trials"),
+        ({"space": {"rank": [4, 8]}}, "rank changes nothing in lightweight,"),
+        ({"space": {"patch": [4, 8], "strategy": ["lightweight", "lowrank"]}}, "patch changes nothing in light"),
+        ({"space": {"depth": [1, 2]}, "fixed": {"strategy": "linear"}}, "depth changes nothing in linear"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_one_sentence(lines: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -97,6 +100,8 @@ def test_a_sweep_without_a_store_says_how_to_name_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--store stores/scenes"):
         read_spec(path, {})
     assert read_spec(path, {"store": "A", "out": "B"}).store == str(Path("A").absolute())
+    for asked in (False, True):
+        assert planned(TuneConfig(file=path, store="A", out="B", use_gpu=asked)).use_gpu == asked
 
 
 def test_any_setting_of_train_may_be_searched(tmp_path: Path) -> None:
@@ -104,6 +109,12 @@ def test_any_setting_of_train_may_be_searched(tmp_path: Path) -> None:
     spec = read_spec(spec_file(tmp_path, space=space), {})
     cfg = train_config(spec, {"durations": ["1s", "2s"], "mse_space": "unit"}, tmp_path)
     assert (cfg.durations, cfg.mse_space) == (("1s", "2s"), "unit")
+
+
+def test_a_setting_that_one_adapter_of_the_space_has_may_be_searched(tmp_path: Path) -> None:
+    for space in ({"depth": [1, 2]}, {"rank": [4, 8], "init": ["random", "spectral"]}):
+        assert read_spec(spec_file(tmp_path, space=space), {})
+    assert read_spec(spec_file(tmp_path, space={"patch": [4, 8], "strategy": ["conv", "lightweight"]}), {})
 
 
 SPACE = {
@@ -204,7 +215,7 @@ def test_under_way_the_mean_cosine_decides_between_equals_and_never_against_one_
 def test_a_trial_that_ended_as_its_driver_was_killed_is_not_tried_again(small_store: Path, tmp_path: Path) -> None:
     """Its own journal has an end, the sweep's does not know of it yet."""
     spec = sized(tmp_path, small_store, out=str(tmp_path / "sweep"))
-    sweep, store = SweepFolder(spec.out), PairStore.open(small_store)
+    sweep, store = SweepFolder(Path(spec.out)), PairStore.open(small_store)
     told = spec.model_dump(mode="json", exclude_unset=True)
     sweep.claim({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
     with Journal(sweep.path) as journal:
@@ -290,16 +301,24 @@ def test_a_space_beyond_the_memory_is_told_with_its_largest_setting(small_store:
     space = {"hidden_dim": {"log": [8, 4_000_000]}, "strategy": ["linear", "bottleneck"]}
     spec = sized(tmp_path, small_store, space=space)
     most = largest(spec, PairStore.open(small_store))
-    assert most[1] == {"hidden_dim": 4_000_000, "strategy": "bottleneck"}
+    assert most.setting == {"hidden_dim": 4_000_000, "strategy": "bottleneck"}
     info = ClusterInfo(cpus=4, gpus=0, memory_bytes=8 * 2**30, node_cpus=(4,))
     with pytest.raises(
-        ResourceError, match=r"hidden_dim 4000000, strategy bottleneck has .* the cluster has 8.0 GiB"
+        ResourceError, match=r"hidden_dim 4000000, strategy bottleneck has .* the largest node has 8.0 GiB"
     ):
         room(spec, info, {}, most)
-    small = (1000, {"hidden_dim": 8})
+    bases = sized(tmp_path, small_store, space={"rank": [4, 8]}, fixed={"strategy": "lowrank"})
+    assert largest(bases, PairStore.open(small_store)).beside == 4 * 2 * (768 + 768 * 8 + 8)
+    small = Need(1000, 0, {"hidden_dim": 8})
     assert room(spec, info, {}, small) == 4
     assert room(spec.model_copy(update={"concurrent": 2}), info, {}, small) == 2
-    assert room(spec, info, {}, (2**28, {})) == 1, "memory for one at a time"
+    assert room(spec, info, {}, Need(2**28, 0, {})) == 1, "memory for one at a time"
+    assert room(spec, info, {}, Need(0, 3 * 2**30, {})) == 2, "what is held beside parameters counts, too"
+    nodes = replace(info, node_cpus=(1, 3), node_memory_bytes=(5 * 2**30, 4 * 2**30))
+    assert room(spec, nodes, {}, small) == 1 + 3
+    assert room(spec, nodes, {}, Need(0, 2 * 2**30, {})) == 1 + 1, "each node holds one of 3 GiB"
+    with pytest.raises(ResourceError, match=r"5\.0 GiB beside them.* the largest node has 5\.0 GiB"):
+        room(spec, nodes, {}, Need(0, 5 * 2**30, {}))
     with pytest.raises(ResourceError, match="wants 1 workers of 8 CPUs"):
         room(spec.model_copy(update={"cpus_per_worker": 8.0}), info, {}, small)
     with pytest.raises(ResourceError, match="wants 1 GPUs"):
@@ -308,11 +327,15 @@ def test_a_space_beyond_the_memory_is_told_with_its_largest_setting(small_store:
 
 @pytest.mark.parametrize(("answer", "begins"), [("y", True), ("n", False), ("", False)])
 def test_an_estimate_above_a_limit_is_asked_about_on_a_terminal(
-    answer: str, begins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    answer: str,
+    begins: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     spec = read_spec(spec_file(tmp_path, max_hours=1.0, max_gpu_hours=2.0, use_gpu=True), {})
     cfg = TuneConfig(file=tmp_path / "sweep.yaml")
-    told = Estimate(4, 1, hours=0.9, hours_expected=0.5, gpu_hours=3.0, measured="")
+    told = Estimate(4, 1, hours=0.9, hours_expected=0.5, gpu_hours=3.0, final_hours=0.25, measured="")
     master, slave = pty.openpty()
     with open(slave) as terminal:
         monkeypatch.setattr("sys.stdin", terminal)
@@ -326,7 +349,11 @@ def test_an_estimate_above_a_limit_is_asked_about_on_a_terminal(
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(ConfigError, match=r"3 GPU hours is above max_gpu_hours 2.*--yes"):
         agree(cfg, spec, told)
+    capfd.readouterr()
     agree(cfg, spec, replace(told, gpu_hours=2.0))
+    assert "for 4 trials, 1 at a time, then about 0.25 h for 3 seeds of the winner" in capfd.readouterr().err
+    agree(cfg.model_copy(update={"final": False}), spec, replace(told, gpu_hours=2.0))
+    assert "winner" not in capfd.readouterr().err
 
 
 def test_hours_and_gpu_hours_end_the_search(tmp_path: Path) -> None:
@@ -396,7 +423,7 @@ def test_a_trial_whose_driver_was_killed_as_it_began_is_begun_again(
 ) -> None:
     """`left`: what its folder holds last, in the order in which it is made."""
     spec = sized(tmp_path, small_store, out=str(tmp_path / "sweep"))
-    sweep, store = SweepFolder(spec.out), PairStore.open(small_store)
+    sweep, store = SweepFolder(Path(spec.out)), PairStore.open(small_store)
     told = spec.model_dump(mode="json", exclude_unset=True)
     sweep.claim({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
     with Journal(sweep.path) as journal:

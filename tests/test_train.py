@@ -75,6 +75,7 @@ def test_mlflow_holds_every_point_of_the_journal(one_worker: tuple[TrainConfig, 
     client = MlflowClient(tracking_uri(cfg))
     run = client.get_run(result["mlflow_run_id"])
     assert run.info.status == "FINISHED"
+    assert (result["tracking_uri"], result["artifacts"]) == (tracking_uri(cfg), run.info.artifact_uri)
     assert run.data.params["hidden_dim"] == "16"
     assert run.data.tags["dataset_fingerprint"] == PairStore.open(cfg.store).fingerprint
     expected: dict[str, list[tuple[int, float]]] = {}

@@ -15,9 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 from mlflow import MlflowClient
 from numpy_source import NumpySource, build_store
+from pages import assert_opens
+from sweeps import FIXED, sweep_file, tune
 
 from ray_app import cli
 from ray_app.config.base import SplitConfig
@@ -35,20 +36,6 @@ from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-FIXED = {"strategy": "lightweight", "num_epochs": 3, "batch_size": 8, "cosine_weight": 1.0, "dropout": 0.0}
-
-
-def sweep_file(folder: Path, store: Path, name: str, **lines: Any) -> Path:
-    path = folder / f"{name}.yaml"
-    sweep = {"store": str(store), "out": str(folder / name), "fixed": FIXED, "searcher": "grid", "scheduler": "none"}
-    path.write_text(yaml.safe_dump(sweep | {"final_seeds": 2} | lines))
-    return path
-
-
-def tune(path: Path, **flags: Any) -> dict[str, Any]:
-    uri = f"sqlite:///{path.parent / 'mlflow.db'}"
-    return run_tune(TuneConfig(file=path, **({"tracking_uri": uri, "final": False} | flags)))
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +139,10 @@ def test_the_page_refers_to_nothing_but_its_own_folder(swept: dict[str, Any]) ->
     assert "@import" not in page
 
 
+def test_the_page_opens_without_a_network_wide_and_narrow(swept: dict[str, Any]) -> None:
+    assert_opens(Path(swept["sweep"]) / "sweep.html")
+
+
 def attempts(folder: SweepFolder) -> dict[str, int]:
     """Of each trial whose journal has begun: a driver that is killed may leave a trial's folder without one."""
     runs = sorted(path.parent for path in (folder.path / "trials").glob("*/journal.jsonl"))
@@ -168,7 +159,7 @@ def test_what_is_finished_is_not_run_again_and_a_larger_budget_adds_to_it(swept:
     more = run_tune(TuneConfig(resume=folder.path, max_trials=4, **flags))
     assert len(more["trials"]) == 4
     assert {name: count for name, count in attempts(folder).items() if name in before} == before
-    with pytest.raises(ConfigError, match="leave --store and --out out"):
+    with pytest.raises(ConfigError, match="leave --store, --out and --use-gpu out"):
         run_tune(TuneConfig(resume=folder.path, store=root, **flags))
 
 

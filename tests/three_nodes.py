@@ -12,12 +12,13 @@ STORE_BYTES = 80_000_000
 
 
 class Nodes:
-    """The cluster. Only the main thread may add a node."""
+    """The cluster, whose nodes have these variables in their environment. Only the main thread may add one."""
 
-    def __init__(self, num_workers: int = 2, cpus: float = 1.0) -> None:
-        self.cpus = cpus
+    def __init__(self, num_workers: int = 2, cpus: float = 1.0, environment: Mapping[str, str] | None = None) -> None:
+        self.cpus, self.environment = cpus, dict(environment or {})
         head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        with variables(self.environment):
+            self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.workers: list[Any] = []
         for _ in range(num_workers):
             self.add()
@@ -29,7 +30,8 @@ class Nodes:
 
     def add(self) -> None:
         """One more worker; it is there when this returns."""
-        self.workers.append(self.cluster.add_node(num_cpus=self.cpus, object_store_memory=STORE_BYTES))
+        with variables(self.environment):
+            self.workers.append(self.cluster.add_node(num_cpus=self.cpus, object_store_memory=STORE_BYTES))
 
     def kill(self, rng: random.Random) -> None:
         """SIGKILL to all processes of one worker's raylet; its tasks' processes notice it by themselves."""
@@ -37,15 +39,21 @@ class Nodes:
 
 
 @contextmanager
-def three_nodes(environment: Mapping[str, str] | None = None, cpus: float = 1.0) -> Iterator[Nodes]:
-    """Three raylets with these variables in their environment; ended with all their processes."""
+def variables(environment: Mapping[str, str]) -> Iterator[None]:
+    """This process has them meanwhile, and what it starts keeps them."""
     before = dict(os.environ)
-    os.environ.update(environment or {})
+    os.environ.update(environment)
     try:
-        nodes = Nodes(cpus=cpus)
+        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def three_nodes(environment: Mapping[str, str] | None = None, cpus: float = 1.0) -> Iterator[Nodes]:
+    """Three raylets with these variables in their environment; ended with all their processes."""
+    nodes = Nodes(cpus=cpus, environment=environment)
     try:
         yield nodes
     finally:

@@ -57,7 +57,8 @@ class ReplayConfig(ClusterFlags):
     gamma: Annotated[int, Field(ge=1, le=256)] = 8
     """Tokens drafted for each target pass."""
     folds: Annotated[int, Field(ge=2)] = 5
-    """Contiguous stretches of a file; each is replayed by drafters that learnt from the others."""
+    """Parts of a file, each replayed by drafters that learnt from the others: whole sequences where all rows name
+    theirs, else contiguous stretches."""
     gap: int = Field(default=20, ge=0)
     """Rows on either side of a stretch that are not learnt from: windows overlap."""
     adapter: Path | None = None
@@ -89,7 +90,7 @@ class ProxyConfig(ClusterFlags):
     out: Path
     """Folder for proxy.json and proxy.html; files of these names are replaced."""
     folds: Annotated[int, Field(ge=2)] = 5
-    """Contiguous stretches of a file; tokens of each are looked up among the states of the others."""
+    """Parts of a file, as in `replay`; tokens of each are looked up among the states of the others."""
     gap: int = Field(default=20, ge=0)
     """Rows on either side of a stretch that are not looked up."""
     vocabulary: Positive = 32_000

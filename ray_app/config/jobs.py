@@ -30,10 +30,17 @@ class JobLogsConfig(JobConfig):
     """Wait for the end; otherwise only what there is."""
 
 
+class JobFetchConfig(JobConfig):
+    """A job's log and the --json object of its command, as the files JOB.log and JOB.json."""
+
+    to: Path
+    """Folder for them."""
+
+
 class SubmitConfig(JobsConfig):
     """Run a command as a job on a cluster, follow its log, end with its exit code.
 
-    For instance: ray-app submit --env MLFLOW_TRACKING_URI -- train --store /mnt/stores/dsec --out /mnt/runs/dsec
+    For instance: ray-app submit --env MLFLOW_TRACKING_URI -- train --store s3://my-bucket/stores/dsec --out s3://my-bucket/runs/dsec
     """
 
     command: tuple[str, ...] = ()

@@ -61,7 +61,10 @@ class EndpointConfig(Config):
 
 
 class ServeConfig(EndpointConfig):
-    """The endpoint on this machine: a champion or checkpoint over HTTP, until Ctrl-C or SIGTERM."""
+    """The endpoint on this machine: a champion or checkpoint over HTTP, until Ctrl-C or SIGTERM.
+
+    It runs on a Ray of its own, whatever RAY_ADDRESS names; on a cluster: serve deploy serve/config.yaml
+    """
 
     host: str = "127.0.0.1"
     """Interface to listen on; others than loopback need --tokens."""

@@ -27,7 +27,8 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Width of the hidden layers, channels of conv; default: the strategy's own (lightweight 512, conv 64, lowrank
     256)."""
     depth: Positive | None = None
-    """Blocks of conv, lowrank; default: the strategy's own (3, 1)."""
+    """Blocks of conv (default 3) and lowrank (1); hidden layers of lightweight_reference, bottleneck (1) and, after
+    their first, of lightweight, lightweight_subspace (1)."""
     patch: Positive = 16
     """Side of a patch of conv, in pixels."""
     rank: Positive = 64

@@ -16,14 +16,16 @@ class TuneConfig(ClusterFlags, TrackingFlags):
 
     file: Path | None = None
     """YAML file of the sweep; tune_configs/ holds examples."""
-    resume: Path | None = None
-    """Go on with the sweep in this folder: what is finished is not run again, what is not goes on."""
-    watch: Path | None = None
-    """Show the sweep in this folder live, until it ends; a finished one at once."""
+    resume: StorePlace | None = None
+    """Go on with the sweep in this folder, or at this URI: what is finished is not run again, what is not goes on."""
+    watch: StorePlace | None = None
+    """Show the sweep in this folder, or at this URI, live, until it ends; a finished one at once."""
     store: StorePlace | None = None
     """Pair store: a folder, or a URI such as s3://bucket/store."""
-    out: Path | None = None
-    """Folder of the sweep, on a disk that all nodes see; must be new or empty."""
+    out: StorePlace | None = None
+    """Folder of the sweep, on a disk that all nodes see, or a URI such as s3://bucket/sweep; must be new or empty."""
+    use_gpu: bool = False
+    """One GPU for each worker of a trial, whatever the file says."""
     max_trials: Positive | None = None
     """Most trials."""
     max_hours: float | None = Field(default=None, gt=0.0)

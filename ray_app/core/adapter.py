@@ -60,7 +60,7 @@ class AdapterConfig:
     target_shape: tuple[int, ...] = ()
     """Shape of a target feature, there too."""
     depth: int = 1
-    """Blocks, where the strategy has them."""
+    """Blocks or hidden layers, where the strategy has them."""
     patch: int = 16
     """Side of a patch of `conv`, in pixels."""
     rank: int = 64

@@ -50,6 +50,7 @@ class Conv(Adapter):
 
     HIDDEN_DIM = 64
     DEPTH = 3
+    SETTINGS = frozenset({"hidden_dim", "depth", "patch"})
     NEEDS = "means"
 
     def __init__(self, config: "AdapterConfig") -> None:

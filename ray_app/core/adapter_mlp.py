@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ray_app.core.layers import FAINT, Adapter, NoisyDropout, Start, begin_input, begin_output
+from ray_app.core.layers import (
+    FAINT,
+    Adapter,
+    NoisyDropout,
+    Start,
+    begin_input,
+    begin_output,
+    hidden_layers,
+)
 from ray_app.core.noise import BatchNoise
 
 if TYPE_CHECKING:
@@ -19,7 +27,7 @@ class LightweightAlignmentModule(Adapter):
     """The reference's diagram: two hidden layers with LayerNorm and ReLU, and the input added to the output.
 
     154,556,416 parameters at E = D = 150,528 and H = 512. Where E ≠ D there is nothing to add the input to,
-    and the residual connection is off.
+    and the residual connection is off. `depth`: hidden layers after the first.
     """
 
     SPECTRAL = "subspaces"
@@ -32,13 +40,14 @@ class LightweightAlignmentModule(Adapter):
         self.dropout = NoisyDropout(config.dropout, layer=0)
         self.hidden = nn.Linear(hidden, hidden)
         self.hidden_norm = nn.LayerNorm(hidden)
+        self.deeper = hidden_layers(config, torch.relu)
         self.output = nn.Linear(hidden, config.target_dim)
         self.residual = config.event_dim == config.target_dim
 
     def forward(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
         h_BH = self.dropout(torch.relu(self.input_norm(self.input(event_BE))), noise)
         h_BH = torch.relu(self.hidden_norm(self.hidden(h_BH)))
-        aligned_BD = self.output(h_BH)
+        aligned_BD = self.output(self.deeper(h_BH))
         return aligned_BD + event_BE if self.residual else aligned_BD
 
     @torch.no_grad()
@@ -51,7 +60,8 @@ class LightweightAlignmentModule(Adapter):
 class LightweightReference(Adapter):
     """What the reference really ran: scale · (mlp(x) + 0.1 · x), of one hidden layer with LayerNorm and GELU.
 
-    154,292,737 parameters at E = D = 150,528 and H = 512. Where E ≠ D the residual connection is off.
+    154,292,737 parameters at E = D = 150,528 and H = 512. Where E ≠ D the residual connection is off. `depth`: hidden
+    layers.
     """
 
     RESIDUAL: ClassVar[float] = 0.1
@@ -62,13 +72,14 @@ class LightweightReference(Adapter):
         self.input = nn.Linear(config.event_dim, config.hidden_dim)
         self.norm = nn.LayerNorm(config.hidden_dim)
         self.dropout = NoisyDropout(config.dropout, layer=0)
+        self.deeper = hidden_layers(config, nn.functional.gelu)
         self.output = nn.Linear(config.hidden_dim, config.target_dim)
         self.scale = nn.Parameter(torch.ones(1))
         self.residual = config.event_dim == config.target_dim
 
     def forward(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
         h_BH = self.dropout(nn.functional.gelu(self.norm(self.input(event_BE))), noise)
-        aligned_BD = self.output(h_BH)
+        aligned_BD = self.output(self.deeper(h_BH))
         return self.scale * (aligned_BD + self.RESIDUAL * event_BE if self.residual else aligned_BD)
 
     def draw(self, generator: torch.Generator) -> None:
@@ -86,6 +97,7 @@ class Linear(Adapter):
     """One linear map E → D. At full width it would have 22.7 billion weights: for narrow features."""
 
     SPECTRAL = "subspaces"
+    SETTINGS = frozenset()
 
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__(config)
@@ -105,7 +117,7 @@ class Linear(Adapter):
 
 
 class Bottleneck(Adapter):
-    """E → H → D without a residual connection: what passes, passes through H numbers."""
+    """E → H → D without a residual connection: what passes, passes through H numbers. `depth`: hidden layers."""
 
     SPECTRAL = "subspaces"
 
@@ -114,10 +126,12 @@ class Bottleneck(Adapter):
         self.input = nn.Linear(config.event_dim, config.hidden_dim)
         self.norm = nn.LayerNorm(config.hidden_dim)
         self.dropout = NoisyDropout(config.dropout, layer=0)
+        self.deeper = hidden_layers(config, nn.functional.gelu)
         self.output = nn.Linear(config.hidden_dim, config.target_dim)
 
     def forward(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
-        return self.output(self.dropout(nn.functional.gelu(self.norm(self.input(event_BE))), noise))
+        h_BH = self.dropout(nn.functional.gelu(self.norm(self.input(event_BE))), noise)
+        return self.output(self.deeper(h_BH))
 
     @torch.no_grad()
     def begin(self, start: Start, *, spectral: bool) -> None:

@@ -26,6 +26,7 @@ BUFFERS = ("target_mean", "event_mean", "event_pairs", "target_pairs", "event_un
 class Ridge(Adapter):
     """Its `rank` is the number of training pairs."""
 
+    SETTINGS = frozenset()
     NEEDS = "pairs"
 
     def __init__(self, config: "AdapterConfig") -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ray_app.core.layers import Adapter, NoisyDropout, Start
+from ray_app.core.layers import Adapter, NoisyDropout, Start, hidden_layers
 from ray_app.core.noise import BatchNoise
 from ray_app.errors import ConfigError
 
@@ -26,6 +26,7 @@ BUFFERS = ("target_mean", "target_basis", "target_scale", "event_mean", "event_b
 class SubspaceAdapter(Adapter):
     """What the adapters of this file share: everything but the core."""
 
+    SETTINGS = Adapter.SETTINGS | {"rank"}
     NEEDS = "subspaces"
 
     def __init__(self, config: "AdapterConfig") -> None:
@@ -64,8 +65,8 @@ class SubspaceAdapter(Adapter):
 
     @torch.no_grad()
     def begin(self, start: Start, *, spectral: bool) -> None:  # noqa: ARG002
-        for name in BUFFERS:
-            getattr(self, name).copy_(start[name])
+        for name in BUFFERS:  # without a copy: nothing writes to them
+            setattr(self, name, start[name])
 
 
 class LowRank(SubspaceAdapter):
@@ -111,19 +112,20 @@ class LightweightSubspace(SubspaceAdapter):
         self.dropout = NoisyDropout(config.dropout, layer=0)
         self.hidden = nn.Linear(hidden, hidden)
         self.hidden_norm = nn.LayerNorm(hidden)
+        self.deeper = hidden_layers(config, torch.relu)
         self.output = nn.Linear(hidden, config.rank)
         self.residual = float(config.event_dim == config.target_dim)
 
     def core(self, coordinates_BR: Tensor, noise: BatchNoise | None = None) -> Tensor:
         h_BH = self.dropout(torch.relu(self.input_norm(self.input(coordinates_BR / self.event_scale))), noise)
         h_BH = torch.relu(self.hidden_norm(self.hidden(h_BH)))
-        return self.output(h_BH) * self.target_scale
+        return self.output(self.deeper(h_BH)) * self.target_scale
 
     def widened(self) -> dict[str, Tensor]:
         """The weights of a `lightweight` adapter that is the same function, by name."""
         reads_HE = (self.input.weight / self.event_scale) @ self.event_basis.T
         speaks_DR = self.target_basis * self.target_scale
-        same = ("input_norm", "hidden", "hidden_norm")
+        same = ("input_norm", "hidden", "hidden_norm", "deeper")
         kept = {key: value for key, value in self.state_dict().items() if key.split(".")[0] in same}
         return {
             **kept,

@@ -37,6 +37,7 @@ class TokenAdapter(Adapter):
     """Cuts features into tokens, and puts zeros back where there is none."""
 
     HIDDEN_DIM = 256
+    SETTINGS = frozenset({"hidden_dim", "dropout"})
     SPECTRAL = "means"
 
     def __init__(self, config: "AdapterConfig") -> None:

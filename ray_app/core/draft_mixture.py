@@ -96,6 +96,8 @@ class HybridDrafter(Drafter):
 
     name = "hybrid"
     learns_online: ClassVar[bool] = True
+    lengths: ClassVar[tuple[int, ...]] = tuple(length for length, _ in MEMORIES)
+    """For each memory, how many tokens it vouches for."""
 
     def __init__(self) -> None:
         self._tallies: dict[Hashable, dict[int, Tally]] = {}
@@ -103,7 +105,7 @@ class HybridDrafter(Drafter):
         self._words: dict[int, dict[int, float]] = {}
         self._window = 0
         self._thought: dict[int, Scored] = {}
-        self._question: str | None = None
+        self._prompt: Prompt | None = None
 
     def fit(self, answered: Sequence[Answered]) -> None:
         for each in answered:
@@ -113,7 +115,7 @@ class HybridDrafter(Drafter):
     def draft(self, prompt: Prompt, accepted: Sequence[int], num_tokens: int) -> Draft:
         if not self._tallies:
             return NOTHING
-        self._question = prompt.question
+        self._turn_to(prompt)
         text = tuple(accepted)
         for _ in range(num_tokens):
             scored = self._scored(text)
@@ -123,18 +125,24 @@ class HybridDrafter(Drafter):
         return Draft(text[len(accepted) :])
 
     def update(self, prompt: Prompt, answer: Sequence[int]) -> None:
-        self._question = prompt.question
+        self._turn_to(prompt)
         text = tuple(answer)
         for end, token in enumerate(text):
             self._teach(self._scored(text[:end]), token)
         self._thought.clear()
         self._window += 1
         for end, token in enumerate(text):
-            for context in self._contexts(text, end):
+            for context in self.contexts(prompt, text, end):
                 self._count(self._tallies.setdefault(context, {}), token)
 
-    def _contexts(self, text: Sequence[int], end: int) -> list[Hashable]:
-        return [(self._question, context(text, end)) for _, context in MEMORIES]
+    def contexts(self, prompt: Prompt, text: Sequence[int], end: int) -> list[Hashable]:
+        """What each memory goes by at a place."""
+        return [(prompt.question, context(text, end)) for _, context in MEMORIES]
+
+    def _turn_to(self, prompt: Prompt) -> None:
+        if prompt != self._prompt:
+            self._prompt = prompt
+            self._thought.clear()
 
     def _scored(self, text: tuple[int, ...]) -> Scored:
         """Kept until the answer is whole: most places were thought about when they were drafted."""
@@ -146,7 +154,9 @@ class HybridDrafter(Drafter):
     def _score(self, text: tuple[int, ...]) -> Scored:
         votes: dict[int, list[tuple[int, float]]] = {}
         length = 0
-        for number, ((size, _), context) in enumerate(zip(MEMORIES, self._contexts(text, len(text)), strict=True)):
+        assert self._prompt is not None
+        contexts = self.contexts(self._prompt, text, len(text))
+        for number, (size, context) in enumerate(zip(self.lengths, contexts, strict=True)):
             tallies = self._tallies.get(context)
             if not tallies:
                 continue
@@ -191,7 +201,7 @@ class HybridDrafter(Drafter):
         """The sum of the sets' weights. The first set begins with trust in all, the others correct it."""
         for number, name in enumerate(sets):
             if name not in self._weights:
-                self._weights[name] = [0.0 if number else FIRST_WEIGHT] * (VOICES * len(MEMORIES))
+                self._weights[name] = [0.0 if number else FIRST_WEIGHT] * (VOICES * len(self.lengths))
         return [sum(each) for each in zip(*(self._weights[name] for name in sets), strict=True)]
 
     def _teach(self, scored: Scored, token: int) -> None:

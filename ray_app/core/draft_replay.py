@@ -4,6 +4,7 @@ A greedy target's next token depends on what stands before it alone, and what st
 output whoever drafts. So the recording is the lossless result for every drafter, and no model is needed.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -70,12 +71,39 @@ DRAFTERS: dict[str, type[Drafter]] = {
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """A contiguous stretch of rows to replay, and the rows to learn from."""
+    """Rows to replay, and rows to learn from, both in order."""
 
     train: tuple[int, ...]
-    """All rows further than the gap from the stretch, in order."""
-    test: range
-    """The stretch."""
+    """Rows of other sequences, or further than the gap from the stretch."""
+    test: Sequence[int]
+    """Rows of whole sequences, or a stretch."""
+
+
+def are_named(sequences: Sequence[str]) -> bool:
+    """Whether every row names its sequence, and there are two or more."""
+    return len(set(sequences)) > 1 and "" not in sequences
+
+
+def folds_of(sequences: Sequence[str], num_folds: int, gap: int) -> list[Fold]:
+    """Folds of whole sequences where they `are_named`, which need no gap; else `contiguous_folds`.
+
+    The longest sequence goes first, each to the fold that has the fewest rows: at most as many folds as sequences.
+    """
+    sizes = Counter(sequences)
+    if not are_named(sequences):
+        return contiguous_folds(len(sequences), num_folds, gap)
+    rows = [0] * min(num_folds, len(sizes))
+    fold_of: dict[str, int] = {}
+    for sequence, size in sizes.most_common():
+        fold_of[sequence] = rows.index(min(rows))
+        rows[fold_of[sequence]] += size
+    return [
+        Fold(
+            tuple(row for row, sequence in enumerate(sequences) if fold_of[sequence] != fold),
+            tuple(row for row, sequence in enumerate(sequences) if fold_of[sequence] == fold),
+        )
+        for fold in range(len(rows))
+    ]
 
 
 def contiguous_folds(num_rows: int, num_folds: int, gap: int) -> list[Fold]:

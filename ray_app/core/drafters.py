@@ -35,6 +35,8 @@ class Prompt:
     """EventGPT's states, where they were captured."""
     aligned_states: States | None = field(default=None, compare=False, repr=False)
     """The same after an adapter: in the target's space."""
+    sequence: str = ""
+    """The continuous drive that the window is from, where it is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,14 +238,14 @@ class PreviousWindowDrafter(Drafter):
     learns_online = True
 
     def __init__(self) -> None:
-        self._last: dict[str, Continuation] = {}
+        self._last: dict[tuple[str, str], Continuation] = {}
 
     def draft(self, prompt: Prompt, accepted: Sequence[int], num_tokens: int) -> Draft:
-        last = self._last.get(prompt.question)
+        last = self._last.get((prompt.sequence, prompt.question))
         return Draft(last.behind(accepted, num_tokens)) if last else NOTHING
 
     def update(self, prompt: Prompt, answer: Sequence[int]) -> None:
-        self._last[prompt.question] = Continuation(answer)
+        self._last[prompt.sequence, prompt.question] = Continuation(answer)
 
 
 class RetrievalDrafter(Drafter):

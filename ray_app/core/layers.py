@@ -5,7 +5,7 @@ Shapes: B = pairs, E = event width, D = target width, H = hidden width, R = subs
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -30,7 +30,9 @@ class Adapter(nn.Module):
     HIDDEN_DIM: ClassVar[int] = 512
     """Hidden width where none is asked for."""
     DEPTH: ClassVar[int] = 1
-    """Blocks where none are asked for."""
+    """Blocks or hidden layers where none are asked for."""
+    SETTINGS: ClassVar[frozenset[str]] = frozenset({"hidden_dim", "depth", "dropout"})
+    """Of an `AdapterConfig` what changes it, beside its features."""
     NEEDS: ClassVar[Needs] = "nothing"
     """What `begin` must be given."""
     SPECTRAL: ClassVar[Needs] = "nothing"
@@ -77,6 +79,22 @@ class NoisyDropout(nn.Module):
         assert noise is not None, "an adapter with dropout is trained with its noise passed in"
         keep_BH = noise.uniform(self.layer, math.prod(x_BH.shape[1:]), x_BH.device).view_as(x_BH) >= self.probability
         return x_BH * keep_BH.to(x_BH.dtype) / (1.0 - self.probability)
+
+
+class HiddenLayer(nn.Module):
+    """activation(norm(Wx + b)), H → H."""
+
+    def __init__(self, width: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.norm, self.activation = nn.Linear(width, width), nn.LayerNorm(width), activation
+
+    def forward(self, x_BH: Tensor) -> Tensor:
+        return self.activation(self.norm(self.linear(x_BH)))
+
+
+def hidden_layers(config: "AdapterConfig", activation: Callable[[Tensor], Tensor]) -> nn.Sequential:
+    """Those beyond the first; without parameters at the default depth of 1."""
+    return nn.Sequential(*(HiddenLayer(config.hidden_dim, activation) for _ in range(config.depth - 1)))
 
 
 def begin_input(layer: nn.Linear, start: Start) -> None:

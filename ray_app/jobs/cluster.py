@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,13 @@ import ray
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 from ray.train import ControllerError, TrainingFailedError
+from ray.util import placement_group, remove_placement_group
 
 from ray_app.errors import RayAppError, ResourceError
 from ray_app.jobs.listening import no_listener
 
+WAIT_NODES_S = "RAY_APP_WAIT_NODES_S"
+"""Variable of a cluster whose nodes come when they are asked for: how long a command waits for them."""
 NO_ROOM = "Something else may hold the cluster's CPUs (`ray status` tells); wait for it, or ask for less."
 
 
@@ -32,6 +36,8 @@ class ClusterInfo:
     """Memory that tasks and workers may claim."""
     node_cpus: tuple[float, ...]
     """CPUs of each node: a worker lies on one."""
+    node_memory_bytes: tuple[float, ...] = ()
+    """Memory of each node, in the same order."""
 
     def room(self, cpus_per_worker: float, data_cpus: float = 0.0) -> int:
         """How many workers of so many CPUs fit, beside `data_cpus` on the largest node."""
@@ -55,7 +61,7 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
     the CPUs of its workers stay taken.
 
     Only a connection that was made here is closed at the end. An error of ours that Ray has wrapped on its
-    way from a worker is raised as itself. ResourceError: no cluster at the address.
+    way from a worker is raised as itself. ResourceError: no cluster at the address, or one of another version.
     """
     with user_errors():
         if ray.is_initialized():
@@ -75,6 +81,10 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
             )
         except (ConnectionError, RayError) as error:
             raise ResourceError(_no_cluster(where, str(error).splitlines()[0])) from error
+        except RuntimeError as error:
+            if versions := re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error)):  # its own are plain RuntimeErrors
+                raise ResourceError(_other_version(where, *versions)) from error
+            raise
         try:
             info = _info()
             if where == "local":
@@ -89,6 +99,13 @@ def _no_cluster(where: str, reason: str) -> str:
     return (
         f"there is no Ray cluster at '{where}' that lets this user in ({reason}); name another with --address, or "
         "unset RAY_ADDRESS to start one on this machine (`ray-app doctor` tells more)"
+    )
+
+
+def _other_version(where: str, theirs: tuple[str, str], ours: tuple[str, str]) -> str:
+    return (
+        f"the cluster at {where} runs Ray {theirs[0]} on Python {theirs[1]}, this is Ray {ours[0]} on Python "
+        f"{ours[1]}, and Ray takes no others; run this in the image of its nodes, or by `ray-app submit`"
     )
 
 
@@ -134,6 +151,30 @@ def _bare(error: RayAppError) -> RayAppError:
     return plain(text.partition("\nFailed to apply")[0])
 
 
+def grown(info: ClusterInfo, num_workers: int, cpus_per_worker: float, use_gpu: bool) -> ClusterInfo:
+    """The cluster once its autoscaler has brought room for so many workers, or as it is after RAY_APP_WAIT_NODES_S.
+
+    Where that is not set, what is not there is not waited for: most clusters do not grow. The wish for nodes ends
+    with this process, however that ends.
+    """
+    wait_s = float(os.environ.get(WAIT_NODES_S) or 0)
+    if not wait_s or (info.room(cpus_per_worker) >= num_workers and (not use_gpu or info.gpus >= num_workers)):
+        return info
+    bundle = {"CPU": cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+    gpus = f", {num_workers} GPUs" if use_gpu else ""
+    print(
+        f"waiting up to {wait_s:g} s for nodes with {num_workers * cpus_per_worker:g} CPUs{gpus} ({WAIT_NODES_S})",
+        file=sys.stderr,
+        flush=True,
+    )
+    group = placement_group([bundle] * num_workers)
+    try:
+        group.wait(wait_s)
+    finally:
+        remove_placement_group(group)
+    return _info()
+
+
 def require(
     info: ClusterInfo,
     *,
@@ -172,8 +213,9 @@ def require(
 
 def _info() -> ClusterInfo:
     total = ray.cluster_resources()
-    nodes = tuple(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
-    return ClusterInfo(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0), nodes)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, memory = (tuple(node.get(name, 0.0) for node in nodes) for name in ("CPU", "memory"))
+    return ClusterInfo(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0), cpus, memory)
 
 
 def _keep_token_private() -> None:

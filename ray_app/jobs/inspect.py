@@ -66,7 +66,7 @@ def run_inspect(cfg: InspectConfig) -> dict[str, Any]:
     }
     result["notes"] = list(notes(result, store))
     if cfg.page:
-        write_for_people("--page", cfg.page, inspect_page(result, surveyed[0], leaks).encode())
+        write_for_people("--page", cfg.page, inspect_page(result, store.index, surveyed[0], leaks).encode())
     return result
 
 

@@ -17,7 +17,8 @@ from ray_app.jobs.leaks import Compared, Example, place
 from ray_app.jobs.page import page, picture
 from ray_app.jobs.report import flattened
 from ray_app.jobs.survey import Survey
-from ray_app.jobs.window_statistics import NIGHT_BELOW, positive_share
+from ray_app.jobs.window_statistics import NIGHT_BELOW, overlap_with_previous, positive_share
+from ray_app.store.pair_store import PairIndex
 
 MOST_BARS = 100
 """Sequences that get a bar each; of more, a histogram is drawn."""
@@ -25,7 +26,7 @@ BINS = 40
 BLUE, RED, TEAL, GREY = PALETTE[0], PALETTE[3], PALETTE[5], PALETTE[1]
 
 
-def inspect_page(result: dict[str, Any], survey: Survey, leaks: Sequence[Compared]) -> str:
+def inspect_page(result: dict[str, Any], index: PairIndex, survey: Survey, leaks: Sequence[Compared]) -> str:
     """The whole page as HTML; `result` as `run_inspect` gives it."""
     return page(
         "inspect.html.j2",
@@ -36,7 +37,7 @@ def inspect_page(result: dict[str, Any], survey: Survey, leaks: Sequence[Compare
         statistics=list(statistics_lines(result["windows"])),
         leaks=[leak_line(leak) for leak in result["leaks"]],
         examples=[group for each in leaks for group in example_groups(each)],
-        figures=list(figures(result, survey)),
+        figures=list(figures(result, index, survey)),
         sequences=[sequence_line(line) for line in result["by_sequence"]],
         source=[*flattened(result["source"]), ("fingerprint", result["fingerprint"])],
     )
@@ -119,7 +120,7 @@ def _place(compared: Compared, row: int) -> str:
     return f"{window['sequence']}, {window['t_start_us'] / 1e6:.3f} to {window['t_end_us'] / 1e6:.3f} s"
 
 
-def figures(result: dict[str, Any], survey: Survey) -> Iterator[dict[str, str]]:
+def figures(result: dict[str, Any], index: PairIndex, survey: Survey) -> Iterator[dict[str, str]]:
     """Every plot that there is data for: `title`, `svg`, `alt` and `caption`."""
     for values, name, title, caption in (
         (
@@ -164,6 +165,13 @@ def figures(result: dict[str, Any], survey: Survey) -> Iterator[dict[str, str]]:
             "alt": f"Histogram of the frame's time less the centre's: {_spread(found, '{:+.3f} ms', 1)}",
             "caption": "Positive: the frame was taken after the centre.",
         }
+    if found := result["windows"]["overlap_with_previous"]:
+        yield {
+            "title": "Overlap",
+            "svg": overlap_figure(overlap_with_previous(index)),
+            "alt": f"Share of each window that the one before it covers: {_spread(found, '{:.0f} %', 100)}",
+            "caption": "With the window before it of the same sequence and length; a random split leaks by it.",
+        }
 
 
 def events_figure(values: NDArray[np.float64], name: str) -> str:
@@ -197,7 +205,7 @@ def drawn_figure(survey: Survey) -> str:
             counts, edges = np.histogram(of_events[~np.isnan(of_events)], bins=np.linspace(0, 1, BINS + 1))
             right.stairs(counts, edges, color=INK, linewidth=1.4, label="all events drawn")
             right.legend(frameon=False, fontsize=9, loc="upper left")
-        right.set_xlim(0, 1)
+        right.set_xlim(-0.02, 1.02)
         right.set_xlabel("positive share")
         for axes in (left, right):
             axes.set_ylabel("windows")
@@ -265,6 +273,20 @@ def offset_figure(offset_ms: NDArray[np.float64]) -> str:
         axes.set_ylabel("windows")
 
     return svg("offset", draw, (8.2, 2.6))
+
+
+def overlap_figure(overlap: NDArray[np.float64]) -> str:
+    """Histogram of shares."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        histogram(axes, overlap, TEAL, "windows")
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_xlabel("share of the window that the one before it covers")
+        axes.set_ylabel("windows")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+
+    return svg("overlap", draw, (8.2, 2.2))
 
 
 def _spread(found: dict[str, Any], form: str, factor: float) -> str:

@@ -4,9 +4,11 @@ import asyncio
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +27,14 @@ AGENT_S = 30.0
 DASHBOARD_PORT = 8265
 EXIT_STOPPED = 143
 """Of a job that was stopped by hand, as of a process that SIGTERM ended."""
+PLACES = {
+    "store": "store",
+    "checkpoint": "checkpoint",
+    "mlflow_run_id": "MLflow run",
+    "tracking_uri": "MLflow",
+    "artifacts": "artifacts",
+}
+"""Keys of a command's --json object that say where something is; and what they are called."""
 
 T = TypeVar("T")
 
@@ -170,9 +180,14 @@ class JobLog:
         print(new, end="", file=sys.stderr, flush=True)
 
     def result(self) -> dict[str, Any] | None:
-        """The last line that is one JSON object: what a command with --json printed."""
-        found = [value for line in self._text.splitlines() if (value := as_object(line)) is not None]
-        return found[-1] if found else None
+        """What a command with --json printed."""
+        return result_in(self._text)
+
+
+def result_in(log: str) -> dict[str, Any] | None:
+    """The last line that is one JSON object."""
+    found = [value for line in log.splitlines() if (value := as_object(line)) is not None]
+    return found[-1] if found else None
 
 
 def as_object(line: str) -> dict[str, Any] | None:
@@ -226,13 +241,25 @@ def told(address: str, call: Callable[[], T]) -> T:
 
 
 def show_ended(result: dict[str, Any], console: Console) -> None:
-    """How a job ended, and how to go on."""
-    words = result["entrypoint"].partition("-m ray_app ")[2].split()
+    """How a job ended, where what it made is, and how to go on."""
     lines = [f"job {result['job']}: {result['status'].lower()}, exit code {result['exit_code']}"]
     if result["status"] == "FAILED" and result["message"]:
         lines.append(str(result["message"]).strip().splitlines()[0])
-    if result["exit_code"] == EXIT_STOPPED and words[:1] == ["train"] and {"--out", "--resume"} & set(words):
-        run = words[words.index("--out" if "--out" in words else "--resume") + 1]
-        lines.append(f"what was saved is kept; go on with:  ray-app submit -- train --resume {run}")
+    if result["exit_code"] == EXIT_STOPPED and (command := way_on(result["entrypoint"])):
+        lines.append(f"what was saved is kept; go on with:  {command}")
+    found = result.get("result") or {}
+    lines += [f"{name}: {found[key]}" for key, name in PLACES.items() if found.get(key)]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def way_on(entrypoint: str) -> str | None:
+    """The command that goes on with what a job has saved; None of one that saves nothing on its way."""
+    words = shlex.split(entrypoint.partition("-m ray_app ")[2])
+    if words[:1] == ["prepare"]:
+        return shlex.join(["ray-app", "submit", "--", *words])
+    if words[:1] not in (["train"], ["tune"]):
+        return None
+    flags = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    named = [after for flag, after in pairwise(flags) if flag in ("--resume", "--out")]
+    return f"ray-app submit -- {words[0]} --resume {shlex.quote(named[0]) if named else 'FOLDER'}"

@@ -1,6 +1,7 @@
-"""`ray-app jobs list | logs | stop`: the jobs of a cluster."""
+"""`ray-app jobs list | logs | fetch | stop`: the jobs of a cluster."""
 
 import asyncio
+import json
 import sys
 from datetime import datetime
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.config.jobs import JobConfig, JobLogsConfig, JobsConfig
-from ray_app.jobs.job_client import JobClient, show_ended
+from ray_app.config.jobs import JobConfig, JobFetchConfig, JobLogsConfig, JobsConfig
+from ray_app.jobs.job_client import JobClient, result_in, show_ended
+from ray_app.store.place import Disk
 
 
 def run_jobs_list(cfg: JobsConfig) -> dict[str, Any]:
@@ -45,6 +47,24 @@ def run_jobs_logs(cfg: JobLogsConfig) -> dict[str, Any]:
 def render_jobs_logs(result: dict[str, Any], console: Console) -> None:
     """How the job stands."""
     show_ended(result, console)
+
+
+def run_jobs_fetch(cfg: JobFetchConfig) -> dict[str, Any]:
+    """Writes JOB.log and JOB.json. StoreError: not there."""
+    client = JobClient(cfg.address)
+    log = client.logs(cfg.job)
+    result = {"job": cfg.job, "result": result_in(log), **client.state(cfg.job)}
+    folder = Disk(cfg.to.absolute())
+    folder.make()
+    folder.write(f"{cfg.job}.log", log.encode())
+    folder.write(f"{cfg.job}.json", json.dumps(result, indent=1).encode())
+    return {**result, "files": [folder.below(f"{cfg.job}.{ending}") for ending in ("log", "json")]}
+
+
+def render_jobs_fetch(result: dict[str, Any], console: Console) -> None:
+    """How the job stands, and the files."""
+    show_ended(result, console)
+    console.print(*result["files"], sep="\n", markup=False, highlight=False, soft_wrap=True)
 
 
 def run_jobs_stop(cfg: JobConfig) -> dict[str, Any]:

@@ -141,6 +141,16 @@ def entries(run: Path) -> list[dict[str, Any]]:
     return [opened(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.endswith(b"\n")]
 
 
+def has_writer(run: Path) -> bool:
+    """Whether a process on this machine, or on another that shares the disk, has the journal open to write."""
+    with (run / JOURNAL).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def since_start(run: Path) -> list[dict[str, Any]]:
     """What came after the newest `start` line: the doing of one driver."""
     lines = entries(run)

@@ -31,9 +31,11 @@ class JournalParts:
 
     def pull(self) -> None:
         """Appends what is new there. StoreError: a part is missing."""
+        sizes = self._sizes()
+        if not sizes and not self._path.exists():
+            return  # it has not begun
         with self._lock, writing(self._path), self._path.open("ab") as file:
             have = file.tell()
-            sizes = self._sizes()
             begins = sorted(sizes)
             for begin, end in zip(begins, [*begins, None][1:], strict=True):
                 if begin > have:

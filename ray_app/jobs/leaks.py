@@ -148,13 +148,12 @@ def joined_index(stores: list[PairStore]) -> PairIndex:
 
 def recordings(store: PairStore) -> NDArray[np.str_]:
     """For each pair a name of its recording that holds across stores: equal names of sequences are not enough for
-    rendered drives, which are told apart by the seed, nor for video files, by their SHA-256."""
+    rendered drives, which are told apart by the seed, nor for files of videos or of DAVIS, by their SHA-256."""
     source, sequence = store.manifest.source, store.index.sequence
     if source.get("name") == "scenes":
         return np.char.add(sequence, f" (seed {source['seed']}, renderer {source['renderer']})")
-    files = {
-        video["sequence"]: f" ({video['sha256'][:12]})" for video in source.get("videos", ()) if "sha256" in video
-    }
+    known = [*source.get("videos", ()), *source.get("recordings", ())]
+    files = {file["sequence"]: f" ({file['sha256'][:12]})" for file in known if "sha256" in file}
     return np.array([name + files.get(name, "") for name in sequence.tolist()])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +26,7 @@ from ray_app.config.prepare import (
 from ray_app.errors import ResourceError, StoreError
 from ray_app.events.windows import parse_duration
 from ray_app.jobs.building import BuiltTask, build_task, claim, finish, finished
-from ray_app.jobs.cluster import cluster
+from ray_app.jobs.cluster import cluster, grown
 from ray_app.jobs.prepare_progress import PrepareProgress
 from ray_app.sources.base import Source
 from ray_app.sources.recorded import Cut
@@ -34,6 +35,8 @@ from ray_app.store.place import place
 
 LONGEST_SILENCE_S = 600.0
 """Longest time in which no task of the cluster ends: on a slow core one may take minutes."""
+
+GO_ON = "Finished files stay; repeat the command to go on."
 
 
 def run_prepare(cfg: PrepareFlags) -> dict[str, Any]:
@@ -110,7 +113,8 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
     """Builds a store of `source` in `cfg.out` on the cluster of `cfg.address`; returns the --json object.
 
     `feature` is the shape (3, height, width) and scale of both sides, uint8. StoreError: the folder is in the
-    way or cannot be written, or too many pairs are quarantined; what was built stays.
+    way or cannot be written, or too many pairs are quarantined. ResourceError: the cluster loses workers, hangs, or
+    does not see the input. What was built stays.
     """
     assert feature.dtype == "uint8", "pictures are stored as uint8"
     features = Features(event=feature, target=feature)
@@ -125,15 +129,15 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
         try:
             kept = finished(here, task)
             done = kept or build_task(source, task, here, features)
-        except StoreError as error:  # Ray Data would wrap it in an error of its own
-            return {"error": f"{error} Finished files stay; repeat the command to go on."}
+        except (StoreError, ResourceError) as error:  # Ray Data would wrap it in an error of its own
+            return {"error": f"{error} {GO_ON}", "kind": type(error).__name__}
         built = {"built": done.model_dump_json(), "kept": kept is not None}
         return {"error": "", **built, "told": "\n".join(told), "peak_bytes": peak_memory_bytes()}
 
     built, new, peak_bytes = {}, [], 0
-    with cluster(cfg.address), PrepareProgress(sum(task.num_pairs for task in tasks)) as progress:
+    with cluster(cfg.address) as info, PrepareProgress(sum(task.num_pairs for task in tasks)) as progress:
+        num_cpus = grown(info, cfg.num_workers or 1, 1.0, use_gpu=False).cpus or 1.0
         began = time.perf_counter()
-        num_cpus = ray.cluster_resources().get("CPU", 1.0)
         num_workers = min(cfg.num_workers or max(int(num_cpus), 1), len(tasks))
         dataset = ray.data.from_items([{"task": i} for i in range(len(tasks))], override_num_blocks=len(tasks)).map(
             build,
@@ -144,7 +148,7 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
         try:
             for row in dataset.iter_rows():
                 if row["error"]:
-                    raise StoreError(row["error"])
+                    raise (StoreError if row["kind"] == "StoreError" else ResourceError)(row["error"])
                 done = BuiltTask.model_validate_json(row["built"])
                 built[done.task] = done
                 progress.add(done, row["kept"], row["told"])
@@ -153,8 +157,14 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
                     new.append(done)
         except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
             raise ResourceError(
-                f"a task lost its worker time and again ({str(error).splitlines()[0]}). Finished files "
-                "stay; take fewer --num-workers if memory is short, and repeat the command to go on."
+                f"a task lost its worker time and again ({str(error).splitlines()[0]}). Take fewer --num-workers if "
+                f"memory is short. {GO_ON}"
+            ) from error
+        except ExecutionTimeoutError as error:
+            raise ResourceError(
+                f"no task ended for {LONGEST_SILENCE_S:.0f} s, and {len(built)} of {len(tasks)} are done. See by "
+                "`ray status` whether the cluster has CPUs for them, look for a node whose disk or network hangs, or "
+                f"take fewer --num-workers if all are slow. {GO_ON}"
             ) from error
         seconds = time.perf_counter() - began
     manifest = finish(folder, source, [built[task.name] for task in tasks], features, cfg.max_quarantined)

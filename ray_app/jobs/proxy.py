@@ -7,7 +7,7 @@ where that is the target's own token at the same place. Ray Data runs one task f
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from ray_app import errors
 from ray_app.config.base import flat
 from ray_app.config.draft import ProxyConfig
-from ray_app.core.draft_replay import contiguous_folds
+from ray_app.core.draft_replay import Fold, folds_of
 from ray_app.core.drafters import Answered, States
 from ray_app.core.proxy import THETAS, Places, cosines, judge, rank_correlation
 from ray_app.core.speculative import accepted_prefix
@@ -28,10 +28,10 @@ from ray_app.errors import CheckpointError, InputError, StoreError
 from ray_app.jobs.cluster import cluster
 from ray_app.jobs.figures import reliability_figure
 from ray_app.jobs.page import page
-from ray_app.jobs.states import answers_with_states, blocks, require_states
+from ray_app.jobs.states import answers_with_states, blocks, read_files, require_states
 from ray_app.store.durable import write_file
 from ray_app.store.provenance import provenance
-from ray_app.store.traces import TraceFile, read_traces
+from ray_app.store.traces import TraceFile
 
 CONTROLS = ("raw", "mean_target")
 """The drafter's states as they are; the mean of the target's, the same at every place."""
@@ -62,11 +62,12 @@ def run_proxy(cfg: ProxyConfig) -> dict[str, Any]:
     """
     if cfg.out.exists() and not cfg.out.is_dir():
         raise StoreError(f"{cfg.out} is a file; --out names the folder for {NUMBERS} and {PAGE}.")
-    files = [read_traces(path.absolute(), cfg.vocabulary, cfg.end_token) for path in cfg.traces]
+    files = read_files(cfg.traces, cfg.vocabulary, cfg.end_token)
     for file in files:
         require_states(file, "proxy")
     adapters = _named([path.absolute() for path in cfg.adapter])
-    judged = _judge_all(cfg, files, adapters)
+    folds = [folds_of([trace.sequence for trace in file.traces], cfg.folds, cfg.gap) for file in files]
+    judged = _judge_all(cfg, files, folds, adapters)
     block_of = blocks(files, BLOCK_ROWS)
     num_blocks = 1 + max(block for each in block_of for block in each)
     places = {
@@ -90,7 +91,8 @@ def run_proxy(cfg: ProxyConfig) -> dict[str, Any]:
     result = {
         "rows": sum(len(file.traces) for file in files),
         "blocks": num_blocks,
-        "folds": cfg.folds,
+        "quarantined": [asdict(bad) for file in files for bad in file.quarantined],
+        "folds": max(len(each) for each in folds),
         "gap": cfg.gap,
         "controls": {name: numbers[name] for name in CONTROLS if name in numbers},
         "adapters": {name: numbers[name] for name in adapters if name in numbers},
@@ -196,17 +198,17 @@ def _named(adapters: Sequence[Path]) -> dict[str, Path]:
     return {str(path): path for path in adapters}
 
 
-def _judge_all(cfg: ProxyConfig, files: Sequence[TraceFile], adapters: dict[str, Path]) -> dict[str, list[Judged]]:
+def _judge_all(
+    cfg: ProxyConfig, files: Sequence[TraceFile], folds: Sequence[Sequence[Fold]], adapters: dict[str, Path]
+) -> dict[str, list[Judged]]:
     """For each control and adapter, each file."""
     tasks = [(name, n) for name in (*CONTROLS, *adapters) for n in range(len(files))]
-    folds, gap = cfg.folds, cfg.gap
-    for file in files:
-        contiguous_folds(len(file.traces), folds, gap)  # ConfigError here, and not on a worker
+    files = [replace(file, path=file.path.absolute()) for file in files]  # workers have a folder of their own
 
     def task(item: dict[str, Any]) -> dict[str, Any]:
         name, n = tasks[item["task"]]
         try:
-            judged = _judge_file(files[n], name, adapters.get(name), folds, gap)
+            judged = _judge_file(files[n], name, adapters.get(name), folds[n])
         except (InputError, CheckpointError) as error:  # Ray Data would wrap it in an error of its own
             return {"task": item["task"], "kind": type(error).__name__, "error": str(error), "judged": ""}
         values = {name: getattr(judged, name).tolist() for name in ("row_N", "cos_N", "match_N")}
@@ -232,13 +234,13 @@ def _judge_all(cfg: ProxyConfig, files: Sequence[TraceFile], adapters: dict[str,
     return found
 
 
-def _judge_file(file: TraceFile, name: str, adapter: Path | None, num_folds: int, gap: int) -> Judged:
+def _judge_file(file: TraceFile, name: str, adapter: Path | None, folds: Sequence[Fold]) -> Judged:
     rows: list[int] = []
     cos: list[float] = []
     match: list[bool] = []
     prefixes: list[int] = []
     answered = answers_with_states(file, adapter)
-    for fold in contiguous_folds(len(answered), num_folds, gap):
+    for fold in folds:
         train = [answered[n] for n in fold.train]
         drafter = AdapterDrafter()
         drafter.fit(train)

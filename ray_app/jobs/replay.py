@@ -1,42 +1,34 @@
-"""`ray-app replay`: token acceptance of drafters on recorded outputs, exactly, without a model or a GPU.
+"""`ray-app replay`: token acceptance of drafters on recorded outputs, exactly, without a model or a GPU."""
 
-Ray Data runs one task for each file, fold and drafter. A file's rows are in order of time and its sequences are not
-named, so folds are contiguous stretches, and rows within the gap of a stretch are not learnt from.
-"""
-
-import json
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 from rich.console import Console
 from rich.table import Table
 
-from ray_app import errors
 from ray_app.config.draft import ReplayConfig
-from ray_app.core.draft_cost import StepTimes, row_cost
-from ray_app.core.draft_replay import DRAFTERS, RowReplay, contiguous_folds, replay_fold
-from ray_app.core.draft_summary import ReplayedRow, details, match_rate_by_shift, summarise
+from ray_app.core.draft_replay import DRAFTERS, are_named
+from ray_app.core.draft_summary import ReplayedRow, details, match_rate_by_shift, rate_of_group, summarise
 from ray_app.core.state_drafters import AdapterDrafter
-from ray_app.errors import CheckpointError, ConfigError, InputError
-from ray_app.jobs.cluster import cluster
+from ray_app.errors import ConfigError
 from ray_app.jobs.page import require_suffix, write_for_people
-from ray_app.jobs.replay_page import replay_page
-from ray_app.jobs.states import answers, answers_with_states, require_states
-from ray_app.store.traces import Timing, Trace, TraceFile, read_timing, read_traces
+from ray_app.jobs.replay_page import rate_cell, replay_page, span
+from ray_app.jobs.replay_rows import file_folds, fold_of_rows, replay_files, replayed_row
+from ray_app.jobs.states import blocks, read_files, require_states, set_aside
+from ray_app.store.traces import Timing, TraceFile, read_timing
 
 BARS = ("positional", "previous_window")
 """Drafters that cost nothing: one that does not beat both has not earned its place."""
 CONTROLS = ("constant", *BARS)
 """Replayed beside whatever is asked for."""
 BLOCK_ROWS = 20
-"""Neighbouring rows that the bootstrap draws together: sequences are not named."""
+"""Neighbouring rows that the bootstrap draws together where sequences are not named."""
 ACCEPTANCE = ("tokens per pass", "τ", "accepted", "match rate", "shuffled", "in a row (median)")
-TIMES = ("one-shot", "slower", "continuous", "expected", "least α (measured)", "µs/token")
+TIMES = ("one-shot", "slower", "continuous", "slower", "expected", "least α (measured)", "µs/token")
+EXPECTED = "expected: (1 − α^(γ+1)) / ((1 − α)(γc + 1)), without prefill and with a pass as long as a step."
 SHIFTS = (-2, -1, 0, 1, 2)
 SHIFTED = 2.0
 """A shift that matches so many times better than none..."""
@@ -50,14 +42,16 @@ class ReplayReport:
 
     details: dict[str, dict[str, Any]]
     """For each drafter: acceptance by place, histogram, controls, time."""
-    groups: dict[str, dict[str, float]]
-    """For each duration, and question where there are several: tokens per target pass by drafter."""
+    groups: dict[str, dict[str, dict[str, Any]]]
+    """For each duration, and question where there are several: tokens per target pass by drafter, with interval."""
     behind: tuple[str, ...]
     """Drafters that do not beat both of `BARS`."""
     notes: tuple[str, ...]
     """What to know about the input."""
     quarantined: tuple[str, ...]
     """Lines that were set aside, with their reasons."""
+    folds_by: str
+    """What a fold is made of."""
     page: Path | None
     """The page that was written."""
 
@@ -66,15 +60,6 @@ class ReplayResult(dict[str, Any]):
     """The `--json` object; `report` holds the rest."""
 
     report: ReplayReport
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One drafter on one stretch of one file."""
-
-    file: int
-    fold: int
-    drafter: str
 
 
 def run_replay(cfg: ReplayConfig) -> ReplayResult:
@@ -86,15 +71,15 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
     unknown = [name for name in cfg.drafter if name not in DRAFTERS]
     if unknown:
         raise ConfigError(f"there is no drafter '{unknown[0]}'; there are: {', '.join(DRAFTERS)}.")
-    files = [read_traces(path, cfg.vocabulary, cfg.end_token) for path in cfg.traces]
+    files = read_files(cfg.traces, cfg.vocabulary, cfg.end_token)
     for name in cfg.drafter:
         _require_what_it_needs(cfg, files, name)
     timing = read_timing(cfg.timing) if cfg.timing else None
     names = list(dict.fromkeys((*CONTROLS, *cfg.drafter)))
-    replayed = _replay(cfg, files, names)
-
-    blocks = np.cumsum([0, *(-(-len(file.traces) // BLOCK_ROWS) for file in files)]).tolist()
-    place_fold = [fold_of_rows(cfg, file) for file in files]
+    folds = [file_folds(cfg, file) for file in files]
+    replayed = replay_files(cfg, files, names)
+    block_of, fold_of = blocks(files, BLOCK_ROWS), [fold_of_rows(each) for each in folds]
+    most_folds = max(len(each) for each in folds)
     results, told, groups = {}, {}, {}
     for number, name in enumerate(names):
         rows = [
@@ -104,8 +89,8 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
                 trace,
                 replay,
                 timing or trace.timing_ms,
-                block=blocks[file] + place // BLOCK_ROWS,
-                fold=file * cfg.folds + place_fold[file][place],
+                block=block_of[file][place],
+                fold=file * most_folds + fold_of[file][place],
             )
             for file, traces in enumerate(files)
             for place, (trace, replay) in enumerate(zip(traces.traces, replayed[name][file], strict=True))
@@ -115,7 +100,7 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
         groups[name] = _groups(files, rows)
     result = ReplayResult(
         results=results,
-        folds=cfg.folds,
+        folds=most_folds,
         gap=cfg.gap,
         gamma=cfg.gamma,
         rows=sum(len(file.traces) for file in files),
@@ -125,7 +110,8 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
         groups={group: {name: groups[name][group] for name in names} for group in groups[names[0]]},
         behind=_behind(results),
         notes=tuple(_notes(cfg, files, timing)),
-        quarantined=tuple(f"{bad.file}, line {bad.line}: {bad.reason}" for file in files for bad in file.quarantined),
+        quarantined=tuple(set_aside(files)),
+        folds_by=_folds_by(files),
         page=cfg.page,
     )
     if cfg.page:
@@ -151,12 +137,10 @@ def render_replay(result: ReplayResult, console: Console) -> None:
         histogram = " ".join(str(n) for n in more["passes_by_accepted"])
         console.print(f"{name}: passes with 0…{result['gamma']} accepted: {histogram}", highlight=False)
     for group, rates in report.groups.items():
-        line = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
+        line = ", ".join(f"{name} {rate_cell(rate)}" for name, rate in rates.items())
         console.print(f"{group}: tokens per pass: {line}", highlight=False)
     for note in report.notes:
         console.print(note, markup=False, highlight=False)
-    for line in report.quarantined:
-        console.print(f"set aside: {line}", markup=False, highlight=False)
     if report.page:
         console.print(str(report.page), markup=False, highlight=False, soft_wrap=True)
 
@@ -164,10 +148,8 @@ def render_replay(result: ReplayResult, console: Console) -> None:
 def acceptance_cells(result: ReplayResult, name: str) -> list[str]:
     """A drafter's line below `ACCEPTANCE`."""
     numbers, more = result["results"][name], result.report.details[name]
-    interval = numbers["interval95"]["tokens_per_target_pass"]
-    span = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
     return [
-        f"{numbers['tokens_per_target_pass']:.2f}{span}",
+        f"{numbers['tokens_per_target_pass']:.2f}{span(numbers['interval95']['tokens_per_target_pass'])}",
         f"{numbers['mean_acceptance_length']:.2f}",
         f"{numbers['draft_acceptance_rate']:.1%}",
         f"{numbers['match_rate']:.1%}",
@@ -181,8 +163,9 @@ def times_cells(result: ReplayResult, name: str) -> list[str]:
     numbers, more = result["results"][name], result.report.details[name]
     return [
         _times(numbers["one_shot_speedup"]),
-        "–" if more["one_shot_slower_share"] is None else f"{more['one_shot_slower_share']:.0%}",
-        _times(more["continuous_speedup"]),
+        _share(more["one_shot_slower_share"]),
+        _times(more["continuous_speedup"]) + span(more["interval95"]["continuous_speedup"]),
+        _share(more["continuous_slower_share"]),
         _times(numbers["expected_speedup"]),
         _break_even(more),
         f"{more['overhead_us_per_token']:.1f}",
@@ -214,50 +197,18 @@ def _label(name: str) -> str:
 
 def _conditions(result: ReplayResult) -> str:
     return (
-        f"{result['rows']:,} rows, γ = {result['gamma']}, {result['folds']} contiguous folds, gap {result['gap']} "
-        "rows; in brackets 95 % over blocks of neighbouring rows; * learns from accepted answers"
+        f"{result['rows']:,} rows, γ = {result['gamma']}, {result['folds']} folds ({result.report.folds_by}), in "
+        "brackets 95 % over sequences, or over blocks of neighbouring rows where they are not named; * learns from "
+        f"accepted answers. {EXPECTED}"
     )
 
 
-def _replay(cfg: ReplayConfig, files: Sequence[TraceFile], names: list[str]) -> dict[str, list[list[RowReplay]]]:
-    """For each drafter and file, the rows in order."""
-    folds = [contiguous_folds(len(file.traces), cfg.folds, cfg.gap) for file in files]
-    tasks = [Task(file, fold, name) for name in names for file in range(len(files)) for fold in range(cfg.folds)]
-    gamma, vocabulary, adapter = cfg.gamma, cfg.vocabulary, cfg.adapter and cfg.adapter.absolute()
-    files = [replace(file, path=file.path.absolute()) for file in files]  # workers have a folder of their own
-
-    def replay(item: dict[str, Any]) -> dict[str, Any]:
-        task = tasks[item["task"]]
-        drafter, file, fold = DRAFTERS[task.drafter](), files[task.file], folds[task.file][task.fold]
-        try:
-            # States are large: each task reads those that it needs.
-            rows = answers_with_states(file, adapter) if drafter.needs_states else answers(file)
-            done = replay_fold(
-                drafter,
-                [rows[n] for n in fold.train],
-                [rows[n] for n in fold.test],
-                gamma=gamma,
-                vocabulary=vocabulary,
-                clock=time.thread_time,
-            )
-        except (InputError, CheckpointError) as error:  # Ray Data would wrap it in an error of its own
-            return {"task": item["task"], "kind": type(error).__name__, "error": str(error), "rows": ""}
-        return {"task": item["task"], "kind": "", "error": "", "rows": json.dumps([asdict(row) for row in done])}
-
-    found: dict[int, list[RowReplay]] = {}
-    with cluster(cfg.address):
-        workers = max(min(int(ray.cluster_resources().get("CPU", 1.0)), len(tasks)), 1)
-        dataset = ray.data.from_items(
-            [{"task": n} for n in range(len(tasks))], override_num_blocks=min(len(tasks), 4 * workers)
-        ).map(replay, compute=ray.data.TaskPoolStrategy(size=workers))
-        for done in dataset.iter_rows():
-            if done["error"]:
-                raise getattr(errors, done["kind"])(done["error"])
-            found[done["task"]] = [_read_row(row) for row in json.loads(done["rows"])]
-    replayed: dict[str, list[list[RowReplay]]] = {name: [[] for _ in files] for name in names}
-    for number, task in enumerate(tasks):
-        replayed[task.drafter][task.file] += found[number]
-    return replayed
+def _folds_by(files: Sequence[TraceFile]) -> str:
+    named = {are_named([trace.sequence for trace in file.traces]) for file in files}
+    whole, contiguous = "whole sequences", "contiguous, with a gap"
+    if len(named) > 1:
+        return f"{whole} in files that name several, {contiguous} in the others"
+    return whole if named.pop() else contiguous
 
 
 def _require_what_it_needs(cfg: ReplayConfig, files: Sequence[TraceFile], name: str) -> None:
@@ -270,58 +221,16 @@ def _require_what_it_needs(cfg: ReplayConfig, files: Sequence[TraceFile], name: 
             require_states(file, f"drafter '{name}'")
 
 
-def fold_of_rows(cfg: ReplayConfig, file: TraceFile) -> list[int]:
-    """For each row of a file, the number of the fold that it is replayed in."""
-    folds = contiguous_folds(len(file.traces), cfg.folds, cfg.gap)
-    return [number for number, fold in enumerate(folds) for _ in fold.test]
-
-
-def _read_row(values: dict[str, Any]) -> RowReplay:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return RowReplay(**fields)
-
-
-def replayed_row(
-    cfg: ReplayConfig, name: str, trace: Trace, replay: RowReplay, times: Timing | None, block: int, fold: int
-) -> ReplayedRow:
-    """A row with its cost; `block` is the same for rows that the bootstrap draws together."""
-    needs_event = DRAFTERS[name].needs_event_tokens
-    cost, step_ms, event_step_ms = None, 0.0, 0.0
-    if times is not None and not (needs_event and (times.draft_prefill is None or times.draft_per_token is None)):
-        step_ms = times.target_per_token
-        event_step_ms = (times.draft_per_token or 0.0) if needs_event else 0.0
-        measured = StepTimes(
-            target_prefill_ms=times.target_prefill,
-            target_step_ms=step_ms,
-            verify_ms=times.verify.get(cfg.gamma, step_ms),
-            event_start_ms=times.draft_vision + (times.draft_prefill or 0.0) if needs_event else 0.0,
-            event_step_ms=event_step_ms,
-        )
-        cost = row_cost(
-            replay, measured, gamma=cfg.gamma, num_event_tokens=len(trace.draft_tokens), device=cfg.draft_device
-        )
-    return ReplayedRow(
-        block=block,
-        fold=fold,
-        replay=replay,
-        answer=tuple(trace.target_tokens),
-        cost=cost,
-        target_step_ms=step_ms,
-        event_step_ms=event_step_ms,
-    )
-
-
-def _groups(files: Sequence[TraceFile], rows: Sequence[ReplayedRow]) -> dict[str, float]:
+def _groups(files: Sequence[TraceFile], rows: Sequence[ReplayedRow]) -> dict[str, dict[str, Any]]:
     """Tokens per target pass of each duration, and of each question where there are several."""
     traces = [trace for file in files for trace in file.traces]
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[ReplayedRow]] = {}
     several = len({trace.question for trace in traces}) > 1
     for trace, row in zip(traces, rows, strict=True):
-        rate = row.replay.length / len(row.replay.drafted)
-        found.setdefault(trace.duration or "unknown duration", []).append(rate)
+        found.setdefault(trace.duration or "unknown duration", []).append(row)
         if several:
-            found.setdefault(f"“{trace.question}”", []).append(rate)
-    return {group: float(np.mean(rates)) for group, rates in sorted(found.items())}
+            found.setdefault(f"“{trace.question}”", []).append(row)
+    return {group: rate_of_group(found[group], np.random.default_rng(0)) for group in sorted(found)}
 
 
 def _behind(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
@@ -388,6 +297,10 @@ def _break_even(more: dict[str, Any]) -> str:
         return "–"
     least = "none" if more["break_even_alpha"] is None else f"{more['break_even_alpha']:.2f}"
     return f"{least} ({more['alpha']:.2f})"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
 
 
 def _times(value: float | None) -> str:

@@ -19,12 +19,14 @@ PLAIN_SPEED = 1.0
 MOST_BINS = 60
 
 Numbers = Mapping[str, Mapping[str, Any]]
+Groups = Mapping[str, Numbers]
+"""For each group and drafter `tokens_per_target_pass` and its `interval95`."""
 
 
 def replay_page(
     result: Mapping[str, Any],
     details: Numbers,
-    groups: Mapping[str, Mapping[str, float]],
+    groups: Groups,
     *,
     headline: str,
     behind: bool,
@@ -42,16 +44,24 @@ def replay_page(
         conditions=conditions,
         figures=list(figures(result["results"], details, groups)),
         groups=[
-            {"name": group, "kind": "", "cells": [f"{rate:.2f}" for rate in rates.values()]}
+            {"name": group, "kind": "", "cells": [rate_cell(rate) for rate in rates.values()]}
             for group, rates in groups.items()
         ],
         drafters=list(result["results"]),
     )
 
 
-def figures(
-    results: Numbers, details: Numbers, groups: Mapping[str, Mapping[str, float]]
-) -> Iterator[dict[str, str]]:
+def span(interval: Sequence[float] | None) -> str:
+    """An interval behind its number."""
+    return f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
+
+
+def rate_cell(rate: Mapping[str, Any]) -> str:
+    """A group's tokens per target pass."""
+    return f"{rate['tokens_per_target_pass']:.2f}{span(rate['interval95'])}"
+
+
+def figures(results: Numbers, details: Numbers, groups: Groups) -> Iterator[dict[str, str]]:
     """Every plot that there is data for: `title`, `svg`, `alt` and `caption`."""
     rates = ", ".join(f"{name} {numbers['tokens_per_target_pass']:.2f}" for name, numbers in results.items())
     yield {
@@ -80,8 +90,13 @@ def figures(
     }
     speedups = {"one_shot_speedup": "one-shot", "expected_speedup": "expected from α"}
     if any(numbers["one_shot_speedup"] is not None for numbers in results.values()):
+        continuous = {name: more["interval95"]["continuous_speedup"] for name, more in details.items()}
         with_continuous = {
-            name: {**numbers, "continuous_speedup": details[name]["continuous_speedup"]}
+            name: {
+                **numbers,
+                "continuous_speedup": details[name]["continuous_speedup"],
+                "interval95": {**numbers["interval95"], "continuous_speedup": continuous[name]},
+            }
             for name, numbers in results.items()
         }
         yield {
@@ -90,7 +105,7 @@ def figures(
                 "speedup", with_continuous, {**speedups, "continuous_speedup": "continuous"}, PLAIN_SPEED
             ),
             "alt": "One-shot, expected and continuous speed-up of each drafter",
-            "caption": "From measured times. Bars: 95 %; none for continuous mode. Left of the line: slower.",
+            "caption": "From measured times; expected: decoding alone. Bars: 95 %. Left of the line: slower.",
         }
 
 
@@ -169,7 +184,7 @@ def rows_figure(details: Numbers) -> str:
     return svg("rows", draw, (WIDTH, 0.8 + 1.4 * lines))
 
 
-def groups_figure(groups: Mapping[str, Mapping[str, float]]) -> str:
+def groups_figure(groups: Groups) -> str:
     """Tokens per pass: a line for each drafter, a point for each group."""
     names = list(next(iter(groups.values())))
 
@@ -178,7 +193,8 @@ def groups_figure(groups: Mapping[str, Mapping[str, float]]) -> str:
         for number, (group, rates) in enumerate(groups.items()):
             colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
             label = group if len(group) <= 24 else f"{group[:22]}…"
-            axes.plot(list(rates.values()), range(len(names)), marker, color=colour, linestyle="", label=label)
+            values = [rate["tokens_per_target_pass"] for rate in rates.values()]
+            axes.plot(values, range(len(names)), marker, color=colour, linestyle="", label=label)
         drafters(axes, names)
         axes.set_xlim(left=0)
         axes.set_xlabel("tokens per target pass")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_app.errors import CheckpointError, StoreError
-from ray_app.jobs.journal import Journal
+from ray_app.jobs.journal import Journal, entries
 from ray_app.jobs.journal_parts import JournalParts
 from ray_app.jobs.run_folder import CHECKPOINTS, RESIZE, RUN, STATES, STOP, RunFolder, about_run, inside
 from ray_app.store.checkpoint import SUMS
@@ -30,6 +30,8 @@ from ray_app.store.sealed import fetch_folder, send_folder
 
 EXCHANGE_S = 2.0
 """How often new journal lines go up, and come down to the driver; a sign takes two of these at most."""
+STOP_S = 30.0
+"""How long a run that is asked to stop is waited for, before its journal is taken over."""
 PREFIX = "ray-app-copy-"
 YOUNG_S = 60.0
 """A copy of this age may belong to a process that has not marked it as its own yet."""
@@ -78,6 +80,25 @@ def _held(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def meanwhile(*acts: Callable[[], None]) -> Iterator[None]:
+    """These again and again; what the store refuses is tried the next time, and by whoever needs it done."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(EXCHANGE_S):
+            for act in acts:
+                with suppress(StoreError, OSError):
+                    act()
+
+    thread = threading.Thread(target=run, name="exchange", daemon=True)
+    thread.start()
+    with ExitStack() as end:
+        end.callback(thread.join)
+        end.callback(stop.set)
+        yield
+
+
 @dataclass(frozen=True)
 class RunCopy(RunFolder):
     """`path` is this process's copy of the run at `there`."""
@@ -112,12 +133,33 @@ class RunCopy(RunFolder):
         self.there.make()
         self.there.write(RUN, (self.path / RUN).read_bytes())
 
+    @property
+    def claimed(self) -> bool:
+        try:
+            return RUN in self.there.names()
+        except FileNotFoundError:
+            return False
+
     @contextmanager
     def driven(self) -> Iterator[None]:
         (self.path / RUN).write_bytes(json.dumps(self.about()).encode())
         with super().driven():
-            self._push_signs()  # those of before go
             yield
+
+    def take_signs_away(self) -> None:
+        super().take_signs_away()
+        self._push_signs()
+
+    def ask_to_stop(self) -> None:
+        """Who writes the journal has some time to save, and to end it."""
+        super().ask_to_stop()
+        self._push_signs()
+        deadline = time.monotonic() + STOP_S
+        while time.monotonic() < deadline:
+            self.pull()
+            if entries(self.path)[-1]["kind"] in ("stop", "end"):
+                return
+            time.sleep(EXCHANGE_S / 4)
 
     def about(self) -> dict[str, Any]:
         return about_run(self.there)
@@ -127,7 +169,7 @@ class RunCopy(RunFolder):
         self._parts.pull()
         with Journal(self.path) as journal:
             try:
-                with self._meanwhile(self._parts.push, self._pull_signs):
+                with meanwhile(self._parts.push, self._pull_signs):
                     yield journal
             finally:
                 self._parts.push()
@@ -135,10 +177,19 @@ class RunCopy(RunFolder):
     @contextmanager
     def followed(self) -> Iterator[None]:
         try:
-            with self._meanwhile(self._push_signs, self._parts.pull):
+            with meanwhile(self._push_signs, self._parts.pull):
                 yield
         finally:
             self._parts.pull()
+
+    @contextmanager
+    def lent(self, journal: Journal) -> Iterator[None]:
+        self._parts.push()
+        with super().lent(journal):
+            try:
+                yield
+            finally:
+                self._parts.pull()
 
     def bring(self, *folders: str) -> None:
         for folder in map(inside, folders):
@@ -182,24 +233,6 @@ class RunCopy(RunFolder):
                 self.there.delete(f"{folder}/{SUMS}")
             return False
         return True
-
-    @contextmanager
-    def _meanwhile(self, *acts: Callable[[], None]) -> Iterator[None]:
-        """These again and again; what the store refuses is tried the next time, and by whoever needs it done."""
-        stop = threading.Event()
-
-        def run() -> None:
-            while not stop.wait(EXCHANGE_S):
-                for act in acts:
-                    with suppress(StoreError, OSError):
-                        act()
-
-        thread = threading.Thread(target=run, name="exchange", daemon=True)
-        thread.start()
-        with ExitStack() as end:
-            end.callback(thread.join)
-            end.callback(stop.set)
-            yield
 
     def _push_signs(self) -> None:
         there = self.there.names()

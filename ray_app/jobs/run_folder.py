@@ -61,6 +61,10 @@ class RunFolder:
         """Meanwhile what workers do shows up in `path`, and the signs that lie there reach them."""
         return nullcontext()
 
+    def lent(self, journal: Journal) -> AbstractContextManager[None]:
+        """Another process may write to the journal meanwhile; this one, which has it open, does not."""
+        return journal.lent()
+
     @property
     def resume(self) -> str:
         """The command that goes on with it."""
@@ -87,6 +91,11 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         write_file(claimed, json.dumps(dict(about), indent=1).encode())
 
+    @property
+    def claimed(self) -> bool:
+        """A run was started here."""
+        return (self.path / RUN).is_file()
+
     @contextmanager
     def driven(self) -> Iterator[None]:
         """Holds the run for one driver. StoreError if another process of this machine drives it."""
@@ -96,8 +105,7 @@ class RunFolder:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise StoreError(f"{self.path} is a run that goes on in another process; wait, or stop it") from error
-            self.stop_file.unlink(missing_ok=True)
-            self.resize_file.unlink(missing_ok=True)
+            self.take_signs_away()
             yield
         finally:
             os.close(handle)
@@ -115,6 +123,15 @@ class RunFolder:
     def resize_file(self) -> Path:
         """Where it lies, they do so too, and others begin in their place."""
         return self.path / RESIZE
+
+    def take_signs_away(self) -> None:
+        """Neither of the two lies there afterwards."""
+        self.stop_file.unlink(missing_ok=True)
+        self.resize_file.unlink(missing_ok=True)
+
+    def ask_to_stop(self) -> None:
+        """Lays the first of them there, before this process takes the journal over."""
+        self.stop_file.touch()
 
     def asked_to_save_and_end(self) -> bool:
         """One of the two lies there."""
@@ -159,12 +176,12 @@ class RunFolder:
         if best_epoch:
             best = {"checkpoint": f"{CHECKPOINTS}/{place(best_epoch)}", "epoch": best_epoch}
             self._there.write(BEST, json.dumps(best).encode())
-        states = sorted(name for name in self._places(STATES) if name < newest)
+        states = sorted(name for name in self.places(STATES) if name < newest)
         keep = {newest, *states[-(KEPT_PLACES - 1) :]}
         best_of_each = {best_epoch, *(self._best_epoch_at(name) for name in keep - {newest})}
         keep_weights = keep | {place(epoch) for epoch in best_of_each if epoch}
         for kind, kept in ((CHECKPOINTS, keep_weights), (STATES, keep)):
-            for old in sorted(self._places(kind) - kept):
+            for old in sorted(self.places(kind) - kept):
                 self._drop(f"{kind}/{old}")
 
     @property
@@ -172,12 +189,18 @@ class RunFolder:
         """What the next start goes on from."""
         return Disk(self.path)
 
-    def _places(self, kind: str) -> set[str]:
+    def places(self, kind: str) -> set[str]:
         """Names of the places that have weights, or state."""
         try:
             return {name for name in self._there.names(kind) if name.startswith("epoch_")}
         except FileNotFoundError:
             return set()
+
+    def let_go(self, kind: str, kept: str | None = None) -> None:
+        """Weights, or states, of all places but one go; `kept` is a folder in the run."""
+        for name in self.places(kind):
+            if f"{kind}/{name}" != kept:
+                self._drop(f"{kind}/{name}")
 
     def _drop(self, folder: str) -> None:
         with writing(self.path / folder):
@@ -195,7 +218,7 @@ class RunFolder:
 
         A newer one that does not verify gets another name, and is told on standard error: so one process calls this.
         """
-        for name in sorted(self._places(STATES) & self._places(CHECKPOINTS), reverse=True):  # else a save cut off
+        for name in sorted(self.places(STATES) & self.places(CHECKPOINTS), reverse=True):  # else a save cut off
             if all(self._sound(f"{kind}/{name}") for kind in (CHECKPOINTS, STATES)):
                 return name
         return None
@@ -214,6 +237,12 @@ class RunFolder:
         """The best checkpoint so far, or None before the first epoch. CheckpointError: nobody knows which."""
         name = best_name(self._there)
         return self.path / name if name else None
+
+    @property
+    def best_kept(self) -> str | None:
+        """The folder in the run of the best checkpoint so far, where it has not been let go of."""
+        name = best_name(self._there)
+        return name if name and Path(name).name in self.places(CHECKPOINTS) else None
 
 
 def inside(folder: str) -> str:

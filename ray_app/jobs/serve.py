@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 APP = "alignment"
 """Name of the Serve application."""
 PORTS = 40
-"""A range for the replicas of one endpoint, those that ended a moment ago included."""
+"""A range for one endpoint: its replicas, those that ended a moment ago included, and HAProxy's own two."""
 KEEP_ALIVE_S = 75
 """How long a connection may be silent."""
 DRAIN_S = "1"
@@ -162,6 +162,7 @@ def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[s
         "RAY_worker_niceness": "0",  # Ray's 15 lets HAProxy and every other program go before the replicas
         "MALLOC_ARENA_MAX": "2",  # glibc keeps an arena for each thread, and what is freed there stays there
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DRAIN_S,
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.gate:middlewares",  # refuses before a body is read
     }
     if haproxy:
         names = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "METRICS_SOCKET_PATH": "metrics.sock"}
@@ -171,13 +172,13 @@ def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[s
         values |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + PORTS - 1),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + PORTS - 3),
+            # Not of those that any connection may take meanwhile.
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(first + PORTS - 2),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(first + PORTS - 1),
             "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(KEEP_ALIVE_S),  # an hour by default, for half a header too
             # Where a replica dies over a request another is asked: an answer is a function of its request.
             "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.gate:middlewares",  # refuses before a body is read
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         }
     else:
@@ -206,10 +207,3 @@ def free_block(host: str) -> int:
             continue
         return first
     raise ResourceError(f"there are no {PORTS} ports in a row between 20000 and 32000; end what listens there.")
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

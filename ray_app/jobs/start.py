@@ -91,6 +91,8 @@ def origin(cfg: TrainConfig, store: PairStore) -> dict[str, Any]:
 def cut(start: Start, rank: int) -> Start:
     """The first directions of subspaces of this rank or a higher one, and what is recorded in them."""
     found = start["event_basis"].shape[1]
+    if rank == found:
+        return start
     first = {
         key: value[..., :rank].contiguous()
         for key, value in start.items()

@@ -1,5 +1,6 @@
-"""Recorded answers with the states that `capture` kept beside them, for whoever drafts or judges from states."""
+"""Recorded answers for whoever replays or judges them, with the states that `capture` kept beside them."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,20 @@ from ray_app.core.drafters import Answered, States
 from ray_app.errors import CheckpointError, InputError
 from ray_app.store.captures import Side, StateReader
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
-from ray_app.store.traces import Trace, TraceFile
+from ray_app.store.traces import Trace, TraceFile, read_traces
+
+
+def read_files(paths: Sequence[Path], vocabulary: int, end_token: int) -> list[TraceFile]:
+    """Every file; lines that were set aside are told on standard error. InputError as `read_traces`."""
+    files = [read_traces(path, vocabulary, end_token) for path in paths]
+    for line in set_aside(files):
+        print(f"set aside: {line}", file=sys.stderr)
+    return files
+
+
+def set_aside(files: Sequence[TraceFile]) -> list[str]:
+    """File, line and reason of each line that cannot be used."""
+    return [f"{bad.file}, line {bad.line}: {bad.reason}" for file in files for bad in file.quarantined]
 
 
 def require_states(file: TraceFile, wanted_by: str) -> None:
@@ -59,11 +73,11 @@ def aligned(checkpoint: Checkpoint, states_TD: States, target_width: int) -> Sta
 def blocks(files: Sequence[TraceFile], block_rows: int) -> list[list[int]]:
     """For each file and row the number of its block: its sequence where there are several, else a stretch of
     neighbouring rows."""
-    numbers: dict[tuple[int, str], int] = {}
+    numbers: dict[tuple[int, str | int], int] = {}
     several = len({trace.sequence for file in files for trace in file.traces}) > 1
     return [
         [
-            numbers.setdefault((n, trace.sequence if several else f"rows {place // block_rows}"), len(numbers))
+            numbers.setdefault((n, (several and trace.sequence) or place // block_rows), len(numbers))
             for place, trace in enumerate(file.traces)
         ]
         for n, file in enumerate(files)

@@ -9,7 +9,7 @@ Shapes: N = pairs, B = pairs of a batch, E, D = widths of event and target.
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from ray_app.config.train import TrainConfig
 from ray_app.core.evaluation import Controls, TrainingMeans, derangement, fixed_controls
+from ray_app.core.layers import Start
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.core.step import decode
 from ray_app.errors import ConfigError, ResourceError, StoreError
 from ray_app.jobs.held import Held
 from ray_app.jobs.lanes import Lanes
-from ray_app.jobs.start import PairsInMemory, given, held_compressed, make_start, needs
+from ray_app.jobs.start import cut, given, needs
 from ray_app.jobs.train_loop import Batches, Beside, Pairs, Worker, held_batches
 from ray_app.jobs.train_state import TrainState
 from ray_app.store.pair_store import PairStore
@@ -37,6 +38,18 @@ CHUNK = 128
 
 Side = Any
 """Reference to an array (N, width) in shared memory."""
+Kind = tuple[str, str, str]
+"""Whose start, how much of one, in which space."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedStart:
+    """Means and subspaces of one kind, of the largest rank that is searched and can be had."""
+
+    arrays: Any
+    """Reference to the arrays by name in shared memory; None where there are none."""
+    problem: str = ""
+    """Why there are none, or none of a larger rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +66,8 @@ class Placed:
     """The same of the validation part."""
     controls: Controls
     """Of the validation part, taken once."""
+    starts: dict[Kind, SharedStart] = field(default_factory=dict)
+    """What trials begin with."""
 
     @property
     def num_bytes(self) -> int:
@@ -135,52 +150,68 @@ def controls_of(
 def pairs_of(placed: Placed, worker: Worker) -> Pairs:
     """A worker's pairs as views of shared memory; its training pairs streamed where they are not there."""
     cfg, store, split = worker.cfg, placed.store, placed.split
+    train: Held | None
     if cfg.space == "compressed":
-        everyone, coordinates = (
-            held_compressed(cfg, store, part, np.arange(len(getattr(split, part)))) for part in ("val", "train")
-        )
-        lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
-        return Pairs(
-            lambda state: held_batches(coordinates, lanes, state, worker),
-            True,
-            everyone,
-            Beside(placed.controls, everyone),
-        )
-    everyone = shared(placed.val)
+        train, everyone = (compressed(worker.start or {}, part) for part in ("train", "val"))
+    else:
+        train, everyone = shared(placed.train) if placed.train else None, shared(placed.val)
     mine = np.arange(worker.rank, len(split.val), worker.world)
     validation = everyone if worker.world == 1 else Held(mine, *everyone.take(mine))
     rest_of_epoch: Callable[[TrainState], Batches]
-    if placed.train:
-        lanes, held = Lanes(len(split.train), cfg.batch_size, cfg.seed), shared(placed.train)
+    if train:
+        lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
 
         def rest_of_epoch(state: TrainState) -> Batches:
-            return held_batches(held, lanes, state, worker)
+            return held_batches(train, lanes, state, worker)
     else:
         from ray_app.jobs.shards import pairs_dataset, stream
 
-        blocks = pairs_dataset(store, split.train).iterator()
+        # Trials may have all CPUs, and reading is light: it claims none, or it would wait for their end.
+        blocks = pairs_dataset(store, split.train, read_cpus=0.0).iterator()
 
         def rest_of_epoch(state: TrainState) -> Batches:
             return stream(blocks, store, cfg.seed, state.epoch, worker.rank, worker.world, cfg.batch_size)
 
-    return Pairs(rest_of_epoch, placed.train is not None, validation, Beside(placed.controls, everyone))
+    return Pairs(rest_of_epoch, train is not None, validation, Beside(placed.controls, everyone))
 
 
-def begin(placed: Placed, cfg: TrainConfig) -> None:
-    """What a trial begins with, where it is not given by `start`."""
-    if needs(cfg) != "nothing" and not given(cfg):
-        if placed.train is None:
-            raise ConfigError(
-                "a trial that streams its pairs takes its means and subspaces from a run's: set `start`"
-            )
-        make_start(
-            cfg, placed.store, placed.split, PairsInMemory(placed.store, shared(placed.train), shared(placed.val))
-        )
+def kind_of(cfg: TrainConfig) -> Kind:
+    """What settings have in common that begin with one start, whatever their rank."""
+    return str(given(cfg) or ""), needs(cfg), cfg.space
+
+
+def start_of(placed: Placed, cfg: TrainConfig) -> Start | None:
+    """What a trial begins with, as views of shared memory; None where it needs nothing.
+
+    ConfigError: the pairs do not give that much.
+    """
+    if needs(cfg) == "nothing":
+        return None
+    found = placed.starts[kind_of(cfg)]
+    arrays = ray.get(found.arrays) if found.arrays else {}
+    start = {name: viewed(array) for name, array in arrays.items()}
+    if not start or (needs(cfg) == "subspaces" and start["event_basis"].shape[1] < cfg.rank):
+        raise ConfigError(found.problem)
+    if needs(cfg) == "pairs" and placed.train:
+        held = shared(placed.train)
+        start |= {"event_pairs": held.event_BE, "target_pairs": held.target_BD}
+    return cut(start, cfg.rank) if needs(cfg) == "subspaces" else start
+
+
+def compressed(start: Start, part: str) -> Held:
+    """All pairs of a part, in the few numbers that stand for them."""
+    coordinates, records = start[f"{part}_coordinates"], start[f"{part}_records"]
+    return Held(np.arange(len(records)), coordinates, records)
 
 
 def shared(sides: tuple[Side, Side]) -> Held:
     """All pairs of a part, without a copy."""
     event_NE, target_ND = ray.get(list(sides))
+    return Held(np.arange(len(event_NE)), viewed(event_NE), viewed(target_ND))
+
+
+def viewed(array: NDArray[Any]) -> torch.Tensor:
+    """Shared memory as a tensor that nothing here writes to."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to them
-        return Held(np.arange(len(event_NE)), torch.from_numpy(event_NE), torch.from_numpy(target_ND))
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)

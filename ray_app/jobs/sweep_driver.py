@@ -19,7 +19,6 @@ from ray_app.config.base import flat
 from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError
 from ray_app.jobs.journal import Journal
-from ray_app.jobs.run_folder import RUN
 from ray_app.jobs.sweep_folder import SweepFolder, Trial, trial_name
 from ray_app.jobs.sweep_population import Population
 from ray_app.jobs.sweep_search import Direction, Tried, propose
@@ -41,7 +40,7 @@ class SweepRecord:
         self.space = space_of(self.spec)
         about = folder.about()
         self.sweep_key, self.name = about["key"], about["name"]
-        self.provenance = provenance(["ray-app", "tune", str(folder.path)], about["store_fingerprint"])
+        self.provenance = provenance(["ray-app", "tune", str(folder)], about["store_fingerprint"])
         self.trials = {trial.name: trial for trial in folder.trials()}
         self.on_change: Callable[[Trial], None] = lambda _: None
         for trial in list(self.trials.values()):
@@ -118,7 +117,7 @@ class SweepRecord:
         return {
             "name": trial.name,
             "setting": trial.setting,
-            "origin": str(self.folder.run(trial.origin).path) if trial.origin else None,
+            "origin": str(self.folder.run(trial.origin)) if trial.origin else None,
             "train": flat(cfg),
             "data": data_key(cfg),
             "objective": self.spec.objective,
@@ -130,13 +129,13 @@ class SweepRecord:
 
     def config(self, name: str, setting: Setting) -> TrainConfig:
         """A trial's settings of `train`."""
-        return train_config(self.spec, setting, self.folder.run(name).path, **self.more)
+        return train_config(self.spec, setting, str(self.folder.run(name)), **self.more)
 
     def begin(self, trial: Trial) -> Trial:
         """Its run folder, and a word to its journal that a driver begins."""
         cfg, run = self.config(trial.name, trial.setting), self.folder.run(trial.name)
         fingerprint = self.folder.about()["store_fingerprint"]
-        if not (run.path / RUN).is_file():
+        if not run.claimed:
             run.claim(
                 {
                     "name": f"{self.name}/{trial.name}",
@@ -146,8 +145,8 @@ class SweepRecord:
                 }
             )
         about = run.about()
-        run.stop_file.unlink(missing_ok=True)
-        with Journal(run.path) as journal:
+        run.take_signs_away()
+        with run.journal() as journal:
             journal.write(
                 "start",
                 name=about["name"],
@@ -171,14 +170,14 @@ class SweepRecord:
         if trial.ended_at is None:
             run = self.folder.run(name)
             if self.spec.workers > 1:
-                run.stop_file.touch()  # its workers may be at work: they save, end, and let the journal go
-            with Journal(run.path) as journal:
+                run.ask_to_stop()  # its workers may be at work: they save, end, and let the journal go
+            with run.journal() as journal:
                 journal.write("end", status="KILLED", artifacts=None, time=time.time())
         self.end(self.standing(name))
 
     def failed(self, name: str, reason: str) -> None:
         """A trial failed for good."""
-        with Journal(self.folder.run(name).path) as journal:
+        with self.folder.run(name).journal() as journal:
             journal.write("failure", error=reason, time=time.time())
             journal.write("end", status="FAILED", artifacts=None, time=time.time())
         self.end(self.standing(name))
@@ -189,7 +188,7 @@ class SweepRecord:
 
     def end(self, trial: Trial) -> None:
         """Writes down how a trial ended; weights that nobody will ask for go."""
-        if trial.status == "failed" and (deaths := [d["reason"] for d in self.deaths(trial.name)]):
+        if trial.status == "failed" and (deaths := [d["reason"] for d in self.deaths(trial.name) if d["reason"]]):
             trial = replace(trial, reason=f"{trial.reason} (the last time: {deaths[-1]})")
         self.trials[trial.name] = trial
         self.folder.end_trial(self.journal, trial)
@@ -248,7 +247,7 @@ class Recorder(Unsaved, tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
         self.budget.ended(trial.trial_id)
-        self.record.failed(trial.config["trial"]["name"], reason_of(trial))
+        self.record.failed(trial.config["trial"]["name"], reason_of(trial) or "its process failed too often")
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
         name = trial.config["trial"]["name"]
@@ -258,8 +257,10 @@ class Recorder(Unsaved, tune.Callback):
 
 
 def reason_of(trial: TuneTrial) -> str:
-    """The last line of what Tune knows of a failure."""
+    """The last line of what Tune knows of a failure; nothing of one that the trial's journal tells of."""
     error = trial.get_pickled_error() or trial.get_error()
+    if error is None:
+        return ""
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return (lines[0] if type(error).__name__ != "TuneError" else lines[-1]) if lines else type(error).__name__

@@ -23,7 +23,7 @@ from ray_app.jobs.sweep_data import Placed
 from ray_app.jobs.sweep_search import drawn, grid
 from ray_app.jobs.sweep_spec import Choice, Setting, Space, SweepSpec, describe, space_of, train_config
 from ray_app.jobs.train import WEIGHTS_AND_MOMENTS_BYTES
-from ray_app.jobs.train_state import adapter_config, make_objective, parameters
+from ray_app.jobs.train_state import adapter_config, beside_bytes, make_objective, parameters
 from ray_app.store.pair_store import PairStore
 
 PROCESS_BYTES = 2**30
@@ -52,8 +52,27 @@ class Estimate:
     """With what the scheduler stops."""
     gpu_hours: float
     """As `hours`, of all GPUs."""
+    final_hours: float
+    """Of the last training of the winner, all seeds."""
     measured: str
     """What it rests on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Memory of one worker of a trial."""
+
+    parameters: int
+    """Trained numbers."""
+    beside: int
+    """Bytes that the adapter holds beside them."""
+    setting: Setting
+    """Whose."""
+
+    @property
+    def num_bytes(self) -> int:
+        """With gradients, moments, and the process itself."""
+        return self.parameters * WEIGHTS_AND_MOMENTS_BYTES + self.beside + PROCESS_BYTES
 
 
 def candidates(spec: SweepSpec) -> list[Setting]:
@@ -74,50 +93,54 @@ def corners(space: Space) -> list[Setting]:
     return [dict(zip(space, each, strict=True)) for each in itertools.islice(itertools.product(*values), 512)]
 
 
-def largest(spec: SweepSpec, store: PairStore) -> tuple[int, Setting]:
-    """The setting with the most parameters."""
+def largest(spec: SweepSpec, store: PairStore) -> Need:
+    """The setting that needs most memory."""
     space = space_of(spec)
     grid_like = all(isinstance(dimension, Choice) for dimension in space.values())
     size = math.prod(len(d.values) for d in space.values() if isinstance(d, Choice))
     settings = grid(space) if grid_like and size <= 512 else corners(space) + candidates(spec)
-    sizes = []
+    needs = []
     for setting in settings:
         try:
-            sizes.append((parameters(train_config(spec, setting, spec.out), store), setting))
+            cfg = train_config(spec, setting, spec.out)
+            needs.append(Need(parameters(cfg, store), beside_bytes(cfg, store), setting))
         except ConfigError:  # a combination that is never run
             continue
-    if not sizes:
+    if not needs:
         raise ConfigError("`train` refuses every combination of this space; change `space` or `fixed`")
-    return max(sizes, key=lambda size: size[0])
+    return max(needs, key=lambda need: need.num_bytes)
 
 
-def room(spec: SweepSpec, info: ClusterInfo, placed: dict[str, Placed], most: tuple[int, Setting]) -> int:
+def room(spec: SweepSpec, info: ClusterInfo, placed: dict[str, Placed], most: Need) -> int:
     """Trials at a time that the cluster has room for, the largest of the space in each place.
 
-    ResourceError, with the setting, where not one of it fits.
+    ResourceError, with the setting, where not one of it fits: each worker must lie on one node.
     """
-    num, setting = most
     if spec.use_gpu and info.gpus < spec.workers:
         raise ResourceError(
             f"a trial wants {spec.workers} GPUs, the cluster has {info.gpus:g}; take `use_gpu: false` or "
             "fewer `workers`"
         )
-    by_cpu = info.room(spec.cpus_per_worker) // spec.workers
-    if by_cpu < 1:
+    if info.room(spec.cpus_per_worker) < spec.workers:
         raise ResourceError(
             f"a trial wants {spec.workers} workers of {spec.cpus_per_worker:g} CPUs, the cluster has {info.cpus:g} "
             "CPUs in all; take fewer `workers` or `cpus_per_worker`"
         )
-    needed = spec.workers * (num * WEIGHTS_AND_MOMENTS_BYTES + PROCESS_BYTES)
-    by_memory = int(info.memory_bytes // needed)
-    if by_memory < 1:
+    memory = info.node_memory_bytes or (info.memory_bytes,) * len(info.node_cpus)
+    workers = sum(
+        min(int(cpus / spec.cpus_per_worker + 1e-9), int(num_bytes // most.num_bytes))
+        for cpus, num_bytes in zip(info.node_cpus, memory, strict=True)
+    )
+    if workers < spec.workers:
         shared = sum(part.num_bytes for part in placed.values()) / 2**30
+        beside = f" and {most.beside / 2**30:.1f} GiB beside them" if most.beside else ""
         raise ResourceError(
-            f"the space cannot fit the memory: {describe(setting)} has {num:,} parameters, which take "
-            f"{needed / 2**30:.1f} GiB to train beside {shared:.1f} GiB of shared pairs; the cluster has "
-            f"{info.memory_bytes / 2**30:.1f} GiB for it. Take a smaller `hidden_dim`, or another `strategy`."
+            f"the space cannot fit the memory: {describe(most.setting)} has {most.parameters:,} parameters{beside}, "
+            f"which take {most.num_bytes / 2**30:.1f} GiB in each of {spec.workers} workers, beside {shared:.1f} GiB "
+            f"of shared pairs; the largest node has {max(memory) / 2**30:.1f} GiB for it. Take a smaller "
+            "`hidden_dim` or `rank`, or another `strategy`."
         )
-    fit = min(by_cpu, by_memory, *([int(info.gpus // spec.workers)] if spec.use_gpu else []))
+    fit = min([workers // spec.workers, *([int(info.gpus // spec.workers)] if spec.use_gpu else [])])
     return min(fit, spec.concurrent) if spec.concurrent else fit
 
 
@@ -126,7 +149,8 @@ def estimate(
 ) -> Estimate:
     """From a measured step of each strategy in `configs`, of its fewest parameters, scaled by parameters and pairs.
 
-    Validation counts as a third of a step for each batch; a checkpoint's time is assumed, not measured.
+    Validation counts as a third of a step for each batch; a checkpoint's time is assumed, not measured. The last
+    training is taken to be of an average setting, with all epochs, on as many CPUs as a trial's.
     """
     data = next(iter(placed.values()))
     sized = sorted(((parameters(cfg, data.store) or 1, cfg) for cfg in configs), key=lambda each: each[0])
@@ -141,6 +165,7 @@ def estimate(
         pair_s = seconds[cfg.strategy, cfg.space] / measured.batch_size * size / measured_size
         epoch_s.append(pair_s * (train + val / 3) + size * 12 / SAVED_BYTES_PER_S)
     whole = float(np.mean(epoch_s)) * spec.num_epochs
+    more_pairs = (train + val + len(data.split.test) / 3) / (train + val / 3)
     hours = whole * trials / concurrent / 3600
     told = ", ".join(f"{kind[0]} of {smallest[kind][0]:,} parameters {1e3 * s:.0f} ms" for kind, s in seconds.items())
     return Estimate(
@@ -149,6 +174,7 @@ def estimate(
         hours=hours,
         hours_expected=hours * kept_share(spec),
         gpu_hours=whole * trials / 3600 * spec.workers if spec.use_gpu else 0.0,
+        final_hours=whole * more_pairs * spec.final_seeds / 3600,
         measured=f"a step took, measured here: {told}; the rest is in proportion",
     )
 

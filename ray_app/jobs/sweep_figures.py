@@ -19,6 +19,10 @@ CONTROL = PALETTE[3]
 """Colour of the best control."""
 MARKS = {"finished": "o", "stopped": "v", "running": "s", "waiting": "s"}
 """Of trials, by how they stand."""
+LINE = 0.08
+"""Height of a line of words beside an axis of `parallel_figure`."""
+CROWDED = 5
+"""Settings from which on their names stand in two rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,25 +90,37 @@ def parallel_figure(trials: Sequence[Trial], space: Space, controls: Mapping[str
                 [*range(len(space)), len(space)], [*heights, (objective - low) / span], color=shade,
                 linewidth=2.8 if best else 1.1, alpha=1.0 if best else 0.75, solid_joinstyle="round",
             )  # fmt: skip
-        for x, (key, dimension) in enumerate(space.items()):
+        for x, dimension in enumerate(space.values()):
             axes.axvline(x, color=INK, linewidth=0.8)
             for y, text in ticks(dimension):
                 beside(axes, text, (x, y), (4, 0), va="center")
-            beside(axes, key, (x, 1), (0, 10), ha="center", fontsize=9.5)
         x = len(space)
         axes.axvline(x, color=INK, linewidth=0.8)
         for y, value in ((0.0, low), (1.0, high)):
             beside(axes, f"{100 * value:.1f} %", (x, y), (4, 0), va="center")
-        beside(axes, name, (x, 1), (0, 10), ha="center", fontsize=9.5)
-        for value in controls.values():
-            y = (value - low) / span
+        for n, title in enumerate([*space, name]):  # in two rows where they are many
+            beside(axes, title, (n, 1), (0, 22 if x >= CROWDED and n % 2 else 10), ha="center", fontsize=9.5)
+        heights = [(value - low) / span for value in controls.values()]
+        for key, y, beside_y in zip(controls, heights, spread(heights), strict=True):
             axes.plot([x - 0.25, x + 0.06], [y, y], color=CONTROL, linewidth=2, linestyle="--")
-            beside(axes, "best control", (x - 0.25, y), (-3, 3), ha="right", color=CONTROL, fontsize=9)
-        axes.set_xlim(-0.15, x + 0.45)
+            told = "best control" if len(controls) == 1 else f"best control, {key}"
+            beside(axes, told, (x, beside_y), (8, 0), va="center", color=CONTROL, fontsize=9)
+        axes.set_xlim(-0.15, x + 0.1)
         axes.set_ylim(-0.05, 1.05)
         axes.axis("off")
 
     return svg("parallel", draw, (8.2, 3.6))
+
+
+def spread(heights: Sequence[float]) -> list[float]:
+    """Heights for a line of words beside each of these, apart from one another and from the axis's ends."""
+    gap = min(LINE, (1.0 - LINE) / len(heights))
+    placed = [0.0] * len(heights)
+    below = 0.0
+    for rank, n in enumerate(np.argsort(heights, kind="stable")):
+        above = 1.0 - gap * (len(heights) - rank)
+        below = placed[n] = min(max(heights[n], below + gap), above)
+    return placed
 
 
 def height(dimension: Dimension, value: Any) -> float:

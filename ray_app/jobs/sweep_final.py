@@ -17,8 +17,8 @@ from ray_app.config.tune import TuneConfig
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.jobs.evaluate import run_evaluate
 from ray_app.jobs.journal import Journal
-from ray_app.jobs.promote import promote
-from ray_app.jobs.run_folder import RUN, RunFolder
+from ray_app.jobs.promote import run_promote
+from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.sweep_folder import SweepFolder, Trial
 from ray_app.jobs.sweep_spec import SweepSpec, train_config
 from ray_app.jobs.train import run_train
@@ -36,7 +36,9 @@ def run_final(cfg: TuneConfig, folder: SweepFolder, journal: Journal, best: Tria
             continue
         run = folder.final(best.name, seed)
         trained = run_train(final_config(cfg, spec, best, seed, run), parent_key=folder.about()["key"])
-        evaluated = run_evaluate(evaluation_config(cfg, spec, best, trained["checkpoint"], run))
+        report = run.path.with_name(f"{run.path.name}-report")
+        evaluated = run_evaluate(evaluation_config(cfg, spec, best, trained["checkpoint"], report))
+        folder.publish(report)
         journal.write(
             "final",
             trial=best.name,
@@ -44,12 +46,12 @@ def run_final(cfg: TuneConfig, folder: SweepFolder, journal: Journal, best: Tria
             run=str(run.path.relative_to(folder.path)),
             test={"accept_rate": evaluated["cosine_accept_rate"][rate_key(THETA)]}
             | {key: evaluated[key] for key in TOLD},
-            report=str((report_folder(run) / "report.html").relative_to(folder.path)),
+            report=str((report / "report.html").relative_to(folder.path)),
             time=time.time(),
         )
     if cfg.promote:
-        first = folder.final(best.name, 0).path
-        outcome = promote(PromoteConfig(run=str(first), **shared_flags(cfg, spec, best)), first)
+        first = str(folder.final(best.name, 0))
+        outcome = run_promote(PromoteConfig(run=first, **shared_flags(cfg, spec, best)))
         journal.write("promoted", trial=best.name, promoted=outcome["promoted"], reason=outcome["reason"])
 
 
@@ -58,7 +60,7 @@ def final_config(cfg: TuneConfig, spec: SweepSpec, best: Trial, seed: int, run: 
     made = train_config(
         spec,
         best.setting,
-        run.path,
+        str(run),
         tracking_uri=cfg.tracking_uri,
         experiment=cfg.experiment,
         model_name=cfg.model_name,
@@ -70,17 +72,13 @@ def final_config(cfg: TuneConfig, spec: SweepSpec, best: Trial, seed: int, run: 
         "seed": seed,
         "num_workers": spec.final_workers,
         "cpus_per_worker": None,
-        "resume": run.path if (run.path / RUN).is_file() else None,
+        "resume": str(run) if run.claimed else None,
     }
     return TrainConfig.model_validate({**made.model_dump(), **changed})
 
 
-def evaluation_config(
-    cfg: TuneConfig, spec: SweepSpec, best: Trial, checkpoint: str, run: RunFolder
-) -> EvaluateConfig:
-    return EvaluateConfig(
-        store=spec.store, checkpoint=checkpoint, out=report_folder(run), **shared_flags(cfg, spec, best)
-    )
+def evaluation_config(cfg: TuneConfig, spec: SweepSpec, best: Trial, checkpoint: str, report: Path) -> EvaluateConfig:
+    return EvaluateConfig(store=spec.store, checkpoint=checkpoint, out=report, **shared_flags(cfg, spec, best))
 
 
 def shared_flags(cfg: TuneConfig, spec: SweepSpec, best: Trial) -> dict[str, Any]:
@@ -91,12 +89,7 @@ def shared_flags(cfg: TuneConfig, spec: SweepSpec, best: Trial) -> dict[str, Any
     return {**split, "durations": tuple(durations), "use_gpu": spec.use_gpu, **tracking}
 
 
-def report_folder(run: RunFolder) -> Path:
-    """Where a seed's report lies."""
-    return run.path.with_name(f"{run.path.name}-report")
-
-
-def judgement_of(finals: Sequence[dict[str, Any]], sweep: Path) -> dict[str, Any]:
+def judgement_of(finals: Sequence[dict[str, Any]], folder: SweepFolder) -> dict[str, Any]:
     """Mean and spread over seeds, on the test part, with a sentence that says it."""
     rates, lifts = ([line["test"][key] for line in finals] for key in ("accept_rate", "lift"))
     spread = {
@@ -112,10 +105,11 @@ def judgement_of(finals: Sequence[dict[str, Any]], sweep: Path) -> dict[str, Any
     says = "beats the best control with every seed" if lift["min"] > 0 else "does not beat the best control"
     if lift["min"] <= 0 < lift["max"]:
         says = "beats the best control with some seeds and not with others"
+    runs = [folder.shown(folder.path / line["run"]) for line in finals]
     return {
         "test": spread,
-        "seeds": [{"seed": line["seed"], "run": str(sweep / line["run"]), **line["test"]} for line in finals],
-        "run": str(sweep / finals[0]["run"]),
+        "seeds": [{"seed": line["seed"], "run": run, **line["test"]} for line, run in zip(finals, runs, strict=True)],
+        "run": runs[0],
         "sentence": (
             f"On the test part the winner {says}: cosine_accept_rate_{rate_key(THETA)} {100 * rate['mean']:.1f} % ± "
             f"{100 * rate['std']:.1f} over {len(finals)} seeds, lift {100 * lift['mean']:+.1f} ± "

@@ -1,4 +1,4 @@
-"""A sweep on disk: what it is, its journal, and a run folder for each trial. This record is all that it is.
+"""A sweep: what it is, its journal, and a run for each trial. This record is all that it is.
 
     sweep.json  journal.jsonl  trials/trial_0007-1f3a…/  final/trial_0007-1f3a…/seed_0/  sweep.html
 
@@ -10,20 +10,23 @@ trial has reached stands in its own journal.
 import hashlib
 import itertools
 import json
-import shutil
+import shlex
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.errors import StoreError
-from ray_app.jobs.journal import JOURNAL, Journal, entries
-from ray_app.jobs.run_folder import RunFolder
+from ray_app.jobs.journal import JOURNAL, Journal, entries, has_writer
+from ray_app.jobs.journal_parts import PARTS
+from ray_app.jobs.run_folder import CHECKPOINTS, STATES, RunFolder
 from ray_app.jobs.sweep_spec import Setting, SweepSpec
 from ray_app.store.durable import write_file, writing
+from ray_app.store.place import Disk, Place
 
-SWEEP = "sweep.json"
+SWEEP, PAGE = "sweep.json", "sweep.html"
 HANDOVER_S = 5.0
 """How long a driver waits for the one before it, which may have just been killed."""
 RUNS = ("trials/*", "final/*/*")
@@ -86,15 +89,58 @@ class SweepFolder:
     path: Path
     """The sweep's folder."""
 
+    def __str__(self) -> str:
+        """What `--resume` and `--watch` take."""
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """The last part of where it lies."""
+        return self.path.name
+
+    @property
+    def resume(self) -> str:
+        """The command that goes on with it."""
+        return f"ray-app tune --resume {shlex.quote(str(self))}"
+
+    @property
+    def _there(self) -> Place:
+        """What the next start goes on from."""
+        return Disk(self.path)
+
+    def shown(self, path: Path) -> str:
+        """A file or folder of the sweep by the name that holds everywhere."""
+        return str(path)
+
+    def pull(self) -> None:
+        """All that is told of the sweep so far lies in `path` afterwards."""
+
+    def publish(self, folder: Path) -> None:
+        """Files that were made in `path` are the sweep's afterwards."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """A file of the sweep."""
+        write_file(self.path / name, data)
+
+    def files(self) -> list[str]:
+        """Where its record and its page lie."""
+        names = self._there.names()
+        return [self.shown(self.path / name) for name in (SWEEP, JOURNAL, PARTS, PAGE) if name in names]
+
     def require_free(self) -> None:
         """StoreError if anything is in the way of a new sweep."""
-        if (self.path / SWEEP).is_file():
+        try:
+            names = self._there.names()
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            names = {self.name}
+        if SWEEP in names:
             raise StoreError(
-                f"{self.path} holds a sweep already; `ray-app tune --resume {self.path}` goes on with it, and a new "
-                "one needs another `out`"
+                f"{self} holds a sweep already; `{self.resume}` goes on with it, and a new one needs another `out`"
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise StoreError(f"{self.path} already holds something; name a new folder for the sweep")
+        if names:
+            raise StoreError(f"{self} already holds something; name a new folder for the sweep")
 
     def claim(self, about: Mapping[str, Any]) -> None:
         """Starts a sweep here. StoreError if anything is in the way; nothing is deleted.
@@ -107,30 +153,34 @@ class SweepFolder:
         with Journal(self.path, patience_s=0.0):
             if (self.path / SWEEP).is_file():
                 self.require_free()
-            write_file(self.path / SWEEP, json.dumps(dict(about), indent=1).encode())
+            self.write(SWEEP, json.dumps(dict(about), indent=1).encode())
 
-    def driven(self) -> Journal:
+    def driven(self) -> AbstractContextManager[Journal]:
         """The sweep's journal, for its one driver. StoreError: another process has it."""
         return Journal(self.path, HANDOVER_S)
+
+    def has_driver(self) -> bool:
+        """Whether one is at work, as far as can be told from here."""
+        return has_writer(self.path)
 
     def about(self) -> dict[str, Any]:
         """What it was started with: `name`, `key`, `created`, `spec`, `store_fingerprint`. StoreError: no sweep."""
         try:
             return json.loads((self.path / SWEEP).read_text())
         except (OSError, ValueError) as error:
-            raise StoreError(f"{self.path} is not the folder of a sweep: {SWEEP} cannot be read ({error})") from error
+            raise StoreError(f"{self} is not the folder of a sweep: {SWEEP} cannot be read ({error})") from error
 
     @property
     def spec(self) -> SweepSpec:
         """The sweep as it was started."""
-        return SweepSpec.model_validate({**self.about()["spec"], "out": self.path})
+        return SweepSpec.model_validate({**self.about()["spec"], "out": str(self)})
 
     def entries(self) -> list[dict[str, Any]]:
         """The sweep's journal. StoreError: it is gone, or a line is damaged."""
         if not (self.path / JOURNAL).is_file():
             raise StoreError(
-                f"{self.path / JOURNAL} is missing: it is the record of what was tried, without which the search "
-                "cannot go on. Bring it back from a copy, or start a new sweep."
+                f"{self.shown(self.path / JOURNAL)} is missing: it is the record of what was tried, without which "
+                "the search cannot go on. Bring it back from a copy, or start a new sweep."
             )
         return entries(self.path)
 
@@ -158,12 +208,15 @@ class SweepFolder:
         return sum(end_s - begin_s for begin_s, end_s in self.sessions()[:-1])
 
     def run(self, name: str) -> RunFolder:
-        """The run folder of a trial."""
-        return RunFolder(self.path / "trials" / name)
+        """The run of a trial."""
+        return self._run(f"trials/{name}")
 
     def final(self, name: str, seed: int) -> RunFolder:
-        """The run folder of one seed of the last training of a trial's setting."""
-        return RunFolder(self.path / "final" / name / f"seed_{seed}")
+        """The run of one seed of the last training of a trial's setting."""
+        return self._run(f"final/{name}/seed_{seed}")
+
+    def _run(self, folder: str) -> RunFolder:
+        return RunFolder(self.path / folder)
 
     def trials(self) -> list[Trial]:
         """All trials by number: those that ended as they were told, the others as far as they have come."""
@@ -183,10 +236,11 @@ class SweepFolder:
 
     def standing(self, name: str, spec: SweepSpec) -> dict[str, Any]:
         """How far a trial has come, from its own journal; `status` is failed or finished only where it says so."""
-        folder = self.run(name).path
-        if not (folder / JOURNAL).is_file():
+        run = self.run(name)
+        run.pull()
+        if not (run.path / JOURNAL).is_file():
             return {}
-        lines = entries(folder)
+        lines = entries(run.path)
         reached = {"seconds": busy_seconds(lines), "status": "running", **scores(lines, spec.objective)}
         reached["steps"] = max((line["global_step"] for line in lines if line["kind"] == "step"), default=0)
         reached["latency_ms"] = next((line["ms"] for line in lines if line["kind"] == "latency"), None)
@@ -206,24 +260,19 @@ class SweepFolder:
     def end_trial(self, journal: Journal, trial: Trial) -> None:
         """Tells how a trial ended, and lets go of what only going on would need."""
         journal.write("ended", **asdict(trial))
-        run = self.run(trial.name)
-        best = run.best()
         if self.spec.scheduler == "pbt":
             return  # another member may go on from it
-        for parent in ("training_state", "checkpoints"):
-            for folder in (run.path / parent).glob("epoch_*"):
-                if folder != best:
-                    with writing(folder):
-                        shutil.rmtree(folder)
+        run = self.run(trial.name)
+        best = run.best_kept
+        for kind in (STATES, CHECKPOINTS):
+            run.let_go(kind, best)
 
     def keep_best(self, trials: list[Trial], num: int) -> None:
         """Weights of the best `num` trials stay; of others that have ended they go. 0: all stay."""
         ranked = sorted((trial for trial in trials if trial.objective is not None), key=lambda trial: trial.rank)
         for trial in ranked[num:] if num else ():
-            folder = self.run(trial.name).path / "checkpoints"
-            if trial.ended_at and folder.is_dir():
-                with writing(folder):
-                    shutil.rmtree(folder)
+            if trial.ended_at:
+                self.run(trial.name).let_go(CHECKPOINTS)
 
 
 def trial_name(index: int, setting: Setting, *origin: Any) -> str:

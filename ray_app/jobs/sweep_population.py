@@ -17,7 +17,7 @@ from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
 from ray_app.config.train import TrainConfig
 from ray_app.errors import CheckpointError, TrainingError
-from ray_app.jobs.run_folder import RunFolder, place
+from ray_app.jobs.run_folder import CHECKPOINTS, STATES, RunFolder, place
 from ray_app.jobs.sweep_spec import Dimension, Setting, Space, Span
 from ray_app.store.checkpoint import load_checkpoint, load_training_state, save_checkpoint, save_training_state
 
@@ -74,7 +74,7 @@ class Population(PopulationBasedTraining):
 
 
 @contextmanager
-def mark(run: Path) -> Iterator[Any]:
+def mark(run: RunFolder) -> Iterator[Any]:
     """What Tune keeps as a checkpoint: where the run is. The weights lie there."""
     with tempfile.TemporaryDirectory(prefix="ray-app-") as folder:
         (Path(folder) / "run.txt").write_text(str(run))
@@ -90,24 +90,27 @@ def adopt(donor: RunFolder, run: RunFolder, cfg: TrainConfig, provenance: dict[s
     if run.newest_state() is not None:
         return
     for _ in range(TRIES):
-        for state in sorted(donor.state("").glob("epoch_*"), reverse=True):
-            if state.name >= place(cfg.num_epochs):
+        for name in sorted(donor.places(STATES), reverse=True):
+            if name >= place(cfg.num_epochs):
                 continue
             try:
-                tensors, meta = load_training_state(state)
-                weights = load_checkpoint(donor.checkpoint(state.name))
+                donor.bring(f"{STATES}/{name}", f"{CHECKPOINTS}/{name}")
+                tensors, meta = load_training_state(donor.state(name))
+                weights = load_checkpoint(donor.checkpoint(name))
             except (CheckpointError, OSError):  # let go of, or still being written
                 continue
             counters = {**meta["counters"], "best_loss": float("inf"), "best_epoch": 0, "waited": 0}
             schedule = {**meta["scheduler"], "best": float("inf"), "num_bad_epochs": 0}
             meta |= {"counters": counters, "scheduler": schedule, "learning_rate": cfg.learning_rate}
-            save_training_state(run.state(state.name), tensors, meta)
+            save_training_state(run.state(name), tensors, meta)
             save_checkpoint(
-                run.checkpoint(state.name),
+                run.checkpoint(name),
                 weights.adapter,
                 metrics=weights.metrics,
                 provenance=provenance,
                 features=weights.features,
             )
+            for kind in (STATES, CHECKPOINTS):
+                run.publish(f"{kind}/{name}")
             return
-    raise TrainingError(f"{donor.path} holds no whole place to go on from")
+    raise TrainingError(f"{donor} holds no whole place to go on from")

@@ -10,21 +10,18 @@ from ray_app.jobs.journal import JOURNAL, entries
 from ray_app.jobs.page import page
 from ray_app.jobs.sweep_figures import Point, cost_figure, growth_figure, importance_figure, parallel_figure
 from ray_app.jobs.sweep_final import judgement_of
-from ray_app.jobs.sweep_folder import SweepFolder, Trial, best_of, front, scores
+from ray_app.jobs.sweep_folder import PAGE, SweepFolder, Trial, best_of, front, scores
 from ray_app.jobs.sweep_search import Tried, importances
 from ray_app.jobs.sweep_spec import SweepSpec, describe, space_of
-from ray_app.store.durable import write_file
 
-PAGE = "sweep.html"
 FLOP_PER_PARAMETER = 6
 """Of one pair, forward and backward: two each for the forward pass and twice that for the backward."""
 
 
 def write_page(folder: SweepFolder) -> Path:
     """Writes the page, from what is on disk."""
-    path = folder.path / PAGE
-    write_file(path, render_page(folder).encode())
-    return path
+    folder.write(PAGE, render_page(folder).encode())
+    return folder.path / PAGE
 
 
 def render_page(folder: SweepFolder) -> str:
@@ -32,7 +29,7 @@ def render_page(folder: SweepFolder) -> str:
     about, spec, trials, lines = folder.about(), folder.spec, folder.trials(), folder.entries()
     best = best_of(trials)
     finals = [line for line in lines if line["kind"] == "final" and best and line["trial"] == best.name]
-    final = judgement_of(finals, folder.path) if finals else None
+    final = judgement_of(finals, folder) if finals else None
     second = spec.also_minimise or "parameters"
     controls = {key: max(part["controls"].values()) for key, part in about["data"].items()}
     if spec.objective == "lift":
@@ -175,12 +172,11 @@ def ranked(trials: list[Trial]) -> list[Trial]:
 
 def row(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
     """A trial's line of the table; its checkpoint as a link where it is kept."""
-    best = folder.run(trial.name).best()
-    kept = best is not None and best.is_dir()
+    best = folder.run(trial.name).best_kept
     return {
         "trial": trial,
         "setting": describe(trial.setting),
-        "checkpoint": str(best.relative_to(folder.path)) if best and kept else None,
+        "checkpoint": f"trials/{trial.name}/{best}" if best else None,
     }
 
 

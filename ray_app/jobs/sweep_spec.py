@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 
 from ray_app.config.base import Positive, SplitFlags, StorePlace
 from ray_app.config.train import TrainConfig
+from ray_app.core.adapter import STRATEGIES
 from ray_app.errors import ConfigError
 from ray_app.store.place import absolute
 
@@ -41,8 +42,8 @@ class SweepSpec(SplitFlags):
 
     store: StorePlace
     """Pair store: a folder, or a URI such as s3://bucket/store."""
-    out: Path
-    """Folder of the sweep."""
+    out: StorePlace
+    """Folder of the sweep, or a URI such as s3://bucket/sweep."""
     fixed: dict[str, Any] = Field(default_factory=dict)
     """Settings of `train` that all trials share."""
     space: dict[str, Any]
@@ -147,7 +148,7 @@ def read_spec(path: Path, changes: Mapping[str, Any]) -> SweepSpec:
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_problem(error)}") from error
     fixed = {**spec.fixed, **({"start": Path(spec.fixed["start"]).absolute()} if "start" in spec.fixed else {})}
-    spec = spec.model_copy(update={"store": absolute(spec.store), "out": spec.out.absolute(), "fixed": fixed})
+    spec = spec.model_copy(update={"store": absolute(spec.store), "out": absolute(spec.out), "fixed": fixed})
     check(spec)
     return spec
 
@@ -167,12 +168,33 @@ def check(spec: SweepSpec) -> None:
     for name, dimension in space.items():
         for value in dimension.bounds:
             train_config(spec, {name: value}, spec.out)
+    check_used(spec, space)
     if spec.searcher == "grid" and (spans := [name for name, d in space.items() if isinstance(d, Span)]):
         raise ConfigError(f"`searcher: grid` needs lists, but {spans[0]} is a span; list its values, or take random")
     if spec.also_minimise == "latency_ms" and spec.workers > 1:
         raise ConfigError("latency_ms is measured in a trial's own process; it needs `workers: 1`")
     if spec.scheduler == "pbt":
         check_population(spec, space)
+
+
+def check_used(spec: SweepSpec, space: Space) -> None:
+    """ConfigError if a searched setting changes no adapter of the space: trials would differ by nothing."""
+
+    def values(name: str) -> tuple[Any, ...]:
+        return (
+            space[name].bounds if name in space else (spec.fixed.get(name, TrainConfig.model_fields[name].default),)
+        )
+
+    kinds = {name: STRATEGIES[name] for name in values("strategy")}
+    used = frozenset[str]().union(*(kind.SETTINGS for kind in kinds.values()))
+    if "spectral" in values("init") and any(kind.SPECTRAL == "subspaces" for kind in kinds.values()):
+        used |= {"rank"}
+    for name in ("hidden_dim", "depth", "patch", "rank", "dropout"):
+        if name in space and name not in used:
+            raise ConfigError(
+                f"space: {name} changes nothing in {', '.join(kinds)}, so trials would differ by nothing; leave it "
+                "out, or take another `strategy`"
+            )
 
 
 def check_population(spec: SweepSpec, space: Space) -> None:
@@ -231,7 +253,7 @@ def allowed(name: str) -> None:
         raise ConfigError(f"'{name}' is no setting of `ray-app train`; known are: {known}")
 
 
-def train_config(spec: SweepSpec, setting: Setting, out: Path, **more: Any) -> TrainConfig:
+def train_config(spec: SweepSpec, setting: Setting, out: str, **more: Any) -> TrainConfig:
     """The settings of a training run. ConfigError: `train` refuses a value, or several together."""
     for name in spec.fixed:
         allowed(name)

@@ -1,11 +1,11 @@
 """A sweep at the tracking server: its own run, and one nested in it for each trial, all out of journals."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray_app.config.base import TrackingFlags
 from ray_app.jobs.journal import JOURNAL
+from ray_app.jobs.run_folder import RunFolder
 from ray_app.jobs.sweep_folder import SweepFolder
 from ray_app.jobs.tracking import Tracker, sync_run
 
@@ -17,13 +17,16 @@ class SweepTracker(Tracker):
     machine. `ray-app tune --watch` shows trials live.
     """
 
-    def __init__(self, cfg: TrackingFlags, sweep: Path) -> None:
-        self._folder = SweepFolder(sweep)
-        self._ended: list[Path] = []
-        super().__init__(cfg, sweep)
+    def __init__(self, cfg: TrackingFlags, sweep: SweepFolder) -> None:
+        self._folder = sweep
+        self._ended: list[RunFolder] = []
+        super().__init__(cfg, sweep.path, str(sweep))
 
     def _also(self, lines: list[dict[str, Any]]) -> None:
-        ended = [self._folder.run(line["name"]).path for line in lines if line["kind"] == "ended"]
-        self._ended += [run for run in ended if (run / JOURNAL).is_file()]  # a trial that was refused never began
-        while self.run_id and self._ended and self._attempt(partial(sync_run, self._ended[0], self._uri)):
+        ended = [self._folder.run(line["name"]) for line in lines if line["kind"] == "ended"]
+        self._ended += [run for run in ended if (run.path / JOURNAL).is_file()]  # one that was refused never began
+        while self.run_id and self._ended and self._attempt(partial(self._sync, self._ended[0])):
             del self._ended[0]
+
+    def _sync(self, run: RunFolder) -> None:
+        sync_run(run.path, self._uri, str(run))

@@ -19,12 +19,16 @@ SHOWN = 15
 STATUSES = ("running", "finished", "stopped", "failed")
 REFRESH_S = 1.0
 """Between two looks at the journals."""
+DRIVERLESS_S = 5.0
+"""So long nobody may write the sweep's journal before its driver counts as gone."""
 
 
 def watch(folder: SweepFolder) -> None:
-    """Shows the sweep on standard error until it ends; one that has ended is shown once."""
+    """Shows the sweep on standard error until it ends or has no driver any more; one that has ended is shown once."""
+    folder.pull()
     folder.about()
     console = Console(stderr=True)
+    driven = time.monotonic()
     with Live(console=console, auto_refresh=False) as live:
         while True:
             if lines := folder.entries():  # none yet: it is about to begin
@@ -32,7 +36,14 @@ def watch(folder: SweepFolder) -> None:
                 live.update(Group(header(lines, trials), trials_table(trials)), refresh=True)
                 if lines[-1]["kind"] == "end":
                     return
+            if folder.has_driver():
+                driven = time.monotonic()
+            elif time.monotonic() - driven > DRIVERLESS_S:
+                break
             time.sleep(REFRESH_S)
+            folder.pull()
+    told = f"no driver is at work; go on with: {folder.resume}"
+    console.print(told, soft_wrap=True, markup=False, highlight=False)
 
 
 def header(lines: list[dict[str, Any]], trials: list[Trial]) -> Text:

@@ -93,8 +93,13 @@ class Tracker:
         self._arrived = False
         self._stop = threading.Event()
         self.run_id: str | None = None
+        self.artifacts: str | None = None
         self._thread = threading.Thread(target=self._carry, name="tracking", daemon=True)
         self._thread.start()
+
+    def told(self) -> dict[str, Any]:
+        """Which run at which server, and where its artifacts are; None of what is not known."""
+        return {"mlflow_run_id": self.run_id, "tracking_uri": shown(self._uri), "artifacts": self.artifacts}
 
     def close(self) -> bool:
         """Carries the rest, the artifacts and the run's end. Whether the server holds all of the journal."""
@@ -130,7 +135,8 @@ class Tracker:
 
     def _finish(self) -> None:
         result = sync_run(self._run, self._uri, self._name)
-        self.run_id, self._arrived = result["mlflow_run_id"], not result["missing"]
+        self.run_id, self.artifacts = result["mlflow_run_id"], result["artifacts"]
+        self._arrived = not result["missing"]
 
     def _attempt(self, action: Callable[[], Any]) -> bool:
         try:
@@ -202,11 +208,11 @@ def sync_run(run: Path, uri: str, name: str = "") -> dict[str, Any]:
     rest = [Metric(key, value, at_ms, step) for key, step, at_ms, value in absent.elements()]
     for first in range(0, len(rest), BATCH):
         client.log_batch(run_id, metrics=rest[first : first + BATCH])
-    there = served(client, run_id, wanted)
+    there, info = served(client, run_id, wanted), client.get_run(run_id).info
     if lines[-1]["kind"] == "end":
         if lines[-1]["artifacts"]:
             bring_artifacts(client, run_id, run / lines[-1]["artifacts"])
-        if client.get_run(run_id).info.status != lines[-1]["status"]:
+        if info.status != lines[-1]["status"]:
             client.set_terminated(run_id, lines[-1]["status"])
     missing = (wanted - there).total()
     if not missing:
@@ -214,6 +220,7 @@ def sync_run(run: Path, uri: str, name: str = "") -> dict[str, Any]:
     return {
         "run": name or str(run),
         "mlflow_run_id": run_id,
+        "artifacts": info.artifact_uri,
         "points_journal": wanted.total(),
         "points_server": there.total(),
         "points_sent": len(rest),

@@ -1,5 +1,7 @@
 """`ray-app sync`: the tracking server gets what journals of runs and of sweeps hold and it does not."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,8 +13,10 @@ from ray_app.errors import ConfigError
 from ray_app.jobs.journal import JOURNAL, entries
 from ray_app.jobs.registry import registry_errors
 from ray_app.jobs.run_copy import run_at
-from ray_app.jobs.sweep_folder import SWEEP, SweepFolder
+from ray_app.jobs.sweep_copy import sweep_at
+from ray_app.jobs.sweep_folder import SWEEP
 from ray_app.jobs.tracking import sync_run, tracking_uri
+from ray_app.store.place import place
 
 
 def run_sync(cfg: SyncConfig) -> dict[str, Any]:
@@ -21,18 +25,35 @@ def run_sync(cfg: SyncConfig) -> dict[str, Any]:
         raise ConfigError("sync needs run folders: ray-app sync RUN…")
     results = []
     for where in cfg.runs:
-        with run_at(where) as run:
-            run.pull()
-            lines = entries(run.path) if (run.path / JOURNAL).is_file() else []
-            run.bring(*(line["artifacts"] for line in lines[-1:] if line.get("artifacts")))
-            sweep = SweepFolder(run.path) if (run.path / SWEEP).is_file() else None
-            uri = cfg.tracking_uri or (sweep.about() if sweep else run.about()["config"])["tracking_uri"]
-            flags = TrackingFlags(tracking_uri=uri)
-            with registry_errors(flags):
-                paths = (run.path, *(sweep.runs() if sweep else ()))
-                results += [sync_run(path, tracking_uri(flags), run.shown(path)) for path in paths]
+        if is_sweep(where):
+            with sweep_at(where) as sweep:
+                sweep.pull()
+                results += synced(cfg, sweep.about(), [sweep.path, *sweep.runs()], sweep.shown)
+        else:
+            with run_at(where) as run:
+                run.pull()
+                lines = entries(run.path) if (run.path / JOURNAL).is_file() else []
+                run.bring(*(line["artifacts"] for line in lines[-1:] if line.get("artifacts")))
+                results += synced(cfg, run.about()["config"], [run.path], run.shown)
     totals = ("points_journal", "points_server", "points_sent", "missing", "surplus")
     return {**{name: sum(result[name] for result in results) for name in totals}, "runs": results}
+
+
+def is_sweep(where: str) -> bool:
+    """Whether a sweep lies there."""
+    try:
+        return SWEEP in place(where).names()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def synced(
+    cfg: SyncConfig, about: dict[str, Any], runs: list[Path], shown: Callable[[Path], str]
+) -> list[dict[str, Any]]:
+    """Each of some runs that began with one tracking server."""
+    flags = TrackingFlags(tracking_uri=cfg.tracking_uri or about["tracking_uri"])
+    with registry_errors(flags):
+        return [sync_run(path, tracking_uri(flags), shown(path)) for path in runs]
 
 
 def render_sync(result: dict[str, Any], console: Console) -> None:

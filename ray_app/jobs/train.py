@@ -33,7 +33,7 @@ from ray_app.config.train import TrainConfig
 from ray_app.core.adapter import STRATEGIES
 from ray_app.core.start import check_rank
 from ray_app.errors import ConfigError, ResourceError, RunInterrupted, RunStopped, StoreError, TrainingError
-from ray_app.jobs.cluster import ClusterInfo, cluster, require
+from ray_app.jobs.cluster import ClusterInfo, cluster, grown, require
 from ray_app.jobs.journal import entries, require_newest, since_start
 from ray_app.jobs.lanes import Lanes
 from ray_app.jobs.process_group import NodeAddress
@@ -103,6 +103,7 @@ def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]
                 f"{cfg.store} has too few pairs: its {part} part is empty; prepare more, or change the shares"
             )
     with cluster(cfg.address) as info, run_at(cfg.out) as run:
+        info = grown(info, cfg.min_workers, cfg.cpus_per_worker or 1.0, cfg.use_gpu)
         plan = make_plan(cfg, run, store, split, info)
         if not cfg.resume:
             about = {"name": run_name(cfg, store), "key": uuid.uuid4().hex, "store_fingerprint": store.fingerprint}
@@ -242,8 +243,8 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, run: Run
             require_newest(run.path, started)
             artifacts = str(best.relative_to(run.path)) if best else None
             journal.write("end", status=status, artifacts=artifacts, time=time.time())
-        tracked = tracker.close()
-    return summary(cfg, run, split, plan, tracker.run_id, tracked, time.perf_counter() - began)
+        tracked = {"tracked": tracker.close(), **tracker.told()}
+    return summary(cfg, run, split, plan, tracked, time.perf_counter() - began)
 
 
 @contextmanager
@@ -368,7 +369,7 @@ def group(
 
 
 def summary(
-    cfg: TrainConfig, run: RunFolder, split: Split, plan: Plan, run_id: str | None, tracked: bool, seconds: float
+    cfg: TrainConfig, run: RunFolder, split: Split, plan: Plan, tracked: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """The --json object, from what the run left on disk."""
     best = run.best()
@@ -385,8 +386,7 @@ def summary(
         "run": str(run),
         "checkpoint": run.shown(best),
         "model_sha256": sha256_file(best / "model.safetensors"),
-        "mlflow_run_id": run_id,
-        "tracked": tracked,
+        **tracked,
         "epochs": len(epochs),
         "best_epoch": chosen["epoch"],
         "stopped_early": len(epochs) < cfg.num_epochs,
@@ -441,8 +441,10 @@ def render_train(result: dict[str, Any], console: Console) -> None:
         f"{result['pairs_per_second']:.1f} pairs/s on {sizes} workers, {result['seconds']:.0f} s in all",
     )
     table.add_row("split", result["split"]["label"])
-    table.add_row("MLflow run", result["mlflow_run_id"] or "none: the tracking server was away")
     console.print(table)
+    at = f"at {result['tracking_uri']}; artifacts: {result['artifacts'] or 'not there yet'}"
+    tracked = f"{result['mlflow_run_id']} {at}" if result["mlflow_run_id"] else "none: the tracking server was away"
+    console.print(f"MLflow run: {tracked}", highlight=False, soft_wrap=True)
     told = "These are validation numbers, without controls" if val else "Nothing validated"
     console.print(
         f"{told}. The answer is given by\n  ray-app evaluate --store STORE --checkpoint {result['run']} --out REPORT",

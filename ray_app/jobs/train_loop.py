@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ray_app.config.train import TrainConfig
 from ray_app.core.evaluation import Controls
+from ray_app.core.layers import Start
 from ray_app.core.losses import AlignmentObjective
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.core.noise import BatchNoise
@@ -79,7 +80,7 @@ def train_epochs(
     """
     cfg = worker.cfg
     place = agreed_place(run, worker.rank, worker.world, worker.device)
-    state = resume_or_init(cfg, worker.store, place, worker.device)
+    state = resume_or_init(cfg, worker.store, place, worker.device, worker.start)
     keeper = Keeper(run, worker.store, journal, provenance) if journal else None
     model = parallel(state.objective, cfg, worker)
     if keeper:
@@ -132,6 +133,8 @@ class Worker:
     """Number of workers."""
     device: torch.device
     """Where it computes."""
+    start: Start | None = None
+    """What it begins with, where that is in memory; else it is read from RUN/start."""
 
     def decoded(self, event_BE: torch.Tensor, target_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stored features as float32 on the device; coordinates are so already."""

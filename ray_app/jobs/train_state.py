@@ -212,11 +212,23 @@ def parameters(cfg: TrainConfig, store: PairStore) -> int:
         return num_parameters(STRATEGIES[config.strategy](config))
 
 
-def resume_or_init(cfg: TrainConfig, store: PairStore, name: str | None, device: torch.device) -> TrainState:
-    """The state of a place in this run, or the run's beginning. CheckpointError names a file that does not hold."""
+def beside_bytes(cfg: TrainConfig, store: PairStore) -> int:
+    """Bytes of what a run's adapter holds and does not train: means, bases, pairs."""
+    with torch.device("meta"):
+        config = adapter_config(cfg, store)
+        return sum(buffer.nbytes for buffer in STRATEGIES[config.strategy](config).buffers())
+
+
+def resume_or_init(
+    cfg: TrainConfig, store: PairStore, name: str | None, device: torch.device, known: Start | None = None
+) -> TrainState:
+    """The state of a place in this run, or the run's beginning. CheckpointError names a file that does not hold.
+
+    `known`: what it begins with, where that is in memory already.
+    """
     run = RunFolder(cfg.folder)
     wanted = needs(cfg) != "nothing" and (name is None or cfg.centred_weight > 0)
-    start = load_start(cfg, store) if wanted else {}
+    start = (known or load_start(cfg, store)) if wanted else {}
     if name is None:
         adapter = build_adapter(adapter_config(cfg, store), cfg.seed)
         if start:

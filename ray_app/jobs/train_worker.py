@@ -32,13 +32,14 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     store = PairStore.open(cfg.store, cfg.durations)
     with run_at(config["run"]) as run, run.journal() if rank == 0 else nullcontext() as journal:
         cfg = cfg.at(run.path)
-        worker = Worker(cfg, store, rank, world, get_device())
+        placed: Placed | None = config["placed"]
+        start = sweep_data.start_of(placed, cfg) if placed else None
+        worker = Worker(cfg, store, rank, world, get_device(), start)
         if journal:
             require_newest(run.path, config["started"])
             back_off(run)
             journal.write("attempt", workers=world, time=time.time())
         run.bring(START)
-        placed: Placed | None = config["placed"]
         pairs = sweep_data.pairs_of(placed, worker) if placed else pairs_of(worker, held=config["held"])
         train_epochs(worker, run, pairs, journal, config["provenance"], report)
 

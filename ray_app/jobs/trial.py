@@ -4,10 +4,10 @@ Its run folder is all its memory. Killed at any point, it goes on from there; ev
 process that works for it, those of the ones before too, so that a scheduler that was started anew knows them.
 """
 
+import re
 import time
 from collections.abc import Set
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,8 +18,9 @@ from ray_app.config.train import TrainConfig
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.jobs.journal import Journal, entries, since_start
 from ray_app.jobs.listening import answers
+from ray_app.jobs.run_copy import run_at
 from ray_app.jobs.run_folder import RunFolder
-from ray_app.jobs.sweep_data import Placed, begin, pairs_of
+from ray_app.jobs.sweep_data import Placed, pairs_of, start_of
 from ray_app.jobs.sweep_folder import compared, scores
 from ray_app.jobs.sweep_population import adopt, mark
 from ray_app.jobs.train_loop import Worker, ended, train_epochs
@@ -41,8 +42,9 @@ def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
     config = config["trial"]
     cfg = TrainConfig.model_validate(config["train"])
     torch.set_num_threads(config["threads"])
-    with Journal(cfg.folder) as journal:
-        trial = TrialRun(cfg, journal, config)
+    with run_at(cfg.out) as run, run.journal() as journal:
+        cfg = cfg.at(run.path)
+        trial = TrialRun(cfg, run, journal, config)
         if entries(cfg.folder)[-1]["kind"] == "end":
             return  # a member of a population that had paused at its end
         told = since_start(cfg.folder)
@@ -52,14 +54,14 @@ def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
         journal.write("attempt", node=ray.get_runtime_context().get_node_id(), time=time.time())
         try:
             if config["origin"]:
-                adopt(RunFolder(Path(config["origin"])), RunFolder(cfg.folder), cfg, config["provenance"])
+                with run_at(config["origin"]) as donor:
+                    adopt(donor, run, cfg, config["provenance"])
             if not config["population"]:  # it compares the present alone
                 trial.tell_past_epochs()
             data = placed[config["data"]]
             device = torch.device("cuda" if cfg.use_gpu else "cpu")
-            worker = Worker(cfg, data.store, 0, 1, device)
-            begin(data, cfg)
-            run, pairs = RunFolder(cfg.folder), pairs_of(data, worker)
+            worker = Worker(cfg, data.store, 0, 1, device, start_of(data, cfg))
+            pairs = pairs_of(data, worker)
             train_epochs(worker, run, pairs, journal, config["provenance"], trial.report)
         except Exception as error:
             trial.failed_with(error)
@@ -71,8 +73,8 @@ def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
 class TrialRun:
     """What a trial tells its journal and Tune."""
 
-    def __init__(self, cfg: TrainConfig, journal: Journal, config: dict[str, Any]) -> None:
-        self.cfg, self.journal, self.config = cfg, journal, config
+    def __init__(self, cfg: TrainConfig, run: RunFolder, journal: Journal, config: dict[str, Any]) -> None:
+        self.cfg, self.run, self.journal, self.config = cfg, run, journal, config
 
     def report(self, state: TrainState, _: dict[str, Any]) -> None:
         """One epoch. The end is told first, for Tune may not come back after it."""
@@ -93,7 +95,10 @@ class TrialRun:
     def tell(self, lines: list[dict[str, Any]], epoch: int) -> None:
         """To Tune, which answers by going on, or never. The driver may end the journal meanwhile."""
         metrics = metrics_of(lines, epoch, self.config["objective"])
-        with self.journal.lent(), mark(self.cfg.folder) if self.config["population"] else nullcontext() as checkpoint:
+        with (
+            self.run.lent(self.journal),
+            mark(self.run) if self.config["population"] else nullcontext() as checkpoint,
+        ):
             tune.report(metrics, checkpoint=checkpoint)
 
     def end(self, status: str) -> None:
@@ -108,12 +113,22 @@ class TrialRun:
     def failed_with(self, error: Exception) -> None:
         """Raises the error for another try, unless it is the second of its kind."""
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        before = [line["cause"] for line in since_start(self.cfg.folder) if line["kind"] == "error"]
+        again = told_before(cause, since_start(self.cfg.folder))
         self.journal.write("error", cause=cause, time=time.time())
-        if cause in before:
+        if again:
             self.fail(f"twice the same: {cause}")
         else:
             raise error
+
+
+def told_before(cause: str, lines: list[dict[str, Any]]) -> bool:
+    """Whether an earlier error of these lines is of this kind."""
+    return alike(cause) in [alike(line["cause"]) for line in lines if line["kind"] == "error"]
+
+
+def alike(cause: str) -> str:
+    """A cause without its numbers: places, sizes and addresses differ from one time to the next."""
+    return re.sub(r"\b(0x[0-9a-f]+|nan|inf|\d[\d.,_]*(e[+-]?\d+)?)\b", "#", cause, flags=re.IGNORECASE)
 
 
 def metrics_of(lines: list[dict[str, Any]], epoch: int, objective: str) -> dict[str, Any]:

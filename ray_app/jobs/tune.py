@@ -1,6 +1,7 @@
 """`ray-app tune`: a sweep from its YAML file to a judged winner; or on with one; or a look at one."""
 
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -9,7 +10,6 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,8 +19,10 @@ from rich.console import Console
 from ray_app.config.base import flat
 from ray_app.config.tune import TuneConfig
 from ray_app.errors import ConfigError, ResourceError, RunInterrupted, RunStopped, StoreError, TrainingError
-from ray_app.jobs.cluster import ClusterInfo, cluster
+from ray_app.jobs.cluster import ClusterInfo, cluster, grown
 from ray_app.jobs.journal import Journal
+from ray_app.jobs.run_folder import RunFolder
+from ray_app.jobs.sweep_copy import sweep_at
 from ray_app.jobs.sweep_data import Placed, place
 from ray_app.jobs.sweep_driver import Budget, Recorder, RecordSearcher, SweepRecord, data_key, scheduler_of
 from ray_app.jobs.sweep_estimate import Estimate, candidates, estimate, largest, room
@@ -28,12 +30,12 @@ from ray_app.jobs.sweep_final import judgement_of, run_final
 from ray_app.jobs.sweep_folder import SWEEP, SweepFolder, Trial, best_of, front
 from ray_app.jobs.sweep_report import write_page
 from ray_app.jobs.sweep_spec import Choice, SweepSpec, describe, read_spec, space_of, train_config
+from ray_app.jobs.sweep_start import STARTS, with_starts
 from ray_app.jobs.sweep_tracking import SweepTracker
 from ray_app.jobs.sweep_watch import SweepProgress, trials_table, watch
 from ray_app.jobs.tracking import shown, tracking_uri
-from ray_app.jobs.trial import run_trial
+from ray_app.jobs.trial import alike, run_trial
 from ray_app.jobs.trial_group import RESOURCES, run_group_trial
-from ray_app.store.durable import write_file
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 
@@ -50,39 +52,43 @@ def run_tune(cfg: TuneConfig) -> dict[str, Any]:
     on. TrainingError: all trials failed, or none came far enough to be judged.
     """
     if cfg.watch:
-        folder = SweepFolder(cfg.watch.absolute())
-        watch(folder)
-        return summary(folder)
+        with sweep_at(cfg.watch) as folder:
+            watch(folder)
+            return summary(folder)
     uri = tracking_uri(cfg)  # a mistake in it is told before anything is read or written
     with ExitStack() as held:
         if cfg.resume:
-            folder = begun_before(cfg)
+            folder = held.enter_context(sweep_at(cfg.resume))
+            begun_before(cfg, folder)
             journal = held.enter_context(folder.driven())
             spec = going_on(cfg, folder)
         else:
-            folder, spec = planned(cfg)
+            spec = planned(cfg)
+            folder = held.enter_context(sweep_at(spec.out))
+            folder.require_free()
         stores = stores_of(spec)
         if cfg.resume:
             require_same_store(folder, stores)
         info = held.enter_context(cluster(cfg.address, dashboard=spec.workers > 1))
         most = largest(spec, next(iter(stores.values())))
+        info = grown(info, spec.workers * (spec.concurrent or 1), spec.cpus_per_worker, spec.use_gpu)
         room(spec, info, {}, most)  # a space that is too large is told before anything is read or written
         placed = placed_parts(stores, spec)
         concurrent = room(spec, info, placed, most)
         if not cfg.resume:
             agree(cfg, spec, estimated(spec, placed, concurrent))
-            folder.claim(begun(spec, placed, uri))
+            folder.claim(begun(folder, spec, placed, uri))
             journal = held.enter_context(folder.driven())
         begin(folder, spec, journal, cfg, info, concurrent)
         tracking = {"tracking_uri": uri, "experiment": cfg.experiment, "model_name": cfg.model_name}
         sweep(cfg, SweepRecord(folder, journal, stores, tracking), placed, concurrent)
-    return summary(folder)
+        return summary(folder)
 
 
 def sweep(cfg: TuneConfig, record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> None:
     """Search and last training, with an end in the journal whatever comes. RunStopped: it was asked to stop."""
     folder, journal = record.folder, record.journal
-    tracker = SweepTracker(cfg, folder.path)
+    tracker = SweepTracker(cfg, folder)
     status = "FAILED"
     try:
         search(record, placed, concurrent)
@@ -94,31 +100,27 @@ def sweep(cfg: TuneConfig, record: SweepRecord, placed: dict[str, Placed], concu
     except (RunStopped, KeyboardInterrupt) as stop:
         status = "KILLED"
         kind = RunInterrupted if isinstance(stop, KeyboardInterrupt) else type(stop)
-        raise kind(f"stopped on request; go on with: ray-app tune --resume {folder.path}") from None
+        raise kind(f"stopped on request; go on with: {folder.resume}") from None
     finally:
         journal.write("end", status=status, artifacts=None, time=time.time())
         write_page(folder)
         tracker.close()
 
 
-def planned(cfg: TuneConfig) -> tuple[SweepFolder, SweepSpec]:
+def planned(cfg: TuneConfig) -> SweepSpec:
     """A new sweep, as its file and the flags tell it."""
     assert cfg.file is not None
-    spec = read_spec(cfg.file, {name: getattr(cfg, name) for name in ("store", "out", *BUDGET)})
-    folder = SweepFolder(spec.out)
-    folder.require_free()
-    return folder, spec
+    changes = {name: getattr(cfg, name) for name in ("store", "out", *BUDGET)}
+    return read_spec(cfg.file, {**changes, "use_gpu": cfg.use_gpu or None})
 
 
-def begun_before(cfg: TuneConfig) -> SweepFolder:
-    """A sweep to go on with. ConfigError: more than its budget is to change. StoreError: it lacks its record."""
-    assert cfg.resume is not None
-    folder = SweepFolder(cfg.resume.absolute())
+def begun_before(cfg: TuneConfig, folder: SweepFolder) -> None:
+    """ConfigError: more than a sweep's budget is to change. StoreError: there is none, or it lacks its record."""
+    folder.pull()
     folder.about()
     folder.entries()
-    if cfg.store or cfg.out:
-        raise ConfigError("--resume goes on with the sweep's own store and folder; leave --store and --out out")
-    return folder
+    if cfg.store or cfg.out or cfg.use_gpu:
+        raise ConfigError("--resume goes on with the sweep's own: leave --store, --out and --use-gpu out")
 
 
 def going_on(cfg: TuneConfig, folder: SweepFolder) -> SweepSpec:
@@ -127,7 +129,7 @@ def going_on(cfg: TuneConfig, folder: SweepFolder) -> SweepSpec:
     if changes:
         about = folder.about()
         about["spec"] |= changes
-        write_file(folder.path / SWEEP, json.dumps(about, indent=1).encode())
+        folder.write(SWEEP, json.dumps(about, indent=1).encode())
     return folder.spec
 
 
@@ -144,7 +146,7 @@ def require_same_store(folder: SweepFolder, stores: dict[str, PairStore]) -> Non
     was, store = folder.about()["store_fingerprint"], next(iter(stores.values()))
     if store.fingerprint != was:
         raise StoreError(
-            f"{folder.path} searched on pairs of fingerprint {was}, {store.folder} holds {store.fingerprint} now: "
+            f"{folder} searched on pairs of fingerprint {was}, {store.folder} holds {store.fingerprint} now: "
             "its trials could not be compared. Bring the former back, or start a new sweep."
         )
 
@@ -172,11 +174,11 @@ def placed_parts(stores: dict[str, PairStore], spec: SweepSpec) -> dict[str, Pla
     return placed
 
 
-def begun(spec: SweepSpec, placed: dict[str, Placed], uri: str) -> dict[str, Any]:
+def begun(folder: SweepFolder, spec: SweepSpec, placed: dict[str, Placed], uri: str) -> dict[str, Any]:
     """What `sweep.json` holds."""
     store = next(iter(placed.values())).store
     return {
-        "name": spec.out.name,
+        "name": folder.name,
         "key": uuid.uuid4().hex,
         "created": time.time(),
         "store_fingerprint": store.fingerprint,
@@ -229,9 +231,10 @@ def agree(cfg: TuneConfig, spec: SweepSpec, told: Estimate) -> None:
     """Prints the estimate; where it is above a limit, asks. ConfigError: no, or nobody is there to ask."""
     most = f" (at most {told.hours:.2g} h)" if told.hours_expected < told.hours else ""
     gpus = f", {told.gpu_hours:.2g} GPU hours at most" if told.gpu_hours else ""
+    final = f", then about {told.final_hours:.2g} h for {spec.final_seeds} seeds of the winner" if cfg.final else ""
     print(
-        f"about {told.hours_expected:.2g} h{most}{gpus} for {told.trials} trials, {told.concurrent} at a time; "
-        f"{told.measured}",
+        f"about {told.hours_expected:.2g} h{most}{gpus} for {told.trials} trials, {told.concurrent} at a time"
+        f"{final}; {told.measured}",
         file=sys.stderr,
     )
     above = [
@@ -259,6 +262,7 @@ def search(record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> N
     left = len(record.queue) + record.left
     if not left or budget.stop_all():
         return
+    placed = with_starts(spec, placed, folder.path / STARTS)
     run, resources = run_trial, {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
     if spec.workers > 1:
         run, resources = run_group_trial, RESOURCES
@@ -279,7 +283,7 @@ def search(record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> N
             param_space={"trial": tune.grid_search(population)} if population else None,
             run_config=tune.RunConfig(
                 name=f"{int(time.time() * 1000)}",
-                storage_path=str(folder.path / "ray"),
+                storage_path=folder.shown(folder.path / "ray") if population else str(folder.path / "ray"),
                 stop=budget,
                 callbacks=[Recorder(record, budget)],
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
@@ -291,7 +295,7 @@ def search(record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> N
     if budget.spent and (open_ones := sum(trial.ended_at is None for trial in record.trials.values())):
         print(
             f"{budget.spent}: {open_ones} trials have not ended and can go on later, with "
-            f"ray-app tune --resume {folder.path} and a larger budget",
+            f"{folder.resume} and a larger budget",
             file=sys.stderr,
         )
 
@@ -324,13 +328,15 @@ def judged(record: SweepRecord) -> Trial:
     trials = [record.standing(name) if trial.ended_at is None else trial for name, trial in record.trials.items()]
     if best := best_of(trials):
         return best
-    failed = Counter(trial.reason for trial in record.folder.trials() if trial.status == "failed")
+    failed = [trial.reason or "" for trial in record.folder.trials() if trial.status == "failed"]
     if failed:
-        reasons = "; ".join(f"{count} times: {reason}" for reason, count in failed.most_common())
-        raise TrainingError(f"no trial of {record.folder.path} could be judged. Failed: {reasons}")
+        first = {alike(reason): reason for reason in reversed(failed)}
+        grouped = Counter(map(alike, failed)).most_common()
+        reasons = "; ".join(f"{count} times: {first[kind]}" for kind, count in grouped)
+        raise TrainingError(f"no trial of {record.folder} could be judged. Failed: {reasons}")
     raise TrainingError(
-        f"no trial of {record.folder.path} has finished an epoch yet; go on with: "
-        f"ray-app tune --resume {record.folder.path} and a larger budget"
+        f"no trial of {record.folder} has finished an epoch yet; go on with: {record.folder.resume} and a larger "
+        "budget"
     )
 
 
@@ -339,9 +345,8 @@ def summary(folder: SweepFolder) -> dict[str, Any]:
     trials, lines = folder.trials(), folder.entries()
     best = best_of(trials)
     finals = [line for line in lines if line["kind"] == "final" and best and line["trial"] == best.name]
-    files = [folder.path / name for name in (SWEEP, "journal.jsonl", "sweep.html")]
     return {
-        "sweep": str(folder.path),
+        "sweep": str(folder),
         "status": {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}.get(
             lines[-1].get("status", ""), "running"
         ),
@@ -352,7 +357,7 @@ def summary(folder: SweepFolder) -> dict[str, Any]:
             "objective": best.objective,
             "lift": best.lift,
             "parameters": best.parameters,
-            "checkpoint": str(folder.run(best.name).best()),
+            "checkpoint": checkpoint_of(folder.run(best.name)),
         },
         "front": [trial.name for trial in front(trials, folder.spec.also_minimise or "parameters")],
         "trials": [
@@ -371,14 +376,22 @@ def summary(folder: SweepFolder) -> dict[str, Any]:
             }
             for trial in trials
         ],
-        "final": judgement_of(finals, folder.path) if finals else None,
-        "files": [str(path) for path in files if path.is_file()],
+        "final": judgement_of(finals, folder) if finals else None,
+        "files": folder.files(),
     }
+
+
+def checkpoint_of(run: RunFolder) -> str | None:
+    """Where a trial's best checkpoint lies, if it is kept."""
+    kept = run.best_kept
+    return run.shown(run.path / kept) if kept else None
 
 
 def render_tune(result: dict[str, Any], console: Console) -> None:
     """The best trials, the winner on the test part, and how to go on."""
-    console.print(trials_table(SweepFolder(Path(result["sweep"])).trials()))
+    with sweep_at(result["sweep"]) as folder:
+        folder.pull()
+        console.print(trials_table(folder.trials()))
     best, final = result["best"], result["final"]
     if best:
         ahead = "" if best["lift"] > 0 else ": no better than a rule without learning"
@@ -389,9 +402,8 @@ def render_tune(result: dict[str, Any], console: Console) -> None:
         )
     if final:
         console.print(final["sentence"], style="bold", markup=False, highlight=False)
-        console.print(
-            f"promote it with:\n  ray-app promote {final['run']}", soft_wrap=True, markup=False, highlight=False
-        )
+        command = f"ray-app promote {shlex.quote(final['run'])}"
+        console.print(f"promote it with:\n  {command}", soft_wrap=True, markup=False, highlight=False)
     for path in result["files"]:
         if path.endswith(".html"):
             console.print(path, soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""A folder's own files: what git would keep; without git, what is neither hidden nor made by a build."""
+"""A folder's own files: what git would keep; without git, what is neither hidden, nor secret, nor made by a build."""
 
 import subprocess
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 from ray_app.errors import ConfigError
 
 BUILT = {"__pycache__", "node_modules", "venv", "build", "dist", "mlartifacts"}
+SECRET = {Path("deploy/ray-app.env"), Path("deploy/tokens")}
+"""Of this project; git ignores them."""
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -17,7 +19,8 @@ def files_of(folder: Path) -> list[Path]:
         listed = [
             path.relative_to(folder)
             for path in folder.rglob("*")
-            if not any(
+            if path.relative_to(folder) not in SECRET
+            and not any(
                 part.startswith(".") or part in BUILT or part.endswith(".egg-info")
                 for part in path.relative_to(folder).parts
             )

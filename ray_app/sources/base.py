@@ -5,6 +5,7 @@ Shapes: H, W = pixels as recorded or rendered (no common size), C = 3 colours.
 
 import hashlib
 import re
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_app.errors import InputError
+from ray_app.errors import InputError, ResourceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,10 @@ class Source(Protocol):
         ...
 
     def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
-        """The task's pairs, in order of time. One bad pair is yielded as Rejected, and the rest follow."""
+        """The task's pairs, in order of time. One bad pair is yielded as Rejected, and the rest follow.
+
+        ResourceError: what `tasks` found is not to be seen from this machine; no pair is to blame for that.
+        """
         ...
 
 
@@ -104,6 +108,20 @@ def named_sequences(files: Iterable[Path]) -> list[tuple[str, Path]]:
             name, number = f"{stem}-{number}", number + 1
         named.append((name, path))
     return named
+
+
+def require_here(path: Path) -> None:
+    """ResourceError, with this machine's name, unless it sees the file or folder. A mount point is empty without its
+    mount."""
+    try:
+        there, why = any(path.iterdir()) if path.is_dir() else path.exists(), "missing or empty"
+    except OSError as error:
+        there, why = False, f"unreadable ({error.strerror})"
+    if not there:
+        raise ResourceError(
+            f"{path} is {why} on {socket.gethostname()}, which was to read it; mount the input at the same path on "
+            "every node."
+        )
 
 
 def file_identity(path: Path) -> dict[str, Any]:

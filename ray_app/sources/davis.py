@@ -5,9 +5,12 @@ geometry, and squeezed as its frames are. Windows and their pairs are those of s
 the middle of its exposure, by the clock of the events.
 
 A file can be decoded from its beginning alone (sources/aedat4.py). A worker's reader is left open where its last task
-ended, so that tasks in order decode a file once for each worker, and not once each.
+ended, so that tasks in order decode a file once for each worker, for all durations, and not once each. What was
+decoded of a window lies on disk until it is drawn (sources/spool.py): memory holds one packet of it, and a note of
+each, whatever its length.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +21,11 @@ from numpy.typing import NDArray
 
 from ray_app.errors import InputError
 from ray_app.events.recording import Events
-from ray_app.events.windows import Window, format_duration
+from ray_app.events.windows import Window
 from ray_app.sources.aedat4 import Aedat4, Frame, frame_span
-from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, named_sequences
-from ray_app.sources.recorded import Cut, file_name, first_gap
+from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, named_sequences, require_here
+from ray_app.sources.recorded import Cut, by_start
+from ray_app.sources.spool import Spool, Spooled
 
 
 @dataclass(frozen=True)
@@ -46,72 +50,95 @@ class DavisSource:
         return self.cut.names()
 
     def tasks(self) -> list[SourceTask]:
-        """Up to 64 pairs and 64 s of one recording and duration each; every file is decoded once for it.
+        """Up to 64 pairs and 64 s of windows of one recording each, of all durations; files are decoded once for it.
 
         InputError: a recording that is truncated, damaged or of another kind, or no window of a duration anywhere.
         """
         tasks: list[SourceTask] = []
         for number, (name, path) in enumerate(named_sequences(self.files)):
-            first_us, last_us = frame_span(path)
-            for duration_us in self.cut.durations_us:
-                for part, starts_us in enumerate(self.cut.portions(first_us, last_us, duration_us)):
-                    spec = {"file": number, "duration_us": duration_us, "starts_us": starts_us}
-                    task = f"{file_name(name)}-{format_duration(duration_us)}-{part:05d}"
-                    tasks.append(SourceTask(task, len(starts_us) * self.cut.pairs_per_window, spec))
-        for duration_us in self.cut.durations_us:
-            if not any(task.spec["duration_us"] == duration_us for task in tasks):
-                raise InputError(
-                    f"no recording has frames over {format_duration(duration_us)}, the length of a window; take "
-                    "shorter --durations"
-                )
+            portions = self.cut.portions(*frame_span(path), by_start)
+            tasks += [self.cut.task(name, part, windows, {"file": number}) for part, windows in enumerate(portions)]
+        if length := self.cut.without_windows(tasks):
+            raise InputError(
+                f"no recording has frames over {length}, the length of a window; take shorter --durations"
+            )
         return sorted(tasks, key=lambda task: task.name)
 
     def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
-        """The task's pairs in order of time; a window that cannot be built costs its own pairs alone."""
-        spec = task.spec
-        name, path = named_sequences(self.files)[spec["file"]]
-        reader = _reader(path, spec["starts_us"][0])
-        for start_us in spec["starts_us"]:
-            window = Window(start_us, start_us + spec["duration_us"])
-            yield from self.cut.with_rejections(name, window, self._pairs(name, reader.excerpt(window), window))
+        """The task's pairs in order of their windows; a window that cannot be built costs its own pairs alone."""
+        name, path = named_sequences(self.files)[task.spec["file"]]
+        require_here(path)
+        windows = [Window(*ends) for ends in task.spec["windows"]]
+        reader = _reader(path, windows[0].t_start_us)
+        for window in windows:
+            excerpt = reader.excerpt(window)
+            yield from self.cut.pairs(name, excerpt, excerpt.frames_us, [window], excerpt.sides)
 
-    def _pairs(self, name: str, excerpt: "Excerpt", window: Window) -> Iterator[RawPair]:
-        for event_HWC, number, told in self.cut.drawn(excerpt, excerpt.frames_us, window):
-            yield RawPair(name, window.t_start_us, window.t_end_us, event_HWC, excerpt.frame(number), **told)
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """Events that were decoded together, on disk."""
+
+    first: int
+    """Place of the first of them in the recording."""
+    stop: int
+    """Place after the last."""
+    first_us: int
+    """Time of the first."""
+    last_us: int
+    """Time of the last."""
+    columns: tuple[Spooled, Spooled, Spooled, Spooled]
+    """x, y, t_us and p, as in Events."""
+
+    def times_us(self) -> NDArray[np.int64]:
+        return self.columns[2].read()
 
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """Events and frames around one window, in memory."""
+    """Events and frames around one window, on disk; see RecordedEvents."""
 
-    events: Events
+    width: int
+    """Sensor columns."""
+    height: int
+    """Sensor rows."""
+    packets: list[Packet]
     """In order of time."""
+    stop: int
+    """Place after the last event."""
     frames_us: NDArray[np.int64]
     """Times of the frames, rising."""
     frames: list[Frame]
-    """As they were decoded."""
-
-    @property
-    def width(self) -> int:
-        return self.events.width
-
-    @property
-    def height(self) -> int:
-        return self.events.height
+    """As they were decoded, but for `pixels`, which are Spooled."""
 
     def index(self, t_us: int) -> int:
-        return int(np.searchsorted(self.events.t_us, t_us))
-
-    def time_us(self, place: int) -> int:
-        return int(self.events.t_us[place])
+        place = bisect_left(self.packets, t_us, key=lambda packet: packet.last_us)
+        if place == len(self.packets):
+            return self.stop
+        return self.packets[place].first + int(np.searchsorted(self.packets[place].times_us(), t_us))
 
     def parts(self, first: int, stop: int) -> Iterator[Events]:
-        yield self.events[first:stop]
+        for packet in self.packets:
+            if packet.first < stop and packet.stop > first:
+                x, y, t_us, p = (column.read() for column in packet.columns)
+                events = Events(x, y, t_us, p, self.width, self.height)
+                yield events[max(first - packet.first, 0) : stop - packet.first]
 
     def silence(self, t_start_us: int, t_end_us: int, longest_us: int) -> tuple[int, int] | None:
-        t_us = np.concatenate([[t_start_us], self.events.between(t_start_us, t_end_us).t_us, [t_end_us]])
-        places = np.flatnonzero(np.diff(t_us) > longest_us)[:1].tolist()
-        return next((first_gap(t_us[i : i + 2].tolist(), longest_us) for i in places), None)
+        before_us = t_start_us
+        for packet in self.packets:
+            if packet.last_us < t_start_us or packet.first_us >= t_end_us:
+                continue
+            t_us = packet.times_us()
+            inside = t_us[slice(*np.searchsorted(t_us, (t_start_us, t_end_us)))]
+            if found := _first_gap(np.concatenate([[before_us], inside]), longest_us):
+                return found
+            before_us = int(inside[-1]) if len(inside) else before_us
+        return _first_gap(np.array([before_us, t_end_us]), longest_us)
+
+    def sides(self, drawn: NDArray[np.uint8], number: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Both pictures of a pair. InputError: see frame."""
+        return drawn, self.frame(number)
 
     def frame(self, number: int) -> NDArray[np.uint8]:
         """(H, W, 3) RGB; grey becomes three equal channels. InputError: not the whole sensor, or another format."""
@@ -122,7 +149,7 @@ class Excerpt:
                 f"the frame shows {width} x {height} pixels from ({found['offset_x']}, {found['offset_y']}) on; a "
                 f"pair needs the sensor's whole {self.width} x {self.height}"
             )
-        pixels = found["pixels"]
+        pixels = found["pixels"].read()
         if pixels.dtype != np.uint8 or found["format"] not in ("L", "RGB", "RGBA"):
             raise InputError(f"the frame has the format {found['format']}; it must be L, RGB or RGBA of 8 bits")
         if found["format"] == "L":
@@ -137,7 +164,8 @@ class Reader:
         self._file = Aedat4(path)
         self._packets = iter(self._file)
         self._ended = False
-        self._events: list[Events] = []
+        self._spool = Spool()
+        self._events: list[Packet] = []
         self._frames: list[tuple[int, Frame]] = []
         self.forgotten_until_us = -(2**63)
         """Start of the last window; earlier ones cannot be had any more."""
@@ -147,42 +175,43 @@ class Reader:
         assert window.t_start_us >= self.forgotten_until_us
         self.forgotten_until_us = window.t_start_us
         try:
-            self._read_until(window.t_end_us)
+            self._read_until(window)
         except InputError:
             self.forgotten_until_us = 2**63  # what breaks off is not gone on with
             raise
-        self._events = [part for part in self._events if part.t_us[-1] >= window.t_start_us]
+        self._events = [packet for packet in self._events if packet.last_us >= window.t_start_us]
         self._frames = [frame for frame in self._frames if frame[0] >= window.t_start_us]
-        parts = [part for part in self._events if part.t_us[0] < window.t_end_us]
         return Excerpt(
-            self._joined(parts),
+            self._file.width,
+            self._file.height,
+            list(self._events),
+            self._file.num_events,
             np.array([t_us for t_us, _ in self._frames], np.int64),
             [frame for _, frame in self._frames],
         )
 
-    def _read_until(self, t_us: int) -> None:
-        """Packets, until one of each kind reaches `t_us`: the two streams are interleaved only roughly."""
-        while not self._ended and min(self._file.events_until_us, self._file.frames_until_us) < t_us:
+    def _read_until(self, window: Window) -> None:
+        """Packets, until one of each kind reaches the window's end: the two streams are interleaved only roughly."""
+        while not self._ended and min(self._file.events_until_us, self._file.frames_until_us) < window.t_end_us:
             packet = next(self._packets, None)
             if packet is None:
                 self._ended = True
-            elif isinstance(packet, Events):
-                self._events.append(packet)
-            else:
-                self._frames.append(packet)
+            elif not isinstance(packet, Events):
+                t_us, frame = packet
+                if t_us >= window.t_start_us:
+                    self._frames.append((t_us, frame | {"pixels": self._spool.put(frame["pixels"])}))
+            elif packet.t_us[-1] >= window.t_start_us:
+                self._events.append(self._kept(packet))
 
-    def _joined(self, parts: list[Events]) -> Events:
-        def column(name: str, dtype: type) -> NDArray[Any]:
-            return np.concatenate([np.zeros(0, dtype), *(getattr(part, name) for part in parts)])
+    def _kept(self, events: Events) -> Packet:
+        stop, (first_us, last_us) = self._file.num_events, events.t_us[[0, -1]].tolist()
+        x, y, t_us, p = (self._spool.put(column) for column in (events.x, events.y, events.t_us, events.p))
+        return Packet(stop - len(events), stop, first_us, last_us, (x, y, t_us, p))
 
-        return Events(
-            column("x", np.uint16),
-            column("y", np.uint16),
-            column("t_us", np.int64),
-            column("p", np.uint8),
-            self._file.width,
-            self._file.height,
-        )
+
+def _first_gap(t_us: NDArray[np.int64], longest_us: int) -> tuple[int, int] | None:
+    places = np.flatnonzero(np.diff(t_us) > longest_us)[:1].tolist()
+    return next(((int(t_us[i]), int(t_us[i + 1])) for i in places), None)
 
 
 _LEFT_OPEN: dict[Path, tuple[tuple[int, int], Reader]] = {}

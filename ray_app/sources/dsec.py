@@ -1,16 +1,16 @@
 """DSEC: recorded events and frames of real drives, cut into windows straight from the recordings.
 
-Windows and their pairs are those of sources/recorded.py. Only the part that is drawn is read: places come from the
-file's millisecond index, and parts are drawn piece by piece, so that a window of 20 s and 300 million events takes
-no more memory than one of 50 ms.
+Windows and their pairs are those of sources/recorded.py. Only what is drawn is read, once for all durations of a
+task: places come from the file's millisecond index, and parts are drawn piece by piece (sources/sweep.py), so that a
+window of 20 s and 300 million events takes no more memory than one of 50 ms.
 
 With `align: infinite` the frame is drawn as the event camera sees it (events/views.py), and both sides are cut to
 what both cameras see; with `none`, as in the reference, both stay whole and show different parts of the scene.
 """
 
-import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,16 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_app.errors import ConfigError, InputError
-from ray_app.events.views import EventView
 from ray_app.events.windows import Window, format_duration
-from ray_app.sources.base import RawPair, Rejected, SourceTask
+from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, require_here
 from ray_app.sources.dsec_events import DsecEvents
 from ray_app.sources.dsec_files import DsecSequence, find_sequences, sequence_in
-from ray_app.sources.recorded import Cut, file_name
+from ray_app.sources.recorded import Cut, by_middle
 
 Boundaries = Literal["us", "ms_floor"]
 Align = Literal["infinite", "none"]
 AskedAlign = Literal["auto", "infinite", "none"]
+FRAMES_KEPT = 4
+"""Decoded frames that the next windows may share: up to 5 MB each."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,14 @@ class DsecSource:
             "boundaries": self.boundaries,
             "align": align,
             **cut,
-            "target": cut["target"] + (", as the event camera sees it" if align == "infinite" else ""),
+            **(_cut_alike(cut) if align == "infinite" else {}),
         }
 
     def durations(self) -> list[str]:
         return self.cut.names()
 
     def tasks(self) -> list[SourceTask]:
-        """Up to 64 pairs and 64 s of one sequence and duration each.
+        """Up to 64 pairs and 64 s of windows of one sequence each, of all durations.
 
         InputError: a folder without sequences, a sequence with a part that is missing or damaged as a whole, or no
         window of a duration anywhere.
@@ -83,49 +84,44 @@ class DsecSource:
                 _check_clocks(sequence, events, times_us)
             if align == "infinite":
                 sequence.view()
-            for duration_us in self.cut.durations_us:
-                tasks += self._tasks(sequence, align, times_us, duration_us)
-        for duration_us in self.cut.durations_us:
-            if not any(task.spec["duration_us"] == duration_us for task in tasks):
-                raise InputError(
-                    f"no sequence of {self.root} is long enough for a window of {format_duration(duration_us)}; take "
-                    "shorter --durations"
-                )
+            spec = {
+                "folder": str(sequence.folder.relative_to(self.root)),
+                "events": str(sequence.events.relative_to(self.root)),
+                "sequence": sequence.name,
+                "align": align,
+            }
+            portions = self.cut.portions(int(times_us[0]), int(times_us[-1]), by_middle)
+            tasks += [self.cut.task(sequence.name, part, windows, spec) for part, windows in enumerate(portions)]
+        if name := self.cut.without_windows(tasks):
+            raise InputError(
+                f"no sequence of {self.root} is long enough for a window of {name}; take shorter --durations"
+            )
         return sorted(tasks, key=lambda task: task.name)
 
     def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
-        """The task's pairs in order of time; a window that cannot be built costs its own pairs alone."""
+        """The task's pairs in order of their windows' middles, in one sweep over the recording."""
         spec = task.spec
+        require_here(self.root)
+        require_here(self.root / spec["events"])
         sequence = sequence_in(self.root / spec["folder"], spec["sequence"])
-        times_us = sequence.times_us()
         view = sequence.view() if spec["align"] == "infinite" else None
+
+        @lru_cache(FRAMES_KEPT)
+        def target(number: int) -> NDArray[np.uint8]:
+            frame = sequence.frame(number)
+            return frame if view is None else view.target(frame)
+
+        def sides(drawn: NDArray[np.uint8], number: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+            return drawn if view is None else view.crop.of(drawn), target(number)
+
         with DsecEvents(sequence.events) as events:
-            for start_us in spec["starts_us"]:
-                window = self._bounded(start_us, spec["duration_us"], events.t_offset_us)
-                pairs = self._pairs(sequence, events, times_us, view, window)
-                yield from self.cut.with_rejections(sequence.name, window, pairs)
+            windows = [self._bounded(Window(*ends), events.t_offset_us) for ends in spec["windows"]]
+            yield from self.cut.pairs(sequence.name, events, sequence.times_us(), windows, sides)
 
-    def _pairs(
-        self,
-        sequence: DsecSequence,
-        events: DsecEvents,
-        times_us: NDArray[np.int64],
-        view: EventView | None,
-        window: Window,
-    ) -> Iterator[RawPair]:
-        targets: dict[int, NDArray[np.uint8]] = {}
-        for drawn, number, told in self.cut.drawn(events, times_us, window):
-            event_HWC = drawn if view is None else view.crop.of(drawn)
-            if number not in targets:  # short windows have one frame for all of their images
-                frame = sequence.frame(number)
-                targets = {number: frame if view is None else view.target(frame)}
-            yield RawPair(sequence.name, window.t_start_us, window.t_end_us, event_HWC, targets[number], **told)
-
-    def _bounded(self, start_us: int, duration_us: int, t_offset_us: int) -> Window:
-        """The window that starts there; its length stays the same, for it is whole milliseconds where floored."""
-        if self.boundaries == "ms_floor":
-            start_us -= (start_us - t_offset_us) % 1000
-        return Window(start_us, start_us + duration_us)
+    def _bounded(self, window: Window, t_offset_us: int) -> Window:
+        """The window by `boundaries`; its length stays the same, for it is whole milliseconds where floored."""
+        early_us = (window.t_start_us - t_offset_us) % 1000 if self.boundaries == "ms_floor" else 0
+        return Window(window.t_start_us - early_us, window.t_end_us - early_us)
 
     def _sequences(self) -> list[DsecSequence]:
         """All sequences, sorted by name. InputError: see find_sequences; two that are the same recording."""
@@ -154,24 +150,6 @@ class DsecSource:
             )
         return "infinite"
 
-    def _tasks(
-        self, sequence: DsecSequence, align: Align, times_us: NDArray[np.int64], duration_us: int
-    ) -> Iterator[SourceTask]:
-        portions = self.cut.portions(int(times_us[0]), int(times_us[-1]), duration_us)
-        for part, starts_us in enumerate(portions):
-            spec = {
-                "folder": str(sequence.folder.relative_to(self.root)),
-                "sequence": sequence.name,
-                "align": align,
-                "duration_us": duration_us,
-                "starts_us": starts_us,
-            }
-            yield SourceTask(
-                f"{file_name(sequence.name)}-{format_duration(duration_us)}-{part:05d}",
-                len(starts_us) * self.cut.pairs_per_window,
-                spec,
-            )
-
 
 def _identity(sequence: DsecSequence, align: Align) -> dict[str, Any]:
     """What tells one recording from another in the manifest."""
@@ -183,8 +161,22 @@ def _identity(sequence: DsecSequence, align: Align) -> dict[str, Any]:
             "frames": len(sequence.times_us()),
         }
     if sequence.calibration and align == "infinite":
-        identity["calibration_sha256"] = hashlib.sha256(sequence.calibration.read_bytes()).hexdigest()
+        view = sequence.view()
+        identity |= {
+            "calibration_sha256": file_identity(sequence.calibration)["sha256"],
+            "rectify_map_sha256": file_identity(sequence.rectify_map())["sha256"],
+            "crop": asdict(view.crop),
+            "event_view_without_frame": round(1 - float(view.valid_HW.mean()), 6),
+        }
     return identity
+
+
+def _cut_alike(cut: dict[str, Any]) -> dict[str, str]:
+    """What alignment makes of the two pictures, in words."""
+    return {
+        "event_image": f"{cut['event_image']}, cut to the crop of its sequence, which both cameras see",
+        "target": f"{cut['target']}, as the event camera sees it, cut alike",
+    }
 
 
 def _check_clocks(sequence: DsecSequence, events: DsecEvents, times_us: NDArray[np.int64]) -> None:

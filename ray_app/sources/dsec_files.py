@@ -67,16 +67,20 @@ class DsecSequence:
             raise InputError(
                 f"sequence '{self.name}' has no calibration/cam_to_cam.yaml; add it, or take --align none"
             )
-        rig = read_rig(self.calibration)
+        rig, table = read_rig(self.calibration), read_rectify_map(self.rectify_map())
+        try:
+            return event_view(rig, table)
+        except InputError as error:
+            raise InputError(f"sequence '{self.name}': {error}") from error
+
+    def rectify_map(self) -> Path:
+        """The file of it. InputError: missing."""
         folder = self.events.parent
         names = ("rectify_map.h5", "rectify_maps.h5")  # what files and code say, and what the documentation says
         found = next((folder / name for name in names if (folder / name).is_file()), None)
         if found is None:
             raise InputError(f"{folder / names[0]} is missing; add it, or take --align none")
-        try:
-            return event_view(rig, read_rectify_map(found))
-        except InputError as error:
-            raise InputError(f"sequence '{self.name}': {error}") from error
+        return found
 
 
 def find_sequences(root: Path) -> list[tuple[Path, str]]:

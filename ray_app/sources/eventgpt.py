@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ray_app.errors import InputError
 from ray_app.events.render import equal_counts, event_image
 from ray_app.events.windows import format_duration, parse_duration
-from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity
+from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, require_here
 from ray_app.sources.eventgpt_list import INSTRUCTIONS, Clip, found_clips, image_folder, listed_clips
 from ray_app.sources.images import images_in, read_image
 from ray_app.sources.npy import events_of, read_npy
@@ -112,6 +112,7 @@ class EventGptSource:
 
     def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
         """The task's clips in order; each that cannot be read costs itself alone."""
+        require_here(self.root)
         for number, spec in enumerate(task.spec["clips"], start=task.spec["first"]):
             clip = Clip(**spec)
             try:

@@ -8,19 +8,18 @@ with the frame of the window that is nearest in time to the part's middle (`pick
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ray_app.errors import ConfigError, InputError
-from ray_app.events.recording import Events
-from ray_app.events.render import Drawing
 from ray_app.events.windows import Window, format_duration, windows_between
-from ray_app.sources.base import RawPair, Rejected
+from ray_app.sources.base import RawPair, Rejected, SourceTask
+from ray_app.sources.sweep import RecordedEvents, Sketch, Slice, swept
 
 SHORTEST_US, LONGEST_US = 50_000, 20_000_000
 """Range of a window's length."""
@@ -32,36 +31,24 @@ SECONDS_PER_TASK_US = 64_000_000
 """Most recorded time whose windows one task draws: long windows are few to a task."""
 
 Pick = Literal["middle", "all"]
+Sides = Callable[[NDArray[np.uint8], int], tuple[NDArray[np.uint8], NDArray[np.uint8]]]
+"""Both pictures of a pair, (H, W, 3) each, from the drawn events and the number of the frame. InputError: no such."""
 
 
-class RecordedEvents(Protocol):
-    """Events of one sensor by their places in order of time; times are microseconds of the recording's clock."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What of a recording one window's pairs are made of."""
 
-    @property
-    def width(self) -> int:
-        """Sensor columns."""
-        ...
-
-    @property
-    def height(self) -> int:
-        """Sensor rows."""
-        ...
-
-    def index(self, t_us: int) -> int:
-        """How many events come before `t_us`."""
-        ...
-
-    def time_us(self, place: int) -> int:
-        """Time of one event."""
-        ...
-
-    def parts(self, first: int, stop: int) -> Iterator[Events]:
-        """Events [first, stop) in parts that are small enough to hold."""
-        ...
-
-    def silence(self, t_start_us: int, t_end_us: int, longest_us: int) -> tuple[int, int] | None:
-        """The first stretch of [t_start_us, t_end_us) longer than `longest_us` without an event."""
-        ...
+    window: Window
+    """The window."""
+    frames: range
+    """Numbers of its frames."""
+    slices: tuple[Slice, ...] = ()
+    """The events of each pair."""
+    num_events: int = 0
+    """All events of the window."""
+    flaw: InputError | None = None
+    """Why it has no pair."""
 
 
 @dataclass(frozen=True)
@@ -127,58 +114,89 @@ class Cut:
             "target": f"{frame} of the window",
         }
 
-    def portions(self, first_us: int, last_us: int, duration_us: int) -> list[list[int]]:
-        """Starts of the windows between the first and the last frame, as many at a time as one task draws."""
-        windows = windows_between(first_us, last_us, duration_us, self._step(duration_us))
-        starts_us = [window.t_start_us for window in windows]
-        size = max(min(PAIRS_PER_TASK // self.pairs_per_window, SECONDS_PER_TASK_US // duration_us), 1)
-        return [starts_us[first : first + size] for first in range(0, len(starts_us), size)]
+    def portions(self, first_us: int, last_us: int, order: Callable[[Window], int]) -> list[list[Window]]:
+        """The windows of all durations between the first and the last frame, sorted by `order`, as many at a time as
+        one task draws."""
+        windows = [
+            window
+            for duration_us in self.durations_us
+            for window in windows_between(first_us, last_us, duration_us, self._step(duration_us))
+        ]
+        portions: list[list[Window]] = []
+        room = recorded_us = 0
+        for window in sorted(windows, key=lambda window: (order(window), window.t_end_us)):
+            length_us = window.t_end_us - window.t_start_us
+            if not portions or room < self.pairs_per_window or recorded_us + length_us > SECONDS_PER_TASK_US:
+                portions.append([])
+                room, recorded_us = PAIRS_PER_TASK, 0
+            portions[-1].append(window)
+            room, recorded_us = room - self.pairs_per_window, recorded_us + length_us
+        return portions
 
-    def drawn(
-        self, events: RecordedEvents, times_us: NDArray[np.int64], window: Window
-    ) -> Iterator[tuple[NDArray[np.uint8], int, dict[str, int]]]:
-        """(event image, number of its frame, what a RawPair tells of it) for each pair of a window; `times_us` are
-        those of the frames.
+    def task(self, sequence: str, part: int, windows: list[Window], spec: dict[str, Any]) -> SourceTask:
+        """A task for one portion of a sequence's windows."""
+        lengths = "several" if len(self.durations_us) > 1 else self.names()[0]
+        spec = {**spec, "windows": [[window.t_start_us, window.t_end_us] for window in windows]}
+        name = f"{file_name(sequence)}-{lengths}-{part:05d}"
+        return SourceTask(name, len(windows) * self.pairs_per_window, spec)
 
-        InputError: too few events, no frame, or a gap.
+    def without_windows(self, tasks: list[SourceTask]) -> str | None:
+        """The first duration of which the tasks have no window."""
+        found = {end_us - start_us for task in tasks for start_us, end_us in task.spec["windows"]}
+        return next((format_duration(us) for us in self.durations_us if us not in found), None)
+
+    def pairs(
+        self, sequence: str, events: RecordedEvents, times_us: NDArray[np.int64], windows: list[Window], sides: Sides
+    ) -> Iterator[RawPair | Rejected]:
+        """The pairs of the windows in their order, in one sweep over their events; `times_us` are the frames'.
+
+        Too few events, no frame or a gap costs all pairs of a window, what cannot be read those that need it.
         """
-        first_frame, after_frames = np.searchsorted(times_us, (window.t_start_us, window.t_end_us)).tolist()
-        frames = np.arange(first_frame, after_frames)
-        self._check_gaps(events, times_us[frames], window)
-        bounds = self._bounds(events, window)
-        num_events = bounds[-1] - bounds[0]
-        if self.event_slice_us is not None:
-            num_events = events.index(window.t_end_us) - events.index(window.t_start_us)
-        for i in range(self.num_images) if self.pick == "all" else [self.num_images // 2]:
-            number = int(frames[len(frames) // 2])
-            if self.pick == "all":
-                middle_us = (events.time_us(bounds[i]) + events.time_us(bounds[i + 1] - 1)) / 2
-                number = int(frames[np.argmin(np.abs(times_us[frames] - middle_us))])
-            positives: list[int] = []
-            parts = _counted(events.parts(bounds[i], bounds[i + 1]), positives)
-            image_HWC = painted(parts, events.width, events.height)
-            yield (
-                image_HWC,
-                number,
-                {
-                    "num_events": num_events,
-                    "num_drawn": bounds[i + 1] - bounds[i],
-                    "num_positive": sum(positives),
-                    "target_t_us": int(times_us[number]),
-                },
-            )
+        plans = [self._planned(events, times_us, window) for window in windows]
+        sketches = swept(events, [each for plan in plans for each in plan.slices])
+        for plan in plans:
+            for i in range(self.pairs_per_window):
+                try:
+                    if plan.flaw:
+                        raise plan.flaw
+                    yield self._pair(sequence, plan, times_us, next(sketches), sides)
+                except InputError as error:
+                    where = f"window [{plan.window.t_start_us}, {plan.window.t_end_us})"
+                    where += f", image {i}" if self.pairs_per_window > 1 else ""
+                    yield Rejected(sequence, where, str(error))
 
-    def with_rejections(self, name: str, window: Window, pairs: Iterator[RawPair]) -> Iterator[RawPair | Rejected]:
-        """A window's pairs; where they break off with an InputError, each that is missing as Rejected."""
-        done = 0
+    def _pair(self, sequence: str, plan: Plan, times_us: NDArray[np.int64], sketch: Sketch, sides: Sides) -> RawPair:
+        drawn, number = sketch.image(), plan.frames[len(plan.frames) // 2]
+        if self.pick == "all":
+            middle_us = (sketch.first_us + sketch.last_us) / 2
+            number = plan.frames[int(np.argmin(np.abs(times_us[plan.frames] - middle_us)))]
+        event_HWC, target_HWC = sides(drawn, number)
+        return RawPair(
+            sequence,
+            plan.window.t_start_us,
+            plan.window.t_end_us,
+            event_HWC,
+            target_HWC,
+            num_events=plan.num_events,
+            num_drawn=sketch.stop - sketch.first,
+            num_positive=sketch.num_positive,
+            target_t_us=int(times_us[number]),
+        )
+
+    def _planned(self, events: RecordedEvents, times_us: NDArray[np.int64], window: Window) -> Plan:
+        frames = range(*np.searchsorted(times_us, (window.t_start_us, window.t_end_us)).tolist())
         try:
-            for pair in pairs:
-                yield pair
-                done += 1
+            self._check_gaps(events, times_us[frames], window)
+            bounds = self._bounds(events, window)
+            num_events = bounds[-1] - bounds[0]
+            if self.event_slice_us is not None:
+                num_events = events.index(window.t_end_us) - events.index(window.t_start_us)
         except InputError as error:
-            where = f"window [{window.t_start_us}, {window.t_end_us})"
-            for i in range(done, self.pairs_per_window):
-                yield Rejected(name, where if self.pairs_per_window == 1 else f"{where}, image {i}", str(error))
+            return Plan(window, frames, flaw=error)
+        slices = list(pairwise(bounds))
+        if self.pick == "middle":
+            slices = [slices[self.num_images // 2]]
+        return Plan(window, frames, tuple(slices), num_events)
 
     def _step(self, duration_us: int) -> int:
         return self.step_us or duration_us // 2
@@ -216,12 +234,14 @@ def first_gap(times_us: Iterable[int], longest_us: int) -> tuple[int, int] | Non
     return next(((a, b) for a, b in pairwise(times_us) if b - a > longest_us), None)
 
 
-def painted(parts: Iterable[Events], width: int, height: int) -> NDArray[np.uint8]:
-    """The event image of parts that follow each other in time: the last event at a pixel wins, over parts too."""
-    drawing = Drawing(width, height)
-    for part in parts:
-        drawing.add(part)
-    return drawing.image()
+def by_start(window: Window) -> int:
+    """Order of windows by their first microsecond."""
+    return window.t_start_us
+
+
+def by_middle(window: Window) -> int:
+    """Order of windows by their middles: long and short ones then draw from the same stretch of the recording."""
+    return window.t_start_us + window.t_end_us
 
 
 def file_name(sequence: str) -> str:
@@ -230,10 +250,3 @@ def file_name(sequence: str) -> str:
     if safe == sequence:
         return safe
     return f"{safe}-{hashlib.blake2b(sequence.encode(), digest_size=4).hexdigest()}"
-
-
-def _counted(parts: Iterable[Events], positives: list[int]) -> Iterator[Events]:
-    """The parts as they are; `positives` gets how many events of each are positive."""
-    for part in parts:
-        positives.append(int(np.count_nonzero(part.p)))
-        yield part

@@ -21,7 +21,7 @@ from ray_app.events.recording import Events
 from ray_app.events.render import event_image
 from ray_app.events.simulator import EventSimulator, SimulatedEvents, SimulatorConfig
 from ray_app.events.windows import format_duration
-from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, named_sequences
+from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, named_sequences, require_here
 from ray_app.sources.images import images_in, read_image
 
 CAMERA = SimulatorConfig(
@@ -105,6 +105,7 @@ class VideoSource:
     def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
         """The task's pairs in order. A frame that is missing costs the pairs whose windows touch it."""
         name, path = named_sequences(self.files)[task.spec["video"]]
+        require_here(path)
         wanted = task.spec["frames"]
         times_us = frame_times(path, self.fps)
         half = self.duration_us // 2

@@ -73,7 +73,7 @@ class Trace(BaseModel):
 
     @property
     def prompt(self) -> Prompt:
-        return Prompt(self.question, tuple(self.draft_tokens))
+        return Prompt(self.question, tuple(self.draft_tokens), sequence=self.sequence)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """A Ray cluster whose nodes have addresses of their own: one network namespace each, on a bridge of this machine.
 
-Needs root, `ip` (iproute2) and a kernel with network namespaces, veth and bridges. The head runs outside of the
-namespaces, at the bridge's address.
+Needs root, `ip` and `tc` (iproute2) and a kernel with network namespaces, veth and bridges; for links with delay
+netem, for narrow ones tbf. The head runs outside of the namespaces, at the bridge's address.
 """
 
 import os
@@ -41,9 +41,28 @@ def available() -> str:
     return ""
 
 
+def no_discipline(words: str) -> str:
+    """Why this kernel cannot send by a queueing discipline such as `netem delay 1ms`, or nothing."""
+    name = f"rq{os.getpid()}"
+    ip(f"netns add {name}")
+    try:
+        tc(f"-n {name} qdisc add dev lo root {words}")
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        told = getattr(error, "stderr", b"").decode().strip() or error
+        return f"tc (iproute2) cannot do `{words}` here: {told}"
+    finally:
+        ip(f"netns delete {name}")
+    return ""
+
+
 def ip(words: str) -> None:
     """`ip WORDS`."""
     subprocess.run(["ip", *words.split()], check=True, capture_output=True)
+
+
+def tc(words: str) -> None:
+    """`tc WORDS`."""
+    subprocess.run(["tc", *words.split()], check=True, capture_output=True)
 
 
 @dataclass(slots=True)
@@ -66,6 +85,17 @@ class Node:
     def mend(self, bridge: str) -> None:
         """It passes again."""
         ip(f"link set {self.link} master {bridge}")
+
+    def send_by(self, words: str) -> None:
+        """A queueing discipline at both ends of the link."""
+        for where in (f"qdisc replace dev {self.link}", f"-n {self.name} qdisc replace dev eth0"):
+            tc(f"{where} root {words}")
+
+    def send_freely(self) -> None:
+        """As before."""
+        for where in (f"qdisc delete dev {self.link}", f"-n {self.name} qdisc delete dev eth0"):
+            with suppress(subprocess.CalledProcessError):  # there is none
+                tc(f"{where} root")
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
-"""A link between head and worker that is cut: what goes on, what is started again, and that nothing is lost.
+"""Links between head and workers that are cut or slow: what goes on, what is started again, and that nothing is lost.
 
-Run by `make test-net`, as root; writes what it saw to benchmarks/results/link_cuts.json.
+Run by `make test-net`, as root; writes what it saw to benchmarks/results/link_cuts.json and slow_links.json.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from namespaces import Network, available, network
+from namespaces import Network, available, network, no_discipline
 
 from ray_app.jobs.journal import entries
 from ray_app.store.durable import sha256_file
@@ -23,10 +23,13 @@ from numpy_source import NumpySource, build_store
 from provenance import save
 
 CUTS_S = [float(seconds) for seconds in os.environ.get("CUTS_S", "5 30 120").split()]
+DISCIPLINES = ["netem delay 20ms", "tbf rate 20mbit burst 64kb latency 2s"]
 SCENES = "--num-pairs 64 --num-sequences 16 --width 160 --height 120"
 TRAIN = "--hidden-dim 16 --batch-size 8 --num-epochs 60 --early-stop-patience 60 --num-workers 2 --cpus-per-worker 1"
 LONGEST_S = 400.0
+NODES = "a head and two workers of one CPU, an address each"
 seen: dict[str, list[dict[str, Any]]] = {"prepare": [], "train": []}
+slow: list[dict[str, Any]] = []
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,10 @@ def net() -> Iterator[Network]:
         pytest.skip(reason)
     with network() as made:
         yield made
-    save("link_cuts", {"nodes": "a head and two workers of one CPU, an address each", "cuts": seen})
+    if any(seen.values()):
+        save("link_cuts", {"nodes": NODES, "cuts": seen})
+    if slow:
+        save("slow_links", {"nodes": NODES, "slow": slow})
 
 
 def command(net: Network, words: str) -> "subprocess.Popen[bytes]":
@@ -120,6 +126,29 @@ def test_training_ends_with_the_same_bytes(
     assert equal
 
 
+@pytest.mark.parametrize("how", DISCIPLINES)
+def test_training_over_slow_links_ends_with_the_same_bytes(
+    net: Network, trained: tuple[str, Path], tmp_path: Path, how: str
+) -> None:
+    if reason := no_discipline(how):
+        pytest.skip(reason)
+    net.wait()
+    words, clean = trained
+    run = tmp_path / "run"
+    for node in net.nodes:
+        node.send_by(how)
+    try:
+        assert command(net, f"{words} --out {run}").wait(LONGEST_S) == 0
+    finally:
+        for node in net.nodes:
+            node.send_freely()
+    equal = sha256_file(newest(clean)) == sha256_file(newest(run))
+    attempts = sum(line["kind"] == "attempt" for line in told(run))
+    times = {"step_s": step_seconds(run), "step_s_of_a_free_link": step_seconds(clean)}
+    slow.append({"tc_at_both_ends": how, **times, "restarts": attempts - 1, "weights_equal": equal})
+    assert equal
+
+
 @pytest.mark.parametrize("seconds", CUTS_S)
 def test_prepare_loses_and_doubles_nothing(net: Network, prepared: Path, tmp_path: Path, seconds: float) -> None:
     net.wait()
@@ -136,6 +165,12 @@ def test_prepare_loses_and_doubles_nothing(net: Network, prepared: Path, tmp_pat
 
 def told(run: Path) -> list[dict[str, Any]]:
     return list(entries(run)) if (run / "journal.jsonl").is_file() else []
+
+
+def step_seconds(run: Path) -> float:
+    """Of a step, on average over the run."""
+    epochs = [line for line in told(run) if line["kind"] == "epoch"]
+    return round(sum(line["train"]["seconds"] for line in epochs) / epochs[-1]["global_step"], 4)
 
 
 def newest(run: Path) -> Path:

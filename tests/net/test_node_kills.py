@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from cluster_endpoint import cluster_endpoint, replicas
+import psutil
+from cluster_endpoint import behind_haproxy, cluster_endpoint, replicas
 from endpoints import WIDTH, make_checkpoint
 from three_nodes import Nodes, three_nodes
 
@@ -21,9 +22,13 @@ NUM_PAIRS, NUM_DRIVES = 36, 9
 
 def test_a_job_and_an_endpoint_outlive_a_node(tmp_path: Path) -> None:
     with (
-        three_nodes(cpus=2.0) as nodes,
-        cluster_endpoint(nodes.address, make_checkpoint(tmp_path / "c"), tmp_path) as url,
+        behind_haproxy() as environment,
+        three_nodes(environment, cpus=2.0) as nodes,
+        cluster_endpoint(nodes, make_checkpoint(tmp_path / "c"), tmp_path) as url,
     ):
+        files = str(Path(environment["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent)
+        commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+        assert any("haproxy" in command and files in command for command in commands), commands
         stop, answers = threading.Event(), list[np.ndarray]()
         client = AlignmentClient(url, timeout_s=30.0)
         event = np.random.default_rng(0).integers(1, 256, (1, WIDTH), dtype=np.uint8)

@@ -1,0 +1,78 @@
+"""How a model was judged before it is served: read once, when it is loaded, so that nothing in it fails later."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ray_app.core.metrics import THETAS, rate_key
+from ray_app.errors import CheckpointError
+
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
+"""What reading a value of another form raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What `/v1/model` and the drift of live cosines need."""
+
+    test: dict[str, Any] | None
+    """What promotion measured on the test part: acceptance by θ, of the controls too. None where it did not."""
+    val: dict[str, Any] | None
+    """The same of the validation part, as training saw it: it has no controls, and says so."""
+    curve: dict[str, Any] | None
+    """Acceptance by θ of the test part, else of the validation part."""
+    baseline: tuple[str, Any, Any] | None
+    """(part, edges, shares of the bins): the cosines of that part."""
+
+
+def judgement(name: str, evaluation: str | None, metrics: Mapping[str, Any]) -> Judgement:
+    """From the tag `evaluation` of a registered version and a checkpoint's metrics. CheckpointError: not readable."""
+    try:
+        test, val = json.loads(evaluation) if evaluation else None, metrics.get("val")
+        val = {**val, "without_controls": True} if val else None
+        made = Judgement(test, val, acceptance_curve(test, val), baseline(test, val))
+        json.dumps([made.test, made.val], allow_nan=False)
+    except MALFORMED as error:
+        raise CheckpointError(
+            f"{name}: how it was judged cannot be read ({type(error).__name__}: {error}); promote it again."
+        ) from error
+    return made
+
+
+def acceptance_curve(test: dict[str, Any] | None, val: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Acceptance by θ: of the test part beside its controls, else of the validation part, which has none."""
+    found, part = (test, "test") if test else (val, "val")
+    rates = (found or {}).get("cosine_accept_rate")
+    if not isinstance(rates, dict):
+        return None
+    keys = [rate_key(theta) for theta in THETAS if rate_key(theta) in rates]
+    curve = {"part": part, "theta": [float(key) for key in keys], "adapter": [rates[key] for key in keys]}
+    controls = (found or {}).get("controls", {})
+    if not controls:
+        return {**curve, "without_controls": True}
+    of_controls = {name: [one["cosine_accept_rate"][key] for key in keys] for name, one in controls.items()}
+    return {**curve, "controls": of_controls}
+
+
+def baseline(test: dict[str, Any] | None, val: dict[str, Any] | None) -> tuple[str, Any, Any] | None:
+    """(part, edges, shares of the bins): cosines as they were on the test part, else on the validation part."""
+    for part, found in (("test", test), ("val", val)):
+        percentiles = (found or {}).get("percentiles")
+        if isinstance(percentiles, Mapping) and percentiles:
+            points = sorted(
+                (float(name.removeprefix("P")) / 100, float(value)) for name, value in percentiles.items()
+            )
+            shares = np.diff([0.0, *(share for share, _ in points), 1.0])
+            return part, np.array([value for _, value in points]), shares
+    return None
+
+
+def stability_index(live: Any, edges: Any, expected: Any) -> float:
+    """PSI = Σ (a − e)·ln(a / e) over bins, a and e the shares of live and expected; an empty bin counts as 10⁻⁴."""
+    counts = np.bincount(np.searchsorted(edges, live, side="left"), minlength=len(edges) + 1)
+    actual = np.maximum(counts / len(live), 1e-4)
+    expected = np.maximum(expected, 1e-4)
+    return float(((actual - expected) * np.log(actual / expected)).sum())
