@@ -69,8 +69,9 @@ def app(checkpoint: Path, port: int) -> None:
     endpoint = Endpoint(EndpointConfig(checkpoint=os.fspath(checkpoint), max_queue=2048, timeout_s=120), "app")
     torch.set_num_threads(threads_for(endpoint.model.parameters, os.cpu_count() or 1))
 
-    async def everywhere(_: str) -> list[object]:
-        return [endpoint.telemetry.exposition(endpoint.batcher.queued_rows).decode()]
+    async def everywhere(method: str) -> list[object]:
+        telemetry, rows = endpoint.telemetry, endpoint.batcher.queued_rows
+        return [telemetry.snapshot(rows) if method == "snapshot" else telemetry.exposition(rows).decode()]
 
     served = Edge(endpoint, infer, build_api(endpoint, everywhere), Tracing(None, "app"))
     uvicorn.run(served, port=port, log_level="warning")

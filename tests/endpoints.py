@@ -131,7 +131,7 @@ def local_server(checkpoint: Path | str, **settings: Any) -> Iterator[LocalServe
 class RayServer(Server):
     """`ray-app serve` in a process of its own."""
 
-    def __init__(self, checkpoint: str, *flags: str, token: str | None = None) -> None:
+    def __init__(self, checkpoint: str, *flags: str, token: str | None = None, own_group: bool = False) -> None:
         super().__init__(free_port(), token)
         command = [sys.executable, "-m", "ray_app", "serve", "--checkpoint", checkpoint, "--port", str(self.port)]
         root = Path(__file__).resolve().parents[1]
@@ -141,6 +141,7 @@ class RayServer(Server):
             stdout=subprocess.DEVNULL,
             text=True,
             env={**os.environ, "PYTHONPATH": str(root)},
+            start_new_session=own_group,
         )
         assert self.process.stderr is not None
         self.said: list[str] = []

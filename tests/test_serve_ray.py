@@ -101,6 +101,7 @@ def test_it_answers_tritonclient_with_a_token_and_no_one_without(server: RayServ
         client.infer("alignment-adapter", [event])
     client.close()
     assert "HAProxy" in "".join(server.said)
+    assert server.ask("HEAD", "/v2/health/ready")[0] == 200
     latin = {"x-request-id": "caf\xe9"}  # Ray takes it for UTF-8
     assert server.ask("GET", "/v2/health/ready", headers=latin)[0] == 200
 

@@ -4,6 +4,8 @@ import datetime
 import http.client
 import ipaddress
 import json
+import os
+import signal
 import ssl
 from pathlib import Path
 
@@ -36,7 +38,8 @@ def certificate(folder: Path, name: str) -> tuple[Path, Path]:
 
 def test_a_client_that_verifies_is_answered_and_no_one_in_plain_text(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path, "endpoint")
-    server = RayServer(str(make_checkpoint(tmp_path / "checkpoint")), "--tls-cert", str(cert), "--tls-key", str(key))
+    flags = ("--tls-cert", str(cert), "--tls-key", str(key))
+    server = RayServer(str(make_checkpoint(tmp_path / "checkpoint")), *flags, own_group=True)
     try:
         assert any(f"https://127.0.0.1:{server.port}" in line for line in server.said)
         trusting = ssl.create_default_context(cafile=str(cert))
@@ -55,4 +58,5 @@ def test_a_client_that_verifies_is_answered_and_no_one_in_plain_text(tmp_path: P
         with pytest.raises(OSError):
             server.ask("GET", "/v2/health/ready")
     finally:
-        assert server.stop() == 0
+        os.killpg(server.process.pid, signal.SIGTERM)  # as a shell or a container ends a group: Ray's head goes too
+    assert server.process.wait(45) == 0, "it does not wait a minute for a head that is gone"

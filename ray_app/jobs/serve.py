@@ -90,9 +90,41 @@ def serve_until(cfg: ServeConfig, app: Any, stop: threading.Event, haproxy: bool
     while not stop.wait(1.0):
         pass
     print("ending: what is under way is answered first", file=sys.stderr, flush=True)
-    serve.delete(APP)
-    serve.shutdown()
+    if not drained():
+        print("Ray was told to end as well, and was gone first: requests may be lost", file=sys.stderr, flush=True)
     return {"address": address, "ended": True}
+
+
+def drained() -> bool:
+    """Ends the app in order. False: a signal to the whole process group took Ray's head (GCS) with it meanwhile.
+
+    Ray's own calls would wait a minute for it, and then abort this process.
+    """
+    import ray
+    from ray import serve
+
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+
+    failed: list[Exception] = []
+
+    def end() -> None:
+        try:
+            serve.delete(APP)
+            serve.shutdown()
+        except Exception as error:
+            failed.append(error)
+
+    ending = threading.Thread(target=end, daemon=True)
+    ending.start()
+    while ending.is_alive():
+        ending.join(0.5)
+        try:
+            socket.create_connection((host, int(port)), 5.0).close()
+        except OSError:
+            return False
+    if failed:
+        raise failed[0]
+    return True
 
 
 def render_serve(result: dict[str, Any], console: Console) -> None:
