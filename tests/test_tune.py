@@ -35,6 +35,8 @@ from ray_app.store.durable import sha256_file
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 
+SMOKE = Path(__file__).resolve().parents[1] / "tune_configs" / "smoke.yaml"
+
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
@@ -310,15 +312,16 @@ def test_a_killed_trial_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes
     assert weights[0] == weights[1]
 
 
-def test_all_of_it_killed_it_goes_on_and_the_winner_is_judged_with_several_seeds(
+def test_the_shipped_smoke_sweep_all_of_it_killed_goes_on_and_the_winner_is_judged_with_several_seeds(
     small_store: Path, root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    space = {"hidden_dim": [8, 16], "cosine_weight": [0.5, 1.0]}
-    fixed = {key: value for key, value in FIXED.items() if key != "cosine_weight"} | {"num_epochs": 6}
-    path = sweep_file(root, small_store, "killed", space=space, fixed=fixed, final_workers=2)
+    """As it is but for the workers of the last training."""
+    path = root / "smoke.yaml"
+    path.write_text(SMOKE.read_text() + "final_workers: 2\n")
     folder, uri = SweepFolder(root / "killed"), f"sqlite:///{root / 'mlflow.db'}"
     tracking = ["--tracking-uri", uri, "--experiment", "killed"]
     words = [sys.executable, "-m", "ray_app", "tune", str(path), *tracking]
+    words += ["--store", str(small_store), "--out", str(folder.path), "--yes"]
     process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not ((folder.path / "journal.jsonl").is_file() and any(x["kind"] == "ended" for x in folder.entries())):
