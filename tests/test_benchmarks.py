@@ -12,6 +12,7 @@ from ray_app.config.train import TrainConfig
 from ray_app.core.adapter import STRATEGIES, AdapterConfig, build_adapter
 from ray_app.core.metrics import cos_sim
 from ray_app.jobs.sweep_final import judgement_of
+from ray_app.jobs.sweep_folder import SweepFolder
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -83,7 +84,7 @@ def test_a_sweep_run_to_its_end_tells_what_the_published_one_does(tmp_path: Path
     (seed,) = published["at_full_width"]
     line = {"seed": 0, "run": "final/seed_0", "test": {key: each for key, each in seed.items() if key != "seed"}}
     best = {"trial": "trial_0", "config": {"rank": 64}, "objective": 0.79, "lift": 0.1, "parameters": 12_608}
-    result = {"best": best, "trials": [{}] * 32, "final": judgement_of([line], tmp_path)}
+    result = {"best": best, "trials": [{}] * 32, "final": judgement_of([line], SweepFolder(tmp_path))}
     found = adapter_speed.swept(413.0, 100.0, 410.0, {"seconds": 99.0, "result": result})
     assert set(published) - {"provenance", "note"} <= set(found)
     assert set(found["best"]) == set(published["best"])
