@@ -47,7 +47,7 @@ def record(small_store: Path, tmp_path: Path) -> SweepRecord:
     spec = sized(
         tmp_path, small_store, out=str(tmp_path / "sweep"), space={"hidden_dim": [8, 16, 24]}, searcher="grid"
     )
-    folder, store = SweepFolder(spec.out), PairStore.open(small_store)
+    folder, store = SweepFolder(Path(spec.out)), PairStore.open(small_store)
     told = spec.model_dump(mode="json", exclude_unset=True)
     folder.claim({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
     return SweepRecord(folder, Journal(folder.path), {"all": store}, {})

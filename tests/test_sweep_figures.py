@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pages import assert_opens
 
-from ray_app.jobs.sweep_figures import LINE, parallel_figure, spread
+from ray_app.jobs.sweep_figures import LINE, Point, growth_figure, parallel_figure, spread
 from ray_app.jobs.sweep_folder import Trial
 from ray_app.jobs.sweep_spec import Choice, Space, Span
 
@@ -35,6 +35,16 @@ def test_no_two_words_touch_wherever_the_control_lies(tmp_path: Path) -> None:
     several = {"1s": 0.639, "2s": 0.639, "4s": 0.63}
     figures = [figure(6, 0.639, told) for told in (*controls, several)]
     figures += [figure(settings, 0.639, {"all": 0.639}) for settings in (1, 4, 5, 7, 8)]
+    (tmp_path / "figures.html").write_text("".join(f"<div>{each}</div>" for each in figures))
+    assert_opens(tmp_path / "figures.html")
+
+
+def test_no_two_words_touch_however_long_it_took(tmp_path: Path) -> None:
+    spans = [factor * 10.0**power for power in range(-5, 2) for factor in (1.0, 1.68, 1.85, 2.4, 3.4, 3.7, 7.2)]
+    figures = [
+        growth_figure([Point(0.1 * span, 0.2, 0.5), Point(span, 1.1, 0.6)], {"all": 0.55}, "accepted at 0.80")
+        for span in spans
+    ]
     (tmp_path / "figures.html").write_text("".join(f"<div>{each}</div>" for each in figures))
     assert_opens(tmp_path / "figures.html")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_app.errors import StoreError
-from ray_app.jobs.journal import JOURNAL, Journal
+from ray_app.jobs.journal import JOURNAL, Journal, entries
 from ray_app.jobs.journal_parts import JournalParts
 from ray_app.jobs.run_copy import RunCopy, meanwhile, own_folder
 from ray_app.jobs.run_folder import RunFolder
@@ -74,6 +74,11 @@ class SweepCopy(SweepFolder):
                 run = self.run(line["name"])
                 if line["name"] not in ended or not (run.path / JOURNAL).is_file():
                     run.pull()
+
+    def bring_artifacts(self) -> None:
+        for path in self.runs("final/*/*"):
+            if (artifacts := entries(path)[-1].get("artifacts")) is not None:
+                self._run(str(path.relative_to(self.path))).bring(artifacts)
 
     def publish(self, folder: Path) -> None:
         for path in sorted(folder.rglob("*")):

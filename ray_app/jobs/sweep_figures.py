@@ -49,6 +49,7 @@ def growth_figure(points: Sequence[Point], controls: Mapping[str, float], name: 
             axes.step(at, best, where="post", color=PALETTE[0], linewidth=2.4, label="best so far")
             control_lines(axes, controls, labelled=axes is right)
             axes.set_xlim(left=0)
+            axes.locator_params(axis="x", nbins=4)  # of a short search the numbers are long
         left.set_xlabel("hours of search")
         right.set_xlabel("training compute of all trials, PFLOP")
         left.set_ylabel(name)

@@ -115,6 +115,9 @@ class SweepFolder:
     def pull(self) -> None:
         """All that is told of the sweep so far lies in `path` afterwards."""
 
+    def bring_artifacts(self) -> None:
+        """What its last trainings leave for the tracking server lies in `path` afterwards."""
+
     def publish(self, folder: Path) -> None:
         """Files that were made in `path` are the sweep's afterwards."""
 

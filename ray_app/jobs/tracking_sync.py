@@ -28,6 +28,7 @@ def run_sync(cfg: SyncConfig) -> dict[str, Any]:
         if is_sweep(where):
             with sweep_at(where) as sweep:
                 sweep.pull()
+                sweep.bring_artifacts()
                 results += synced(cfg, sweep.about(), [sweep.path, *sweep.runs()], sweep.shown)
         else:
             with run_at(where) as run:
