@@ -1,6 +1,6 @@
 """HAProxy's own error answer as a problem: Ray writes one in plain text where HAProxy reads it, this goes over it.
 
-HAProxy reads the file whenever a replica comes or goes, so a replica writes it before it is there itself.
+HAProxy reads the file whenever a replica comes or goes, so the first replica writes it before it is there itself.
 """
 
 from http import HTTPStatus
@@ -27,5 +27,5 @@ def write_page(node_id: str) -> None:
     from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY, RAY_SERVE_HAPROXY_CONFIG_FILE_LOC
 
     path = Path(RAY_SERVE_HAPROXY_CONFIG_FILE_LOC).parent / node_id / NAME
-    if RAY_SERVE_ENABLE_HA_PROXY and path.is_file():
+    if RAY_SERVE_ENABLE_HA_PROXY and path.is_file() and path.read_bytes() != page():
         path.write_bytes(page())
