@@ -69,6 +69,8 @@ class Edge:
             call.token = self._endpoint.keys.check(call.headers.get(b"authorization"), scope_needed)
         if self._endpoint.keys.path is None and not self._endpoint.cfg.open_access:
             require_local(call)
+        if "ray_app.before_ray" in scope:  # it was refused, and its body is gone, though there may be room again
+            raise self._endpoint.batcher.busy()
         receive = in_time(receive, call, self._endpoint.cfg.timeout_s)
         if call.method == "POST" and call.route == INFER:
             headers, parts = await self._infer(self._endpoint, call, receive)
