@@ -1,10 +1,8 @@
 """One queue, one worker thread: requests that wait while a forward pass runs go into the next one together.
 
-Nothing waits while the worker is idle (unless `wait_s` says so). The wait is bounded by what may stand in the queue,
-and by less where passes take longer than on an idle machine: in a flood whose callers and refusals take the
-processor, a queue of the same length would take several times as long. `@serve.batch` counts requests where rows
-matter, always waits its time out for a batch that is not full, and an exception in its `batch_size_fn` stops it for
-good.
+Nothing waits while the worker is idle (unless `wait_s` says so), and the wait is bounded by what may stand in the
+queue. `@serve.batch` counts requests where rows matter, always waits its time out for a batch that is not full, and
+an exception in its `batch_size_fn` stops it for good.
 """
 
 import asyncio
@@ -21,12 +19,6 @@ from .problems import Problem
 
 SMOOTHING = 0.1
 """Weight of the newest batch in the mean time of one."""
-SLOWDOWN_SMOOTHING = 0.3
-"""The same for how many times longer than alone passes take: a flood is there within a few of them."""
-PATIENCE = 4.0
-"""Full passes on an idle machine that a request may have to wait and compute for."""
-LEAST_WAIT_S = 0.2
-"""Nobody is refused for less than this: of a small model a pass is shorter than what happens around it."""
 ARRIVAL_S = 1.0
 """So long a body that arrives keeps its place in the queue: who sends a byte now and then keeps none."""
 STUCK_S = 60.0
@@ -71,50 +63,32 @@ class Batcher:
         max_rows: int,
         max_queued_rows: int,
         wait_s: float = 0.0,
-        alone_s: Callable[[int], float] | None = None,
         observe: Callable[[BatchTimes], None] = lambda _: None,
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
-        """`alone_s`: seconds of a pass of so many rows on an idle machine; None: the length of the queue decides."""
-        self._predict, self._observe, self._alone_s = predict, observe, alone_s
+        self._predict, self._observe = predict, observe
         self._max_rows, self._max_queued_rows, self._wait_s = max_rows, max_queued_rows, wait_s
         self._queue: deque[Waiting] = deque()
         self._thread = ThreadPoolExecutor(1, "forward", prepare)
         self._worker: asyncio.Task[None] | None = None
         self._began: float | None = None
-        self._computing_rows = 0
-        self._slowdown = 1.0
         self._arriving: dict[object, float] = {}
         self.queued_rows = 0
         self.batch_s = 0.05
 
     def full(self) -> bool:
-        """Whether as many rows wait, and requests arrive, as may, or for as long as they may. Large requests need no
-        more room than small."""
+        """Whether as many rows wait, and requests arrive, as may. Large requests need no more room than small."""
         late = time.monotonic() - ARRIVAL_S
         while self._arriving and next(iter(self._arriving.values())) < late:
             del self._arriving[next(iter(self._arriving))]
-        waiting = self.queued_rows + len(self._arriving)
-        return waiting >= self._max_queued_rows or self._too_late(waiting)
-
-    def _too_late(self, waiting: int) -> bool:
-        """Whether one more row, behind these, would come too late. Never where the worker is idle."""
-        if self._alone_s is None or self._began is None:
-            return False
-        rest_s = self._slowdown * self._alone_s(self._computing_rows) - (time.monotonic() - self._began)
-        passes, rows = divmod(waiting + 1, self._max_rows)
-        own_s = self._slowdown * (passes * self._alone_s(self._max_rows) + (self._alone_s(rows) if rows else 0.0))
-        return max(rest_s, 0.0) + own_s > max(PATIENCE * self._alone_s(self._max_rows), LEAST_WAIT_S)
+        return self.queued_rows + len(self._arriving) >= self._max_queued_rows
 
     def busy(self) -> Problem:
         """429, with the time after which it is worth asking again."""
         batches = 1 + self.queued_rows / self._max_rows
         seconds = max(1, math.ceil(batches * self.batch_s))
         waits = f"{self.queued_rows} pairs wait and {len(self._arriving)} requests arrive"
-        limit = f"the limit is {self._max_queued_rows}"
-        if self._slowdown > 1.5:
-            limit += f", and less while a forward pass takes {self._slowdown:.1f} times as long as alone"
-        detail = f"{waits}, {limit}; try again in {seconds} s."
+        detail = f"{waits}, the limit is {self._max_queued_rows}; try again in {seconds} s."
         return Problem(429, "busy", detail, {"retry-after": str(seconds)})
 
     @contextmanager
@@ -158,8 +132,7 @@ class Batcher:
             batch = self._next_batch()
             if not batch:
                 continue
-            rows = sum(w.work.rows for w in batch)
-            self._began, self._computing_rows = (began := time.monotonic()), rows
+            self._began = began = time.monotonic()
             try:
                 answers = await loop.run_in_executor(self._thread, self._predict, [w.work for w in batch])
             except Exception as error:  # a defect of ours: every caller hears of it, the worker goes on
@@ -171,8 +144,6 @@ class Batcher:
                 self._began = None
             took = time.monotonic() - began
             self.batch_s += SMOOTHING * (took - self.batch_s)
-            if self._alone_s is not None:
-                self._slowdown += SLOWDOWN_SMOOTHING * (max(took / self._alone_s(rows), 1.0) - self._slowdown)
             for waiting, answer in zip(batch, answers, strict=True):
                 if waiting.answer.done():
                     continue
@@ -180,7 +151,7 @@ class Batcher:
                     waiting.answer.set_exception(answer)
                 else:
                     waiting.answer.set_result(answer)
-            self._observe(BatchTimes(rows, tuple(began - w.arrived for w in batch), took))
+            self._observe(BatchTimes(sum(w.work.rows for w in batch), tuple(began - w.arrived for w in batch), took))
 
     def _next_batch(self) -> list[Waiting]:
         """The requests at the head of the queue that fit; those whose callers are gone are dropped."""

@@ -45,7 +45,6 @@ class Endpoint:
             max_rows=cfg.max_batch,
             max_queued_rows=cfg.max_queue,
             wait_s=cfg.batch_wait_ms / 1e3,
-            alone_s=lambda rows: self.model.pass_s(rows),
             observe=self.telemetry.batch,
             prepare=prepare,
         )

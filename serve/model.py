@@ -3,9 +3,8 @@
 Shapes: G = golden rows, N = pairs, E = event width, D = target width.
 """
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -30,8 +29,6 @@ differs by 1.5e-2."""
 
 BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
 """CPUs that multiply bfloat16, as Linux names what they can do."""
-WARM_UPS = 3
-"""Forward passes of each size before a model is ready."""
 AMD = "AuthenticAMD"
 """Whose CPUs multiply float32 faster with oneDNN than with MKL, which PyTorch takes by itself."""
 
@@ -76,8 +73,6 @@ class ServedModel:
     """Where it computes."""
     loaded_at: datetime
     """When it was ready."""
-    alone_s: tuple[float, float] = (0.0, 0.0)
-    """Seconds of a forward pass of one pair, and of each pair more, when it was warmed up."""
 
     @property
     def version(self) -> str:
@@ -89,11 +84,6 @@ class ServedModel:
         event_NE = event_NE.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.adapter(event_NE).float()
-
-    def pass_s(self, rows: int) -> float:
-        """Seconds of a forward pass of so many pairs on an idle machine."""
-        first_s, more_s = self.alone_s
-        return first_s + (rows - 1) * more_s
 
 
 class PackedLinear(nn.Module):
@@ -141,19 +131,9 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
     )
     with torch.inference_mode():
         require_close(model, golden)
-        one_s, most_s = (seconds_of(model, rows) for rows in (1, max_batch))
-    return replace(model, alone_s=(one_s, max(most_s - one_s, 0.0) / max(max_batch - 1, 1)))
-
-
-def seconds_of(model: ServedModel, rows: int) -> float:
-    """The shortest of a few forward passes; in the first, kernels and buffers are made."""
-    event_NE = torch.rand(rows, model.config.event_dim)
-    seconds = []
-    for _ in range(WARM_UPS):
-        began = time.perf_counter()
-        model.forward(event_NE).cpu()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+        for rows in (1, max_batch):  # kernels and buffers are made at first use
+            model.forward(torch.rand(rows, model.config.event_dim))
+    return model
 
 
 def prepared(checkpoint: Checkpoint, precision: Precision, device: torch.device) -> Adapter:

@@ -4,7 +4,6 @@ import asyncio
 import gzip
 import http.client
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -272,40 +271,6 @@ def test_a_full_queue_refuses_with_a_time_that_grows_with_it() -> None:
     assert len(refused) == 3, "two wait, the rest is refused before the first forward pass begins"
     assert {p.status for p in refused} == {429}
     assert {p.headers["retry-after"] for p in refused} == {"6"}, "8 rows before it and its own batch, 2 s each"
-
-
-def test_where_passes_take_longer_than_alone_fewer_may_wait() -> None:
-    """Alone a pass takes 100 ms of 4 rows, 70 of 1; here the machine is given to others, and it takes twice that."""
-    slow_down = [1.0]
-
-    def predict(works: Any) -> Any:
-        time.sleep(slow_down[0] * alone_s(sum(w.rows for w in works)))
-        return list(works)
-
-    def alone_s(rows: int) -> float:
-        return 0.06 + 0.01 * rows
-
-    async def admitted() -> int:
-        """How many of 16 requests, one each ms while a full pass runs, are let in."""
-        first = [asyncio.create_task(batcher.answer(work(), 5.0)) for _ in range(4)]
-        await asyncio.sleep(0.01)
-        rest = [asyncio.create_task(batcher.answer(work(), 5.0)) for _ in range(16)]
-        answers = await asyncio.gather(*first, *rest, return_exceptions=True)
-        assert all(isinstance(a, Work) for a in answers[:4]), "an idle worker takes what comes"
-        return sum(isinstance(a, Work) for a in answers[4:])
-
-    async def both() -> tuple[int, int, str]:
-        idle = await admitted()
-        slow_down[0] = 2.0
-        for _ in range(8):
-            await drive(batcher, [work()])
-        return idle, await admitted(), batcher.busy().detail
-
-    batcher = Batcher(predict, max_rows=4, max_queued_rows=12, alone_s=alone_s)
-    idle, disturbed, told = asyncio.run(both())
-    assert idle == 12, "100 ms are left of the pass, and three more take 300: the bound is 400"
-    assert 0 < disturbed <= 4, "190 ms are left of the pass, and the next takes 140 to 200"
-    assert re.search(r"the limit is 12, and less while a forward pass takes [12]\.\d times as long as alone", told)
 
 
 def test_work_whose_caller_is_late_or_gone_is_not_done() -> None:
