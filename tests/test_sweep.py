@@ -212,8 +212,8 @@ def test_under_way_the_mean_cosine_decides_between_equals_and_never_against_one_
     assert told(0.4 + 1 / 100_000, -1.0) > told(0.4, 1.0)
 
 
-def test_a_trial_that_ended_as_its_driver_was_killed_is_not_tried_again(small_store: Path, tmp_path: Path) -> None:
-    """Its own journal has an end, the sweep's does not know of it yet."""
+def sweep_of_one_trial(small_store: Path, tmp_path: Path) -> tuple[SweepFolder, PairStore, Trial]:
+    """Its driver was killed when it had begun the first."""
     spec = sized(tmp_path, small_store, out=str(tmp_path / "sweep"))
     sweep, store = SweepFolder(Path(spec.out)), PairStore.open(small_store)
     told = spec.model_dump(mode="json", exclude_unset=True)
@@ -221,6 +221,12 @@ def test_a_trial_that_ended_as_its_driver_was_killed_is_not_tried_again(small_st
     with Journal(sweep.path) as journal:
         begun = SweepRecord(sweep, journal, {"all": store}, {}).next_trial()
     assert begun is not None
+    return sweep, store, begun
+
+
+def test_a_trial_that_ended_as_its_driver_was_killed_is_not_tried_again(small_store: Path, tmp_path: Path) -> None:
+    """Its own journal has an end, the sweep's does not know of it yet."""
+    sweep, store, begun = sweep_of_one_trial(small_store, tmp_path)
     with Journal(sweep.run(begun.name).path) as journal:
         journal.write("end", status="FINISHED", artifacts=None, time=time.time())
     with Journal(sweep.path) as journal:
@@ -422,13 +428,7 @@ def test_a_trial_whose_driver_was_killed_as_it_began_is_begun_again(
     left: str, small_store: Path, tmp_path: Path
 ) -> None:
     """`left`: what its folder holds last, in the order in which it is made."""
-    spec = sized(tmp_path, small_store, out=str(tmp_path / "sweep"))
-    sweep, store = SweepFolder(Path(spec.out)), PairStore.open(small_store)
-    told = spec.model_dump(mode="json", exclude_unset=True)
-    sweep.claim({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
-    with Journal(sweep.path) as journal:
-        begun = SweepRecord(sweep, journal, {"all": store}, {}).next_trial()
-    assert begun is not None
+    sweep, store, begun = sweep_of_one_trial(small_store, tmp_path)
     run = sweep.run(begun.name).path
     assert sorted(path.name for path in run.iterdir()) == ["journal.jsonl", "run.json"]
     if left == "journal.jsonl":
