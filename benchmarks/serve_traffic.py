@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import uvloop
 
 LIMIT_S = 60.0
 """For one answer: a server that never answers is seen as status 0, and ends no measurement."""
@@ -158,7 +159,7 @@ class Caller:
 
 def closed_loop(request: Request, callers: int, seconds: float, warm_s: float = 1.0) -> Traffic:
     """`callers` at a time for `seconds`, after a warm-up that is not counted. Who hears 429 waits as it was told."""
-    return asyncio.run(_closed_loop(request, callers, seconds, warm_s))
+    return uvloop.run(_closed_loop(request, callers, seconds, warm_s))
 
 
 async def _closed_loop(request: Request, callers: int, seconds: float, warm_s: float) -> Traffic:
@@ -183,7 +184,7 @@ async def _closed_loop(request: Request, callers: int, seconds: float, warm_s: f
 
 def open_loop(request: Request, rate: float, seconds: float, most: int = 512) -> Traffic:
     """`rate` requests a second, evenly spaced, over at most `most` connections; nobody asks twice."""
-    return asyncio.run(_open_loop(request, rate, seconds, most))
+    return uvloop.run(_open_loop(request, rate, seconds, most))
 
 
 async def _open_loop(request: Request, rate: float, seconds: float, most: int) -> Traffic:

@@ -9,10 +9,11 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from .predict import Answer, Work
 from .problems import Problem
@@ -100,9 +101,13 @@ class Batcher:
         finally:
             self._arriving.pop(key, None)
 
-    async def answer(self, work: Work, timeout_s: float) -> Answer:
-        """The model's answer. Problem 429: the queue is full. Problem 504: not in time. Others: what is wrong."""
+    async def answer(self, work: Work, timeout_s: float, gone: Coroutine[Any, Any, None] | None = None) -> Answer:
+        """The model's answer. Problem 429: the queue is full. Problem 504: not in time. Others: what is wrong.
+        CancelledError: `gone` ended, so that nobody waits for it any more.
+        """
         if self.full():
+            if gone:
+                gone.close()
             raise self.busy()
         loop = asyncio.get_running_loop()
         waiting = Waiting(work, time.monotonic() + timeout_s, loop.create_future())
@@ -110,11 +115,17 @@ class Batcher:
         self.queued_rows += work.rows
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work())
+        leaving = loop.create_task(gone) if gone else None
+        if leaving:
+            leaving.add_done_callback(lambda it: it.cancelled() or it.exception() or waiting.answer.cancel())
         try:
             async with asyncio.timeout(timeout_s):
                 return await waiting.answer
         except TimeoutError:
             raise late(timeout_s) from None
+        finally:
+            if leaving:
+                leaving.cancel()
 
     def healthy(self) -> bool:
         """Whether the worker still comes back from its forward passes."""

@@ -54,6 +54,12 @@ async def chunks(receive: Receive) -> AsyncIterator[bytes]:
             yield chunk
 
 
+async def gone(receive: Receive) -> None:
+    """Ends when the caller goes away. Asked after the whole body was read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 async def swallow(parts: AsyncIterator[bytes], most: int) -> None:
     """Reads on and keeps nothing, up to `most` bytes."""
     async for chunk in parts:

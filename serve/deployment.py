@@ -1,5 +1,6 @@
 """The Ray side of a replica: made once per process, asked for its health, told to look for a new model."""
 
+import sys
 from typing import Any
 
 import ray
@@ -20,6 +21,9 @@ from .v2 import infer
 
 DEPLOYMENT = "alignment"
 WEIGHTS_A_THREAD = 16_000_000
+SWITCH_S = 0.0005
+"""How long one thread keeps Python's lock from another: event loop and forward pass hand it to and fro, and Python's
+own 5 ms are longer than a small pass. At width 4,096 with 16 callers it gave 10 % more requests a second."""
 
 
 @serve.ingress()
@@ -33,6 +37,7 @@ class Replica:
         torch.set_num_threads(max(1, int(cfg.cpus_per_replica)))
         self.endpoint = Endpoint(cfg, name)
         torch.set_num_threads(threads_for(self.endpoint.model.parameters, int(cfg.cpus_per_replica)))
+        sys.setswitchinterval(SWITCH_S)
         self.tracing = Tracing(cfg.traces, name)
         write_page(ray.get_runtime_context().get_node_id())
 

@@ -6,10 +6,10 @@ Whatever happens behind it, the caller gets an answer in JSON, and it is counted
 import asyncio
 import json
 import logging
+import random
 import time
-import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,6 +25,8 @@ ADMIN = {"/v1/reload"}
 INFER = "/v2/models/{model}/infer"
 QUEUED = {INFER, "/v1/align", "/v1/verify"}
 """Asked by POST, they wait for a forward pass."""
+REFUSALS_S = 1.0
+"""A flood fills no log: in so much time one refusal for a full queue has a line, with how many there were."""
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 Infer = Callable[[Endpoint, Call, Receive], Awaitable[tuple[list[tuple[bytes, bytes]], list[bytes]]]]
@@ -35,18 +37,23 @@ class Edge:
 
     def __init__(self, endpoint: Endpoint, infer: Infer, api: ASGIApp, tracing: Tracing) -> None:
         self._endpoint, self._infer, self._api, self._tracing = endpoint, infer, api, tracing
+        self._refused, self._refusals_told = 0, 0.0
 
-    def refuses(self, scope: Scope) -> bool:
-        """Whether an HTTP request will hear that the queue is full."""
-        return self._endpoint.batcher.full() and scope["method"] == "POST" and Call.of(scope).route in QUEUED
+    def way(self, scope: Scope) -> Literal["ray", "short", "refused"]:
+        """How an HTTP request is answered: through Ray, past it, or at once, for the queue is full."""
+        if scope["method"] != "POST" or (route := Call.of(scope).route) not in QUEUED:
+            return "ray"
+        if self._endpoint.batcher.full():
+            return "refused"
+        return "short" if route == INFER and self._endpoint.is_here() else "ray"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._api(scope, receive, send)
             return
         call = Call.of(scope)
-        named = bool(call.request_id) and "ray_app.before_ray" not in scope
-        call.request_id = call.request_id or uuid.uuid4().hex
+        named = bool(call.request_id) and "ray_app.way" not in scope
+        call.request_id = call.request_id or f"{random.getrandbits(128):032x}"
         scope["ray_app.call"], scope["ray_app.endpoint"] = call, self._endpoint
         answer = Answering(call, send, ray_names_requests=named)
         self._endpoint.telemetry.in_flight += 1
@@ -55,6 +62,10 @@ class Edge:
                 await self._routed(call, scope, receive, answer)
         except Problem as problem:
             await answer.problem(problem)
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+            # else it was the caller who went away, and nobody hears an answer
         except Exception:  # nothing stands outside of this: what is left is a defect of ours, and callers get JSON
             LOG.exception("request %s failed", call.request_id)
             if not answer.code:
@@ -69,7 +80,7 @@ class Edge:
             call.token = self._endpoint.keys.check(call.headers.get(b"authorization"), scope_needed)
         if self._endpoint.keys.path is None and not self._endpoint.cfg.open_access:
             require_local(call)
-        if "ray_app.before_ray" in scope:  # it was refused, and its body is gone, though there may be room again
+        if scope.get("ray_app.way") == "refused":  # its body is gone, though there may be room again
             raise self._endpoint.batcher.busy()
         receive = in_time(receive, call, self._endpoint.cfg.timeout_s)
         if call.method == "POST" and call.route == INFER:
@@ -86,7 +97,11 @@ class Edge:
         telemetry.request(call.route, call.method, code, call.version, seconds, call.pairs)
         if call.problem:
             telemetry.rejected(call.problem)
-        line = {
+        if call.problem == "busy":
+            self._refused += 1
+            if call.began - self._refusals_told < REFUSALS_S:
+                return
+        line: dict[str, Any] = {
             "event": "request",
             "request_id": call.request_id,
             "route": call.route,
@@ -99,6 +114,8 @@ class Edge:
             "problem": call.problem,
             **self._tracing.ids(call),
         }
+        if call.problem == "busy":
+            line["refused"], self._refused, self._refusals_told = self._refused, 0, call.began
         LOG.log(logging.WARNING if code >= 500 else logging.INFO, json.dumps(line))
 
 

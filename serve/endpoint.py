@@ -13,7 +13,7 @@ from ray_app.config.serve import EndpointConfig
 
 from .auth import Keys
 from .batcher import Batcher
-from .body import chunks, swallow
+from .body import chunks, gone, swallow
 from .champion import source_of
 from .model import ServedModel
 from .predict import Answer, Work, predict
@@ -53,6 +53,7 @@ class Endpoint:
         self.max_json_bytes = int(min(cfg.max_json_mib, cfg.max_body_mib) * MIB)
         self.closing = False
         self._watching: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def model(self) -> ServedModel:
@@ -68,9 +69,9 @@ class Endpoint:
         with self.batcher.place():
             yield
 
-    async def answer(self, work: Work, timeout_s: float) -> Answer:
-        """The model's answer, counted."""
-        answer = await self.batcher.answer(work, timeout_s)
+    async def answer(self, work: Work, timeout_s: float, receive: Receive | None = None) -> Answer:
+        """The model's answer, counted. CancelledError: `receive`, whose body is read, says that the caller left."""
+        answer = await self.batcher.answer(work, timeout_s, gone(receive) if receive else None)
         self.telemetry.answered(answer, work.rows)
         return answer
 
@@ -84,7 +85,12 @@ class Endpoint:
 
     def start(self) -> None:
         """Begins to watch the source."""
-        self._watching = asyncio.get_running_loop().create_task(self._watch())
+        self._loop = asyncio.get_running_loop()
+        self._watching = self._loop.create_task(self._watch())
+
+    def is_here(self) -> bool:
+        """Whether it may be asked from this event loop: Ray can run an app in another than its HTTP server."""
+        return self._loop is asyncio.get_running_loop()
 
     async def close(self) -> None:
         """Answers what waits, and ends the watch."""

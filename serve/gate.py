@@ -1,10 +1,11 @@
-"""Before Ray's own handling of a request: a full queue is told at once, and the body of who is refused is not read.
+"""Before Ray's own handling of a request: binary inferences are answered here, and a full queue is told at once.
 Headers that Ray would fail at (it takes their bytes for UTF-8, and answers 500) are made plain.
 
-Ray reads every body into the replica before and while the app runs, in pieces of HAProxy's buffer; in a flood of
-requests that takes the time of those that were admitted. What is answered here costs the reading of its head: the
+Ray makes two tasks and a queue for each request and reads every body into the replica before and while the app runs.
+An inference needs none of that: limits, time, counts and the caller who goes away are the app's own, and while a
+replica ends its HTTP server waits for what is under way. What is refused here costs the reading of its head: the
 HTTP server drops the rest. Ray puts what `middlewares` returns around each replica's server where
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it; elsewhere the app itself refuses, later and dearer. Ray's Python
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it; elsewhere the app itself answers, later and dearer. Ray's Python
 proxy imports this too, and needs nothing of the model: no torch here.
 """
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .accepts import accept_often
 from .call import SAFE
 
 if TYPE_CHECKING:
@@ -33,11 +35,12 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope = plain(scope)
         edge = Gate.edge
-        if edge is None or scope["type"] != "http" or not edge.refuses(scope):
+        way = edge.way(scope) if edge and scope["type"] == "http" else "ray"
+        if edge is None or way == "ray":
             await self._app(scope, receive, send)
             return
-        scope["ray_app.before_ray"] = True
-        await edge(scope, empty, send)
+        scope["ray_app.way"] = way
+        await edge(scope, receive if way == "short" else empty, send)
 
 
 def plain(scope: Scope) -> Scope:
@@ -59,5 +62,6 @@ async def empty() -> Message:
 
 
 def middlewares() -> list[Middleware]:
-    """As Ray asks for them."""
+    """As Ray asks for them, in a replica before its HTTP server starts."""
+    accept_often()
     return [Middleware(Gate)]

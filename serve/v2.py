@@ -31,7 +31,7 @@ async def infer(endpoint: Endpoint, call: Call, receive: Receive) -> tuple[list[
     read = time.perf_counter()
     asked = parse_infer(body, header_length, endpoint.limits)
     work = Work(asked.event_BE, asked.target_BD, aligned="aligned" in asked.outputs)
-    answer = await endpoint.answer(work, call.timeout_s(endpoint.cfg.timeout_s, asked.timeout_us))
+    answer = await endpoint.answer(work, call.timeout_s(endpoint.cfg.timeout_s, asked.timeout_us), receive)
     computed = time.perf_counter()
     call.version, call.digest = answer.model.version, answer.model.identity.digest
     call.pairs = work.rows

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,14 @@ class RayServer(Server):
         """SIGTERM; its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(90)
+
+
+def wait_for(true: Callable[[], object]) -> None:
+    """Until it is so, at most 20 s."""
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def binary_request(event: Any, outputs: tuple[str, ...] = ("aligned",)) -> tuple[bytes, dict[str, str]]:

@@ -30,7 +30,18 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "serve": (
         {"serve", "store", "core", "sources", "events", "config", "errors"},
-        {"ray", "fastapi", "starlette", "pydantic", "torch", "numpy", "PIL", "prometheus_client", "opentelemetry"}
+        {
+            "ray",
+            "fastapi",
+            "starlette",
+            "uvicorn",
+            "pydantic",
+            "torch",
+            "numpy",
+            "PIL",
+            "prometheus_client",
+            "opentelemetry",
+        }
         | {"mlflow", "sqlalchemy"},
     ),
     "client": ({"client_wire", "errors"}, {"numpy"}),

@@ -165,7 +165,7 @@ def test_two_endpoints_on_one_machine_do_not_share_haproxys_files(tmp_path: Path
     own = [
         key
         for key in one
-        if key.startswith("RAY_SERVE_HAPROXY") and not key.endswith(("NBTHREAD", "_S", "_RETRY_ON"))
+        if key.startswith("RAY_SERVE_HAPROXY") and key.endswith(("_LOC", "_PATH", "_BASE", "_FILE", "_PORT"))
     ]
     assert len(own) == 7
     own += [key for key in one if "DIRECT_INGRESS_M" in key and "PORT" in key]

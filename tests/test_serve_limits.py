@@ -4,6 +4,8 @@ import asyncio
 import gzip
 import http.client
 import json
+import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,8 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint
+import uvicorn
+import uvloop
+from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint, wait_for
 
+from serve.accepts import TIMES, accept_often
 from serve.batcher import Batcher, BatchTimes
 from serve.gate import Gate
 from serve.predict import Work
@@ -141,7 +146,7 @@ def test_a_full_queue_is_told_before_ray_reads_the_body(server: LocalServer, mon
     endpoint = server.endpoint
     monkeypatch.setattr(Gate, "edge", server.edge)
     asked("POST", INFER, GOOD_HEADERS)
-    assert reached == [INFER], "there is a place: Ray takes it"
+    assert reached == [INFER], "there is a place, and the endpoint lives in another event loop: Ray takes it"
     monkeypatch.setattr(endpoint.batcher, "queued_rows", 8)
     before = server.metric("align_requests_total", code="429")
     for path, method in ((INFER, "GET"), ("/v1/reload", "POST"), ("/v2/health/ready", "GET")):
@@ -156,6 +161,122 @@ def test_a_full_queue_is_told_before_ray_reads_the_body(server: LocalServer, mon
     assert len(dict(asked("POST", INFER, GOOD_HEADERS)[0]["headers"])[b"x-request-id"]) == 32
     assert server.metric("align_requests_total", code="429") - before == 4
     assert len(reached) == 4
+
+
+def test_an_inference_goes_past_ray(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ray(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
+        raise AssertionError("Ray was asked")
+
+    async def asked() -> list[Any]:
+        parts = [GOOD[:100], GOOD[100:]]
+        left = asyncio.Event()  # the caller stays
+
+        async def receive() -> Any:
+            if not parts:
+                await left.wait()
+            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        sent: list[Any] = []
+        headers = [(name.lower().encode(), value.encode()) for name, value in GOOD_HEADERS.items()]
+        scope = {"type": "http", "method": "POST", "path": INFER, "query_string": b"", "headers": headers}
+        await Gate(ray)(scope, receive, send)
+        return sent
+
+    monkeypatch.setattr(Gate, "edge", server.edge)
+    assert server.endpoint._loop is not None
+    start, *parts = asyncio.run_coroutine_threadsafe(asked(), server.endpoint._loop).result(30)
+    assert start["status"] == 200
+    headers = dict(start["headers"])
+    assert len(headers[b"x-request-id"]) == 32
+    body = b"".join(part["body"] for part in parts)
+    assert (
+        body[int(headers[b"inference-header-content-length"]) :]
+        == server.ask("POST", INFER, GOOD, GOOD_HEADERS)[2][int(headers[b"inference-header-content-length"]) :]
+    )
+
+
+def test_a_caller_who_leaves_costs_no_forward_pass(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher, done, free = server.endpoint.batcher, [], threading.Event()
+    inner = batcher._predict
+
+    def predict(works: Any) -> Any:
+        free.wait(10)
+        done.extend(works)
+        return inner(works)
+
+    monkeypatch.setattr(batcher, "_predict", predict)
+    before = server.metric("align_requests_total", code="499")
+    head = "".join(f"{name}: {value}\r\n" for name, value in {**GOOD_HEADERS, "content-length": len(GOOD)}.items())
+    callers = []
+    for waiting in (0, 1):  # the first is computed at once, the other waits
+        caller = socket.create_connection(("127.0.0.1", server.port))
+        caller.sendall(f"POST {INFER} HTTP/1.1\r\nhost: localhost\r\n{head}\r\n".encode() + GOOD)
+        wait_for(lambda: batcher._began is not None and batcher.queued_rows == waiting)  # noqa: B023
+        callers.append(caller)
+    for caller in callers:
+        caller.close()
+    wait_for(lambda: server.metric("align_requests_total", code="499") - before == 2)
+    free.set()
+    wait_for(lambda: batcher._began is None and batcher.queued_rows == 0)
+    assert len(done) == 1
+    assert server.ask("POST", INFER, GOOD, GOOD_HEADERS)[0] == 200
+
+
+def test_a_flood_fills_no_log(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[dict[str, Any]] = []
+    monkeypatch.setattr("serve.edge.LOG.log", lambda _, line: lines.append(json.loads(line)))
+    monkeypatch.setattr("serve.edge.REFUSALS_S", 0.3)
+    monkeypatch.setattr(server.endpoint.batcher, "queued_rows", 8)
+    time.sleep(0.35)  # since another test's
+    told = server.metric("align_requests_total", code="429")
+    for _ in range(5):
+        assert server.ask("POST", INFER, GOOD, GOOD_HEADERS)[0] == 429
+    time.sleep(0.35)
+    assert server.ask("POST", INFER, GOOD, GOOD_HEADERS)[0] == 429
+    refused = [line for line in lines if line["problem"] == "busy"]
+    assert [line["refused"] for line in refused][-1] == 5
+    assert len(refused) == 2, "one at once, one for all that came within the time"
+    assert server.metric("align_requests_total", code="429") - told == 6
+
+
+def test_many_connections_are_taken_in_a_turn_of_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvloop alone takes one, and 200 would wait for 200 turns."""
+    monkeypatch.setattr(uvicorn, "Server", uvicorn.Server)
+    alone = uvicorn.Server
+    accept_often()
+    often = uvicorn.Server
+    accept_often()
+    assert uvicorn.Server is often, "asked again, it stays so"
+    turns = {server: uvloop.run(turns_for(200, server)) for server in (alone, often)}
+    assert turns[alone] >= 200
+    assert turns[often] <= 200 // TIMES + 5
+
+
+async def turns_for(connections: int, server: type[uvicorn.Server]) -> int:
+    """Turns of the event loop until so many connections, open before the first, are all taken. Then none is."""
+    listening = socket.create_server(("127.0.0.1", 0), backlog=2 * connections)
+    address = listening.getsockname()
+    it = server(uvicorn.Config(refuse, log_level="critical", lifespan="off"))
+    callers = [socket.create_connection(address) for _ in range(connections)]
+    serving = asyncio.create_task(it.serve(sockets=[listening]))
+    turns = 0
+    while len(it.server_state.connections) < connections:
+        turns += bool(it.started)
+        await asyncio.sleep(0)
+    it.should_exit = True
+    await serving
+    for caller in callers:
+        caller.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
+    return turns
+
+
+async def refuse(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
+    raise AssertionError("nothing was asked")
 
 
 def test_headers_reach_ray_in_ascii() -> None:

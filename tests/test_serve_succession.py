@@ -5,14 +5,13 @@ import asyncio
 import json
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
-from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint
+from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint, wait_for
 from mlflow import MlflowClient
 
 from ray_app.store.checkpoint import verify_folder
@@ -204,13 +203,6 @@ def test_the_watch_goes_on_after_a_bad_tag_and_after_a_defect(registry: Registry
         good = registry.register(make_checkpoint(tmp_path / "good", seed=52))
         wait_for(lambda: server.endpoint.model.version == good)
         assert server.json("GET", "/v1/model")[1]["watch"]["failures"] == 0
-
-
-def wait_for(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_an_outage_of_the_registry_changes_nothing(server: LocalServer, registry: Registry) -> None:

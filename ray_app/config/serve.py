@@ -33,8 +33,9 @@ class EndpointConfig(Config):
     """CPUs, and threads of the forward pass, of each replica."""
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
     """Most pairs in a request, and in a forward pass."""
-    max_queue: Annotated[int, Field(ge=1)] = 32
-    """While so many pairs wait, requests are answered 429."""
+    max_queue: Annotated[int, Field(ge=1)] = 16
+    """While so many pairs wait, requests are answered 429. A pass takes what waits, so more of them wait longer for
+    hardly more a second."""
     batch_wait_ms: float = Field(default=0.0, ge=0.0, le=1000.0)
     """How long an idle replica waits for more pairs before it computes."""
     max_body_mib: float = Field(default=32.0, gt=0.0)

@@ -35,6 +35,8 @@ PORTS = 40
 """A range for one endpoint: its replicas, those that ended a moment ago included, and HAProxy's own two."""
 KEEP_ALIVE_S = 75
 """How long a connection may be silent."""
+BUFFER = 256 * 1024
+"""Bytes of a request that HAProxy passes on at once and can send to another replica; a pair of images has 150 KB."""
 DRAIN_S = "1"
 """How long a replica that ends still takes requests: HAProxy on this machine hears of it at once."""
 
@@ -188,6 +190,7 @@ def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[s
     values = {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # the line above makes it 1,000, written in one pause of 20 ms
         # Threads of a forward pass that wait for one another let go of the core: where something else needs it too, a
         # pass of two that spin took 12 times as long.
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -212,6 +215,8 @@ def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[s
             # Where a replica dies over a request another is asked: an answer is a function of its request.
             "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+            "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER),
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # Ray reads a line for each request; /metrics counts them too
         }
     else:
         values["RAY_SERVE_ENABLE_DIRECT_INGRESS"] = "0"
