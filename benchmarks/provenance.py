@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).with_name("results")
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 CODE = ("--", ":(top)", ":(top,exclude)benchmarks/results")
 """What git is asked about: a number that was just written changes no other."""
 LOAD_AT_START = os.getloadavg()[0]
@@ -24,7 +25,9 @@ def provenance() -> dict[str, Any]:
     program, *words = sys.argv
     commit = _git("rev-parse", "--short=12", "HEAD")
     return {
-        "command": shlex.join(["python", *(("-m", "pytest") if "pytest" in program else (program,)), *words]),
+        "command": shlex.join(
+            ["python", *(("-m", "pytest") if "pytest" in program else (_script(program),)), *words]
+        ),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", *CODE)) if commit else None,
@@ -39,6 +42,12 @@ def provenance() -> dict[str, Any]:
             name: found for name in ("ray", "torch", "numpy", "mlflow", "pyarrow") if (found := _version(name))
         },
     }
+
+
+def _script(program: str) -> str:
+    """As it is called from the project's root, from wherever it was."""
+    path = Path(program).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else program
 
 
 def save(name: str, result: dict[str, Any]) -> Path:
