@@ -26,6 +26,8 @@ STUCK_S = 60.0
 """A forward pass that takes longer is not coming back."""
 
 Predict = Callable[[Sequence[Work]], list[Answer | Problem]]
+Leaving = Callable[[], Coroutine[Any, Any, None]]
+"""Ends when the caller goes away."""
 
 
 @dataclass(slots=True, eq=False)
@@ -101,13 +103,11 @@ class Batcher:
         finally:
             self._arriving.pop(key, None)
 
-    async def answer(self, work: Work, timeout_s: float, gone: Coroutine[Any, Any, None] | None = None) -> Answer:
+    async def answer(self, work: Work, timeout_s: float, gone: Leaving | None = None) -> Answer:
         """The model's answer. Problem 429: the queue is full. Problem 504: not in time. Others: what is wrong.
         CancelledError: `gone` ended, so that nobody waits for it any more.
         """
         if self.full():
-            if gone:
-                gone.close()
             raise self.busy()
         loop = asyncio.get_running_loop()
         waiting = Waiting(work, time.monotonic() + timeout_s, loop.create_future())
@@ -115,7 +115,7 @@ class Batcher:
         self.queued_rows += work.rows
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work())
-        leaving = loop.create_task(gone) if gone else None
+        leaving = loop.create_task(gone()) if gone else None
         if leaving:
             leaving.add_done_callback(lambda it: it.cancelled() or it.exception() or waiting.answer.cancel())
         try:

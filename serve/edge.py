@@ -41,17 +41,18 @@ class Edge:
 
     def way(self, scope: Scope) -> Literal["ray", "short", "refused"]:
         """How an HTTP request is answered: through Ray, past it, or at once, for the queue is full."""
-        if scope["method"] != "POST" or (route := Call.of(scope).route) not in QUEUED:
+        if scope["method"] != "POST" or (call := Call.of(scope)).route not in QUEUED:
             return "ray"
+        scope["ray_app.call"] = call
         if self._endpoint.batcher.full():
             return "refused"
-        return "short" if route == INFER and self._endpoint.is_here() else "ray"
+        return "short" if call.route == INFER and self._endpoint.is_here() else "ray"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._api(scope, receive, send)
             return
-        call = Call.of(scope)
+        call = scope["ray_app.call"] if "ray_app.way" in scope else Call.of(scope)  # Ray names what it handles
         named = bool(call.request_id) and "ray_app.way" not in scope
         call.request_id = call.request_id or f"{random.getrandbits(128):032x}"
         scope["ray_app.call"], scope["ray_app.endpoint"] = call, self._endpoint

@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from starlette.types import Receive
@@ -71,7 +72,7 @@ class Endpoint:
 
     async def answer(self, work: Work, timeout_s: float, receive: Receive | None = None) -> Answer:
         """The model's answer, counted. CancelledError: `receive`, whose body is read, says that the caller left."""
-        answer = await self.batcher.answer(work, timeout_s, gone(receive) if receive else None)
+        answer = await self.batcher.answer(work, timeout_s, partial(gone, receive) if receive else None)
         self.telemetry.answered(answer, work.rows)
         return answer
 
