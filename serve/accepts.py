@@ -1,6 +1,6 @@
 """More than one new connection in a turn of the event loop.
 
-libuv, below uvloop, takes one connection from a listening socket in each turn since 1.45. In a flood a turn takes
+libuv, below uvloop, takes one connection from a listening socket in each turn. In a flood a turn takes
 milliseconds, connections come faster than turns, and requests on those that wait are not read for seconds: at four
 times the capacity of two cores an accepted request took up to 8 s, with this 0.6 s. There is no setting for it; a
 socket that is listened on several times over is asked so often.
