@@ -31,22 +31,22 @@ import torch
 from provenance import RESULTS, provenance
 from torch.optim import AdamW
 
+from ray_app.cluster.connection import cluster
+from ray_app.commands.quickstart import RECIPE
+from ray_app.commands.train.command import run_train
+from ray_app.commands.train.initialization import PairsInMemory, decoded
 from ray_app.config.base import SplitConfig
 from ray_app.config.train import TrainConfig
-from ray_app.core.adapter import STRATEGIES, AdapterConfig, build_adapter, num_parameters
+from ray_app.core.adapters.base import Start
+from ray_app.core.adapters.initialization import find_start
+from ray_app.core.adapters.registry import STRATEGIES, AdapterConfig, build_adapter, num_parameters
+from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.evaluation import AlignmentEvaluator
-from ray_app.core.layers import Start
 from ray_app.core.losses import AlignmentObjective, CompressedObjective, LossWeights
 from ray_app.core.metrics import THETA, AlignmentCounts, rate_key
-from ray_app.core.noise import BatchNoise
-from ray_app.core.start import find_start
-from ray_app.core.step import make_optimizer, training_step
-from ray_app.jobs.cluster import cluster
-from ray_app.jobs.held import Held
-from ray_app.jobs.journal import entries
-from ray_app.jobs.quickstart import RECIPE
-from ray_app.jobs.start import PairsInMemory, decoded
-from ray_app.jobs.train import run_train
+from ray_app.core.optimizer_step import make_optimizer, training_step
+from ray_app.data.pair_tensors import Held
+from ray_app.runs.event_log import entries
 from ray_app.store.checkpoint import load_training_state
 from ray_app.store.manifest import PIXELS
 from ray_app.store.pair_store import PairStore

@@ -21,16 +21,16 @@ import torch
 from numpy.typing import NDArray
 from provenance import provenance, save
 
+from ray_app.cluster.connection import cluster
+from ray_app.commands.evaluate.command import run_evaluate
+from ray_app.commands.quickstart import RECIPE
+from ray_app.commands.train.command import run_train
 from ray_app.config.base import SplitConfig
-from ray_app.config.judge import EvaluateConfig
+from ray_app.config.evaluate import EvaluateConfig
 from ray_app.config.train import TrainConfig
-from ray_app.core.adapter import STRATEGIES
-from ray_app.core.sequences import sequence_cosine
-from ray_app.jobs.cluster import cluster
-from ray_app.jobs.evaluate import run_evaluate
-from ray_app.jobs.quickstart import RECIPE
-from ray_app.jobs.run_folder import RunFolder
-from ray_app.jobs.train import run_train
+from ray_app.core.adapters.registry import STRATEGIES
+from ray_app.core.adapters.sequences import sequence_cosine
+from ray_app.runs.run_dir import RunFolder
 from ray_app.store.manifest import MANIFEST, Features, FeatureSpec
 from ray_app.store.pair_store import Pair, PairStore, publish, write_part
 from ray_app.store.split import split_pairs

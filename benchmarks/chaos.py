@@ -24,8 +24,8 @@ from typing import Any
 import psutil
 from provenance import save
 
-from ray_app.jobs.journal import JOURNAL, entries
-from ray_app.store.durable import sha256_file
+from ray_app.runs.event_log import JOURNAL, entries
+from ray_app.store.atomic import sha256_file
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
 KINDS = ("worker", "saving worker", "controller", "everything")

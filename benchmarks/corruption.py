@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ray_app.core.adapter import AdapterConfig, build_adapter
+from ray_app.core.adapters.registry import AdapterConfig, build_adapter
 from ray_app.errors import RayAppError
-from ray_app.jobs.journal import JOURNAL, Journal, entries
+from ray_app.runs.event_log import JOURNAL, Journal, entries
 from ray_app.store.checkpoint import load_checkpoint, load_training_state, save_checkpoint, save_training_state
 from ray_app.store.manifest import Features, FeatureSpec
 from ray_app.store.pair_store import Pair, PairStore, publish, write_part

@@ -17,10 +17,10 @@ import torch
 from provenance import save
 from torch import Tensor
 
-from ray_app.core.adapter import Adapter, AdapterConfig, build_adapter, num_parameters
+from ray_app.core.adapters.registry import Adapter, AdapterConfig, build_adapter, num_parameters
+from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.losses import AlignmentObjective, LossWeights
-from ray_app.core.noise import BatchNoise
-from ray_app.core.step import decode, make_optimizer, training_step
+from ray_app.core.optimizer_step import decode, make_optimizer, training_step
 
 WIDTH, HIDDEN, BATCH, EPOCHS, SCALE = 150_528, 512, 32, 3, 1 / 255
 TRAIN_SHARE = 0.8

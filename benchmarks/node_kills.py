@@ -32,13 +32,13 @@ from serve_process import checkpoint_of
 from serve_traffic import quantiles_ms
 
 from ray_app.client import AlignmentClient
+from ray_app.commands.tune.sweep_dir import SweepFolder
 from ray_app.errors import RayAppError
-from ray_app.jobs.journal import entries
-from ray_app.jobs.sweep_folder import SweepFolder
-from ray_app.store.durable import sha256_file
+from ray_app.runs.event_log import entries
+from ray_app.store.atomic import sha256_file
 from ray_app.store.pair_store import PairStore
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from cluster_endpoint import behind_haproxy, cluster_endpoint, replicas
 from numpy_source import NumpySource, build_store
 from three_nodes import Nodes, three_nodes

@@ -28,12 +28,12 @@ from render_events import per_event
 
 from ray_app.events.recording import Events
 from ray_app.events.render import Drawing, equal_counts
-from ray_app.sources.dsec import DsecSource
-from ray_app.sources.dsec_events import HEIGHT, WIDTH, DsecEvents
-from ray_app.sources.dsec_files import sequence_in
+from ray_app.sources.dsec.events_file import HEIGHT, WIDTH, DsecEvents
+from ray_app.sources.dsec.layout import sequence_in
+from ray_app.sources.dsec.source import DsecSource
+from ray_app.sources.event_stream import Slice, swept
 from ray_app.sources.images import resized
 from ray_app.sources.recorded import Cut
-from ray_app.sources.sweep import Slice, swept
 
 SECOND_US = 1_000_000
 DSEC_WINDOWS = 5_208

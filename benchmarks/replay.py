@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from provenance import save
 
-from ray_app.config.draft import ReplayConfig
-from ray_app.core.draft_cost import Device
-from ray_app.core.draft_metrics import block_bootstrap
-from ray_app.core.draft_mixture import HybridDrafter
-from ray_app.core.draft_replay import DRAFTERS, RowReplay, contiguous_folds, replay_rows
-from ray_app.core.draft_summary import ReplayedRow, details, summarise
-from ray_app.core.drafters import Answered, Drafter, Prompt
-from ray_app.jobs.replay_rows import fold_of_rows, replayed_row
+from ray_app.commands.replay.rows import fold_of_rows, replayed_row
+from ray_app.config.speculative import ReplayConfig
+from ray_app.core.speculative.metrics import block_bootstrap
+from ray_app.drafters.base import Answered, Drafter, Prompt
+from ray_app.drafters.cost import Device
+from ray_app.drafters.hybrid import HybridDrafter
+from ray_app.drafters.replay import DRAFTERS, RowReplay, contiguous_folds, replay_rows
+from ray_app.drafters.summary import ReplayedRow, details, summarise
 from ray_app.store.traces import TraceFile, read_traces
 
 GAMMAS = (4, 8, 16, 24)

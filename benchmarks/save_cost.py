@@ -18,11 +18,11 @@ import torch
 from provenance import RESULTS, save
 from safetensors.torch import save_file
 
-from ray_app.core.adapter import AdapterConfig, build_adapter, num_parameters
+from ray_app.commands.train.state import TrainState
+from ray_app.core.adapters.registry import AdapterConfig, build_adapter, num_parameters
 from ray_app.core.losses import AlignmentObjective, LossWeights
-from ray_app.core.step import make_optimizer
-from ray_app.jobs.run_folder import RunFolder, place
-from ray_app.jobs.train_state import TrainState
+from ray_app.core.optimizer_step import make_optimizer
+from ray_app.runs.run_dir import RunFolder, place
 from ray_app.store.checkpoint import load_checkpoint, verify_folder
 from ray_app.store.manifest import PIXELS, Features
 

@@ -32,16 +32,16 @@ import torch
 import torch.distributed as dist
 from provenance import save
 
+from ray_app.commands.train.loop import Pairs, Worker, held_batches, train_epochs
 from ray_app.config.train import TrainConfig
-from ray_app.jobs.held import Held
-from ray_app.jobs.journal import Journal, entries
-from ray_app.jobs.lanes import Lanes
-from ray_app.jobs.run_folder import RunFolder
-from ray_app.jobs.train_loop import Pairs, Worker, held_batches, train_epochs
+from ray_app.data.batch_order import Lanes
+from ray_app.data.pair_tensors import Held
+from ray_app.runs.event_log import Journal, entries
+from ray_app.runs.run_dir import RunFolder
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from three_nodes import Nodes
 
 RAY_APP = Path(sys.executable).with_name("ray-app")

@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 from provenance import provenance
 
+from ray_app.commands.prepare.store_builder import resized
 from ray_app.config.base import SplitConfig
 from ray_app.events.render import event_image
-from ray_app.events.scenes import Scene
-from ray_app.jobs.building import resized
+from ray_app.scenes.scene import Scene
 from ray_app.sources.base import SourceTask
 from ray_app.sources.scenes import ScenesSource
 from ray_app.store.manifest import PIXELS

@@ -37,8 +37,8 @@ from serve_traffic import Request, Traffic, closed_loop, infer_request, open_loo
 
 from ray_app.client import AlignmentClient
 from ray_app.errors import RayAppError
+from ray_app.store.atomic import sha256_bytes
 from ray_app.store.checkpoint import verify_folder
-from ray_app.store.durable import sha256_bytes
 
 WIDTH, HIDDEN = 4096, 512
 ROUTE = "/v2/models/{model}/infer"

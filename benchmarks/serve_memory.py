@@ -25,7 +25,7 @@ import psutil
 from PIL import Image
 from provenance import save
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+TESTS = Path(__file__).resolve().parents[1] / "tests" / "helpers"
 SERVER = (
     f"import sys, pathlib, torch; sys.path.insert(0, {str(TESTS)!r}); torch.set_num_threads(1)\n"
     "from endpoints import local_server, make_checkpoint\n"

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import psutil
 
-from ray_app.core.adapter import AdapterConfig, build_adapter
+from ray_app.core.adapters.registry import AdapterConfig, build_adapter
 from ray_app.store.checkpoint import save_checkpoint
 from ray_app.store.manifest import Features, FeatureSpec
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from mlflow_process import free_port
 
 BIN = Path(sys.executable).parent

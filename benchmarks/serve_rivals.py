@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ray_app.core.adapter import Adapter
+from ray_app.core.adapters.registry import Adapter
 from ray_app.store.checkpoint import load_checkpoint
 
 SCALE = 1 / 255
@@ -58,12 +58,12 @@ def app(checkpoint: Path, port: int) -> None:
     import uvicorn
 
     from ray_app.config.serve import EndpointConfig
-    from serve.api import build_api
     from serve.deployment import threads_for
-    from serve.edge import Edge
-    from serve.endpoint import Endpoint
-    from serve.tracing import Tracing
-    from serve.v2 import infer
+    from serve.http.asgi import Edge
+    from serve.http.routes import build_api
+    from serve.http.v2 import infer
+    from serve.observability.tracing import Tracing
+    from serve.replica_state import Endpoint
 
     logging.getLogger("ray.serve").addHandler(logging.FileHandler(os.devnull))
     endpoint = Endpoint(EndpointConfig(checkpoint=os.fspath(checkpoint), max_queue=2048, timeout_s=120), "app")

@@ -19,9 +19,9 @@ from typing import Any
 
 from provenance import save
 
-from ray_app.jobs.journal import entries
+from ray_app.runs.event_log import entries
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from numpy_source import NumpySource, build_store
 from ray_head import Head, ray_head
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from provenance import save
 
-from ray_app.jobs.journal import JOURNAL, Journal, entries
+from ray_app.runs.event_log import JOURNAL, Journal, entries
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from mlflow_process import MlflowServer, free_port
 
 RAY_APP = Path(sys.executable).with_name("ray-app")

@@ -29,9 +29,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from provenance import save
 
-from ray_app.jobs.journal import JOURNAL, entries
+from ray_app.runs.event_log import JOURNAL, entries
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from mlflow_process import MlflowServer, free_port
 from numpy_source import NumpySource, build_store
 

@@ -27,7 +27,7 @@ from chaos import told
 from provenance import RESULTS, provenance, save
 from ray.cluster_utils import Cluster
 
-from ray_app.jobs.journal import JOURNAL, entries
+from ray_app.runs.event_log import JOURNAL, entries
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
 SCENES = "--num-pairs 72 --num-sequences 6 --width 160 --height 120"

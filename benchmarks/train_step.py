@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/train_step.py --store STORE --folder /tmp/train-step
 
-The plain loop takes turns, step by step, with `ray_app.core.step.training_step` in its own process: that ratio is of
-the code alone, the other also of Ray's processes, which share the two cores. Compared is the steady-state step, over
-all steps after the first epoch: the lower quartile, which other work on the machine disturbs least, pooled over the
+The plain loop alternates, step by step, with `ray_app.core.optimizer_step.training_step` in its own process:
+that ratio is of the code alone, the other also of Ray's processes, which share the two cores. Compared is the
+steady-state step, over all steps after the first epoch: the lower quartile, which other work on the machine disturbs least, pooled over the
 rounds; medians by round stand beside it. Also measured: the share of time spent waiting for data after the first
 epoch, and two workers on the same cores. Writes benchmarks/results/train_step.json.
 """
@@ -25,11 +25,11 @@ from provenance import save
 from torch import nn
 from torch.nn import functional
 
-from ray_app.core.adapter import AdapterConfig, build_adapter
+from ray_app.core.adapters.registry import AdapterConfig, build_adapter
+from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.losses import AlignmentObjective, LossWeights
-from ray_app.core.noise import BatchNoise
-from ray_app.core.step import decode, make_optimizer, training_step
-from ray_app.jobs.journal import entries
+from ray_app.core.optimizer_step import decode, make_optimizer, training_step
+from ray_app.runs.event_log import entries
 from ray_app.store.pair_store import PairStore
 
 RAY_APP = Path(sys.executable).with_name("ray-app")

@@ -22,9 +22,9 @@ import yaml
 from provenance import save
 from ray.tune.schedulers import TrialScheduler
 
-from ray_app.jobs.journal import entries
-from ray_app.jobs.sweep_driver import asha_of
-from ray_app.jobs.sweep_folder import SweepFolder, scores
+from ray_app.commands.tune.driver import asha_of
+from ray_app.commands.tune.sweep_dir import SweepFolder, scores
+from ray_app.runs.event_log import entries
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
 FIXED = {"strategy": "lowrank", "space": "compressed", "rank": 32, "batch_size": 32}

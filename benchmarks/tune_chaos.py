@@ -25,9 +25,9 @@ import yaml
 from chaos import title
 from provenance import save
 
-from ray_app.jobs.journal import entries
-from ray_app.jobs.sweep_folder import SweepFolder
-from ray_app.store.durable import sha256_file
+from ray_app.commands.tune.sweep_dir import SweepFolder
+from ray_app.runs.event_log import entries
+from ray_app.store.atomic import sha256_file
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
 KINDS = ("trial", "driver", "everything")

@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 from provenance import save
 
-from ray_app.jobs.journal import entries
-from ray_app.jobs.sweep_folder import SweepFolder
+from ray_app.commands.tune.sweep_dir import SweepFolder
+from ray_app.runs.event_log import entries
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
 FIXED = {"strategy": "bottleneck", "hidden_dim": 8, "num_epochs": 1, "batch_size": 8}

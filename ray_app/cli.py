@@ -18,11 +18,11 @@ import tyro
 import yaml
 from rich.console import Console
 
-from ray_app.commands import COMMANDS, Command
+from ray_app.cluster.env_defaults import set_defaults
+from ray_app.command_table import COMMANDS, Command
 from ray_app.config.base import Config
 from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError, RayAppError
-from ray_app.jobs.environment import set_defaults
 
 EVERYWHERE = """\
 Every command also takes
@@ -51,7 +51,7 @@ def run(argv: list[str]) -> int:
         as_json, config_file, rest = take_common(rest)
         settings = parse(name, command, config_file, rest, trailing)
         set_defaults()
-        module = importlib.import_module(f"ray_app.jobs.{command.module}")
+        module = importlib.import_module(f"ray_app.commands.{command.module}")
         if as_json:
             with stdout_to_stderr() as stdout:
                 result = getattr(module, f"run_{command.function}")(settings)
@@ -185,7 +185,7 @@ def resumed_flags(argv: list[str]) -> list[str]:
     value = words[at][2] or " ".join(argv[at + 1 : at + 2]) if at is not None else ""
     if not value:
         return []
-    from ray_app.jobs.run_copy import settings_of_run
+    from ray_app.runs.remote_run import settings_of_run
 
     settings = settings_of_run(value)
     return [word for key, given in settings.items() if given not in (None, []) for word in flag(key, given, value)]

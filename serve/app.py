@@ -14,12 +14,12 @@ from ray.serve.exceptions import RayServeException
 
 from ray_app.config.serve import EndpointConfig
 from ray_app.errors import ConfigError, RayAppError
-from ray_app.store.place import absolute, place
+from ray_app.store.filesystem import absolute, place
 
-from .auth import read_tokens
-from .champion import source_of
 from .deployment import application
-from .model import load_served
+from .http.auth import read_tokens
+from .model.loaded_model import load_served
+from .model.model_source import source_of
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:

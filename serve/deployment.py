@@ -10,14 +10,14 @@ from starlette.types import ASGIApp
 
 from ray_app.config.serve import EndpointConfig
 
-from .api import build_api
-from .edge import Edge
-from .endpoint import Endpoint
-from .error_page import write_page
-from .gate import Gate
-from .stats import Snapshot
-from .tracing import Tracing
-from .v2 import infer
+from .http.asgi import Edge
+from .http.haproxy_error_page import write_page
+from .http.middleware import Gate
+from .http.routes import build_api
+from .http.v2 import infer
+from .observability.stats import Snapshot
+from .observability.tracing import Tracing
+from .replica_state import Endpoint
 
 DEPLOYMENT = "alignment"
 WEIGHTS_A_THREAD = 16_000_000

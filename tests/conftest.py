@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ray_app.jobs.environment import set_defaults
+from ray_app.cluster.env_defaults import set_defaults
 
 if TYPE_CHECKING:
     from dsec_writer import DsecFiles

@@ -25,7 +25,7 @@ Strategy = Literal[
     "token_attention",
     "token_causal",
 ]
-"""Names of the adapters in `ray_app.core.adapter.STRATEGIES`; a test holds the two equal."""
+"""Names of the adapters in `ray_app.core.adapters.registry.STRATEGIES`; a test holds the two equal."""
 
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 """A registered model by alias or by version."""

@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ray_app.core.adapter import Adapter
-from ray_app.core.adapter_subspace import SubspaceAdapter
-from ray_app.core.augment import Augmentation
-from ray_app.core.compressed import MeanProducts, products, similarity
+from ray_app.core.adapters.compressed_space import MeanProducts, products, similarity
+from ray_app.core.adapters.lowrank import SubspaceAdapter
+from ray_app.core.adapters.registry import Adapter
+from ray_app.core.adapters.seeded_noise import BatchNoise
+from ray_app.core.adapters.sequences import next_position_cosine, sequence_cosine, sequence_mse
+from ray_app.core.augmentation import Augmentation
 from ray_app.core.metrics import THETA
-from ray_app.core.noise import BatchNoise
-from ray_app.core.sequences import next_position_cosine, sequence_cosine, sequence_mse
 
 EPSILON = 1e-8
 """Smallest norm that is divided by: an adapter's output may be zero early on."""
@@ -165,7 +165,7 @@ class AlignmentObjective(nn.Module):
 
 
 class CompressedObjective(AlignmentObjective):
-    """The same of pairs in a few numbers (`ray_app.core.compressed`): equal losses, without touching the full width.
+    """The same of pairs in a few numbers (`compressed_space.py`): equal losses, without touching the full width.
 
     Takes event coordinates for features, records for targets, and gives core outputs for aligned features.
     """

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ray_app.errors import ConfigError, InputError
 from ray_app.events.windows import Window, format_duration, windows_between
 from ray_app.sources.base import RawPair, Rejected, SourceTask
-from ray_app.sources.sweep import RecordedEvents, Sketch, Slice, swept
+from ray_app.sources.event_stream import RecordedEvents, Sketch, Slice, swept
 
 SHORTEST_US, LONGEST_US = 50_000, 20_000_000
 """Range of a window's length."""

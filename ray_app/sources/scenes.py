@@ -16,9 +16,9 @@ import numpy as np
 from ray_app.errors import ConfigError
 from ray_app.events.recording import Events
 from ray_app.events.render import event_image
-from ray_app.events.scenes import RENDERER, Scene
 from ray_app.events.simulator import EventSimulator, SimulatedEvents, SimulatorConfig
 from ray_app.events.windows import format_duration
+from ray_app.scenes.scene import RENDERER, Scene
 from ray_app.sources.base import RawPair, SourceTask
 
 SENSOR = SimulatorConfig(

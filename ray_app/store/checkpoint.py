@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ray_app.core.adapter import STRATEGIES, Adapter, AdapterConfig
+from ray_app.core.adapters.registry import STRATEGIES, Adapter, AdapterConfig
 from ray_app.errors import CheckpointError, ConfigError
-from ray_app.store.durable import sha256_bytes, sha256_file, staged_folder
+from ray_app.store.atomic import sha256_bytes, sha256_file, staged_folder
 from ray_app.store.golden import TOLERANCE, answers, assembled, golden_answers, relative_errors
 from ray_app.store.manifest import Features
 

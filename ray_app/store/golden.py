@@ -10,7 +10,7 @@ Shapes: G = golden rows, E = event width, D = target width.
 import torch
 from torch import Tensor
 
-from ray_app.core.adapter import STRATEGIES, Adapter, AdapterConfig
+from ray_app.core.adapters.registry import STRATEGIES, Adapter, AdapterConfig
 from ray_app.store.manifest import FeatureSpec
 
 NUM_ROWS = 2

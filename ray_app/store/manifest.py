@@ -11,8 +11,8 @@ from pydantic import Field, ValidationError
 
 from ray_app.config.base import Config
 from ray_app.errors import StoreError
-from ray_app.store.durable import sha256_bytes
-from ray_app.store.place import Place, Where, place
+from ray_app.store.atomic import sha256_bytes
+from ray_app.store.filesystem import Place, Where, place
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"

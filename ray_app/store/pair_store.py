@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ray_app.errors import StoreError
-from ray_app.store.durable import sha256_bytes
+from ray_app.store.atomic import sha256_bytes
+from ray_app.store.filesystem import Place, Where, place
 from ray_app.store.manifest import (
     MANIFEST,
     QUARANTINE,
@@ -27,7 +28,6 @@ from ray_app.store.manifest import (
     PartRecord,
     content_fingerprint,
 )
-from ray_app.store.place import Place, Where, place
 
 ROW_GROUP = 32
 """Pairs that are compressed together: about 10 MB of pixels, so that a few rows are read cheaply."""

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_app.core.adapter import STRATEGIES, Adapter, AdapterConfig
+from ray_app.core.adapters.registry import STRATEGIES, Adapter, AdapterConfig
 from ray_app.errors import CheckpointError, ConfigError
-from ray_app.store.durable import sha256_file
+from ray_app.store.atomic import sha256_file
 from ray_app.store.manifest import PIXELS, Features, FeatureSpec
 
 CONFIG_CLASSES = ("LightweightAlignmentConfig", "AlignmentConfig")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ray_app.core.drafters import Prompt
+from ray_app.drafters.base import Prompt
 from ray_app.errors import InputError
 
 FIRST_WORD = re.compile(r"\w+")

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from namespaces import Network, available, network, no_discipline
 
-from ray_app.jobs.journal import entries
-from ray_app.store.durable import sha256_file
+from ray_app.runs.event_log import entries
+from ray_app.store.atomic import sha256_file
 from ray_app.store.pair_store import PairStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))

@@ -1,0 +1,225 @@
+"""The Ray cluster of a command: the one it is told of, or one of its own; and whether it is large enough."""
+
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import RayError
+from ray.train import ControllerError, TrainingFailedError
+from ray.util import placement_group, remove_placement_group
+
+from ray_app.cluster.reachability import no_listener
+from ray_app.errors import RayAppError, ResourceError
+
+WAIT_NODES_S = "RAY_APP_WAIT_NODES_S"
+"""Variable of a cluster whose nodes come when they are asked for: how long a command waits for them."""
+NO_ROOM = "Something else may hold the cluster's CPUs (`ray status` tells); wait for it, or ask for less."
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterInfo:
+    """What a cluster has in all."""
+
+    cpus: float
+    """CPUs."""
+    gpus: float
+    """GPUs."""
+    memory_bytes: float
+    """Memory that tasks and workers may claim."""
+    node_cpus: tuple[float, ...]
+    """CPUs of each node: a worker lies on one."""
+    node_memory_bytes: tuple[float, ...] = ()
+    """Memory of each node, in the same order."""
+
+    def room(self, cpus_per_worker: float, data_cpus: float = 0.0) -> int:
+        """How many workers of so many CPUs fit, beside `data_cpus` on the largest node."""
+        *nodes, largest = sorted(self.node_cpus)
+        return sum(int(cpus / cpus_per_worker + 1e-9) for cpus in (*nodes, max(largest - data_cpus, 0.0)))
+
+    def share(self, num_workers: int, data_cpus: float) -> float:
+        """The most CPUs that each of so many workers can have: whole ones where that is one or more."""
+        *nodes, largest = sorted(self.node_cpus)
+        shares = [cpus / k for cpus in (*nodes, largest - data_cpus) for k in range(1, num_workers + 1)]
+        fitting = [share for share in shares if share > 0 and self.room(share, data_cpus) >= num_workers]
+        best = max(fitting, default=0.1)
+        return float(int(best)) if best >= 1 else max(math.floor(best * 100) / 100, 0.01)
+
+
+@contextmanager
+def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[ClusterInfo]:
+    """The connected cluster, else the one at `address` or RAY_ADDRESS, else a new one on this machine.
+
+    `dashboard`: a new one has it. Ray Train asks it whether a run that was broken off is alive; without an answer
+    the CPUs of its workers stay taken.
+
+    Only a connection that was made here is closed at the end. An error of ours that Ray has wrapped on its
+    way from a worker is raised as itself. ResourceError: no cluster at the address, or one of another version.
+    """
+    with user_errors():
+        if ray.is_initialized():
+            yield _info()
+            return
+        for chatty in ("ray.data", "ray.train"):
+            logging.getLogger(chatty).setLevel(logging.ERROR)
+        where = address or os.environ.get("RAY_ADDRESS") or "local"
+        if where not in ("local", "auto") and (reason := no_listener(where)):
+            raise ResourceError(_no_cluster(where, reason))
+        try:
+            ray.init(
+                address=where,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                include_dashboard=dashboard if where == "local" else None,
+            )
+        except (ConnectionError, RayError) as error:
+            raise ResourceError(_no_cluster(where, str(error).splitlines()[0])) from error
+        except RuntimeError as error:
+            if versions := re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error)):  # its own are plain RuntimeErrors
+                raise ResourceError(_other_version(where, *versions)) from error
+            raise
+        try:
+            info = _info()
+            if where == "local":
+                _keep_token_private()
+                print(f"started Ray on this machine: {info.cpus:g} CPUs, {info.gpus:g} GPUs", file=sys.stderr)
+            yield info
+        finally:
+            ray.shutdown()
+
+
+def _no_cluster(where: str, reason: str) -> str:
+    return (
+        f"there is no Ray cluster at '{where}' that lets this user in ({reason}); name another with --address, or "
+        "unset RAY_ADDRESS to start one on this machine (`ray-app doctor` tells more)"
+    )
+
+
+def _other_version(where: str, theirs: tuple[str, str], ours: tuple[str, str]) -> str:
+    return (
+        f"the cluster at {where} runs Ray {theirs[0]} on Python {theirs[1]}, this is Ray {ours[0]} on Python "
+        f"{ours[1]}, and Ray takes no others; run this in the image of its nodes, or by `ray-app submit`"
+    )
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """An error of ours inside an error of Ray's is raised as itself; a cluster without room is a ResourceError."""
+    try:
+        yield
+    except ExecutionTimeoutError as error:
+        raise ResourceError(f"Ray Data's tasks got nowhere for too long. {NO_ROOM}") from error
+    except ControllerError as error:
+        if type(error.controller_failure).__name__ == "WorkerGroupStartupTimeoutError":  # a private class
+            raise ResourceError(f"The training workers could not be started in time. {NO_ROOM}") from error
+        raise
+    except (RayError, TrainingFailedError) as error:
+        if (mendable := find_user_error(error)) is not None:
+            raise mendable from error
+        raise
+
+
+def find_user_error(error: BaseException) -> RayAppError | None:
+    """The error of ours in a chain of causes, or None."""
+    queue: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while queue:
+        this = queue.pop()
+        if isinstance(this, RayAppError):
+            return _bare(this)
+        if this is None or id(this) in seen:
+            continue
+        seen.add(id(this))
+        queue += [this.__cause__, this.__context__, getattr(this, "cause", None)]
+        queue += getattr(this, "worker_failures", {}).values()
+    return None
+
+
+def _bare(error: RayAppError) -> RayAppError:
+    """Ray makes a class of its own out of an error's class and RayTaskError, and Ray Data adds its advice to the
+    text; this is the plain one again."""
+    plain = next(cls for cls in type(error).__mro__ if cls.__module__ == RayAppError.__module__)
+    cause = getattr(error, "cause", None)
+    text = (cause if isinstance(cause, RayAppError) else error).args[0]
+    return plain(text.partition("\nFailed to apply")[0])
+
+
+def grown(info: ClusterInfo, num_workers: int, cpus_per_worker: float, use_gpu: bool) -> ClusterInfo:
+    """The cluster once its autoscaler has brought room for so many workers, or as it is after RAY_APP_WAIT_NODES_S.
+
+    Where that is not set, what is not there is not waited for: most clusters do not grow. The wish for nodes ends
+    with this process, however that ends.
+    """
+    wait_s = float(os.environ.get(WAIT_NODES_S) or 0)
+    if not wait_s or (info.room(cpus_per_worker) >= num_workers and (not use_gpu or info.gpus >= num_workers)):
+        return info
+    bundle = {"CPU": cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+    gpus = f", {num_workers} GPUs" if use_gpu else ""
+    print(
+        f"waiting up to {wait_s:g} s for nodes with {num_workers * cpus_per_worker:g} CPUs{gpus} ({WAIT_NODES_S})",
+        file=sys.stderr,
+        flush=True,
+    )
+    group = placement_group([bundle] * num_workers)
+    try:
+        group.wait(wait_s)
+    finally:
+        remove_placement_group(group)
+    return _info()
+
+
+def require(
+    info: ClusterInfo,
+    *,
+    num_workers: int,
+    cpus_per_worker: float,
+    use_gpu: bool,
+    data_cpus: float,
+    memory_bytes: float,
+) -> None:
+    """ResourceError, in one sentence, where the workers and what feeds them ask for more than there is.
+
+    Without this they would wait in silence: on 2 CPUs two workers of one CPU each leave none to Ray Data.
+    `data_cpus` is what streaming needs beside the workers; `memory_bytes` what all workers hold.
+    """
+    if use_gpu and info.gpus < num_workers:
+        raise ResourceError(
+            f"--use-gpu with --num-workers {num_workers} needs {num_workers} GPUs, the cluster has {info.gpus:g}; "
+            "take fewer workers, or leave --use-gpu out"
+        )
+    if info.room(cpus_per_worker, data_cpus) < num_workers:
+        data = f" and {data_cpus:g} to stream the data" if data_cpus else ""
+        nodes = f" on {len(info.node_cpus)} nodes" if len(info.node_cpus) > 1 else ""
+        asked, share = num_workers * cpus_per_worker + data_cpus, info.share(num_workers, data_cpus)
+        raise ResourceError(
+            f"{num_workers} workers of {cpus_per_worker:g} CPUs{data} need {asked:g} CPUs, the cluster has "
+            f"{info.cpus:g}{nodes}; take fewer --num-workers, or --cpus-per-worker {share:g}"
+            + (", or hold the data in memory with a larger --shard-memory-gib" if data_cpus else "")
+        )
+    if memory_bytes > info.memory_bytes:
+        raise ResourceError(
+            f"training would hold about {memory_bytes / 2**30:.1f} GiB, the cluster has "
+            f"{info.memory_bytes / 2**30:.1f} GiB for it; take a smaller --hidden-dim, another --strategy, or "
+            "fewer --num-workers"
+        )
+
+
+def _info() -> ClusterInfo:
+    total = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, memory = (tuple(node.get(name, 0.0) for node in nodes) for name in ("CPU", "memory"))
+    return ClusterInfo(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0), cpus, memory)
+
+
+def _keep_token_private() -> None:
+    """Ray writes the key to its clusters readable by everyone on the machine."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.is_file() and token.stat().st_uid == os.getuid():
+        token.chmod(0o600)

@@ -1,0 +1,228 @@
+"""Every command: its settings, the functions that run it and print its result, and what the list says of it."""
+
+from dataclasses import dataclass
+
+from ray_app.config import base, prepare, serve, train, tune
+from ray_app.config import evaluate as judge
+from ray_app.config import speculative as draft
+from ray_app.config import submit as jobs
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command: its settings, and the functions that run it and print its result."""
+
+    config: type[base.Config]
+    module: str
+    """Module below `ray_app.commands` with `run_<function>` and `render_<function>`."""
+    function: str
+    usage: str
+    """Shown in the list of commands."""
+    help: str
+    positional: str | None = None
+    """Field that leading words without a dash are for."""
+    failures: str | None = None
+    """Key of the result that counts what is wrong: where it is not 0, the exit code is 1."""
+    trailing: str | None = None
+    """Field for all words after `--`: a command of ours."""
+    exit_code: str | None = None
+    """Key of the result that is the exit code."""
+
+
+COMMANDS: dict[str, Command] = {
+    "quickstart": Command(
+        tune.QuickstartConfig,
+        "quickstart",
+        "quickstart",
+        "quickstart",
+        "everything below, small, on this machine",
+    ),
+    "prepare scenes": Command(
+        prepare.PrepareScenes,
+        "prepare.command",
+        "prepare",
+        "prepare scenes --out STORE",
+        "a pair store of rendered driving scenes",
+    ),
+    "prepare video": Command(
+        prepare.PrepareVideo,
+        "prepare.command",
+        "prepare",
+        "prepare video FILE… --out STORE",
+        "a pair store of real footage with simulated events",
+        "files",
+    ),
+    "prepare eventgpt": Command(
+        prepare.PrepareEventGpt,
+        "prepare.command",
+        "prepare",
+        "prepare eventgpt DIR --out STORE",
+        "a pair store of the reference's dataset folder",
+        "root",
+    ),
+    "prepare dsec": Command(
+        prepare.PrepareDsec,
+        "prepare.command",
+        "prepare",
+        "prepare dsec ROOT --out STORE",
+        "a pair store of DSEC recordings",
+        "root",
+    ),
+    "prepare davis": Command(
+        prepare.PrepareDavis,
+        "prepare.command",
+        "prepare",
+        "prepare davis FILE… --out STORE",
+        "a pair store of DAVIS recordings (.aedat4)",
+        "files",
+    ),
+    "inspect": Command(
+        prepare.InspectConfig,
+        "inspect.command",
+        "inspect",
+        "inspect STORE",
+        "what is in a store: counts, leaks, checksums",
+        "store",
+    ),
+    "train": Command(
+        train.TrainConfig,
+        "train.command",
+        "train",
+        "train --store STORE --out RUN",
+        "train an adapter with Ray Train",
+    ),
+    "tune": Command(
+        tune.TuneConfig,
+        "tune.command",
+        "tune",
+        "tune FILE | --resume SWEEP | --watch SWEEP",
+        "search for the best adapter, train it with several seeds, judge it",
+        "file",
+    ),
+    "sync": Command(
+        tune.SyncConfig,
+        "sync",
+        "sync",
+        "sync RUN…",
+        "bring the tracking server to what runs' journals hold",
+        "runs",
+    ),
+    "evaluate": Command(
+        judge.EvaluateConfig,
+        "evaluate.command",
+        "evaluate",
+        "evaluate --store STORE --checkpoint CKPT --out DIR",
+        "metrics of the test part beside every control, and report.html",
+    ),
+    "compare": Command(
+        judge.CompareConfig,
+        "evaluate.compare",
+        "compare",
+        "compare CKPT… --store STORE --out DIR",
+        "several checkpoints on the same test pairs, with size and latency",
+        "checkpoints",
+    ),
+    "benchmark": Command(
+        judge.BenchmarkConfig,
+        "evaluate.benchmark",
+        "benchmark",
+        "benchmark --store STORE --checkpoint CKPT --out DIR",
+        "the whole store through a checkpoint, with throughput",
+    ),
+    "promote": Command(
+        judge.PromoteConfig,
+        "promote.command",
+        "promote",
+        "promote RUN | --rollback | --list",
+        "register, compare with the champion and the controls, move the alias (back)",
+        "run",
+    ),
+    "capture": Command(
+        draft.CaptureConfig,
+        "capture.command",
+        "capture",
+        "capture CLIPS… --target DIR --drafter DIR --out TRACES",
+        "outputs of live models as traces for replay, with measured times",
+        "clips",
+    ),
+    "serve": Command(
+        serve.ServeConfig,
+        "serve.command",
+        "serve",
+        "serve [--checkpoint CKPT]",
+        "the endpoint on this machine: the champion over HTTP",
+    ),
+    "replay": Command(
+        draft.ReplayConfig,
+        "replay.command",
+        "replay",
+        "replay TRACES…",
+        "will it speed decoding up: token acceptance on recorded outputs",
+        "traces",
+    ),
+    "proxy": Command(
+        draft.ProxyConfig,
+        "correlate.command",
+        "proxy",
+        "proxy TRACES… --adapter CKPT… --out DIR",
+        "what cosine acceptance predicts about token acceptance",
+        "traces",
+    ),
+    "import-checkpoint": Command(
+        tune.ImportCheckpointConfig,
+        "import_checkpoint",
+        "import_checkpoint",
+        "import-checkpoint FILE --out CKPT",
+        "a checkpoint of the reference project as one of ours",
+        "file",
+    ),
+    "submit": Command(
+        jobs.SubmitConfig,
+        "jobs.submit",
+        "submit",
+        "submit [FLAGS] -- COMMAND …",
+        "run a command as a job on a cluster and follow it",
+        trailing="command",
+        exit_code="exit_code",
+    ),
+    "jobs list": Command(
+        jobs.JobsConfig,
+        "jobs.command",
+        "jobs_list",
+        "jobs list",
+        "the jobs of a cluster",
+    ),
+    "jobs logs": Command(
+        jobs.JobLogsConfig,
+        "jobs.command",
+        "jobs_logs",
+        "jobs logs JOB",
+        "follow a job to its end",
+        "job",
+        exit_code="exit_code",
+    ),
+    "jobs fetch": Command(
+        jobs.JobFetchConfig,
+        "jobs.command",
+        "jobs_fetch",
+        "jobs fetch JOB --to DIR",
+        "a job's log and result as files",
+        "job",
+    ),
+    "jobs stop": Command(
+        jobs.JobConfig,
+        "jobs.command",
+        "jobs_stop",
+        "jobs stop JOB",
+        "ask a job to end; training saves first",
+        "job",
+    ),
+    "doctor": Command(
+        jobs.DoctorConfig,
+        "doctor",
+        "doctor",
+        "doctor",
+        "what this machine or cluster lacks",
+        failures="problems",
+    ),
+}

@@ -1,0 +1,1 @@
+"""The commands of `ray-app`: one folder or file each, read from its `command.py` outwards."""

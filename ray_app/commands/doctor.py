@@ -1,0 +1,383 @@
+"""`ray-app doctor`: what this machine or cluster lacks, on one screen. Looks, and changes nothing without --mend.
+
+torch, mlflow and Ray are imported where they are looked at, so that one that is broken does not hide the others.
+"""
+
+import json
+import operator
+import os
+import platform
+import re
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, metadata, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from ray_app.cluster.reachability import CONNECT_S, no_listener
+from ray_app.config.base import TrackingFlags
+from ray_app.config.submit import DoctorConfig
+from ray_app.errors import ConfigError
+
+State = Literal["ok", "info", "warning", "problem"]
+STYLES: dict[State, str] = {"ok": "green", "info": "dim", "warning": "yellow", "problem": "bold red"}
+GIB = 2**30
+PACKAGES = ("ray", "torch", "mlflow", "pyarrow")
+MIN_CPUS = 2
+MIN_MEMORY_GIB = 8
+MIN_SHM_GIB = 2
+MIN_DISK_GIB = 5
+RAY_S = 40.0
+"""For Ray: it tries a refused token for 20 s."""
+COMPARE = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+JOIN_RAY = """
+import json, sys, ray
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+print(json.dumps({"nodes": sum(node["Alive"] for node in ray.nodes()), **ray.cluster_resources()}))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    """What."""
+    state: State
+    """A `problem` makes the exit code 1; `info` is neither good nor bad."""
+    found: str
+    """What is there."""
+    mend: str = ""
+    """What to do about it."""
+
+
+def run_doctor(cfg: DoctorConfig) -> dict[str, Any]:
+    """All checks, in the order of the screen, and how many of them are a problem."""
+    checks = [
+        check_python(platform.python_version()),
+        *(check_package(name) for name in PACKAGES),
+        check_cpus(len(os.sched_getaffinity(0)), os.cpu_count() or 1),
+        check_memory(memory_bytes()),
+        check_shm(Path("/dev/shm")),
+        check_disk(Path.cwd()),
+        check_gpu(),
+        check_tracking(cfg.tracking_uri),
+        check_ray(cfg.address or os.environ.get("RAY_ADDRESS")),
+        check_auth_mode(os.environ.get("RAY_AUTH_MODE")),
+        check_token(token_path(), mend=cfg.mend),
+    ]
+    return {"checks": [asdict(check) for check in checks], "problems": sum(c.state == "problem" for c in checks)}
+
+
+def render_doctor(result: dict[str, Any], console: Console) -> None:
+    """A line for each check, and the mend below what needs one."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for column in ("name", "state"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("found", overflow="fold")
+    for check in result["checks"]:
+        table.add_row(check["name"], f"[{STYLES[check['state']]}]{check['state']}[/]", literal(check["found"]))
+        if check["mend"]:
+            table.add_row("", "", literal(f"→ {check['mend']}"))
+    console.print(table)
+    count = result["problems"]
+    console.print(f"{count} problem{'' if count == 1 else 's'}", style="bold red" if count else "bold green")
+
+
+def literal(text: str) -> str:
+    """A text in which rich finds no markup."""
+    return text.replace("[", "\\[")
+
+
+def check_python(found: str) -> Check:
+    """The interpreter against what the package declares."""
+    try:
+        asked = metadata("ray-app")["Requires-Python"]
+    except PackageNotFoundError:
+        return not_installed("python")
+    if satisfies(found, asked):
+        return Check("python", "ok", found)
+    return Check("python", "problem", f"{found}; ray-app needs {asked}", "run `make setup` with such a Python")
+
+
+def check_package(name: str) -> Check:
+    """An installed package against what the package declares."""
+    try:
+        declared = metadata("ray-app").get_all("Requires-Dist") or []
+    except PackageNotFoundError:
+        return not_installed(name)
+    found_lines = (re.fullmatch(rf"{name}(?:\[[^\]]*\])?\s*([^;]*)", line) for line in declared)
+    asked = next((match[1] for match in found_lines if match), "")
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return Check(name, "problem", f"is not installed; ray-app needs {asked or 'it'}", "run `make setup`")
+    if satisfies(found, asked):
+        return Check(name, "ok", found)
+    return Check(name, "problem", f"{found}; ray-app needs {asked}", "run `make setup`")
+
+
+def satisfies(found: str, asked: str) -> bool:
+    """Whether a version lies in a range such as `>=3.17.2,<3.18`; what follows its numbers (`+cpu`) is ignored."""
+    parts = [re.fullmatch(r"\s*([<>=!]=|[<>])\s*([\d.]+)\s*", part) for part in asked.split(",") if part.strip()]
+    return all(match is not None and COMPARE[match[1]](numbers(found), numbers(match[2])) for match in parts)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The release numbers of a version, without zeros at the end: 3.18.0 is 3.18."""
+    match = re.match(r"\d+(?:\.\d+)*", text)
+    release = [int(number) for number in match[0].split(".")] if match else []
+    while release and release[-1] == 0:
+        release.pop()
+    return tuple(release)
+
+
+def not_installed(name: str) -> Check:
+    return Check(name, "problem", "ray-app itself is not installed, so nothing declares versions", "run `make setup`")
+
+
+def check_cpus(usable: int, present: int) -> Check:
+    """CPUs that this process may use."""
+    found = str(usable) if usable == present else f"{usable} of {present}"
+    if usable < MIN_CPUS:
+        return Check("CPUs", "warning", found, f"with fewer than {MIN_CPUS}, reading and training cannot overlap")
+    return Check("CPUs", "ok", found)
+
+
+def memory_bytes(limits: tuple[Path, ...] = (Path("/sys/fs/cgroup/memory.max"),)) -> int:
+    """The machine's memory, or the container's limit where that is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    texts = [path.read_text().strip() for path in limits if path.is_file()]
+    return min([total, *(int(text) for text in texts if text.isdigit())])
+
+
+def check_memory(total: int) -> Check:
+    """Memory in all."""
+    found = f"{total / GIB:.1f} GiB"
+    if total < MIN_MEMORY_GIB * GIB:
+        mend = f"training at full width is safe from {MIN_MEMORY_GIB} GiB up; below, take a smaller --hidden-dim"
+        return Check("memory", "warning", found, mend)
+    return Check("memory", "ok", found)
+
+
+def check_shm(path: Path) -> Check:
+    """Shared memory, where Ray keeps its objects."""
+    if not path.is_dir():
+        return Check(str(path), "warning", "is not there", "Ray falls back to the disk, which is slow")
+    total = shutil.disk_usage(path).total
+    found = f"{total / GIB:.1f} GiB"
+    if total < MIN_SHM_GIB * GIB:
+        mend = f"Ray's object store wants {MIN_SHM_GIB} GiB; in a container: --shm-size={MIN_SHM_GIB}g"
+        return Check(str(path), "warning", found, mend)
+    return Check(str(path), "ok", found)
+
+
+def check_disk(folder: Path) -> Check:
+    """Free disk where stores and runs are written by default."""
+    free = shutil.disk_usage(folder).free
+    found = f"{free / GIB:.1f} GiB free in {folder}"
+    if free < MIN_DISK_GIB * GIB:
+        mend = f"a run at full width keeps up to {MIN_DISK_GIB} GiB of checkpoints and state; make room"
+        return Check("disk", "warning", found, mend)
+    return Check("disk", "ok", found)
+
+
+def check_gpu() -> Check:
+    """GPUs that torch can use, and NCCL, by which several of them train together."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing
+        return cannot_import("GPU", error)
+    built_for = torch.version.cuda
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi") and built_for is None:
+            mend = "install the CUDA build of the same torch version"
+            return Check(
+                "GPU", "warning", f"a driver is here, but torch {torch.__version__} is built without CUDA", mend
+            )
+        return Check("GPU", "info", "none; everything runs on CPUs")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = f"{len(names)} × {', '.join(sorted(set(names)))}, CUDA {built_for}"
+    if not torch.distributed.is_nccl_available():
+        return Check("GPU", "warning", f"{found}, without NCCL", "several GPUs cannot train together; one can")
+    return Check("GPU", "ok", f"{found}, with NCCL")
+
+
+def check_tracking(uri: str | None) -> Check:
+    """Whether the tracking server or database answers. A database that is not there is not made."""
+    try:
+        from mlflow import MlflowClient
+
+        from ray_app.tracking.mlflow_logger import TRACKING_ERRORS, shown, tracking_uri
+    except ImportError as error:
+        return cannot_import("MLflow", error)
+    try:
+        where = tracking_uri(TrackingFlags(tracking_uri=uri))
+    except ConfigError as error:
+        return Check("MLflow", "problem", str(error))
+    if where.startswith("sqlite:////") and (early := check_sqlite(Path(where.removeprefix("sqlite:///")))):
+        return early
+    try:
+        with short_requests():
+            MlflowClient(where).search_experiments(max_results=1)
+    except TRACKING_ERRORS as error:
+        text = shown(str(error) or type(error).__name__)
+        return check_schema(where, text) or Check(
+            "MLflow",
+            "problem",
+            f"{shown(where)} does not answer: {text.splitlines()[0][:200]}",
+            "start it, or name another with --tracking-uri",
+        )
+    return Check("MLflow", "ok", f"{shown(where)} answers")
+
+
+def check_sqlite(path: Path) -> Check | None:
+    """What keeps MLflow from opening this file, or None. MLflow would put its tables into any database."""
+    if not path.exists():
+        return Check("MLflow", "info", f"{path} is not there yet; it will be made")
+    try:
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
+        try:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        mend = "name another with --tracking-uri sqlite:///FILE.db"
+        return Check("MLflow", "problem", f"{path} cannot be read as a database: {error}", mend)
+    if not tables:
+        return Check("MLflow", "info", f"{path} is empty; MLflow's tables will be made in it")
+    if "alembic_version" not in tables:
+        mend = "name another with --tracking-uri sqlite:///FILE.db"
+        return Check("MLflow", "problem", f"{path} is a database of something else than MLflow", mend)
+    return None
+
+
+def check_schema(uri: str, message: str) -> Check | None:
+    """A database of another MLflow than the one installed, told apart by its schema's name; None for other errors."""
+    match = re.search(r"database schema \(found version (\w+)", message)
+    if match is None:
+        return None
+    from ray_app.tracking.mlflow_logger import shown
+
+    installed = version("mlflow")
+    known = (path.name for path in (files("mlflow.store.db_migrations") / "versions").iterdir())
+    if any(name.startswith(f"{match[1]}_") for name in known):
+        found = f"{shown(uri)} was made by an older MLflow than {installed}"
+        return Check("MLflow", "problem", found, f"copy the database, then: mlflow db upgrade {shown(uri)}")
+    found = f"{shown(uri)} was made by a newer MLflow than {installed} (schema {match[1]} is unknown to it)"
+    return Check("MLflow", "problem", found, "name another database with --tracking-uri")
+
+
+@contextmanager
+def short_requests() -> Iterator[None]:
+    """A tracking server that is silent is given up after a few seconds."""
+    wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{CONNECT_S:.0f}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def check_ray(address: str | None, limit_s: float = RAY_S) -> Check:
+    """Whether the cluster lets this user in. Joins it for a moment; starts and stops none.
+
+    In a process of its own: at an address without Ray, `ray.init` ends the whole process after two minutes.
+    """
+    if not address or address == "local":
+        return Check("Ray", "info", "no address given; a command starts a cluster of its own on this machine")
+    if address.startswith(("http://", "https://")):
+        mend = "give the cluster's own address, host:6379; http:// is for `ray job submit`"
+        return Check("Ray", "problem", f"{address} is the address of a dashboard", mend)
+    if address != "auto" and (reason := no_listener(address)):
+        mend = "start the cluster, name another with --address, or unset RAY_ADDRESS"
+        return Check("Ray", "problem", f"nothing answers at {address}: {reason}", mend)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", JOIN_RAY, address], capture_output=True, text=True, timeout=limit_s, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        said = error.stderr.decode(errors="replace") if error.stderr else ""
+        return refused(address, said) or Check(
+            "Ray", "problem", f"{address} does not answer as Ray within {limit_s:.0f} s", "is it a Ray head's port?"
+        )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return refused(address, done.stderr) or Check(
+            "Ray", "problem", f"{address} cannot be joined: {last[:200]}", "`ray status` on its head tells more"
+        )
+    has = json.loads(done.stdout.strip().splitlines()[-1])
+    found = f"{address}: {has['nodes']} nodes, {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs"
+    return Check("Ray", "ok", found)
+
+
+def refused(address: str, stderr: str) -> Check | None:
+    """What Ray writes when the key is missing or wrong."""
+    if not re.search(r"Unauthenticated|AuthToken|AuthenticationError", stderr):
+        return None
+    mend = "copy ~/.ray/auth_token from its head to this machine (mode 0600), and set RAY_AUTH_MODE=token"
+    return Check("Ray", "problem", f"{address} refuses this user's token", mend)
+
+
+def check_auth_mode(mode: str | None) -> Check:
+    """Whether this user's clusters ask for a key."""
+    name = "RAY_AUTH_MODE"
+    if mode is None:
+        return Check(
+            name, "info", "not set: local clusters ask for the key, `ray start` only where there is one already"
+        )
+    if mode.lower() == "token":
+        return Check(name, "ok", mode)
+    mend = "set RAY_AUTH_MODE=token: without it, whoever reaches a cluster's ports runs code there"
+    return Check(name, "warning", mode, mend)
+
+
+def token_path() -> Path:
+    """The file with the key to this user's clusters."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def check_token(path: Path, *, mend: bool) -> Check:
+    """The key must be its owner's alone; Ray writes it readable by everyone. `mend` sets mode 0600."""
+    name = "Ray token"
+    if not path.is_file():
+        return Check(name, "info", f"{path} is not there; Ray makes it with the first cluster")
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if not mode & 0o077:
+        return Check(name, "ok", f"{path} has mode {mode:04o}")
+    found = f"{path} has mode {mode:04o}: others on this machine can use your clusters"
+    if not mend:
+        return Check(name, "problem", found, f"`ray-app doctor --mend`, or: chmod 600 {path}")
+    try:
+        path.chmod(0o600)
+    except OSError as error:
+        return Check(
+            name, "problem", f"{found}; it cannot be changed: {error.strerror}", f"its owner: chmod 600 {path}"
+        )
+    return Check(name, "ok", f"{path} had mode {mode:04o} and has 0600 now")
+
+
+def cannot_import(name: str, error: BaseException) -> Check:
+    return Check(name, "problem", f"cannot be looked at: {error}", "run `make setup`")

@@ -1,0 +1,1 @@
+"""`ray-app evaluate`, `benchmark` and `compare`."""

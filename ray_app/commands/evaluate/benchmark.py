@@ -1,0 +1,166 @@
+"""`ray-app benchmark`: every pair of a store through a checkpoint, timed; which part was training data is told.
+
+Pairs are judged in runs of at most 1,024 in canonical order, so that memory is bounded whatever the store's size;
+`shuffled` and `previous_window` look no further than their run.
+"""
+
+import sys
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ray_app.cluster.connection import cluster
+from ray_app.commands.evaluate.command import about, as_json, claim_report_folder, settings, suffix
+from ray_app.commands.evaluate.evaluator import WARM_UP, Judge, mean_target, require_device, selected
+from ray_app.commands.evaluate.reference_files import benchmark_adapter_full
+from ray_app.commands.evaluate.report import results_table, standing_notes
+from ray_app.config.evaluate import BenchmarkConfig
+from ray_app.core.evaluation import CONTROLS, AlignmentEvaluation
+from ray_app.core.metrics import THETA, THETAS, AlignmentCounts, rate_key
+from ray_app.store.atomic import write_file
+from ray_app.store.checkpoint import load_checkpoint
+from ray_app.store.pair_store import PairStore
+from ray_app.store.provenance import provenance
+from ray_app.store.split import Rows, Split, split_pairs
+from ray_app.tracking.model_registry import checkpoint_folder
+
+RUN_PAIRS = 1024
+"""Pairs judged at a time: 0.5 GB at 150,528 wide."""
+NUM_SAMPLES = 100
+"""Pairs that are listed one by one, as in the reference."""
+
+
+def run_benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
+    """Judges and times the checkpoint on all pairs. Errors as for `evaluate`."""
+    claim_report_folder(cfg.out)
+    store = PairStore.open(cfg.store, cfg.durations)
+    split = split_pairs(store.index, cfg.split_config)
+    begun = provenance(sys.argv, store.fingerprint, config=settings(cfg))
+    rows = np.arange(len(store.index))
+    runs = np.array_split(rows, -(-len(rows) // RUN_PAIRS))
+    with cluster(cfg.address), checkpoint_folder(cfg.checkpoint, cfg) as folder:
+        require_device(cfg.use_gpu)
+        checkpoint = load_checkpoint(folder)
+        described = about(checkpoint, store, split, cfg.split_config)
+        checkpoint.require(store.manifest.features)
+        means = mean_target(store, split.train)
+        with closing(Judge(checkpoint, store, means, use_gpu=cfg.use_gpu)) as judge:
+            judge.warm_up(cfg.batch_size)
+            evaluated = [
+                judge.evaluate(run, cfg.batch_size, f"pairs, run {number} of {len(runs)}")
+                for number, run in enumerate(runs, 1)
+            ]
+            passes = judge.timing()
+    everything = joined(evaluated)
+    parts = {name: of_part for name, of_part in parts_of(split, rows).items() if len(of_part)}
+    result: dict[str, Any] = {
+        **measured(everything),
+        **described,
+        "checkpoint": cfg.checkpoint,
+        "parts": {
+            name: {"training_data": name in ("train", "val"), **measured(selected(everything, of_part))}
+            for name, of_part in parts.items()
+        },
+        "timing": timing(passes, len(rows), cfg.batch_size),
+        "provenance": {**begun, "checkpoint": checkpoint.provenance},
+    }
+    result["notes"] = [note["text"] for note in standing_notes(result)]
+    samples = zip(store.index.sample_id, everything.controls["before"], everything.after, strict=True)
+    document = benchmark_adapter_full(
+        result, [(str(name), float(a), float(b)) for name, a, b in list(samples)[:NUM_SAMPLES]]
+    )
+    path = cfg.out / f"benchmark_adapter_full_{suffix(store)}.json"
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    write_file(path, as_json(document))
+    return {**result, "files": [str(path)]}
+
+
+def render_benchmark(result: dict[str, Any], console: Console) -> None:
+    """The results table of all pairs, a line for each part, throughput and the file."""
+    console.print(results_table(result, f"all {result['pairs']:,} pairs, training data included"))
+    table = Table(title="by part", title_justify="left")
+    for column in (
+        "part",
+        "training data",
+        "pairs",
+        "mean cos_sim",
+        f"θ {THETA:.2f}",
+        "best control",
+        "lift (points)",
+    ):
+        table.add_column(column, justify="left" if column in ("part", "training data", "best control") else "right")
+    for name, part in result["parts"].items():
+        table.add_row(
+            name,
+            "yes" if part["training_data"] else "no",
+            f"{part['pairs']:,}",
+            f"{part['cos_sim_mean']:.4f}",
+            f"{part['cosine_accept_rate'][rate_key(THETA)]:.1%}",
+            part["best_control"],
+            f"{100 * part['lift']:+.1f}",
+        )
+    console.print(table)
+    time = result["timing"]
+    console.print(
+        f"adapter: {time['samples_per_second']:,.0f} pairs/s, {time['avg_adapter_time_per_batch']:.4f} s for each "
+        f"batch of {time['batch_size']} on {time['device']} (forward pass alone)",
+        highlight=False,
+    )
+    for note in result["notes"]:
+        console.print(f"- {note}", style="dim", markup=False)
+    for path in result["files"]:
+        console.print(path, soft_wrap=True, markup=False)
+
+
+def parts_of(split: Split, rows: Rows) -> dict[str, Rows]:
+    """Rows of each part; `left_out` lie in the gap beside a block."""
+    parts = {"train": split.train, "val": split.val, "test": split.test}
+    return {**parts, "left_out": np.setdiff1d(rows, np.concatenate(list(parts.values())))}
+
+
+def joined(evaluations: list[AlignmentEvaluation]) -> AlignmentEvaluation:
+    """All runs' pairs one after the other. Retrieval and centred means are of a run, and left out."""
+    return replace(
+        evaluations[0],
+        sequences=tuple(name for each in evaluations for name in each.sequences),
+        after=np.concatenate([each.after for each in evaluations]),
+        controls={name: np.concatenate([each.controls[name] for each in evaluations]) for name in CONTROLS},
+        previous_window=np.concatenate([each.previous_window for each in evaluations]),
+        light=tuple(name for each in evaluations for name in each.light),
+        centered={},
+        retrieval={},
+    )
+
+
+def measured(evaluation: AlignmentEvaluation) -> dict[str, Any]:
+    """Means of some pairs for the adapter and every control, and the lift."""
+    previous = evaluation.previous_window[~np.isnan(evaluation.previous_window)]
+    controls = {**evaluation.controls, **({"previous_window": previous} if previous.size else {})}
+    return {
+        **AlignmentCounts.of(evaluation.after).means(),
+        "controls": {name: AlignmentCounts.of(cos).means() for name, cos in controls.items()},
+        "best_control": evaluation.best_control(),
+        "lift": evaluation.lift(),
+        "lift_by_theta": {rate_key(theta): evaluation.lift(theta) for theta in THETAS},
+    }
+
+
+def timing(passes: dict[str, Any], pairs: int, batch_size: int) -> dict[str, Any]:
+    """The reference's keys, and what was measured on what."""
+    seconds = passes["seconds"]
+    return {
+        "avg_adapter_time_per_batch": sum(seconds) / len(seconds),
+        "total_adapter_time": sum(seconds),
+        "samples_per_second": pairs / sum(seconds),
+        "median_adapter_time_per_batch": float(np.median(seconds)),
+        "batches": len(seconds),
+        "batch_size": batch_size,
+        "warm_up_batches": WARM_UP,
+        "device": passes["device"],
+        "threads": passes["threads"],
+        "measured": "forward pass of the adapter alone, while Ray Data reads the next pairs",
+    }

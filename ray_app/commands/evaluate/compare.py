@@ -1,0 +1,294 @@
+"""`ray-app compare`: several checkpoints on the same test pairs, by the one evaluator; JSON and one page."""
+
+import sys
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from ray_app.cluster.connection import cluster
+from ray_app.commands.evaluate.command import about, as_image, as_json, claim_report_folder, judgement
+from ray_app.commands.evaluate.evaluator import Judge, mean_target, require_device
+from ray_app.commands.evaluate.report import outcome, standing_notes, verdict_sentence
+from ray_app.config.base import flat
+from ray_app.config.evaluate import CompareConfig
+from ray_app.core.adapters.registry import num_parameters
+from ray_app.core.evaluation import CONTROLS
+from ray_app.core.metrics import THETA, rate_key
+from ray_app.reports.figures import INK, PALETTE, log_scale, svg
+from ray_app.reports.html import page, picture
+from ray_app.store.atomic import write_file
+from ray_app.store.checkpoint import Checkpoint, load_checkpoint
+from ray_app.store.pair_store import PairStore
+from ray_app.store.provenance import provenance
+from ray_app.store.split import Split, split_pairs
+from ray_app.tracking.model_registry import checkpoint_folder
+
+NUM_PICTURES = 4
+"""Test pairs, of different sequences where there are enough, that are drawn as every adapter aligns them."""
+FILES = ("comparison.json", "comparison.html", ".*")
+KEY, HIGH = rate_key(THETA), "0.90"
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One checkpoint."""
+
+    name: str
+    """What it was given as."""
+    result: dict[str, Any]
+    """Its metrics on the test part, its size and its latency."""
+    aligned_PD: NDArray[np.float32]
+    """Its answers on the pairs that are drawn."""
+
+
+def run_compare(cfg: CompareConfig) -> dict[str, Any]:
+    """Judges them one after the other. StoreError, CheckpointError, RegistryError: as of `evaluate`."""
+    claim_report_folder(cfg.out, FILES)
+    store = PairStore.open(cfg.store, cfg.durations)
+    split = split_pairs(store.index, cfg.split_config)
+    begun = provenance(sys.argv, store.fingerprint, config=flat(cfg))
+    drawn = split.test[pictured(store.index.sequence[split.test])] if images(store) else split.test[:0]
+    event_PE, target_PD = store.read_rows(drawn)
+    judged = []
+    with cluster(cfg.address):
+        require_device(cfg.use_gpu)
+        means = mean_target(store, split.train)
+        for name in cfg.checkpoints:
+            with checkpoint_folder(name, cfg) as folder:
+                checkpoint = load_checkpoint(folder)
+                with closing(Judge(checkpoint, store, means, use_gpu=cfg.use_gpu)) as judge:
+                    judged.append(judge_one(cfg, name, checkpoint, judge, store, split, event_PE))
+    adapters = named(judged)
+    best = max(judged, key=lambda each: each.result["lift"])
+    result = {
+        "verdict": verdict_sentence(best.result).replace("The adapter", label_of(adapters, best), 1),
+        "adapters": {label: each.result for label, each in adapters.items()},
+        "controls": {name: best.result["controls"][name] for name in best.result["controls"] if name != "shuffled"},
+        "provenance": begun,
+    }
+    drawings = pictures(store, drawn, event_PE, target_PD, adapters)
+    files = dict(zip(FILES[:2], (as_json(result), render_html(result, best, drawings).encode()), strict=True))
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    for file, data in files.items():
+        write_file(cfg.out / file, data)
+    return {**result, "files": [str(cfg.out / file) for file in files]}
+
+
+def judge_one(
+    cfg: CompareConfig,
+    name: str,
+    checkpoint: Checkpoint,
+    judge: Judge,
+    store: PairStore,
+    split: Split,
+    event_PE: NDArray[Any],
+) -> Judged:
+    """One checkpoint on the test part."""
+    evaluation = judge.evaluate(split.test, cfg.batch_size, f"test pairs, {checkpoint.config.strategy}")
+    size = {
+        "checkpoint": name,
+        "strategy": checkpoint.config.strategy,
+        "parameters": num_parameters(checkpoint.adapter),
+        "checkpoint_bytes": sum(file.stat().st_size for file in checkpoint.folder.iterdir()),
+        "latency_ms": judge.latency_ms(),
+    }
+    result = {**judgement(evaluation, about(checkpoint, store, split, cfg.split_config)), **size}
+    return Judged(name, result, judge.align(event_PE) if len(event_PE) else np.zeros((0, 1), np.float32))
+
+
+def named(judged: list[Judged]) -> dict[str, Judged]:
+    """By strategy, and by folder too where a strategy comes twice."""
+    twice = Counter(each.result["strategy"] for each in judged)
+    found: dict[str, Judged] = {}
+    for each in judged:
+        strategy = each.result["strategy"]
+        label = strategy if twice[strategy] == 1 else f"{strategy} ({Path(each.name).name})"
+        found[label if label not in found else f"{label} {len(found) + 1}"] = each
+    return found
+
+
+def label_of(adapters: dict[str, Judged], judged: Judged) -> str:
+    """Its name in the table."""
+    return next(label for label, each in adapters.items() if each is judged)
+
+
+def images(store: PairStore) -> bool:
+    """Both features can be drawn."""
+    return all(len(shape) == 3 and shape[0] == 3 for shape in (store.feature(s).shape for s in ("event", "target")))
+
+
+def pictured(sequences: NDArray[np.str_]) -> NDArray[np.int64]:
+    """Places of the pairs that are drawn: the middle one of sequences spread over all."""
+    names = np.unique(sequences)
+    chosen = names[np.linspace(0, len(names) - 1, min(NUM_PICTURES, len(names))).astype(int)]
+    places = [np.flatnonzero(sequences == name) for name in chosen]
+    if len(names) < NUM_PICTURES:  # one drive: spread over its windows
+        return np.linspace(0, len(sequences) - 1, min(NUM_PICTURES, len(sequences))).astype(int)
+    return np.array([of_one[len(of_one) // 2] for of_one in places])
+
+
+def pictures(
+    store: PairStore,
+    rows: NDArray[np.int64],
+    event_PE: NDArray[Any],
+    target_PD: NDArray[Any],
+    adapters: dict[str, Judged],
+) -> list[dict[str, Any]]:
+    """The template's view of each drawn pair: event, target, and what each adapter makes of it."""
+    event, target = store.feature("event"), store.feature("target")
+    drawn = []
+    for n, row in enumerate(rows):
+        where = f"{store.index.sequence[row]} at {store.index.t_start_us[row] / 1e6:.3f} s"
+        sides = {
+            "event image": as_image(event_PE[n] * event.scale, event),
+            "target": as_image(target_PD[n] * target.scale, target),
+        }
+        wanted = target_PD[n] * target.scale
+        for label, each in adapters.items():
+            aligned = each.aligned_PD[n]
+            cos = float(aligned @ wanted / np.linalg.norm(aligned) / np.linalg.norm(wanted))
+            sides[f"{label}: {cos:.3f}"] = as_image(aligned, target)
+        shown = [picture(name, f"{name} of the pair {where}", pixels) for name, pixels in sides.items()]
+        drawn.append({"where": where, "pictures": shown})
+    return drawn
+
+
+def lines(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table: each control, and each adapter from the highest lift on."""
+    found = []
+    for name, control in result["controls"].items():
+        rates = control["cosine_accept_rate"]
+        kind = "control" if name in CONTROLS else "context"
+        cells = [f"{control['cos_sim_mean']:.4f}", f"{100 * rates[KEY]:.1f} %", f"{100 * rates[HIGH]:.1f} %"]
+        found.append({"name": name, "kind": kind, "cells": cells + [""] * (len(HEADS) - 4)})
+    for name, each in ranked(result):
+        rates, retrieval = each["cosine_accept_rate"], each["retrieval"]
+        low, high = (100 * bound for bound in each["interval95"]["lift"])
+        cells = [
+            f"{each['cos_sim_mean']:.4f}",
+            f"{100 * rates[KEY]:.1f} %",
+            f"{100 * rates[HIGH]:.1f} %",
+            f"{100 * each['lift']:+.1f} ({low:+.1f} to {high:+.1f})",
+            f"{each['centered_cos_sim_mean']:.3f}",
+            "/".join(f"{100 * retrieval[f'R@{k}']:.1f}" for k in (1, 5, 10)),
+        ]
+        found.append({"name": name, "kind": "adapter", "cells": cells})
+    return found
+
+
+def costs(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each adapter costs, in the same order."""
+    return [
+        {
+            "name": name,
+            "kind": "",
+            "cells": [
+                f"{each['parameters']:,}",
+                f"{each['checkpoint_bytes'] / 1e6:,.1f} MB",
+                f"{each['latency_ms']:,.2f} ms",
+            ],
+        }
+        for name, each in ranked(result)
+    ]
+
+
+def ranked(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Adapters with their names, from the highest lift on."""
+    return sorted(result["adapters"].items(), key=lambda item: -item[1]["lift"])
+
+
+HEADS = ["what answers", "cos_sim", f"θ {KEY}", f"θ {HIGH}", "lift, 95 % interval", "centred", "R@1/5/10, %"]
+COST_HEADS = ["adapter", "parameters", "checkpoint", "one pair"]
+
+
+def render_html(result: dict[str, Any], best: Judged, drawings: list[dict[str, Any]]) -> str:
+    """The page."""
+    named_rates = [
+        f"{name} {100 * each['cosine_accept_rate'][KEY]:.1f} percent" for name, each in result["adapters"].items()
+    ]
+    return page(
+        "comparison.html.j2",
+        verdict=result["verdict"],
+        outcome=outcome(best.result),
+        notes=standing_notes(best.result),
+        pairs=best.result["pairs"],
+        split=best.result["split"]["label"],
+        heads=HEADS,
+        lines=lines(result),
+        cost_heads=COST_HEADS,
+        costs=costs(result),
+        solved=[name for name, each in ranked(result) if not each["parameters"]],
+        cost_svg=cost_figure(result),
+        cost_alt=f"Acceptance at θ {KEY} against trained parameters and against latency: {', '.join(named_rates)}.",
+        drawings=drawings,
+    )
+
+
+MARKERS = "osD^vP*X<>"
+"""One for each adapter in the picture, beside its colour."""
+
+
+def cost_figure(result: dict[str, Any]) -> str:
+    """Acceptance against parameters and against latency, each adapter a point, the best control a line."""
+    control = max(
+        result["controls"][name]["cosine_accept_rate"][KEY] for name in result["controls"] if name in CONTROLS
+    )
+    adapters = ranked(result)
+    counts = [each["parameters"] for _, each in adapters]
+    latencies = [max(each["latency_ms"], 1e-3) for _, each in adapters]
+    none_trained = min(filter(None, counts), default=10) / 10  # where a solved one stands, on an axis that has no 0
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2, sharey=True)
+        for n, (name, each) in enumerate(adapters):
+            rate, label = each["cosine_accept_rate"][KEY], name if each["parameters"] else f"{name} (none trained)"
+            look: dict[str, Any] = {"color": PALETTE[n % len(PALETTE)], "marker": MARKERS[n % len(MARKERS)], "s": 52}
+            left.scatter(each["parameters"] or none_trained, rate, label=label, **look)
+            right.scatter(latencies[n], rate, **look)
+        for axes, label in ((left, "trained parameters"), (right, "ms for one pair")):
+            axes.axhline(control, color=INK, linewidth=1.0, linestyle="--", label="best control")
+            axes.set(xlabel=label)
+            axes.margins(y=0.15)
+        left.set_ylabel(f"cosine_accept_rate at θ {KEY}")
+        left.yaxis.set_major_formatter(PercentFormatter(1.0))
+        log_scale(left, [parameters or none_trained for parameters in counts])
+        log_scale(right, latencies)
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", frameon=False, ncols=4, handletextpad=0.3)
+
+    return svg("cost", draw)
+
+
+def render_compare(result: dict[str, Any], console: Console) -> None:
+    """Two tables that fit a terminal, the sentence, and what to know beside them."""
+    first = next(iter(result["adapters"].values()))
+    title = f"{first['pairs']:,} test pairs; split: {first['split']['label']}"
+    told = lines(result)
+    console.print(terminal_table(HEADS[:6], [{**line, "cells": line["cells"][:5]} for line in told], title))
+    further = {line["name"]: line["cells"][5:] for line in told}
+    whole = [{**line, "cells": further[line["name"]] + line["cells"]} for line in costs(result)]
+    console.print(terminal_table([COST_HEADS[0], *HEADS[6:], *COST_HEADS[1:]], whole))
+    console.print(result["verdict"], style="bold", highlight=False, markup=False)
+    for note in standing_notes(first):
+        console.print(f"- {note['text']}", style="yellow" if note["warning"] else "dim", markup=False)
+    for path in result["files"]:
+        console.print(path, soft_wrap=True, markup=False)
+
+
+def terminal_table(heads: list[str], told: list[dict[str, Any]], title: str | None = None) -> Table:
+    """Some of the lines, names to the left and numbers to the right."""
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 1))
+    for n, head in enumerate(heads):
+        table.add_column(head, justify="right" if n else "left", no_wrap=True)
+    for line in told:
+        table.add_row(line["name"], *line["cells"], style={"adapter": "bold", "context": "dim"}.get(line["kind"]))
+    return table

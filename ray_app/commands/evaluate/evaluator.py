@@ -1,0 +1,246 @@
+"""The Ray side of the one evaluator: an adapter in an actor, pairs through Ray Data, means by partial sums.
+
+Shapes: B = pairs of a batch, N = pairs judged, E = event width, D = target width.
+"""
+
+import functools
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.data import Dataset
+from rich.console import Console
+from rich.progress import Progress
+
+from ray_app.cluster.connection import NO_ROOM, user_errors
+from ray_app.core.adapters.registry import STRATEGIES, AdapterConfig
+from ray_app.core.evaluation import AlignmentEvaluation, AlignmentEvaluator, TrainingMeans
+from ray_app.core.optimizer_step import decode
+from ray_app.data.pairs_dataset import pairs_dataset, to_arrays
+from ray_app.errors import ResourceError, StoreError
+from ray_app.store.checkpoint import Checkpoint
+from ray_app.store.pair_store import PairStore, previous_window
+from ray_app.store.split import Rows
+
+WARM_UP = 2
+"""Forward passes before timing starts."""
+TIMED = 20
+"""Forward passes of one pair, of which the median is the latency."""
+START_S = 300.0
+"""How long the actor may wait for CPUs or a GPU, in seconds."""
+SUM_ROWS = 256
+"""Pairs that are added up in one Ray Data task."""
+
+
+def require_device(use_gpu: bool) -> None:
+    """ResourceError where a GPU is wanted and the connected cluster has none: the actor would wait for ever."""
+    if use_gpu and not ray.cluster_resources().get("GPU"):
+        raise ResourceError("--use-gpu needs a GPU and this cluster has none; leave the flag out.")
+
+
+def mean_target(store: PairStore, train: Rows) -> torch.Tensor:
+    """Mean training target, shape (D,). StoreError if there is no training pair."""
+    if not len(train):
+        raise StoreError(f"{store.folder} has too few pairs: its train part is empty; prepare more.")
+    return training_means(store, train).mean_target(store.feature("target").scale)
+
+
+def training_means(store: PairStore, rows: Rows) -> TrainingMeans:
+    """Sums of the training targets, added up where they are read. Sums of uint8 are exact: any order will do."""
+    parts = ordered_pairs(store, rows).map_batches(
+        functools.partial(partial_sums, store), batch_size=SUM_ROWS, batch_format="pyarrow"
+    )
+    target = store.feature("target")
+    total = TrainingMeans(0, np.zeros(target.width))
+    for batch in parts.iter_batches(batch_size=None, batch_format="numpy"):
+        for n, pairs in enumerate(batch["pairs"]):
+            tokens_T = np.asarray(batch["tokens"][n], np.int64) if target.token_width else None
+            total += TrainingMeans(int(pairs), np.asarray(batch["target_sum"][n], np.float64), tokens_T)
+    assert total.pairs == len(rows)
+    return total
+
+
+def ordered_pairs(store: PairStore, rows: Rows) -> Dataset:
+    """The pairs in the order of the store's files, and with the store's own errors."""
+    dataset = pairs_dataset(store, rows)
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.raise_original_map_exception = True
+    return dataset
+
+
+def partial_sums(store: PairStore, batch: pa.Table) -> dict[str, NDArray[Any]]:
+    """One row with the sums of a batch."""
+    sums = TrainingMeans.of(to_arrays(batch, store)[2], store.feature("target").token_width)
+    tokens = {} if sums.tokens_T is None else {"tokens": sums.tokens_T[None]}
+    return {"pairs": np.array([sums.pairs]), "target_sum": sums.target_sum_D[None], **tokens}
+
+
+class EvaluationWorker:
+    """An adapter on a device, which pairs are streamed through; each forward pass is timed. Run as a Ray actor."""
+
+    def __init__(self, config: AdapterConfig, weights: dict[str, NDArray[Any]], device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.device = torch.device(device)
+        with torch.device("meta"):
+            adapter = STRATEGIES[config.strategy](config)
+        with warnings.catch_warnings():  # read-only views of the object store: nothing here writes a weight
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+        adapter.load_state_dict(tensors, assign=True)
+        self.adapter = adapter.eval().to(self.device)
+        self.forward_s: list[float] = []
+        self.adapter.register_forward_pre_hook(self._begin)
+        self.adapter.register_forward_hook(self._end)
+
+    def evaluate(
+        self, store: PairStore, rows: Rows, mean_target_D: torch.Tensor, batch_size: int, seed: int
+    ) -> Iterator[int | AlignmentEvaluation]:
+        """The number of pairs done, again and again, and last the evaluation, in the order of `rows`."""
+        evaluator = AlignmentEvaluator(
+            self.adapter,
+            mean_target_D,
+            event_scale=store.feature("event").scale,
+            target_scale=store.feature("target").scale,
+            device=self.device,
+            token_width=store.feature("target").token_width,
+            images=len(store.feature("target").shape) == 3,
+        )
+        seen = [np.zeros(0, np.int64)]
+        done = 0
+        with user_errors():  # here, since a second way through Ray loses the causes of an error
+            for batch in ordered_pairs(store, rows).iter_batches(batch_size=batch_size, batch_format="pyarrow"):
+                position_B, event_BE, target_BD = to_arrays(batch, store)
+                evaluator.add(torch.tensor(event_BE), torch.tensor(target_BD))
+                seen.append(position_B)
+                done += len(position_B)
+                yield done
+        positions = np.concatenate(seen)
+        assert np.array_equal(np.sort(positions), rows)
+        sequences = store.index.sequence[positions].tolist()
+        evaluation = evaluator.result(sequences, previous_window(store.index, positions), seed)
+        yield selected(evaluation, np.argsort(positions))
+
+    def warm_up(self, batch_size: int) -> None:
+        """First passes are slow and are not counted: the timing starts anew after them."""
+        with torch.no_grad():
+            for _ in range(WARM_UP):
+                self.adapter(torch.zeros(batch_size, self.adapter.config.event_dim, device=self.device))
+        self.forward_s.clear()
+
+    def timing(self) -> dict[str, Any]:
+        """Seconds of each forward pass since the warm-up, and with what."""
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        return {"seconds": self.forward_s, "device": device, "threads": torch.get_num_threads()}
+
+    def latency_ms(self, scale: float) -> float:
+        """Median milliseconds of one forward pass of one pair, on one core or the GPU."""
+        threads, spent = torch.get_num_threads(), []
+        torch.set_num_threads(1)
+        event_1E = torch.full((1, self.adapter.config.event_dim), scale, device=self.device)
+        with torch.no_grad():
+            for _ in range(TIMED + WARM_UP):
+                self._synchronize()
+                began = time.perf_counter()
+                self.adapter(event_1E)
+                self._synchronize()
+                spent.append(time.perf_counter() - began)
+        torch.set_num_threads(threads)
+        return 1e3 * float(np.median(spent[WARM_UP:]))
+
+    def _begin(self, *_: Any) -> None:
+        self._synchronize()
+        self.forward_s.append(-time.perf_counter())
+
+    def _end(self, *_: Any) -> None:
+        self._synchronize()
+        self.forward_s[-1] += time.perf_counter()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def align(self, event_BE: NDArray[Any], scale: float) -> NDArray[np.float32]:
+        """Aligned features of some stored event features, shape (B, D)."""
+        with torch.no_grad():
+            return self.adapter(decode(torch.tensor(event_BE), scale, self.device)).float().cpu().numpy()
+
+
+class Judge:
+    """A checkpoint at work on a cluster: start it, evaluate parts of a store, `close` it.
+
+    CPU: the actor takes all CPUs of one node but one, which is left for Ray Data to read with; it computes with
+    as many threads as the node has CPUs. `use_gpu`: one GPU and one CPU. ResourceError if there is no room for it
+    within a few minutes.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, store: PairStore, mean_target_D: torch.Tensor, *, use_gpu: bool
+    ) -> None:
+        checkpoint.require(store.manifest.features)
+        self.store, self.mean_target_D = store, mean_target_D
+        cpus = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        options = {"num_gpus": 1, "num_cpus": 1} if use_gpu else {"num_cpus": max(cpus - 1, 0)}
+        weights = {name: tensor.numpy() for name, tensor in checkpoint.adapter.state_dict().items()}
+        actor: Any = ray.remote(EvaluationWorker).options(**options)
+        device = "cuda" if use_gpu else "cpu"
+        self.worker = actor.remote(checkpoint.config, ray.put(weights), device, max(cpus, 1))
+        ready, _ = ray.wait([self.worker.__ray_ready__.remote()], timeout=START_S)
+        if not ready:
+            self.close()
+            raise ResourceError(f"The evaluator could not be started with {options} within {START_S:g} s. {NO_ROOM}")
+
+    def warm_up(self, batch_size: int) -> None:
+        """Run the adapter a few times and start its timing anew."""
+        ray.get(self.worker.warm_up.remote(batch_size))
+
+    def evaluate(self, rows: Rows, batch_size: int, label: str, seed: int = 0) -> AlignmentEvaluation:
+        """The evaluation of some pairs, in the order of `rows`; progress on standard error."""
+        if not len(rows):
+            raise StoreError(f"{self.store.folder} has too few pairs: there are none to evaluate; change the shares.")
+        stream = self.worker.evaluate.options(num_returns="streaming").remote(
+            self.store, rows, self.mean_target_D, batch_size, seed
+        )
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+            bar = progress.add_task(label, total=len(rows))
+            for item in stream:
+                got = ray.get(item)
+                if isinstance(got, AlignmentEvaluation):
+                    return got
+                progress.update(bar, completed=got)
+        raise AssertionError("the last item of the stream is the evaluation")
+
+    def align(self, event_BE: NDArray[Any]) -> NDArray[np.float32]:
+        """Aligned features of some stored event features, shape (B, D)."""
+        return ray.get(self.worker.align.remote(event_BE, self.store.feature("event").scale))
+
+    def latency_ms(self) -> float:
+        """Median milliseconds of one forward pass of one pair, on one core or the GPU."""
+        return ray.get(self.worker.latency_ms.remote(self.store.feature("event").scale))
+
+    def timing(self) -> dict[str, Any]:
+        """Seconds of each forward pass since the warm-up, and with what."""
+        return ray.get(self.worker.timing.remote())
+
+    def close(self) -> None:
+        """Give the actor's resources back."""
+        ray.kill(self.worker)
+
+
+def selected(evaluation: AlignmentEvaluation, places: NDArray[np.int64]) -> AlignmentEvaluation:
+    """Some of the pairs, or all in another order. `retrieval` and `centered` stay those of all pairs."""
+    return replace(
+        evaluation,
+        sequences=tuple(evaluation.sequences[place] for place in places),
+        after=evaluation.after[places],
+        controls={name: cos[places] for name, cos in evaluation.controls.items()},
+        previous_window=evaluation.previous_window[places],
+        light=tuple(evaluation.light[place] for place in places) if evaluation.light else (),
+    )

@@ -1,0 +1,297 @@
+"""What an evaluation says to people: one plain sentence, one table, and a report that is one HTML file.
+
+The report refers to nothing outside itself: figures are inline SVG, pictures are PNG inside the page.
+Rates are fractions in the result and percent on the page; a lift is given in percentage points.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+from rich.text import Text
+
+from ray_app.core.evaluation import CONTROLS, DARK
+from ray_app.core.metrics import THETA, rate_key
+from ray_app.reports.figures import Cosines, acceptance_figure, histogram_figure
+from ray_app.reports.html import page, picture
+
+KEY = rate_key(THETA)
+TOKEN_NOTE = (
+    "Cosine acceptance is not token acceptance: it says how close features come, not how many drafted tokens "
+    "the target model would keep."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PairPicture:
+    """One test pair as three pictures of shape (H, W, 3) or (H, W), uint8."""
+
+    sequence: str
+    t_start_us: int
+    t_end_us: int
+    before: float
+    """cos_sim of the raw event feature with the target."""
+    after: float
+    """cos_sim of the aligned output with the target."""
+    event: NDArray[np.uint8]
+    aligned: NDArray[np.uint8]
+    target: NDArray[np.uint8]
+
+
+def outcome(result: Mapping[str, Any]) -> str:
+    """`beats`, `unsure` (ahead, but the 95 % interval of the lift reaches 0) or `loses`."""
+    if result["lift"] <= 0:
+        return "loses"
+    return "beats" if result["interval95"]["lift"][0] > 0 else "unsure"
+
+
+def verdict_sentence(result: Mapping[str, Any]) -> str:
+    """Whether the adapter beats the best control, by how much at theta 0.80, and how sure that is."""
+    best = result["best_control"]
+    lift = 100 * result["lift"]
+    low, high = (100 * bound for bound in result["interval95"]["lift"])
+    unit = result["interval95"]["unit"]
+    says = {
+        "beats": f"beats the best control ({best}) by {lift:.1f} percentage points",
+        "unsure": f"beats the best control ({best}) by {lift:.1f} percentage points, but not surely",
+        "loses": f"does not beat the best control ({best}): it is {-lift:.1f} percentage points behind"
+        if lift < 0
+        else f"does not beat the best control ({best}): the two are equal",
+    }[outcome(result)]
+    return (
+        f"The adapter {says} at θ {KEY}: cosine_accept_rate {100 * result['cosine_accept_rate'][KEY]:.1f} % "
+        f"against {100 * result['controls'][best]['cosine_accept_rate'][KEY]:.1f} % "
+        f"(95 % interval of the lift {low:+.1f} to {high:+.1f}, by bootstrap over {unit}s)."
+    )
+
+
+def notes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a reader must know beside the numbers of a test part, warnings first: `text` and `warning`."""
+    ahead = []
+    if result["previous_window_ahead"]:
+        same = result["controls"]["previous_window"]
+        ahead.append(
+            f"previous_window is ahead: the preceding window's target alone is accepted for "
+            f"{100 * same['cosine_accept_rate'][KEY]:.1f} % of the {same['pairs']} pairs that have one, the "
+            f"adapter for {100 * same['adapter_cosine_accept_rate'][KEY]:.1f} % of the same pairs."
+        )
+    return [{"text": text, "warning": True} for text in ahead] + standing_notes(result)
+
+
+def standing_notes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the data and the split mean for every number, warnings first: `text` and `warning`."""
+    split, data = result["split"], result["data"]
+    warnings: list[str] = []
+    context: list[str] = []
+    if split["test_pairs_trained_on"] is None:
+        context.append("What this checkpoint was trained on is not recorded: test pairs may be among it.")
+    elif split["test_pairs_trained_on"]:
+        warnings.append(
+            f"This checkpoint was trained on {split['test_pairs_trained_on']} of the {split['test']} test pairs: "
+            "evaluate it under the split that it was trained with."
+        )
+    if split["test_windows_overlapping_train"] > 0:
+        warnings.append(
+            f"This split leaks: {100 * split['test_windows_overlapping_train']:.0f} % of the test windows overlap "
+            "a training window of the same sequence, so test numbers are too high for new drives."
+        )
+    if split["by"] == "block":
+        context.append("One sequence only: the test part is a contiguous block, apart by a gap of one window.")
+    if data["source"] == "scenes":
+        context.append("The pairs are rendered scenes, not recordings: both sides come from a simulation.")
+    elif data["events"] == "simulated":
+        context.append("The events are simulated from the video; no event camera recorded them.")
+    context.append(TOKEN_NOTE)
+    return [{"text": text, "warning": True} for text in warnings] + [
+        {"text": text, "warning": False} for text in context
+    ]
+
+
+def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Lines of the results table: the four controls, previous_window where it exists, the adapter."""
+    lines = []
+    for name, control in result["controls"].items():
+        label = {"before": "before (raw event)", "previous_window": "previous_window (context)"}.get(name, name)
+        lines.append(row(label, "control" if name in CONTROLS else "context", control))
+    return [*lines, row("adapter", "adapter", result)]
+
+
+def row(name: str, kind: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": kind,
+        "pairs": numbers["pairs"],
+        "mean": numbers["cos_sim_mean"],
+        "std": numbers["cos_sim_std"],
+        "rates": numbers["cosine_accept_rate"],
+    }
+
+
+def results_table(result: Mapping[str, Any], title: str) -> Table:
+    """The table for a terminal: before, every control, after, lift."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("what answers")
+    table.add_column("mean cos_sim", justify="right")
+    thetas = ("0.70", KEY, "0.90", "0.95")
+    for theta in thetas:
+        table.add_column(f"θ {theta}", justify="right")
+    for line in rows(result):
+        rates = [f"{100 * line['rates'][theta]:.1f} %" for theta in thetas]
+        name = line["name"].removesuffix(" (context)")
+        style = {"adapter": "bold", "context": "dim"}.get(line["kind"])
+        table.add_row(name, f"{line['mean']:.4f}", *rates, style=style)
+    table.add_section()
+    lifts = [result["lift_by_theta"][theta] for theta in thetas]
+    table.add_row(
+        "lift (points)",
+        "",
+        *(Text(f"{100 * lift:+.1f}", style="green" if lift > 0 else "red") for lift in lifts),
+    )
+    return table
+
+
+def render_html(
+    result: Mapping[str, Any],
+    cosines: Cosines,
+    best: Sequence[PairPicture] = (),
+    worst: Sequence[PairPicture] = (),
+    proxy: str | None = None,
+) -> str:
+    """The whole report as one HTML page; `proxy` is the address of `ray-app proxy`'s page, seen from this one."""
+    groups = [("Highest cosine after", "best", best), ("Lowest cosine after", "worst", worst)]
+    return page(
+        "report.html.j2",
+        r=result,
+        outcome=outcome(result),
+        proxy=proxy,
+        notes=notes(result),
+        rows=rows(result),
+        thetas=list(result["cosine_accept_rate"]),
+        acceptance_svg=acceptance_figure(cosines),
+        acceptance_alt=acceptance_alt(result),
+        histogram_svg=histogram_figure(cosines["before"], cosines["adapter"]),
+        histogram_alt=histogram_alt(result),
+        groups=[
+            {"title": title, "pairs": [pair_context(pair, f"{word} pair {n}") for n, pair in enumerate(pairs, 1)]}
+            for title, word, pairs in groups
+            if pairs
+        ],
+        parts_of=[group_table(result, key) for key in ("by_light", "by_sequence") if len(result[key]) > 1],
+        measures=list(measures(result)),
+        split=list(split_lines(result)),
+        provenance=list(flattened(result["provenance"])),
+    )
+
+
+def acceptance_alt(result: Mapping[str, Any]) -> str:
+    named = [f"{line['name']} {100 * line['rates'][KEY]:.1f} percent" for line in rows(result)]
+    return f"Curves of cosine_accept_rate against theta. At theta {KEY}: {', '.join(named)}."
+
+
+def histogram_alt(result: Mapping[str, Any]) -> str:
+    before = result["controls"]["before"]
+    return (
+        f"Two histograms of the cosine of each pair. Before: mean {before['cos_sim_mean']:.3f}, standard deviation "
+        f"{before['cos_sim_std']:.3f}. After: mean {result['cos_sim_mean']:.3f}, standard deviation "
+        f"{result['cos_sim_std']:.3f}."
+    )
+
+
+def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and value of what the results table leaves out."""
+    interval = result["interval95"]
+    for name, bounds in interval.items():
+        if isinstance(bounds, list):
+            yield f"95 % interval of {name}", f"{bounds[0]:.4f} to {bounds[1]:.4f}"
+    for theta, (low, high) in interval["lift_by_theta"].items():
+        if theta != KEY:
+            yield f"95 % interval of lift at θ {theta}", f"{low:.4f} to {high:.4f}"
+    yield "bootstrap", f"{interval['resamples']} resamples of whole {interval['unit']}s"
+    yield (
+        "centred cosine",
+        (
+            f"{result['centered_cos_sim_mean']:.4f} (before: {result['centered_cos_sim_mean_before']:.4f}); "
+            "the training mean is taken off both sides"
+        ),
+    )
+    for name, value in result["retrieval"].items():
+        yield f"retrieval {name}", f"{value:.4f}"
+    yield "percentiles after", ", ".join(f"{name} {value:.4f}" for name, value in result["percentiles"].items())
+    yield "lowest and highest cos_sim", f"{result['cos_sim_min']:.4f} and {result['cos_sim_max']:.4f}"
+
+
+def group_table(result: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The template's view of parts of the test pairs: heads, and a line for each."""
+    lines = [
+        {
+            "name": name,
+            "kind": None,
+            "cells": [
+                f"{part['pairs']:,}",
+                f"{part['cos_sim_mean']:.4f}",
+                f"{100 * part[f'cosine_accept_rate_{KEY}']:.1f} %",
+                f"{100 * part['lift']:+.1f}",
+                interval_words(part),
+            ],
+        }
+        for name, part in result[key].items()
+    ]
+    title, head = {"by_light": ("By day and night", "light"), "by_sequence": ("By sequence", "sequence")}[key]
+    caption = f"Lift is over {result['best_control']}, the best control of all test pairs, in percentage points."
+    if key == "by_light":
+        caption += f" Night: a target less than {DARK:g} times as bright as the mean training target."
+    heads = [head, "pairs", "mean cos_sim", f"θ {KEY}", "lift", "95 % interval (bootstrap over)"]
+    return {"title": title, "heads": heads, "lines": lines, "caption": caption}
+
+
+def interval_words(part: Mapping[str, Any]) -> str:
+    """Of the lift of some pairs, and over how many units."""
+    if part["lift_interval95"] is None:
+        return "–"
+    low, high = (100 * bound for bound in part["lift_interval95"])
+    return f"{low:+.1f} to {high:+.1f} ({part['units']} {part['unit']}s)"
+
+
+def split_lines(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Which pairs were judged, and what they are to the training."""
+    split, data = result["split"], result["data"]
+    seen = split["test_pairs_trained_on"]
+    yield "divided by", f"{split['by']} ({split['label']}), seed {split['seed']}"
+    yield "pairs", f"train {split['train']:,}, validation {split['val']:,}, test {split['test']:,}"
+    yield (
+        "test windows that overlap a training window",
+        f"{100 * split['test_windows_overlapping_train']:.1f} %",
+    )
+    yield "test pairs that the checkpoint was trained on", "not recorded" if seen is None else f"{seen:,}"
+    yield "source of the pairs", f"{data['source']}, events {data['events']}"
+    yield "fingerprint of the store", result["fingerprint"]
+    yield "fingerprint of the test pairs", result["test_fingerprint"]
+    yield "SHA-256 of the checkpoint", result["checkpoint_sha256"]
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values as lines of dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{name}", " ".join(map(str, value))
+        else:
+            yield f"{prefix}{name}", "none" if value is None else str(value)
+
+
+def pair_context(pair: PairPicture, what: str) -> dict[str, Any]:
+    """The template's view of one pair."""
+    sides = (("event image", pair.event), ("aligned output", pair.aligned), ("target", pair.target))
+    place = f"{pair.sequence} at {pair.t_start_us / 1e6:.3f} s"
+    return {
+        "sequence": pair.sequence,
+        "t_start_s": pair.t_start_us / 1e6,
+        "t_end_s": pair.t_end_us / 1e6,
+        "before": pair.before,
+        "after": pair.after,
+        "pictures": [picture(name, f"{name} of the {what}, {place}", pixels) for name, pixels in sides],
+    }

@@ -1,0 +1,1 @@
+"""`ray-app submit` and `ray-app jobs`."""

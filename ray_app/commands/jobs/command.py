@@ -1,0 +1,87 @@
+"""`ray-app jobs list | logs | fetch | stop`: the jobs of a cluster."""
+
+import asyncio
+import json
+import sys
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ray_app.cluster.job_client import JobClient, result_in, show_ended
+from ray_app.config.submit import JobConfig, JobFetchConfig, JobLogsConfig, JobsConfig
+from ray_app.store.filesystem import Disk
+
+
+def run_jobs_list(cfg: JobsConfig) -> dict[str, Any]:
+    """All jobs of the cluster, the newest first."""
+    client = JobClient(cfg.address)
+    return {"address": client.address, "jobs": client.jobs()}
+
+
+def render_jobs_list(result: dict[str, Any], console: Console) -> None:
+    """A row for each job."""
+    table = Table("job", "status", "exit code", "started", "seconds", "command", box=None)
+    for job in result["jobs"]:
+        table.add_row(
+            job["job"],
+            job["status"].lower(),
+            "" if job["exit_code"] is None else str(job["exit_code"]),
+            datetime.fromtimestamp(job["started"]).strftime("%Y-%m-%d %H:%M:%S"),
+            "" if job["seconds"] is None else f"{job['seconds']:.0f}",
+            job["entrypoint"].partition("-m ray_app ")[2] or job["entrypoint"],
+        )
+    console.print(table if result["jobs"] else f"{result['address']} has no jobs")
+
+
+def run_jobs_logs(cfg: JobLogsConfig) -> dict[str, Any]:
+    """A job's log, followed to its end, or with --no-follow what there is of it; then how the job stands."""
+    client = JobClient(cfg.address)
+    found = asyncio.run(client.follow(cfg.job)) if cfg.follow else None
+    if not cfg.follow:
+        print(client.logs(cfg.job), end="", file=sys.stderr)
+    return {"job": cfg.job, "result": found, **client.state(cfg.job)}
+
+
+def render_jobs_logs(result: dict[str, Any], console: Console) -> None:
+    """How the job stands."""
+    show_ended(result, console)
+
+
+def run_jobs_fetch(cfg: JobFetchConfig) -> dict[str, Any]:
+    """Writes JOB.log and JOB.json. StoreError: not there."""
+    client = JobClient(cfg.address)
+    log = client.logs(cfg.job)
+    result = {"job": cfg.job, "result": result_in(log), **client.state(cfg.job)}
+    folder = Disk(cfg.to.absolute())
+    folder.make()
+    folder.write(f"{cfg.job}.log", log.encode())
+    folder.write(f"{cfg.job}.json", json.dumps(result, indent=1).encode())
+    return {**result, "files": [folder.below(f"{cfg.job}.{ending}") for ending in ("log", "json")]}
+
+
+def render_jobs_fetch(result: dict[str, Any], console: Console) -> None:
+    """How the job stands, and the files."""
+    show_ended(result, console)
+    console.print(*result["files"], sep="\n", markup=False, highlight=False, soft_wrap=True)
+
+
+def run_jobs_stop(cfg: JobConfig) -> dict[str, Any]:
+    """Asks a job to end. What it has saved is kept."""
+    client = JobClient(cfg.address)
+    asked = client.stop(cfg.job)
+    return {"job": cfg.job, "asked": asked, **client.state(cfg.job)}
+
+
+def render_jobs_stop(result: dict[str, Any], console: Console) -> None:
+    """Whether there was anything to stop."""
+    if result["asked"]:
+        console.print(
+            f"asked {result['job']} to stop; training saves within a step. ray-app jobs logs {result['job']} shows "
+            "the end",
+            highlight=False,
+            soft_wrap=True,
+        )
+    else:
+        show_ended(result, console)

@@ -1,0 +1,129 @@
+"""`ray-app submit -- train …`: one of our commands as a job on a cluster, followed to its end.
+
+What travels is the working directory's own files, a few MiB; data stays where the cluster finds it. The command is
+checked here before anything is sent. Its log is followed across lost connections, and its exit code is ours.
+"""
+
+import asyncio
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ray_app.cluster.job_client import JobClient, show_ended
+from ray_app.cluster.working_dir import files_of
+from ray_app.config.submit import SubmitConfig
+from ray_app.errors import ConfigError, ResourceError
+
+STOP_WAIT_S = 120
+"""From the request to stop to the kill: a training worker saves in between."""
+SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
+
+
+def run_submit(cfg: SubmitConfig) -> dict[str, Any]:
+    """Submits, follows and returns the --json object; `exit_code` is the job's own."""
+    environment = job_environment(cfg)
+    with staged(cfg.working_dir, cfg.max_upload_mib) as (folder, size):
+        client = JobClient(cfg.address)
+        runtime_env: dict[str, Any] = {"working_dir": str(folder), "env_vars": environment}
+        if cfg.requirements:
+            runtime_env["pip"] = requirement_lines(cfg.requirements)
+        job = f"ray-app-{cfg.command[0]}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        began = time.perf_counter()
+        client.submit(job, entrypoint(cfg), runtime_env)
+    print(f"submitted {job} to {client.address} ({size / 1e6:.1f} MB)", file=sys.stderr)
+    result: dict[str, Any] = {
+        "job": job,
+        "address": client.address,
+        "entrypoint": entrypoint(cfg),
+        "uploaded_bytes": size,
+        "status": "SUBMITTED",
+        "exit_code": 0,
+        "result": None,
+    }
+    if cfg.detach:
+        return result
+    try:
+        result["result"] = asyncio.run(client.follow(job))
+    except KeyboardInterrupt:
+        print(
+            f"the job goes on; ray-app jobs logs {job} follows it, ray-app jobs stop {job} ends it", file=sys.stderr
+        )
+        raise
+    return {**result, **client.state(job), "seconds": round(time.perf_counter() - began, 3)}
+
+
+def entrypoint(cfg: SubmitConfig) -> str:
+    """The command line that the cluster's head runs."""
+    return shlex.join((cfg.python, "-m", "ray_app", *cfg.command))
+
+
+def requirement_lines(path: Path) -> list[str]:
+    """The requirements of a file, one a line, comments left out."""
+    try:
+        lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise ConfigError(f"--requirements {path} cannot be read: {error}") from error
+    return [line for line in lines if line]
+
+
+def job_environment(cfg: SubmitConfig) -> dict[str, str]:
+    """Variables by their names, from this process. What looks like a secret is refused: a job's environment can be
+    read by everyone who sees the cluster's dashboard."""
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    for name in cfg.env:
+        value = os.environ.get(name)
+        if any(word in name.upper() for word in SECRET_WORDS) or "@" in (value or "").partition("://")[2]:
+            raise ConfigError(
+                f"--env {name} looks like a secret, and a job's environment is shown on the cluster's dashboard; put "
+                "it into the environment of the cluster's nodes instead (docs/operations.md, 'Secrets')"
+            )
+        if value is None:
+            raise ConfigError(f"--env {name}: there is no such variable here; set it, or leave it out")
+        variables[name] = value
+    return variables
+
+
+@contextmanager
+def staged(folder: Path, max_mib: float) -> Iterator[tuple[Path, int]]:
+    """A copy of the folder's own files, and their bytes. ResourceError where they are more than a few MiB."""
+    files = files_of(folder)
+    sizes = {file: (folder / file).stat().st_size for file in files}
+    total = sum(sizes.values())
+    if total > max_mib * 2**20:
+        largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
+        told = ", ".join(f"{file} ({sizes[file] / 2**20:.1f} MiB)" for file in largest)
+        raise ResourceError(
+            f"--working-dir {folder} holds {total / 2**20:.1f} MiB, the limit is {max_mib:g} MiB; the largest: "
+            f"{told}. Data does not travel with a job: put it where the cluster finds it, and name its folders in "
+            ".gitignore"
+        )
+    if not any(file.parts[0] == "ray_app" for file in files):
+        print(f"{folder} has no ray_app/ of its own: the cluster runs the one that it has installed", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="ray-app-submit-") as temporary:
+        for file in files:
+            target = Path(temporary) / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(folder / file, target)
+        yield Path(temporary), total
+
+
+def render_submit(result: dict[str, Any], console: Console) -> None:
+    """How the job ended, or how to follow it; its log has been printed already."""
+    if result["status"] == "SUBMITTED":
+        console.print(
+            f"follow it:  ray-app jobs logs {result['job']}\nend it:     ray-app jobs stop {result['job']}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    else:
+        show_ended(result, console)

@@ -1,0 +1,68 @@
+"""Progress of a preparation: a bar on a terminal, a line now and then elsewhere, and what the store has to say."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ray_app.commands.prepare.store_builder import BuiltTask
+
+SECONDS_PER_LINE = 30.0
+
+
+class PrepareProgress:
+    """Pairs done, windows/s, events/s and time left, on standard error."""
+
+    def __init__(self, total: int) -> None:
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("prepare"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} pairs"),
+            TextColumn("{task.fields[speed]}"),
+            TextColumn("{task.fields[quarantined]} quarantined"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total, speed="", quarantined=0)
+        self._total, self._done, self._kept, self._quarantined = total, 0, 0, 0
+        self._windows = self._events = 0
+        self._began = self._told_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def add(self, done: BuiltTask, kept: bool, told: str) -> None:
+        """A task is done, or `kept` from an earlier start; `told` is what its worker heard of the store."""
+        pairs = done.num_pairs + len(done.rejected)
+        self._done, self._quarantined = self._done + pairs, self._quarantined + len(done.rejected)
+        if kept:
+            self._kept += pairs
+        else:
+            self._windows, self._events = self._windows + done.windows, self._events + done.events_drawn
+        for sentence in told.splitlines():
+            self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        now = time.monotonic()
+        speed = self._speed(now - self._began)
+        self._bar.update(self._task, completed=self._done, speed=speed, quarantined=self._quarantined)
+        if not self._console.is_terminal and now - self._told_at >= SECONDS_PER_LINE:
+            self._told_at = now
+            left_s = (self._total - self._done) * (now - self._began) / max(self._done - self._kept, 1)
+            self._console.print(
+                f"{self._done:,} of {self._total:,} pairs, {speed}, {left_s:,.0f} s left, "
+                f"{self._quarantined} quarantined",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _speed(self, seconds: float) -> str:
+        seconds = max(seconds, 1e-9)
+        events = f", {self._events / seconds / 1e6:,.1f} million events/s" if self._events else ""
+        return f"{self._windows / seconds:,.2f} windows/s{events}"

@@ -1,0 +1,271 @@
+"""Building a pair store part by part, resumably: what `prepare` does on each worker, and at the end.
+
+While it is built the folder holds `.prepare/`, with the settings and a record for each finished task. A
+second start with the same settings keeps what is finished and goes on.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from ray_app.config.base import Config
+from ray_app.errors import InputError, StoreError
+from ray_app.events.windows import parse_duration
+from ray_app.sources.base import RawPair, Rejected, Source, SourceTask
+from ray_app.sources.images import resized
+from ray_app.store.filesystem import Place, Where, place
+from ray_app.store.manifest import MANIFEST, QUARANTINE, Features, Manifest, PartRecord
+from ray_app.store.pair_store import (
+    FACT_COLUMNS,
+    Pair,
+    publish,
+    read_index,
+    read_part,
+    write_part,
+    write_table,
+)
+
+SCRATCH = ".prepare"
+SETTINGS = "settings.json"
+NAMED_IN_ERROR = 3
+
+
+class QuarantineLine(Config):
+    """One line of quarantine.jsonl: a pair that is not in the store."""
+
+    input: str
+    """File or drive that it should have come from."""
+    position: str
+    """Where in it."""
+    reason: str
+    """What is wrong with it."""
+
+
+class BuiltTask(Config):
+    """What one task left behind; also its record in `.prepare/`."""
+
+    task: str
+    """Name of the task."""
+    part: PartRecord | None
+    """The file, or None where no pair could be built."""
+    rejected: tuple[QuarantineLine, ...]
+    """Pairs that are not in it."""
+    windows: int = 0
+    """Windows of its pairs: one window can give several."""
+    events_covered: int = 0
+    """Events that lie in these windows, as far as the source tells; those that windows share count in each."""
+    events_drawn: int = 0
+    """Events that were read and drawn, likewise."""
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs in the file."""
+        return self.part.pairs if self.part else 0
+
+
+def claim(where: Where, source: Source, tasks: list[SourceTask], features: Features) -> None:
+    """Makes the folder ours. StoreError unless it is new, empty, or a cut-off prepare of these settings."""
+    folder = place(where)
+    names = [task.name for task in tasks]
+    assert names, "a source without tasks raises InputError"
+    assert names == sorted(set(names)), "names of tasks are unique and sorted"
+    assert all(re.fullmatch(r"\w[\w.-]*", name, re.ASCII) for name in names), "names of tasks are file names"
+    settings = {
+        "source": described(source),
+        "features": features.model_dump(mode="json"),
+        "tasks": [[task.name, task.num_pairs, task.spec] for task in tasks],
+    }
+    text = json.dumps(settings, sort_keys=True)
+    try:
+        there = folder.names()
+    except FileNotFoundError:
+        there = set()
+    except NotADirectoryError:
+        there = {""}
+    if MANIFEST in there:
+        raise StoreError(
+            f"{folder} already holds a pair store, complete (`ray-app inspect` tells of it); "
+            "name another folder for --out."
+        )
+    claimed = _read(folder, SETTINGS) if SCRATCH in there else None
+    if claimed is not None:
+        if claimed != text.encode():
+            raise StoreError(
+                f"{folder} holds an interrupted prepare of other settings or inputs; repeat that command to "
+                "finish it, or name another folder for --out."
+            )
+    elif there - {SCRATCH}:
+        raise StoreError(f"{folder} already holds something else; --out must be a new or empty folder.")
+    else:
+        folder.make(SCRATCH)
+        folder.write(f"{SCRATCH}/{SETTINGS}", text.encode())
+
+
+def build_task(source: Source, task: SourceTask, where: Where, features: Features) -> BuiltTask:
+    """Builds one file, and its record after it. A pair that cannot be built costs itself alone."""
+    folder = place(where)
+    lengths_us = {parse_duration(name): name for name in source.durations()}
+    pairs: dict[str, Pair] = {}
+    rejected = []
+    events_in: dict[tuple[str, int, int], int] = {}
+    drawn = 0
+    for item in _all_of(source, task):
+        if isinstance(item, Rejected):
+            rejected.append(QuarantineLine(input=item.input, position=item.position, reason=item.reason))
+            continue
+        pair = Pair(
+            item.sequence,
+            item.t_start_us,
+            item.t_end_us,
+            resized(item.event_HWC, *features.event.shape[1:]).tobytes(),
+            resized(item.target_HWC, *features.target.shape[1:]).tobytes(),
+            **{name: getattr(item, name) for name in FACT_COLUMNS},
+        )
+        if reason := _flaw(pair, lengths_us):
+            rejected.append(_line(pair.sequence, pair.t_start_us, pair.t_end_us, reason))
+        elif pair.sample_id in pairs:
+            rejected.append(_line(pair.sequence, pair.t_start_us, pair.t_end_us, "the same pair once more"))
+        else:
+            pairs[pair.sample_id] = pair
+            events_in[item.sequence, item.t_start_us, item.t_end_us] = item.num_events or 0
+            drawn += item.num_drawn or 0
+    part = write_part(folder, f"{task.name}.parquet", list(pairs.values()), features) if pairs else None
+    done = BuiltTask(
+        task=task.name,
+        part=part,
+        rejected=tuple(rejected),
+        windows=len(events_in),
+        events_covered=sum(events_in.values()),
+        events_drawn=drawn,
+    )
+    _record(folder, done)
+    return done
+
+
+def finished(where: Where, task: SourceTask) -> BuiltTask | None:
+    """What an interrupted prepare left of a task, where its file verifies and no pair of it is missing."""
+    folder = place(where)
+    record = _read(folder, f"{task.name}.json")
+    try:
+        done = BuiltTask.model_validate_json(record or b"")
+        if done.part is None or done.rejected or folder.sha256(done.part.name) != done.part.sha256:
+            return None
+    except (FileNotFoundError, ValueError):  # ValueError: not such a record
+        return None
+    return done
+
+
+def finish(
+    where: Where, source: Source, built: list[BuiltTask], features: Features, max_quarantined: float
+) -> Manifest:
+    """Sets pairs aside that an earlier file holds too, then publishes the store.
+
+    StoreError where more than the share `max_quarantined` of all pairs could not be built; everything stays.
+    """
+    folder = place(where)
+    built = _without_duplicates(folder, built)
+    lines = [line for done in built for line in done.rejected]
+    quarantine = "".join(json.dumps(line.model_dump(), ensure_ascii=False) + "\n" for line in lines).encode()
+    pairs = sum(done.num_pairs for done in built)
+    total = pairs + len(lines)
+    if len(lines) > max_quarantined * total or not pairs:
+        folder.write(QUARANTINE, quarantine)
+        first = "; ".join(f"{line.input}, {line.position}: {line.reason}" for line in lines[:NAMED_IN_ERROR])
+        raise StoreError(
+            f"{len(lines)} of {total} pairs could not be built ({len(lines) / max(total, 1):.1%}; "
+            f"--max-quarantined allows {max_quarantined:.1%}). The first: {first}. All are in "
+            f"{folder.file(QUARANTINE)}. What was built stays: mend the input or allow more, and start again."
+        )
+    manifest = publish(
+        folder,
+        [done.part for done in built if done.part],
+        features=features,
+        durations={name: parse_duration(name) for name in source.durations()},
+        source=described(source),
+        quarantine=quarantine,
+    )
+    folder.delete(SCRATCH)
+    return manifest
+
+
+def described(source: Source) -> dict[str, Any]:
+    """Kind and settings of a source, for the manifest."""
+    return {"name": source.name, **source.describe()}
+
+
+def _all_of(source: Source, task: SourceTask) -> Iterator[RawPair | Rejected]:
+    """The task's pairs; where its input breaks off, each pair that is missing as Rejected."""
+    seen = 0
+    try:
+        for item in source.pairs(task):
+            seen += 1
+            yield item
+    except (InputError, OSError) as error:
+        for i in range(seen, task.num_pairs):
+            yield Rejected(task.name, f"pair {i} of {task.num_pairs}", str(error))
+
+
+def _flaw(pair: Pair, lengths_us: dict[int, str]) -> str:
+    """Why a pair cannot be stored, or nothing."""
+    length_us = pair.t_end_us - pair.t_start_us
+    if length_us not in lengths_us:
+        return f"the window is {length_us} µs long, not {' or '.join(lengths_us.values())}"
+    for side in ("event", "target"):
+        if not any(getattr(pair, side)):
+            return f"the {side} picture is black throughout, and a zero vector has no cosine"
+    return ""
+
+
+def _line(sequence: str, t_start_us: int, t_end_us: int, reason: str) -> QuarantineLine:
+    return QuarantineLine(input=sequence, position=f"window [{t_start_us}, {t_end_us})", reason=reason)
+
+
+def _record(folder: Place, done: BuiltTask) -> None:
+    folder.write(f"{SCRATCH}/{done.task}.json", done.model_dump_json().encode())
+
+
+def _read(folder: Place, name: str) -> bytes | None:
+    """A file of the scratch folder, or None."""
+    try:
+        return folder.read(f"{SCRATCH}/{name}")
+    except FileNotFoundError:
+        return None
+
+
+def _without_duplicates(folder: Place, built: list[BuiltTask]) -> list[BuiltTask]:
+    """Rewrites files that hold a pair of an earlier one."""
+    seen: dict[str, str] = {}
+    result = []
+    for done in built:
+        if done.part:
+            index = read_index(folder, done.part).to_pylist()
+            twice = [row["sample_id"] in seen for row in index]
+            if any(twice):
+                done = _without_rows(folder, done, twice, [seen.get(row["sample_id"], "") for row in index])
+            seen |= {row["sample_id"]: done.task for row in index if row["sample_id"] not in seen}
+        result.append(done)
+    return result
+
+
+def _without_rows(folder: Place, done: BuiltTask, twice: list[bool], holder: list[str]) -> BuiltTask:
+    assert done.part
+    table = read_part(folder, done.part)
+    rows = table.select(["sequence", "t_start_us", "t_end_us"]).to_pylist()
+    lines = [
+        _line(row["sequence"], row["t_start_us"], row["t_end_us"], f"the same pair as in {where}")
+        for row, where in zip(rows, holder, strict=True)
+        if where
+    ]
+    kept = table.filter(pa.array([not t for t in twice]))
+    folder.delete(f"{SCRATCH}/{done.task}.json")  # until both files are new, the task counts as unfinished
+    if kept.num_rows:
+        part = write_table(folder, done.part.name, kept)
+    else:
+        folder.delete(done.part.name)
+        part = None
+    done = done.model_copy(update={"part": part, "rejected": (*done.rejected, *lines)})
+    _record(folder, done)
+    return done

@@ -1,0 +1,80 @@
+"""The whole loop, small, on this machine: scenes, training, evaluation, promotion."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ray_app.cluster.connection import cluster
+from ray_app.commands.evaluate.command import render_evaluate, run_evaluate
+from ray_app.commands.inspect.command import run_inspect
+from ray_app.commands.prepare.command import run_prepare
+from ray_app.commands.promote.command import render_outcome, run_promote
+from ray_app.commands.train.command import run_train
+from ray_app.config.evaluate import EvaluateConfig, PromoteConfig
+from ray_app.config.prepare import InspectConfig, PrepareScenes
+from ray_app.config.train import TrainConfig
+from ray_app.config.tune import QuickstartConfig
+from ray_app.store.manifest import MANIFEST
+
+RECIPE: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.05, "schedule": "cosine", "flip": 0.5}
+"""How `conv` is trained: chosen on validation parts of rendered scenes."""
+
+
+def run_quickstart(cfg: QuickstartConfig) -> dict[str, Any]:
+    """Prepare (or go on with) a store, train a new run on it, judge it, and promote it.
+
+    The store is named after its settings and used again by the next quickstart; every quickstart trains
+    a run of its own, and none is deleted.
+    """
+    store = cfg.out / f"scenes-{cfg.num_pairs}x{cfg.num_sequences}-seed{cfg.seed}"
+    run = next_run(cfg.out)
+    tracking = cfg.model_dump(include={"tracking_uri", "experiment", "model_name"})
+    log = Console(stderr=True)
+    with cluster(None):
+        log.rule("1/4 prepare: rendered driving scenes, simulated events")
+        if (store / MANIFEST).is_file():
+            prepared = run_inspect(InspectConfig(store=store))
+        else:
+            scenes = {"num_pairs": cfg.num_pairs, "num_sequences": cfg.num_sequences, "seed": cfg.seed}
+            prepared = run_prepare(PrepareScenes(out=store, **scenes))
+        log.rule("2/4 train")
+        trained = run_train(
+            TrainConfig(
+                store=store,
+                out=run,
+                strategy=cfg.strategy,
+                num_epochs=cfg.num_epochs,
+                hidden_dim=cfg.hidden_dim,
+                early_stop_patience=cfg.num_epochs,
+                **(RECIPE if cfg.strategy == "conv" else {}),
+                seed=cfg.seed,
+                **tracking,
+            )
+        )
+        log.rule("3/4 evaluate: the test part, beside every control")
+        evaluated = run_evaluate(
+            EvaluateConfig(
+                store=store,
+                checkpoint=trained["checkpoint"],
+                out=run.with_name(f"{run.name}-report"),
+                **tracking,
+            )
+        )
+        log.rule("4/4 promote")
+        promoted = run_promote(PromoteConfig(run=str(run), store=store, **tracking))
+    return {"prepare": prepared, "train": trained, "evaluate": evaluated, "promote": promoted}
+
+
+def next_run(folder: Path) -> Path:
+    """The first of run-1, run-2, … that does not exist yet."""
+    number = 1
+    while (folder / f"run-{number}").exists():
+        number += 1
+    return folder / f"run-{number}"
+
+
+def render_quickstart(result: dict[str, Any], console: Console) -> None:
+    """The table of the test part, the report's path, the champion, and where to go from here."""
+    render_evaluate(result["evaluate"], console)
+    render_outcome(result["promote"], console)

@@ -1,0 +1,246 @@
+"""`ray-app serve`: the endpoint on this machine, with a Ray of its own, until Ctrl-C or SIGTERM.
+
+The endpoint itself is `serve/` beside the package, the same that runs on a cluster; this file starts it, says where
+it is, and ends it without losing a request.
+"""
+
+import hashlib
+import importlib
+import logging
+import os
+import random
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ray_app.commands.serve.haproxy_watchdog import watched
+from ray_app.config.base import TrackingFlags
+from ray_app.config.serve import ServeConfig
+from ray_app.errors import ConfigError, ResourceError
+from ray_app.store.filesystem import absolute
+from ray_app.tracking.mlflow_logger import tracking_uri
+from ray_app.tracking.model_registry import best_of_run
+
+ROOT = Path(__file__).resolve().parents[3]
+APP = "alignment"
+"""Name of the Serve application."""
+PORTS = 40
+"""A range for one endpoint: its replicas, those that ended a moment ago included, and HAProxy's own two."""
+KEEP_ALIVE_S = 75
+"""How long a connection may be silent."""
+BUFFER = 256 * 1024
+"""Bytes of a request that HAProxy passes on at once and can send to another replica; a pair of images has 150 KB."""
+DRAIN_S = "1"
+"""How long a replica that ends still takes requests: HAProxy on this machine hears of it at once."""
+
+
+def run_serve(cfg: ServeConfig) -> dict[str, Any]:
+    """Serves until it is asked to end; or makes a token. ConfigError, CheckpointError, RegistryError: it cannot."""
+    if cfg.new_token:
+        assert cfg.tokens is not None
+        return new_token(cfg.new_token, cfg.scopes, cfg.tokens)
+    if not (ROOT / "serve" / "app.py").is_file():
+        raise ConfigError(
+            f"serve/ is not in {ROOT}: the endpoint is not part of the installed package; run this in a checkout."
+        )
+    require_free(cfg.host, cfg.port)
+    stop = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="ray-app-serve-") as scratch:
+        haproxy = uses_haproxy(cfg)
+        os.environ.update(environment(Path(scratch), haproxy, cfg.host))
+        sys.path.insert(0, str(ROOT))
+        import ray
+
+        local_app = importlib.import_module("serve.app").local_app
+        app = local_app(resolved(cfg))
+        with watched(Path(scratch)):
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1" if cfg.loopback else None,
+            )
+            for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which puts its own in their place
+                signal.signal(number, lambda *_: stop.set())
+            try:
+                return serve_until(cfg, app, stop, haproxy)
+            finally:
+                ray.shutdown()
+
+
+def serve_until(cfg: ServeConfig, app: Any, stop: threading.Event, haproxy: bool) -> dict[str, Any]:
+    """Starts, says the address, waits, drains."""
+    from ray import serve
+
+    options: dict[str, Any] = {"host": cfg.host, "port": cfg.port, "keep_alive_timeout_s": KEEP_ALIVE_S}
+    if cfg.tls_cert and cfg.tls_key:
+        options |= {"ssl_certfile": str(cfg.tls_cert), "ssl_keyfile": str(cfg.tls_key)}
+    serve.start(proxy_location="HeadOnly", http_options=options, logging_config={"enable_access_log": False})
+    serve.run(app, name=APP, route_prefix="/")
+    address = f"{'https' if cfg.tls_cert else 'http'}://{cfg.host}:{cfg.port}"
+    proxy = "HAProxy" if haproxy else "Ray's Python proxy"
+    token = f"tokens of {cfg.tokens}" if cfg.tokens else "no token needed"
+    print(f"serving {cfg.checkpoint} at {address} ({proxy}; {token}; Ctrl-C ends it)", file=sys.stderr, flush=True)
+    while not stop.wait(1.0):
+        pass
+    print("ending: what is under way is answered first", file=sys.stderr, flush=True)
+    if not drained():
+        print("Ray was told to end as well, and was gone first: requests may be lost", file=sys.stderr, flush=True)
+    return {"address": address, "ended": True}
+
+
+def drained() -> bool:
+    """Ends the app in order. False: a signal to the whole process group took Ray's head (GCS) with it meanwhile.
+
+    Ray's own calls would wait a minute for it, and then abort this process.
+    """
+    import ray
+    from ray import serve
+
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+
+    failed: list[Exception] = []
+
+    def end() -> None:
+        try:
+            serve.delete(APP)
+            serve.shutdown()
+        except Exception as error:
+            failed.append(error)
+
+    ending = threading.Thread(target=end, daemon=True)
+    ending.start()
+    while ending.is_alive():
+        ending.join(0.5)
+        try:
+            socket.create_connection((host, int(port)), 5.0).close()
+        except OSError:
+            return False
+    if failed:
+        raise failed[0]
+    return True
+
+
+def render_serve(result: dict[str, Any], console: Console) -> None:
+    """That it has ended; or the new token, once."""
+    if "secret" in result:
+        console.print(f"token '{result['name']}' ({', '.join(result['scopes'])}) in {result['file']}", markup=False)
+        console.print(f"{result['secret']}", markup=False, highlight=False, soft_wrap=True)
+        console.print("It is not kept and not shown again; send it as `Authorization: Bearer …`.", markup=False)
+    else:
+        console.print(f"ended: {result['address']}", markup=False)
+
+
+def new_token(name: str, scopes: tuple[str, ...], file: Path) -> dict[str, Any]:
+    """Adds a token to the file, of which it keeps a digest. ConfigError: the name is taken, or no name."""
+    line = f"{name}:{','.join(scopes)}:"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    if any(other.partition(":")[0] == name for other in lines):
+        raise ConfigError(f"{file} has a token '{name}' already; take another name, or delete its line first.")
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii():
+        raise ConfigError(f"--new-token '{name}' is no name; letters, digits, dots, dashes and underscores make one.")
+    secret = secrets.token_urlsafe(32)
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(handle, "a") as out:
+        out.write(f"{line}{digest}\n")
+    return {"name": name, "scopes": list(scopes), "file": str(file), "secret": secret}
+
+
+def resolved(cfg: ServeConfig) -> ServeConfig:
+    """The same with what replicas cannot know: absolute paths, a run's best checkpoint, a share of the CPUs."""
+    update: dict[str, Any] = {}
+    if cfg.checkpoint.startswith("models:"):
+        update["tracking_uri"] = tracking_uri(TrackingFlags(tracking_uri=cfg.tracking_uri))
+    else:
+        update["checkpoint"] = absolute(best_of_run(cfg.checkpoint))
+    if not cfg.cpus_per_replica:
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = cpus / cfg.num_replicas
+        update["cpus_per_replica"] = float(int(share)) if share >= 1 else round(share - 0.005, 2)
+    for name in ("tokens", "traces"):
+        if (path := getattr(cfg, name)) is not None:
+            update[name] = path.absolute()
+    return cfg.model_copy(update=update)
+
+
+def uses_haproxy(cfg: ServeConfig) -> bool:
+    """HAProxy on Linux; it cannot end TLS here, so where TLS is asked for Ray's Python proxy does."""
+    if cfg.proxy == "auto":
+        if cfg.tls_cert:
+            print("TLS: Ray's Python proxy answers, about 7 times slower than HAProxy", file=sys.stderr)
+        return sys.platform == "linux" and not cfg.tls_cert
+    return cfg.proxy == "haproxy"
+
+
+def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[str, str]:
+    """What Ray Serve reads when it is imported, here and in every process of this cluster.
+
+    HAProxy's files and ports and the replicas' ports are its own: two endpoints on one machine that share a range
+    answer for each other.
+    """
+    values = {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # the line above makes it 1,000, written in one pause of 20 ms
+        # Threads of a forward pass that wait for one another let go of the core: where something else needs it too, a
+        # pass of two that spin took 12 times as long.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "RAY_worker_niceness": "0",  # Ray's 15 lets HAProxy and every other program go before the replicas
+        "MALLOC_ARENA_MAX": "2",  # glibc keeps an arena for each thread, and what is freed there stays there
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DRAIN_S,
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.http.middleware:middlewares",
+    }
+    if haproxy:
+        names = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "METRICS_SOCKET_PATH": "metrics.sock"}
+        names |= {"SERVER_STATE_BASE": "", "SERVER_STATE_FILE": "server-state"}
+        values |= {f"RAY_SERVE_HAPROXY_{name}": str(scratch / file) for name, file in names.items()}
+        first = free_block(host)
+        values |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + PORTS - 3),
+            # Not of those that any connection may take meanwhile.
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(first + PORTS - 2),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(first + PORTS - 1),
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(KEEP_ALIVE_S),  # an hour by default, for half a header too
+            # Where a replica dies over a request another is asked: an answer is a function of its request.
+            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+            "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER),
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # Ray reads a line for each request; /metrics counts them too
+        }
+    else:
+        values["RAY_SERVE_ENABLE_DIRECT_INGRESS"] = "0"
+        values["RAY_SERVE_ENABLE_HA_PROXY"] = "0"
+    return values
+
+
+def require_free(host: str, port: int) -> None:
+    """ResourceError if something listens there already: Ray would only say so in a log."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ResourceError(f"{host}:{port} cannot be used: {error.strerror}; try another --port.") from error
+
+
+def free_block(host: str) -> int:
+    """The first of `PORTS` ports in a row that nobody listens on, between those of Ray's workers and of clients."""
+    for first in random.SystemRandom().sample(range(20_000, 32_000, PORTS), 100):
+        try:
+            for port in range(first, first + PORTS):
+                require_free(host, port)
+        except ResourceError:
+            continue
+        return first
+    raise ResourceError(f"there are no {PORTS} ports in a row between 20000 and 32000; end what listens there.")

@@ -1,0 +1,264 @@
+"""What the training part gives before the first step, computed once and kept in RUN/start.
+
+Through Ray Data batches and their order are the store's, whatever the number of workers.
+
+Shapes: B = pairs of a batch, E, D = widths of event and target, R = rank, V = pairs of the validation part.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.data import Dataset
+
+from ray_app.config.train import TrainConfig
+from ray_app.core.adapters.base import Needs, Start
+from ray_app.core.adapters.compressed_space import compress
+from ray_app.core.adapters.initialization import Part, Sums, find_start, solve_ridge
+from ray_app.core.adapters.registry import STRATEGIES
+from ray_app.core.optimizer_step import decode
+from ray_app.data.pair_tensors import Held
+from ray_app.data.pairs_dataset import hold, to_arrays
+from ray_app.errors import ConfigError
+from ray_app.store.checkpoint import load_training_state, save_training_state
+from ray_app.store.pair_store import PairStore
+from ray_app.store.split import Split, split_pairs
+
+START = "start"
+BATCH = 128
+"""Pairs whose sums are taken in one task: 154 MB of float32 a side at 150,528 wide."""
+CPU = torch.device("cpu")
+
+
+def needs(cfg: TrainConfig) -> Needs:
+    """How much of a start a run needs. ConfigError: a spectral start of a strategy that has no layers for it."""
+    strategy = STRATEGIES[cfg.strategy]
+    if cfg.init == "spectral" and strategy.NEEDS != "subspaces":
+        if strategy.SPECTRAL == "nothing":
+            can = [name for name, each in STRATEGIES.items() if "subspaces" in (each.SPECTRAL, each.NEEDS)]
+            raise ConfigError(
+                f"--init spectral sets full-width layers, and {cfg.strategy} has none to set; leave it out, or use "
+                f"one of: {', '.join(can)}"
+            )
+        return strategy.SPECTRAL
+    return "means" if strategy.NEEDS == "nothing" and cfg.centred_weight else strategy.NEEDS
+
+
+def given(cfg: TrainConfig) -> Path | None:
+    """The start of another run, if it is of use: not to a last run, whose validation part trains too."""
+    return cfg.start if cfg.fit_on == "train" else None
+
+
+def folder_of(cfg: TrainConfig) -> Path:
+    """Where a run's start lies."""
+    return given(cfg) or cfg.folder / START
+
+
+def load_start(cfg: TrainConfig, store: PairStore) -> Start:
+    """Verified. CheckpointError: damaged. ConfigError: of other pairs, or of less than this run needs."""
+    folder = folder_of(cfg)
+    start, about = load_training_state(folder)
+    if {key: about.get(key) for key in origin(cfg, store)} != origin(cfg, store):
+        raise ConfigError(f"--start {folder} was computed from other training pairs than this run's; leave it out")
+    if needs(cfg) != "subspaces":
+        return start
+    found = start["event_basis"].shape[1] if "event_basis" in start else 0
+    if found < cfg.rank:
+        raise ConfigError(
+            f"--start {folder} holds subspaces of rank {found}, --rank is {cfg.rank}; leave --start out"
+        )
+    if cfg.space == "compressed" and "train_records" not in start:
+        raise ConfigError(
+            f"--start {folder} holds no compressed pairs; leave it out, or compute it with --space compressed"
+        )
+    return cut(start, cfg.rank)
+
+
+def origin(cfg: TrainConfig, store: PairStore) -> dict[str, Any]:
+    """What a start is computed from."""
+    split = {name: getattr(cfg, name) for name in ("split", "split_seed", "test_share", "val_share", "fit_on")}
+    return {"store": store.fingerprint, "durations": list(cfg.durations), **split}
+
+
+def cut(start: Start, rank: int) -> Start:
+    """The first directions of subspaces of this rank or a higher one, and what is recorded in them."""
+    found = start["event_basis"].shape[1]
+    if rank == found:
+        return start
+    first = {
+        key: value[..., :rank].contiguous()
+        for key, value in start.items()
+        if key.endswith(("_basis", "_scale", "_coordinates"))
+    }
+    records = {
+        key: torch.cat([value[:, :rank], value[:, found : found + rank], value[:, 2 * found :]], dim=1)
+        for key, value in start.items()
+        if key.endswith("_records")
+    }
+    return {**start, **first, **records}
+
+
+class TrainingPairs(Protocol):
+    """Where a start finds the pairs of a run."""
+
+    def passes(self, part: Part) -> Sums:
+        """Once over the training part."""
+
+    def held(self, part: str) -> Held:
+        """All pairs of `train` or `val` in memory."""
+
+    def recorded(self, part: str, start: Start) -> tuple[torch.Tensor, torch.Tensor]:
+        """`compress` of all pairs of `train` or `val`, in the order of the part."""
+
+
+def make_start(cfg: TrainConfig, store: PairStore, split: Split, pairs: TrainingPairs) -> None:
+    """Computes what the run needs, unless it lies there already or is given."""
+    level, folder = needs(cfg), folder_of(cfg)
+    if level == "nothing" or given(cfg) or folder.exists():
+        return
+    began = time.perf_counter()
+    tokens = store.feature("target").token_width
+    start = find_start(pairs.passes, level, cfg.rank, len(split.train), cfg.seed, tokens)
+    chosen: dict[str, Any] = {}
+    if level == "pairs":
+        start, cosines = solved(cfg, store, split, pairs, start)
+        chosen = {"mean_cosine_on_validation": {f"{relative:g}": cos for relative, cos in cosines.items()}}
+    if cfg.space == "compressed":
+        for part in ("train", "val") if len(split.val) else ("train",):
+            found = dict(zip(("coordinates", "records"), pairs.recorded(part, start), strict=True))
+            start = {**start, **{f"{part}_{name}": value for name, value in found.items()}}
+    seconds = round(time.perf_counter() - began, 3)
+    save_training_state(folder, start, {**origin(cfg, store), **chosen, "seconds": seconds})
+
+
+def solved(
+    cfg: TrainConfig, store: PairStore, split: Split, pairs: TrainingPairs, start: Start
+) -> tuple[Start, dict[float, float]]:
+    """The ridge solution of the training part, and the mean cosine on validation of each λ.
+
+    Of a last run, whose training part holds validation too, λ is what the rest of it chose on those pairs.
+    ConfigError: there are none.
+    """
+    train, units = pairs.held("train"), (store.feature("event").scale, store.feature("target").scale)
+    if len(split.val):
+        held = pairs.held("val")
+        return solve_ridge(start, (train.event_BE, held.event_BE), (train.target_BD, held.target_BD), units)
+    inside = torch.from_numpy(np.isin(split.train, split_pairs(store.index, cfg.split_config).val))
+    if not inside.any():
+        raise ConfigError(
+            "ridge chooses its regularisation on the validation part, which is empty: prepare more pairs, or raise "
+            "--val-share"
+        )
+    rest, val = ((train.event_BE[rows], train.target_BD[rows]) for rows in (~inside, inside))
+    event, target = zip(rest, val, strict=True)
+    means = [
+        (side.sum(dim=0, dtype=torch.float64) / len(side) * unit).float()
+        for side, unit in zip(rest, units, strict=True)
+    ]
+    _, cosines = solve_ridge({"event_mean": means[0], "target_mean": means[1]}, event, target, units)
+    best = max(cosines, key=lambda relative: cosines[relative])
+    sides = (train.event_BE, val[0]), (train.target_BD, val[1])
+    whole, _ = solve_ridge(start, *sides, units, grid=(best,))
+    return whole, cosines
+
+
+def held_compressed(cfg: TrainConfig, store: PairStore, part: str, wanted: NDArray[np.int64]) -> Held:
+    """Some pairs of a part, in the few numbers that stand for them."""
+    start = load_start(cfg, store)
+    return Held(wanted, start[f"{part}_coordinates"][wanted], start[f"{part}_records"][wanted])
+
+
+@dataclass(frozen=True, slots=True)
+class PairsInMemory:
+    """Of a process that holds them: a trial of a sweep."""
+
+    store: PairStore
+    """How they are decoded."""
+    train: Held
+    """All training pairs."""
+    val: Held
+    """All validation pairs."""
+
+    def passes(self, part: Part) -> Sums:
+        return functools.reduce(_added, (part(*batch) for batch in self._batches(self.train)))
+
+    def held(self, part: str) -> Held:
+        return {"train": self.train, "val": self.val}[part]
+
+    def recorded(self, part: str, start: Start) -> tuple[torch.Tensor, torch.Tensor]:
+        found = [compress(*batch, start) for batch in self._batches(self.held(part))]
+        return torch.cat([coordinates for coordinates, _ in found]), torch.cat([records for _, records in found])
+
+    def _batches(self, held: Held) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for event_BE, target_BD in zip(held.event_BE.split(BATCH), held.target_BD.split(BATCH), strict=True):
+            yield decoded(self.store, event_BE, target_BD)
+
+
+@dataclass(frozen=True, slots=True)
+class PairsThroughRay:
+    """Of data sets of pairs, batch by batch in Ray tasks; sums are added in the order of the batches."""
+
+    store: PairStore
+    """How they are decoded."""
+    split: Split
+    """The parts."""
+    datasets: Mapping[str, Dataset]
+    """`train` and, where it is not empty, `val`."""
+
+    def passes(self, part: Part) -> Sums:
+        task = functools.partial(sums_of, self.store, ray.put(part))
+        rows = self._batches("train", task).iter_rows()
+        sums = ({name: torch.as_tensor(np.array(value)) for name, value in row.items()} for row in rows)
+        return functools.reduce(_added, sums)
+
+    def held(self, part: str) -> Held:
+        rows = getattr(self.split, part)
+        return hold(self.datasets[part], self.store, rows, np.arange(len(rows)))
+
+    def recorded(self, part: str, start: Start) -> tuple[torch.Tensor, torch.Tensor]:
+        done = self._batches(part, functools.partial(records_of, self.store, ray.put(start)))
+        found = list(done.iter_batches(batch_size=None, batch_format="numpy"))
+        order = np.argsort(np.concatenate([batch["position"] for batch in found]))
+        assert len(order) == len(getattr(self.split, part))
+        coordinates, records = (
+            torch.from_numpy(np.concatenate([batch[name] for batch in found])[order])
+            for name in ("coordinates", "records")
+        )
+        return coordinates, records
+
+    def _batches(self, part: str, task: Callable[[pa.Table], dict[str, NDArray[Any]]]) -> Dataset:
+        dataset = self.datasets[part]
+        dataset.context.execution_options.preserve_order = True
+        return dataset.map_batches(task, batch_size=BATCH, batch_format="pyarrow")
+
+
+def sums_of(store: PairStore, part: ray.ObjectRef, batch: pa.Table) -> dict[str, NDArray[Any]]:
+    """One row with what a part says of a batch."""
+    _, *sides = to_arrays(batch, store)
+    sums: Sums = ray.get(part)(*decoded(store, *map(torch.tensor, sides)))
+    return {name: value.numpy()[None] for name, value in sums.items()}
+
+
+def records_of(store: PairStore, start: ray.ObjectRef, batch: pa.Table) -> dict[str, NDArray[Any]]:
+    """A row for each pair of a batch: its position, coordinates and record."""
+    position_B, *sides = to_arrays(batch, store)
+    coordinates_BR, records = compress(*decoded(store, *map(torch.tensor, sides)), ray.get(start))
+    return {"position": position_B, "coordinates": coordinates_BR.numpy(), "records": records.numpy()}
+
+
+def decoded(store: PairStore, event_BE: torch.Tensor, target_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stored features as float32."""
+    event, target = store.feature("event"), store.feature("target")
+    return decode(event_BE, event.scale, CPU), decode(target_BD, target.scale, CPU)
+
+
+def _added(a: Sums, b: Sums) -> Sums:
+    return {name: a[name] + b[name] for name in a}

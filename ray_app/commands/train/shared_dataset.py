@@ -1,0 +1,217 @@
+"""A sweep's pairs, once: read, verified and decoded by the driver, then in shared memory of each node with a trial.
+
+Ray copies an object to a node's shared memory when the first process there asks for it; every process there sees
+those very bytes. Only training and validation rows are asked of the store: the test part is never read.
+
+Shapes: N = pairs, B = pairs of a batch, E, D = widths of event and target.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from ray_app.commands.train.initialization import cut, given, needs
+from ray_app.commands.train.loop import Batches, Beside, Pairs, Worker, held_batches
+from ray_app.commands.train.state import TrainState
+from ray_app.config.train import TrainConfig
+from ray_app.core.adapters.base import Start
+from ray_app.core.evaluation import Controls, TrainingMeans, derangement, fixed_controls
+from ray_app.core.metrics import AlignmentCounts
+from ray_app.core.optimizer_step import decode
+from ray_app.data.batch_order import Lanes
+from ray_app.data.pair_tensors import Held
+from ray_app.errors import ConfigError, ResourceError, StoreError
+from ray_app.store.pair_store import PairStore
+from ray_app.store.split import Split
+
+SHARE = 0.8
+"""Of a node's shared memory that the pairs may take."""
+CHUNK = 128
+"""Pairs decoded at a time for the controls."""
+
+Side = Any
+"""Reference to an array (N, width) in shared memory."""
+Kind = tuple[str, str, str]
+"""Whose start, how much of one, in which space."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedStart:
+    """Means and subspaces of one kind, of the largest rank that is searched and can be had."""
+
+    arrays: Any
+    """Reference to the arrays by name in shared memory; None where there are none."""
+    problem: str = ""
+    """Why there are none, or none of a larger rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The pairs of one choice of durations."""
+
+    store: PairStore
+    """The opened store."""
+    split: Split
+    """Its parts."""
+    train: tuple[Side, Side] | None
+    """Event and target features; None where they do not fit, and trials stream them."""
+    val: tuple[Side, Side]
+    """The same of the validation part."""
+    controls: Controls
+    """Of the validation part, taken once."""
+    starts: dict[Kind, SharedStart] = field(default_factory=dict)
+    """What trials begin with."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What is shared."""
+        return part_bytes(self.store, self.split.val) + (
+            part_bytes(self.store, self.split.train) if self.train else 0
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes of the parts and the controls' cosine_accept_rate at θ, as JSON values."""
+        return {
+            "train": len(self.split.train),
+            "val": len(self.split.val),
+            "test": len(self.split.test),
+            "val_sequences": len(np.unique(self.store.index.sequence[self.split.val])),
+            "split": self.split.label,
+            "controls": {name: counts.accept_rate() for name, counts in self.controls.fixed.items()},
+        }
+
+
+def part_bytes(store: PairStore, rows: NDArray[np.int64]) -> int:
+    """Bytes of some pairs as stored."""
+    return len(rows) * (store.feature("event").num_bytes + store.feature("target").num_bytes)
+
+
+def place(store: PairStore, split: Split, free_bytes: float) -> Placed:
+    """Reads a store's training and validation part and shares it; says so where the training part must be streamed.
+
+    StoreError: a part is empty. ResourceError: not even the validation part fits.
+    """
+    for part in ("train", "val"):
+        if not len(getattr(split, part)):
+            raise StoreError(
+                f"{store.folder} has too few pairs: its {part} part is empty; prepare more, or change the shares"
+            )
+    room = SHARE * free_bytes
+    train_bytes, val_bytes = part_bytes(store, split.train), part_bytes(store, split.val)
+    if val_bytes > room:
+        raise ResourceError(
+            f"the validation part has {val_bytes / 2**30:.1f} GiB, a node shares at most {room / 2**30:.1f} GiB "
+            "(--object-store-memory of `ray start`); take a smaller `val_share`"
+        )
+    if train_bytes + val_bytes <= room:
+        event_NE, target_ND = store.read_rows(split.train)
+        means = TrainingMeans.of(target_ND, store.feature("target").token_width)
+        train = (ray.put(event_NE), ray.put(target_ND))
+        del event_NE, target_ND
+    else:
+        from ray_app.commands.evaluate.evaluator import training_means
+
+        print(
+            f"the training part has {train_bytes / 2**30:.1f} GiB and does not fit the shared memory of a node "
+            f"({room / 2**30:.1f} GiB for it): every trial streams it from the store",
+            file=sys.stderr,
+        )
+        train, means = None, training_means(store, split.train)
+    event_NE, target_ND = store.read_rows(split.val)
+    mean_target_D = means.mean_target(store.feature("target").scale)
+    controls = controls_of(store, split, event_NE, target_ND, mean_target_D)
+    return Placed(store, split, train, (ray.put(event_NE), ray.put(target_ND)), controls)
+
+
+def controls_of(
+    store: PairStore, split: Split, event_NE: NDArray[Any], target_ND: NDArray[Any], mean_target_D: torch.Tensor
+) -> Controls:
+    """The controls of the validation part."""
+    width = store.feature("target").token_width
+    scales, cpu = [store.feature(side).scale for side in ("event", "target")], torch.device("cpu")
+    fixed: dict[str, AlignmentCounts] = {}
+    for rows in np.array_split(np.arange(len(event_NE)), -(-len(event_NE) // CHUNK)):
+        event_BE, target_BD = (
+            decode(torch.from_numpy(side[rows]), scale, cpu)
+            for side, scale in zip((event_NE, target_ND), scales, strict=True)
+        )
+        for name, cos_B in fixed_controls(event_BE, target_BD, mean_target_D[None], width).items():
+            fixed[name] = fixed.get(name, AlignmentCounts()) + AlignmentCounts.of(cos_B)
+    return Controls(fixed, derangement(store.index.sequence[split.val].tolist(), seed=0))
+
+
+def pairs_of(placed: Placed, worker: Worker) -> Pairs:
+    """A worker's pairs as views of shared memory; its training pairs streamed where they are not there."""
+    cfg, store, split = worker.cfg, placed.store, placed.split
+    train: Held | None
+    if cfg.space == "compressed":
+        train, everyone = (compressed(worker.start or {}, part) for part in ("train", "val"))
+    else:
+        train, everyone = shared(placed.train) if placed.train else None, shared(placed.val)
+    mine = np.arange(worker.rank, len(split.val), worker.world)
+    validation = everyone if worker.world == 1 else Held(mine, *everyone.take(mine))
+    rest_of_epoch: Callable[[TrainState], Batches]
+    if train:
+        lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
+
+        def rest_of_epoch(state: TrainState) -> Batches:
+            return held_batches(train, lanes, state, worker)
+    else:
+        from ray_app.data.pairs_dataset import pairs_dataset, stream
+
+        # Trials may have all CPUs, and reading is light: it claims none, or it would wait for their end.
+        blocks = pairs_dataset(store, split.train, read_cpus=0.0).iterator()
+
+        def rest_of_epoch(state: TrainState) -> Batches:
+            return stream(blocks, store, cfg.seed, state.epoch, worker.rank, worker.world, cfg.batch_size)
+
+    return Pairs(rest_of_epoch, train is not None, validation, Beside(placed.controls, everyone))
+
+
+def kind_of(cfg: TrainConfig) -> Kind:
+    """What settings have in common that begin with one start, whatever their rank."""
+    return str(given(cfg) or ""), needs(cfg), cfg.space
+
+
+def start_of(placed: Placed, cfg: TrainConfig) -> Start | None:
+    """What a trial begins with, as views of shared memory; None where it needs nothing.
+
+    ConfigError: the pairs do not give that much.
+    """
+    if needs(cfg) == "nothing":
+        return None
+    found = placed.starts[kind_of(cfg)]
+    arrays = ray.get(found.arrays) if found.arrays else {}
+    start = {name: viewed(array) for name, array in arrays.items()}
+    if not start or (needs(cfg) == "subspaces" and start["event_basis"].shape[1] < cfg.rank):
+        raise ConfigError(found.problem)
+    if needs(cfg) == "pairs" and placed.train:
+        held = shared(placed.train)
+        start |= {"event_pairs": held.event_BE, "target_pairs": held.target_BD}
+    return cut(start, cfg.rank) if needs(cfg) == "subspaces" else start
+
+
+def compressed(start: Start, part: str) -> Held:
+    """All pairs of a part, in the few numbers that stand for them."""
+    coordinates, records = start[f"{part}_coordinates"], start[f"{part}_records"]
+    return Held(np.arange(len(records)), coordinates, records)
+
+
+def shared(sides: tuple[Side, Side]) -> Held:
+    """All pairs of a part, without a copy."""
+    event_NE, target_ND = ray.get(list(sides))
+    return Held(np.arange(len(event_NE)), viewed(event_NE), viewed(target_ND))
+
+
+def viewed(array: NDArray[Any]) -> torch.Tensor:
+    """Shared memory as a tensor that nothing here writes to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)

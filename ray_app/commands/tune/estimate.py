@@ -1,0 +1,212 @@
+"""What a sweep needs, said before its first trial: memory by arithmetic, time from one measured training step.
+
+Shapes: B = pairs of a batch, E, D = widths of event and target.
+"""
+
+import itertools
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+import torch
+
+from ray_app.cluster.connection import ClusterInfo
+from ray_app.commands.train.command import WEIGHTS_AND_MOMENTS_BYTES
+from ray_app.commands.train.shared_dataset import Placed
+from ray_app.commands.train.state import adapter_config, beside_bytes, make_objective, parameters
+from ray_app.commands.tune.searchers import drawn, grid
+from ray_app.commands.tune.spec import Choice, Setting, Space, SweepSpec, describe, space_of, train_config
+from ray_app.config.train import TrainConfig
+from ray_app.core.adapters.compressed_space import SCALARS
+from ray_app.core.adapters.registry import build_adapter
+from ray_app.core.adapters.seeded_noise import BatchNoise
+from ray_app.core.optimizer_step import make_optimizer, training_step
+from ray_app.errors import ConfigError, ResourceError
+from ray_app.store.pair_store import PairStore
+
+PROCESS_BYTES = 2**30
+"""What a trial's process takes beside its model: Python, torch, Ray, the activations of a batch."""
+SAMPLES = 64
+"""Random settings that the estimate averages over."""
+STEPS = 3
+"""Steps that are timed, after one that is not."""
+LEARNING_RATE = 1e-6
+"""Of the timed steps: whether a setting can be trained is found out by its trial."""
+SAVED_BYTES_PER_S = 3e8
+"""Assumed: a checkpoint is written, hashed and synced at this speed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a sweep will take, roughly."""
+
+    trials: int
+    """Trials that are still to come."""
+    concurrent: int
+    """At a time."""
+    hours: float
+    """If each trial goes to its end."""
+    hours_expected: float
+    """With what the scheduler stops."""
+    gpu_hours: float
+    """As `hours`, of all GPUs."""
+    final_hours: float
+    """Of the last training of the winner, all seeds."""
+    measured: str
+    """What it rests on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Memory of one worker of a trial."""
+
+    parameters: int
+    """Trained numbers."""
+    beside: int
+    """Bytes that the adapter holds beside them."""
+    setting: Setting
+    """Whose."""
+
+    @property
+    def num_bytes(self) -> int:
+        """With gradients, moments, and the process itself."""
+        return self.parameters * WEIGHTS_AND_MOMENTS_BYTES + self.beside + PROCESS_BYTES
+
+
+def candidates(spec: SweepSpec) -> list[Setting]:
+    """Settings that stand for the space: all of a grid, else random ones."""
+    space = space_of(spec)
+    if spec.searcher == "grid":
+        return grid(space)[: spec.max_trials]
+    return [setting for k in range(SAMPLES) if (setting := drawn(space, spec.seed + k, [])) is not None]
+
+
+def corners(space: Space) -> list[Setting]:
+    """Settings of which one has the most parameters: numbers at their largest, with every choice of anything else."""
+    values = []
+    for dimension in space.values():
+        bounds = dimension.bounds
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in bounds)
+        values.append([max(bounds)] if numbers else list(bounds))
+    return [dict(zip(space, each, strict=True)) for each in itertools.islice(itertools.product(*values), 512)]
+
+
+def largest(spec: SweepSpec, store: PairStore) -> Need:
+    """The setting that needs most memory."""
+    space = space_of(spec)
+    grid_like = all(isinstance(dimension, Choice) for dimension in space.values())
+    size = math.prod(len(d.values) for d in space.values() if isinstance(d, Choice))
+    settings = grid(space) if grid_like and size <= 512 else corners(space) + candidates(spec)
+    needs = []
+    for setting in settings:
+        try:
+            cfg = train_config(spec, setting, spec.out)
+            needs.append(Need(parameters(cfg, store), beside_bytes(cfg, store), setting))
+        except ConfigError:  # a combination that is never run
+            continue
+    if not needs:
+        raise ConfigError("`train` refuses every combination of this space; change `space` or `fixed`")
+    return max(needs, key=lambda need: need.num_bytes)
+
+
+def room(spec: SweepSpec, info: ClusterInfo, placed: dict[str, Placed], most: Need) -> int:
+    """Trials at a time that the cluster has room for, the largest of the space in each place.
+
+    ResourceError, with the setting, where not one of it fits: each worker must lie on one node.
+    """
+    if spec.use_gpu and info.gpus < spec.workers:
+        raise ResourceError(
+            f"a trial wants {spec.workers} GPUs, the cluster has {info.gpus:g}; take `use_gpu: false` or "
+            "fewer `workers`"
+        )
+    if info.room(spec.cpus_per_worker) < spec.workers:
+        raise ResourceError(
+            f"a trial wants {spec.workers} workers of {spec.cpus_per_worker:g} CPUs, the cluster has {info.cpus:g} "
+            "CPUs in all; take fewer `workers` or `cpus_per_worker`"
+        )
+    memory = info.node_memory_bytes or (info.memory_bytes,) * len(info.node_cpus)
+    workers = sum(
+        min(int(cpus / spec.cpus_per_worker + 1e-9), int(num_bytes // most.num_bytes))
+        for cpus, num_bytes in zip(info.node_cpus, memory, strict=True)
+    )
+    if workers < spec.workers:
+        shared = sum(part.num_bytes for part in placed.values()) / 2**30
+        beside = f" and {most.beside / 2**30:.1f} GiB beside them" if most.beside else ""
+        raise ResourceError(
+            f"the space cannot fit the memory: {describe(most.setting)} has {most.parameters:,} parameters{beside}, "
+            f"which take {most.num_bytes / 2**30:.1f} GiB in each of {spec.workers} workers, beside {shared:.1f} GiB "
+            f"of shared pairs; the largest node has {max(memory) / 2**30:.1f} GiB for it. Take a smaller "
+            "`hidden_dim` or `rank`, or another `strategy`."
+        )
+    fit = min([workers // spec.workers, *([int(info.gpus // spec.workers)] if spec.use_gpu else [])])
+    return min(fit, spec.concurrent) if spec.concurrent else fit
+
+
+def estimate(
+    spec: SweepSpec, placed: dict[str, Placed], configs: list[TrainConfig], trials: int, concurrent: int
+) -> Estimate:
+    """From a measured step of each strategy in `configs`, of its fewest parameters, scaled by parameters and pairs.
+
+    Validation counts as a third of a step for each batch; a checkpoint's time is assumed, not measured. The last
+    training is taken to be of an average setting, with all epochs, on as many CPUs as a trial's.
+    """
+    data = next(iter(placed.values()))
+    sized = sorted(((parameters(cfg, data.store) or 1, cfg) for cfg in configs), key=lambda each: each[0])
+    smallest = {(cfg.strategy, cfg.space): (size, cfg) for size, cfg in reversed(sized)}
+    task = ray.remote(step_seconds).options(num_cpus=spec.cpus_per_worker, num_gpus=int(spec.use_gpu))
+    threads = max(int(spec.cpus_per_worker), 1)
+    seconds = {kind: ray.get(task.remote(cfg, data.store, threads)) for kind, (_, cfg) in smallest.items()}
+    train, val = len(data.split.train), len(data.split.val)
+    epoch_s = []
+    for size, cfg in sized:
+        measured_size, measured = smallest[cfg.strategy, cfg.space]
+        pair_s = seconds[cfg.strategy, cfg.space] / measured.batch_size * size / measured_size
+        epoch_s.append(pair_s * (train + val / 3) + size * 12 / SAVED_BYTES_PER_S)
+    whole = float(np.mean(epoch_s)) * spec.num_epochs
+    more_pairs = (train + val + len(data.split.test) / 3) / (train + val / 3)
+    hours = whole * trials / concurrent / 3600
+    told = ", ".join(f"{kind[0]} of {smallest[kind][0]:,} parameters {1e3 * s:.0f} ms" for kind, s in seconds.items())
+    return Estimate(
+        trials=trials,
+        concurrent=concurrent,
+        hours=hours,
+        hours_expected=hours * kept_share(spec),
+        gpu_hours=whole * trials / 3600 * spec.workers if spec.use_gpu else 0.0,
+        final_hours=whole * more_pairs * spec.final_seeds / 3600,
+        measured=f"a step took, measured here: {told}; the rest is in proportion",
+    )
+
+
+def kept_share(spec: SweepSpec) -> float:
+    """Share of all epochs that are run if `asha` lets exactly one in so many pass each rung."""
+    if spec.scheduler != "asha":
+        return 1.0
+    epochs, going, at = 0.0, 1.0, 0.0
+    rung = float(min(spec.grace_epochs, spec.num_epochs))
+    while at < spec.num_epochs:
+        epochs += going * (min(rung, spec.num_epochs) - at)
+        at, rung, going = min(rung, spec.num_epochs), rung * spec.reduction_factor, going / spec.reduction_factor
+    return epochs / spec.num_epochs
+
+
+def step_seconds(cfg: TrainConfig, store: PairStore, threads: int) -> float:
+    """Median seconds of a training step of this setting, on pairs that are not read from anywhere."""
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if cfg.use_gpu else "cpu")
+    adapter = build_adapter(adapter_config(cfg, store), 0)
+    means = {"target_mean": torch.ones(store.feature("target").width)}
+    objective = make_objective(cfg, store, adapter, means).to(device).train()
+    optimizer = make_optimizer(objective, LEARNING_RATE, cfg.weight_decay)
+    widths = store.feature("event").width, store.feature("target").width
+    if cfg.space == "compressed":
+        widths = cfg.rank, 2 * cfg.rank + SCALARS
+    event_BE, target_BD = (torch.rand(cfg.batch_size, width, device=device) for width in widths)
+    seconds = []
+    for step in range(STEPS + 1):
+        began = time.perf_counter()
+        noise = BatchNoise(cfg.seed, step, 0, cfg.batch_size, cfg.batch_size)
+        training_step(objective, optimizer, event_BE, target_BD, noise, global_pairs=cfg.batch_size)
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds[1:]))

@@ -1,0 +1,118 @@
+"""A sweep's winner once more: trained on training and validation parts with several seeds, judged on the test part.
+
+The number of epochs is that of the trial's best checkpoint, since nothing is left to stop early by. The test part is
+read here for the first time, once for each seed; the seed that is offered for promotion is the first, whatever it
+says.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_app.commands.evaluate.command import run_evaluate
+from ray_app.commands.promote.command import run_promote
+from ray_app.commands.train.command import run_train
+from ray_app.commands.tune.spec import SweepSpec, train_config
+from ray_app.commands.tune.sweep_dir import SweepFolder, Trial
+from ray_app.config.evaluate import EvaluateConfig, PromoteConfig
+from ray_app.config.train import TrainConfig
+from ray_app.config.tune import TuneConfig
+from ray_app.core.metrics import THETA, rate_key
+from ray_app.runs.event_log import Journal
+from ray_app.runs.run_dir import RunFolder
+
+TOLD = ("lift", "best_control", "interval95", "cos_sim_mean", "centered_cos_sim_mean", "pairs", "verdict")
+"""What is kept of an evaluation beside its rate."""
+
+
+def run_final(cfg: TuneConfig, folder: SweepFolder, journal: Journal, best: Trial) -> None:
+    """Trains and judges what has not been yet; each seed is written down as it is judged."""
+    spec = folder.spec
+    done = {line["seed"] for line in folder.entries() if line["kind"] == "final" and line["trial"] == best.name}
+    for seed in range(spec.final_seeds):
+        if seed in done:
+            continue
+        run = folder.final(best.name, seed)
+        trained = run_train(final_config(cfg, spec, best, seed, run), parent_key=folder.about()["key"])
+        report = run.path.with_name(f"{run.path.name}-report")
+        evaluated = run_evaluate(evaluation_config(cfg, spec, best, trained["checkpoint"], report))
+        folder.publish(report)
+        journal.write(
+            "final",
+            trial=best.name,
+            seed=seed,
+            run=str(run.path.relative_to(folder.path)),
+            test={"accept_rate": evaluated["cosine_accept_rate"][rate_key(THETA)]}
+            | {key: evaluated[key] for key in TOLD},
+            report=str((report / "report.html").relative_to(folder.path)),
+            time=time.time(),
+        )
+    if cfg.promote:
+        first = str(folder.final(best.name, 0))
+        outcome = run_promote(PromoteConfig(run=first, **shared_flags(cfg, spec, best)))
+        journal.write("promoted", trial=best.name, promoted=outcome["promoted"], reason=outcome["reason"])
+
+
+def final_config(cfg: TuneConfig, spec: SweepSpec, best: Trial, seed: int, run: RunFolder) -> TrainConfig:
+    """The best setting on all that is not the test part, for as many epochs as were best; a run begun goes on."""
+    made = train_config(
+        spec,
+        best.setting,
+        str(run),
+        tracking_uri=cfg.tracking_uri,
+        experiment=cfg.experiment,
+        model_name=cfg.model_name,
+        address=cfg.address,
+    )
+    changed = {
+        "fit_on": "train+val",
+        "num_epochs": best.best_epoch,
+        "seed": seed,
+        "num_workers": spec.final_workers,
+        "cpus_per_worker": None,
+        "resume": str(run) if run.claimed else None,
+    }
+    return TrainConfig.model_validate({**made.model_dump(), **changed})
+
+
+def evaluation_config(cfg: TuneConfig, spec: SweepSpec, best: Trial, checkpoint: str, report: Path) -> EvaluateConfig:
+    return EvaluateConfig(store=spec.store, checkpoint=checkpoint, out=report, **shared_flags(cfg, spec, best))
+
+
+def shared_flags(cfg: TuneConfig, spec: SweepSpec, best: Trial) -> dict[str, Any]:
+    """Split, cluster and tracking server, for the commands that judge."""
+    split = {name: getattr(spec, name) for name in ("split", "split_seed", "test_share", "val_share")}
+    durations = best.setting.get("durations", spec.fixed.get("durations", spec.durations))
+    tracking = {name: getattr(cfg, name) for name in ("tracking_uri", "experiment", "model_name", "address")}
+    return {**split, "durations": tuple(durations), "use_gpu": spec.use_gpu, **tracking}
+
+
+def judgement_of(finals: Sequence[dict[str, Any]], folder: SweepFolder) -> dict[str, Any]:
+    """Mean and spread over seeds, on the test part, with a sentence that says it."""
+    rates, lifts = ([line["test"][key] for line in finals] for key in ("accept_rate", "lift"))
+    spread = {
+        name: {
+            "mean": statistics.fmean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "min": min(values),
+            "max": max(values),
+        }
+        for name, values in (("accept_rate", rates), ("lift", lifts))
+    }
+    rate, lift = spread["accept_rate"], spread["lift"]
+    says = "beats the best control with every seed" if lift["min"] > 0 else "does not beat the best control"
+    if lift["min"] <= 0 < lift["max"]:
+        says = "beats the best control with some seeds and not with others"
+    runs = [folder.shown(folder.path / line["run"]) for line in finals]
+    return {
+        "test": spread,
+        "seeds": [{"seed": line["seed"], "run": run, **line["test"]} for line, run in zip(finals, runs, strict=True)],
+        "run": runs[0],
+        "sentence": (
+            f"On the test part the winner {says}: cosine_accept_rate_{rate_key(THETA)} {100 * rate['mean']:.1f} % ± "
+            f"{100 * rate['std']:.1f} over {len(finals)} seeds, lift {100 * lift['mean']:+.1f} ± "
+            f"{100 * lift['std']:.1f} points."
+        ),
+    }

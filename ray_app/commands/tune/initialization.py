@@ -1,0 +1,72 @@
+"""What trials begin with, means and subspaces: found once for a sweep, kept in its folder, shared as its pairs are.
+
+Of settings that need as much of the same pairs, the largest rank is found; a smaller one is its first directions.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+
+from ray_app.commands.train.initialization import (
+    PairsInMemory,
+    PairsThroughRay,
+    TrainingPairs,
+    load_start,
+    make_start,
+    needs,
+)
+from ray_app.commands.train.shared_dataset import Kind, Placed, SharedStart, kind_of, shared
+from ray_app.commands.tune.driver import data_key
+from ray_app.commands.tune.estimate import candidates, corners
+from ray_app.commands.tune.spec import SweepSpec, space_of, train_config
+from ray_app.config.train import TrainConfig
+from ray_app.data.pairs_dataset import pairs_dataset
+from ray_app.errors import ConfigError
+
+STARTS = "start"
+"""Where a sweep keeps them."""
+
+
+def with_starts(spec: SweepSpec, placed: dict[str, Placed], folder: Path) -> dict[str, Placed]:
+    """The pairs with all that a setting of the space begins with; what lies in `folder` is not computed again."""
+    space = space_of(spec)
+    wanted: dict[tuple[str, Kind], TrainConfig] = {}
+    for setting in corners(space) + candidates(spec):
+        try:
+            cfg = train_config(spec, setting, spec.out)
+            if needs(cfg) != "nothing":
+                wanted.setdefault((data_key(cfg), kind_of(cfg)), cfg)
+        except ConfigError:  # such a trial says so itself
+            continue
+    starts: dict[str, dict[Kind, SharedStart]] = {key: {} for key in placed}
+    for (key, kind), cfg in wanted.items():
+        ranks = sorted(map(int, space["rank"].bounds), reverse=True) if "rank" in space else [cfg.rank]
+        at = folder / f"{key}-{kind[1]}-{kind[2]}"
+        starts[key][kind] = found(cfg.at(at), ranks, placed[key])
+    return {key: replace(part, starts=starts[key]) for key, part in placed.items()}
+
+
+def found(cfg: TrainConfig, ranks: list[int], part: Placed) -> SharedStart:
+    """The start of the first of these ranks that there is one for."""
+    problem = ""
+    for rank in ranks:
+        tried = cfg.at(cfg.folder / str(rank)).model_copy(update={"rank": rank})
+        try:
+            make_start(tried, part.store, part.split, pairs_for_start(part))
+            start = load_start(tried, part.store)
+        except ConfigError as error:
+            problem = problem or str(error)
+            continue
+        twice = ("event_pairs", "target_pairs") if part.train else ()  # they are shared already
+        arrays = {name: value.numpy() for name, value in start.items() if name not in twice}
+        return SharedStart(ray.put(arrays), problem)
+    return SharedStart(None, problem)
+
+
+def pairs_for_start(part: Placed) -> TrainingPairs:
+    """Out of shared memory, or through Ray Data where they are not there."""
+    if part.train:
+        return PairsInMemory(part.store, shared(part.train), shared(part.val))
+    datasets = {name: pairs_dataset(part.store, getattr(part.split, name)) for name in ("train", "val")}
+    return PairsThroughRay(part.store, part.split, datasets)

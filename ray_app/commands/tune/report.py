@@ -1,0 +1,195 @@
+"""`sweep.html`: what a sweep tried and what came of it, on one page that refers to nothing but its own folder."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ray_app.commands.tune.figures import Point, cost_figure, growth_figure, importance_figure, parallel_figure
+from ray_app.commands.tune.final_training import judgement_of
+from ray_app.commands.tune.searchers import Tried, importances
+from ray_app.commands.tune.spec import SweepSpec, describe, space_of
+from ray_app.commands.tune.sweep_dir import PAGE, SweepFolder, Trial, best_of, front, scores
+from ray_app.core.metrics import THETA, rate_key
+from ray_app.reports.html import page
+from ray_app.runs.event_log import JOURNAL, entries
+
+FLOP_PER_PARAMETER = 6
+"""Of one pair, forward and backward: two each for the forward pass and twice that for the backward."""
+
+
+def write_page(folder: SweepFolder) -> Path:
+    """Writes the page, from what is on disk."""
+    folder.write(PAGE, render_page(folder).encode())
+    return folder.path / PAGE
+
+
+def render_page(folder: SweepFolder) -> str:
+    """The whole page."""
+    about, spec, trials, lines = folder.about(), folder.spec, folder.trials(), folder.entries()
+    best = best_of(trials)
+    finals = [line for line in lines if line["kind"] == "final" and best and line["trial"] == best.name]
+    final = judgement_of(finals, folder) if finals else None
+    second = spec.also_minimise or "parameters"
+    controls = {key: max(part["controls"].values()) for key, part in about["data"].items()}
+    if spec.objective == "lift":
+        controls = dict.fromkeys(controls, 0.0)
+    return page(
+        "sweep.html.j2",
+        name=about["name"],
+        headline=headline(best, final, len(trials)),
+        outcome=outcome(best, final),
+        notes=notes(about, trials, best),
+        figures=list(figures(folder, spec, trials, controls, second)) if best else [],
+        trials=[row(folder, trial) for trial in ranked(trials)],
+        second=second if spec.also_minimise else None,
+        finals=finals,
+        facts=list(facts(about, spec, lines)),
+        data=[{"key": key, **part} for key, part in about["data"].items()],
+    )
+
+
+def headline(best: Trial | None, final: dict[str, Any] | None, num: int) -> str:
+    """The answer in one sentence."""
+    if final:
+        return str(final["sentence"])
+    if best is None or best.objective is None or best.accept_rate is None or best.lift is None:
+        return f"None of {num} trials could be judged."
+    ahead = "ahead of" if best.lift > 0 else "not ahead of"
+    return (
+        f"The best of {num} trials is accepted for {100 * best.accept_rate:.1f} % of the validation pairs at "
+        f"θ {rate_key(THETA)}, {ahead} the best control: lift {100 * best.lift:+.1f} percentage points."
+    )
+
+
+def outcome(best: Trial | None, final: dict[str, Any] | None) -> str:
+    """`beats`, `unsure` or `loses`; on validation alone nothing is sure."""
+    if final:
+        lift = final["test"]["lift"]
+        return "beats" if lift["min"] > 0 else "unsure" if lift["max"] > 0 else "loses"
+    return "unsure" if best and (best.lift or 0.0) > 0 else "loses"
+
+
+def notes(about: dict[str, Any], trials: list[Trial], best: Trial | None) -> list[dict[str, Any]]:
+    """What a reader must know beside the numbers."""
+    warnings, context = [], []
+    if best and best.lift is not None and best.lift <= 0:
+        warnings.append(
+            "No lift: the best trial is no better than the best rule without learning. It is the best of this "
+            "search, and not yet worth serving."
+        )
+    if failed := sum(trial.status == "failed" for trial in trials):
+        warnings.append(f"{failed} of {len(trials)} trials failed; the table says why.")
+    for key, part in about["data"].items():
+        which = "" if len(about["data"]) == 1 else f" of durations {key}"
+        context.append(
+            f"The validation part{which} has {part['val']} pairs of {part['val_sequences']} "
+            f"drives: one pair is {100 / part['val']:.1f} points, and the best of many "
+            "trials is the luckiest, too. The winner is judged on the test part, which the search never reads."
+        )
+    if about["source"]["name"] == "scenes":
+        context.append("The pairs are rendered scenes, not recordings: both sides come from a simulation.")
+    elif about["source"].get("events") == "simulated":
+        context.append("The events are simulated from the video; no event camera recorded them.")
+    return [{"text": text, "warning": True} for text in warnings] + [
+        {"text": text, "warning": False} for text in context
+    ]
+
+
+def figures(
+    folder: SweepFolder, spec: SweepSpec, trials: list[Trial], controls: dict[str, float], second: str
+) -> Iterator[dict[str, str]]:
+    """Title, SVG, text for those who do not see it, and caption of each figure."""
+    name = "lift" if spec.objective == "lift" else f"accepted at {rate_key(THETA)}"
+    space, best = space_of(spec), best_of(trials)
+    assert best is not None
+    reached = f"It reaches {100 * (best.objective or 0.0):.1f} percent."
+    yield {
+        "title": "The best so far",
+        "svg": growth_figure(points(folder, spec, trials), controls, name),
+        "alt": f"The best objective so far over hours of search and over training compute. {reached}",
+        "caption": "A dot is an epoch of a trial: the objective of its best checkpoint by then. Pauses between "
+        "starts are left out.",
+    }
+    yield {
+        "title": "What was tried",
+        "svg": parallel_figure(trials, space, controls, name),
+        "alt": f"Parallel coordinates of {len(trials)} trials. The best: {describe(best.setting)}.",
+        "caption": "A line is a trial, the lighter the better; the thick one is the best.",
+    }
+    shares = importances(space, tried(trials), spec.seed)
+    if shares:
+        yield {
+            "title": "What mattered",
+            "svg": importance_figure(shares, [t for t in trials if t.status != "failed"], space, controls, name),
+            "alt": "Importance of each setting: "
+            + ", ".join(f"{k} {100 * v:.0f} percent" for k, v in shares.items()),
+            "caption": "fANOVA (Hutter et al. 2014) over the trials that did not fail. Of a dozen trials it is a "
+            "hint, of a hundred a measurement. Below, a dot is a trial, the dashed line the best control.",
+        }
+    yield {
+        "title": "What it costs",
+        "svg": cost_figure(trials, front(trials, second), second, controls, name),
+        "alt": f"The objective against {second}, with the front of trials that no other beats in both.",
+        "caption": "Filled: trained to its end. Triangle: stopped by the scheduler, so it stands where it was left.",
+    }
+
+
+def tried(trials: list[Trial]) -> list[Tried]:
+    """Trials with an objective, for the importance of settings."""
+    return [
+        Tried(t.setting, "finished", (t.objective,), t.epochs)
+        for t in trials
+        if t.objective is not None and t.status != "failed"
+    ]
+
+
+def points(folder: SweepFolder, spec: SweepSpec, trials: list[Trial]) -> list[Point]:
+    """Every epoch of every trial in order of time."""
+    found = []
+    for trial in trials:
+        path = folder.run(trial.name).path
+        lines = entries(path) if (path / JOURNAL).is_file() else []
+        for n, line in enumerate(lines, 1):
+            if line["kind"] == "epoch" and trial.status != "failed":
+                flop = FLOP_PER_PARAMETER * trial.parameters * line["train"]["pairs"]
+                found.append((line["time"], flop, scores(lines[:n], spec.objective)["objective"]))
+    found.sort()
+    spent = itertools.accumulate(flop for _, flop, _ in found)
+    sessions = folder.sessions()
+
+    def hours(moment: float) -> float:
+        return sum(max(min(end_s, moment) - begin_s, 0.0) for begin_s, end_s in sessions) / 3600
+
+    return [Point(hours(at), total / 1e15, objective) for (at, _, objective), total in zip(found, spent, strict=True)]
+
+
+def ranked(trials: list[Trial]) -> list[Trial]:
+    """The best first; those without a number last."""
+    judged = sorted((trial for trial in trials if trial.objective is not None), key=lambda trial: trial.rank)
+    return judged + [trial for trial in trials if trial.objective is None]
+
+
+def row(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
+    """A trial's line of the table; its checkpoint as a link where it is kept."""
+    best = folder.run(trial.name).best_kept
+    return {
+        "trial": trial,
+        "setting": describe(trial.setting),
+        "checkpoint": f"trials/{trial.name}/{best}" if best else None,
+    }
+
+
+def facts(about: dict[str, Any], spec: SweepSpec, lines: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """What the sweep was, line by line."""
+    starts = sum(line["kind"] == "start" for line in lines)
+    yield "searched", "\n".join(f"{name}: {value}" for name, value in spec.space.items())
+    yield "fixed", "\n".join(f"{name}: {value}" for name, value in spec.fixed.items()) or "nothing"
+    yield "objective", f"{spec.objective} on the validation part, at the checkpoint of the lowest validation loss"
+    yield "searcher, scheduler", f"{spec.searcher} (seed {spec.seed}), {spec.scheduler}"
+    limits = ", ".join(
+        f"{n} {getattr(spec, n)}" for n in ("max_trials", "max_hours", "max_gpu_hours") if getattr(spec, n)
+    )
+    yield "budget", limits
+    yield "started", f"{starts} times"
+    yield "fingerprint of the store", about["store_fingerprint"]

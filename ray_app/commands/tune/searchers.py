@@ -1,0 +1,161 @@
+"""What to try next, as a pure function of the space, the seed and all that was tried before.
+
+So a searcher has no state of its own that could be lost: a sweep's record is its state. Grid points and random draws
+do not depend on results at all; Optuna's sampler is made anew for each trial, with a seed of its own,
+and told of every trial so far.
+"""
+
+import itertools
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from ray_app.commands.tune.spec import Choice, Dimension, Setting, Space, Span
+from ray_app.core.adapters.seeded_noise import mix
+
+Direction = Literal["maximize", "minimize"]
+REDRAWS = 200
+"""Draws after which a space of choices is taken to be used up."""
+
+FEWEST = 4
+"""Trials below which nothing is said of importance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What a searcher knows of one trial."""
+
+    setting: Setting
+    """Its setting."""
+    state: Literal["running", "finished", "stopped", "failed"]
+    """How it stands."""
+    values: tuple[float, ...] = ()
+    """Its objectives, where it has come so far."""
+    epochs: int = 0
+    """Epochs behind them."""
+
+
+def grid(space: Space) -> list[Setting]:
+    """Every combination of choices, the last setting changing fastest."""
+    choices = [dimension.values for dimension in space.values() if isinstance(dimension, Choice)]
+    assert len(choices) == len(space)
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*choices)]
+
+
+def propose(
+    searcher: Literal["grid", "random", "optuna"],
+    space: Space,
+    seed: int,
+    tried: Sequence[Tried],
+    directions: Sequence[Direction] = ("maximize",),
+) -> Setting | None:
+    """The setting of the next trial, or None where all combinations have been tried."""
+    if searcher == "grid":
+        points = grid(space)
+        return points[len(tried)] if len(tried) < len(points) else None
+    if searcher == "optuna":
+        setting = by_optuna(space, seed, tried, directions)
+        if setting not in [trial.setting for trial in tried]:
+            return setting
+    return drawn(space, seed, tried)
+
+
+def drawn(space: Space, seed: int, tried: Sequence[Tried]) -> Setting | None:
+    """A random setting that was not tried yet."""
+    rng = np.random.default_rng(mix(seed, len(tried)))
+    seen = [trial.setting for trial in tried]
+    for _ in range(REDRAWS):
+        setting = {name: draw(dimension, rng) for name, dimension in space.items()}
+        if setting not in seen:
+            return setting
+    return None
+
+
+def draw(dimension: Dimension, rng: np.random.Generator) -> Any:
+    """One value."""
+    if isinstance(dimension, Choice):
+        return dimension.values[rng.integers(len(dimension.values))]
+    low, high = dimension.low, dimension.high
+    if dimension.step or (dimension.integer and not dimension.log):
+        step = dimension.step or 1
+        value = low + step * int(rng.integers(int((high - low) / step + 1e-9) + 1))
+    elif dimension.log:
+        value = float(np.clip(np.exp(rng.uniform(np.log(low), np.log(high))), low, high))
+    else:
+        value = float(rng.uniform(low, high))
+    return round(value) if dimension.integer else float(value)
+
+
+def by_optuna(space: Space, seed: int, tried: Sequence[Tried], directions: Sequence[Direction]) -> Setting:
+    """Optuna's proposal after these trials; running ones count as bad guesses, so that none is proposed twice."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(
+            seed=mix(seed, len(tried)) % 2**32, multivariate=True, constant_liar=True
+        )
+        study = optuna.create_study(sampler=sampler, directions=list(directions))
+        study.add_trials(frozen_trials(space, tried, len(directions)))
+        asked = study.ask({name: distribution(dimension) for name, dimension in space.items()}).params
+    return {
+        name: json.loads(asked[name]) if isinstance(dimension, Choice) else asked[name]
+        for name, dimension in space.items()
+    }
+
+
+def frozen_trials(space: Space, tried: Sequence[Tried], num_objectives: int) -> list[FrozenTrial]:
+    """What was tried, as Optuna knows it. With several objectives a stopped trial counts with what it had reached."""
+    distributions = {name: distribution(dimension) for name, dimension in space.items()}
+    states = {
+        "running": TrialState.RUNNING,
+        "finished": TrialState.COMPLETE,
+        "stopped": TrialState.PRUNED if num_objectives == 1 else TrialState.COMPLETE,
+        "failed": TrialState.FAIL,
+    }
+    made = []
+    for trial in tried:
+        state = states[trial.state] if trial.values or trial.state == "running" else TrialState.FAIL
+        pruned = state == TrialState.PRUNED
+        params = {
+            name: json.dumps(trial.setting[name]) if isinstance(dimension, Choice) else trial.setting[name]
+            for name, dimension in space.items()
+        }
+        made.append(
+            create_trial(
+                state=state,
+                params=params,
+                distributions=distributions,
+                values=trial.values if state in (TrialState.COMPLETE, TrialState.PRUNED) else None,
+                intermediate_values={trial.epochs: trial.values[0]} if pruned else None,
+            )
+        )
+    return made
+
+
+def importances(space: Space, tried: Sequence[Tried], seed: int) -> dict[str, float]:
+    """Share of the objective's variance that each setting explains (fANOVA); nothing where that cannot be told."""
+    differing = {name for name in space if len({json.dumps(trial.setting[name]) for trial in tried}) > 1}
+    if len(tried) < FEWEST or not differing or len({trial.values for trial in tried}) < 2:
+        return {}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(frozen_trials(space, tried, 1))
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator, params=sorted(differing))
+
+
+def distribution(dimension: Dimension) -> BaseDistribution:
+    """Optuna's name for a dimension; a choice is told in JSON, since its values may be lists."""
+    if isinstance(dimension, Choice):
+        return CategoricalDistribution([json.dumps(value) for value in dimension.values])
+    assert isinstance(dimension, Span)
+    if dimension.integer:
+        return IntDistribution(int(dimension.low), int(dimension.high), dimension.log, int(dimension.step or 1))
+    return FloatDistribution(dimension.low, dimension.high, dimension.log, dimension.step)

@@ -1,0 +1,285 @@
+"""A sweep as its YAML file tells it: what is fixed, what is searched, how, and how much it may cost.
+
+A setting of `ray-app train` may stand under `fixed` or under `space`, whatever it is; what names the data, the place
+or the machine has a line of its own. In `space`, a list is a choice, and a span is one of
+
+    {uniform: [low, high]}    {log: [low, high]}    either with step: …
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import Field, ValidationError
+
+from ray_app.config.base import Positive, SplitFlags, StorePlace
+from ray_app.config.train import TrainConfig
+from ray_app.core.adapters.registry import STRATEGIES
+from ray_app.errors import ConfigError
+from ray_app.store.filesystem import absolute
+
+Setting = dict[str, Any]
+"""Values of the searched settings, as JSON has them."""
+
+RESERVED: dict[str, str] = {
+    "store": "it has a line of its own",
+    "out": "it has a line of its own",
+    "resume": "use `ray-app tune --resume SWEEP`",
+    "seed": "searching for a lucky seed finds luck; the last training takes several (`final_seeds`)",
+    "fit_on": "the validation part is what trials are compared on",
+    **dict.fromkeys(("split", "split_seed", "test_share", "val_share"), "it has a line of its own"),
+    **dict.fromkeys(("num_workers", "use_gpu", "cpus_per_worker"), "see `workers`, `use_gpu` and `cpus_per_worker`"),
+    **dict.fromkeys(("address", "tracking_uri", "experiment", "model_name"), "it is a flag of `ray-app tune`"),
+}
+"""Settings of `train` that a sweep neither fixes nor searches, and why."""
+
+
+class SweepSpec(SplitFlags):
+    """The whole sweep."""
+
+    store: StorePlace
+    """Pair store: a folder, or a URI such as s3://bucket/store."""
+    out: StorePlace
+    """Folder of the sweep, or a URI such as s3://bucket/sweep."""
+    fixed: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `train` that all trials share."""
+    space: dict[str, Any]
+    """Settings of `train` that are searched."""
+    objective: Literal["cosine_accept_rate_0.80", "lift"] = "cosine_accept_rate_0.80"
+    """On the validation part, of a trial's best checkpoint (lowest validation loss). Of equals the one with fewer
+    parameters wins."""
+    also_minimise: Literal["parameters", "latency_ms"] | None = None
+    """A second objective: the result is then a front, and `optuna` searches for both."""
+    searcher: Literal["grid", "random", "optuna"] = "optuna"
+    """`grid`: every combination of choices. `optuna`: a tree-structured Parzen estimator."""
+    scheduler: Literal["none", "asha", "pbt"] = "asha"
+    """`asha` stops what falls behind. `pbt`: population-based training, where what falls behind goes on from the
+    weights of what leads, with changed settings."""
+    grace_epochs: Positive = 1
+    """Epochs before `asha` may stop a trial; between two exchanges of `pbt`."""
+    reduction_factor: float = Field(default=3.0, gt=1.0)
+    """`asha` lets one in so many go on at each rung."""
+    max_trials: Positive = 16
+    """Most trials; with `pbt` the size of the population."""
+    max_hours: float | None = Field(default=None, gt=0.0)
+    """Most hours of search."""
+    max_gpu_hours: float | None = Field(default=None, gt=0.0)
+    """Most GPU hours of search."""
+    concurrent: int = Field(default=0, ge=0)
+    """Trials at a time; 0: as many as the cluster has room for."""
+    workers: Positive = 1
+    """Workers of one trial. One runs in the trial's own process; several are a Ray Train group of their own."""
+    cpus_per_worker: float = Field(default=1.0, gt=0.0)
+    """CPUs of each worker."""
+    use_gpu: bool = False
+    """One GPU for each worker."""
+    keep_checkpoints: int = Field(default=5, ge=0)
+    """Weights of so many best trials stay; of the others, their journals alone. 0: all stay."""
+    final_seeds: Positive = 3
+    """Seeds that the best setting is trained with once more."""
+    final_workers: Positive = 1
+    """Data-parallel workers of that training."""
+    seed: int = 0
+    """Seed of the search and of the trials."""
+
+    @property
+    def num_epochs(self) -> int:
+        """Most epochs of a trial."""
+        return int(self.fixed.get("num_epochs", TrainConfig.model_fields["num_epochs"].default))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of some values."""
+
+    values: tuple[Any, ...]
+    """As JSON values."""
+
+    @property
+    def bounds(self) -> tuple[Any, ...]:
+        """Values that show whether all are allowed."""
+        return self.values
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A number between two."""
+
+    low: float
+    """Smallest."""
+    high: float
+    """Largest."""
+    log: bool
+    """Equal ratios are equally likely, not equal differences."""
+    step: float | None
+    """Multiples of it above `low`, or any number."""
+    integer: bool
+    """Whole numbers alone."""
+
+    @property
+    def bounds(self) -> tuple[Any, ...]:
+        return (self.low, self.high)
+
+
+Dimension = Choice | Span
+Space = dict[str, Dimension]
+
+
+def read_spec(path: Path, changes: Mapping[str, Any]) -> SweepSpec:
+    """The sweep of a YAML file, with some lines changed. ConfigError names the line that cannot be used."""
+    try:
+        lines = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(lines, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines; tune_configs/smoke.yaml is an example")
+    lines |= {key: value for key, value in changes.items() if value is not None}
+    if unknown := set(map(str, lines)) - set(SweepSpec.model_fields):
+        known = ", ".join(sorted(SweepSpec.model_fields))
+        raise ConfigError(f"{path}: unknown key '{min(unknown)}'; known are: {known}")
+    for name, example in (("store", "stores/scenes"), ("out", "sweeps/first")):
+        if name not in lines:
+            raise ConfigError(f"{path} names no {name}; add `{name}: {example}`, or --{name} {example}")
+    try:
+        spec = SweepSpec.model_validate(lines)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {first_problem(error)}") from error
+    fixed = {**spec.fixed, **({"start": Path(spec.fixed["start"]).absolute()} if "start" in spec.fixed else {})}
+    spec = spec.model_copy(update={"store": absolute(spec.store), "out": absolute(spec.out), "fixed": fixed})
+    check(spec)
+    return spec
+
+
+def first_problem(error: ValidationError) -> str:
+    """What pydantic found first, in one line."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (found {problem['input']!r})"
+
+
+def check(spec: SweepSpec) -> None:
+    """ConfigError if the space is empty, or holds what `train` would refuse."""
+    space = space_of(spec)
+    if both := set(space) & set(spec.fixed):
+        raise ConfigError(f"'{min(both)}' stands under both `fixed` and `space`; take one away")
+    train_config(spec, {}, spec.out)
+    for name, dimension in space.items():
+        for value in dimension.bounds:
+            train_config(spec, {name: value}, spec.out)
+    check_used(spec, space)
+    if spec.searcher == "grid" and (spans := [name for name, d in space.items() if isinstance(d, Span)]):
+        raise ConfigError(f"`searcher: grid` needs lists, but {spans[0]} is a span; list its values, or take random")
+    if spec.also_minimise == "latency_ms" and spec.workers > 1:
+        raise ConfigError("latency_ms is measured in a trial's own process; it needs `workers: 1`")
+    if spec.scheduler == "pbt":
+        check_population(spec, space)
+
+
+def check_used(spec: SweepSpec, space: Space) -> None:
+    """ConfigError if a searched setting changes no adapter of the space: trials would differ by nothing."""
+
+    def values(name: str) -> tuple[Any, ...]:
+        return (
+            space[name].bounds if name in space else (spec.fixed.get(name, TrainConfig.model_fields[name].default),)
+        )
+
+    kinds = {name: STRATEGIES[name] for name in values("strategy")}
+    used = frozenset[str]().union(*(kind.SETTINGS for kind in kinds.values()))
+    if "spectral" in values("init") and any(kind.SPECTRAL == "subspaces" for kind in kinds.values()):
+        used |= {"rank"}
+    for name in ("hidden_dim", "depth", "patch", "rank", "dropout"):
+        if name in space and name not in used:
+            raise ConfigError(
+                f"space: {name} changes nothing in {', '.join(kinds)}, so trials would differ by nothing; leave it "
+                "out, or take another `strategy`"
+            )
+
+
+def check_population(spec: SweepSpec, space: Space) -> None:
+    """ConfigError if population-based training cannot carry weights from one setting to another."""
+    carried = {"learning_rate", "weight_decay", "dropout", "mse_weight", "cosine_weight", "contrastive_weight"}
+    if fixed := set(space) - carried:
+        raise ConfigError(
+            f"`scheduler: pbt` hands weights on, so it can search {', '.join(sorted(carried))}; not {min(fixed)}"
+        )
+    if "contrastive_weight" in space and 0 in (float(value) for value in space["contrastive_weight"].bounds):
+        raise ConfigError("with `scheduler: pbt` contrastive_weight must be above 0: it has a weight of its own")
+    if spec.workers > 1 or spec.max_trials < 2:
+        raise ConfigError("`scheduler: pbt` needs `workers: 1` and a population, `max_trials`, of 2 or more")
+
+
+def space_of(spec: SweepSpec) -> Space:
+    """The searched settings. ConfigError: none, an unknown one, or one that is no list and no span."""
+    if not spec.space:
+        raise ConfigError(
+            "the space is empty: name settings to search under `space`, such as `hidden_dim: [128, 256]`"
+        )
+    return {name: dimension(name, value) for name, value in spec.space.items()}
+
+
+def dimension(name: str, value: Any) -> Dimension:
+    """One line of `space`."""
+    allowed(name)
+    if isinstance(value, list):
+        if not value:
+            raise ConfigError(f"space: {name} has no values; list some, or move it to `fixed`")
+        return Choice(tuple(value))
+    kinds = [kind for kind in ("uniform", "log") if isinstance(value, dict) and kind in value]
+    if len(kinds) != 1 or set(value) - {"uniform", "log", "step"}:
+        raise ConfigError(
+            f"space: {name} must be a list of values, {{uniform: [low, high]}} or {{log: [low, high]}}, with a step "
+            f"if you like; found {value!r}. One fixed value belongs under `fixed`."
+        )
+    ends, step = value[kinds[0]], value.get("step")
+    numbers = isinstance(ends, list) and len(ends) == 2 and all(type(end) in (int, float) for end in ends)
+    if not numbers or not ends[0] < ends[1] or (kinds[0] == "log" and (ends[0] <= 0 or step)):
+        raise ConfigError(
+            f"space: {name}: {value!r} is no span; give two numbers, the lower one first (above 0 and without a step "
+            "for log; 1.0e-4 is a number in YAML, 1e-4 is not)"
+        )
+    kind = TrainConfig.model_fields[name].annotation
+    integer = int in (kind, *get_args(kind)) and float not in get_args(kind)
+    return Span(ends[0], ends[1], kinds[0] == "log", step, integer)
+
+
+def allowed(name: str) -> None:
+    """ConfigError unless this is a setting of `train` that a sweep may name."""
+    if name in RESERVED:
+        raise ConfigError(f"'{name}' cannot be fixed or searched: {RESERVED[name]}")
+    if name not in TrainConfig.model_fields:
+        known = ", ".join(sorted(set(TrainConfig.model_fields) - set(RESERVED)))
+        raise ConfigError(f"'{name}' is no setting of `ray-app train`; known are: {known}")
+
+
+def train_config(spec: SweepSpec, setting: Setting, out: str, **more: Any) -> TrainConfig:
+    """The settings of a training run. ConfigError: `train` refuses a value, or several together."""
+    for name in spec.fixed:
+        allowed(name)
+    values = {
+        **{name: getattr(spec, name) for name in SplitFlags.model_fields},
+        "num_workers": spec.workers,
+        "use_gpu": spec.use_gpu,
+        "cpus_per_worker": spec.cpus_per_worker,
+        "seed": spec.seed,
+        **spec.fixed,
+        **setting,
+        **more,
+    }
+    try:
+        return TrainConfig.model_validate({**values, "store": spec.store, "out": out})
+    except ValidationError as error:
+        raise ConfigError(f"`ray-app train` refuses {first_problem(error)}") from error
+
+
+def describe(setting: Setting) -> str:
+    """A setting on one line."""
+    return ", ".join(f"{name} {shown_value(value)}" for name, value in setting.items())
+
+
+def shown_value(value: Any) -> str:
+    """One value, short."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,344 @@
+"""A sweep: what it is, its journal, and a run for each trial. This record is all that it is.
+
+    sweep.json  journal.jsonl  trials/trial_0007-1f3a…/  final/trial_0007-1f3a…/seed_0/  sweep.html
+
+Kinds in the journal: `start` (a driver begins), `trial` (a setting is tried from now on), `died` (a trial's process
+did, and is started again), `ended` (how a trial ended), `final` (one seed's numbers on the test part), `end`. What a
+trial has reached stands in its own journal.
+"""
+
+import hashlib
+import itertools
+import json
+import shlex
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ray_app.commands.tune.spec import Setting, SweepSpec
+from ray_app.core.metrics import THETA, rate_key
+from ray_app.errors import StoreError
+from ray_app.runs.event_log import JOURNAL, Journal, entries, has_writer
+from ray_app.runs.remote_event_log import PARTS
+from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunFolder
+from ray_app.store.atomic import write_file, writing
+from ray_app.store.filesystem import Disk, Place
+
+SWEEP, PAGE = "sweep.json", "sweep.html"
+HANDOVER_S = 5.0
+"""How long a driver waits for the one before it, which may have just been killed."""
+RUNS = ("trials/*", "final/*/*")
+"""Where run folders lie."""
+Status = Literal["waiting", "running", "finished", "stopped", "failed"]
+"""`stopped`: the scheduler did, for others were better. `waiting` and `running` ones can still go on."""
+TIE_BREAK = 1e-6
+"""Weight of the mean cosine beside the objective where trials are compared under way: smaller than one pair of half a
+million, so that it decides between equals alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One trial and how it stands."""
+
+    index: int
+    """Its number."""
+    name: str
+    """Its number and a hash of its setting: the same in every run of the sweep."""
+    setting: Setting
+    """What is tried."""
+    parameters: int
+    """Trained numbers of its adapter."""
+    origin: str | None = None
+    """The trial whose weights it began with, where a population exchanged them."""
+    status: Status = "waiting"
+    """How it stands."""
+    objective: float | None = None
+    """At its best checkpoint."""
+    accept_rate: float | None = None
+    """cosine_accept_rate_0.80 there."""
+    lift: float | None = None
+    """Over the best control, there."""
+    epochs: int = 0
+    """Finished epochs."""
+    best_epoch: int = 0
+    """The epoch of the best checkpoint."""
+    steps: int = 0
+    """Optimizer steps."""
+    seconds: float = 0.0
+    """Time that a process worked for it."""
+    latency_ms: float | None = None
+    """Of one pair, where it was wanted."""
+    reason: str | None = None
+    """Why it failed."""
+    ended_at: float | None = None
+    """When it ended."""
+
+    @property
+    def rank(self) -> tuple[float, int, int]:
+        """Smaller is better: the objective, then fewer parameters, then the earlier trial."""
+        assert self.objective is not None
+        return -self.objective, self.parameters, self.index
+
+
+@dataclass(frozen=True, slots=True)
+class SweepFolder:
+    """`sweep.json`, the journal and the runs below `path`."""
+
+    path: Path
+    """The sweep's folder."""
+
+    def __str__(self) -> str:
+        """What `--resume` and `--watch` take."""
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """The last part of where it lies."""
+        return self.path.name
+
+    @property
+    def resume(self) -> str:
+        """The command that goes on with it."""
+        return f"ray-app tune --resume {shlex.quote(str(self))}"
+
+    @property
+    def _there(self) -> Place:
+        """What the next start goes on from."""
+        return Disk(self.path)
+
+    def shown(self, path: Path) -> str:
+        """A file or folder of the sweep by the name that holds everywhere."""
+        return str(path)
+
+    def pull(self) -> None:
+        """All that is told of the sweep so far lies in `path` afterwards."""
+
+    def bring_artifacts(self) -> None:
+        """What its last trainings leave for the tracking server lies in `path` afterwards."""
+
+    def publish(self, folder: Path) -> None:
+        """Files that were made in `path` are the sweep's afterwards."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """A file of the sweep."""
+        write_file(self.path / name, data)
+
+    def files(self) -> list[str]:
+        """Where its record and its page lie."""
+        names = self._there.names()
+        return [self.shown(self.path / name) for name in (SWEEP, JOURNAL, PARTS, PAGE) if name in names]
+
+    def require_free(self) -> None:
+        """StoreError if anything is in the way of a new sweep."""
+        try:
+            names = self._there.names()
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            names = {self.name}
+        if SWEEP in names:
+            raise StoreError(
+                f"{self} holds a sweep already; `{self.resume}` goes on with it, and a new one needs another `out`"
+            )
+        if names:
+            raise StoreError(f"{self} already holds something; name a new folder for the sweep")
+
+    def claim(self, about: Mapping[str, Any]) -> None:
+        """Starts a sweep here. StoreError if anything is in the way; nothing is deleted.
+
+        Of several that start at one moment, the one that holds the journal first has the folder.
+        """
+        self.require_free()
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with Journal(self.path, patience_s=0.0):
+            if (self.path / SWEEP).is_file():
+                self.require_free()
+            self.write(SWEEP, json.dumps(dict(about), indent=1).encode())
+
+    def driven(self) -> AbstractContextManager[Journal]:
+        """The sweep's journal, for its one driver. StoreError: another process has it."""
+        return Journal(self.path, HANDOVER_S)
+
+    def has_driver(self) -> bool:
+        """Whether one is at work, as far as can be told from here."""
+        return has_writer(self.path)
+
+    def about(self) -> dict[str, Any]:
+        """What it was started with: `name`, `key`, `created`, `spec`, `store_fingerprint`. StoreError: no sweep."""
+        try:
+            return json.loads((self.path / SWEEP).read_text())
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{self} is not the folder of a sweep: {SWEEP} cannot be read ({error})") from error
+
+    @property
+    def spec(self) -> SweepSpec:
+        """The sweep as it was started."""
+        return SweepSpec.model_validate({**self.about()["spec"], "out": str(self)})
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The sweep's journal. StoreError: it is gone, or a line is damaged."""
+        if not (self.path / JOURNAL).is_file():
+            raise StoreError(
+                f"{self.shown(self.path / JOURNAL)} is missing: it is the record of what was tried, without which "
+                "the search cannot go on. Bring it back from a copy, or start a new sweep."
+            )
+        return entries(self.path)
+
+    def heard(self) -> list[float]:
+        """All moments that its journals tell of, in order."""
+        folders = (self.path, *self.runs("trials/*"))
+        return sorted(line["time"] for folder in folders for line in entries(folder) if "time" in line)
+
+    def runs(self, *places: str) -> list[Path]:
+        """Its run folders that have a journal: of trials and of the last training, or of some places alone."""
+        found = [path.parent for place in places or RUNS for path in self.path.glob(f"{place}/{JOURNAL}")]
+        return sorted(found)
+
+    def sessions(self) -> list[tuple[float, float]]:
+        """From each start to the last that was heard before the next."""
+        starts = [line["time"] for line in self.entries() if line["kind"] == "start"]
+        heard = self.heard()
+        return [
+            (begin_s, max(moment for moment in heard if begin_s <= moment < next_s))
+            for begin_s, next_s in itertools.pairwise([*starts, float("inf")])
+        ]
+
+    def used_seconds(self) -> float:
+        """Time of all starts but the newest: from each to the last that was heard before the next."""
+        return sum(end_s - begin_s for begin_s, end_s in self.sessions()[:-1])
+
+    def run(self, name: str) -> RunFolder:
+        """The run of a trial."""
+        return self._run(f"trials/{name}")
+
+    def final(self, name: str, seed: int) -> RunFolder:
+        """The run of one seed of the last training of a trial's setting."""
+        return self._run(f"final/{name}/seed_{seed}")
+
+    def _run(self, folder: str) -> RunFolder:
+        return RunFolder(self.path / folder)
+
+    def trials(self) -> list[Trial]:
+        """All trials by number: those that ended as they were told, the others as far as they have come."""
+        spec = self.spec
+        found: dict[str, Trial] = {}
+        for line in self.entries():
+            if line["kind"] == "trial":
+                found[line["name"]] = Trial(
+                    *(line[key] for key in ("index", "name", "setting", "parameters", "origin"))
+                )
+            elif line["kind"] == "ended":
+                found[line["name"]] = Trial(**{key: line[key] for key in Trial.__dataclass_fields__})
+        return [
+            trial if trial.ended_at else Trial(**asdict(trial) | self.standing(trial.name, spec))
+            for trial in found.values()
+        ]
+
+    def standing(self, name: str, spec: SweepSpec) -> dict[str, Any]:
+        """How far a trial has come, from its own journal; `status` is failed or finished only where it says so."""
+        run = self.run(name)
+        run.pull()
+        if not (run.path / JOURNAL).is_file():
+            return {}
+        lines = entries(run.path)
+        reached = {"seconds": busy_seconds(lines), "status": "running", **scores(lines, spec.objective)}
+        reached["steps"] = max((line["global_step"] for line in lines if line["kind"] == "step"), default=0)
+        reached["latency_ms"] = next((line["ms"] for line in lines if line["kind"] == "latency"), None)
+        if lines and lines[-1]["kind"] == "end":
+            reached["ended_at"] = lines[-1]["time"]
+            reached["status"] = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[lines[-1]["status"]]
+            reached["reason"] = next((line["error"] for line in lines[::-1] if line["kind"] == "failure"), None)
+        return reached
+
+    def curve(self, name: str, objective: str) -> list[tuple[int, float]]:
+        """(epoch, what a scheduler compares) of a trial."""
+        folder = self.run(name).path
+        lines = entries(folder) if (folder / JOURNAL).is_file() else []
+        ends = [n for n, line in enumerate(lines, 1) if line["kind"] == "epoch"]
+        return [(lines[n - 1]["epoch"], compared(lines[:n], objective)) for n in ends]
+
+    def end_trial(self, journal: Journal, trial: Trial) -> None:
+        """Tells how a trial ended, and lets go of what only going on would need."""
+        journal.write("ended", **asdict(trial))
+        if self.spec.scheduler == "pbt":
+            return  # another member may go on from it
+        run = self.run(trial.name)
+        best = run.best_kept
+        for kind in (STATES, CHECKPOINTS):
+            run.let_go(kind, best)
+
+    def keep_best(self, trials: list[Trial], num: int) -> None:
+        """Weights of the best `num` trials stay; of others that have ended they go. 0: all stay."""
+        ranked = sorted((trial for trial in trials if trial.objective is not None), key=lambda trial: trial.rank)
+        for trial in ranked[num:] if num else ():
+            if trial.ended_at:
+                self.run(trial.name).let_go(CHECKPOINTS)
+
+
+def trial_name(index: int, setting: Setting, *origin: Any) -> str:
+    """Number and hash of the setting, and of what it goes on from."""
+    digest = hashlib.sha256(json.dumps([setting, *origin], sort_keys=True).encode()).hexdigest()
+    return f"trial_{index:04d}-{digest[:8]}"
+
+
+def scores(lines: list[dict[str, Any]], objective: str) -> dict[str, Any]:
+    """What a trial's epochs say of it: its numbers at the best checkpoint, the one of the lowest validation loss."""
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    if not epochs:
+        return {}
+    best = best_epoch(epochs)
+    rate, lift = best["val"]["cosine_accept_rate"][rate_key(THETA)], best["val"]["lift"]
+    return {
+        "objective": lift if objective == "lift" else rate,
+        "accept_rate": rate,
+        "lift": lift,
+        "epochs": epochs[-1]["epoch"],
+        "best_epoch": best["epoch"],
+    }
+
+
+def compared(lines: list[dict[str, Any]], objective: str) -> float:
+    """What a scheduler compares trials by: the objective, and of equals the mean cosine at the same checkpoint.
+
+    The objective is a count of validation pairs, so that many trials have the same; a scheduler lets equals go on.
+    """
+    best = best_epoch([line for line in lines if line["kind"] == "epoch"])
+    return scores(lines, objective)["objective"] + TIE_BREAK * best["val"]["cos_sim_mean"]
+
+
+def best_epoch(epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The line of the best checkpoint."""
+    return min(epochs, key=lambda line: line["val"]["loss"])
+
+
+def busy_seconds(lines: list[dict[str, Any]]) -> float:
+    """Time from each attempt to the last that was heard of it."""
+    total, begun, last = 0.0, None, 0.0
+    for line in lines:
+        if line["kind"] == "attempt":
+            total += last - begun if begun is not None else 0.0
+            begun = last = line["time"]
+        elif begun is not None and line["kind"] in ("step", "epoch", "failure", "end"):
+            last = line["time"]
+    return total + (last - begun if begun is not None else 0.0)
+
+
+def best_of(trials: list[Trial]) -> Trial | None:
+    """The trial with the best objective; of equals that with fewer parameters, then the earlier one."""
+    judged = [trial for trial in trials if trial.objective is not None and trial.status != "failed"]
+    return min(judged, key=lambda trial: trial.rank, default=None)
+
+
+def front(trials: list[Trial], second: str) -> list[Trial]:
+    """The trials that no other beats in the objective without losing in the second one, best objective first."""
+    judged = [
+        t for t in trials if t.objective is not None and t.status != "failed" and getattr(t, second) is not None
+    ]
+    found: list[Trial] = []
+    for trial in sorted(judged, key=lambda t: (t.rank[0], getattr(t, second))):
+        if not found or getattr(trial, second) < getattr(found[-1], second):
+            found.append(trial)
+    return found

@@ -1,0 +1,1 @@
+"""Adapters from event features to target features: pure torch."""

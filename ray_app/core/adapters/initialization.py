@@ -1,0 +1,210 @@
+"""What the training part gives an adapter before its first step: means, principal subspaces, a ridge solution.
+
+The data is passed over a few times, and every pass adds sums over pairs: any division into batches gives the same
+result, up to rounding. Subspaces come from a randomized SVD (Halko, Martinsson, Tropp, arXiv 0909.4061): a random
+basis, power iterations with a QR after each, and the eigenvectors of what is found.
+
+Names in a start: `target_mean` (D,), `event_mean` (E,), and for subspaces `target_basis` (D, R), `target_scale`
+(R,), `event_basis` (E, R), `event_scale` (R,). Bases are orthonormal, scales are standard deviations along them.
+
+Shapes: B = pairs of a batch, N = training pairs, E, D = widths, W = either of them, R = rank, K = R + spare,
+T = positions of a sequence.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ray_app.core.adapters.base import Needs, Start
+from ray_app.core.adapters.sequences import mask_of
+from ray_app.errors import ConfigError
+
+SPARE = 16
+"""Directions that are searched beyond the rank, and dropped: they make the last ones exact."""
+POWER_ITERATIONS = 2
+"""Passes that sharpen the subspace."""
+FLAT = 1e-5
+"""A direction whose spread is below this share of the first one's does not vary."""
+SIDES = ("event", "target")
+
+Sums = Mapping[str, Tensor]
+Part = Callable[[Tensor, Tensor], Sums]
+"""Sums over one batch of features: event (B, E) and target (B, D), float32."""
+Passes = Callable[[Part], Sums]
+"""Passes once over the training part and adds up what a `Part` says of each batch."""
+
+
+def find_start(
+    passes: Passes, needs: Needs, rank: int, pairs: int, seed: int, token_width: int | None = None
+) -> Start:
+    """Means, and subspaces where they are needed. `token_width`: features are sequences of such tokens.
+
+    ConfigError: rank above the number of pairs, a side that is constant or varies in fewer directions than the
+    rank, a mean target of zeros.
+    """
+    if needs == "subspaces":
+        check_rank(rank, pairs)
+    sums = passes(ColumnSums(token_width))
+    start = {f"{side}_mean": mean_of(sums[side], sums[f"{side}_there"]) for side in SIDES}
+    if not start["target_mean"].any():
+        raise ConfigError(
+            "the mean training target is zero everywhere: there is nothing to start from, and its cosine has no "
+            "meaning; look at the pairs with `ray-app inspect`"
+        )
+    if needs != "subspaces":
+        return start
+    generator = torch.Generator().manual_seed(seed)
+    basis = {}
+    for side in SIDES:
+        width = len(start[f"{side}_mean"])
+        columns = min(rank + SPARE, width, pairs - 1)
+        basis[side] = orthonormal(torch.randn(width, columns, generator=generator))
+    for _ in range(POWER_ITERATIONS):
+        sums = passes(PowerSums(start, basis))
+        basis = {side: orthonormal(sums[side]) for side in SIDES}
+    sums = passes(GramSums(start, basis))
+    for side in SIDES:
+        found = leading(basis[side], sums[side], rank, pairs, side)
+        start[f"{side}_basis"], start[f"{side}_scale"] = found
+    return start
+
+
+def check_rank(rank: int, pairs: int) -> None:
+    """ConfigError where so many pairs cannot span a subspace of this rank."""
+    if rank >= pairs:
+        raise ConfigError(
+            f"--rank ({rank}) is not below the number of training pairs ({pairs}), which span {pairs - 1} directions "
+            f"about their mean; try --rank {max(1, (pairs - 1) // 2)}"
+        )
+
+
+class ColumnSums:
+    """Sums of both sides, float64, and of how many: pairs (1,), or the sequences that reach each position (T,)."""
+
+    def __init__(self, token_width: int | None) -> None:
+        self.token_width = token_width
+
+    def __call__(self, event_BE: Tensor, target_BD: Tensor) -> Sums:
+        sums = {}
+        for side, x_BW in (("event", event_BE), ("target", target_BD)):
+            there = mask_of(x_BW, self.token_width) if self.token_width else torch.ones(len(x_BW), 1)
+            sums[side] = x_BW.sum(dim=0, dtype=torch.float64)
+            sums[f"{side}_there"] = there.sum(dim=0, dtype=torch.float64)
+        return sums
+
+
+def mean_of(sum_W: Tensor, there_T: Tensor) -> Tensor:
+    """Mean (W,) over those that are there; zero where none is."""
+    return (sum_W.view(len(there_T), -1) / there_T.clamp(min=1.0)[:, None]).float().flatten()
+
+
+class PowerSums:
+    """Xᵀ X · basis of each side, means taken off, (W, K)."""
+
+    def __init__(self, start: Start, basis: Mapping[str, Tensor]) -> None:
+        self.start, self.basis = dict(start), dict(basis)
+
+    def __call__(self, event_BE: Tensor, target_BD: Tensor) -> Sums:
+        sums = {}
+        for side, x_BW in (("event", event_BE), ("target", target_BD)):
+            mean_W = self.start[f"{side}_mean"]
+            seen_BK = coordinates(x_BW, mean_W, self.basis[side])
+            sums[side] = x_BW.T @ seen_BK - torch.outer(mean_W, seen_BK.sum(dim=0))
+        return sums
+
+
+class GramSums:
+    """(X · basis)ᵀ (X · basis) of each side, means taken off, (K, K), float64."""
+
+    def __init__(self, start: Start, basis: Mapping[str, Tensor]) -> None:
+        self.start, self.basis = dict(start), dict(basis)
+
+    def __call__(self, event_BE: Tensor, target_BD: Tensor) -> Sums:
+        sums = {}
+        for side, x_BW in (("event", event_BE), ("target", target_BD)):
+            seen_BK = coordinates(x_BW, self.start[f"{side}_mean"], self.basis[side]).double()
+            sums[side] = seen_BK.T @ seen_BK
+        return sums
+
+
+def coordinates(x_BW: Tensor, mean_W: Tensor, basis_WK: Tensor) -> Tensor:
+    """Of features, about their mean, in a basis: (B, K)."""
+    return x_BW @ basis_WK - mean_W @ basis_WK
+
+
+def orthonormal(columns_WK: Tensor) -> Tensor:
+    """An orthonormal basis of what the columns span. In float64: a power iteration spreads their lengths widely."""
+    return torch.linalg.qr(columns_WK.double())[0].float()
+
+
+def leading(basis_WK: Tensor, gram_KK: Tensor, rank: int, pairs: int, side: str) -> tuple[Tensor, Tensor]:
+    """The principal directions (W, R), the largest component of each positive, and their standard deviations (R,).
+
+    ConfigError where fewer than R directions vary.
+    """
+    squares_K, turn_KK = torch.linalg.eigh(gram_KK)
+    scale_R = (squares_K.flip(0)[:rank].clamp(min=0.0) / pairs).sqrt().float()
+    varying = int((scale_R > FLAT * scale_R[0]).sum()) if scale_R[0] > 0 else 0
+    if varying < rank:
+        way_out = f"try --rank {varying}" if varying else "there is nothing to learn from them"
+        raise ConfigError(
+            f"the {side} features of the training part vary in {varying} directions only, fewer than --rank "
+            f"({rank}): the rest of them is constant; {way_out}"
+        )
+    basis_WR = (basis_WK.double() @ turn_KK.flip(1)[:, :rank]).float()
+    largest_R = basis_WR.abs().argmax(dim=0)
+    return basis_WR * basis_WR[largest_R, torch.arange(rank)].sign(), scale_R
+
+
+GRID = tuple(10.0**exponent for exponent in range(-4, 4))
+"""Regularisation that `ridge` chooses from, relative to the mean eigenvalue of its kernel."""
+
+
+def solve_ridge(
+    start: Start,
+    event: tuple[Tensor, Tensor],
+    target: tuple[Tensor, Tensor],
+    units: tuple[float, float],
+    grid: Sequence[float] = GRID,
+) -> tuple[Start, dict[float, float]]:
+    """The start of `Ridge`, with the λ of the grid whose mean cosine on validation is best; and that cosine of each.
+
+    `event` and `target`: features of the training and the validation part, as stored; `units`: their scales.
+    ConfigError: constant event features.
+    """
+    (train_x, val_x), (train_y, val_y) = (
+        tuple(part.float() * unit - start[f"{side}_mean"] for part in parts)
+        for side, parts, unit in zip(SIDES, (event, target), units, strict=True)
+    )
+    kernel_NN = (train_x @ train_x.T).double()
+    size = float(kernel_NN.diagonal().mean())
+    if size == 0.0:
+        raise ConfigError(
+            "the event features of the training part are all the same: there is nothing to learn from them"
+        )
+    across_VN = (val_x @ train_x.T).double()
+    mean_D = start["target_mean"]
+    # a = mean + w Y, w = across · inverse: its products follow from these.
+    target_NN, target_NV = (train_y @ train_y.T).double(), (train_y @ val_y.T).double()
+    on_mean_N, on_mean_V = (train_y @ mean_D).double(), (val_y @ mean_D).double()
+    mean_sq = float(mean_D.double().square().sum())
+    norm_V = (val_y + mean_D).double().norm(dim=1)
+    eigen_N, vectors_NN = torch.linalg.eigh(kernel_NN)
+    cosines, inverses = {}, {}
+    for relative in grid:
+        inverse_NN = (vectors_NN / (eigen_N.clamp(min=0.0) + relative * size)) @ vectors_NN.T
+        w_VN = across_VN @ inverse_NN
+        dot_V = mean_sq + on_mean_V + w_VN @ on_mean_N + (w_VN * target_NV.T).sum(dim=1)
+        square_V = mean_sq + 2.0 * w_VN @ on_mean_N + (w_VN @ target_NN * w_VN).sum(dim=1)
+        cosines[relative] = float((dot_V / (square_V.sqrt() * norm_V)).mean())
+        inverses[relative] = inverse_NN
+    best = max(cosines, key=lambda relative: cosines[relative])
+    solved = {
+        "inverse": inverses[best].float(),
+        "event_pairs": event[0],
+        "target_pairs": target[0],
+        "event_unit": torch.tensor([units[0]]),
+        "target_unit": torch.tensor([units[1]]),
+    }
+    return {**start, **solved}, cosines

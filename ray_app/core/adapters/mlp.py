@@ -1,0 +1,140 @@
+"""Adapters of fully connected layers at full width: the reference's two, and plainer ones.
+
+Shapes: B = pairs, E = event width, D = target width, H = hidden width.
+"""
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ray_app.core.adapters.base import (
+    FAINT,
+    Adapter,
+    NoisyDropout,
+    Start,
+    begin_input,
+    begin_output,
+    hidden_layers,
+)
+from ray_app.core.adapters.seeded_noise import BatchNoise
+
+if TYPE_CHECKING:
+    from ray_app.core.adapters.registry import AdapterConfig
+
+
+class LightweightAlignmentModule(Adapter):
+    """The reference's diagram: two hidden layers with LayerNorm and ReLU, and the input added to the output.
+
+    154,556,416 parameters at E = D = 150,528 and H = 512. Where E ≠ D there is nothing to add the input to,
+    and the residual connection is off. `depth`: hidden layers after the first.
+    """
+
+    SPECTRAL = "subspaces"
+
+    def __init__(self, config: "AdapterConfig") -> None:
+        super().__init__(config)
+        hidden = config.hidden_dim
+        self.input = nn.Linear(config.event_dim, hidden)
+        self.input_norm = nn.LayerNorm(hidden)
+        self.dropout = NoisyDropout(config.dropout, layer=0)
+        self.hidden = nn.Linear(hidden, hidden)
+        self.hidden_norm = nn.LayerNorm(hidden)
+        self.deeper = hidden_layers(config, torch.relu)
+        self.output = nn.Linear(hidden, config.target_dim)
+        self.residual = config.event_dim == config.target_dim
+
+    def forward(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
+        h_BH = self.dropout(torch.relu(self.input_norm(self.input(event_BE))), noise)
+        h_BH = torch.relu(self.hidden_norm(self.hidden(h_BH)))
+        aligned_BD = self.output(self.deeper(h_BH))
+        return aligned_BD + event_BE if self.residual else aligned_BD
+
+    @torch.no_grad()
+    def begin(self, start: Start, *, spectral: bool) -> None:
+        if spectral:
+            begin_input(self.input, start)
+            begin_output(self.output, start, float(self.residual))
+
+
+class LightweightReference(Adapter):
+    """What the reference really ran: scale · (mlp(x) + 0.1 · x), of one hidden layer with LayerNorm and GELU.
+
+    154,292,737 parameters at E = D = 150,528 and H = 512. Where E ≠ D the residual connection is off. `depth`: hidden
+    layers.
+    """
+
+    RESIDUAL: ClassVar[float] = 0.1
+    SPECTRAL = "subspaces"
+
+    def __init__(self, config: "AdapterConfig") -> None:
+        super().__init__(config)
+        self.input = nn.Linear(config.event_dim, config.hidden_dim)
+        self.norm = nn.LayerNorm(config.hidden_dim)
+        self.dropout = NoisyDropout(config.dropout, layer=0)
+        self.deeper = hidden_layers(config, nn.functional.gelu)
+        self.output = nn.Linear(config.hidden_dim, config.target_dim)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.residual = config.event_dim == config.target_dim
+
+    def forward(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
+        h_BH = self.dropout(nn.functional.gelu(self.norm(self.input(event_BE))), noise)
+        aligned_BD = self.output(self.deeper(h_BH))
+        return self.scale * (aligned_BD + self.RESIDUAL * event_BE if self.residual else aligned_BD)
+
+    def draw(self, generator: torch.Generator) -> None:
+        super().draw(generator)
+        nn.init.ones_(self.scale)
+
+    @torch.no_grad()
+    def begin(self, start: Start, *, spectral: bool) -> None:
+        if spectral:
+            begin_input(self.input, start)
+            begin_output(self.output, start, self.RESIDUAL * self.residual)
+
+
+class Linear(Adapter):
+    """One linear map E → D. At full width it would have 22.7 billion weights: for narrow features."""
+
+    SPECTRAL = "subspaces"
+    SETTINGS = frozenset()
+
+    def __init__(self, config: "AdapterConfig") -> None:
+        super().__init__(config)
+        self.output = nn.Linear(config.event_dim, config.target_dim)
+
+    def forward(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:  # noqa: ARG002
+        return self.output(event_BE)
+
+    @torch.no_grad()
+    def begin(self, start: Start, *, spectral: bool) -> None:
+        """`begin_input` and `begin_output` in one matrix: whitened event coordinates speak along the target's."""
+        if spectral:
+            rank = self.config.rank
+            read_RE = (start["event_basis"] / start["event_scale"])[:, :rank].T
+            self.output.weight.copy_(FAINT * (start["target_basis"] * start["target_scale"])[:, :rank] @ read_RE)
+            self.output.bias.copy_(start["target_mean"] - self.output.weight @ start["event_mean"])
+
+
+class Bottleneck(Adapter):
+    """E → H → D without a residual connection: what passes, passes through H numbers. `depth`: hidden layers."""
+
+    SPECTRAL = "subspaces"
+
+    def __init__(self, config: "AdapterConfig") -> None:
+        super().__init__(config)
+        self.input = nn.Linear(config.event_dim, config.hidden_dim)
+        self.norm = nn.LayerNorm(config.hidden_dim)
+        self.dropout = NoisyDropout(config.dropout, layer=0)
+        self.deeper = hidden_layers(config, nn.functional.gelu)
+        self.output = nn.Linear(config.hidden_dim, config.target_dim)
+
+    def forward(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
+        h_BH = self.dropout(nn.functional.gelu(self.norm(self.input(event_BE))), noise)
+        return self.output(self.deeper(h_BH))
+
+    @torch.no_grad()
+    def begin(self, start: Start, *, spectral: bool) -> None:
+        if spectral:
+            begin_input(self.input, start)
+            begin_output(self.output, start, 0.0)

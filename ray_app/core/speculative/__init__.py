@@ -1,0 +1,1 @@
+"""Verification of drafts and the metrics of speculative decoding: pure."""

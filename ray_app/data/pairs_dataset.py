@@ -1,0 +1,95 @@
+"""Pairs from a store through Ray Data: verified as they are read, held in memory or streamed.
+
+Shapes: B = pairs of a block or batch, E, D = widths of the event and the target feature.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.data import DataIterator, Dataset
+
+from ray_app.core.adapters.seeded_noise import mix
+from ray_app.data.batch_order import Batch
+from ray_app.data.pair_tensors import Held
+from ray_app.store.pair_store import PairStore, feature_matrix
+from ray_app.store.split import Rows
+
+SHUFFLE_ROWS = 512
+"""Pairs that a streaming worker shuffles among: 154 MB at 150,528 wide."""
+
+
+def pairs_dataset(store: PairStore, rows: Rows, *, read_cpus: float = 1.0) -> Dataset:
+    """Columns `position` (int64, in the store's canonical order), `event`, `target` of these rows.
+
+    One block for each Parquet file that holds one of them; its SHA-256 and page checksums are verified as it
+    is read, and StoreError names a damaged file. `read_cpus`: what reading one claims; 0 where what a lost node held
+    must be read again while workers have all CPUs.
+    """
+    rows = np.asarray(rows, np.int64)
+    files = store.index.file[rows]
+    work = [
+        {"file": int(file), "row": store.index.row[of_file].tolist(), "position": of_file.tolist()}
+        for file in np.unique(files)
+        for of_file in (rows[files == file],)
+    ]
+    held = ray.put(store)
+
+    def read(item: dict[str, NDArray[Any]]) -> pa.Table:
+        opened: PairStore = ray.get(held)
+        table = opened.table(int(item["file"][0])).select(["event", "target"])
+        table = table.take(pa.array(np.asarray(item["row"][0], np.int64)))
+        return table.add_column(0, "position", pa.array(np.asarray(item["position"][0], np.int64)))
+
+    blocks = ray.data.from_items(work, override_num_blocks=len(work))
+    return blocks.map_batches(read, batch_size=1, batch_format="numpy", num_cpus=read_cpus)
+
+
+def to_arrays(batch: pa.Table, store: PairStore) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:
+    """(positions (B,), events (B, E), targets (B, D)) as stored; views of the batch, not to be written to."""
+    return (
+        batch["position"].to_numpy(),
+        feature_matrix(batch["event"], store.feature("event")),
+        feature_matrix(batch["target"], store.feature("target")),
+    )
+
+
+def hold(blocks: DataIterator | Dataset, store: PairStore, rows: Rows, wanted: NDArray[np.int64]) -> Held:
+    """Copies the pairs rows[wanted] out of a data set of `rows`; `wanted` is sorted."""
+    event, target = store.feature("event"), store.feature("target")
+    held = Held(
+        positions=wanted,
+        event_BE=torch.empty(len(wanted), event.width, dtype=getattr(torch, event.read_as)),
+        target_BD=torch.empty(len(wanted), target.width, dtype=getattr(torch, target.read_as)),
+    )
+    found = 0
+    for batch in blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):  # type: ignore[arg-type]  # None: whole blocks
+        position_B, event_BE, target_BD = to_arrays(batch, store)
+        _, mine, into = np.intersect1d(position_B, rows[wanted], assume_unique=True, return_indices=True)
+        held.event_BE.numpy()[into] = event_BE[mine]
+        held.target_BD.numpy()[into] = target_BD[mine]
+        found += len(mine)
+    assert found == len(wanted), f"{found} of {len(wanted)} pairs arrived"
+    return held
+
+
+def stream(
+    blocks: DataIterator, store: PairStore, seed: int, epoch: int, rank: int, world: int, batch_size: int
+) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+    """A worker's batches of one epoch, read anew and shuffled within a buffer, as (place, events, targets)."""
+    local = batch_size // world
+    batches = blocks.iter_batches(
+        batch_size=local,
+        batch_format="pyarrow",
+        prefetch_batches=2,
+        local_shuffle_buffer_size=max(SHUFFLE_ROWS, 2 * local),
+        local_shuffle_seed=mix(seed, epoch, rank) % 2**32,
+    )
+    for batch in batches:
+        position_B, event_BE, target_BD = to_arrays(batch, store)
+        place = Batch(position_B, rank * len(position_B), world * len(position_B))
+        yield place, torch.tensor(event_BE), torch.tensor(target_BD)

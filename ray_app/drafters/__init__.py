@@ -1,0 +1,1 @@
+"""What may draft the next tokens of a target, and exact replay of recorded outputs."""

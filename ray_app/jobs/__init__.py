@@ -1,1 +1,0 @@
-"""The Ray edge: one file a command."""

@@ -1,0 +1,251 @@
+"""A run at a URI: each process works in a folder of its own, which this keeps in step with the URI.
+
+Objects can be neither appended to nor renamed, and nodes of a cluster need share no disk. So the driver and every
+worker have a copy of what they need; what a worker finishes goes up (`store/sealed.py`, `journal_parts.py`), and what
+the others need comes down. The URI alone is the run: copies go with their processes, and the next start goes on from
+what lies there.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray_app.errors import CheckpointError, StoreError
+from ray_app.runs.event_log import Journal, entries
+from ray_app.runs.remote_event_log import JournalParts
+from ray_app.runs.run_dir import CHECKPOINTS, RESIZE, RUN, STATES, STOP, RunFolder, about_run, inside
+from ray_app.store.checkpoint import SUMS
+from ray_app.store.checkpoint_transfer import fetch_folder, send_folder
+from ray_app.store.filesystem import Disk, ObjectStore, Place, absolute, place
+
+EXCHANGE_S = 2.0
+"""How often new journal lines go up, and come down to the driver; a sign takes two of these at most."""
+STOP_S = 30.0
+"""How long a run that is asked to stop is waited for, before its journal is taken over."""
+PREFIX = "ray-app-copy-"
+YOUNG_S = 60.0
+"""A copy of this age may belong to a process that has not marked it as its own yet."""
+
+
+@contextmanager
+def run_at(where: str) -> Iterator[RunFolder]:
+    """The run that a path or URI names, or will be there. A copy of one at a URI goes when the block ends."""
+    there = place(where)
+    if isinstance(there, Disk):
+        yield RunFolder(there.path)
+    elif isinstance(there, ObjectStore):
+        with own_folder() as folder:
+            yield RunCopy(folder, there)
+
+
+def settings_of_run(where: str) -> dict[str, Any]:
+    """What the run that lies there was started with, as settings of `train`. StoreError: not a run."""
+    return {**about_run(place(where))["config"], "out": absolute(where)}
+
+
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """A folder of this process; those of processes that were killed go now."""
+    parent = Path(tempfile.gettempdir())
+    for old in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if old.stat().st_uid == os.getuid() and time.time() - old.stat().st_mtime > YOUNG_S:
+                with _held(old):
+                    shutil.rmtree(old)
+    with (
+        tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent, ignore_cleanup_errors=True) as name,
+        _held(Path(name)),
+    ):
+        yield Path(name)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """BlockingIOError: it is another process's."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def meanwhile(*acts: Callable[[], None]) -> Iterator[None]:
+    """These again and again; what the store refuses is tried the next time, and by whoever needs it done."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(EXCHANGE_S):
+            for act in acts:
+                with suppress(StoreError, OSError):
+                    act()
+
+    thread = threading.Thread(target=run, name="exchange", daemon=True)
+    thread.start()
+    with ExitStack() as end:
+        end.callback(thread.join)
+        end.callback(stop.set)
+        yield
+
+
+@dataclass(frozen=True)
+class RunCopy(RunFolder):
+    """`path` is this process's copy of the run at `there`."""
+
+    there: ObjectStore
+    """Where the run lies."""
+    _parts: JournalParts = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_parts", JournalParts(self.path, self.there))
+
+    def __str__(self) -> str:
+        return self.there.uri
+
+    @property
+    def _there(self) -> Place:
+        return self.there
+
+    def shown(self, path: Path) -> str:
+        return self.there.below(str(path.relative_to(self.path))) if path != self.path else str(self)
+
+    def pull(self) -> None:
+        self._parts.pull()
+
+    def claim(self, about: Mapping[str, Any]) -> None:
+        with suppress(FileNotFoundError):
+            if self.there.names():
+                raise StoreError(
+                    f"--out {self.there} already holds something; name a new one, nothing is overwritten"
+                )
+        super().claim(about)
+        self.there.make()
+        self.there.write(RUN, (self.path / RUN).read_bytes())
+
+    @property
+    def claimed(self) -> bool:
+        try:
+            return RUN in self.there.names()
+        except FileNotFoundError:
+            return False
+
+    @contextmanager
+    def driven(self) -> Iterator[None]:
+        (self.path / RUN).write_bytes(json.dumps(self.about()).encode())
+        with super().driven():
+            yield
+
+    def take_signs_away(self) -> None:
+        super().take_signs_away()
+        self._push_signs()
+
+    def ask_to_stop(self) -> None:
+        """Who writes the journal has some time to save, and to end it."""
+        super().ask_to_stop()
+        self._push_signs()
+        deadline = time.monotonic() + STOP_S
+        while time.monotonic() < deadline:
+            self.pull()
+            if entries(self.path)[-1]["kind"] in ("stop", "end"):
+                return
+            time.sleep(EXCHANGE_S / 4)
+
+    def about(self) -> dict[str, Any]:
+        return about_run(self.there)
+
+    @contextmanager
+    def journal(self) -> Iterator[Journal]:
+        self._parts.pull()
+        with Journal(self.path) as journal:
+            try:
+                with meanwhile(self._parts.push, self._pull_signs):
+                    yield journal
+            finally:
+                self._parts.push()
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        try:
+            with meanwhile(self._push_signs, self._parts.pull):
+                yield
+        finally:
+            self._parts.pull()
+
+    @contextmanager
+    def lent(self, journal: Journal) -> Iterator[None]:
+        self._parts.push()
+        with super().lent(journal):
+            try:
+                yield
+            finally:
+                self._parts.pull()
+
+    def bring(self, *folders: str) -> None:
+        for folder in map(inside, folders):
+            with suppress(FileNotFoundError):
+                if SUMS in self.there.names(folder):
+                    fetch_folder(self.there, folder, self.path / folder)
+
+    def publish(self, folder: str) -> None:
+        if (self.path / folder).is_dir():
+            send_folder(self.path / folder, self.there, folder)
+
+    def save(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Steps up to here are told there before there is a place after them."""
+        self._parts.push()
+        super().save(name, *args, **kwargs)
+
+    def settle(self, newest: str, best_epoch: int) -> None:
+        for kind in (STATES, CHECKPOINTS):
+            self.publish(f"{kind}/{newest}")
+        super().settle(newest, best_epoch)
+
+    def best(self) -> Path | None:
+        path = super().best()
+        return path and fetch_folder(self.there, str(path.relative_to(self.path)), path)
+
+    def _drop(self, folder: str) -> None:
+        if SUMS in self.there.names(folder):
+            self.there.delete(f"{folder}/{SUMS}")  # what is left of it, should this break off, is none
+        self.there.delete(folder)
+        if (self.path / folder).is_dir():
+            shutil.rmtree(self.path / folder)
+
+    def _sound(self, folder: str) -> bool:
+        try:
+            fetch_folder(self.there, folder, self.path / folder)
+        except CheckpointError as error:
+            print(f"not gone on from: {error}", file=sys.stderr)
+            with suppress(FileNotFoundError):  # without a list it is never taken for what a later save puts there
+                sums = self.there.read(f"{folder}/{SUMS}")
+                self.there.write(f"{folder}/.aside-{SUMS}", sums)
+                self.there.delete(f"{folder}/{SUMS}")
+            return False
+        return True
+
+    def _push_signs(self) -> None:
+        there = self.there.names()
+        for sign in (STOP, RESIZE):
+            if (self.path / sign).exists() and sign not in there:
+                self.there.write(sign, b"")
+            elif sign in there and not (self.path / sign).exists():
+                self.there.delete(sign)
+
+    def _pull_signs(self) -> None:
+        there = self.there.names()
+        for sign in (STOP, RESIZE):
+            if sign in there:
+                (self.path / sign).touch()
+            else:
+                (self.path / sign).unlink(missing_ok=True)

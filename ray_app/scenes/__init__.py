@@ -1,0 +1,1 @@
+"""Rendered driving scenes: pure numpy, a function of seed and time."""

@@ -1,0 +1,1 @@
+"""DAVIS recordings (.aedat4)."""

@@ -1,0 +1,1 @@
+"""DSEC recordings."""

@@ -1,0 +1,1 @@
+"""MLflow: the logger that mirrors event logs, and the model registry."""

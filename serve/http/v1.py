@@ -1,0 +1,160 @@
+"""`/v1`: for people and scripts. Numbers, pictures and recordings in; verdicts, numbers and pictures out.
+
+Shapes: B = pairs, E = event width, D = target width.
+"""
+
+import asyncio
+import base64
+import time
+from typing import Any
+
+import torch
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from torch import Tensor
+
+from ..model.predict import Answer, Work, gathered
+from ..protocol.errors import Problem
+from ..protocol.inputs import drawn, parse_request, picture, pixels, png_of, require_pixels, rows_of
+from ..protocol.request_context import Call
+from ..protocol.schemas import AlignRequest, Recording, VerifyRequest
+from ..replica_state import Endpoint
+from .body import read_body
+
+IMAGES = {"image/png", "image/jpeg"}
+EVENTS = "application/octet-stream"
+
+
+async def align(request: Request) -> Response:
+    """Aligned features; with targets also cos_sim and the verdict."""
+    return await answered(request, AlignRequest, ["aligned"])
+
+
+async def verify(request: Request) -> Response:
+    """cos_sim and the verdict for each pair."""
+    return await answered(request, VerifyRequest, [])
+
+
+async def answered(request: Request, kind: type[AlignRequest], default: list[str]) -> Response:
+    """The whole way of a request."""
+    endpoint: Endpoint = request.scope["ray_app.endpoint"]
+    call: Call = request.scope["ray_app.call"]
+    async with endpoint.place(request.receive):
+        asked, event_BE, target_BD = await read_request(request, kind)
+    wanted: list[str] = default if asked.wanted is None else list(asked.wanted)
+    require_images(endpoint, wanted, target_BD)
+    work = Work(event_BE, target_BD, aligned=bool({"aligned", "aligned_image"} & set(wanted)), before=True)
+    read = time.perf_counter()
+    answer = await endpoint.answer(work, call.timeout_s(endpoint.cfg.timeout_s))
+    computed = time.perf_counter()
+    call.version, call.digest = answer.model.version, answer.model.identity.digest
+    call.pairs = work.rows
+    body = {
+        "id": asked.id or call.request_id,
+        "model": {"name": endpoint.cfg.name, "version": call.version, "digest": call.digest},
+        "theta": asked.theta,
+        "pairs": await asyncio.to_thread(pairs_of, asked, wanted, work, answer),
+    }
+    response = await asyncio.to_thread(JSONResponse, body)
+    call.spans |= {"read": read - call.began, "answer": computed - read, "write": time.perf_counter() - computed}
+    return response
+
+
+async def read_request(request: Request, kind: type[AlignRequest]) -> tuple[AlignRequest, Tensor, Tensor | None]:
+    """(request, events, targets) from JSON, or from the bare bytes of a picture or a recording."""
+    endpoint: Endpoint = request.scope["ray_app.endpoint"]
+    call: Call = request.scope["ray_app.call"]
+    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if content_type in IMAGES | {EVENTS} and kind is AlignRequest:
+        body = await read_body(call.headers, request.receive, endpoint.max_body_bytes)
+        endpoint.telemetry.body(len(body))
+        asked = from_query(request)
+        event_BE = await asyncio.to_thread(bare_event, endpoint, bytes(body), content_type)
+        return asked, event_BE, None
+    if content_type != "application/json":
+        takes = ["application/json", *([*sorted(IMAGES), EVENTS] if kind is AlignRequest else [])]
+        raise Problem(
+            415, "content_type", f"Content-Type '{content_type[:60]}' is not taken here; send {' or '.join(takes)}."
+        )
+    body = await read_body(call.headers, request.receive, endpoint.max_json_bytes)
+    endpoint.telemetry.body(len(body))
+    asked = await asyncio.to_thread(parse_request, body, kind)
+    return (asked, *await asyncio.to_thread(rows_of, asked, endpoint.limits))
+
+
+def from_query(request: Request) -> AlignRequest:
+    """?return=aligned,event_image&encoding=png&id=mine. Problem 422: not known."""
+    query = dict(request.query_params)
+    if unknown := sorted(set(query) - {"return", "encoding", "id"}):
+        raise Problem(422, "unknown_field", f"?{unknown[0][:40]}= is not known; known are return, encoding and id.")
+    values: dict[str, Any] = {**query, "event": [[0.0]]}
+    if "return" in query:
+        values["return"] = [name for name in query["return"].split(",") if name]
+    from pydantic import ValidationError
+
+    try:
+        return AlignRequest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Problem(422, "field", f"?{first['loc'][0]}=: {first['msg']}.") from error
+
+
+def bare_event(endpoint: Endpoint, data: bytes, content_type: str) -> Tensor:
+    """One event row (1, E) from a picture's or a recording's bytes."""
+    spec = endpoint.limits.features.event
+    require_pixels(spec, "event")
+    image = picture(data, "event") if content_type in IMAGES else drawn(data, Recording(recording=""))
+    return pixels(image, spec)
+
+
+def require_images(endpoint: Endpoint, wanted: list[str], target_BD: Tensor | None) -> None:
+    """Problem 422 where a picture is wanted of what is none."""
+    features = endpoint.limits.features
+    for name, spec in (
+        ("event_image", features.event),
+        ("aligned_image", features.target),
+        ("target_image", features.target),
+    ):
+        if name in wanted:
+            require_pixels(spec, name.removesuffix("_image"))
+    if "target_image" in wanted and target_BD is None:
+        raise Problem(422, "missing", "target_image is wanted and there is no 'target'.")
+
+
+def pairs_of(asked: AlignRequest, wanted: list[str], work: Work, answer: Answer) -> list[dict[str, Any]]:
+    """The members of `pairs`."""
+    features = answer.model.features
+    pairs: list[dict[str, Any]] = []
+    for i in range(work.rows):
+        pair: dict[str, Any] = {}
+        if answer.cos_B is not None:
+            pair["cos_sim"] = float(answer.cos_B[i])
+            pair["accepted"] = bool(answer.cos_B[i] > asked.theta)
+        if answer.before_B is not None:
+            pair["before"] = float(answer.before_B[i])
+        if "aligned" in wanted and answer.aligned_BD is not None:
+            pair["aligned"] = encoded(answer.aligned_BD[i], asked.encoding, answer)
+        if "event_image" in wanted:
+            pair["event_image"] = png_of(gathered([work.event_BE[i : i + 1]], features.event)[0], features.event)
+        if "aligned_image" in wanted and answer.aligned_BD is not None:
+            pair["aligned_image"] = png_of(answer.aligned_BD[i], features.target)
+        if "target_image" in wanted and work.target_BD is not None:
+            pair["target_image"] = png_of(gathered([work.target_BD[i : i + 1]], features.target)[0], features.target)
+        pairs.append(pair)
+    return pairs
+
+
+def encoded(row_D: Tensor, encoding: str, answer: Answer) -> Any:
+    """An aligned row as numbers, raw numbers or a picture."""
+    if encoding == "png":
+        require_pixels(answer.model.features.target, "target")
+        return png_of(row_D, answer.model.features.target)
+    if encoding == "base64":
+        data = base64.b64encode(row_D.to(torch.float32).numpy().tobytes()).decode()
+        return {"data": data, "datatype": "FP32", "shape": [len(row_D)]}
+    return row_D.tolist()
+
+
+async def model(request: Request) -> Response:
+    """What is served, how it was judged, since when; what was refused; the limits."""
+    return JSONResponse(request.scope["ray_app.endpoint"].about())

@@ -1,0 +1,1 @@
+"""The model in service: where it comes from, how it is loaded, batched and replaced."""

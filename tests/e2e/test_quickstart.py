@@ -1,0 +1,47 @@
+"""The whole loop as a user starts it, at the real feature width, with few pairs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ray_app import cli
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_quickstart_ends_with_a_table_a_report_and_a_champion(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = "quickstart --num-pairs 24 --num-sequences 6 --num-epochs 1 --hidden-dim 8 --out q --json"
+    assert cli.run(argv.split()) == 0
+    result = json.loads(capfd.readouterr().out)
+    evaluated = result["evaluate"]
+    assert {"before", "white", "mean_target", "shuffled"} <= set(evaluated["controls"])
+    assert (
+        Path(evaluated["files"]["report"]).is_file() if isinstance(evaluated["files"], dict) else evaluated["files"]
+    )
+    assert result["promote"]["promoted"]
+    assert result["prepare"]["pairs"] == 24
+    assert cli.run([*argv.split()[:-1]]) == 0
+    out = capfd.readouterr().out
+    for word in ("mean_target", "shuffled", "report.html", "champion"):
+        assert word in out
+    assert {path.name for path in (tmp_path / "q").iterdir() if path.name.startswith("run-")} >= {"run-1", "run-2"}
+
+
+@pytest.mark.parametrize(("lift", "fails"), [(0.31, False), (0.0, True), (-0.2, True)])
+def test_make_lift_fails_unless_the_adapter_is_ahead(tmp_path: Path, lift: float, fails: bool) -> None:
+    said = json.dumps({"evaluate": {"verdict": "so it is", "lift": lift}})
+    (tmp_path / "ray-app").write_text(f"#!/bin/sh\necho '{said}'\n")
+    (tmp_path / "ray-app").chmod(0o755)
+    (tmp_path / "python").symlink_to(sys.executable)
+    stamp = str(tmp_path / "ray-app")
+    command = ["make", "-s", "lift", f"BIN={tmp_path}", f"STAMP={stamp}", "-o", stamp]
+    root, env = Path(__file__).parents[2], {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == "so it is\n"
+    assert (done.returncode != 0) == fails

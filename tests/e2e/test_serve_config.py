@@ -1,0 +1,174 @@
+"""What the endpoint is told: arguments, and config.yaml field by field, since Ray ignores what it does not know."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from endpoints import make_checkpoint
+from pydantic import BaseModel
+from ray.serve._private import application_state
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import (
+    DeploymentSchema,
+    HTTPOptionsSchema,
+    LoggingConfig,
+    ServeApplicationSchema,
+    ServeDeploySchema,
+)
+
+from ray_app import cli
+from ray_app.commands.serve.command import environment, resolved
+from ray_app.commands.serve.haproxy_watchdog import end_of
+from ray_app.config.serve import EndpointConfig, ServeConfig
+from ray_app.errors import CheckpointError, ConfigError, RegistryError
+from serve.app import build_app, checked, local_app
+from serve.deployment import DEPLOYMENT, replica_options
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+
+
+def require_known(values: dict[str, Any], schema: type[BaseModel]) -> None:
+    assert set(values) <= set(schema.model_fields), (
+        f"{schema.__name__} ignores {set(values) - set(schema.model_fields)}"
+    )
+
+
+def test_config_yaml_holds_nothing_that_ray_would_ignore() -> None:
+    require_known(CONFIG, ServeDeploySchema)
+    require_known(CONFIG["http_options"], HTTPOptionsSchema)
+    require_known(CONFIG["logging_config"], LoggingConfig)
+    for application in CONFIG["applications"]:
+        require_known(application, ServeApplicationSchema)
+        for deployment in application["deployments"]:
+            require_known(deployment, DeploymentSchema)
+            assert deployment["name"] == DEPLOYMENT
+    parsed = ServeDeploySchema(**CONFIG)
+    assert parsed.applications[0].import_path == "serve.app:build_app"
+    assert EndpointConfig.model_validate(CONFIG["applications"][0]["args"])
+
+
+def test_replica_options_are_ones_that_ray_knows() -> None:
+    require_known({"name": DEPLOYMENT, **replica_options(EndpointConfig())}, DeploymentSchema)
+
+
+def test_the_builder_takes_checked_arguments_alone(tmp_path: Path) -> None:
+    checkpoint = str(make_checkpoint(tmp_path / "checkpoint"))
+    good = {"checkpoint": checkpoint, "open_access": True}
+    assert build_app(good)
+    for changes, message in (
+        ({"max_bach": 8}, "argument 'max_bach'.*known are checkpoint"),
+        ({"max_batch": 0}, "argument 'max_batch'"),
+        ({"open_access": False}, "need 'tokens'"),
+        ({"tokens": str(tmp_path / "none"), "open_access": False}, "cannot be read"),
+        ({"checkpoint": "models:/alignment-adapter"}, "is no model"),
+        ({"checkpoint": "models:/alignment-adapter@champion"}, "tracking_uri"),
+        ({"checkpoint": "models:/a@b", "tracking_uri": "sqlite:///mlflow.db"}, "absolute path"),
+        ({"checkpoint": str(tmp_path / "none")}, "no folder"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            checked({**good, **changes})
+        with pytest.raises(RayServeException, match=message):
+            build_app({**good, **changes})
+    assert checked(good).checkpoint == checkpoint
+
+
+def test_a_deployment_that_cannot_be_is_told_once_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray builds it: what it returns here it does not try again, what it raises it tries four times."""
+    good, damaged = make_checkpoint(tmp_path / "good"), make_checkpoint(tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"nothing")
+    build = application_state.build_serve_application._function
+    monkeypatch.setattr(application_state, "configure_component_logger", lambda **_: None)  # there is no Ray here
+    for args, message in (
+        ({"checkpoint": str(good), "max_bach": 8}, r"argument 'max_bach'"),
+        ({"checkpoint": str(damaged)}, r"model\.safetensors is damaged"),
+    ):
+        args = {**args, "open_access": True}
+        _, built, told = build("serve.app:build_app", "1", "alignment", args, LoggingConfig(), None, {}, {}, {})
+        assert built is None
+        assert re.search(message, told)
+        assert len(told.splitlines()) == 1
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    weights = checkpoint / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(bytes(damaged))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        local_app(resolved(ServeConfig(checkpoint=str(checkpoint))))
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (["--checkpoint", "none"], CheckpointError, "none is not a folder"),
+        (["--host", "0.0.0.0"], ConfigError, "can be reached by others"),
+        (["--tls-cert", "cert.pem"], ConfigError, "belong together"),
+        (["--tls-cert", "c", "--tls-key", "k", "--proxy", "haproxy"], ConfigError, "cannot do TLS"),
+        (["--new-token", "me"], ConfigError, "--tokens FILE"),
+        (["--checkpoint", "models:/none@champion", "--tracking-uri", "sqlite:///{}/new.db"], RegistryError, "none"),
+    ],
+)
+def test_the_command_says_what_it_cannot_do(tmp_path: Path, flags: list[str], error: type, message: str) -> None:
+    flags = [flag.format(tmp_path) for flag in flags]
+
+    def start() -> None:
+        cfg = cli.parse("serve", cli.COMMANDS["serve"], None, flags)
+        assert isinstance(cfg, ServeConfig)
+        local_app(resolved(cfg))
+
+    with pytest.raises(error, match=message):
+        start()
+
+
+def test_a_proxy_that_outlived_its_cluster_is_ended_and_no_other(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    mine, other = (subprocess.Popen([*command, f"{tmp_path}/{name}/haproxy.cfg"]) for name in ("one", "another"))
+    assert end_of(tmp_path / "one") == [mine.pid]
+    assert mine.wait(10) == -signal.SIGTERM
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
+def test_a_proxy_ends_where_its_endpoint_was_killed_with_all_of_its_group(tmp_path: Path) -> None:
+    proxy = f"import time; print('here', flush=True); time.sleep(60)  # {tmp_path}/haproxy.cfg"
+    endpoint = f"""
+import pathlib, subprocess, sys
+from ray_app.commands.serve.haproxy_watchdog import watched
+with watched(pathlib.Path({str(tmp_path)!r})):
+    subprocess.run([sys.executable, "-c", {proxy!r}], start_new_session=True)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(
+        [sys.executable, "-c", endpoint], stdout=subprocess.PIPE, env=environment, start_new_session=True
+    )
+    assert started.stdout is not None
+    assert started.stdout.readline() == b"here\n"
+    os.killpg(started.pid, signal.SIGKILL)
+    assert started.stdout.read() == b""  # the proxy was the last that held it
+    assert started.wait() == -signal.SIGKILL
+
+
+def test_two_endpoints_on_one_machine_do_not_share_haproxys_files(tmp_path: Path) -> None:
+    one, two = (environment(tmp_path / name, haproxy=True) for name in ("one", "two"))
+    own = [
+        key
+        for key in one
+        if key.startswith("RAY_SERVE_HAPROXY") and key.endswith(("_LOC", "_PATH", "_BASE", "_FILE", "_PORT"))
+    ]
+    assert len(own) == 7
+    own += [key for key in one if "DIRECT_INGRESS_M" in key and "PORT" in key]
+    assert len(own) == 9
+    assert all(one[key] != two[key] for key in own)
+    assert environment(tmp_path, haproxy=False)["RAY_SERVE_ENABLE_HA_PROXY"] == "0"

@@ -1,0 +1,45 @@
+"""Saves of a tiny run, each of whose numbers says of which epoch it is; and what such a run would go on from."""
+
+import torch
+
+from ray_app.core.adapters.registry import AdapterConfig, build_adapter
+from ray_app.runs.run_dir import RunFolder, place
+from ray_app.store.checkpoint import load_checkpoint, load_training_state
+from ray_app.store.manifest import Features, FeatureSpec
+
+SPEC = FeatureSpec(dtype="float32", shape=(20,), scale=1.0)
+
+
+def save(run: RunFolder, epoch: int, hidden_dim: int = 3) -> None:
+    """Saves an epoch as the best so far."""
+    adapter = build_adapter(AdapterConfig("bottleneck", 20, 20, hidden_dim), 0)
+    with torch.no_grad():
+        for weight in adapter.parameters():
+            weight.fill_(epoch)
+    run.save(
+        place(epoch),
+        adapter,
+        features=Features(event=SPEC, target=SPEC),
+        metrics={"epoch": epoch},
+        provenance={},
+        tensors={"0.exp_avg": torch.full((20 * hidden_dim,), float(epoch))},
+        meta={"epoch": epoch},
+        best_epoch=epoch,
+    )
+
+
+def found(run: RunFolder) -> int:
+    """The epoch that training would go on from, with every byte of it read and looked at."""
+    name = run.newest_state()
+    assert name is not None, "nothing to go on from"
+    tensors, meta = load_training_state(run.state(name))
+    epoch = meta["epoch"]
+    assert name == place(epoch)
+    assert (tensors["0.exp_avg"] == epoch).all()
+    checkpoint = load_checkpoint(run.checkpoint(name))
+    assert checkpoint.metrics == {"epoch": epoch}
+    assert all((weight == epoch).all() for weight in checkpoint.adapter.parameters())
+    best = run.best()
+    assert best is not None
+    load_checkpoint(best)
+    return epoch

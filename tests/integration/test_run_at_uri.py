@@ -1,0 +1,419 @@
+"""Runs in a real S3 server: what is finished lies there whole, and any other machine goes on from it."""
+
+import json
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from s3_process import S3
+from small_runs import make_run
+from small_saves import found, save
+
+from ray_app import cli
+from ray_app.commands.train.command import run_train
+from ray_app.commands.train.loop import Pairs, Worker, held_batches, train_epochs
+from ray_app.config.base import TrackingFlags
+from ray_app.config.train import TrainConfig
+from ray_app.data.batch_order import Lanes
+from ray_app.data.pair_tensors import Held
+from ray_app.errors import CheckpointError, ConfigError, StoreError, TrainingError
+from ray_app.runs import remote_event_log as journal_parts
+from ray_app.runs import remote_run as run_copy
+from ray_app.runs.event_log import JOURNAL, Journal, entries, require_newest
+from ray_app.runs.remote_event_log import JournalParts
+from ray_app.runs.remote_run import RunCopy, run_at
+from ray_app.runs.run_dir import RunFolder
+from ray_app.store.atomic import sha256_file
+from ray_app.store.checkpoint import MODEL, SUMS, load_checkpoint, verify_folder
+from ray_app.store.checkpoint_transfer import send_folder
+from ray_app.store.filesystem import ObjectStore
+from ray_app.store.pair_store import PairStore
+from ray_app.store.split import split_pairs
+from ray_app.tracking.model_registry import best_of_run, checkpoint_folder
+from serve.model.model_source import source_of
+
+TINY: dict[str, Any] = {
+    "num_epochs": 8,
+    "early_stop_patience": 8,
+    "hidden_dim": 4,
+    "batch_size": 16,
+    "cpus_per_worker": 1,  # threads: with another number sums round otherwise
+}
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[[str], RunCopy]:
+    """Another process's copy of a run at a URI: of a folder, by pyarrow, where many requests take little time."""
+
+    def make(uri: str) -> RunCopy:
+        uri = uri if ":" in uri else f"file://{tmp_path}/there/{uri}"
+        return RunCopy(Path(tempfile.mkdtemp(dir=tmp_path)), ObjectStore(uri, 1.0))
+
+    return make
+
+
+def lines_of(run: RunFolder) -> list[int]:
+    return [line["n"] for line in entries(run.path)]
+
+
+# --- saves ---
+
+
+def test_a_fresh_copy_finds_what_another_saved_and_the_same_places_stay_as_on_a_disk(
+    copy: Callable[[str], RunCopy], s3: S3, tmp_path: Path
+) -> None:
+    uri = s3.uri("bucket/kept")
+    run, local = copy(uri), RunFolder(tmp_path / "local")
+    local.path.mkdir()
+    run.claim({"name": "kept"})
+    with run.journal():
+        for epoch in (1, 2, 3):
+            save(run, epoch)
+            save(local, epoch)
+    assert found(copy(uri)) == 3
+    there = {str(Path(key).relative_to("kept")) for key in s3.keys("bucket") if key.startswith("kept/")}
+    on_disk = {str(path.relative_to(local.path)) for path in local.path.rglob("*") if path.is_file()}
+    assert {key for key in there if not key.startswith(("journal/", "run.json")) and "." in key} == on_disk
+    with pytest.raises(StoreError, match=r"s3://bucket/kept already holds something"):
+        copy(uri).claim({})
+
+
+def test_killed_at_any_request_a_save_leaves_a_whole_epoch_and_the_next_works(
+    copy: Callable[[str], RunCopy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy("killed")
+    run.claim({})
+    with run.journal() as journal:
+        journal.write("note", n=0)
+        for epoch in (1, 2, 3):
+            save(run, epoch)
+    epochs, epoch, whole = [], 3, False
+    answer = ObjectStore.answer
+    while not whole:
+        run, left = copy("killed"), [len(epochs) + 1]
+
+        def dying(self: ObjectStore, what: str, ask: Any, left: list[int] = left) -> Any:
+            left[0] -= "written" in what or "deleted" in what
+            if left[0] <= 0:
+                raise KeyboardInterrupt
+            return answer(self, what, ask)
+
+        found(run)
+        with suppress(KeyboardInterrupt), run.journal(), monkeypatch.context() as patch:
+            patch.setattr(ObjectStore, "answer", dying)
+            save(run, epoch + 1)
+            whole = True
+        after = found(copy("killed"))
+        epochs.append(after - epoch)
+        epoch = after
+        if not whole:
+            with (run := copy("killed")).journal():
+                save(run, epoch + 1)
+            epoch += 1
+            assert found(copy("killed")) == epoch
+    assert len(epochs) > 12
+    assert set(epochs) == {0, 1}
+    assert epochs[-1] == 1
+
+
+def test_a_damaged_object_is_named_and_the_place_before_is_gone_on_from(
+    copy: Callable[[str], RunCopy], s3: S3, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = s3.uri("bucket/hurt")
+    run = copy(uri)
+    run.claim({})
+    with run.journal():
+        for epoch in (1, 2):
+            save(run, epoch)
+    name = "training_state/epoch_0002/training_state.safetensors"
+    data = run.there.read(name)
+    run.there.write(name, data[:-1] + bytes([data[-1] ^ 1]))
+    fresh = copy(uri)
+    assert fresh.newest_state() == "epoch_0001"
+    assert f"s3://bucket/hurt/{name} is damaged" in capsys.readouterr().err
+    with fresh.journal():
+        save(fresh, 2)
+    assert found(copy(uri)) == 2
+
+
+# --- the journal ---
+
+
+def test_a_reader_sees_a_journal_grow_part_by_part(
+    copy: Callable[[str], RunCopy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_parts, "PART_BYTES", 100)
+    writer, reader = copy("parts"), copy("parts")
+    sent, read = JournalParts(writer.path, writer.there), JournalParts(reader.path, reader.there)
+    with Journal(writer.path) as journal:
+        for n in range(20):
+            journal.write("note", n=n)
+            if n % 3:
+                sent.push()
+                read.pull()
+                assert lines_of(reader) == list(range(n + 1))
+    assert (reader.path / JOURNAL).read_bytes() == (writer.path / JOURNAL).read_bytes()
+    parts = sorted(reader.there.names("journal"))
+    assert len(parts) > 5
+    reader.there.delete(f"journal/{parts[2]}")
+    with pytest.raises(StoreError, match="a part of the journal is missing"):
+        copy("parts").pull()
+
+
+def test_a_writer_that_was_taken_over_from_stops_and_what_it_said_since_does_not_count(
+    copy: Callable[[str], RunCopy],
+) -> None:
+    old, new = copy("fenced"), copy("fenced")
+    before = JournalParts(old.path, old.there)
+    with Journal(old.path) as first:
+        first.write("note", n=0)
+        before.push()
+        with new.journal() as second:
+            first.write("note", n=1)
+            before.push()  # it does not know yet
+            second.write("note", n=10)
+        first.write("note", n=2)
+        with pytest.raises(StoreError, match=r"/there/fenced goes on in another process"):
+            before.push()
+    reader = copy("fenced")
+    reader.pull()
+    assert lines_of(reader) == [0, 10]
+
+
+def test_a_driver_that_another_has_followed_ends_and_so_do_its_workers(copy: Callable[[str], RunCopy]) -> None:
+    for started in (1000.0, 1060.0):
+        with copy("drivers").journal() as journal:
+            journal.write("start", time=started)
+    worker = copy("drivers")
+    worker.pull()
+    require_newest(worker.path, 1060.0)
+    with pytest.raises(StoreError, match="under another driver, which began 60 s after this one"):
+        require_newest(worker.path, 1000.0)
+
+
+def test_an_upload_of_which_nobody_knows_how_it_ended_is_not_taken_for_another_writer(
+    copy: Callable[[str], RunCopy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy("unknown")
+    parts, write = JournalParts(run.path, run.there), ObjectStore.write
+
+    def lost(self: ObjectStore, name: str, data: bytes) -> None:
+        write(self, name, data)
+        raise StoreError("the answer was lost")
+
+    with Journal(run.path) as journal:
+        for n in range(3):
+            journal.write("note", n=n)
+            monkeypatch.setattr(ObjectStore, "write", lost)
+            with pytest.raises(StoreError, match="was lost"):
+                parts.push()
+        monkeypatch.setattr(ObjectStore, "write", write)
+        parts.push()
+    reader = copy("unknown")
+    reader.pull()
+    assert lines_of(reader) == [0, 1, 2]
+
+
+def test_signs_and_lines_cross_between_driver_and_worker(
+    copy: Callable[[str], RunCopy], s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_copy, "EXCHANGE_S", 0.05)
+    driver, worker = copy(s3.uri("bucket/signs")), copy(s3.uri("bucket/signs"))
+    driver.claim({})
+    driver.there.write("stop", b"")  # of a driver before
+    with driver.driven(), driver.followed(), worker.journal() as journal:
+        assert "stop" not in driver.there.names()
+        journal.write("note", n=0)
+        wait_until(lambda: (driver.path / JOURNAL).is_file() and lines_of(driver) == [0])
+        for sign in (driver.stop_file, driver.resize_file):
+            sign.touch()
+            wait_until(lambda sign=sign: (worker.path / sign.name).exists())
+            sign.unlink()
+            wait_until(lambda sign=sign: not (worker.path / sign.name).exists())
+        journal.write("note", n=1)
+    assert lines_of(driver) == [0, 1], "the last lines come with the end"
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_copy_goes_with_its_process_and_one_that_was_left_behind_goes_with_the_next(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with run_at(s3.uri("bucket/x")) as held, run_at(s3.uri("bucket/x")) as other:
+        left, young = tmp_path / f"{run_copy.PREFIX}left", tmp_path / f"{run_copy.PREFIX}young"
+        for folder in (left, young, held.path):
+            folder.mkdir(exist_ok=True)
+            (folder / "file").touch()
+        for folder in (left, held.path):
+            os.utime(folder, (0, 0))
+        with run_at(s3.uri("bucket/x")):
+            assert {path.name for path in tmp_path.iterdir()} >= {young.name, held.path.name, other.path.name}
+            assert not left.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [young.name]
+
+
+# --- checkpoints ---
+
+
+def test_every_reader_takes_a_checkpoint_or_a_run_at_a_uri(s3: S3, small_store: Path, tmp_path: Path) -> None:
+    local = make_run(small_store, tmp_path / "run")
+    uri, there = s3.uri("bucket/read"), ObjectStore(s3.uri("bucket/read"), 1.0)
+    with pytest.raises(CheckpointError, match="s3://bucket/read is not a folder"):
+        best_of_run(uri)
+    there.write("run.json", (local / "run.json").read_bytes())
+    with pytest.raises(CheckpointError, match="without a finished epoch"):
+        best_of_run(uri)
+    there.write("best.json", b'{"checkpoint": "../../elsewhere"}')
+    with pytest.raises(CheckpointError, match=r"best\.json is damaged.*elsewhere' is no folder of a run"):
+        best_of_run(uri)
+    best = "checkpoints/epoch_0001"
+    send_folder(local / best, there, best)
+    there.write("best.json", (local / "best.json").read_bytes())
+    expected = load_checkpoint(local / best)
+    assert best_of_run(uri) == there.below(best)
+    for where in (uri, there.below(best)):
+        with checkpoint_folder(where, TrackingFlags()) as folder:
+            assert load_checkpoint(folder).sha256 == expected.sha256
+        assert not folder.exists()
+    source = source_of(there.below(best), None)
+    identity = source.current()
+    assert (identity.digest, identity.source) == (expected.sha256, "epoch_0001")
+    with source.files(identity) as folder:
+        assert verify_folder(folder) == expected.sha256
+    there.write(f"{best}/{MODEL}", b"x")
+    with pytest.raises(CheckpointError, match=rf"s3://bucket/read/{best}/{MODEL} is damaged"), source.files(identity):
+        pass
+    there.delete(f"{best}/{MODEL}")
+    with pytest.raises(CheckpointError, match=rf"{MODEL} is missing, though {SUMS} lists it"):
+        source.files(identity).__enter__()
+    there.delete(f"{best}/{SUMS}")
+    with pytest.raises(CheckpointError, match=f"has no {SUMS}"):
+        source.current()
+
+
+def test_where_only_a_disk_will_do_a_uri_is_refused() -> None:
+    for words in (
+        ["import-checkpoint", "reference.pt", "--out", "s3://bucket/checkpoint"],
+        ["evaluate", "--store", "s", "--checkpoint", "c", "--out", "s3://bucket/report"],
+        ["train", "--store", "s", "--out", "o", "--start", "s3://bucket/run/start"],
+    ):
+        with pytest.raises(ConfigError, match=r"s3:/… is a URI; name one on a disk"):
+            cli.parse(words[0], cli.COMMANDS[words[0]], None, words[1:])
+
+
+# --- a run ---
+
+
+def undisturbed(cfg: TrainConfig, out: Path) -> str:
+    """SHA-256 of the weights of the same run in a folder, without Ray, computed with as many threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(TINY["cpus_per_worker"])
+    try:
+        return weights_without_ray(cfg, out)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def weights_without_ray(cfg: TrainConfig, out: Path) -> str:
+    cfg, store = cfg.at(out), PairStore.open(cfg.store)
+    split = split_pairs(store.index, cfg.split_config)
+    worker = Worker(cfg, store, 0, 1, torch.device("cpu"))
+    lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
+    train, val = (
+        Held(np.arange(len(rows)), *map(torch.tensor, store.read_rows(rows))) for rows in (split.train, split.val)
+    )
+    out.mkdir()
+    run, pairs = RunFolder(out), Pairs(lambda state: held_batches(train, lanes, state, worker), True, val)
+    with Journal(out) as journal:
+        train_epochs(worker, run, pairs, journal, {}, lambda *_: None)
+    best = run.best()
+    assert best is not None
+    return sha256_file(best / MODEL)
+
+
+@pytest.fixture
+def killer(s3: S3) -> Iterator[Callable[[str], list[int]]]:
+    """Kills a training worker once an object is there; says whom."""
+    threads: list[threading.Thread] = []
+
+    def kill_after(key: str) -> list[int]:
+        killed: list[int] = []
+
+        def watch() -> None:
+            wait_until(lambda: key in s3.keys("bucket"))
+            for process in psutil.Process().children(recursive=True):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+
+        threads.append(threading.Thread(target=watch))
+        threads[-1].start()
+        return killed
+
+    yield kill_after
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_whose_processes_died_is_gone_on_with_from_the_uri_alone_and_ends_with_the_same_bytes(
+    s3: S3,
+    small_store: Path,
+    tmp_path: Path,
+    killer: Callable[[str], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The second driver has an empty folder of its own, as on another machine."""
+    uri, database = s3.uri("bucket/runs/one"), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    cfg = TrainConfig(store=str(small_store), out=uri, tracking_uri=database, max_failures=0, **TINY)
+    killed = killer(f"runs/one/checkpoints/epoch_0002/{SUMS}")
+    with pytest.raises(
+        TrainingError, match=r"processes died .* go on with: ray-app train --resume 's3://bucket/runs"
+    ):
+        run_train(cfg)
+    assert killed
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    capfd.readouterr()
+    assert cli.run(["train", "--resume", uri, "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["resumed_from_step"] >= 2 * result["steps"] // 8
+    assert result["model_sha256"] == undisturbed(cfg, tmp_path / "undisturbed")
+    assert result["run"] == uri
+    assert result["checkpoint"].startswith("s3://bucket/runs/one/checkpoints/epoch_")
+    assert not list((tmp_path / "elsewhere").glob("ray-app-*")), "no copy is left"
+    with run_at(uri) as run:
+        run.pull()
+        lines = entries(run.path)
+        steps = [line["global_step"] for line in lines if line["kind"] == "step"]
+        assert steps == list(range(1, result["steps"] + 1)), "each step is told once"
+        assert [line["kind"] for line in lines if line["kind"] in ("start", "end")] == ["start", "end"] * 2
+        assert run.about()["config"]["out"] == uri
+    client = MlflowClient(database)
+    tracked = client.get_run(result["mlflow_run_id"])
+    assert (tracked.info.status, tracked.data.tags["journal"], tracked.data.params["out"]) == ("FINISHED", uri, uri)
+    assert cli.run(["sync", uri, "--tracking-uri", f"sqlite:///{tmp_path / 'new.db'}", "--json"]) == 0
+    synced = json.loads(capfd.readouterr().out)
+    assert (synced["missing"], synced["runs"][0]["run"]) == (0, uri)
+    words = ["--store", str(small_store), "--out", str(tmp_path / "report"), "--tracking-uri", database, "--json"]
+    assert cli.run(["evaluate", "--checkpoint", uri, *words]) == 0
+    assert json.loads(capfd.readouterr().out)["checkpoint"] == uri

@@ -1,0 +1,90 @@
+"""Precision and layout of a model in service: other bytes, the same answers."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from endpoints import WIDTH, make_checkpoint
+
+import serve.model.loaded_model
+from ray_app.core.adapters.registry import AdapterConfig, build_adapter
+from ray_app.errors import CheckpointError
+from ray_app.store.checkpoint import Checkpoint, load_checkpoint
+from serve.model.loaded_model import AMD, PackedLinear, Precision, chosen_precision, cpu, load_served, packs, prepared
+from serve.model.model_source import source_of
+
+CPU = torch.device("cpu")
+onednn = pytest.mark.skipif(not packs("bf16"), reason="oneDNN does not multiply bfloat16 on this machine")
+TOKENS = (4, 64)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return load_checkpoint(make_checkpoint(Path(tmp_path_factory.mktemp("model")) / "checkpoint"))
+
+
+@onednn
+@pytest.mark.parametrize("strategy", ["linear", "lightweight", "bottleneck", "token_bottleneck", "token_attention"])
+def test_weights_that_lie_in_other_order_answer_as_those_that_do_not(checkpoint: Checkpoint, strategy: str) -> None:
+    if strategy.startswith("token"):
+        config = AdapterConfig(strategy, 64, 64, hidden_dim=16, event_shape=TOKENS, target_shape=TOKENS)
+        event = torch.randn(3, TOKENS[0] * TOKENS[1])
+    else:
+        config = AdapterConfig(strategy, WIDTH, WIDTH, hidden_dim=16)
+        event = torch.rand(3, WIDTH)
+    plain = build_adapter(config, 0).eval()
+    packed = prepared(replace(checkpoint, adapter=copy.deepcopy(plain)), "bf16", CPU)
+    assert any(isinstance(module, PackedLinear) for module in packed.modules())
+    for module in plain.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.bfloat16()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for rows in (1, 3):
+            torch.testing.assert_close(packed(event[:rows]), plain(event[:rows]), atol=1e-2, rtol=1e-2)
+
+
+@onednn
+@pytest.mark.parametrize("vendor", ["GenuineIntel", AMD])
+def test_float32_stays_float32_whoever_multiplies(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, vendor: str
+) -> None:
+    monkeypatch.setattr(serve.model.loaded_model, "cpu", lambda: {"vendor_id": vendor})
+    adapter = prepared(replace(checkpoint, adapter=copy.deepcopy(checkpoint.adapter)), "fp32", CPU)
+    assert any(isinstance(module, PackedLinear) for module in adapter.modules()) == (vendor == AMD)
+    event = torch.rand(2, WIDTH)
+    with torch.inference_mode():
+        difference = (adapter(event) - checkpoint.adapter(event)).abs().max()
+    assert difference < 1e-5 if vendor == AMD else difference == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [("sse2 avx2", "fp32"), ("avx512f avx512_bf16", "bf16"), ("amx_bf16 amx_tile", "bf16"), ("", "fp32")],
+)
+def test_it_computes_in_bf16_where_the_hardware_does(
+    monkeypatch: pytest.MonkeyPatch, flags: str, chosen: str
+) -> None:
+    monkeypatch.setattr(serve.model.loaded_model, "cpu", lambda: {"flags": flags})
+    assert chosen_precision("auto", CPU) == chosen
+    assert chosen_precision("fp32", CPU) == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_that_answers_otherwise_here_is_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint")
+    identity = source_of(str(folder), None).current()
+    assert load_served(folder, identity, precision, use_gpu=False, max_batch=1).precision == precision
+    monkeypatch.setitem(serve.model.loaded_model.LIMITS, precision, -1.0)
+    monkeypatch.setattr(serve.model.loaded_model, "cpu", lambda: {"vendor_id": AMD})
+    with pytest.raises(
+        CheckpointError, match=rf"in {precision} it answers on cpu with a relative error of .*; serve it"
+    ):
+        load_served(folder, identity, precision, use_gpu=False, max_batch=1)
+
+
+def test_what_linux_says_of_this_cpu_is_understood() -> None:
+    assert {"flags", "Features"} & set(cpu())  # as x86 and Arm call them

@@ -1,0 +1,256 @@
+"""Carrying a journal to MLflow: nothing is lost, nothing is told twice, nobody waits for a server that is away."""
+
+import http.server
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow_process import MlflowServer, free_port
+
+from ray_app import cli
+from ray_app.commands.train.progress import TrainingProgress
+from ray_app.config.base import TrackingFlags
+from ray_app.errors import ConfigError, StoreError
+from ray_app.runs.event_log import Journal, entries
+from ray_app.tracking import mlflow_logger as tracking
+from ray_app.tracking.mlflow_logger import SYNCED, Tracker, points, shown, sync_run, tracking_uri, unsynced
+
+
+def begin(journal: Journal, key: str = "k1") -> None:
+    journal.write(
+        "start",
+        name="a-run",
+        key=key,
+        experiment="alignment",
+        params={"lr": 0.1},
+        tags={"t": "x"},
+        workers=1,
+        time=1.0,
+    )
+
+
+def steps(journal: Journal, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        journal.step(step, loss=1.0 / step, epoch=1, pairs=8 * step)
+
+
+def end(journal: Journal, artifacts: str | None = None) -> None:
+    journal.write("end", status="FINISHED", artifacts=artifacts, time=2.0)
+
+
+def losses(uri: str, key: str = "k1") -> list[tuple[int, float]]:
+    """(step, loss) of the one run of this key, as the server tells them."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("alignment")
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.run_key = '{key}'")
+    return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")]
+
+
+def expected(last: int) -> list[tuple[int, float]]:
+    return [(step, 1.0 / step) for step in range(1, last + 1)]
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> TrackingFlags:
+    return TrackingFlags(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    return tmp_path / "runs" / "one"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[MlflowServer]:
+    served = MlflowServer(tmp_path)
+    yield served
+    served.kill()
+
+
+def test_a_server_that_is_killed_and_comes_back_gets_every_point_in_one_run(
+    server: MlflowServer, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Away at the start, up, killed in the middle, up again: no write to the journal waits for it."""
+    monkeypatch.setattr(tracking, "LONGEST_PAUSE_S", 0.5)
+    slowest = 0.0
+    with Journal(run) as journal:
+        begin(journal)
+        tracker = Tracker(TrackingFlags(tracking_uri=server.uri), run)
+        for first in (1, 401, 801):
+            began = time.perf_counter()
+            steps(journal, first, first + 399)
+            slowest = max(slowest, time.perf_counter() - began)
+            if first == 1:
+                server.start()
+                deadline = time.monotonic() + 30
+                while tracker.run_id is None and time.monotonic() < deadline:
+                    time.sleep(0.1)
+            elif first == 401:
+                server.kill()
+        time.sleep(1)
+        server.start()
+        end(journal)
+    assert tracker.close()
+    assert slowest < 5, "400 lines were written without waiting for a server"
+    assert losses(server.uri) == expected(1200)
+    assert capsys.readouterr().err.count("does not answer") == 1
+    again = sync_run(run, server.uri)
+    assert (again["points_sent"], again["missing"], again["surplus"]) == (0, 0, 0)
+
+
+def test_a_run_that_was_never_carried_over_is_brought_by_sync_and_a_second_sync_changes_nothing(
+    flags: TrackingFlags, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (run / "ckpt").mkdir()
+    for name in ("MANIFEST.sha256", "model.safetensors"):
+        (run / "ckpt" / name).write_text(name)
+    with Journal(run) as journal:
+        begin(journal)
+        steps(journal, 1, 1500)  # more than one request holds
+        end(journal, "ckpt")
+    (run / "run.json").write_text(json.dumps({"config": {"tracking_uri": flags.tracking_uri}}))
+    for sent in (1500 * 3, 0, 0):
+        assert cli.run(["sync", str(run), "--json"]) == 0
+        found = json.loads(capfd.readouterr().out)
+        assert found["points_journal"] == found["points_server"] == 1500 * 3
+        assert (found["points_sent"], found["missing"], found["surplus"]) == (sent, 0, 0)
+    assert losses(str(flags.tracking_uri)) == expected(1500)
+    client = MlflowClient(tracking_uri(flags))
+    (tracked,) = client.search_runs([client.get_experiment_by_name("alignment").experiment_id])
+    assert (tracked.info.status, tracked.data.params, tracked.data.tags["t"]) == ("FINISHED", {"lr": "0.1"}, "x")
+    artifacts = client.list_artifacts(tracked.info.run_id, "checkpoint")
+    assert [Path(item.path).name for item in artifacts] == ["MANIFEST.sha256", "model.safetensors"]
+
+
+def test_what_an_interrupted_sync_left_out_is_brought_by_the_next(flags: TrackingFlags, run: Path) -> None:
+    with Journal(run) as journal:
+        begin(journal)
+        steps(journal, 1, 5)
+    lines = entries(run)
+    client = MlflowClient(tracking_uri(flags))
+    run_id = tracking.tracked_run(client, tracking_uri(flags), str(run), lines)
+    client.log_batch(run_id, metrics=[p for line in lines[2:4] for p in points(line)])
+    found = sync_run(run, tracking_uri(flags))
+    assert (found["points_sent"], found["missing"], found["surplus"]) == (3 * 3, 0, 0)
+    assert losses(str(flags.tracking_uri)) == expected(5)
+
+
+def test_the_next_run_brings_over_what_the_one_before_could_not(flags: TrackingFlags, run: Path) -> None:
+    with Journal(run) as journal:
+        begin(journal)
+        steps(journal, 1, 3)
+        end(journal)
+    assert unsynced(run.parent) == [run]
+    following = run.with_name("two")
+    following.mkdir()
+    with Journal(following) as journal:
+        begin(journal, "k2")
+        tracker = Tracker(flags, following)
+        steps(journal, 1, 2)
+        end(journal)
+    assert tracker.close()
+    assert losses(str(flags.tracking_uri), "k1") == expected(3)
+    assert losses(str(flags.tracking_uri), "k2") == expected(2)
+    assert unsynced(run.parent) == []
+    assert json.loads((run / SYNCED).read_text())["bytes"] == (run / "journal.jsonl").stat().st_size
+
+
+@pytest.mark.parametrize("answer", ["silent", "500"])
+def test_a_server_that_is_slow_or_broken_is_not_waited_for(
+    answer: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if answer == "silent":
+                silence.wait()
+            self.send_error(500)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    silence = threading.Event()
+    monkeypatch.setattr(tracking, "PATIENCE_S", 0.5)
+    broken = http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), Broken)
+    threading.Thread(target=broken.serve_forever, daemon=True).start()
+    began = time.monotonic()
+    with Journal(run) as journal:
+        begin(journal)
+        tracker = Tracker(TrackingFlags(tracking_uri=f"http://127.0.0.1:{broken.server_port}"), run)
+        steps(journal, 1, 100)
+        end(journal)
+    assert not tracker.close()
+    assert time.monotonic() - began < 5
+    assert tracker.run_id is None
+    assert "ray-app sync" in capsys.readouterr().err
+    silence.set()
+    broken.shutdown()
+
+
+def test_a_journal_that_is_damaged_or_missing_is_named(flags: TrackingFlags, run: Path) -> None:
+    with pytest.raises(StoreError, match=r"holds no journal\.jsonl"):
+        sync_run(run, tracking_uri(flags))
+    with Journal(run) as journal:
+        begin(journal)
+        steps(journal, 1, 3)
+    path = run / "journal.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"global_step": 2', b'"global_step": 7'))
+    with pytest.raises(StoreError, match=r"journal\.jsonl, line 3 is damaged"):
+        sync_run(run, tracking_uri(flags))
+
+
+def test_an_epoch_becomes_flat_names_that_mlflow_takes() -> None:
+    line = {
+        "kind": "epoch",
+        "time": 2.5,
+        "global_step": 7,
+        "epoch": 1,
+        "val": {"pairs": 3, "cosine_accept_rate": {"0.80": 0.5}, "percentiles": {"P10": 0.1}},
+        "save_seconds": None,
+    }
+    found = {point.key: (point.value, point.step, point.timestamp) for point in points(line)}
+    assert found == {
+        "epoch/epoch": (1.0, 7, 2500),
+        "epoch/val/pairs": (3.0, 7, 2500),
+        "epoch/val/cosine_accept_rate_0.80": (0.5, 7, 2500),
+        "epoch/val/percentiles/P10": (0.1, 7, 2500),
+    }
+    assert points({"kind": "resume", "epoch": 1, "global_step": 7, "time": 1.0}) == []
+
+
+def test_a_database_in_the_current_folder_gets_an_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri(TrackingFlags()) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri(TrackingFlags(tracking_uri="sqlite:////x/y.db")) == "sqlite:////x/y.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert tracking_uri(TrackingFlags()) == "http://server:5000"
+    with pytest.raises(ConfigError, match="use sqlite:///FILE"):
+        tracking_uri(TrackingFlags(tracking_uri="file:///mlruns"))
+
+
+def test_no_password_is_shown() -> None:
+    assert shown("cannot reach http://me:secret@host:5000/x") == "cannot reach http://***@host:5000/x"
+
+
+def test_off_a_terminal_progress_is_one_line_for_each_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    val = {"loss": 0.2, "cos_sim_mean": 0.9, "cosine_accept_rate": {"0.80": 0.75}}
+    with Journal(tmp_path) as journal:
+        journal.step(1, loss=1.0, epoch=1, cos_sim=0.5, pairs=8, seconds=1.0)
+        train = {"loss": 0.25, "cos_sim": 0.8, "pairs": 16, "seconds": 2.0}
+        journal.epoch(1, train=train, val=val)
+    with TrainingProgress(tmp_path, 2):
+        pass
+    (line,) = capsys.readouterr().err.splitlines()
+    assert " ".join(line.split()) == (
+        "epoch 1 train loss 0.2500 cos_sim 0.8000 val loss 0.2000 cos_sim 0.9000 accepted at 0.80 75.0% 8.0 pairs/s"
+    )

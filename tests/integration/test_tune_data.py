@@ -1,0 +1,111 @@
+"""Where a sweep's trials have their pairs from, and what they begin with: real Ray, small features."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from sweeps import sweep_file, tune
+
+from ray_app.commands.train.initialization import PairsInMemory, load_start, make_start
+from ray_app.commands.train.loop import Worker
+from ray_app.commands.train.shared_dataset import pairs_of, part_bytes, place, shared, start_of
+from ray_app.commands.tune.initialization import with_starts
+from ray_app.commands.tune.spec import SweepSpec, read_spec
+from ray_app.commands.tune.sweep_dir import SweepFolder
+from ray_app.config.base import SplitConfig
+from ray_app.config.train import TrainConfig
+from ray_app.errors import ConfigError
+from ray_app.runs.event_log import entries
+from ray_app.store.pair_store import PairStore
+from ray_app.store.split import split_pairs
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+LOSSES = {"num_epochs": 2, "batch_size": 8, "dropout": 0.0, "rank": 4}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweeps")
+
+
+def losses(result: dict[str, Any]) -> list[list[float]]:
+    """Validation loss of each epoch of each trial."""
+    folder = SweepFolder(Path(result["sweep"]))
+    runs = [folder.run(trial["id"]).path for trial in result["trials"]]
+    return [[line["val"]["loss"] for line in entries(run) if line["kind"] == "epoch"] for run in runs]
+
+
+def test_pairs_beyond_shared_memory_are_streamed_by_trials_that_have_all_cpus(
+    small_store: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With a second objective, latency, and a strategy that wants means and subspaces of what is streamed."""
+    store = PairStore.open(small_store)
+    split = split_pairs(store.index, SplitConfig())
+    memory = ray.cluster_resources()["object_store_memory"]
+    monkeypatch.setattr("ray_app.commands.train.shared_dataset.SHARE", (part_bytes(store, split.val) + 1) / memory)
+    space = {"strategy": ["lightweight", "lowrank"], "hidden_dim": [8]}
+    lines = {"space": space, "fixed": LOSSES, "also_minimise": "latency_ms"}
+    result = tune(sweep_file(root, small_store, "streamed", **lines))
+    assert "every trial streams it from the store" in capfd.readouterr().err
+    assert [(trial["status"], trial["reason"]) for trial in result["trials"]] == [("finished", None)] * 2
+    assert [len(each) for each in losses(result)] == [2, 2]
+    assert {trial["steps"] for trial in result["trials"]} == {2 * -(-len(split.train) // 8)}
+    assert all(0 < trial["latency_ms"] < 1000 for trial in result["trials"])
+    assert result["front"]
+
+
+def compressed_spec(small_store: Path, tmp_path: Path, **fixed: Any) -> SweepSpec:
+    fixed = {"strategy": "lowrank", "space": "compressed", "batch_size": 8} | fixed
+    return read_spec(sweep_file(tmp_path, small_store, "compressed", fixed=fixed, space={"rank": [2, 4, 500]}), {})
+
+
+def test_what_trials_begin_with_is_found_once_and_seen_without_a_copy(small_store: Path, tmp_path: Path) -> None:
+    """Of the largest rank that can be had; others are its first directions. A run alone finds the same."""
+    spec = compressed_spec(small_store, tmp_path)
+    store = PairStore.open(small_store)
+    part = place(store, split_pairs(store.index, spec.split_config), 2**30)
+    placed = with_starts(spec, {"all": part}, tmp_path / "starts")["all"]
+    out = str(tmp_path / "run")
+    cfg = TrainConfig(store=str(small_store), out=out, strategy="lowrank", space="compressed", rank=4)
+    found = start_of(placed, cfg)
+    assert found is not None
+    assert part.train
+    make_start(cfg, store, part.split, PairsInMemory(store, shared(part.train), shared(part.val)))
+    alone = load_start(cfg, store)
+    assert set(found) == set(alone)
+    assert all(found[name].equal(alone[name]) for name in alone)
+    pairs = pairs_of(placed, Worker(cfg, store, 0, 1, found["target_mean"].device, found))
+    assert pairs.validation is not None
+    assert pairs.validation.target_BD.data_ptr() == found["val_records"].data_ptr()
+    again = start_of(placed, cfg)
+    assert again is not None
+    assert again["event_basis"].data_ptr() == found["event_basis"].data_ptr(), "the very bytes of shared memory"
+    two = start_of(placed, cfg.model_copy(update={"rank": 2}))
+    assert two is not None
+    assert two["event_basis"].equal(found["event_basis"][:, :2])
+    with pytest.raises(ConfigError, match=r"--rank \(500\)"):
+        start_of(placed, cfg.model_copy(update={"rank": 500}))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "starts").rglob("*")}
+    with_starts(spec, {"all": part}, tmp_path / "starts")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "starts").rglob("*")} == before
+
+
+def test_a_compressed_sweep_is_as_its_trials_at_full_width_are(small_store: Path, root: Path) -> None:
+    """Fewer parameters are wanted, too; a rank that the pairs do not span fails alone."""
+    space = {"space": ["compressed", "full"], "rank": [4, 500]}
+    fixed = {key: value for key, value in LOSSES.items() if key != "rank"} | {"strategy": "lowrank", "hidden_dim": 8}
+    lines = {"space": space, "fixed": fixed, "also_minimise": "parameters"}
+    result = tune(sweep_file(root, small_store, "both", **lines))
+    assert [trial["status"] for trial in result["trials"]] == ["finished"] * 2 + ["failed"] * 2
+    assert all(
+        trial["reason"].startswith("twice the same: ConfigError: --rank (500)") for trial in result["trials"][2:]
+    )
+    compressed, full, *_ = losses(result)
+    assert compressed == pytest.approx(full, rel=1e-4)
+    folder = SweepFolder(Path(result["sweep"]))
+    assert not list(folder.path.glob("trials/*/start")), "no trial found its own"
+    assert result["front"] == [result["trials"][0]["id"]]
+    assert json.loads((folder.path / "sweep.json").read_text())["spec"]["also_minimise"] == "parameters"

@@ -1,0 +1,286 @@
+"""The benchmark scripts' own functions, at small sizes: a script that nobody can run here still has to work."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pages import assert_has_words, assert_stands_alone
+
+from ray_app.commands.tune.final_training import judgement_of
+from ray_app.commands.tune.sweep_dir import SweepFolder
+from ray_app.config.train import TrainConfig
+from ray_app.core.adapters.registry import STRATEGIES, AdapterConfig, build_adapter
+from ray_app.core.metrics import cos_sim
+from ray_app.reports.html import picture
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_the_gpu_script_scores_as_the_metrics_do() -> None:
+    import gpu_adapter
+
+    adapter = build_adapter(AdapterConfig("lightweight", 300, 300, 8), 0).to(torch.bfloat16).eval()
+    generator = torch.Generator().manual_seed(0)
+    event, target = (torch.randint(1, 256, (6, 300), dtype=torch.uint8, generator=generator) for _ in range(2))
+    aligned = adapter(event.to(torch.bfloat16) / 255).float()
+    found = gpu_adapter.scores(adapter, event, target)
+    assert torch.allclose(found, cos_sim(aligned, target / 255), atol=0.02)  # bf16 has 8 bits of mantissa
+    speed = gpu_adapter.throughput(adapter, event, target, 3, torch.device("cpu"), compiled=False)
+    assert speed > 0
+
+
+def test_the_gpu_script_trains() -> None:
+    import gpu_adapter
+
+    generator = torch.Generator().manual_seed(0)
+    event, target = (torch.randint(1, 256, (70, 40), dtype=torch.uint8, generator=generator) for _ in range(2))
+    found = gpu_adapter.train(event, target, 8, 2, torch.device("cpu"))
+    assert found["steps"] == 2 * 3
+    assert 0 < found["cos_sim_last_batch"] <= 1
+
+
+def test_every_setting_of_the_comparison_is_one_of_training_and_one_has_the_loss_of_its_strategy(
+    tmp_path: Path,
+) -> None:
+    import adapters
+
+    runs = {
+        name: TrainConfig.model_validate({"store": tmp_path, "out": tmp_path / "run", **settings})
+        for name, settings in (adapters.SETTINGS | adapters.TOKENS).items()
+    }
+    assert {run.strategy for run in runs.values()} == set(STRATEGIES) - {"linear"}, "too wide for images"
+    own = [name for name, run in runs.items() if run.next_position_weight]
+    assert own == ["token_causal, next"]
+    plain = runs["token_causal, spectral"].model_dump(exclude={"next_position_weight"})
+    assert runs["token_causal, next"].model_dump(exclude={"next_position_weight"}) == plain
+
+
+def test_epochs_in_both_spaces_are_timed_in_turn_and_their_numbers_agree(small_store: Path) -> None:
+    import adapter_speed
+
+    found = adapter_speed.space(small_store, rank=6, rounds=2)
+    assert (found["width"], found["rank"]) == (768, 6)
+    for strategy in ("lowrank", "lightweight_subspace"):
+        for times in found[strategy]["epoch_seconds"].values():
+            assert len(times) == 2
+            assert min(times) > 0
+        off_by = found[strategy]["off_by"]
+        assert off_by.pop("pairs_accepted_otherwise") == 0
+        assert {"loss_relative", "mse_relative", "cos_sim", "cos_sim_mean"} <= set(off_by)
+        assert ("contrastive_relative" in off_by) == (strategy == "lowrank")
+        assert max(off_by.values()) < 1e-5
+
+
+def test_a_sweep_run_to_its_end_tells_what_the_published_one_does(tmp_path: Path) -> None:
+    import adapter_speed
+
+    published = json.loads((BENCHMARKS / "results" / "adapter_speed.json").read_text())["sweep"]
+    (seed,) = published["at_full_width"]
+    line = {"seed": 0, "run": "final/seed_0", "test": {key: each for key, each in seed.items() if key != "seed"}}
+    best = {"trial": "trial_0", "config": {"rank": 64}, "objective": 0.79, "lift": 0.1, "parameters": 12_608}
+    result = {"best": best, "trials": [{}] * 32, "final": judgement_of([line], SweepFolder(tmp_path))}
+    found = adapter_speed.swept(413.0, 100.0, 410.0, {"seconds": 99.0, "result": result})
+    assert set(published) - {"provenance", "note"} <= set(found)
+    assert set(found["best"]) == set(published["best"])
+    assert found["at_full_width"] == published["at_full_width"]
+    for key in ("full_width_training_seconds", "subspaces_and_search_seconds", "of_two_full_width_trainings"):
+        assert found[key] == published[key]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the script would run in full")
+def test_without_a_gpu_the_script_says_not_run(tmp_path: Path) -> None:
+    script = tmp_path / "benchmarks"
+    script.mkdir()
+    for name in ("gpu_adapter.py", "provenance.py"):
+        (script / name).write_text((BENCHMARKS / name).read_text())
+    subprocess.run([sys.executable, str(script / "gpu_adapter.py")], check=True, capture_output=True)
+    result = json.loads((script / "results" / "gpu_adapter.json").read_text())
+    assert result["status"] == "not run"
+    assert "CUDA" in result["reason"]
+
+
+def test_noise_on_flat_grey_is_that_of_the_model() -> None:
+    import simulator_noise
+
+    shot = simulator_noise.compare(simulator_noise.SHOT, 128, 48, 10, 0)
+    leak = simulator_noise.compare(simulator_noise.LEAK | {"leak_spread": 0.0}, 128, 24, 10, 2)
+    assert shot["largest_error"] < 0.03
+    assert shot["largest_error_of_positive_share"] < 0.01  # 70,000 events: a standard deviation of 0.002
+    assert leak["largest_error"] < 0.01
+    assert leak["model_positive_share"] == 1.0
+
+
+def test_the_model_of_noise_is_worked_by_hand() -> None:
+    import simulator_noise
+
+    from ray_app.events.simulator import SimulatorConfig
+
+    exact = SimulatorConfig(sigma=0.0, shot_noise_hz=8.0, leak_rate_hz=3.0, leak_spread=0.0)
+    rates = simulator_noise.model(exact, 255)  # the brightest: a quarter of the dark rate
+    assert rates.on_hz == pytest.approx(1.0 + 3.0)
+    assert rates.off_hz == pytest.approx(1.0)
+
+
+def test_the_long_drive_is_a_true_sequence_of_the_density_asked_for(tmp_path: Path) -> None:
+    import dsec_drive
+
+    from ray_app.sources.dsec.events_file import DsecEvents
+    from ray_app.sources.dsec.source import DsecSource
+    from ray_app.sources.recorded import Cut
+
+    files = dsec_drive.DsecFiles(tmp_path, "drive_00")
+    files.events.parent.mkdir(parents=True)
+    dsec_drive.write_long_events(files.events, dsec_drive.seconds(2, 60_000, 0), 2)
+    with DsecEvents(files.events) as events:
+        assert len(events) == pytest.approx(120_000, rel=0.02)
+        assert events.index(events.t_offset_us + 1_000_000) == pytest.approx(60_000, rel=0.02)
+        (part,) = events.parts(0, len(events))
+        assert 0.4 < part.p.mean() < 0.6
+    times = [dsec_drive.FIRST_FRAME_US + i * 50_000 for i in range(40)]
+    files.timestamps.parent.mkdir(parents=True)
+    files.timestamps.write_text("".join(f"{t}\n" for t in times))
+    files.images.mkdir(parents=True)
+    for i in range(40):
+        (files.images / f"{i:06d}.png").touch()
+    (task,) = DsecSource(tmp_path, Cut((1_000_000,))).tasks()
+    assert task.num_pairs == 2
+
+
+def test_the_example_of_a_comparison_is_small_and_stands_alone() -> None:
+    path = BENCHMARKS.parent / "docs" / "example-comparison.html"
+    text = path.read_text()
+    assert_stands_alone(text)
+    assert_has_words(text)
+    assert len(text) < 1_500_000
+    assert not re.search(r"/(tmp|home|root|work|mnt)/", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+    for name in ("conv", "lowrank", "ridge", "lightweight", "mean_target"):
+        assert name in text
+
+
+def test_pictures_of_an_example_become_smaller_and_nothing_else_changes() -> None:
+    import example_comparison
+
+    noise = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    page = f'<p>before</p><img src="data:image/png;base64,{picture("it", "it", noise.numpy())["png"]}" alt="it">after'
+    found = example_comparison.smaller(page)
+    assert re.sub(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+", "X", found) == '<p>before</p><img src="X" alt="it">after'
+    assert len(found) < len(page)
+
+
+def test_the_script_of_dsec_tells_medians_and_ranges_of_rounds_that_agree() -> None:
+    import prepare_dsec
+
+    same = {"pairs": 8, "quarantined": 0, "windows": 8, "events_covered": 10**9, "events_drawn": 2 * 10**8}
+    same |= {"workers": 2, "fingerprint": "f"}
+    rounds = [same | {"seconds": seconds, "worker_peak_bytes": 2**28} for seconds in (4.0, 2.0, 5.0)]
+    found = prepare_dsec.summary(("--durations", "1s"), rounds)
+    assert found["seconds"] == {"median": 4.0, "range": [2.0, 5.0]}
+    assert found["million_events_drawn_per_s_per_core"] == {"median": 25.0, "range": [20.0, 50.0]}
+    assert found["windows_per_s_per_core"]["median"] == 1.0
+    with pytest.raises(AssertionError):
+        prepare_dsec.summary((), [*rounds, rounds[0] | {"fingerprint": "g"}])
+    alone = {f"of_four_{name}_alone": {"seconds": {"median": 3.0}} for name in "abcd"}
+    shares = prepare_dsec.four_durations({**alone, "four_durations_in_one": {"seconds": {"median": 6.0}}})
+    assert shares == {"together_s": 6.0, "one_by_one_s": 12.0, "share": 0.5}
+
+
+def test_the_script_of_dsec_draws_what_the_loop_draws(tmp_path: Path) -> None:
+    import prepare_dsec
+    from dsec_drives import write_small
+
+    write_small(tmp_path, "drive_00", frames=102)
+    found = prepare_dsec.against_the_loop(tmp_path, "drive_00", 1, 2)
+    assert len(found["windows"]) == 2
+    for ratio in ("ratio_events_side", "ratio_whole_pair", "ratio_five_whole_pairs", "ratio_drawing_alone"):
+        assert 0 < found[ratio]["range"][0] <= found[ratio]["median"] <= found[ratio]["range"][1]
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.stem)
+def test_every_result_says_where_it_comes_from(path: Path) -> None:
+    origin = json.loads(path.read_text())["provenance"]
+    assert {"command", "date", "commit", "cpu", "cores"} <= set(origin)
+
+
+def test_the_replay_script_finds_the_cost_of_a_pass_at_which_nothing_is_gained() -> None:
+    import replay
+
+    from ray_app.drafters.cost import RowCost
+    from ray_app.drafters.replay import RowReplay
+    from ray_app.drafters.summary import ReplayedRow
+
+    row = RowReplay(length=6, drafted=(2, 2), accepted=(2, 2), at_once=(), prefix=0, matches=0, seconds=0.0)
+
+    def rows(steps: float) -> list[ReplayedRow]:
+        cost = RowCost(plain_ms=160.0, one_shot_ms=160.0, continuous_ms=100.0 + 2 * 10.0 * steps)
+        return [ReplayedRow(block, 0, row, (1,) * 6, cost, 10.0, 10.0 * steps, 0.0) for block in range(2)]
+
+    found = replay.verify_sensitivity(rows)
+    assert found["1.5"]["continuous_speedup"] == pytest.approx(160 / 130)
+    assert found["break_even_steps"] == pytest.approx(3.0)  # 100 + 2 · 30 = 160
+
+
+@pytest.mark.parametrize("name", ["EventPlaceHybrid", "EventSetHybrid"])
+def test_the_replay_scripts_hybrids_see_what_eventgpt_said(name: str) -> None:
+    """Two answers that begin alike, each with an EventGPT text of its own."""
+    import replay
+
+    from ray_app.drafters.base import Answered, Prompt
+
+    one, other = Answered(Prompt("q", (1, 2, 3)), (7, 8, 9)), Answered(Prompt("q", (4, 5, 6)), (17, 18, 19))
+    drafter = getattr(replay, name)()
+    drafter.fit([one, other] * 20)
+    for each in (one, other):
+        assert tuple(drafter.draft(each.prompt, (), 3).tokens) == each.answer
+
+
+def test_the_replay_script_runs_every_drafter_on_made_up_traces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import replay
+    from made_up_traces import rows, write
+
+    saved: dict[str, dict] = {}
+    monkeypatch.setattr(replay, "save", lambda name, result: saved.update({name: result}))
+    monkeypatch.setattr(replay, "GAP", 3)
+    monkeypatch.setattr(replay, "ROUNDS", 1)
+    monkeypatch.setattr("sys.argv", ["replay.py", str(write(tmp_path / "a.jsonl", rows(40)))])
+    replay.main()
+    result = saved["replay"]
+    assert set(result["by_gamma"]["8"]) == set(replay.NAMES)
+    assert "adapter" not in replay.NAMES
+    assert set(result["second_device"]) == {"what", "eventgpt", "prompt_lookup", "retrieval"}
+    for name in ("event_place", "event_set"):
+        found = result["hybrid_with_event_tokens"][name]["1s"]
+        hybrid = result["by_gamma"]["8"]["hybrid"]["1s"]["tokens_per_target_pass"]
+        assert found["tokens_per_target_pass"] - found["difference"] == pytest.approx(hybrid)
+    share = result["overhead"]["share_of_a_target_step"]["ngram"]
+    assert share == pytest.approx(result["overhead"]["us_per_token"]["ngram"] / 14_500)
+    json.dumps(result, allow_nan=False)
+
+
+def test_one_command_runs_every_script_of_the_endpoint_and_names_what_failed() -> None:
+    from serve_all import PARTS, all_of
+
+    asked: list[str] = []
+
+    def run(command: str) -> int:
+        asked.append(command)
+        return int("kills" in command)
+
+    assert all_of(list(PARTS), run) == ["serve_chaos.py kills"]
+    scripts = {command.split()[0] for command in asked}
+    assert scripts == {"serve_load.py", "serve_chaos.py", "serve_fuzz.py", "serve_memory.py"}
+    written = (BENCHMARKS / "serve_chaos.py").read_text()
+    for command in asked:
+        assert (BENCHMARKS / command.split()[0]).is_file()
+        if command.startswith("serve_chaos"):
+            assert f'"{command.split()[1]}":' in written

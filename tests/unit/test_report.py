@@ -1,0 +1,216 @@
+"""The report: one file, self-contained, accessible, and honest in words as well as in numbers."""
+
+import html
+import io
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from pages import Elements, assert_has_words, assert_light_and_dark, assert_stands_alone
+from rich.console import Console
+
+from ray_app.commands.evaluate.report import PairPicture, notes, outcome, render_html, results_table, verdict_sentence
+from ray_app.core.metrics import THETAS, AlignmentCounts, rate_key
+from ray_app.reports.figures import log_scale
+
+CENTRES = {
+    "adapter": 0.85,
+    "before": 0.64,
+    "white": 0.75,
+    "mean_target": 0.80,
+    "shuffled": 0.70,
+    "previous_window": 0.9,
+}
+
+
+def part_of(pairs: int, lift: float, interval: list[float] | None) -> dict[str, Any]:
+    measured = {"pairs": pairs, "cos_sim_mean": 0.81, "cosine_accept_rate_0.80": 0.5, "lift": lift}
+    return {**measured, "lift_interval95": interval, "unit": "block", "units": 10}
+
+
+def made_up(**changes: Any) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+    """A result as `judgement` gives it, and its cosines."""
+    rng = np.random.default_rng(0)
+    cosines = {name: np.clip(rng.normal(centre, 0.05, 200), -1, 1) for name, centre in CENTRES.items()}
+    cosines["previous_window"][::10] = np.nan
+    means = {name: AlignmentCounts.of(cos[~np.isnan(cos)]).means() for name, cos in cosines.items()}
+    adapter = means.pop("adapter")
+    means["previous_window"]["adapter_cosine_accept_rate"] = adapter["cosine_accept_rate"]
+    lifts = {
+        rate_key(theta): adapter["cosine_accept_rate"][rate_key(theta)]
+        - max(means[name]["cosine_accept_rate"][rate_key(theta)] for name in ("before", "white", "mean_target"))
+        for theta in THETAS
+    }
+    result = {
+        **adapter,
+        "controls": means,
+        "best_control": "mean_target",
+        "lift": lifts["0.80"],
+        "lift_by_theta": lifts,
+        "previous_window_ahead": False,
+        "centered_cos_sim_mean": 0.31,
+        "centered_cos_sim_mean_before": 0.05,
+        "retrieval": {"R@1": 0.1, "R@5": 0.3, "R@10": 0.4, "chance_R@1": 0.005},
+        "interval95": {
+            "lift": [0.2, 0.4],
+            "lift_by_theta": {"0.80": [0.2, 0.4], "0.90": [0.05, 0.15]},
+            "cos_sim_mean": [0.8, 0.9],
+            "unit": "sequence",
+            "resamples": 2000,
+        },
+        "by_sequence": {"drive_1": part_of(150, 0.25, [0.1, 0.375]), "drive_2": part_of(50, -0.125, [-0.5, 0.25])},
+        "by_light": {"day": part_of(199, 0.25, [0.125, 0.375]), "night": part_of(1, -0.125, None)},
+        "dataset": "1s",
+        "checkpoint": "runs/<b>one</b>",
+        "split": {
+            "by": "sequence",
+            "label": "whole sequences",
+            "seed": 42,
+            "train": 800,
+            "val": 100,
+            "test": 200,
+            "test_windows_overlapping_train": 0.0,
+            "test_pairs_trained_on": 0,
+        },
+        "data": {"source": "npy", "events": "recorded"},
+        "fingerprint": "f" * 64,
+        "test_fingerprint": "7" * 64,
+        "checkpoint_sha256": "c" * 64,
+        "provenance": {"argv": ["ray-app", "evaluate"], "versions": {"ray": "2.60.0"}, "git": None},
+        **changes,
+    }
+    result["verdict"] = verdict_sentence(result)
+    return result, cosines
+
+
+def picture(sequence: str = "drive") -> PairPicture:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return PairPicture(sequence, 500_000, 1_500_000, 0.6, 0.9, pixels, pixels, pixels)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    result, cosines = made_up()
+    return render_html(result, cosines, [picture()], [picture("<script>alert(1)</script>")])
+
+
+def test_a_page_refers_to_nothing_outside_itself(page: str) -> None:
+    assert_stands_alone(page)
+
+
+def test_a_report_links_to_the_page_of_proxy_against_truth() -> None:
+    result, cosines = made_up()
+    with_link = render_html(result, cosines, proxy="../proxy%20of%20today/proxy.html")
+    links = [attributes["href"] for tag, attributes in Elements(with_link).found if tag == "a"]
+    assert links == ["../proxy%20of%20today/proxy.html"]
+    assert "What cosine acceptance predicted about tokens" in with_link
+    assert "<a " not in render_html(result, cosines)
+
+
+def test_what_the_data_says_is_never_markup(page: str) -> None:
+    assert "<b>one</b>" not in page
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_the_first_line_is_the_verdict(page: str) -> None:
+    body = html.unescape(re.sub(r"<[^>]+>", "\n", page[page.index("<body>") :]))
+    first = next(line.strip() for line in body.splitlines() if line.strip())
+    assert first == made_up()[0]["verdict"]
+
+
+def test_the_lift_of_each_light_and_sequence_stands_beside_its_interval(page: str) -> None:
+    cells = [re.findall(r"<td[^>]*>([^<]*)</td>", line) for line in re.findall(r"<tr.*?</tr>", page, re.DOTALL)]
+    ends = [line[-2:] for line in cells if len(line) > 2]
+    assert ["+25.0", "+10.0 to +37.5 (10 blocks)"] in ends
+    assert ["-12.5", "-50.0 to +25.0 (10 blocks)"] in ends
+    assert ["-12.5", "–"] in ends
+
+
+def test_pictures_and_figures_have_words_and_tables_have_headers(page: str) -> None:
+    elements = Elements(page).found
+    pictures = [attributes for tag, attributes in elements if tag == "img"]
+    assert len(pictures) == 6
+    assert_has_words(page)
+    assert len({attributes["alt"] for attributes in pictures}) == 6
+    figures = [attributes for tag, attributes in elements if tag == "figure" and attributes.get("role") == "img"]
+    assert len(figures) == 2
+    assert ("html", {"lang": "en"}) in elements
+
+
+def test_every_colour_is_a_variable_with_a_light_and_a_dark_value(page: str) -> None:
+    assert_light_and_dark(page)
+
+
+@pytest.mark.parametrize(
+    ("lift", "interval", "kind", "words"),
+    [
+        (0.12, [0.05, 0.2], "beats", "beats the best control (mean_target) by 12.0 percentage points at θ 0.80"),
+        (0.12, [-0.05, 0.2], "unsure", "but not surely"),
+        (-0.03, [-0.1, 0.02], "loses", "does not beat the best control (mean_target): it is 3.0 percentage points"),
+        (0.0, [0.0, 0.0], "loses", "the two are equal"),
+    ],
+)
+def test_the_sentence_says_who_is_ahead_by_how_much_and_how_surely(
+    lift: float, interval: list[float], kind: str, words: str
+) -> None:
+    bounds = {"lift": interval, "lift_by_theta": {"0.80": interval}, "unit": "sequence", "resamples": 2000}
+    result, _ = made_up(lift=lift, interval95=bounds)
+    assert outcome(result) == kind
+    assert words in result["verdict"]
+    assert f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}" in result["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "warning"),
+    [
+        ({"split": {"test_windows_overlapping_train": 0.95}}, "This split leaks: 95 %", True),
+        ({"split": {"test_pairs_trained_on": 7}}, "trained on 7 of the 200 test pairs", True),
+        ({"split": {"test_pairs_trained_on": None}}, "is not recorded", False),
+        ({"split": {"by": "block"}}, "One sequence only", False),
+        ({"previous_window_ahead": True}, "previous_window is ahead", True),
+        ({"data": {"source": "scenes", "events": "simulated"}}, "rendered scenes", False),
+        ({"data": {"source": "video", "events": "simulated"}}, "events are simulated", False),
+        ({}, "not token acceptance", False),
+    ],
+)
+def test_what_a_reader_must_know_is_said(changes: dict[str, Any], words: str, warning: bool) -> None:
+    base, cosines = made_up()
+    split = {**base["split"], **changes.pop("split", {})}
+    result = {**base, **changes, "split": split}
+    assert [note["warning"] for note in notes(result) if words in note["text"]] == [warning]
+    assert words in render_html(result, cosines)
+
+
+def test_recorded_events_under_a_clean_split_need_no_warning() -> None:
+    result, _ = made_up()
+    assert [note["text"].split(":")[0] for note in notes(result)] == ["Cosine acceptance is not token acceptance"]
+
+
+def test_table_and_page_show_the_same_rates(page: str) -> None:
+    result, _ = made_up()
+    out = io.StringIO()
+    Console(width=140, file=out).print(results_table(result, "test part"))
+    printed = out.getvalue()
+    for numbers in (result, *result["controls"].values()):
+        rate = f"{100 * numbers['cosine_accept_rate']['0.80']:.1f}"
+        assert f"{rate} %" in printed
+        assert f'<td class="key">{rate}</td>' in page
+    assert f"{100 * result['lift']:+.1f}" in printed
+
+
+@pytest.mark.parametrize(("values", "inside"), [([0, 12_608, 2.0e6], [12_608, 2.0e6]), ([0], [1.0]), ([], [1.0])])
+def test_a_logarithmic_axis_leaves_out_what_has_no_place_there(values: list[float], inside: list[float]) -> None:
+    axes = Figure().subplots()
+    log_scale(axes, values)
+    low, high = axes.get_xlim()
+    assert 0 < low < min(inside) <= max(inside) < high
+    assert high / low >= 9.9
+
+
+def test_features_that_are_no_images_leave_the_pictures_out() -> None:
+    result, cosines = made_up()
+    assert "Best and worst" not in render_html(result, cosines)

@@ -1,0 +1,66 @@
+"""A sweep that is watched: live, to its end, or until it has no driver any more. Without Ray."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from test_sweep import sized
+
+from ray_app.commands.tune.progress import watch
+from ray_app.commands.tune.sweep_dir import SweepFolder
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from ray_app.commands.tune.sweep_dir import SweepFolder
+with SweepFolder(Path(sys.argv[1])).driven() as journal:
+    journal.write("start", name="s", time=time.time())
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def folder(small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepFolder:
+    monkeypatch.setattr("ray_app.commands.tune.progress.REFRESH_S", 0.05)
+    monkeypatch.setattr("ray_app.commands.tune.progress.DRIVERLESS_S", 0.5)
+    folder = SweepFolder(tmp_path / "sweep")
+    told = sized(tmp_path, small_store, out=str(folder.path)).model_dump(mode="json", exclude_unset=True)
+    folder.claim({"name": "s", "key": "k", "spec": told, "store_fingerprint": "f"})
+    return folder
+
+
+def test_a_sweep_that_is_driven_is_watched_to_its_end(folder: SweepFolder, capfd: pytest.CaptureFixture[str]) -> None:
+    watcher = threading.Thread(target=watch, args=(folder,), daemon=True)
+    with folder.driven() as journal:
+        journal.write("start", name="s", time=time.time())
+        watcher.start()
+        watcher.join(1.5)
+        assert watcher.is_alive(), "three times as long as a sweep may be without a driver"
+        journal.write("end", status="FINISHED", artifacts=None, time=time.time())
+    watcher.join(30)
+    assert not watcher.is_alive()
+    told = capfd.readouterr().err
+    assert "ended" in told
+    assert "no driver" not in told
+
+
+def test_the_watch_ends_where_the_driver_was_killed(folder: SweepFolder, capfd: pytest.CaptureFixture[str]) -> None:
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(folder.path)])
+    while not folder.entries():
+        assert driver.poll() is None
+        time.sleep(0.01)
+    watcher = threading.Thread(target=watch, args=(folder,), daemon=True)
+    watcher.start()
+    watcher.join(1.5)
+    assert watcher.is_alive()
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    watcher.join(30)
+    assert not watcher.is_alive()
+    told = " ".join(capfd.readouterr().err.split())
+    assert f"no driver is at work; go on with: ray-app tune --resume {folder.path}" in told
