@@ -34,10 +34,10 @@ from torch.optim import AdamW
 from ray_app.cluster.connection import cluster
 from ray_app.commands.quickstart import RECIPE
 from ray_app.commands.train.command import run_train
-from ray_app.commands.train.initialization import PairsInMemory, decoded
+from ray_app.commands.train.initialization import PairsInMemory, decode_pair
 from ray_app.config.base import SplitConfig
 from ray_app.config.train import TrainConfig
-from ray_app.core.adapters.base import Start
+from ray_app.core.adapters.base import InitStats
 from ray_app.core.adapters.initialization import find_start
 from ray_app.core.adapters.registry import STRATEGIES, AdapterConfig, build_adapter, num_parameters
 from ray_app.core.adapters.seeded_noise import BatchNoise
@@ -45,7 +45,7 @@ from ray_app.core.evaluation import AlignmentEvaluator
 from ray_app.core.losses import AlignmentObjective, CompressedObjective, LossWeights
 from ray_app.core.metrics import THETA, AlignmentCounts, rate_key
 from ray_app.core.optimizer_step import make_optimizer, training_step
-from ray_app.data.pair_tensors import Held
+from ray_app.data.pair_tensors import PairTensors
 from ray_app.runs.event_log import entries
 from ray_app.store.checkpoint import load_training_state
 from ray_app.store.manifest import PIXELS
@@ -175,14 +175,14 @@ def space(folder: Path, rank: int, rounds: int) -> dict[str, Any]:
     store = PairStore.open(folder)
     split = split_pairs(store.index, SplitConfig())
     train, val = (
-        Held(np.arange(len(rows)), *(torch.from_numpy(side) for side in store.read_rows(rows)))
+        PairTensors(np.arange(len(rows)), *(torch.from_numpy(side) for side in store.read_rows(rows)))
         for rows in (split.train, split.val)
     )
     pairs = PairsInMemory(store, train, val)
     began = time.perf_counter()
-    start = find_start(pairs.passes, "subspaces", rank, len(split.train), 0)
-    few_train = Held(train.positions, *pairs.recorded("train", start))
-    few_val = Held(val.positions, *pairs.recorded("val", start))
+    start = find_start(pairs.reduce_over_batches, "subspaces", rank, len(split.train), 0)
+    few_train = PairTensors(train.positions, *pairs.compress_pairs("train", start))
+    few_val = PairTensors(val.positions, *pairs.compress_pairs("val", start))
     found: dict[str, Any] = {
         "train_pairs": len(split.train),
         "val_pairs": len(split.val),
@@ -207,7 +207,7 @@ def space(folder: Path, rank: int, rounds: int) -> dict[str, Any]:
 
 
 def both_objectives(
-    store: PairStore, strategy: str, rank: int, start: Start
+    store: PairStore, strategy: str, rank: int, start: InitStats
 ) -> tuple[AlignmentObjective, CompressedObjective]:
     """The same adapter twice, with every loss that both spaces have."""
     event, target = store.feature("event"), store.feature("target")
@@ -217,7 +217,7 @@ def both_objectives(
     weights = LossWeights(contrastive=contrastive, accept=0.5, accept_thetas=(0.8, 0.9), centred=0.2)
     adapters = [build_adapter(config, 0) for _ in range(2)]
     for adapter in adapters:
-        adapter.begin(start, spectral=False)
+        adapter.initialize_from(start, spectral=False)
     mean_D = start["target_mean"]
     return (
         AlignmentObjective(adapters[0], weights, mean_target_D=mean_D),
@@ -226,7 +226,7 @@ def both_objectives(
 
 
 def epoch_seconds(
-    objective: AlignmentObjective, optimizer: AdamW, held: Held, store: PairStore | None, number: int
+    objective: AlignmentObjective, optimizer: AdamW, held: PairTensors, store: PairStore | None, number: int
 ) -> float:
     """Of one pass of training steps; with a store its features are decoded, as they are in training."""
     objective.train()
@@ -235,7 +235,7 @@ def epoch_seconds(
     for step, rows in enumerate(np.array_split(order, -(-len(order) // BATCH))):
         event_BE, target_BD = held.take(rows)
         if store:
-            event_BE, target_BD = decoded(store, event_BE, target_BD)
+            event_BE, target_BD = decode_pair(store, event_BE, target_BD)
         noise = BatchNoise(0, number * len(order) + step, 0, len(rows), len(rows))
         training_step(objective, optimizer, event_BE, target_BD, noise, global_pairs=len(rows))
     return time.perf_counter() - began
@@ -243,7 +243,7 @@ def epoch_seconds(
 
 @torch.no_grad()
 def off_by(
-    compressed: CompressedObjective, store: PairStore, mean_D: torch.Tensor, val: Held, few: Held
+    compressed: CompressedObjective, store: PairStore, mean_D: torch.Tensor, val: PairTensors, few: PairTensors
 ) -> dict[str, float]:
     """Largest differences over validation pairs, and of the metrics: compressed against the full-width evaluator.
 
@@ -257,7 +257,7 @@ def off_by(
     seen: dict[str, list[torch.Tensor]] = {}
     for rows in np.array_split(val.positions, -(-len(val.positions) // BATCH)):
         wide, short = val.take(rows), compressed(*few.take(rows))
-        evaluated, losses = evaluator.add(*wide), full(*decoded(store, *wide))
+        evaluated, losses = evaluator.add(*wide), full(*decode_pair(store, *wide))
         for name, value in (
             *((f"{key}_full", each) for key, each in losses.items()),
             *((f"{key}_compressed", each) for key, each in short.items()),

@@ -1,4 +1,4 @@
-"""Every strategy and every control on the same test pairs, with several seeds: what do they reach, at which size?
+"""Every strategy and every baseline on the same test pairs, with several seeds: what do they reach, at which size?
 
     .venv/bin/python benchmarks/adapters.py --store stores/scenes --folder runs/adapters --name scenes
     .venv/bin/python benchmarks/adapters.py --store stores/drive --folder runs/footage --name footage
@@ -30,7 +30,7 @@ from ray_app.config.evaluate import EvaluateConfig
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.registry import STRATEGIES
 from ray_app.core.adapters.sequences import sequence_cosine
-from ray_app.runs.run_dir import RunFolder
+from ray_app.runs.run_dir import RunDir
 from ray_app.store.manifest import MANIFEST, Features, FeatureSpec
 from ray_app.store.pair_store import Pair, PairStore, publish, write_part
 from ray_app.store.split import split_pairs
@@ -76,7 +76,7 @@ long as a target's. `token_causal, next`: its own loss too, with the weight that
 as the reference's project halves the two; the other rows of `token_causal` are plain causal attention."""
 PATCH = 16
 """Side of a patch that is one token, of images at half their size: 49 tokens of 768 numbers."""
-CONTROLS = ("before", "white", "mean_target", "shuffled", "previous_window")
+BASELINES = ("before", "white", "mean_target", "shuffled", "previous_window")
 
 
 def measured(store: Path, folder: Path, name: str, seed: int, *, use_gpu: bool) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def measured(store: Path, folder: Path, name: str, seed: int, *, use_gpu: bool) 
     common = {"store": store, "tracking_uri": f"sqlite:///{folder}/mlflow.db", "use_gpu": use_gpu}
     settings: dict[str, Any] = {"out": run, "seed": seed, **common, **(SETTINGS | TOKENS)[name]}
     if (run / "run.json").is_file():
-        settings = {**RunFolder(run).about()["config"], "out": run, "resume": run}
+        settings = {**RunDir(run).metadata()["config"], "out": run, "resume": run}
     elif (subspaces := folder / "lowrank-0" / "start").is_dir() and {"init", "space"} & set(settings):
         settings["start"] = subspaces  # those of the first run: they are the pairs', not the seed's
     trained = run_train(TrainConfig.model_validate(settings))
@@ -103,10 +103,10 @@ def measured(store: Path, folder: Path, name: str, seed: int, *, use_gpu: bool) 
         "accept": result["cosine_accept_rate"],
         "lift": result["lift_by_theta"],
         "lift_interval95": result["interval95"]["lift_by_theta"],
-        "best_control": result["best_control"],
+        "best_baseline": result["best_baseline"],
         "centred_cos_sim": result["centered_cos_sim_mean"],
         "retrieval": result["retrieval"],
-        "controls": {key: result["controls"][key] for key in CONTROLS if key in result["controls"]},
+        "baselines": {key: result["baselines"][key] for key in BASELINES if key in result["baselines"]},
         "pairs": result["pairs"],
         "split": result["split"],
     }

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from ray_app.core.adapters.registry import AdapterConfig, build_adapter
 from ray_app.errors import RayAppError
-from ray_app.runs.event_log import JOURNAL, Journal, entries
+from ray_app.runs.event_log import JOURNAL, EventLog, entries
 from ray_app.store.checkpoint import load_checkpoint, load_training_state, save_checkpoint, save_training_state
 from ray_app.store.manifest import Features, FeatureSpec
 from ray_app.store.pair_store import Pair, PairStore, publish, write_part
@@ -62,7 +62,7 @@ def kinds(folder: Path) -> list[Kind]:
     quarantine = f"{line}\n".encode() * 5
     publish(store, [part], features=BOTH, durations={"100us": 100}, source={"name": "x"}, quarantine=quarantine)
     run.mkdir()
-    with Journal(run) as journal:
+    with EventLog(run) as journal:
         for step in range(1, 41):
             journal.write("step", global_step=step, loss=1 / step)
 

@@ -32,7 +32,7 @@ from serve_process import checkpoint_of
 from serve_traffic import quantiles_ms
 
 from ray_app.client import AlignmentClient
-from ray_app.commands.tune.sweep_dir import SweepFolder
+from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.errors import RayAppError
 from ray_app.runs.event_log import entries
 from ray_app.store.atomic import sha256_file
@@ -161,7 +161,7 @@ def tune(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[str
 
 def told_of_sweep(sweep: Path) -> dict[str, Any]:
     """The winner, every trial's objective, and the digests of the weights that the sweep keeps."""
-    folder = SweepFolder(sweep)
+    folder = SweepDir(sweep)
     trials = [trial for trial in folder.trials() if trial.status == "finished"]
     bests = {trial.name: folder.run(trial.name).best() for trial in trials}
     return {

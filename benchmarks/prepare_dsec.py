@@ -27,13 +27,13 @@ from provenance import save
 from render_events import per_event
 
 from ray_app.events.recording import Events
-from ray_app.events.render import Drawing, equal_counts
+from ray_app.events.render import EventCanvas, equal_counts
 from ray_app.sources.dsec.events_file import HEIGHT, WIDTH, DsecEvents
 from ray_app.sources.dsec.layout import sequence_in
 from ray_app.sources.dsec.source import DsecSource
-from ray_app.sources.event_stream import Slice, swept
+from ray_app.sources.event_stream import Slice, render_slices
 from ray_app.sources.images import resized
-from ray_app.sources.recorded import Cut
+from ray_app.sources.recorded import WindowingConfig
 
 SECOND_US = 1_000_000
 DSEC_WINDOWS = 5_208
@@ -97,7 +97,7 @@ def against_the_loop(root: Path, name: str, num_windows: int, num_rounds: int) -
     """Windows of 1 s by EventGPT's loop and by ours, in turn, in one process."""
     sequence = sequence_in(root / "train" / name, name)
     first_us = int(sequence.times_us()[0])
-    sources = {pick: DsecSource(root, Cut((SECOND_US,), pick=pick)) for pick in ("middle", "all")}
+    sources = {pick: DsecSource(root, WindowingConfig((SECOND_US,), pick=pick)) for pick in ("middle", "all")}
     (task, *_) = sources["middle"].tasks()
     starts_us = [first_us + 3 * (number + 1) * SECOND_US for number in range(num_windows)]
     mine = type(task)(
@@ -175,7 +175,7 @@ def ours(source: DsecSource, task: Any) -> list[bytes]:
 
 def drawn_alone(reader: DsecEvents, middle: Slice) -> NDArray[np.uint8]:
     """One image, without its frame."""
-    (sketch,) = swept(reader, [middle])
+    (sketch,) = render_slices(reader, [middle])
     return sketch.image()
 
 
@@ -191,7 +191,7 @@ def columns(reader: DsecEvents, first: int, stop: int) -> None:
 
 
 def draw(events: Events) -> None:
-    drawing = Drawing(WIDTH, HEIGHT)
+    drawing = EventCanvas(WIDTH, HEIGHT)
     drawing.add(events)
     drawing.image()
 

@@ -20,7 +20,7 @@ from provenance import save
 from ray_app.commands.replay.rows import fold_of_rows, replayed_row
 from ray_app.config.speculative import ReplayConfig
 from ray_app.core.speculative.metrics import block_bootstrap
-from ray_app.drafters.base import Answered, Drafter, Prompt
+from ray_app.drafters.base import AnsweredPrompt, Drafter, Prompt
 from ray_app.drafters.cost import Device
 from ray_app.drafters.hybrid import HybridDrafter
 from ray_app.drafters.replay import DRAFTERS, RowReplay, contiguous_folds, replay_rows
@@ -157,7 +157,7 @@ def main() -> None:
 
 def replay(drafter: type[Drafter], file: TraceFile, gammas: tuple[int, ...]) -> dict[int, list[RowReplay]]:
     """The file's rows for each γ. Each fold is learnt once: what a drafter learns does not depend on γ."""
-    answers = [Answered(trace.prompt, tuple(trace.target_tokens)) for trace in file.traces]
+    answers = [AnsweredPrompt(trace.prompt, tuple(trace.target_tokens)) for trace in file.traces]
     found: dict[int, list[RowReplay]] = {gamma: [] for gamma in gammas}
     for fold in contiguous_folds(len(answers), FOLDS, GAP):
         fitted = drafter()

@@ -22,7 +22,7 @@ from ray_app.commands.train.state import TrainState
 from ray_app.core.adapters.registry import AdapterConfig, build_adapter, num_parameters
 from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.core.optimizer_step import make_optimizer
-from ray_app.runs.run_dir import RunFolder, place
+from ray_app.runs.run_dir import RunDir, checkpoint_name
 from ray_app.store.checkpoint import load_checkpoint, verify_folder
 from ray_app.store.manifest import PIXELS, Features
 
@@ -42,7 +42,7 @@ def main() -> None:
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
     state = TrainState(objective, optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
-    run, features = RunFolder(args.folder / "run"), Features(event=PIXELS, target=PIXELS)
+    run, features = RunDir(args.folder / "run"), Features(event=PIXELS, target=PIXELS)
     bare, ours = [], []
     for number in range(1, args.rounds + 1):
         began = time.perf_counter()
@@ -51,7 +51,7 @@ def main() -> None:
         bare.append(time.perf_counter() - began)
         began = time.perf_counter()
         run.save(
-            place(number),
+            checkpoint_name(number),
             adapter,
             features=features,
             metrics={},
@@ -61,7 +61,7 @@ def main() -> None:
             best_epoch=number,
         )
         ours.append(time.perf_counter() - began)
-    newest = run.checkpoint(place(args.rounds))
+    newest = run.checkpoint(checkpoint_name(args.rounds))
     began = time.perf_counter()
     verify_folder(newest)
     verify_s = time.perf_counter() - began

@@ -32,12 +32,12 @@ import torch
 import torch.distributed as dist
 from provenance import save
 
-from ray_app.commands.train.loop import Pairs, Worker, held_batches, train_epochs
+from ray_app.commands.train.loop import WorkerContext, WorkerData, held_batches, train_epochs
 from ray_app.config.train import TrainConfig
-from ray_app.data.batch_order import Lanes
-from ray_app.data.pair_tensors import Held
-from ray_app.runs.event_log import Journal, entries
-from ray_app.runs.run_dir import RunFolder
+from ray_app.data.batch_order import ShardedBatchOrder
+from ray_app.data.pair_tensors import PairTensors
+from ray_app.runs.event_log import EventLog, entries
+from ray_app.runs.run_dir import RunDir
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 
@@ -146,13 +146,13 @@ def alone(folder: Path, out: Path, hidden: int, batch: int) -> float:
     )
     store = PairStore.open(folder)
     split = split_pairs(store.index, cfg.split_config)
-    worker = Worker(cfg, store, 0, 1, torch.device("cpu"))
-    lanes = Lanes(len(split.train), batch, cfg.seed)
-    train = Held(np.arange(len(split.train)), *map(torch.tensor, store.read_rows(split.train)))
+    worker = WorkerContext(cfg, store, 0, 1, torch.device("cpu"))
+    lanes = ShardedBatchOrder(len(split.train), batch, cfg.seed)
+    train = PairTensors(np.arange(len(split.train)), *map(torch.tensor, store.read_rows(split.train)))
     out.mkdir()
-    with Journal(out) as journal:
-        pairs = Pairs(lambda state: held_batches(train, lanes, state, worker), True, None)
-        train_epochs(worker, RunFolder(out), pairs, journal, {}, lambda *_: None)
+    with EventLog(out) as journal:
+        pairs = WorkerData(lambda state: held_batches(train, lanes, state, worker), True, None)
+        train_epochs(worker, RunDir(out), pairs, journal, {}, lambda *_: None)
     return step_seconds(out, batch)
 
 

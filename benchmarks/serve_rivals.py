@@ -59,21 +59,21 @@ def app(checkpoint: Path, port: int) -> None:
 
     from ray_app.config.serve import EndpointConfig
     from serve.deployment import threads_for
-    from serve.http.asgi import Edge
+    from serve.http.asgi import AsgiApp
     from serve.http.routes import build_api
     from serve.http.v2 import infer
     from serve.observability.tracing import Tracing
-    from serve.replica_state import Endpoint
+    from serve.replica_state import ReplicaState
 
     logging.getLogger("ray.serve").addHandler(logging.FileHandler(os.devnull))
-    endpoint = Endpoint(EndpointConfig(checkpoint=os.fspath(checkpoint), max_queue=2048, timeout_s=120), "app")
+    endpoint = ReplicaState(EndpointConfig(checkpoint=os.fspath(checkpoint), max_queue=2048, timeout_s=120), "app")
     torch.set_num_threads(threads_for(endpoint.model.parameters, os.cpu_count() or 1))
 
     async def everywhere(method: str) -> list[object]:
         telemetry, rows = endpoint.telemetry, endpoint.batcher.queued_rows
         return [telemetry.snapshot(rows) if method == "snapshot" else telemetry.exposition(rows).decode()]
 
-    served = Edge(endpoint, infer, build_api(endpoint, everywhere), Tracing(None, "app"))
+    served = AsgiApp(endpoint, infer, build_api(endpoint, everywhere), Tracing(None, "app"))
     uvicorn.run(served, port=port, log_level="warning")
 
 

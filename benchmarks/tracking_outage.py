@@ -22,7 +22,7 @@ from typing import Any
 
 from provenance import save
 
-from ray_app.runs.event_log import JOURNAL, Journal, entries
+from ray_app.runs.event_log import JOURNAL, EventLog, entries
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from mlflow_process import MlflowServer, free_port
@@ -102,7 +102,7 @@ def trained(args: argparse.Namespace, name: str, uri: str) -> float:
 def line_us(folder: Path, lines: int = 20_000) -> float:
     """Time of one journal line, in µs."""
     folder.mkdir()
-    with Journal(folder) as journal:
+    with EventLog(folder) as journal:
         began = time.perf_counter()
         for step in range(1, lines + 1):
             journal.step(

@@ -4,9 +4,9 @@
 
 The plain loop alternates, step by step, with `ray_app.core.optimizer_step.training_step` in its own process:
 that ratio is of the code alone, the other also of Ray's processes, which share the two cores. Compared is the
-steady-state step, over all steps after the first epoch: the lower quartile, which other work on the machine disturbs least, pooled over the
-rounds; medians by round stand beside it. Also measured: the share of time spent waiting for data after the first
-epoch, and two workers on the same cores. Writes benchmarks/results/train_step.json.
+steady-state step, over all steps after the first epoch: the lower quartile, which other work on the machine
+disturbs least, pooled over the rounds; also the medians of each round, the share of time spent waiting for data
+after the first epoch, and two workers on the same cores. Writes benchmarks/results/train_step.json.
 """
 
 import argparse

@@ -23,7 +23,7 @@ from provenance import save
 from ray.tune.schedulers import TrialScheduler
 
 from ray_app.commands.tune.driver import asha_of
-from ray_app.commands.tune.sweep_dir import SweepFolder, scores
+from ray_app.commands.tune.sweep_dir import SweepDir, scores
 from ray_app.runs.event_log import entries
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
@@ -103,8 +103,8 @@ def searched(file: Path) -> dict[str, Any]:
 
 def orders(folder: Path, *, between_equals: bool) -> dict[str, float]:
     """Share of epochs, and points lost, where ASHA sees the whole trials in other orders."""
-    sweep = SweepFolder((folder / "none").resolve())
-    spec = SweepFolder((folder / "asha").resolve()).spec
+    sweep = SweepDir((folder / "none").resolve())
+    spec = SweepDir((folder / "asha").resolve()).spec
     curves, rates = [], []
     for trial in sweep.trials():
         lines = entries(sweep.run(trial.name).path)

@@ -25,7 +25,7 @@ import yaml
 from chaos import title
 from provenance import save
 
-from ray_app.commands.tune.sweep_dir import SweepFolder
+from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.runs.event_log import entries
 from ray_app.store.atomic import sha256_file
 
@@ -89,7 +89,7 @@ def words(file: Path, out: Path) -> list[str]:
 
 def told(sweep: Path) -> dict[str, Any]:
     """What a sweep ended with."""
-    folder = SweepFolder(sweep)
+    folder = SweepDir(sweep)
     trials = [trial for trial in folder.trials() if trial.status == "finished"]
     runs = {trial.name: folder.run(trial.name) for trial in trials}
     best = min(trials, key=lambda trial: trial.rank)

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from provenance import save
 
-from ray_app.commands.tune.sweep_dir import SweepFolder
+from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.runs.event_log import entries
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
@@ -78,7 +78,7 @@ def measured(
         f"sqlite:///{out.parent}/mlflow.db",
     ]
     subprocess.run([str(RAY_APP), *words], stdout=subprocess.DEVNULL, check=True)
-    folder = SweepFolder(out)
+    folder = SweepDir(out)
     seconds: list[float] = []
     before_s = 0.0
     for line in folder.entries():

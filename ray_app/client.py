@@ -108,7 +108,7 @@ class AlignmentClient:
         return self._call("POST", f"/v1/{route}", [json.dumps(document).encode()], {}).json()
 
     def model(self) -> dict[str, Any]:
-        """What is served: version, run, dataset fingerprint, metrics with their controls, since when."""
+        """What is served: version, run, dataset fingerprint, metrics with their baselines, since when."""
         return self._call("GET", "/v1/model", [], {}).json()
 
     def ready(self) -> bool:

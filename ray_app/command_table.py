@@ -112,7 +112,7 @@ COMMANDS: dict[str, Command] = {
         "evaluate.command",
         "evaluate",
         "evaluate --store STORE --checkpoint CKPT --out DIR",
-        "metrics of the test part beside every control, and report.html",
+        "metrics of the test part beside every baseline, and report.html",
     ),
     "compare": Command(
         judge.CompareConfig,
@@ -134,7 +134,7 @@ COMMANDS: dict[str, Command] = {
         "promote.command",
         "promote",
         "promote RUN | --rollback | --list",
-        "register, compare with the champion and the controls, move the alias (back)",
+        "register, compare with the champion and the baselines, move the alias (back)",
         "run",
     ),
     "capture": Command(

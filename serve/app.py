@@ -14,7 +14,7 @@ from ray.serve.exceptions import RayServeException
 
 from ray_app.config.serve import EndpointConfig
 from ray_app.errors import ConfigError, RayAppError
-from ray_app.store.filesystem import absolute, place
+from ray_app.store.filesystem import absolute, open_storage
 
 from .deployment import application
 from .http.auth import read_tokens
@@ -78,7 +78,7 @@ def require_model(cfg: EndpointConfig) -> None:
 def with_model(cfg: EndpointConfig) -> EndpointConfig:
     """The same with a tracking server that every replica reaches. ConfigError: none, or no such folder."""
     if not cfg.checkpoint.startswith("models:"):
-        if not place(cfg.checkpoint).exists():
+        if not open_storage(cfg.checkpoint).exists():
             raise ConfigError(f"checkpoint '{cfg.checkpoint}' is no folder here, and no models:/NAME@ALIAS.")
         return cfg.model_copy(update={"checkpoint": absolute(cfg.checkpoint)})
     uri = cfg.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")

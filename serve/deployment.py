@@ -10,14 +10,14 @@ from starlette.types import ASGIApp
 
 from ray_app.config.serve import EndpointConfig
 
-from .http.asgi import Edge
+from .http.asgi import AsgiApp
 from .http.haproxy_error_page import write_page
-from .http.middleware import Gate
+from .http.middleware import BypassMiddleware
 from .http.routes import build_api
 from .http.v2 import infer
 from .observability.stats import Snapshot
 from .observability.tracing import Tracing
-from .replica_state import Endpoint
+from .replica_state import ReplicaState
 
 DEPLOYMENT = "alignment"
 WEIGHTS_A_THREAD = 16_000_000
@@ -35,7 +35,7 @@ class Replica:
         context = serve.get_replica_context()
         self._app_name, name = context.app_name, context.replica_id.unique_id
         torch.set_num_threads(max(1, int(cfg.cpus_per_replica)))
-        self.endpoint = Endpoint(cfg, name)
+        self.endpoint = ReplicaState(cfg, name)
         torch.set_num_threads(threads_for(self.endpoint.model.parameters, int(cfg.cpus_per_replica)))
         sys.setswitchinterval(SWITCH_S)
         self.tracing = Tracing(cfg.traces, name)
@@ -43,8 +43,10 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Ray Serve sends requests to."""
-        Gate.edge = Edge(self.endpoint, infer, build_api(self.endpoint, self._everywhere), self.tracing)
-        return Gate.edge
+        BypassMiddleware.edge = AsgiApp(
+            self.endpoint, infer, build_api(self.endpoint, self._everywhere), self.tracing
+        )
+        return BypassMiddleware.edge
 
     async def _everywhere(self, method: str) -> list[object]:
         if self.endpoint.cfg.num_replicas == 1:

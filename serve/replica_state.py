@@ -12,13 +12,13 @@ from starlette.types import Receive
 
 from ray_app.config.serve import EndpointConfig
 
-from .http.auth import Keys
-from .http.body import chunks, gone, swallow
+from .http.auth import TokenStore
+from .http.body import chunks, drain, wait_for_disconnect
 from .model.batcher import Batcher
-from .model.hot_reload import Outcome, Succession, stamp
+from .model.hot_reload import ModelReloader, Outcome, iso_time
 from .model.loaded_model import ServedModel
 from .model.model_source import source_of
-from .model.predict import Answer, Work, predict
+from .model.predict import Answer, InferenceRequest, predict
 from .observability.metrics import Telemetry
 from .protocol.open_inference import Limits
 from .protocol.strict_json import DEPTH
@@ -27,14 +27,14 @@ LOG = logging.getLogger("ray.serve")
 MIB = 2**20
 
 
-class Endpoint:
+class ReplicaState:
     """One replica's state. Made before the first request, used from one event loop."""
 
     def __init__(self, cfg: EndpointConfig, replica: str, prepare: Any = lambda: None) -> None:
         self.cfg, self.replica = cfg, replica
-        self.keys = Keys(cfg.tokens)
+        self.keys = TokenStore(cfg.tokens)
         self.telemetry = Telemetry(replica)
-        self.succession = Succession(
+        self.succession = ModelReloader(
             source_of(cfg.checkpoint, cfg.tracking_uri),
             precision=cfg.precision,
             use_gpu=cfg.use_gpu,
@@ -65,14 +65,16 @@ class Endpoint:
     async def place(self, receive: Receive) -> AsyncIterator[None]:
         """Held while a body arrives. Problem 429 where the queue is full, once the caller has sent all of it."""
         if self.batcher.full():
-            await swallow(chunks(receive), self.max_body_bytes)
-            raise self.batcher.busy()
-        with self.batcher.place():
+            await drain(chunks(receive), self.max_body_bytes)
+            raise self.batcher.queue_full_error()
+        with self.batcher.reserve_slot():
             yield
 
-    async def answer(self, work: Work, timeout_s: float, receive: Receive | None = None) -> Answer:
+    async def answer(self, work: InferenceRequest, timeout_s: float, receive: Receive | None = None) -> Answer:
         """The model's answer, counted. CancelledError: `receive`, whose body is read, says that the caller left."""
-        answer = await self.batcher.answer(work, timeout_s, partial(gone, receive) if receive else None)
+        answer = await self.batcher.answer(
+            work, timeout_s, partial(wait_for_disconnect, receive) if receive else None
+        )
         self.telemetry.answered(answer, work.rows)
         return answer
 
@@ -126,15 +128,15 @@ class Endpoint:
             "dataset_fingerprint": model.provenance.get("dataset_fingerprint"),
             "adapter": {**model.config.to_dict(), "parameters": model.parameters},
             "features": model.features.model_dump(mode="json"),
-            "metrics": {"test": model.judged.test, "val": model.judged.val},
-            "acceptance_curve": model.judged.curve,
-            "loaded_at": stamp(model.loaded_at),
-            "serving_since": stamp(self.succession.since),
+            "metrics": {"test": model.evaluation_record.test, "val": model.evaluation_record.val},
+            "acceptance_curve": model.evaluation_record.curve,
+            "loaded_at": iso_time(model.loaded_at),
+            "serving_since": iso_time(self.succession.since),
             "serving_s": round((datetime.now(UTC) - self.succession.since).total_seconds(), 3),
             "watch": {
                 "uri": self.cfg.checkpoint if self.cfg.checkpoint.startswith("models:") else None,
                 "every_s": self.cfg.watch_s,
-                "last_checked": stamp(watch.last_checked),
+                "last_checked": iso_time(watch.last_checked),
                 "failures": watch.failures,
                 "last_error": watch.last_error,
             },

@@ -16,12 +16,12 @@ from ray.exceptions import RayError
 from ray.train import ControllerError, TrainingFailedError
 from ray.util import placement_group, remove_placement_group
 
-from ray_app.cluster.reachability import no_listener
+from ray_app.cluster.reachability import connection_error
 from ray_app.errors import RayAppError, ResourceError
 
 WAIT_NODES_S = "RAY_APP_WAIT_NODES_S"
 """Variable of a cluster whose nodes come when they are asked for: how long a command waits for them."""
-NO_ROOM = "Something else may hold the cluster's CPUs (`ray status` tells); wait for it, or ask for less."
+BUSY_HINT = "Something else may hold the cluster's CPUs (`ray status` tells); wait for it, or ask for less."
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +39,16 @@ class ClusterInfo:
     node_memory_bytes: tuple[float, ...] = ()
     """Memory of each node, in the same order."""
 
-    def room(self, cpus_per_worker: float, data_cpus: float = 0.0) -> int:
+    def max_workers(self, cpus_per_worker: float, data_cpus: float = 0.0) -> int:
         """How many workers of so many CPUs fit, beside `data_cpus` on the largest node."""
         *nodes, largest = sorted(self.node_cpus)
         return sum(int(cpus / cpus_per_worker + 1e-9) for cpus in (*nodes, max(largest - data_cpus, 0.0)))
 
-    def share(self, num_workers: int, data_cpus: float) -> float:
+    def max_cpus_per_worker(self, num_workers: int, data_cpus: float) -> float:
         """The most CPUs that each of so many workers can have: whole ones where that is one or more."""
         *nodes, largest = sorted(self.node_cpus)
         shares = [cpus / k for cpus in (*nodes, largest - data_cpus) for k in range(1, num_workers + 1)]
-        fitting = [share for share in shares if share > 0 and self.room(share, data_cpus) >= num_workers]
+        fitting = [share for share in shares if share > 0 and self.max_workers(share, data_cpus) >= num_workers]
         best = max(fitting, default=0.1)
         return float(int(best)) if best >= 1 else max(math.floor(best * 100) / 100, 0.01)
 
@@ -63,14 +63,14 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
     Only a connection that was made here is closed at the end. An error of ours that Ray has wrapped on its
     way from a worker is raised as itself. ResourceError: no cluster at the address, or one of another version.
     """
-    with user_errors():
+    with unwrap_user_errors():
         if ray.is_initialized():
             yield _info()
             return
         for chatty in ("ray.data", "ray.train"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
         where = address or os.environ.get("RAY_ADDRESS") or "local"
-        if where not in ("local", "auto") and (reason := no_listener(where)):
+        if where not in ("local", "auto") and (reason := connection_error(where)):
             raise ResourceError(_no_cluster(where, reason))
         try:
             ray.init(
@@ -110,15 +110,15 @@ def _other_version(where: str, theirs: tuple[str, str], ours: tuple[str, str]) -
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
+def unwrap_user_errors() -> Iterator[None]:
     """An error of ours inside an error of Ray's is raised as itself; a cluster without room is a ResourceError."""
     try:
         yield
     except ExecutionTimeoutError as error:
-        raise ResourceError(f"Ray Data's tasks got nowhere for too long. {NO_ROOM}") from error
+        raise ResourceError(f"Ray Data's tasks got nowhere for too long. {BUSY_HINT}") from error
     except ControllerError as error:
         if type(error.controller_failure).__name__ == "WorkerGroupStartupTimeoutError":  # a private class
-            raise ResourceError(f"The training workers could not be started in time. {NO_ROOM}") from error
+            raise ResourceError(f"The training workers could not be started in time. {BUSY_HINT}") from error
         raise
     except (RayError, TrainingFailedError) as error:
         if (mendable := find_user_error(error)) is not None:
@@ -151,14 +151,14 @@ def _bare(error: RayAppError) -> RayAppError:
     return plain(text.partition("\nFailed to apply")[0])
 
 
-def grown(info: ClusterInfo, num_workers: int, cpus_per_worker: float, use_gpu: bool) -> ClusterInfo:
+def wait_for_autoscaler(info: ClusterInfo, num_workers: int, cpus_per_worker: float, use_gpu: bool) -> ClusterInfo:
     """The cluster once its autoscaler has brought room for so many workers, or as it is after RAY_APP_WAIT_NODES_S.
 
     Where that is not set, what is not there is not waited for: most clusters do not grow. The wish for nodes ends
     with this process, however that ends.
     """
     wait_s = float(os.environ.get(WAIT_NODES_S) or 0)
-    if not wait_s or (info.room(cpus_per_worker) >= num_workers and (not use_gpu or info.gpus >= num_workers)):
+    if not wait_s or (info.max_workers(cpus_per_worker) >= num_workers and (not use_gpu or info.gpus >= num_workers)):
         return info
     bundle = {"CPU": cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
     gpus = f", {num_workers} GPUs" if use_gpu else ""
@@ -175,7 +175,7 @@ def grown(info: ClusterInfo, num_workers: int, cpus_per_worker: float, use_gpu: 
     return _info()
 
 
-def require(
+def require_resources(
     info: ClusterInfo,
     *,
     num_workers: int,
@@ -194,10 +194,10 @@ def require(
             f"--use-gpu with --num-workers {num_workers} needs {num_workers} GPUs, the cluster has {info.gpus:g}; "
             "take fewer workers, or leave --use-gpu out"
         )
-    if info.room(cpus_per_worker, data_cpus) < num_workers:
+    if info.max_workers(cpus_per_worker, data_cpus) < num_workers:
         data = f" and {data_cpus:g} to stream the data" if data_cpus else ""
         nodes = f" on {len(info.node_cpus)} nodes" if len(info.node_cpus) > 1 else ""
-        asked, share = num_workers * cpus_per_worker + data_cpus, info.share(num_workers, data_cpus)
+        asked, share = num_workers * cpus_per_worker + data_cpus, info.max_cpus_per_worker(num_workers, data_cpus)
         raise ResourceError(
             f"{num_workers} workers of {cpus_per_worker:g} CPUs{data} need {asked:g} CPUs, the cluster has "
             f"{info.cpus:g}{nodes}; take fewer --num-workers, or --cpus-per-worker {share:g}"

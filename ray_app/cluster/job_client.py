@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from ray_app.cluster.reachability import no_listener
+from ray_app.cluster.reachability import connection_error
 from ray_app.errors import ResourceError
 
 LOST_S = 600.0
@@ -51,7 +51,7 @@ class JobClient:
         import ray
         from ray.job_submission import JobSubmissionClient
 
-        self._client = told(self.address, lambda: JobSubmissionClient(self.address))
+        self._client = call_job_api(self.address, lambda: JobSubmissionClient(self.address))
         theirs = getattr(self._client, "_server_ray_version", ray.__version__)
         if theirs != ray.__version__:
             raise ResourceError(
@@ -67,7 +67,7 @@ class JobClient:
         began = time.monotonic()
         while True:
             try:
-                told(
+                call_job_api(
                     self.address,
                     lambda: self._client.submit_job(
                         entrypoint=entrypoint, submission_id=job, runtime_env=runtime_env
@@ -122,7 +122,7 @@ class JobClient:
 
     def state(self, job: str) -> dict[str, Any]:
         """`status`, `exit_code` (0 while it goes on), `message` and `entrypoint` of a job."""
-        info = told(self.address, lambda: self._client.get_job_info(job))
+        info = call_job_api(self.address, lambda: self._client.get_job_info(job))
         status, code = str(info.status), info.driver_exit_code
         if status == "STOPPED":
             code = EXIT_STOPPED
@@ -146,7 +146,7 @@ class JobClient:
                 "seconds": ((info.end_time or 0) - (info.start_time or 0)) / 1000 if info.end_time else None,
                 "entrypoint": info.entrypoint,
             }
-            for info in told(self.address, self._client.list_jobs)
+            for info in call_job_api(self.address, self._client.list_jobs)
             if info.submission_id
         ]
         return sorted(rows, key=lambda row: row["started"], reverse=True)
@@ -154,12 +154,12 @@ class JobClient:
     def stop(self, job: str) -> bool:
         """Asks a job to end; False where it has ended already."""
         self._known(job)
-        return told(self.address, lambda: self._client.stop_job(job))
+        return call_job_api(self.address, lambda: self._client.stop_job(job))
 
     def logs(self, job: str) -> str:
         """What a job has printed so far."""
         self._known(job)
-        return told(self.address, lambda: self._client.get_job_logs(job))
+        return call_job_api(self.address, lambda: self._client.get_job_logs(job))
 
 
 class JobLog:
@@ -210,7 +210,7 @@ def job_server(address: str | None) -> str:
             f"{f'; {named} is not one' if named else ''}: name it with --address or RAY_API_SERVER_ADDRESS. "
             "`ray dashboard cluster.yaml` opens a tunnel to a launched cluster's"
         )
-    if reason := no_listener(named, DASHBOARD_PORT):
+    if reason := connection_error(named, DASHBOARD_PORT):
         raise ResourceError(
             f"there is no cluster at {named} ({reason}); is the tunnel open (`ray dashboard cluster.yaml`, or "
             "`kubectl port-forward`)?"
@@ -225,7 +225,7 @@ def use_token() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-def told(address: str, call: Callable[[], T]) -> T:
+def call_job_api(address: str, call: Callable[[], T]) -> T:
     """The call's value; what a user can mend is said as such."""
     from ray.exceptions import AuthenticationError
 
@@ -245,7 +245,7 @@ def show_ended(result: dict[str, Any], console: Console) -> None:
     lines = [f"job {result['job']}: {result['status'].lower()}, exit code {result['exit_code']}"]
     if result["status"] == "FAILED" and result["message"]:
         lines.append(str(result["message"]).strip().splitlines()[0])
-    if result["exit_code"] == EXIT_STOPPED and (command := way_on(result["entrypoint"])):
+    if result["exit_code"] == EXIT_STOPPED and (command := resume_command(result["entrypoint"])):
         lines.append(f"what was saved is kept; go on with:  {command}")
     found = result.get("result") or {}
     lines += [f"{name}: {found[key]}" for key, name in PLACES.items() if found.get(key)]
@@ -253,7 +253,7 @@ def show_ended(result: dict[str, Any], console: Console) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def way_on(entrypoint: str) -> str | None:
+def resume_command(entrypoint: str) -> str | None:
     """The command that goes on with what a job has saved; None of one that saves nothing on its way."""
     words = shlex.split(entrypoint.partition("-m ray_app ")[2])
     if words[:1] == ["prepare"]:

@@ -16,7 +16,7 @@ from ray.train.torch.config import _TorchBackend
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
-class NodeAddress(TorchConfig):
+class NodeAddressTorchConfig(TorchConfig):
     """Ray Train's process group, with each worker at its node's address."""
 
     @property

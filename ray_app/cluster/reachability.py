@@ -10,7 +10,7 @@ ANSWER_S = 2.0
 """For a node to answer."""
 
 
-def no_listener(address: str, default_port: int = 6379) -> str | None:
+def connection_error(address: str, default_port: int = 6379) -> str | None:
     """Why no TCP connection can be made to host:port, or None where it can."""
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
@@ -20,7 +20,7 @@ def no_listener(address: str, default_port: int = 6379) -> str | None:
         return str(error)
 
 
-def answers(node: dict[str, Any]) -> bool:
+def node_is_alive(node: dict[str, Any]) -> bool:
     """One of `ray.nodes()` still has a raylet that takes connections.
 
     Ray's head takes one that has gone for alive for some 15 s more.

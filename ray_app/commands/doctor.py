@@ -24,7 +24,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.cluster.reachability import CONNECT_S, no_listener
+from ray_app.cluster.reachability import CONNECT_S, connection_error
 from ray_app.config.base import TrackingFlags
 from ray_app.config.submit import DoctorConfig
 from ray_app.errors import ConfigError
@@ -55,7 +55,7 @@ print(json.dumps({"nodes": sum(node["Alive"] for node in ray.nodes()), **ray.clu
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class DoctorCheck:
     """One thing that was looked at."""
 
     name: str
@@ -106,18 +106,18 @@ def literal(text: str) -> str:
     return text.replace("[", "\\[")
 
 
-def check_python(found: str) -> Check:
+def check_python(found: str) -> DoctorCheck:
     """The interpreter against what the package declares."""
     try:
         asked = metadata("ray-app")["Requires-Python"]
     except PackageNotFoundError:
         return not_installed("python")
     if satisfies(found, asked):
-        return Check("python", "ok", found)
-    return Check("python", "problem", f"{found}; ray-app needs {asked}", "run `make setup` with such a Python")
+        return DoctorCheck("python", "ok", found)
+    return DoctorCheck("python", "problem", f"{found}; ray-app needs {asked}", "run `make setup` with such a Python")
 
 
-def check_package(name: str) -> Check:
+def check_package(name: str) -> DoctorCheck:
     """An installed package against what the package declares."""
     try:
         declared = metadata("ray-app").get_all("Requires-Dist") or []
@@ -128,10 +128,10 @@ def check_package(name: str) -> Check:
     try:
         found = version(name)
     except PackageNotFoundError:
-        return Check(name, "problem", f"is not installed; ray-app needs {asked or 'it'}", "run `make setup`")
+        return DoctorCheck(name, "problem", f"is not installed; ray-app needs {asked or 'it'}", "run `make setup`")
     if satisfies(found, asked):
-        return Check(name, "ok", found)
-    return Check(name, "problem", f"{found}; ray-app needs {asked}", "run `make setup`")
+        return DoctorCheck(name, "ok", found)
+    return DoctorCheck(name, "problem", f"{found}; ray-app needs {asked}", "run `make setup`")
 
 
 def satisfies(found: str, asked: str) -> bool:
@@ -149,16 +149,20 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(release)
 
 
-def not_installed(name: str) -> Check:
-    return Check(name, "problem", "ray-app itself is not installed, so nothing declares versions", "run `make setup`")
+def not_installed(name: str) -> DoctorCheck:
+    return DoctorCheck(
+        name, "problem", "ray-app itself is not installed, so nothing declares versions", "run `make setup`"
+    )
 
 
-def check_cpus(usable: int, present: int) -> Check:
+def check_cpus(usable: int, present: int) -> DoctorCheck:
     """CPUs that this process may use."""
     found = str(usable) if usable == present else f"{usable} of {present}"
     if usable < MIN_CPUS:
-        return Check("CPUs", "warning", found, f"with fewer than {MIN_CPUS}, reading and training cannot overlap")
-    return Check("CPUs", "ok", found)
+        return DoctorCheck(
+            "CPUs", "warning", found, f"with fewer than {MIN_CPUS}, reading and training cannot overlap"
+        )
+    return DoctorCheck("CPUs", "ok", found)
 
 
 def memory_bytes(limits: tuple[Path, ...] = (Path("/sys/fs/cgroup/memory.max"),)) -> int:
@@ -168,38 +172,38 @@ def memory_bytes(limits: tuple[Path, ...] = (Path("/sys/fs/cgroup/memory.max"),)
     return min([total, *(int(text) for text in texts if text.isdigit())])
 
 
-def check_memory(total: int) -> Check:
+def check_memory(total: int) -> DoctorCheck:
     """Memory in all."""
     found = f"{total / GIB:.1f} GiB"
     if total < MIN_MEMORY_GIB * GIB:
         mend = f"training at full width is safe from {MIN_MEMORY_GIB} GiB up; below, take a smaller --hidden-dim"
-        return Check("memory", "warning", found, mend)
-    return Check("memory", "ok", found)
+        return DoctorCheck("memory", "warning", found, mend)
+    return DoctorCheck("memory", "ok", found)
 
 
-def check_shm(path: Path) -> Check:
+def check_shm(path: Path) -> DoctorCheck:
     """Shared memory, where Ray keeps its objects."""
     if not path.is_dir():
-        return Check(str(path), "warning", "is not there", "Ray falls back to the disk, which is slow")
+        return DoctorCheck(str(path), "warning", "is not there", "Ray falls back to the disk, which is slow")
     total = shutil.disk_usage(path).total
     found = f"{total / GIB:.1f} GiB"
     if total < MIN_SHM_GIB * GIB:
         mend = f"Ray's object store wants {MIN_SHM_GIB} GiB; in a container: --shm-size={MIN_SHM_GIB}g"
-        return Check(str(path), "warning", found, mend)
-    return Check(str(path), "ok", found)
+        return DoctorCheck(str(path), "warning", found, mend)
+    return DoctorCheck(str(path), "ok", found)
 
 
-def check_disk(folder: Path) -> Check:
+def check_disk(folder: Path) -> DoctorCheck:
     """Free disk where stores and runs are written by default."""
     free = shutil.disk_usage(folder).free
     found = f"{free / GIB:.1f} GiB free in {folder}"
     if free < MIN_DISK_GIB * GIB:
         mend = f"a run at full width keeps up to {MIN_DISK_GIB} GiB of checkpoints and state; make room"
-        return Check("disk", "warning", found, mend)
-    return Check("disk", "ok", found)
+        return DoctorCheck("disk", "warning", found, mend)
+    return DoctorCheck("disk", "ok", found)
 
 
-def check_gpu() -> Check:
+def check_gpu() -> DoctorCheck:
     """GPUs that torch can use, and NCCL, by which several of them train together."""
     try:
         import torch
@@ -209,49 +213,49 @@ def check_gpu() -> Check:
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") and built_for is None:
             mend = "install the CUDA build of the same torch version"
-            return Check(
+            return DoctorCheck(
                 "GPU", "warning", f"a driver is here, but torch {torch.__version__} is built without CUDA", mend
             )
-        return Check("GPU", "info", "none; everything runs on CPUs")
+        return DoctorCheck("GPU", "info", "none; everything runs on CPUs")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found = f"{len(names)} × {', '.join(sorted(set(names)))}, CUDA {built_for}"
     if not torch.distributed.is_nccl_available():
-        return Check("GPU", "warning", f"{found}, without NCCL", "several GPUs cannot train together; one can")
-    return Check("GPU", "ok", f"{found}, with NCCL")
+        return DoctorCheck("GPU", "warning", f"{found}, without NCCL", "several GPUs cannot train together; one can")
+    return DoctorCheck("GPU", "ok", f"{found}, with NCCL")
 
 
-def check_tracking(uri: str | None) -> Check:
+def check_tracking(uri: str | None) -> DoctorCheck:
     """Whether the tracking server or database answers. A database that is not there is not made."""
     try:
         from mlflow import MlflowClient
 
-        from ray_app.tracking.mlflow_logger import TRACKING_ERRORS, shown, tracking_uri
+        from ray_app.tracking.mlflow_logger import TRACKING_ERRORS, redact_password, tracking_uri
     except ImportError as error:
         return cannot_import("MLflow", error)
     try:
         where = tracking_uri(TrackingFlags(tracking_uri=uri))
     except ConfigError as error:
-        return Check("MLflow", "problem", str(error))
+        return DoctorCheck("MLflow", "problem", str(error))
     if where.startswith("sqlite:////") and (early := check_sqlite(Path(where.removeprefix("sqlite:///")))):
         return early
     try:
         with short_requests():
             MlflowClient(where).search_experiments(max_results=1)
     except TRACKING_ERRORS as error:
-        text = shown(str(error) or type(error).__name__)
-        return check_schema(where, text) or Check(
+        text = redact_password(str(error) or type(error).__name__)
+        return check_schema(where, text) or DoctorCheck(
             "MLflow",
             "problem",
-            f"{shown(where)} does not answer: {text.splitlines()[0][:200]}",
+            f"{redact_password(where)} does not answer: {text.splitlines()[0][:200]}",
             "start it, or name another with --tracking-uri",
         )
-    return Check("MLflow", "ok", f"{shown(where)} answers")
+    return DoctorCheck("MLflow", "ok", f"{redact_password(where)} answers")
 
 
-def check_sqlite(path: Path) -> Check | None:
+def check_sqlite(path: Path) -> DoctorCheck | None:
     """What keeps MLflow from opening this file, or None. MLflow would put its tables into any database."""
     if not path.exists():
-        return Check("MLflow", "info", f"{path} is not there yet; it will be made")
+        return DoctorCheck("MLflow", "info", f"{path} is not there yet; it will be made")
     try:
         connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
         try:
@@ -260,29 +264,31 @@ def check_sqlite(path: Path) -> Check | None:
             connection.close()
     except sqlite3.Error as error:
         mend = "name another with --tracking-uri sqlite:///FILE.db"
-        return Check("MLflow", "problem", f"{path} cannot be read as a database: {error}", mend)
+        return DoctorCheck("MLflow", "problem", f"{path} cannot be read as a database: {error}", mend)
     if not tables:
-        return Check("MLflow", "info", f"{path} is empty; MLflow's tables will be made in it")
+        return DoctorCheck("MLflow", "info", f"{path} is empty; MLflow's tables will be made in it")
     if "alembic_version" not in tables:
         mend = "name another with --tracking-uri sqlite:///FILE.db"
-        return Check("MLflow", "problem", f"{path} is a database of something else than MLflow", mend)
+        return DoctorCheck("MLflow", "problem", f"{path} is a database of something else than MLflow", mend)
     return None
 
 
-def check_schema(uri: str, message: str) -> Check | None:
+def check_schema(uri: str, message: str) -> DoctorCheck | None:
     """A database of another MLflow than the one installed, told apart by its schema's name; None for other errors."""
     match = re.search(r"database schema \(found version (\w+)", message)
     if match is None:
         return None
-    from ray_app.tracking.mlflow_logger import shown
+    from ray_app.tracking.mlflow_logger import redact_password
 
     installed = version("mlflow")
     known = (path.name for path in (files("mlflow.store.db_migrations") / "versions").iterdir())
     if any(name.startswith(f"{match[1]}_") for name in known):
-        found = f"{shown(uri)} was made by an older MLflow than {installed}"
-        return Check("MLflow", "problem", found, f"copy the database, then: mlflow db upgrade {shown(uri)}")
-    found = f"{shown(uri)} was made by a newer MLflow than {installed} (schema {match[1]} is unknown to it)"
-    return Check("MLflow", "problem", found, "name another database with --tracking-uri")
+        found = f"{redact_password(uri)} was made by an older MLflow than {installed}"
+        return DoctorCheck(
+            "MLflow", "problem", found, f"copy the database, then: mlflow db upgrade {redact_password(uri)}"
+        )
+    found = f"{redact_password(uri)} was made by a newer MLflow than {installed} (schema {match[1]} is unknown to it)"
+    return DoctorCheck("MLflow", "problem", found, "name another database with --tracking-uri")
 
 
 @contextmanager
@@ -301,57 +307,57 @@ def short_requests() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def check_ray(address: str | None, limit_s: float = RAY_S) -> Check:
+def check_ray(address: str | None, limit_s: float = RAY_S) -> DoctorCheck:
     """Whether the cluster lets this user in. Joins it for a moment; starts and stops none.
 
     In a process of its own: at an address without Ray, `ray.init` ends the whole process after two minutes.
     """
     if not address or address == "local":
-        return Check("Ray", "info", "no address given; a command starts a cluster of its own on this machine")
+        return DoctorCheck("Ray", "info", "no address given; a command starts a cluster of its own on this machine")
     if address.startswith(("http://", "https://")):
         mend = "give the cluster's own address, host:6379; http:// is for `ray job submit`"
-        return Check("Ray", "problem", f"{address} is the address of a dashboard", mend)
-    if address != "auto" and (reason := no_listener(address)):
+        return DoctorCheck("Ray", "problem", f"{address} is the address of a dashboard", mend)
+    if address != "auto" and (reason := connection_error(address)):
         mend = "start the cluster, name another with --address, or unset RAY_ADDRESS"
-        return Check("Ray", "problem", f"nothing answers at {address}: {reason}", mend)
+        return DoctorCheck("Ray", "problem", f"nothing answers at {address}: {reason}", mend)
     try:
         done = subprocess.run(
             [sys.executable, "-c", JOIN_RAY, address], capture_output=True, text=True, timeout=limit_s, check=False
         )
     except subprocess.TimeoutExpired as error:
         said = error.stderr.decode(errors="replace") if error.stderr else ""
-        return refused(address, said) or Check(
+        return refused(address, said) or DoctorCheck(
             "Ray", "problem", f"{address} does not answer as Ray within {limit_s:.0f} s", "is it a Ray head's port?"
         )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return refused(address, done.stderr) or Check(
+        return refused(address, done.stderr) or DoctorCheck(
             "Ray", "problem", f"{address} cannot be joined: {last[:200]}", "`ray status` on its head tells more"
         )
     has = json.loads(done.stdout.strip().splitlines()[-1])
     found = f"{address}: {has['nodes']} nodes, {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs"
-    return Check("Ray", "ok", found)
+    return DoctorCheck("Ray", "ok", found)
 
 
-def refused(address: str, stderr: str) -> Check | None:
+def refused(address: str, stderr: str) -> DoctorCheck | None:
     """What Ray writes when the key is missing or wrong."""
     if not re.search(r"Unauthenticated|AuthToken|AuthenticationError", stderr):
         return None
     mend = "copy ~/.ray/auth_token from its head to this machine (mode 0600), and set RAY_AUTH_MODE=token"
-    return Check("Ray", "problem", f"{address} refuses this user's token", mend)
+    return DoctorCheck("Ray", "problem", f"{address} refuses this user's token", mend)
 
 
-def check_auth_mode(mode: str | None) -> Check:
+def check_auth_mode(mode: str | None) -> DoctorCheck:
     """Whether this user's clusters ask for a key."""
     name = "RAY_AUTH_MODE"
     if mode is None:
-        return Check(
+        return DoctorCheck(
             name, "info", "not set: local clusters ask for the key, `ray start` only where there is one already"
         )
     if mode.lower() == "token":
-        return Check(name, "ok", mode)
+        return DoctorCheck(name, "ok", mode)
     mend = "set RAY_AUTH_MODE=token: without it, whoever reaches a cluster's ports runs code there"
-    return Check(name, "warning", mode, mend)
+    return DoctorCheck(name, "warning", mode, mend)
 
 
 def token_path() -> Path:
@@ -359,25 +365,25 @@ def token_path() -> Path:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
-def check_token(path: Path, *, mend: bool) -> Check:
+def check_token(path: Path, *, mend: bool) -> DoctorCheck:
     """The key must be its owner's alone; Ray writes it readable by everyone. `mend` sets mode 0600."""
     name = "Ray token"
     if not path.is_file():
-        return Check(name, "info", f"{path} is not there; Ray makes it with the first cluster")
+        return DoctorCheck(name, "info", f"{path} is not there; Ray makes it with the first cluster")
     mode = stat.S_IMODE(path.stat().st_mode)
     if not mode & 0o077:
-        return Check(name, "ok", f"{path} has mode {mode:04o}")
+        return DoctorCheck(name, "ok", f"{path} has mode {mode:04o}")
     found = f"{path} has mode {mode:04o}: others on this machine can use your clusters"
     if not mend:
-        return Check(name, "problem", found, f"`ray-app doctor --mend`, or: chmod 600 {path}")
+        return DoctorCheck(name, "problem", found, f"`ray-app doctor --mend`, or: chmod 600 {path}")
     try:
         path.chmod(0o600)
     except OSError as error:
-        return Check(
+        return DoctorCheck(
             name, "problem", f"{found}; it cannot be changed: {error.strerror}", f"its owner: chmod 600 {path}"
         )
-    return Check(name, "ok", f"{path} had mode {mode:04o} and has 0600 now")
+    return DoctorCheck(name, "ok", f"{path} had mode {mode:04o} and has 0600 now")
 
 
-def cannot_import(name: str, error: BaseException) -> Check:
-    return Check(name, "problem", f"cannot be looked at: {error}", "run `make setup`")
+def cannot_import(name: str, error: BaseException) -> DoctorCheck:
+    return DoctorCheck(name, "problem", f"cannot be looked at: {error}", "run `make setup`")

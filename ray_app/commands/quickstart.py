@@ -52,7 +52,7 @@ def run_quickstart(cfg: QuickstartConfig) -> dict[str, Any]:
                 **tracking,
             )
         )
-        log.rule("3/4 evaluate: the test part, beside every control")
+        log.rule("3/4 evaluate: the test part, beside every baseline")
         evaluated = run_evaluate(
             EvaluateConfig(
                 store=store,

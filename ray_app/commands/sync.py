@@ -7,14 +7,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.commands.tune.remote_sweep import sweep_at
+from ray_app.commands.tune.remote_sweep import open_sweep
 from ray_app.commands.tune.sweep_dir import SWEEP
 from ray_app.config.base import TrackingFlags
 from ray_app.config.tune import SyncConfig
 from ray_app.errors import ConfigError
 from ray_app.runs.event_log import JOURNAL, entries
-from ray_app.runs.remote_run import run_at
-from ray_app.store.filesystem import place
+from ray_app.runs.remote_run import open_run
+from ray_app.store.filesystem import open_storage
 from ray_app.tracking.mlflow_logger import sync_run, tracking_uri
 from ray_app.tracking.model_registry import registry_errors
 
@@ -26,16 +26,16 @@ def run_sync(cfg: SyncConfig) -> dict[str, Any]:
     results = []
     for where in cfg.runs:
         if is_sweep(where):
-            with sweep_at(where) as sweep:
-                sweep.pull()
-                sweep.bring_artifacts()
-                results += synced(cfg, sweep.about(), [sweep.path, *sweep.runs()], sweep.shown)
+            with open_sweep(where) as sweep:
+                sweep.refresh()
+                sweep.download_artifacts()
+                results += synced(cfg, sweep.metadata(), [sweep.path, *sweep.runs()], sweep.shown)
         else:
-            with run_at(where) as run:
-                run.pull()
+            with open_run(where) as run:
+                run.refresh()
                 lines = entries(run.path) if (run.path / JOURNAL).is_file() else []
-                run.bring(*(line["artifacts"] for line in lines[-1:] if line.get("artifacts")))
-                results += synced(cfg, run.about()["config"], [run.path], run.shown)
+                run.download(*(line["artifacts"] for line in lines[-1:] if line.get("artifacts")))
+                results += synced(cfg, run.metadata()["config"], [run.path], run.shown)
     totals = ("points_journal", "points_server", "points_sent", "missing", "surplus")
     return {**{name: sum(result[name] for result in results) for name in totals}, "runs": results}
 
@@ -43,7 +43,7 @@ def run_sync(cfg: SyncConfig) -> dict[str, Any]:
 def is_sweep(where: str) -> bool:
     """Whether a sweep lies there."""
     try:
-        return SWEEP in place(where).names()
+        return SWEEP in open_storage(where).listdir()
     except (FileNotFoundError, NotADirectoryError):
         return False
 

@@ -26,7 +26,7 @@ class JudgeFlags(SplitFlags, ClusterFlags, TrackingFlags):
 
 
 class EvaluateConfig(JudgeFlags):
-    """Alignment metrics of a checkpoint on the test part, beside every control, and report.html."""
+    """Alignment metrics of a checkpoint on the test part, beside every baseline, and report.html."""
 
     proxy: Path | None = None
     """proxy.html of `ray-app proxy`, for report.html to link to: what cosine acceptance predicts about tokens."""
@@ -53,7 +53,7 @@ class BenchmarkConfig(JudgeFlags):
 
 
 class PromoteConfig(SplitFlags, ClusterFlags, TrackingFlags):
-    """Register a checkpoint and make it champion if it beats the champion and every control.
+    """Register a checkpoint and make it champion if it beats the champion and every baseline.
 
     Or, instead of a run: --rollback or --list.
     """

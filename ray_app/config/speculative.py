@@ -53,7 +53,7 @@ class ReplayConfig(ClusterFlags):
     """Trace files (.jsonl), each one stretch of windows in order of time."""
     drafter: tuple[str, ...] = ("eventgpt", "ngram", "prompt_lookup", "retrieval", "hybrid")
     """Drafters: none, eventgpt, ngram, prompt_lookup, retrieval, hybrid; for traces captured with --features also
-    hidden_state and adapter. The controls constant, positional and previous_window run beside them in any case."""
+    hidden_state and adapter. The baselines constant, positional and previous_window run beside them in any case."""
     gamma: Annotated[int, Field(ge=1, le=256)] = 8
     """Tokens drafted for each target pass."""
     folds: Annotated[int, Field(ge=2)] = 5

@@ -1,7 +1,7 @@
 """The one evaluator: an adapter on some pairs, beside every rule without learning, pair by pair.
 
 Fed batch by batch. It holds the aligned features in bfloat16 and the targets as they are stored, for the
-controls that pair one with another: 450 KB a pair at 150,528 wide, 0.47 GB for 1,042 pairs.
+baselines that pair one with another: 450 KB a pair at 150,528 wide, 0.47 GB for 1,042 pairs.
 
 Shapes: B = pairs of a batch, N = pairs in all, E, D = widths of event and target, T = thresholds,
 R = resamples, C = columns.
@@ -23,7 +23,7 @@ from ray_app.core.metrics import THETA, THETAS, AlignmentCounts, cos_sim, rate_k
 from ray_app.core.optimizer_step import Precision, decode
 from ray_app.errors import InputError
 
-CONTROLS = ("before", "white", "mean_target", "shuffled")
+BASELINES = ("before", "white", "mean_target", "shuffled")
 """Rules without learning that lift is taken over."""
 CHUNK = 128
 """Rows of the aligned features that are compared with all targets at a time."""
@@ -63,11 +63,11 @@ class TrainingMeans:
     def mean_target(self, scale: float) -> Tensor:
         """Mean training target, shape (D,), float32; of sequences over those that reach a position.
 
-        InputError where it is zero everywhere: as a control it has no direction.
+        InputError where it is zero everywhere: as a baseline it has no direction.
         """
         if not self.target_sum_D.any():
             raise InputError(
-                "the mean training target is zero everywhere, so the control mean_target has no cosine; "
+                "the mean training target is zero everywhere, so the baseline mean_target has no cosine; "
                 "look at the pairs with `ray-app inspect`"
             )
         if self.tokens_T is None:
@@ -84,8 +84,8 @@ class AlignmentEvaluation:
     """Drive of each pair."""
     after: Cosines
     """Aligned feature with its own target."""
-    controls: dict[str, Cosines]
-    """The same for each of `CONTROLS`."""
+    baselines: dict[str, Cosines]
+    """The same for each of `BASELINES`."""
     previous_window: Cosines
     """The preceding window's target with this one; NaN where there is none."""
     centered: dict[str, float]
@@ -97,27 +97,27 @@ class AlignmentEvaluation:
     light: tuple[str, ...] = ()
     """`day` or `night` of each pair, by its target's brightness; empty where nothing tells."""
 
-    def best_control(self, theta: float = THETA) -> str:
-        """The control that accepts most at θ; of equals the first of `CONTROLS`."""
-        return max(CONTROLS, key=lambda name: float((self.controls[name] > theta).mean()))
+    def best_baseline(self, theta: float = THETA) -> str:
+        """The baseline that accepts most at θ; of equals the first of `BASELINES`."""
+        return max(BASELINES, key=lambda name: float((self.baselines[name] > theta).mean()))
 
     def lift(self, theta: float = THETA) -> float:
-        """cosine_accept_rate of the adapter minus that of the best control."""
-        return float((self.after > theta).mean() - (self.controls[self.best_control(theta)] > theta).mean())
+        """cosine_accept_rate of the adapter minus that of the best baseline."""
+        return float((self.after > theta).mean() - (self.baselines[self.best_baseline(theta)] > theta).mean())
 
     def metrics(self) -> dict[str, Any]:
         """Everything as JSON values; rates and lifts are fractions."""
         previous = self.previous_window[~np.isnan(self.previous_window)]
-        controls: dict[str, Any] = {name: _summary(self.controls[name]) for name in CONTROLS}
+        baselines: dict[str, Any] = {name: _summary(self.baselines[name]) for name in BASELINES}
         ahead = False
         if previous.size:
-            controls["previous_window"] = _summary(previous)
+            baselines["previous_window"] = _summary(previous)
             same = ~np.isnan(self.previous_window)
             ahead = bool((previous > THETA).mean() > (self.after[same] > THETA).mean())
         return {
             **AlignmentCounts.of(self.after).means(),
-            "controls": controls,
-            "best_control": self.best_control(),
+            "baselines": baselines,
+            "best_baseline": self.best_baseline(),
             "lift": self.lift(),
             "lift_by_theta": {rate_key(theta): self.lift(theta) for theta in THETAS},
             "previous_window_ahead": ahead,
@@ -130,23 +130,23 @@ class AlignmentEvaluation:
         }
 
     def groups(self, labels: Sequence[str]) -> dict[str, Any]:
-        """Pairs, mean cosine, acceptance and lift at θ of each label; the best control is that of all pairs.
+        """Pairs, mean cosine, acceptance and lift at θ of each label; the best baseline is that of all pairs.
 
         `lift_interval95`: as in `intervals`, within the label: its sequences, or the blocks of its one or two. None
         where it has one pair.
         """
-        best = self.controls[self.best_control()] > THETA
+        best = self.baselines[self.best_baseline()] > THETA
         found = {}
         for label in sorted(set(labels)):
             (mine,) = np.nonzero(np.array(labels) == label)
-            accepted, control = self.after[mine] > THETA, best[mine]
+            accepted, baseline = self.after[mine] > THETA, best[mine]
             unit, units = resampled_units([self.sequences[place] for place in mine])
-            lift_R = resampled_means(units, [accepted.astype(float) - control], self.seed)[:, 0]
+            lift_R = resampled_means(units, [accepted.astype(float) - baseline], self.seed)[:, 0]
             found[label] = {
                 "pairs": len(mine),
                 "cos_sim_mean": float(self.after[mine].mean()),
                 f"cosine_accept_rate_{rate_key(THETA)}": float(accepted.mean()),
-                "lift": float(accepted.mean() - control.mean()),
+                "lift": float(accepted.mean() - baseline.mean()),
                 "lift_interval95": interval95(lift_R) if len(mine) > 1 else None,
                 "unit": unit,
                 "units": int(units.max()) + 1,
@@ -157,13 +157,13 @@ class AlignmentEvaluation:
         """95 % bootstrap intervals (percentile method) of mean, acceptance and lift.
 
         Whole sequences are resampled, since windows of one drive are alike; with fewer than three, contiguous
-        blocks of windows. The best control is chosen anew in every resample.
+        blocks of windows. The best baseline is chosen anew in every resample.
         """
         unit, units = resampled_units(self.sequences)
-        everyone = (self.after, *(self.controls[name] for name in CONTROLS))
+        everyone = (self.after, *(self.baselines[name] for name in BASELINES))
         rates = [cos > theta for theta in THETAS for cos in everyone]
         means_RC = resampled_means(units, [self.after, *rates], self.seed)
-        rates_RTC = means_RC[:, 1:].reshape(RESAMPLES, len(THETAS), 1 + len(CONTROLS))
+        rates_RTC = means_RC[:, 1:].reshape(RESAMPLES, len(THETAS), 1 + len(BASELINES))
         lift_RT = rates_RTC[:, :, 0] - rates_RTC[:, :, 1:].max(axis=2)
         lifts = {rate_key(theta): interval95(lift_RT[:, n]) for n, theta in enumerate(THETAS)}
         return {
@@ -216,7 +216,7 @@ class AlignmentEvaluator:
         cosines = {
             "after": pair_cosine(aligned, target, self.token_width),
             "centered_after": _cos_or_zero(self._centred(aligned), self._centred(target), self.token_width),
-            **fixed_controls(event, target, mean_1D, self.token_width),
+            **fixed_baselines(event, target, mean_1D, self.token_width),
         }
         if event.shape == target.shape:
             centred = self._centred(event), self._centred(target)
@@ -242,7 +242,7 @@ class AlignmentEvaluator:
         return AlignmentEvaluation(
             sequences=tuple(sequences),
             after=cosines["after"],
-            controls={
+            baselines={
                 "before": cosines["before"],
                 "white": cosines["white"],
                 "mean_target": cosines["mean_target"],
@@ -311,10 +311,10 @@ def pair_cosine(feature_BD: Tensor, target_BD: Tensor, token_width: int | None =
     return sequence_cosine(feature_BD, target_BD, token_width).clamp(-1.0, 1.0)
 
 
-def fixed_controls(
+def fixed_baselines(
     event_BE: Tensor, target_BD: Tensor, mean_1D: Tensor, token_width: int | None = None
 ) -> dict[str, Tensor]:
-    """Cosines (B,) of the controls that need no adapter. Features of different width have none: 0, never accepted."""
+    """Cosines (B,) of the baselines that need no adapter. Features of different widths get 0: never accepted."""
     same = event_BE.shape == target_BD.shape
     return {
         "before": pair_cosine(event_BE, target_BD, token_width) if same else torch.zeros(len(target_BD)),
@@ -324,8 +324,8 @@ def fixed_controls(
 
 
 @dataclass(frozen=True, slots=True)
-class Controls:
-    """The controls of some pairs as counts, taken once; `shuffled` alone changes with the adapter."""
+class Baselines:
+    """The baselines of some pairs as counts, taken once; `shuffled` alone changes with the adapter."""
 
     fixed: dict[str, AlignmentCounts]
     """Those that need no adapter, by name."""
@@ -333,9 +333,9 @@ class Controls:
     """For each pair the one whose target `shuffled` takes, shape (N,)."""
 
     def lift(self, after: AlignmentCounts, shuffled: AlignmentCounts) -> dict[str, Any]:
-        """`controls`, the cosine_accept_rate at θ of each, and `lift` over the best of them."""
+        """`baselines`, the cosine_accept_rate at θ of each, and `lift` over the best of them."""
         rates = {name: counts.accept_rate() for name, counts in (*self.fixed.items(), ("shuffled", shuffled))}
-        return {"controls": rates, "lift": after.accept_rate() - max(rates.values())}
+        return {"baselines": rates, "lift": after.accept_rate() - max(rates.values())}
 
 
 def derangement(sequences: Sequence[str], seed: int) -> NDArray[np.int64]:

@@ -33,7 +33,7 @@ def brightness(pictures_NCHW: NDArray[np.uint8]) -> Floats:
     return np.einsum("c,ncij->nij", LUMA, cells_NCGG.reshape(count, colours, CELLS, CELLS))
 
 
-def sketches(brightness_NGG: Floats) -> Floats:
+def descriptors(brightness_NGG: Floats) -> Floats:
     """Unit vectors, shape (N, K); zero for a picture that shows nothing: it is like no other."""
     around = np.pad(brightness_NGG, ((0, 0), (1, 1), (1, 1)), mode="edge")
     rows = around[:, :-2] + around[:, 1:-1] + around[:, 2:]
@@ -44,7 +44,7 @@ def sketches(brightness_NGG: Floats) -> Floats:
     return np.where(length_N1 > FLAT, stands_out_NK / np.maximum(length_N1, FLAT), 0.0).astype(np.float32)
 
 
-def most_alike(sketch_NK: NDArray[np.floating], others_MK: NDArray[np.floating]) -> tuple[NDArray[np.int64], Floats]:
+def nearest(sketch_NK: NDArray[np.floating], others_MK: NDArray[np.floating]) -> tuple[NDArray[np.int64], Floats]:
     """For each sketch the place of the most alike one among the others, and their correlation: two of shape (N,).
 
     Needs M > 0. Memory does not depend on N and M beyond the results.

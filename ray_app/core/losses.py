@@ -74,7 +74,7 @@ def contrastive_per_pair(cos_BB: Tensor, log_temperature: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class LossTerms:
     """What all losses are made of."""
 
     mse: Tensor
@@ -127,7 +127,7 @@ class AlignmentObjective(nn.Module):
             return sequence_cosine(aligned_BD, target_BD, self.token_width)
         return cosine_per_pair(aligned_BD, target_BD)
 
-    def measure(self, aligned_BD: Tensor, target_BD: Tensor) -> Measured:
+    def measure(self, aligned_BD: Tensor, target_BD: Tensor) -> LossTerms:
         """All that the weighted losses need."""
         weights, width, centred_B, cos_BB = self.weights, self.token_width, None, None
         if weights.centred:
@@ -138,7 +138,7 @@ class AlignmentObjective(nn.Module):
             unit = nn.functional.normalize
             cos_BB = unit(aligned_BD, dim=1, eps=EPSILON) @ unit(target_BD, dim=1, eps=EPSILON).T
         mse_B = sequence_mse(aligned_BD, target_BD, width) if width else mse_per_pair(aligned_BD, target_BD)
-        return Measured(mse_B, self.cosine(aligned_BD, target_BD), centred_B, cos_BB)
+        return LossTerms(mse_B, self.cosine(aligned_BD, target_BD), centred_B, cos_BB)
 
     def losses(self, aligned_BD: Tensor, target_BD: Tensor) -> dict[str, Tensor]:
         """The same of aligned features."""
@@ -186,7 +186,7 @@ class CompressedObjective(AlignmentObjective):
         found = products(self.adapter, self.mean(), aligned_BD, target_BD)
         return _ratio(found.dot, found.aligned_sq, found.target_sq)
 
-    def measure(self, aligned_BD: Tensor, target_BD: Tensor) -> Measured:
+    def measure(self, aligned_BD: Tensor, target_BD: Tensor) -> LossTerms:
         found = products(self.adapter, self.mean(), aligned_BD, target_BD)
         centred_B = cos_BB = None
         if self.weights.centred:
@@ -194,7 +194,7 @@ class CompressedObjective(AlignmentObjective):
         if self.log_temperature is not None:
             cos_BB = similarity(self.adapter, self.mean(), aligned_BD, target_BD)
         difference_sq = found.aligned_sq - 2 * found.dot + found.target_sq
-        return Measured(
+        return LossTerms(
             difference_sq / self.adapter.config.target_dim,
             _ratio(found.dot, found.aligned_sq, found.target_sq),
             centred_B,

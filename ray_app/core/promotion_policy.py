@@ -23,7 +23,7 @@ VerdictCode = Literal[
     "forced",
     "already_champion",
     "no_gain",
-    "beaten_by_control",
+    "beaten_by_baseline",
     "other_test_set",
     "checksum_failed",
     "golden_failed",
@@ -52,7 +52,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class InvalidCheckpoint:
     """A challenger that is not what was saved."""
 
     code: Literal["checksum_failed", "golden_failed"]
@@ -62,7 +62,7 @@ class Broken:
 
 
 def promotion_verdict(
-    challenger: Mapping[str, Any] | Broken,
+    challenger: Mapping[str, Any] | InvalidCheckpoint,
     champion: Mapping[str, Any] | None,
     *,
     min_gain: float = 0.0,
@@ -75,14 +75,14 @@ def promotion_verdict(
     gain more than `min_gain` over the champion at θ = 0.80, and have lift. `force` overrules that, on record;
     it does not overrule that a challenger is broken. `is_champion`: the two are the same version.
     """
-    if isinstance(challenger, Broken):
+    if isinstance(challenger, InvalidCheckpoint):
         return Verdict(challenger.code, challenger.reason)
-    lift, control = challenger["lift"], challenger["best_control"]
-    judged = f"lift {lift:+.4f} over the best control ({control})"
+    lift, baseline = challenger["lift"], challenger["best_baseline"]
+    judged = f"lift {lift:+.4f} over the best baseline ({baseline})"
     if is_champion:
         return Verdict("already_champion", f"it is the champion already: {judged}")
     if champion is None:
-        note = "" if lift > 0 else "; it does not beat that control, and is champion only for want of another"
+        note = "" if lift > 0 else "; it does not beat that baseline, and is champion only for want of another"
         return Verdict("first", f"first version: {judged}{note}")
     rate, best = (m["cosine_accept_rate"][rate_key(THETA)] for m in (challenger, champion))
     compared = f"cosine_accept_rate_0.80 {rate:.4f} against the champion's {best:.4f}"
@@ -90,7 +90,7 @@ def promotion_verdict(
     if challenger["test_fingerprint"] != champion["test_fingerprint"]:
         verdict = Verdict("other_test_set", "the champion was judged on other test pairs")
     elif lift <= 0:
-        verdict = Verdict("beaten_by_control", f"does not beat the best control: {judged}")
+        verdict = Verdict("beaten_by_baseline", f"does not beat the best baseline: {judged}")
     elif rate - best <= min_gain:
         verdict = Verdict("no_gain", f"not better than the champion by more than {min_gain:.4f}: {compared}")
     if force and not verdict.promoted:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_app.core.adapters.seeded_noise import mix
+from ray_app.core.adapters.seeded_noise import derive_seed
 
 Positions = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class BatchSlice:
     """One worker's part of one global batch."""
 
     positions: Positions
@@ -33,7 +33,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Lanes:
+class ShardedBatchOrder:
     """The order of one run."""
 
     num_pairs: int
@@ -50,7 +50,7 @@ class Lanes:
 
     def lanes(self) -> list[Positions]:
         """The pairs of each lane, in the order they were dealt."""
-        dealt = np.random.default_rng(mix(self.seed)).permutation(self.num_pairs)
+        dealt = np.random.default_rng(derive_seed(self.seed)).permutation(self.num_pairs)
         return [dealt[lane :: self.num_lanes] for lane in range(self.num_lanes)]
 
     def held(self, rank: int, world: int) -> Positions:
@@ -58,15 +58,15 @@ class Lanes:
         mine = self._of_worker(rank, world)
         return np.sort(np.concatenate(self.lanes()[mine.start : mine.stop]))
 
-    def epoch(self, epoch: int, rank: int, world: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, rank: int, world: int) -> Iterator[BatchSlice]:
         """A worker's batches of one epoch."""
         mine, lanes = self._of_worker(rank, world), self.lanes()
-        order = [np.random.default_rng(mix(self.seed, epoch, lane)).permutation(lanes[lane]) for lane in mine]
+        order = [np.random.default_rng(derive_seed(self.seed, epoch, lane)).permutation(lanes[lane]) for lane in mine]
         for step in range(self.steps):
             global_rows = min(self.num_lanes, self.num_pairs - step * self.num_lanes)
             positions = [lane[step] for lane in order if step < len(lane)]
             first_row = min(mine.start, global_rows)
-            yield Batch(np.array(positions, np.int64), first_row, global_rows)
+            yield BatchSlice(np.array(positions, np.int64), first_row, global_rows)
 
     def _of_worker(self, rank: int, world: int) -> range:
         assert world <= self.num_lanes

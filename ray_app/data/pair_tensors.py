@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class PairTensors:
     """Some pairs in memory, as stored, sorted by position."""
 
     positions: NDArray[np.int64]
@@ -26,7 +26,7 @@ class Held:
         at = torch.from_numpy(np.searchsorted(self.positions, positions))
         return self.event_BE[at], self.target_BD[at]
 
-    def on(self, device: torch.device) -> "Held":
+    def on(self, device: torch.device) -> "PairTensors":
         """The same pairs where a worker computes: on a GPU, unless they would take over a quarter of what is free.
 
         Weights, optimizer and activations come after them, and so do the pairs of the other part.

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from ray.data import DataIterator, Dataset
 
-from ray_app.core.adapters.seeded_noise import mix
-from ray_app.data.batch_order import Batch
-from ray_app.data.pair_tensors import Held
+from ray_app.core.adapters.seeded_noise import derive_seed
+from ray_app.data.batch_order import BatchSlice
+from ray_app.data.pair_tensors import PairTensors
 from ray_app.store.pair_store import PairStore, feature_matrix
 from ray_app.store.split import Rows
 
@@ -58,10 +58,12 @@ def to_arrays(batch: pa.Table, store: PairStore) -> tuple[NDArray[np.int64], NDA
     )
 
 
-def hold(blocks: DataIterator | Dataset, store: PairStore, rows: Rows, wanted: NDArray[np.int64]) -> Held:
+def load_pair_tensors(
+    blocks: DataIterator | Dataset, store: PairStore, rows: Rows, wanted: NDArray[np.int64]
+) -> PairTensors:
     """Copies the pairs rows[wanted] out of a data set of `rows`; `wanted` is sorted."""
     event, target = store.feature("event"), store.feature("target")
-    held = Held(
+    held = PairTensors(
         positions=wanted,
         event_BE=torch.empty(len(wanted), event.width, dtype=getattr(torch, event.read_as)),
         target_BD=torch.empty(len(wanted), target.width, dtype=getattr(torch, target.read_as)),
@@ -77,9 +79,9 @@ def hold(blocks: DataIterator | Dataset, store: PairStore, rows: Rows, wanted: N
     return held
 
 
-def stream(
+def iter_batches(
     blocks: DataIterator, store: PairStore, seed: int, epoch: int, rank: int, world: int, batch_size: int
-) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[BatchSlice, torch.Tensor, torch.Tensor]]:
     """A worker's batches of one epoch, read anew and shuffled within a buffer, as (place, events, targets)."""
     local = batch_size // world
     batches = blocks.iter_batches(
@@ -87,9 +89,9 @@ def stream(
         batch_format="pyarrow",
         prefetch_batches=2,
         local_shuffle_buffer_size=max(SHUFFLE_ROWS, 2 * local),
-        local_shuffle_seed=mix(seed, epoch, rank) % 2**32,
+        local_shuffle_seed=derive_seed(seed, epoch, rank) % 2**32,
     )
     for batch in batches:
         position_B, event_BE, target_BD = to_arrays(batch, store)
-        place = Batch(position_B, rank * len(position_B), world * len(position_B))
+        place = BatchSlice(position_B, rank * len(position_B), world * len(position_B))
         yield place, torch.tensor(event_BE), torch.tensor(target_BD)

@@ -40,7 +40,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class AnsweredPrompt:
     """A prompt with the target's answer."""
 
     prompt: Prompt
@@ -101,7 +101,7 @@ class Drafter:
     needs_states: ClassVar[bool] = False
     """Whether it drafts from captured states, and drafts nothing without them."""
 
-    def fit(self, answered: Sequence[Answered]) -> None:
+    def fit(self, answered: Sequence[AnsweredPrompt]) -> None:
         """Learns from other sequences; called once, before anything else."""
 
     def draft(self, prompt: Prompt, accepted: Sequence[int], num_tokens: int) -> Draft:  # noqa: ARG002
@@ -130,7 +130,7 @@ class PositionalDrafter(Drafter):
     def __init__(self) -> None:
         self._tables: dict[str, tuple[tuple[int, ...], tuple[Distribution, ...]]] = {}
 
-    def fit(self, answered: Sequence[Answered]) -> None:
+    def fit(self, answered: Sequence[AnsweredPrompt]) -> None:
         counts: dict[str, list[Counter[int]]] = {}
         for each in answered:
             places = counts.setdefault(each.prompt.question, [])
@@ -158,7 +158,7 @@ class NgramDrafter(Drafter):
     def __init__(self) -> None:
         self._next: dict[tuple[int, ...], Distribution] = {}
 
-    def fit(self, answered: Sequence[Answered]) -> None:
+    def fit(self, answered: Sequence[AnsweredPrompt]) -> None:
         counts: dict[tuple[int, ...], Counter[int]] = {}
         for each in answered:
             text = (START, *each.answer)
@@ -259,7 +259,7 @@ class RetrievalDrafter(Drafter):
         self._known: list[tuple[frozenset[tuple[int, int]], tuple[int, ...]]] = []
         self._found: tuple[Prompt, Continuation] | None = None
 
-    def fit(self, answered: Sequence[Answered]) -> None:
+    def fit(self, answered: Sequence[AnsweredPrompt]) -> None:
         for each in answered:
             self.update(each.prompt, each.answer)
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_app.drafters.base import Answered, Draft, Drafter, Prompt, States
+from ray_app.drafters.base import AnsweredPrompt, Draft, Drafter, Prompt, States
 from ray_app.errors import InputError
 
 
@@ -28,14 +28,14 @@ class StateDrafter(Drafter):
         self._found: tuple[Prompt, tuple[int, ...]] | None = None
 
     @abstractmethod
-    def key_states(self, each: Answered) -> States | None:
+    def key_states(self, each: AnsweredPrompt) -> States | None:
         """States of an answer that is learnt from."""
 
     @abstractmethod
     def query_states(self, prompt: Prompt) -> States | None:
         """States of a prompt that is drafted for."""
 
-    def fit(self, answered: Sequence[Answered]) -> None:
+    def fit(self, answered: Sequence[AnsweredPrompt]) -> None:
         keys: list[States] = []
         tokens: list[int] = []
         for each in answered:
@@ -71,7 +71,7 @@ class HiddenStateDrafter(StateDrafter):
 
     name = "hidden_state"
 
-    def key_states(self, each: Answered) -> States | None:
+    def key_states(self, each: AnsweredPrompt) -> States | None:
         return each.prompt.event_states
 
     def query_states(self, prompt: Prompt) -> States | None:
@@ -83,7 +83,7 @@ class AdapterDrafter(StateDrafter):
 
     name = "adapter"
 
-    def key_states(self, each: Answered) -> States | None:
+    def key_states(self, each: AnsweredPrompt) -> States | None:
         return each.target_states
 
     def query_states(self, prompt: Prompt) -> States | None:

@@ -16,11 +16,11 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ray_app.drafters.base import NOTHING, Answered, Draft, Drafter, Prompt
+from ray_app.drafters.base import NOTHING, AnsweredPrompt, Draft, Drafter, Prompt
 
 EPSILON = 0.1
 """A count below this says little."""
-FORGET = (0.6, 0.2)
+DECAYS = (0.6, 0.2)
 """What is left of each recent count after one more window."""
 FORGOTTEN = 40
 """Windows after which nothing is left of it; learning from other sequences ends with so many at once."""
@@ -36,8 +36,8 @@ SHORT_LIST = 6
 """Candidates that words of the same answer are asked about."""
 LARGE = 32
 """Memories with more tokens than this are asked about known candidates alone."""
-FADE = tuple(tuple(left**age for left in FORGET) for age in range(FORGOTTEN))
-VOICES = 2 + len(FORGET)
+DECAY_TABLE = tuple(tuple(left**age for left in DECAYS) for age in range(FORGOTTEN))
+FEATURES_PER_CONTEXT = 2 + len(DECAYS)
 """Votes of one memory: all times, each of `FORGET`, share."""
 SHARE_SCALE = 3.0
 """Brings a share to the size of the other votes."""
@@ -66,7 +66,7 @@ MEMORIES: tuple[tuple[int, Context], ...] = (
 
 
 @dataclass(slots=True)
-class Tally:
+class ContextCount:
     """How often a token followed in one context."""
 
     total: float
@@ -78,7 +78,7 @@ class Tally:
 
 
 @dataclass(slots=True)
-class Scored:
+class ScoredPosition:
     """What is thought of one place before its token is known."""
 
     text: tuple[int, ...]
@@ -100,14 +100,14 @@ class HybridDrafter(Drafter):
     """For each memory, how many tokens it vouches for."""
 
     def __init__(self) -> None:
-        self._tallies: dict[Hashable, dict[int, Tally]] = {}
+        self._tallies: dict[Hashable, dict[int, ContextCount]] = {}
         self._weights: dict[Hashable, list[float]] = {}
         self._words: dict[int, dict[int, float]] = {}
         self._window = 0
-        self._thought: dict[int, Scored] = {}
+        self._thought: dict[int, ScoredPosition] = {}
         self._prompt: Prompt | None = None
 
-    def fit(self, answered: Sequence[Answered]) -> None:
+    def fit(self, answered: Sequence[AnsweredPrompt]) -> None:
         for each in answered:
             self.update(each.prompt, each.answer)
         self._window += FORGOTTEN
@@ -144,14 +144,14 @@ class HybridDrafter(Drafter):
             self._prompt = prompt
             self._thought.clear()
 
-    def _scored(self, text: tuple[int, ...]) -> Scored:
+    def _scored(self, text: tuple[int, ...]) -> ScoredPosition:
         """Kept until the answer is whole: most places were thought about when they were drafted."""
         known = self._thought.get(len(text))
         if known is None or known.text != text:
             known = self._thought[len(text)] = self._score(text)
         return known
 
-    def _score(self, text: tuple[int, ...]) -> Scored:
+    def _score(self, text: tuple[int, ...]) -> ScoredPosition:
         votes: dict[int, list[tuple[int, float]]] = {}
         length = 0
         assert self._prompt is not None
@@ -165,13 +165,13 @@ class HybridDrafter(Drafter):
             all_of_them = len(tallies) <= LARGE or not votes
             for token in tallies if all_of_them else [token for token in votes if token in tallies]:
                 mine, tally = votes.setdefault(token, []), tallies[token]
-                mine.append((VOICES * number, math.log1p(tally.total / EPSILON)))
+                mine.append((FEATURES_PER_CONTEXT * number, math.log1p(tally.total / EPSILON)))
                 age = self._window - tally.window
                 if age < FORGOTTEN:
-                    for voice, (count, left) in enumerate(zip(tally.recent, FADE[age], strict=True), start=1):
-                        mine.append((VOICES * number + voice, math.log1p(count * left / EPSILON)))
+                    for voice, (count, left) in enumerate(zip(tally.recent, DECAY_TABLE[age], strict=True), start=1):
+                        mine.append((FEATURES_PER_CONTEXT * number + voice, math.log1p(count * left / EPSILON)))
                 if token in shares:
-                    mine.append((VOICES * number + VOICES - 1, shares[token]))
+                    mine.append((FEATURES_PER_CONTEXT * number + FEATURES_PER_CONTEXT - 1, shares[token]))
         sets = (("length", length), ("behind", text[-1] if text else -1), ("part", len(text) // PART))
         weights = self._mixed(sets)
         scores = {token: sum(weights[n] * vote for n, vote in mine) for token, mine in votes.items()}
@@ -184,13 +184,13 @@ class HybridDrafter(Drafter):
                 ties = self._words.get(token)
                 if ties:
                     scores[token] += sum(ties[word] for word in so_far if word in ties)
-        return Scored(text, sets, votes, scores)
+        return ScoredPosition(text, sets, votes, scores)
 
-    def _recent_shares(self, tallies: dict[int, Tally]) -> dict[int, float]:
+    def _recent_shares(self, tallies: dict[int, ContextCount]) -> dict[int, float]:
         """What part of the slower forgotten counts each token has, times `SHARE_SCALE`."""
         ages = {token: self._window - tally.window for token, tally in tallies.items()}
         fresh = {
-            token: tally.recent[0] * FADE[ages[token]][0]
+            token: tally.recent[0] * DECAY_TABLE[ages[token]][0]
             for token, tally in tallies.items()
             if ages[token] < FORGOTTEN
         }
@@ -201,10 +201,10 @@ class HybridDrafter(Drafter):
         """The sum of the sets' weights. The first set begins with trust in all, the others correct it."""
         for number, name in enumerate(sets):
             if name not in self._weights:
-                self._weights[name] = [0.0 if number else FIRST_WEIGHT] * (VOICES * len(self.lengths))
+                self._weights[name] = [0.0 if number else FIRST_WEIGHT] * (FEATURES_PER_CONTEXT * len(self.lengths))
         return [sum(each) for each in zip(*(self._weights[name] for name in sets), strict=True)]
 
-    def _teach(self, scored: Scored, token: int) -> None:
+    def _teach(self, scored: ScoredPosition, token: int) -> None:
         """One gradient step for a place's true token; nothing is learnt where it was no candidate or the only one."""
         if len(scored.scores) < 2 or token not in scored.scores:
             return
@@ -223,13 +223,13 @@ class HybridDrafter(Drafter):
                 for word in so_far:
                     ties[word] = ties.get(word, 0.0) + WORD_RATE * error
 
-    def _count(self, tallies: dict[int, Tally], token: int) -> None:
+    def _count(self, tallies: dict[int, ContextCount], token: int) -> None:
         tally = tallies.get(token)
         if tally is None:
-            tallies[token] = Tally(1.0, [1.0] * len(FORGET), self._window)
+            tallies[token] = ContextCount(1.0, [1.0] * len(DECAYS), self._window)
             return
         age = self._window - tally.window
-        fade = FADE[age] if age < FORGOTTEN else (0.0,) * len(FORGET)
+        fade = DECAY_TABLE[age] if age < FORGOTTEN else (0.0,) * len(DECAYS)
         tally.recent = [count * left + 1.0 for count, left in zip(tally.recent, fade, strict=True)]
         tally.total += 1.0
         tally.window = self._window

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_app.drafters.base import Answered, States
+from ray_app.drafters.base import AnsweredPrompt, States
 from ray_app.errors import CheckpointError, InputError
 from ray_app.store.capture_store import Side, StateReader
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
@@ -19,12 +19,12 @@ from ray_app.store.traces import Trace, TraceFile, read_traces
 def read_files(paths: Sequence[Path], vocabulary: int, end_token: int) -> list[TraceFile]:
     """Every file; lines that were set aside are told on standard error. InputError as `read_traces`."""
     files = [read_traces(path, vocabulary, end_token) for path in paths]
-    for line in set_aside(files):
+    for line in damaged_lines(files):
         print(f"set aside: {line}", file=sys.stderr)
     return files
 
 
-def set_aside(files: Sequence[TraceFile]) -> list[str]:
+def damaged_lines(files: Sequence[TraceFile]) -> list[str]:
     """File, line and reason of each line that cannot be used."""
     return [f"{bad.file}, line {bad.line}: {bad.reason}" for file in files for bad in file.quarantined]
 
@@ -39,12 +39,12 @@ def require_states(file: TraceFile, wanted_by: str) -> None:
         )
 
 
-def answers(file: TraceFile) -> list[Answered]:
+def answers(file: TraceFile) -> list[AnsweredPrompt]:
     """Prompts and answers without states."""
-    return [Answered(trace.prompt, tuple(trace.target_tokens)) for trace in file.traces]
+    return [AnsweredPrompt(trace.prompt, tuple(trace.target_tokens)) for trace in file.traces]
 
 
-def answers_with_states(file: TraceFile, adapter: Path | None) -> list[Answered]:
+def answers_with_states(file: TraceFile, adapter: Path | None) -> list[AnsweredPrompt]:
     """The same with both models' states, and aligned ones where an adapter's checkpoint is named.
 
     InputError: states that are missing or damaged. CheckpointError: an adapter that does not fit them.
@@ -84,7 +84,9 @@ def blocks(files: Sequence[TraceFile], block_rows: int) -> list[list[int]]:
     ]
 
 
-def _with_states(each: Answered, trace: Trace, reader: StateReader, checkpoint: Checkpoint | None) -> Answered:
+def _with_states(
+    each: AnsweredPrompt, trace: Trace, reader: StateReader, checkpoint: Checkpoint | None
+) -> AnsweredPrompt:
     assert trace.states is not None, "require_states comes first"
 
     def read(side: Side, tokens: Sequence[int]) -> States:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from ray_app.core.speculative.metrics import DraftCounts
 from ray_app.core.speculative.verification import accepted_prefix, require_tokens
 from ray_app.drafters.base import (
-    Answered,
+    AnsweredPrompt,
     Draft,
     Drafter,
     EventGptDrafter,
@@ -29,18 +29,18 @@ from ray_app.errors import ConfigError, InputError
 
 
 class ConstantDrafter(Drafter):
-    """Control: one earlier answer for every window, the one that most agrees with the others place by place."""
+    """Baseline: one earlier answer for every window, the one that most agrees with the others place by place."""
 
     name = "constant"
 
     def __init__(self) -> None:
         self._text: tuple[int, ...] = ()
 
-    def fit(self, answered: Sequence[Answered]) -> None:
+    def fit(self, answered: Sequence[AnsweredPrompt]) -> None:
         table = PositionalDrafter()
         table.fit(answered)
 
-        def agreement(each: Answered) -> int:
+        def agreement(each: AnsweredPrompt) -> int:
             usual = table.draft(each.prompt, (), len(each.answer)).tokens
             return sum(a == b for a, b in zip(usual, each.answer, strict=True))
 
@@ -148,8 +148,8 @@ class RowReplay:
 
 def replay_fold(
     drafter: Drafter,
-    train: Sequence[Answered],
-    test: Sequence[Answered],
+    train: Sequence[AnsweredPrompt],
+    test: Sequence[AnsweredPrompt],
     *,
     gamma: int,
     vocabulary: int,
@@ -161,7 +161,7 @@ def replay_fold(
 
 
 def replay_rows(
-    drafter: Drafter, test: Sequence[Answered], *, gamma: int, vocabulary: int, clock: Callable[[], float]
+    drafter: Drafter, test: Sequence[AnsweredPrompt], *, gamma: int, vocabulary: int, clock: Callable[[], float]
 ) -> list[RowReplay]:
     """Replays rows in order with a drafter that has been fitted; it learns from each when that is done.
 
@@ -196,7 +196,7 @@ def num_matches(draft: Sequence[int], answer: Sequence[int], shift: int = 0) -> 
     return sum(a == b for a, b in zip(moved, fixed, strict=False))
 
 
-def _passes(drafter: Drafter, each: Answered, gamma: int, vocabulary: int) -> tuple[list[int], list[int]]:
+def _passes(drafter: Drafter, each: AnsweredPrompt, gamma: int, vocabulary: int) -> tuple[list[int], list[int]]:
     answer, prompt = each.answer, each.prompt
     length = len(answer)
     drafted: list[int] = []

@@ -14,7 +14,7 @@ from ray_app.core.speculative.metrics import DraftCounts, block_bootstrap, break
 from ray_app.drafters.cost import RowCost
 from ray_app.drafters.replay import RowReplay, num_matches
 
-SUMS = (
+SUMMED_FIELDS = (
     *("rows", "tokens", "tokens_per_pass", "passes", "drafted", "accepted", "rejections", "matches", "prefix"),
     *("timed_rows", "plain_ms", "one_shot_ms", "continuous_ms", "one_shot_slower", "continuous_slower"),
     *("own_ms", "step_ms", "verify_ms", "event_step_ms"),
@@ -72,7 +72,7 @@ def summarise(rows: Sequence[ReplayedRow], gamma: int, rng: np.random.Generator)
 
 
 def details(rows: Sequence[ReplayedRow], gamma: int, rng: np.random.Generator) -> dict[str, Any]:
-    """What the table does not hold: acceptance by place, histogram, controls, time; `interval95` for `MORE` and for
+    """What the table does not hold: acceptance by place, histogram, baselines, time; `interval95` for `MORE` and for
     each place.
 
     `shuffled_match_rate` compares drafts with answers in random order, within each fold: in another one the drafter
@@ -88,7 +88,7 @@ def details(rows: Sequence[ReplayedRow], gamma: int, rng: np.random.Generator) -
         for row, other in zip(fold, rng.permutation(len(fold)).tolist(), strict=True)
     )
     sums_SM = _sums(rows, gamma)
-    total = dict(zip(SUMS, sums_SM.sum(axis=0), strict=False))
+    total = dict(zip(SUMMED_FIELDS, sums_SM.sum(axis=0), strict=False))
     names = (*MORE, *(str(place) for place in range(1, gamma + 1)))
     means, interval = _with_intervals(names, sums_SM, lambda total_KM: _more(total_KM, gamma), rng)
     accepted = np.bincount([n for row in rows for n in row.replay.accepted], minlength=gamma + 1)
@@ -145,7 +145,7 @@ def _with_intervals(
     rng: np.random.Generator,
 ) -> tuple[dict[str, float | None], dict[str, list[float] | None]]:
     """Each name's value and interval; `statistic` gives them in this order."""
-    timed = bool(sums_SM[:, SUMS.index("timed_rows")].sum())
+    timed = bool(sums_SM[:, SUMMED_FIELDS.index("timed_rows")].sum())
     shown = [timed or name not in TIMED for name in names]
     value_M = statistic(sums_SM.sum(axis=0, keepdims=True))[0]
     values = {n: float(value) if show else None for n, value, show in zip(names, value_M, shown, strict=True)}
@@ -161,7 +161,7 @@ def _sums(rows: Sequence[ReplayedRow], gamma: int) -> NDArray[np.float64]:
     """Sums of each block, shape (S, M): `SUMS`, how often each place was accepted, how many rows had each prefix."""
     longest = max(row.replay.length for row in rows)
     blocks = {block: n for n, block in enumerate(dict.fromkeys(row.block for row in rows))}
-    prefixes = len(SUMS) + gamma
+    prefixes = len(SUMMED_FIELDS) + gamma
     sums_SM = np.zeros((len(blocks), prefixes + longest + 1))
     for row in rows:
         replay, cost = row.replay, row.cost
@@ -175,8 +175,8 @@ def _sums(rows: Sequence[ReplayedRow], gamma: int) -> NDArray[np.float64]:
             timed = [1.0, cost.plain_ms, *both, *(float(ms > SLOWER * cost.plain_ms) for ms in both)]
         line += [*timed, replay.seconds * 1e3, row.target_step_ms, row.verify_ms, row.event_step_ms]
         sums_M = sums_SM[blocks[row.block]]
-        sums_M[: len(SUMS)] += line
-        sums_M[len(SUMS) : prefixes] += replay.counts(gamma).num_accepted_tokens_per_pos
+        sums_M[: len(SUMMED_FIELDS)] += line
+        sums_M[len(SUMMED_FIELDS) : prefixes] += replay.counts(gamma).num_accepted_tokens_per_pos
         sums_M[prefixes + replay.prefix] += 1
     return sums_SM
 
@@ -188,8 +188,8 @@ def _ratio(over: NDArray[np.float64], under: NDArray[np.float64]) -> NDArray[np.
 
 def _metrics(total_KM: NDArray[np.float64], gamma: int) -> NDArray[np.float64]:
     """`METRICS` from totals, shape (K, len(METRICS))."""
-    at = {name: total_KM[:, n] for n, name in enumerate(SUMS)}
-    prefixes_KL = total_KM[:, len(SUMS) + gamma :]
+    at = {name: total_KM[:, n] for n, name in enumerate(SUMMED_FIELDS)}
+    prefixes_KL = total_KM[:, len(SUMMED_FIELDS) + gamma :]
     alphas = _ratio(at["accepted"], at["accepted"] + at["rejections"])
     # The drafter's time for each drafted token: EventGPT's step where it is needed, and the drafter's own.
     own_ms, step_ms = _ratio(at["own_ms"], at["drafted"]), _ratio(at["step_ms"], at["timed_rows"])
@@ -214,8 +214,8 @@ def _metrics(total_KM: NDArray[np.float64], gamma: int) -> NDArray[np.float64]:
 
 def _more(total_KM: NDArray[np.float64], gamma: int) -> NDArray[np.float64]:
     """`MORE`, and how often each place of a draft was accepted, shape (K, len(MORE) + γ)."""
-    at = {name: total_KM[:, n] for n, name in enumerate(SUMS)}
-    places_KG = total_KM[:, len(SUMS) : len(SUMS) + gamma]
+    at = {name: total_KM[:, n] for n, name in enumerate(SUMMED_FIELDS)}
+    places_KG = total_KM[:, len(SUMMED_FIELDS) : len(SUMMED_FIELDS) + gamma]
     more_KM = np.stack(
         [
             _ratio(at["accepted"], at["accepted"] + at["rejections"]),

@@ -54,7 +54,7 @@ class Pinhole:
 
 
 @dataclass(frozen=True, slots=True)
-class Rig:
+class StereoCalibration:
     """An event camera (0) and a frame camera (1)."""
 
     event: Pinhole
@@ -129,7 +129,7 @@ class EventView:
         return ((total + whole // 2) // whole).astype(np.uint8)
 
 
-def frame_places(rig: Rig, rectified: NDArray[np.floating]) -> NDArray[np.float64]:
+def frame_places(rig: StereoCalibration, rectified: NDArray[np.floating]) -> NDArray[np.float64]:
     """(…, 2) places in the frame of (…, 2) places of the rectified event camera; NaN where nothing is seen."""
     p = rig.homography()
     x, y = rectified[..., 0].astype(np.float64), rectified[..., 1].astype(np.float64)
@@ -138,7 +138,7 @@ def frame_places(rig: Rig, rectified: NDArray[np.floating]) -> NDArray[np.float6
     return np.stack([seen[0] / depth, seen[1] / depth], axis=-1)
 
 
-def event_view(rig: Rig, rectify_map: NDArray[np.floating]) -> EventView:
+def event_view(rig: StereoCalibration, rectify_map: NDArray[np.floating]) -> EventView:
     """The view of raw event pixels; `rectify_map` (H, W, 2) holds the rectified place of each.
 
     InputError: the two cameras have no part in common.

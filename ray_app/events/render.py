@@ -35,12 +35,12 @@ def event_image(events: Events, canvas: Canvas = "sensor") -> NDArray[np.uint8]:
         if not len(events):
             raise InputError("no events, so no bounding box to draw in; use canvas='sensor'")
         height, width = int(events.y.max()) + 1, int(events.x.max()) + 1
-    drawing = Drawing(width, height)
+    drawing = EventCanvas(width, height)
     drawing.add(events)
     return drawing.image()
 
 
-class Drawing:
+class EventCanvas:
     """An event image in the making, drawn part by part: parts follow each other in time."""
 
     def __init__(self, width: int, height: int) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ray_app.core.metrics import THETA, rate_key
 
 Cosines = Mapping[str, NDArray[np.floating]]
-"""Per-pair cosines by name; NaN where a control does not exist for a pair."""
+"""Per-pair cosines by name; NaN where a baseline does not exist for a pair."""
 
 INK, FAINT, PAGE = "#0a0b01", "#0a0b02", "#0a0b03"
 PALETTE = tuple(f"#0a0b1{n}" for n in range(1, 10))
@@ -80,7 +80,7 @@ def log_scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 def acceptance_figure(cosines: Cosines) -> str:
-    """cosine_accept_rate against theta, for the adapter and every control, as SVG."""
+    """cosine_accept_rate against theta, for the adapter and every baseline, as SVG."""
     theta = np.linspace(0.0, 1.0, 401)
 
     def draw(figure: Figure) -> None:

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ray_app.errors import StoreError
-from ray_app.store.atomic import writing
+from ray_app.store.atomic import disk_errors
 
 JOURNAL = "journal.jsonl"
 POLL_S = 0.25
@@ -32,13 +32,13 @@ UNSYNCED = ("step",)
 """Kinds that are left to the operating system; each other line is on the disk before `write` returns."""
 
 
-class Journal:
+class EventLog:
     """The one writer of a run's journal; every line is with the operating system before `write` returns."""
 
     def __init__(self, run: Path, patience_s: float = HANDOVER_S) -> None:
         """StoreError: another process is writing, or a line is damaged."""
         self._path = run / JOURNAL
-        with writing(self._path):
+        with disk_errors(self._path):
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             self._lock(patience_s)
@@ -60,9 +60,9 @@ class Journal:
 
     def write(self, kind: str, **values: Any) -> None:
         """One line. ValueError: a number that is not finite, which JSON has not. StoreError: it cannot be written."""
-        line = sealed({"kind": kind, **values})
+        line = format_line({"kind": kind, **values})
         size = os.fstat(self._fd).st_size
-        with writing(self._path, len(line)):
+        with disk_errors(self._path, len(line)):
             try:
                 if os.write(self._fd, line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -92,7 +92,7 @@ class Journal:
             self.last_epoch = epoch
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
+    def released(self) -> Iterator[None]:
         """Another process may write meanwhile; this one does not."""
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         try:
@@ -119,13 +119,13 @@ class Journal:
         os.close(self._fd)
 
 
-def sealed(values: dict[str, Any]) -> bytes:
+def format_line(values: dict[str, Any]) -> bytes:
     """One line with its checksum as the last value."""
     text = json.dumps(values, allow_nan=False).encode()
     return b'%s, "crc": "%08x"}\n' % (text[:-1], zlib.crc32(text))
 
 
-def opened(line: bytes, where: str) -> dict[str, Any]:
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
     """The values of a line without its checksum. StoreError, with `where`, if it does not hold."""
     body, mark, tail = line.rpartition(b', "crc": "')
     text = body + b"}"
@@ -138,10 +138,10 @@ def entries(run: Path) -> list[dict[str, Any]]:
     """All whole lines so far; a cut last one is not there yet. StoreError names a damaged line."""
     path = run / JOURNAL
     lines = path.read_bytes().splitlines(keepends=True)
-    return [opened(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.endswith(b"\n")]
+    return [parse_line(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.endswith(b"\n")]
 
 
-def has_writer(run: Path) -> bool:
+def is_locked(run: Path) -> bool:
     """Whether a process on this machine, or on another that shares the disk, has the journal open to write."""
     with (run / JOURNAL).open("rb") as file:
         try:
@@ -151,27 +151,27 @@ def has_writer(run: Path) -> bool:
     return False
 
 
-def since_start(run: Path) -> list[dict[str, Any]]:
+def entries_since_start(run: Path) -> list[dict[str, Any]]:
     """What came after the newest `start` line: the doing of one driver."""
     lines = entries(run)
     return lines[max(n for n, line in enumerate(lines, 1) if line["kind"] == "start") :]
 
 
-def newest_start(run: Path) -> float:
+def last_start_time(run: Path) -> float:
     """When the newest driver began, in Unix time."""
     return [line["time"] for line in entries(run) if line["kind"] == "start"][-1]
 
 
-def require_newest(run: Path, started: float) -> None:
+def require_latest_driver(run: Path, started: float) -> None:
     """StoreError unless the driver that began then is the newest: after another on some other machine, neither it nor
     its workers write any more."""
-    if (newest := newest_start(run)) != started:
+    if (newest := last_start_time(run)) != started:
         raise StoreError(
             f"this run goes on under another driver, which began {newest - started:.0f} s after this one, which ends"
         )
 
 
-def follow(run: Path, stop: threading.Event) -> Iterator[list[dict[str, Any]]]:
+def tail(run: Path, stop: threading.Event) -> Iterator[list[dict[str, Any]]]:
     """New lines as they come, in batches that may be empty; ends once `stop` is set and all has been read."""
     path = run / JOURNAL
     done = 0
@@ -181,7 +181,7 @@ def follow(run: Path, stop: threading.Event) -> Iterator[list[dict[str, Any]]]:
             file.seek(done)
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
-        yield [opened(line, f"{path}, byte {done} on") for line in whole.splitlines()]
+        yield [parse_line(line, f"{path}, byte {done} on") for line in whole.splitlines()]
         done += len(whole)
         if last:
             return

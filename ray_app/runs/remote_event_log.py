@@ -10,18 +10,18 @@ from pathlib import Path
 
 from ray_app.errors import StoreError
 from ray_app.runs.event_log import JOURNAL
-from ray_app.store.atomic import writing
-from ray_app.store.filesystem import ObjectStore
+from ray_app.store.atomic import disk_errors
+from ray_app.store.filesystem import RemoteDir
 
 PARTS = "journal"
 PART_BYTES = 2**20
 """A part of this size or more is not replaced any more."""
 
 
-class JournalParts:
+class RemoteEventLog:
     """Between `journal.jsonl` in a process's own folder and its parts below `there`."""
 
-    def __init__(self, run: Path, there: ObjectStore) -> None:
+    def __init__(self, run: Path, there: RemoteDir) -> None:
         self._path, self._there = run / JOURNAL, there
         self._begin = self._sent = 0
         """Where the part begins that is written here, and up to where it has been sent."""
@@ -34,7 +34,7 @@ class JournalParts:
         sizes = self._sizes()
         if not sizes and not self._path.exists():
             return  # it has not begun
-        with self._lock, writing(self._path), self._path.open("ab") as file:
+        with self._lock, disk_errors(self._path), self._path.open("ab") as file:
             have = file.tell()
             begins = sorted(sizes)
             for begin, end in zip(begins, [*begins, None][1:], strict=True):
@@ -61,7 +61,7 @@ class JournalParts:
             sizes = self._sizes()
             if max(sizes, default=0) > self._begin or sizes.get(self._begin, 0) not in self._lengths:
                 raise StoreError(f"{self._there} goes on in another process, which has taken over; this one ends")
-            self._there.make(PARTS)
+            self._there.mkdir(PARTS)
             self._lengths.add(len(data))
             self._there.write(_name(self._begin), data)
             self._sent, self._lengths = self._begin + len(data), {len(data)}

@@ -21,45 +21,45 @@ from pathlib import Path
 from typing import Any
 
 from ray_app.errors import CheckpointError, StoreError
-from ray_app.runs.event_log import Journal, entries
-from ray_app.runs.remote_event_log import JournalParts
-from ray_app.runs.run_dir import CHECKPOINTS, RESIZE, RUN, STATES, STOP, RunFolder, about_run, inside
-from ray_app.store.checkpoint import SUMS
-from ray_app.store.checkpoint_transfer import fetch_folder, send_folder
-from ray_app.store.filesystem import Disk, ObjectStore, Place, absolute, place
+from ray_app.runs.event_log import EventLog, entries
+from ray_app.runs.remote_event_log import RemoteEventLog
+from ray_app.runs.run_dir import CHECKPOINTS, RESIZE, RUN, STATES, STOP, RunDir, run_metadata, validate_relative_path
+from ray_app.store.checkpoint import CHECKSUMS_FILE
+from ray_app.store.checkpoint_transfer import download_dir, upload_dir
+from ray_app.store.filesystem import LocalDir, RemoteDir, StorageDir, absolute, open_storage
 
-EXCHANGE_S = 2.0
+SYNC_INTERVAL_S = 2.0
 """How often new journal lines go up, and come down to the driver; a sign takes two of these at most."""
 STOP_S = 30.0
 """How long a run that is asked to stop is waited for, before its journal is taken over."""
 PREFIX = "ray-app-copy-"
-YOUNG_S = 60.0
+MIN_SCRATCH_AGE_S = 60.0
 """A copy of this age may belong to a process that has not marked it as its own yet."""
 
 
 @contextmanager
-def run_at(where: str) -> Iterator[RunFolder]:
+def open_run(where: str) -> Iterator[RunDir]:
     """The run that a path or URI names, or will be there. A copy of one at a URI goes when the block ends."""
-    there = place(where)
-    if isinstance(there, Disk):
-        yield RunFolder(there.path)
-    elif isinstance(there, ObjectStore):
-        with own_folder() as folder:
-            yield RunCopy(folder, there)
+    there = open_storage(where)
+    if isinstance(there, LocalDir):
+        yield RunDir(there.path)
+    elif isinstance(there, RemoteDir):
+        with scratch_dir() as folder:
+            yield RemoteRun(folder, there)
 
 
 def settings_of_run(where: str) -> dict[str, Any]:
     """What the run that lies there was started with, as settings of `train`. StoreError: not a run."""
-    return {**about_run(place(where))["config"], "out": absolute(where)}
+    return {**run_metadata(open_storage(where))["config"], "out": absolute(where)}
 
 
 @contextmanager
-def own_folder() -> Iterator[Path]:
+def scratch_dir() -> Iterator[Path]:
     """A folder of this process; those of processes that were killed go now."""
     parent = Path(tempfile.gettempdir())
     for old in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):
-            if old.stat().st_uid == os.getuid() and time.time() - old.stat().st_mtime > YOUNG_S:
+            if old.stat().st_uid == os.getuid() and time.time() - old.stat().st_mtime > MIN_SCRATCH_AGE_S:
                 with _held(old):
                     shutil.rmtree(old)
     with (
@@ -81,12 +81,12 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def meanwhile(*acts: Callable[[], None]) -> Iterator[None]:
+def run_in_background(*acts: Callable[[], None]) -> Iterator[None]:
     """These again and again; what the store refuses is tried the next time, and by whoever needs it done."""
     stop = threading.Event()
 
     def run() -> None:
-        while not stop.wait(EXCHANGE_S):
+        while not stop.wait(SYNC_INTERVAL_S):
             for act in acts:
                 with suppress(StoreError, OSError):
                     act()
@@ -100,142 +100,142 @@ def meanwhile(*acts: Callable[[], None]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class RunCopy(RunFolder):
+class RemoteRun(RunDir):
     """`path` is this process's copy of the run at `there`."""
 
-    there: ObjectStore
+    there: RemoteDir
     """Where the run lies."""
-    _parts: JournalParts = field(init=False, repr=False, compare=False)
+    _parts: RemoteEventLog = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_parts", JournalParts(self.path, self.there))
+        object.__setattr__(self, "_parts", RemoteEventLog(self.path, self.there))
 
     def __str__(self) -> str:
         return self.there.uri
 
     @property
-    def _there(self) -> Place:
+    def _there(self) -> StorageDir:
         return self.there
 
     def shown(self, path: Path) -> str:
-        return self.there.below(str(path.relative_to(self.path))) if path != self.path else str(self)
+        return self.there.uri_of(str(path.relative_to(self.path))) if path != self.path else str(self)
 
-    def pull(self) -> None:
+    def refresh(self) -> None:
         self._parts.pull()
 
-    def claim(self, about: Mapping[str, Any]) -> None:
+    def create(self, about: Mapping[str, Any]) -> None:
         with suppress(FileNotFoundError):
-            if self.there.names():
+            if self.there.listdir():
                 raise StoreError(
                     f"--out {self.there} already holds something; name a new one, nothing is overwritten"
                 )
-        super().claim(about)
-        self.there.make()
+        super().create(about)
+        self.there.mkdir()
         self.there.write(RUN, (self.path / RUN).read_bytes())
 
     @property
     def claimed(self) -> bool:
         try:
-            return RUN in self.there.names()
+            return RUN in self.there.listdir()
         except FileNotFoundError:
             return False
 
     @contextmanager
-    def driven(self) -> Iterator[None]:
-        (self.path / RUN).write_bytes(json.dumps(self.about()).encode())
-        with super().driven():
+    def exclusive(self) -> Iterator[None]:
+        (self.path / RUN).write_bytes(json.dumps(self.metadata()).encode())
+        with super().exclusive():
             yield
 
-    def take_signs_away(self) -> None:
-        super().take_signs_away()
+    def clear_signals(self) -> None:
+        super().clear_signals()
         self._push_signs()
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """Who writes the journal has some time to save, and to end it."""
-        super().ask_to_stop()
+        super().request_stop()
         self._push_signs()
         deadline = time.monotonic() + STOP_S
         while time.monotonic() < deadline:
-            self.pull()
+            self.refresh()
             if entries(self.path)[-1]["kind"] in ("stop", "end"):
                 return
-            time.sleep(EXCHANGE_S / 4)
+            time.sleep(SYNC_INTERVAL_S / 4)
 
-    def about(self) -> dict[str, Any]:
-        return about_run(self.there)
+    def metadata(self) -> dict[str, Any]:
+        return run_metadata(self.there)
 
     @contextmanager
-    def journal(self) -> Iterator[Journal]:
+    def journal(self) -> Iterator[EventLog]:
         self._parts.pull()
-        with Journal(self.path) as journal:
+        with EventLog(self.path) as journal:
             try:
-                with meanwhile(self._parts.push, self._pull_signs):
+                with run_in_background(self._parts.push, self._pull_signs):
                     yield journal
             finally:
                 self._parts.push()
 
     @contextmanager
-    def followed(self) -> Iterator[None]:
+    def synced(self) -> Iterator[None]:
         try:
-            with meanwhile(self._push_signs, self._parts.pull):
+            with run_in_background(self._push_signs, self._parts.pull):
                 yield
         finally:
             self._parts.pull()
 
     @contextmanager
-    def lent(self, journal: Journal) -> Iterator[None]:
+    def released(self, journal: EventLog) -> Iterator[None]:
         self._parts.push()
-        with super().lent(journal):
+        with super().released(journal):
             try:
                 yield
             finally:
                 self._parts.pull()
 
-    def bring(self, *folders: str) -> None:
-        for folder in map(inside, folders):
+    def download(self, *folders: str) -> None:
+        for folder in map(validate_relative_path, folders):
             with suppress(FileNotFoundError):
-                if SUMS in self.there.names(folder):
-                    fetch_folder(self.there, folder, self.path / folder)
+                if CHECKSUMS_FILE in self.there.listdir(folder):
+                    download_dir(self.there, folder, self.path / folder)
 
-    def publish(self, folder: str) -> None:
+    def upload(self, folder: str) -> None:
         if (self.path / folder).is_dir():
-            send_folder(self.path / folder, self.there, folder)
+            upload_dir(self.path / folder, self.there, folder)
 
     def save(self, name: str, *args: Any, **kwargs: Any) -> None:
         """Steps up to here are told there before there is a place after them."""
         self._parts.push()
         super().save(name, *args, **kwargs)
 
-    def settle(self, newest: str, best_epoch: int) -> None:
+    def prune_checkpoints(self, newest: str, best_epoch: int) -> None:
         for kind in (STATES, CHECKPOINTS):
-            self.publish(f"{kind}/{newest}")
-        super().settle(newest, best_epoch)
+            self.upload(f"{kind}/{newest}")
+        super().prune_checkpoints(newest, best_epoch)
 
     def best(self) -> Path | None:
         path = super().best()
-        return path and fetch_folder(self.there, str(path.relative_to(self.path)), path)
+        return path and download_dir(self.there, str(path.relative_to(self.path)), path)
 
     def _drop(self, folder: str) -> None:
-        if SUMS in self.there.names(folder):
-            self.there.delete(f"{folder}/{SUMS}")  # what is left of it, should this break off, is none
+        if CHECKSUMS_FILE in self.there.listdir(folder):
+            self.there.delete(f"{folder}/{CHECKSUMS_FILE}")  # what is left of it, should this break off, is none
         self.there.delete(folder)
         if (self.path / folder).is_dir():
             shutil.rmtree(self.path / folder)
 
     def _sound(self, folder: str) -> bool:
         try:
-            fetch_folder(self.there, folder, self.path / folder)
+            download_dir(self.there, folder, self.path / folder)
         except CheckpointError as error:
             print(f"not gone on from: {error}", file=sys.stderr)
             with suppress(FileNotFoundError):  # without a list it is never taken for what a later save puts there
-                sums = self.there.read(f"{folder}/{SUMS}")
-                self.there.write(f"{folder}/.aside-{SUMS}", sums)
-                self.there.delete(f"{folder}/{SUMS}")
+                sums = self.there.read(f"{folder}/{CHECKSUMS_FILE}")
+                self.there.write(f"{folder}/.aside-{CHECKSUMS_FILE}", sums)
+                self.there.delete(f"{folder}/{CHECKSUMS_FILE}")
             return False
         return True
 
     def _push_signs(self) -> None:
-        there = self.there.names()
+        there = self.there.listdir()
         for sign in (STOP, RESIZE):
             if (self.path / sign).exists() and sign not in there:
                 self.there.write(sign, b"")
@@ -243,7 +243,7 @@ class RunCopy(RunFolder):
                 self.there.delete(sign)
 
     def _pull_signs(self) -> None:
-        there = self.there.names()
+        there = self.there.listdir()
         for sign in (STOP, RESIZE):
             if sign in there:
                 (self.path / sign).touch()

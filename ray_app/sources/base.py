@@ -42,7 +42,7 @@ class RawPair:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
+class RejectedPair:
     """One pair that could not be built."""
 
     input: str
@@ -89,7 +89,7 @@ class Source(Protocol):
         """The cut into tasks. An input that is missing or empty as a whole raises InputError."""
         ...
 
-    def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
+    def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
         """The task's pairs, in order of time. One bad pair is yielded as Rejected, and the rest follow.
 
         ResourceError: what `tasks` found is not to be seen from this machine; no pair is to blame for that.
@@ -110,7 +110,7 @@ def named_sequences(files: Iterable[Path]) -> list[tuple[str, Path]]:
     return named
 
 
-def require_here(path: Path) -> None:
+def require_visible(path: Path) -> None:
     """ResourceError, with this machine's name, unless it sees the file or folder. A mount point is empty without its
     mount."""
     try:

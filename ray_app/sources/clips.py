@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ray_app.errors import InputError
 from ray_app.events.windows import Window, format_duration, windows_between
-from ray_app.sources.base import Rejected, named_sequences
+from ray_app.sources.base import RejectedPair, named_sequences
 from ray_app.sources.video import Frame, frame_times, frames
 
 
@@ -67,7 +67,7 @@ def clip_windows(
     return found
 
 
-def clips(windows: Sequence[ClipWindow]) -> Iterator[Clip | Rejected]:
+def clips(windows: Sequence[ClipWindow]) -> Iterator[Clip | RejectedPair]:
     """The windows' frames, of one video in order of time, read once; a window that lacks one is rejected alone."""
     path = windows[0].path
     first, last = windows[0].frames[0], max(window.frames[-1] for window in windows)
@@ -85,9 +85,9 @@ def clips(windows: Sequence[ClipWindow]) -> Iterator[Clip | Rejected]:
         yield _clip(window, seen)
 
 
-def _clip(window: ClipWindow, seen: dict[int, Frame | str]) -> Clip | Rejected:
+def _clip(window: ClipWindow, seen: dict[int, Frame | str]) -> Clip | RejectedPair:
     found = [seen.get(number, f"frame {number} cannot be decoded") for number in window.frames]
     if flaws := [frame for frame in found if isinstance(frame, str)]:
         start, end = window.window.t_start_us, window.window.t_end_us
-        return Rejected(str(window.path), f"row {window.row}, window [{start}, {end})", flaws[0])
+        return RejectedPair(str(window.path), f"row {window.row}, window [{start}, {end})", flaws[0])
     return Clip(window, np.stack([frame for frame in found if not isinstance(frame, str)]))

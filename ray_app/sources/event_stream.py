@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ray_app.errors import InputError
 from ray_app.events.recording import Events
-from ray_app.events.render import Drawing
+from ray_app.events.render import EventCanvas
 
 BLOCK = 2**18
 """Most events that are asked for at a time."""
@@ -49,7 +49,7 @@ class RecordedEvents(Protocol):
         ...
 
 
-class Sketch:
+class EventImageBuilder:
     """The event image of one slice, while it is drawn and when it is done."""
 
     def __init__(self, first: int, stop: int, width: int, height: int) -> None:
@@ -61,7 +61,7 @@ class Sketch:
         self.flaw: InputError | None = None
         """Why it cannot be drawn."""
         self._size = width, height
-        self._drawing: Drawing | None = None
+        self._drawing: EventCanvas | None = None
 
     def add(self, events: Events, place: int) -> None:
         """Draws those that belong to it of some events, the first of which has this place."""
@@ -69,7 +69,7 @@ class Sketch:
         if not len(mine) or self.flaw:
             return
         if self._drawing is None:
-            self._drawing, self.first_us = Drawing(*self._size), int(mine.t_us[0])
+            self._drawing, self.first_us = EventCanvas(*self._size), int(mine.t_us[0])
         self._drawing.add(mine)
         self.num_positive += int(np.count_nonzero(mine.p))
         self.last_us = int(mine.t_us[-1])
@@ -78,15 +78,15 @@ class Sketch:
         """(H, W, 3). InputError: some of its events cannot be read."""
         if self.flaw:
             raise self.flaw
-        return (self._drawing or Drawing(*self._size)).image()
+        return (self._drawing or EventCanvas(*self._size)).image()
 
 
-def swept(events: RecordedEvents, slices: list[Slice]) -> Iterator[Sketch]:
+def render_slices(events: RecordedEvents, slices: list[Slice]) -> Iterator[EventImageBuilder]:
     """The sketch of each slice in the order given, as soon as it and those before it are done.
 
     No event is read twice, none that no slice needs, and a damaged place costs those slices alone that it lies in.
     """
-    waiting = deque(Sketch(first, stop, events.width, events.height) for first, stop in slices)
+    waiting = deque(EventImageBuilder(first, stop, events.width, events.height) for first, stop in slices)
     for first, stop in blocks(slices):
         _feed(events, first, stop, [sketch for sketch in waiting if sketch.first < stop and sketch.stop > first])
         while waiting and waiting[0].stop <= stop:
@@ -105,7 +105,7 @@ def blocks(slices: list[Slice]) -> Iterator[Slice]:
             place = after
 
 
-def _feed(events: RecordedEvents, first: int, stop: int, sketches: list[Sketch]) -> None:
+def _feed(events: RecordedEvents, first: int, stop: int, sketches: list[EventImageBuilder]) -> None:
     """Draws [first, stop) into all of the sketches; where it cannot be read, each one's own share of it."""
     place = first
     try:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from ray_app.errors import ConfigError, InputError
 from ray_app.events.windows import Window, format_duration, windows_between
-from ray_app.sources.base import RawPair, Rejected, SourceTask
-from ray_app.sources.event_stream import RecordedEvents, Sketch, Slice, swept
+from ray_app.sources.base import RawPair, RejectedPair, SourceTask
+from ray_app.sources.event_stream import EventImageBuilder, RecordedEvents, Slice, render_slices
 
 SHORTEST_US, LONGEST_US = 50_000, 20_000_000
 """Range of a window's length."""
@@ -36,7 +36,7 @@ Sides = Callable[[NDArray[np.uint8], int], tuple[NDArray[np.uint8], NDArray[np.u
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class WindowPlan:
     """What of a recording one window's pairs are made of."""
 
     window: Window
@@ -47,12 +47,12 @@ class Plan:
     """The events of each pair."""
     num_events: int = 0
     """All events of the window."""
-    flaw: InputError | None = None
+    reason: InputError | None = None
     """Why it has no pair."""
 
 
 @dataclass(frozen=True)
-class Cut:
+class WindowingConfig:
     """How recordings become pairs, whatever their format."""
 
     durations_us: tuple[int, ...]
@@ -147,25 +147,27 @@ class Cut:
 
     def pairs(
         self, sequence: str, events: RecordedEvents, times_us: NDArray[np.int64], windows: list[Window], sides: Sides
-    ) -> Iterator[RawPair | Rejected]:
+    ) -> Iterator[RawPair | RejectedPair]:
         """The pairs of the windows in their order, in one sweep over their events; `times_us` are the frames'.
 
         Too few events, no frame or a gap costs all pairs of a window, what cannot be read those that need it.
         """
         plans = [self._planned(events, times_us, window) for window in windows]
-        sketches = swept(events, [each for plan in plans for each in plan.slices])
+        sketches = render_slices(events, [each for plan in plans for each in plan.slices])
         for plan in plans:
             for i in range(self.pairs_per_window):
                 try:
-                    if plan.flaw:
-                        raise plan.flaw
+                    if plan.reason:
+                        raise plan.reason
                     yield self._pair(sequence, plan, times_us, next(sketches), sides)
                 except InputError as error:
                     where = f"window [{plan.window.t_start_us}, {plan.window.t_end_us})"
                     where += f", image {i}" if self.pairs_per_window > 1 else ""
-                    yield Rejected(sequence, where, str(error))
+                    yield RejectedPair(sequence, where, str(error))
 
-    def _pair(self, sequence: str, plan: Plan, times_us: NDArray[np.int64], sketch: Sketch, sides: Sides) -> RawPair:
+    def _pair(
+        self, sequence: str, plan: WindowPlan, times_us: NDArray[np.int64], sketch: EventImageBuilder, sides: Sides
+    ) -> RawPair:
         drawn, number = sketch.image(), plan.frames[len(plan.frames) // 2]
         if self.pick == "all":
             middle_us = (sketch.first_us + sketch.last_us) / 2
@@ -183,7 +185,7 @@ class Cut:
             target_t_us=int(times_us[number]),
         )
 
-    def _planned(self, events: RecordedEvents, times_us: NDArray[np.int64], window: Window) -> Plan:
+    def _planned(self, events: RecordedEvents, times_us: NDArray[np.int64], window: Window) -> WindowPlan:
         frames = range(*np.searchsorted(times_us, (window.t_start_us, window.t_end_us)).tolist())
         try:
             self._check_gaps(events, times_us[frames], window)
@@ -192,11 +194,11 @@ class Cut:
             if self.event_slice_us is not None:
                 num_events = events.index(window.t_end_us) - events.index(window.t_start_us)
         except InputError as error:
-            return Plan(window, frames, flaw=error)
+            return WindowPlan(window, frames, reason=error)
         slices = list(pairwise(bounds))
         if self.pick == "middle":
             slices = [slices[self.num_images // 2]]
-        return Plan(window, frames, tuple(slices), num_events)
+        return WindowPlan(window, frames, tuple(slices), num_events)
 
     def _step(self, duration_us: int) -> int:
         return self.step_us or duration_us // 2

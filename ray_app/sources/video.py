@@ -21,7 +21,7 @@ from ray_app.events.recording import Events
 from ray_app.events.render import event_image
 from ray_app.events.simulator import EventSimulator, SimulatedEvents, SimulatorConfig
 from ray_app.events.windows import format_duration
-from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, named_sequences, require_here
+from ray_app.sources.base import RawPair, RejectedPair, SourceTask, file_identity, named_sequences, require_visible
 from ray_app.sources.images import images_in, read_image
 
 CAMERA = SimulatorConfig(
@@ -102,10 +102,10 @@ class VideoSource:
                 tasks.append(SourceTask(f"{name}-{part:04d}", len(mine), spec))
         return tasks
 
-    def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
+    def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
         """The task's pairs in order. A frame that is missing costs the pairs whose windows touch it."""
         name, path = named_sequences(self.files)[task.spec["video"]]
-        require_here(path)
+        require_visible(path)
         wanted = task.spec["frames"]
         times_us = frame_times(path, self.fps)
         half = self.duration_us // 2
@@ -126,7 +126,7 @@ class VideoSource:
                 pending.pop(0)
         for i in pending:
             reason = f"the video ends before the window does: frame {footage.last} is the last of {len(times_us)}"
-            yield Rejected(str(path), f"frame {i}", reason)
+            yield RejectedPair(str(path), f"frame {i}", reason)
 
     def _pair(
         self,
@@ -136,10 +136,10 @@ class VideoSource:
         starts: dict[int, int],
         targets: dict[int, Frame],
         footage: "_Footage",
-    ) -> RawPair | Rejected:
+    ) -> RawPair | RejectedPair:
         start, end = starts[i], starts[i] + self.duration_us
         if flaw := footage.flaw(start, end):
-            return Rejected(str(path), f"frame {i}", flaw)
+            return RejectedPair(str(path), f"frame {i}", flaw)
         events = footage.take(start, end, self.width, self.height)
         return RawPair(
             name,

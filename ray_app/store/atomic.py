@@ -40,7 +40,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
+def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
     """Around every write of ours: where the disk is full or closed to us, StoreError says so and how full it is.
 
     `num_bytes` is what the write needs, where that is known.
@@ -67,7 +67,7 @@ def partial_file(path: Path) -> Path:
 def write_file(path: Path, data: bytes | memoryview) -> None:
     """Writes under another name, then renames: a reader sees the old file, or the whole new one."""
     partial = partial_file(path)
-    with writing(path, memoryview(data).nbytes):
+    with disk_errors(path, memoryview(data).nbytes):
         try:
             with partial.open("wb") as file:
                 file.write(data)
@@ -88,7 +88,7 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     When the block raises, nothing is left; what a killed process left under the working name is replaced.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    with writing(folder):
+    with disk_errors(folder):
         make_folder(folder.parent)
         if partial.exists():
             shutil.rmtree(partial)

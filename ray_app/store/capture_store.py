@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ray_app.errors import InputError, StoreError
-from ray_app.store.atomic import make_folder, sha256_bytes, sha256_file, write_file, writing
+from ray_app.store.atomic import disk_errors, make_folder, sha256_bytes, sha256_file, write_file
 
 SETTINGS = "capture.json"
 TRACES = "traces.jsonl"
@@ -43,7 +43,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StoreError(f"{folder} already holds something else; --out must be a new or empty folder.")
     else:
-        with writing(folder):
+        with disk_errors(folder):
             make_folder(folder / SHARDS)
         write_file(path, text.encode())
 
@@ -61,7 +61,7 @@ class Shard:
 def write_shard(folder: Path, name: str, shard: Shard, states: Mapping[str, Tensor]) -> None:
     """Writes the lines, and the states by `state_key`, where there are any; the sums last."""
     shards = folder / SHARDS
-    with writing(shards):
+    with disk_errors(shards):
         make_folder(shards)
     files = {f"{name}.jsonl": as_lines(shard.rows), f"{name}.rejected.jsonl": as_lines(shard.rejected)}
     if states:

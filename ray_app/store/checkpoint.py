@@ -22,10 +22,10 @@ from torch import Tensor
 from ray_app.core.adapters.registry import STRATEGIES, Adapter, AdapterConfig
 from ray_app.errors import CheckpointError, ConfigError
 from ray_app.store.atomic import sha256_bytes, sha256_file, staged_folder
-from ray_app.store.golden import TOLERANCE, answers, assembled, golden_answers, relative_errors
+from ray_app.store.golden import TOLERANCE, assembled, golden_answers, relative_errors, run_golden
 from ray_app.store.manifest import Features
 
-SUMS = "MANIFEST.sha256"
+CHECKSUMS_FILE = "MANIFEST.sha256"
 MODEL = "model.safetensors"
 GOLDEN = "golden.safetensors"
 FORMAT = "ray_app checkpoint 1"
@@ -123,7 +123,7 @@ def replay_golden(checkpoint: Checkpoint) -> None:
     try:
         golden = load_file(path, backend="pread")
         event_GE, golden_GD = golden["event"], golden["aligned"]
-        aligned_GD = answers(checkpoint.adapter, event_GE, checkpoint.features.event.scale)
+        aligned_GD = run_golden(checkpoint.adapter, event_GE, checkpoint.features.event.scale)
         if not len(golden_GD) or aligned_GD.shape != golden_GD.shape:
             raise ValueError(f"{list(golden_GD.shape)} numbers, not {list(aligned_GD.shape)}")
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
@@ -153,24 +153,26 @@ def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 def verify_folder(folder: Path) -> str:
     """Every file against MANIFEST.sha256, whose own SHA-256 is returned. CheckpointError names the file."""
-    path = folder / SUMS
+    path = folder / CHECKSUMS_FILE
     if not path.is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no {SUMS}.")
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no {CHECKSUMS_FILE}.")
     data = path.read_bytes()
-    listed = listed_sums(data, str(path))
+    listed = parse_checksums(data, str(path))
     found = {file.name for file in folder.glob("[!.]*")}
-    if unlisted := sorted(found - {SUMS, *listed}):  # a list that was cut at a line end
+    if unlisted := sorted(found - {CHECKSUMS_FILE, *listed}):  # a list that was cut at a line end
         raise CheckpointError(f"{path} is damaged: it does not list {', '.join(unlisted)}. Use another checkpoint.")
     for name, sha256 in listed.items():
         file = folder / name
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing, though {SUMS} lists it.")
+            raise CheckpointError(f"{file} is missing, though {CHECKSUMS_FILE} lists it.")
         if sha256_file(file) != sha256:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 differs from {SUMS}. Use another checkpoint.")
+            raise CheckpointError(
+                f"{file} is damaged: its SHA-256 differs from {CHECKSUMS_FILE}. Use another checkpoint."
+            )
     return sha256_bytes(data)
 
 
-def listed_sums(data: bytes, where: str) -> dict[str, str]:
+def parse_checksums(data: bytes, where: str) -> dict[str, str]:
     """SHA-256 of each file that a list names. CheckpointError, with `where` it lies, unless it is such a list."""
     lines = re.findall(rb"^([0-9a-f]{64})  ([A-Za-z0-9_.]+)$", data, re.MULTILINE)
     if not lines or data != b"".join(b"%s  %s\n" % line for line in lines):
@@ -203,7 +205,7 @@ def _save(
             (partial / file).write_text(json.dumps(document, indent=1) + "\n")
         files = sorted((*tensor_files, *documents))
         sums = "".join(f"{sha256_file(partial / file)}  {file}\n" for file in files).encode()
-        (partial / SUMS).write_bytes(sums)
+        (partial / CHECKSUMS_FILE).write_bytes(sums)
     return sha256_bytes(sums)
 
 

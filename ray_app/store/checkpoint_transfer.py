@@ -14,29 +14,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ray_app.errors import CheckpointError
-from ray_app.store.atomic import sha256_file, staged_folder, writing
-from ray_app.store.checkpoint import SUMS, listed_sums, verify_folder
-from ray_app.store.filesystem import Disk, ObjectStore, place
+from ray_app.store.atomic import disk_errors, sha256_file, staged_folder
+from ray_app.store.checkpoint import CHECKSUMS_FILE, parse_checksums, verify_folder
+from ray_app.store.filesystem import LocalDir, RemoteDir, open_storage
 
 CHUNK_BYTES = 32 * 2**20
 """Of one request when a file is fetched."""
 
 
-def send_folder(folder: Path, there: ObjectStore, name: str) -> None:
+def upload_dir(folder: Path, there: RemoteDir, name: str) -> None:
     """Makes `name` below `there` what `folder` is; nothing is sent where it is so already."""
-    sums = (folder / SUMS).read_bytes()
+    sums = (folder / CHECKSUMS_FILE).read_bytes()
     before = _sums(there, name)
     if before == sums:
         return
     if before is not None:
-        there.delete(f"{name}/{SUMS}")
-    there.make(name)
-    for file in listed_sums(sums, str(folder / SUMS)):
+        there.delete(f"{name}/{CHECKSUMS_FILE}")
+    there.mkdir(name)
+    for file in parse_checksums(sums, str(folder / CHECKSUMS_FILE)):
         _send_file(folder / file, there, f"{name}/{file}")
-    there.write(f"{name}/{SUMS}", sums)
+    there.write(f"{name}/{CHECKSUMS_FILE}", sums)
 
 
-def fetch_folder(there: ObjectStore, name: str, folder: Path) -> Path:
+def download_dir(there: RemoteDir, name: str, folder: Path) -> Path:
     """`folder`, which is then what lies below `there` by this name ("": there itself).
 
     CheckpointError names the object that is missing or does not hold. What is in `folder` already is kept where it is
@@ -44,39 +44,42 @@ def fetch_folder(there: ObjectStore, name: str, folder: Path) -> Path:
     """
     sums = _sums(there, name)
     if sums is None:
-        raise CheckpointError(f"{_path(there, name)} is not a checkpoint: it has no {SUMS}.")
+        raise CheckpointError(f"{_path(there, name)} is not a checkpoint: it has no {CHECKSUMS_FILE}.")
     if folder.is_dir():
-        if (folder / SUMS).is_file() and (folder / SUMS).read_bytes() == sums:
+        if (folder / CHECKSUMS_FILE).is_file() and (folder / CHECKSUMS_FILE).read_bytes() == sums:
             verify_folder(folder)
             return folder
         shutil.rmtree(folder)
     with staged_folder(folder) as partial:
-        for file, sha256 in listed_sums(sums, _path(there, name, SUMS)).items():
+        for file, sha256 in parse_checksums(sums, _path(there, name, CHECKSUMS_FILE)).items():
             try:
-                with writing(partial), (partial / file).open("wb") as out:
+                with disk_errors(partial), (partial / file).open("wb") as out:
                     shutil.copyfileobj(there.open(f"{name}/{file}".lstrip("/")), out, CHUNK_BYTES)
             except FileNotFoundError as error:
-                raise CheckpointError(f"{_path(there, name, file)} is missing, though {SUMS} lists it.") from error
+                raise CheckpointError(
+                    f"{_path(there, name, file)} is missing, though {CHECKSUMS_FILE} lists it."
+                ) from error
             if sha256_file(partial / file) != sha256:
                 raise CheckpointError(
-                    f"{_path(there, name, file)} is damaged: its SHA-256 differs from {SUMS}. Use another checkpoint."
+                    f"{_path(there, name, file)} is damaged: its SHA-256 differs from {CHECKSUMS_FILE}. "
+                    "Use another checkpoint."
                 )
-        (partial / SUMS).write_bytes(sums)
+        (partial / CHECKSUMS_FILE).write_bytes(sums)
     return folder
 
 
 @contextmanager
 def local_folder(where: str) -> Iterator[Path]:
     """The checkpoint folder that a path or URI names; of one at a URI a verified copy, which goes with the block."""
-    there = place(where)
-    if isinstance(there, Disk):
+    there = open_storage(where)
+    if isinstance(there, LocalDir):
         yield there.path
-    elif isinstance(there, ObjectStore):
+    elif isinstance(there, RemoteDir):
         with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
-            yield fetch_folder(there, "", Path(scratch) / "checkpoint")
+            yield download_dir(there, "", Path(scratch) / "checkpoint")
 
 
-def _send_file(path: Path, there: ObjectStore, name: str) -> None:
+def _send_file(path: Path, there: RemoteDir, name: str) -> None:
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
             there.write(name, b"")
@@ -85,13 +88,13 @@ def _send_file(path: Path, there: ObjectStore, name: str) -> None:
             there.write(name, view)
 
 
-def _sums(there: ObjectStore, name: str) -> bytes | None:
+def _sums(there: RemoteDir, name: str) -> bytes | None:
     try:
-        return there.read(f"{name}/{SUMS}".lstrip("/"))
+        return there.read(f"{name}/{CHECKSUMS_FILE}".lstrip("/"))
     except FileNotFoundError:
         return None
 
 
-def _path(there: ObjectStore, *names: str) -> str:
+def _path(there: RemoteDir, *names: str) -> str:
     """For people."""
     return "/".join([str(there), *filter(None, names)])

@@ -27,12 +27,12 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ray_app.errors import ConfigError, StoreError
-from ray_app.store.atomic import make_folder, sha256_file, write_file, writing
+from ray_app.store.atomic import disk_errors, make_folder, sha256_file, write_file
 
 T = TypeVar("T")
 PATIENCE_S = 60.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 8.0
-HOPELESS = {
+NON_RETRYABLE = {
     "NO_SUCH_BUCKET": "Create the bucket, or name another.",
     "NoSuchBucket": "Create the bucket, or name another.",
     "not found": "Create the bucket, or name another.",
@@ -45,11 +45,11 @@ HOPELESS = {
 """What an object store says where trying again is of no use, and the way out."""
 
 
-Where: TypeAlias = "Place | Path | str"
+Where: TypeAlias = "StorageDir | Path | str"
 """What names a place."""
 
 
-class Place(ABC):
+class StorageDir(ABC):
     """A folder of files, each written at once or not at all. A file that is missing raises FileNotFoundError."""
 
     @abstractmethod
@@ -61,22 +61,22 @@ class Place(ABC):
         return f"{self}/{name}"
 
     @abstractmethod
-    def below(self, name: str) -> str:
+    def uri_of(self, name: str) -> str:
         """The path or URI of a file or folder in it, for commands."""
 
     @abstractmethod
-    def make(self, name: str = "") -> None:
+    def mkdir(self, name: str = "") -> None:
         """Makes the folder, or one in it, with those above it."""
 
     @abstractmethod
-    def names(self, folder: str = "") -> set[str]:
+    def listdir(self, folder: str = "") -> set[str]:
         """Files and folders in it, or in a folder of it. FileNotFoundError: there is none; NotADirectoryError: it is
         a file."""
 
     def exists(self) -> bool:
         """Whether there is such a folder."""
         try:
-            self.names()
+            self.listdir()
         except (FileNotFoundError, NotADirectoryError):
             return False
         return True
@@ -101,40 +101,40 @@ class Place(ABC):
     def delete(self, name: str) -> None:
         """Deletes a file, or a folder with all that is in it."""
 
-    def telling(self, tell: Callable[[str], None]) -> "Place":  # noqa: ARG002
+    def with_logger(self, tell: Callable[[str], None]) -> "StorageDir":  # noqa: ARG002
         """The same place; where it does not answer, and does again, `tell` gets a sentence."""
         return self
 
 
-def place(where: Where, patience_s: float = PATIENCE_S) -> Place:
+def open_storage(where: Where, patience_s: float = PATIENCE_S) -> StorageDir:
     """The place that a path or URI names. ConfigError: a URI that holds credentials, or has lost a slash."""
-    if isinstance(where, Place):
+    if isinstance(where, StorageDir):
         return where
     text = os.fspath(where)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
     if scheme is None:
-        return Disk(Path(text).absolute())  # tasks on a cluster start elsewhere
+        return LocalDir(Path(text).absolute())  # tasks on a cluster start elsewhere
     if not text.startswith("//", scheme.end() - 1):
         raise ConfigError(f"{text} has one slash behind '{scheme[1]}:'; a URI has two, as in s3://bucket/store")
     parts = urlsplit(text)
     if parts.scheme == "file":
-        return Disk(Path(unquote(parts.path)))
+        return LocalDir(Path(unquote(parts.path)))
     if "@" in parts.netloc:
         raise ConfigError(
             f"a URI with credentials in it would end up in logs and manifests; take {parts.scheme}://BUCKET/PATH "
             "and give them by the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or by a profile"
         )
-    return ObjectStore(text, patience_s)
+    return RemoteDir(text, patience_s)
 
 
 def absolute(where: str) -> str:
     """The same place by a name that holds from any folder."""
-    found = place(where)
-    return where if isinstance(found, ObjectStore) else str(found)
+    found = open_storage(where)
+    return where if isinstance(found, RemoteDir) else str(found)
 
 
 @dataclass(frozen=True, slots=True)
-class Disk(Place):
+class LocalDir(StorageDir):
     """A folder on a disk."""
 
     path: Path
@@ -143,14 +143,14 @@ class Disk(Place):
     def __str__(self) -> str:
         return str(self.path)
 
-    def below(self, name: str) -> str:
+    def uri_of(self, name: str) -> str:
         return str(self.path / name)
 
-    def make(self, name: str = "") -> None:
-        with writing(self.path):
+    def mkdir(self, name: str = "") -> None:
+        with disk_errors(self.path):
             make_folder(self.path / name)
 
-    def names(self, folder: str = "") -> set[str]:
+    def listdir(self, folder: str = "") -> set[str]:
         path = self.path / folder
         if not path.exists():  # also where it would lie below a file
             raise FileNotFoundError(path)
@@ -177,7 +177,7 @@ class Disk(Place):
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectStore(Place):
+class RemoteDir(StorageDir):
     """A prefix in an object store, or a folder of any other file system that pyarrow reaches by a URI.
 
     What goes wrong is tried again, after longer and longer waits, until `patience_s` is over; the file system's own
@@ -191,24 +191,24 @@ class ObjectStore(Place):
     tell: Callable[[str], None] = field(default=logging.getLogger(__name__).warning, compare=False)
     """Gets a sentence where it does not answer, and where it does again."""
 
-    def telling(self, tell: Callable[[str], None]) -> "ObjectStore":
+    def with_logger(self, tell: Callable[[str], None]) -> "RemoteDir":
         return replace(self, tell=tell)
 
-    def below(self, name: str) -> str:
+    def uri_of(self, name: str) -> str:
         path, mark, query = self.uri.partition("?")
         return f"{path.rstrip('/')}/{name}{mark}{query}"
 
     def __str__(self) -> str:
         return self.uri.partition("?")[0].rstrip("/")
 
-    def make(self, name: str = "") -> None:
+    def mkdir(self, name: str = "") -> None:
         def make(system: fs.FileSystem, root: str) -> None:
             if system.type_name not in ("s3", "gcs", "abfs"):  # those have no folders
                 system.create_dir(f"{root}/{name}", recursive=True)
 
-        self.answer(f"{self} cannot be made", make)
+        self.retry(f"{self} cannot be made", make)
 
-    def names(self, folder: str = "") -> set[str]:
+    def listdir(self, folder: str = "") -> set[str]:
         return set(self.sizes(folder))
 
     def sizes(self, folder: str = "") -> dict[str, int]:
@@ -218,17 +218,17 @@ class ObjectStore(Place):
             found = system.get_file_info(fs.FileSelector(f"{root}/{folder}".rstrip("/")))
             return {info.base_name: info.size or 0 for info in found}
 
-        return self.answer(f"{self.file(folder) if folder else self} cannot be listed", sizes)
+        return self.retry(f"{self.file(folder) if folder else self} cannot be listed", sizes)
 
     def read(self, name: str) -> bytes:
         def read(system: fs.FileSystem, root: str) -> bytes:
             with system.open_input_stream(f"{root}/{name}") as file:
                 return file.read()
 
-        return self.answer(f"{self.file(name)} cannot be read", read)
+        return self.retry(f"{self.file(name)} cannot be read", read)
 
-    def open(self, name: str) -> "Ranges":
-        return Ranges(self, name)
+    def open(self, name: str) -> "RangeReader":
+        return RangeReader(self, name)
 
     def sha256(self, name: str) -> str:
         return hashlib.sha256(self.read(name)).hexdigest()
@@ -238,7 +238,7 @@ class ObjectStore(Place):
             with system.open_output_stream(f"{root}/{name}") as file:
                 file.write(data)
 
-        self.answer(f"{self.file(name)} cannot be written", write)
+        self.retry(f"{self.file(name)} cannot be written", write)
 
     def delete(self, name: str) -> None:
         def delete(system: fs.FileSystem, root: str) -> None:
@@ -248,9 +248,9 @@ class ObjectStore(Place):
             elif info.type == fs.FileType.File:
                 system.delete_file(info.path)
 
-        self.answer(f"{self.file(name)} cannot be deleted", delete)
+        self.retry(f"{self.file(name)} cannot be deleted", delete)
 
-    def answer(self, what: str, ask: Callable[[fs.FileSystem, str], T]) -> T:
+    def retry(self, what: str, ask: Callable[[fs.FileSystem, str], T]) -> T:
         """What the store answers. `what` says what is in vain where it does not."""
         began, wait_s, tries = time.monotonic(), FIRST_WAIT_S, 1
         while True:
@@ -265,7 +265,7 @@ class ObjectStore(Place):
                 ) from error
             except OSError as error:
                 why, waited_s = _first_line(error), time.monotonic() - began
-                if remedy := next((remedy for code, remedy in HOPELESS.items() if code in why), ""):
+                if remedy := next((remedy for code, remedy in NON_RETRYABLE.items() if code in why), ""):
                     raise StoreError(f"{what}: {why}. {remedy}") from error
                 if waited_s + wait_s > self.patience_s:
                     raise StoreError(
@@ -284,15 +284,15 @@ class ObjectStore(Place):
             self.tell(f"{self} answers again, after {time.monotonic() - began:.1f} s")
 
 
-class Ranges(io.RawIOBase):
+class RangeReader(io.RawIOBase):
     """An object's bytes as a file to seek in: each read asks the store, and asks again where that fails."""
 
-    def __init__(self, store: ObjectStore, name: str) -> None:
+    def __init__(self, store: RemoteDir, name: str) -> None:
         def opened(system: fs.FileSystem, root: str) -> pa.NativeFile:
             return system.open_input_file(f"{root}/{name}")
 
         self._store, self._what, self._at = store, f"{store.file(name)} cannot be read", 0
-        self._file = store.answer(self._what, opened)
+        self._file = store.retry(self._what, opened)
         self._size: int = self._file.size()
 
     def readable(self) -> bool:
@@ -311,7 +311,7 @@ class Ranges(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = max(self._size - self._at, 0)
         count = left if size < 0 else min(size, left)
-        data = self._store.answer(self._what, lambda *_: self._file.read_at(count, self._at)) if count else b""
+        data = self._store.retry(self._what, lambda *_: self._file.read_at(count, self._at)) if count else b""
         self._at += len(data)
         return data
 

@@ -45,10 +45,10 @@ def golden_answers(adapter: Adapter, event: FeatureSpec) -> dict[str, Tensor]:
         event_GE = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     else:
         event_GE = (2 * torch.rand(shape, generator=generator) - 1).to(getattr(torch, event.dtype))
-    return {"event": event_GE, "aligned": answers(adapter, event_GE, event.scale)}
+    return {"event": event_GE, "aligned": run_golden(adapter, event_GE, event.scale)}
 
 
-def answers(adapter: Adapter, event_GE: Tensor, scale: float) -> Tensor:
+def run_golden(adapter: Adapter, event_GE: Tensor, scale: float) -> Tensor:
     """What the adapter makes of stored inputs, in fp32 whatever surrounds the call, without a gradient."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return adapter(event_GE.to(torch.float32) * scale)

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from ray_app.config.base import Config
 from ray_app.errors import StoreError
 from ray_app.store.atomic import sha256_bytes
-from ray_app.store.filesystem import Place, Where, place
+from ray_app.store.filesystem import StorageDir, Where, open_storage
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
@@ -128,14 +128,14 @@ class Manifest(Config):
         bare = self.model_copy(update={"checksum": ""})
         return self.model_copy(update={"checksum": sha256_bytes(_dump(bare))})
 
-    def write(self, folder: Place) -> None:
+    def write(self, folder: StorageDir) -> None:
         """Makes the folder a store."""
         folder.write(MANIFEST, _dump(self.sealed()))
 
     @staticmethod
     def read(where: Where) -> "Manifest":
         """The folder's manifest. StoreError where there is none, or where a single byte of it has changed."""
-        folder = place(where)
+        folder = open_storage(where)
         path = folder.file(MANIFEST)
         try:
             data = folder.read(MANIFEST)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ray_app.errors import StoreError
 from ray_app.store.atomic import sha256_bytes
-from ray_app.store.filesystem import Place, Where, place
+from ray_app.store.filesystem import StorageDir, Where, open_storage
 from ray_app.store.manifest import (
     MANIFEST,
     QUARANTINE,
@@ -105,7 +105,7 @@ class PairIndex:
 class PairStore:
     """An opened store. Positions in `index` are what splits, readers and metrics call rows."""
 
-    folder: Place
+    folder: StorageDir
     """Where it lies."""
     manifest: Manifest
     """What it says of itself."""
@@ -118,7 +118,7 @@ class PairStore:
 
         StoreError: not a store, damaged, or a duration that it does not have.
         """
-        folder = place(where)
+        folder = open_storage(where)
         manifest = Manifest.read(folder)
         verify_file(folder, manifest.quarantine)  # small, and read by people alone
         if unknown := set(durations) - set(manifest.durations):
@@ -195,7 +195,7 @@ def write_part(folder: Where, name: str, pairs: Sequence[Pair], features: Featur
         ]
     )
     columns = [[getattr(pair, field.name) for pair in pairs] for field in schema]
-    return write_table(place(folder), name, pa.table(columns, schema=schema))
+    return write_table(open_storage(folder), name, pa.table(columns, schema=schema))
 
 
 def column_type(spec: FeatureSpec) -> pa.DataType:
@@ -213,7 +213,7 @@ def check_length(feature: bytes, spec: FeatureSpec, what: str) -> None:
         raise StoreError(f"{what} has {tokens} tokens, the store's limit is {limit}: cut it, or raise the limit")
 
 
-def write_table(folder: Place, name: str, table: pa.Table) -> PartRecord:
+def write_table(folder: StorageDir, name: str, table: pa.Table) -> PartRecord:
     """Writes a table that has the columns of a part."""
     buffer = io.BytesIO()
     pq.write_table(
@@ -231,7 +231,7 @@ def write_table(folder: Place, name: str, table: pa.Table) -> PartRecord:
     return PartRecord(name=name, bytes=len(data), sha256=sha256_bytes(data), pairs=table.num_rows)
 
 
-def read_part(folder: Place, record: PartRecord) -> pa.Table:
+def read_part(folder: StorageDir, record: PartRecord) -> pa.Table:
     """One Parquet file with all its columns. Its SHA-256 is taken of the very bytes that are decoded."""
     path = folder.file(record.name)
     try:
@@ -243,7 +243,7 @@ def read_part(folder: Place, record: PartRecord) -> pa.Table:
     return _parse(path, pa.BufferReader(data), None)
 
 
-def read_index(folder: Place, record: PartRecord) -> pa.Table:
+def read_index(folder: StorageDir, record: PartRecord) -> pa.Table:
     """The columns of one Parquet file that are not features, under page checksums alone."""
     path = folder.file(record.name)
     try:
@@ -255,7 +255,7 @@ def read_index(folder: Place, record: PartRecord) -> pa.Table:
     return table
 
 
-def verify_file(folder: Place, record: FileRecord) -> None:
+def verify_file(folder: StorageDir, record: FileRecord) -> None:
     """StoreError unless the file has the bytes it was written with."""
     path = folder.file(record.name)
     try:
@@ -311,7 +311,7 @@ def publish(
 
     `durations` names window lengths in microseconds; those that occur go into the manifest.
     """
-    folder = place(where)
+    folder = open_storage(where)
     parts = sorted(parts, key=lambda part: part.name)
     index = pa.concat_tables([read_index(folder, part) for part in parts])
     lengths_us = np.unique(index["t_end_us"].to_numpy() - index["t_start_us"].to_numpy()).tolist()

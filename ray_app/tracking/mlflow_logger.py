@@ -20,9 +20,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ray_app.config.base import TrackingFlags
 from ray_app.errors import ConfigError, StoreError
-from ray_app.runs.event_log import JOURNAL, entries, follow
+from ray_app.runs.event_log import JOURNAL, entries, tail
 from ray_app.store.atomic import write_file
-from ray_app.store.checkpoint import SUMS
+from ray_app.store.checkpoint import CHECKSUMS_FILE
 
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 """What a tracking server that is away, slow or broken shows itself as; the errors of requests are OSErrors."""
@@ -54,7 +54,7 @@ def tracking_uri(cfg: TrackingFlags) -> str:
     return uri
 
 
-def shown(text: str) -> str:
+def redact_password(text: str) -> str:
     """A tracking URI, or a text with one, without its password."""
     return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
 
@@ -97,9 +97,9 @@ class Tracker:
         self._thread = threading.Thread(target=self._carry, name="tracking", daemon=True)
         self._thread.start()
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Which run at which server, and where its artifacts are; None of what is not known."""
-        return {"mlflow_run_id": self.run_id, "tracking_uri": shown(self._uri), "artifacts": self.artifacts}
+        return {"mlflow_run_id": self.run_id, "tracking_uri": redact_password(self._uri), "artifacts": self.artifacts}
 
     def close(self) -> bool:
         """Carries the rest, the artifacts and the run's end. Whether the server holds all of the journal."""
@@ -110,12 +110,12 @@ class Tracker:
         return self._arrived
 
     def _carry(self) -> None:
-        for earlier in unsynced(self._run.parent):
+        for earlier in pending_runs(self._run.parent):
             if earlier != self._run and not self._attempt(partial(sync_run, earlier, self._uri)):
                 break  # the server is away: this run comes first
-        for lines in follow(self._run, self._stop):
+        for lines in tail(self._run, self._stop):
             for line in lines:
-                self._pending += points(line)
+                self._pending += to_metrics(line)
             if self._pending and time.monotonic() >= self._next_try:
                 self._next_try = time.monotonic() + FLUSH_S
                 self._attempt(self._flush)
@@ -128,7 +128,7 @@ class Tracker:
     def _flush(self) -> None:
         client = self._client = self._client or MlflowClient(self._uri)
         if self.run_id is None:
-            self.run_id = tracked_run(client, self._uri, self._name, entries(self._run))
+            self.run_id = get_or_create_run(client, self._uri, self._name, entries(self._run))
         while self._pending:
             client.log_batch(self.run_id, metrics=self._pending[:BATCH])
             del self._pending[:BATCH]
@@ -142,7 +142,7 @@ class Tracker:
         try:
             action()
         except (*TRACKING_ERRORS, StoreError) as error:
-            self._tell(shown((str(error) or type(error).__name__).splitlines()[0])[:200])
+            self._tell(redact_password((str(error) or type(error).__name__).splitlines()[0])[:200])
             self._next_try = time.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
             return False
@@ -153,13 +153,13 @@ class Tracker:
         if not self._told:
             self._told = True
             print(
-                f"tracking: {shown(self._uri)} does not answer ({reason}); the run goes on, its {JOURNAL} keeps all, "
-                f"and `ray-app sync {self._name}` carries it over later",
+                f"tracking: {redact_password(self._uri)} does not answer ({reason}); "
+                f"the run goes on, its {JOURNAL} keeps all, and `ray-app sync {self._name}` carries it over later",
                 file=sys.stderr,
             )
 
 
-def tracked_run(client: MlflowClient, uri: str, name: str, lines: list[dict[str, Any]]) -> str:
+def get_or_create_run(client: MlflowClient, uri: str, name: str, lines: list[dict[str, Any]]) -> str:
     """Id of the MLflow run of a journal: found by its key, else made. Its parameters and tags are brought over.
 
     `name`: where the run lies."""
@@ -202,21 +202,23 @@ def sync_run(run: Path, uri: str, name: str = "") -> dict[str, Any]:
     if not any(line["kind"] == "start" for line in lines):
         raise StoreError(f"{run} holds a {JOURNAL} without a start: nothing is known of the run")
     client = MlflowClient(uri)
-    run_id = tracked_run(client, uri, name or str(run), lines)
-    wanted = Counter(identity(point) for line in lines for point in points(line))
-    absent = wanted - served(client, run_id, wanted)
+    run_id = get_or_create_run(client, uri, name or str(run), lines)
+    wanted = Counter(identity(point) for line in lines for point in to_metrics(line))
+    absent = wanted - logged_metrics(client, run_id, wanted)
     rest = [Metric(key, value, at_ms, step) for key, step, at_ms, value in absent.elements()]
     for first in range(0, len(rest), BATCH):
         client.log_batch(run_id, metrics=rest[first : first + BATCH])
-    there, info = served(client, run_id, wanted), client.get_run(run_id).info
+    there, info = logged_metrics(client, run_id, wanted), client.get_run(run_id).info
     if lines[-1]["kind"] == "end":
         if lines[-1]["artifacts"]:
-            bring_artifacts(client, run_id, run / lines[-1]["artifacts"])
+            upload_artifacts(client, run_id, run / lines[-1]["artifacts"])
         if info.status != lines[-1]["status"]:
             client.set_terminated(run_id, lines[-1]["status"])
     missing = (wanted - there).total()
     if not missing:
-        write_file(run / SYNCED, json.dumps({"bytes": size, "uri": shown(uri), "mlflow_run_id": run_id}).encode())
+        write_file(
+            run / SYNCED, json.dumps({"bytes": size, "uri": redact_password(uri), "mlflow_run_id": run_id}).encode()
+        )
     return {
         "run": name or str(run),
         "mlflow_run_id": run_id,
@@ -237,21 +239,21 @@ def identity(point: Metric) -> Identity:
     return point.key, point.step, point.timestamp, point.value
 
 
-def served(client: MlflowClient, run_id: str, wanted: Counter[Identity]) -> Counter[Identity]:
+def logged_metrics(client: MlflowClient, run_id: str, wanted: Counter[Identity]) -> Counter[Identity]:
     """The points that the server holds under the names of the wanted ones."""
     names = sorted({key for key, *_ in wanted} & set(client.get_run(run_id).data.metrics))
     return Counter(identity(point) for name in names for point in client.get_metric_history(run_id, name))
 
 
-def bring_artifacts(client: MlflowClient, run_id: str, folder: Path) -> None:
+def upload_artifacts(client: MlflowClient, run_id: str, folder: Path) -> None:
     """Copies a checkpoint as artifact `checkpoint`, its list of checksums last; one that is there already stays."""
-    if any(Path(item.path).name == SUMS for item in client.list_artifacts(run_id, ARTIFACTS)):
+    if any(Path(item.path).name == CHECKSUMS_FILE for item in client.list_artifacts(run_id, ARTIFACTS)):
         return
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name == SUMS, path.name)):
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == CHECKSUMS_FILE, path.name)):
         client.log_artifact(run_id, str(path), ARTIFACTS)
 
 
-def unsynced(folder: Path) -> list[Path]:
+def pending_runs(folder: Path) -> list[Path]:
     """Run folders in `folder` that have ended, and whose journal the server was not seen to hold."""
     found = []
     for path in sorted(folder.glob(f"*/{JOURNAL}")):
@@ -264,7 +266,7 @@ def unsynced(folder: Path) -> list[Path]:
     return found
 
 
-def points(line: Mapping[str, Any]) -> list[Metric]:
+def to_metrics(line: Mapping[str, Any]) -> list[Metric]:
     """The metrics of one journal line: every number of a step, a validation or an epoch, at its optimizer step.
 
     Of a sweep's journal: what each trial ended with, at the trial's number.

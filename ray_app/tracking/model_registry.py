@@ -13,10 +13,17 @@ from ray_app.config.base import MODEL_URI, TrackingFlags
 from ray_app.errors import CheckpointError, RegistryError
 from ray_app.runs.run_dir import RUN, best_name
 from ray_app.store.atomic import sha256_file
-from ray_app.store.checkpoint import SUMS, Checkpoint, verify_folder
+from ray_app.store.checkpoint import CHECKSUMS_FILE, Checkpoint, verify_folder
 from ray_app.store.checkpoint_transfer import local_folder
-from ray_app.store.filesystem import place
-from ray_app.tracking.mlflow_logger import ARTIFACTS, TRACKING_ERRORS, experiment_id, run_of_key, shown, tracking_uri
+from ray_app.store.filesystem import open_storage
+from ray_app.tracking.mlflow_logger import (
+    ARTIFACTS,
+    TRACKING_ERRORS,
+    experiment_id,
+    redact_password,
+    run_of_key,
+    tracking_uri,
+)
 
 
 @contextmanager
@@ -48,9 +55,9 @@ def checkpoint_folder(checkpoint: str, cfg: TrackingFlags) -> Iterator[Path]:
 
 def best_of_run(where: str) -> str:
     """The place of a run's best checkpoint; any other as it is. CheckpointError: nothing is there."""
-    there = place(where)
+    there = open_storage(where)
     try:
-        names = there.names()
+        names = there.listdir()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{there} is not a folder; name a checkpoint, or the folder of a run.") from error
     if RUN not in names:
@@ -58,7 +65,7 @@ def best_of_run(where: str) -> str:
     best = best_name(there)
     if best is None:
         raise CheckpointError(f"{there} is a run without a finished epoch: it has no checkpoint yet.")
-    return there.below(best)
+    return there.uri_of(best)
 
 
 @contextmanager
@@ -78,8 +85,8 @@ def registry_errors(cfg: TrackingFlags) -> Iterator[None]:
         yield
     except TRACKING_ERRORS as error:
         raise RegistryError(
-            f"{shown(str(error).splitlines()[0])} (tracking server: {shown(tracking_uri(cfg))}; --tracking-uri "
-            "chooses another)"
+            f"{redact_password(str(error).splitlines()[0])} "
+            f"(tracking server: {redact_password(tracking_uri(cfg))}; --tracking-uri chooses another)"
         ) from error
 
 
@@ -94,12 +101,12 @@ def version_of(client: MlflowClient, model: str, model_sha256: str) -> ModelVers
     return next(same, None)
 
 
-def uploaded(cfg: TrackingFlags, client: MlflowClient, checkpoint: Checkpoint) -> str:
+def ensure_uploaded(cfg: TrackingFlags, client: MlflowClient, checkpoint: Checkpoint) -> str:
     """The run whose artifacts are this checkpoint, made where there is none.
 
     RegistryError if what comes back from there is not what was sent.
     """
-    run_id = run_that_holds(client, checkpoint)
+    run_id = find_source_run(client, checkpoint)
     if run_id is None:
         name = f"promote-{checkpoint.sha256[:10]}"
         run_id = str(client.create_run(experiment_id(client, cfg), run_name=name).info.run_id)
@@ -122,7 +129,7 @@ def all_experiments(client: MlflowClient) -> list[str]:
     return [experiment.experiment_id for experiment in client.search_experiments()]
 
 
-def run_that_holds(client: MlflowClient, checkpoint: Checkpoint) -> str | None:
+def find_source_run(client: MlflowClient, checkpoint: Checkpoint) -> str | None:
     """The checkpoint's own run, if this server knows it and its artifacts are this very checkpoint."""
     key = checkpoint.provenance.get("run_key")
     run_id = run_of_key(client, key, all_experiments(client)) if key else None
@@ -130,7 +137,7 @@ def run_that_holds(client: MlflowClient, checkpoint: Checkpoint) -> str | None:
         return None
     with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
         try:
-            sums = client.download_artifacts(run_id, f"{ARTIFACTS}/{SUMS}", scratch)
+            sums = client.download_artifacts(run_id, f"{ARTIFACTS}/{CHECKSUMS_FILE}", scratch)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..observability.tracing import Tracing
-from ..protocol.errors import PROBLEM_JSON, Problem
-from ..protocol.request_context import Call
-from ..replica_state import Endpoint
+from ..protocol.errors import PROBLEM_JSON, ApiError
+from ..protocol.request_context import RequestContext
+from ..replica_state import ReplicaState
 
 LOG = logging.getLogger("ray.serve")
 OPEN = {"/", "/openapi.json", "/v2/health/live", "/v2/health/ready"}
@@ -29,19 +29,19 @@ REFUSALS_S = 1.0
 """A flood fills no log: in so much time one refusal for a full queue has a line, with how many there were."""
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
-Infer = Callable[[Endpoint, Call, Receive], Awaitable[tuple[list[tuple[bytes, bytes]], list[bytes]]]]
+Infer = Callable[[ReplicaState, RequestContext, Receive], Awaitable[tuple[list[tuple[bytes, bytes]], list[bytes]]]]
 
 
-class Edge:
+class AsgiApp:
     """Between Ray Serve and the routes."""
 
-    def __init__(self, endpoint: Endpoint, infer: Infer, api: ASGIApp, tracing: Tracing) -> None:
+    def __init__(self, endpoint: ReplicaState, infer: Infer, api: ASGIApp, tracing: Tracing) -> None:
         self._endpoint, self._infer, self._api, self._tracing = endpoint, infer, api, tracing
         self._refused, self._refusals_told = 0, 0.0
 
     def way(self, scope: Scope) -> Literal["ray", "short", "refused"]:
         """How an HTTP request is answered: through Ray, past it, or at once, for the queue is full."""
-        if scope["method"] != "POST" or (call := Call.of(scope)).route not in QUEUED:
+        if scope["method"] != "POST" or (call := RequestContext.of(scope)).route not in QUEUED:
             return "ray"
         scope["ray_app.call"] = call
         if self._endpoint.batcher.full():
@@ -52,16 +52,18 @@ class Edge:
         if scope["type"] != "http":
             await self._api(scope, receive, send)
             return
-        call = scope["ray_app.call"] if "ray_app.way" in scope else Call.of(scope)  # Ray names what it handles
+        call = (
+            scope["ray_app.call"] if "ray_app.way" in scope else RequestContext.of(scope)
+        )  # Ray names what it handles
         named = bool(call.request_id) and "ray_app.way" not in scope
         call.request_id = call.request_id or f"{random.getrandbits(128):032x}"
         scope["ray_app.call"], scope["ray_app.endpoint"] = call, self._endpoint
-        answer = Answering(call, send, ray_names_requests=named)
+        answer = ResponseSender(call, send, ray_names_requests=named)
         self._endpoint.telemetry.in_flight += 1
         try:
             with self._tracing.request(call):
                 await self._routed(call, scope, receive, answer)
-        except Problem as problem:
+        except ApiError as problem:
             await answer.problem(problem)
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is None or task.cancelling():
@@ -75,14 +77,14 @@ class Edge:
             self._endpoint.telemetry.in_flight -= 1
             self._tell(call, answer.code or 499)
 
-    async def _routed(self, call: Call, scope: Scope, receive: Receive, answer: "Answering") -> None:
+    async def _routed(self, call: RequestContext, scope: Scope, receive: Receive, answer: "ResponseSender") -> None:
         if call.path not in OPEN:
             scope_needed = "admin" if call.path in ADMIN else "infer"
             call.token = self._endpoint.keys.check(call.headers.get(b"authorization"), scope_needed)
         if self._endpoint.keys.path is None and not self._endpoint.cfg.open_access:
             require_local(call)
         if scope.get("ray_app.way") == "refused":  # its body is gone, though there may be room again
-            raise self._endpoint.batcher.busy()
+            raise self._endpoint.batcher.queue_full_error()
         receive = in_time(receive, call, self._endpoint.cfg.timeout_s)
         if call.method == "POST" and call.route == INFER:
             headers, parts = await self._infer(self._endpoint, call, receive)
@@ -92,7 +94,7 @@ class Edge:
                 scope = {**scope, "method": "GET"}
             await self._api(scope, receive, answer.send)
 
-    def _tell(self, call: Call, code: int) -> None:
+    def _tell(self, call: RequestContext, code: int) -> None:
         seconds = time.perf_counter() - call.began
         telemetry = self._endpoint.telemetry
         telemetry.request(call.route, call.method, code, call.version, seconds, call.pairs)
@@ -120,10 +122,10 @@ class Edge:
         LOG.log(logging.WARNING if code >= 500 else logging.INFO, json.dumps(line))
 
 
-class Answering:
+class ResponseSender:
     """The way back: adds what every answer bears, and remembers its code."""
 
-    def __init__(self, call: Call, send: Send, ray_names_requests: bool) -> None:
+    def __init__(self, call: RequestContext, send: Send, ray_names_requests: bool) -> None:
         self._call, self._send, self._named = call, send, ray_names_requests
         self.code = 0
 
@@ -144,7 +146,7 @@ class Answering:
             await self._send({"type": "http.response.body", "body": part, "more_body": True})
         await self._send({"type": "http.response.body", "body": parts[-1]})
 
-    async def problem(self, problem: Problem) -> None:
+    async def problem(self, problem: ApiError) -> None:
         """An answer that says what is wrong."""
         if self.code:
             raise problem
@@ -167,7 +169,7 @@ class Answering:
         return headers
 
 
-def in_time(receive: Receive, call: Call, longest_s: float) -> Receive:
+def in_time(receive: Receive, call: RequestContext, longest_s: float) -> Receive:
     """The same, but Problem 504 where a body does not arrive in its request's time: who sends a byte now and then
     would hold a place for as long as he likes."""
 
@@ -177,27 +179,27 @@ def in_time(receive: Receive, call: Call, longest_s: float) -> Receive:
                 return await receive()
         except TimeoutError:
             detail = "the body did not arrive in the time of the request; grant more time, or send fewer pairs."
-            raise Problem(504, "deadline", detail) from None
+            raise ApiError(504, "deadline", detail) from None
 
     return bounded
 
 
-def defect(call: Call) -> Problem:
+def defect(call: RequestContext) -> ApiError:
     """500: what happened stands in the log, not in the answer."""
     detail = f"a defect of ours; the server's log tells more under request {call.request_id}."
-    return Problem(500, "internal", detail)
+    return ApiError(500, "internal", detail)
 
 
-def require_local(call: Call) -> None:
+def require_local(call: RequestContext) -> None:
     """Problem 403 where a page of another site asks: without tokens, a browser on this machine could be made to."""
     host = call.headers.get(b"host", b"localhost").decode("latin-1").rpartition(":")
     name = host[0] if host[0] and host[2].isdigit() else "".join(host)
     if name.lower() not in LOCAL and not name.startswith("127."):
-        raise Problem(
+        raise ApiError(
             403, "forbidden", "this endpoint asks for no token and answers only as localhost; serve it with --tokens."
         )
     if call.headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
-        raise Problem(403, "forbidden", "another site's page may not use this endpoint; serve it with --tokens.")
+        raise ApiError(403, "forbidden", "another site's page may not use this endpoint; serve it with --tokens.")
 
 
 def headers_of(values: dict[str, Any]) -> list[tuple[bytes, bytes]]:

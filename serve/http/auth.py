@@ -14,11 +14,11 @@ from pathlib import Path
 
 from ray_app.errors import ConfigError
 
-from ..protocol.errors import Problem
+from ..protocol.errors import ApiError
 
 SCOPES = ("infer", "admin")
 LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64}):(?P<scopes>[a-z,]+):(?P<sha256>[0-9a-f]{64})")
-LOOK_S = 1.0
+POLL_INTERVAL_S = 1.0
 """Between two looks at the file."""
 
 
@@ -60,7 +60,7 @@ def read_tokens(path: Path) -> list[Token]:
     return tokens
 
 
-class Keys:
+class TokenStore:
     """The tokens that are valid now. A file that became unreadable changes nothing."""
 
     def __init__(self, path: Path | None) -> None:
@@ -82,19 +82,19 @@ class Keys:
             if hmac.compare_digest(token.sha256, digest):
                 found = token
         if found is None or kind.lower() != b"bearer":
-            raise Problem(
+            raise ApiError(
                 401,
                 "unauthorized",
                 "a valid token is needed: send the header `Authorization: Bearer TOKEN`.",
                 {"www-authenticate": "Bearer"},
             )
         if scope not in found.scopes:
-            raise Problem(403, "forbidden", f"the token '{found.name}' may not do this; that takes scope '{scope}'.")
+            raise ApiError(403, "forbidden", f"the token '{found.name}' may not do this; that takes scope '{scope}'.")
         return found.name
 
     def _refresh(self) -> None:
         now = time.monotonic()
-        if now - self._looked < LOOK_S:
+        if now - self._looked < POLL_INTERVAL_S:
             return
         self._looked = now
         stamp = self._look()

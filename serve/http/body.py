@@ -5,11 +5,11 @@ from collections.abc import AsyncIterator, Mapping
 
 from starlette.types import Receive
 
-from ..protocol.errors import Problem
+from ..protocol.errors import ApiError
 
 ALIGN = 64
 """Raw tensors begin at a multiple of so many bytes from the start of the buffer: a cache line."""
-SWALLOW = 4
+DRAIN_FACTOR = 4
 """So many times the limit are still read and dropped, so that a caller that is sending hears the answer."""
 WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
@@ -21,12 +21,14 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
     """
     encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
     if encoding not in ("identity", "", *WINDOW_BITS):
-        raise Problem(415, "encoding", f"Content-Encoding '{encoding[:40]}' is not understood; send gzip or deflate.")
+        raise ApiError(
+            415, "encoding", f"Content-Encoding '{encoding[:40]}' is not understood; send gzip or deflate."
+        )
     parts = chunks(receive)
     declared = headers.get(b"content-length")
     size = int(declared) if declared is not None and declared.isdigit() else None
     if size is not None and size > limit:
-        await swallow(parts, SWALLOW * limit)
+        await drain(parts, DRAIN_FACTOR * limit)
         raise too_large(f"{size:,}", limit)
     pad = -raw_at % ALIGN
     if encoding in WINDOW_BITS:
@@ -35,7 +37,7 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
     end = pad
     async for chunk in parts:
         if end + len(chunk) - pad > limit:
-            await swallow(parts, SWALLOW * limit)
+            await drain(parts, DRAIN_FACTOR * limit)
             raise too_large(f"more than {limit:,}", limit)
         buffer[end : end + len(chunk)] = chunk
         end += len(chunk)
@@ -48,19 +50,19 @@ async def chunks(receive: Receive) -> AsyncIterator[bytes]:
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Problem(400, "disconnected", "the body ended before its Content-Length; send it again.")
+            raise ApiError(400, "disconnected", "the body ended before its Content-Length; send it again.")
         more = message.get("more_body", False)
         if chunk := message.get("body", b""):
             yield chunk
 
 
-async def gone(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
     """Ends when the caller goes away. Asked after the whole body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def swallow(parts: AsyncIterator[bytes], most: int) -> None:
+async def drain(parts: AsyncIterator[bytes], most: int) -> None:
     """Reads on and keeps nothing, up to `most` bytes."""
     async for chunk in parts:
         most -= len(chunk)
@@ -77,19 +79,19 @@ async def _inflated(parts: AsyncIterator[bytes], window_bits: int, limit: int, p
             while data:
                 buffer += inflater.decompress(data, limit + pad - len(buffer) + 1)
                 if len(buffer) - pad > limit:
-                    await swallow(parts, SWALLOW * limit)
+                    await drain(parts, DRAIN_FACTOR * limit)
                     raise too_large(f"more than {limit:,} when inflated", limit)
                 data = inflater.unconsumed_tail
     except zlib.error as error:
-        raise Problem(400, "encoding", f"the compressed body is damaged ({error}); send it again.") from error
+        raise ApiError(400, "encoding", f"the compressed body is damaged ({error}); send it again.") from error
     if not inflater.eof:
-        raise Problem(400, "encoding", "the compressed body ends too early; send it again.")
+        raise ApiError(400, "encoding", "the compressed body ends too early; send it again.")
     return memoryview(buffer)[pad:]
 
 
-def too_large(found: str, limit: int) -> Problem:
+def too_large(found: str, limit: int) -> ApiError:
     """413 with both numbers."""
-    return Problem(
+    return ApiError(
         413,
         "too_large",
         f"the body has {found} bytes, the limit is {limit:,}; send fewer pairs at a time, or UINT8 instead of FP32.",

@@ -6,11 +6,11 @@ HAProxy reads the file whenever a replica comes or goes, so the first replica wr
 from http import HTTPStatus
 from pathlib import Path
 
-from ..protocol.errors import PROBLEM_JSON, Problem
+from ..protocol.errors import PROBLEM_JSON, ApiError
 
 NAME = "500.http"
 """Beside HAProxy's configuration; Ray lets it stand for 502, 503 and 504."""
-MISSING = Problem(503, "not_ready", "no replica answers at this moment; ask again.", {"retry-after": "1"})
+MISSING = ApiError(503, "not_ready", "no replica answers at this moment; ask again.", {"retry-after": "1"})
 
 
 def page() -> bytes:

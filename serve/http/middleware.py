@@ -20,13 +20,13 @@ from ..protocol.request_context import SAFE
 from .accept import accept_often
 
 if TYPE_CHECKING:
-    from .asgi import Edge
+    from .asgi import AsgiApp
 
 
-class Gate:
+class BypassMiddleware:
     """Around one replica's HTTP server; around Ray's Python proxy it lets everything through."""
 
-    edge: ClassVar[Edge | None] = None
+    edge: ClassVar[AsgiApp | None] = None
     """Of this process, from when its replica stands."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -34,7 +34,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope = plain(scope)
-        edge = Gate.edge
+        edge = BypassMiddleware.edge
         way = edge.way(scope) if edge and scope["type"] == "http" else "ray"
         if edge is None or way == "ray":
             await self._app(scope, receive, send)
@@ -64,4 +64,4 @@ async def empty() -> Message:
 def middlewares() -> list[Middleware]:
     """As Ray asks for them, in a replica before its HTTP server starts."""
     accept_often()
-    return [Middleware(Gate)]
+    return [Middleware(BypassMiddleware)]

@@ -11,9 +11,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from ..observability.stats import summed
-from ..protocol.errors import PROBLEM_JSON, Problem
+from ..protocol.errors import PROBLEM_JSON, ApiError
 from ..protocol.schemas import AlignRequest, VerifyRequest
-from ..replica_state import Endpoint
+from ..replica_state import ReplicaState
 from . import v1, v2
 from .asgi import defect
 from .openapi import MODEL_PATHS, document, named, problems, takes
@@ -30,7 +30,7 @@ Broadcast = Callable[[str], Awaitable[list[Any]]]
 """Calls a method on every replica."""
 
 
-def build_api(endpoint: Endpoint, broadcast: Broadcast) -> FastAPI:
+def build_api(endpoint: ReplicaState, broadcast: Broadcast) -> FastAPI:
     """The routes over an endpoint."""
 
     @asynccontextmanager
@@ -55,9 +55,9 @@ def build_api(endpoint: Endpoint, broadcast: Broadcast) -> FastAPI:
         outcomes = await broadcast("reload")
         about = endpoint.about()
         if "refused" in outcomes and about["refused"]:
-            raise Problem(409, "refused", f"version {about['refused']['version']}: {about['refused']['reason']}")
+            raise ApiError(409, "refused", f"version {about['refused']['version']}: {about['refused']['reason']}")
         if "unreachable" in outcomes:
-            raise Problem(503, "unreachable", f"the registry does not answer: {about['watch']['last_error']}")
+            raise ApiError(503, "unreachable", f"the registry does not answer: {about['watch']['last_error']}")
         action = "swapped" if "swapped" in outcomes else "unchanged"
         return JSONResponse(
             {"action": action, "version": about["version"], "digest": about["digest"], "replicas": outcomes}
@@ -71,12 +71,12 @@ def build_api(endpoint: Endpoint, broadcast: Broadcast) -> FastAPI:
     async def stats(_: Request) -> Response:
         """Live numbers of all replicas."""
         parts = await broadcast("snapshot")
-        return JSONResponse(summed(parts, endpoint.model.judged, endpoint.model.identity.digest))
+        return JSONResponse(summed(parts, endpoint.model.evaluation_record, endpoint.model.identity.digest))
 
     async def console(_: Request) -> Response:
         """The page."""
         if not CONSOLE.is_file():
-            raise Problem(404, "not_found", f"{CONSOLE} is not there; /openapi.json tells what is.")
+            raise ApiError(404, "not_found", f"{CONSOLE} is not there; /openapi.json tells what is.")
         return HTMLResponse(
             CONSOLE.read_bytes(), headers={"content-security-policy": CSP, "cache-control": "no-cache"}
         )
@@ -101,7 +101,7 @@ def build_api(endpoint: Endpoint, broadcast: Broadcast) -> FastAPI:
         more: dict[str, Any] = {"response_model": None, "openapi_extra": named(path)}
         add(path, v2.model_metadata, methods=["GET"], responses=problems(401, 403, 404), **more)
         add(f"{path}/ready", v2.model_ready, methods=["GET"], responses=problems(401, 403, 404, 503), **more)
-    app.add_exception_handler(Problem, answer_problem)
+    app.add_exception_handler(ApiError, answer_problem)
     app.add_exception_handler(StarletteHTTPException, answer_http)
     app.add_exception_handler(Exception, answer_defect)
     return app
@@ -109,7 +109,7 @@ def build_api(endpoint: Endpoint, broadcast: Broadcast) -> FastAPI:
 
 async def answer_problem(request: Request, problem: Exception) -> Response:
     """As the edge does."""
-    assert isinstance(problem, Problem)
+    assert isinstance(problem, ApiError)
     call = request.scope["ray_app.call"]
     call.problem = problem.code
     return Response(problem.body(call.request_id), problem.status, problem.headers, PROBLEM_JSON)
@@ -128,7 +128,7 @@ async def answer_http(request: Request, error: Exception) -> Response:
         404: "there is nothing at this path; /openapi.json tells what there is.",
         405: f"this path does not take {request.scope['ray_app.call'].method}; /openapi.json tells what it takes.",
     }.get(error.status_code, str(error.detail))
-    return await answer_problem(request, Problem(error.status_code, code, detail, dict(error.headers or {})))
+    return await answer_problem(request, ApiError(error.status_code, code, detail, dict(error.headers or {})))
 
 
 def merged(texts: list[Any]) -> str:

@@ -13,12 +13,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
-from ..model.predict import Answer, Work, gathered
-from ..protocol.errors import Problem
+from ..model.predict import Answer, InferenceRequest, gathered
+from ..protocol.errors import ApiError
 from ..protocol.inputs import drawn, parse_request, picture, pixels, png_of, require_pixels, rows_of
-from ..protocol.request_context import Call
+from ..protocol.request_context import RequestContext
 from ..protocol.schemas import AlignRequest, Recording, VerifyRequest
-from ..replica_state import Endpoint
+from ..replica_state import ReplicaState
 from .body import read_body
 
 IMAGES = {"image/png", "image/jpeg"}
@@ -37,13 +37,15 @@ async def verify(request: Request) -> Response:
 
 async def answered(request: Request, kind: type[AlignRequest], default: list[str]) -> Response:
     """The whole way of a request."""
-    endpoint: Endpoint = request.scope["ray_app.endpoint"]
-    call: Call = request.scope["ray_app.call"]
+    endpoint: ReplicaState = request.scope["ray_app.endpoint"]
+    call: RequestContext = request.scope["ray_app.call"]
     async with endpoint.place(request.receive):
         asked, event_BE, target_BD = await read_request(request, kind)
     wanted: list[str] = default if asked.wanted is None else list(asked.wanted)
     require_images(endpoint, wanted, target_BD)
-    work = Work(event_BE, target_BD, aligned=bool({"aligned", "aligned_image"} & set(wanted)), before=True)
+    work = InferenceRequest(
+        event_BE, target_BD, aligned=bool({"aligned", "aligned_image"} & set(wanted)), before=True
+    )
     read = time.perf_counter()
     answer = await endpoint.answer(work, call.timeout_s(endpoint.cfg.timeout_s))
     computed = time.perf_counter()
@@ -62,8 +64,8 @@ async def answered(request: Request, kind: type[AlignRequest], default: list[str
 
 async def read_request(request: Request, kind: type[AlignRequest]) -> tuple[AlignRequest, Tensor, Tensor | None]:
     """(request, events, targets) from JSON, or from the bare bytes of a picture or a recording."""
-    endpoint: Endpoint = request.scope["ray_app.endpoint"]
-    call: Call = request.scope["ray_app.call"]
+    endpoint: ReplicaState = request.scope["ray_app.endpoint"]
+    call: RequestContext = request.scope["ray_app.call"]
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content_type in IMAGES | {EVENTS} and kind is AlignRequest:
         body = await read_body(call.headers, request.receive, endpoint.max_body_bytes)
@@ -73,7 +75,7 @@ async def read_request(request: Request, kind: type[AlignRequest]) -> tuple[Alig
         return asked, event_BE, None
     if content_type != "application/json":
         takes = ["application/json", *([*sorted(IMAGES), EVENTS] if kind is AlignRequest else [])]
-        raise Problem(
+        raise ApiError(
             415, "content_type", f"Content-Type '{content_type[:60]}' is not taken here; send {' or '.join(takes)}."
         )
     body = await read_body(call.headers, request.receive, endpoint.max_json_bytes)
@@ -86,7 +88,7 @@ def from_query(request: Request) -> AlignRequest:
     """?return=aligned,event_image&encoding=png&id=mine. Problem 422: not known."""
     query = dict(request.query_params)
     if unknown := sorted(set(query) - {"return", "encoding", "id"}):
-        raise Problem(422, "unknown_field", f"?{unknown[0][:40]}= is not known; known are return, encoding and id.")
+        raise ApiError(422, "unknown_field", f"?{unknown[0][:40]}= is not known; known are return, encoding and id.")
     values: dict[str, Any] = {**query, "event": [[0.0]]}
     if "return" in query:
         values["return"] = [name for name in query["return"].split(",") if name]
@@ -96,10 +98,10 @@ def from_query(request: Request) -> AlignRequest:
         return AlignRequest.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise Problem(422, "field", f"?{first['loc'][0]}=: {first['msg']}.") from error
+        raise ApiError(422, "field", f"?{first['loc'][0]}=: {first['msg']}.") from error
 
 
-def bare_event(endpoint: Endpoint, data: bytes, content_type: str) -> Tensor:
+def bare_event(endpoint: ReplicaState, data: bytes, content_type: str) -> Tensor:
     """One event row (1, E) from a picture's or a recording's bytes."""
     spec = endpoint.limits.features.event
     require_pixels(spec, "event")
@@ -107,7 +109,7 @@ def bare_event(endpoint: Endpoint, data: bytes, content_type: str) -> Tensor:
     return pixels(image, spec)
 
 
-def require_images(endpoint: Endpoint, wanted: list[str], target_BD: Tensor | None) -> None:
+def require_images(endpoint: ReplicaState, wanted: list[str], target_BD: Tensor | None) -> None:
     """Problem 422 where a picture is wanted of what is none."""
     features = endpoint.limits.features
     for name, spec in (
@@ -118,10 +120,10 @@ def require_images(endpoint: Endpoint, wanted: list[str], target_BD: Tensor | No
         if name in wanted:
             require_pixels(spec, name.removesuffix("_image"))
     if "target_image" in wanted and target_BD is None:
-        raise Problem(422, "missing", "target_image is wanted and there is no 'target'.")
+        raise ApiError(422, "missing", "target_image is wanted and there is no 'target'.")
 
 
-def pairs_of(asked: AlignRequest, wanted: list[str], work: Work, answer: Answer) -> list[dict[str, Any]]:
+def pairs_of(asked: AlignRequest, wanted: list[str], work: InferenceRequest, answer: Answer) -> list[dict[str, Any]]:
     """The members of `pairs`."""
     features = answer.model.features
     pairs: list[dict[str, Any]] = []

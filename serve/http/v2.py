@@ -7,11 +7,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive
 
-from ..model.predict import Work
-from ..protocol.errors import Problem
+from ..model.predict import InferenceRequest
+from ..protocol.errors import ApiError
 from ..protocol.open_inference import OUTPUTS, parse_infer, render_infer
-from ..protocol.request_context import Call
-from ..replica_state import Endpoint
+from ..protocol.request_context import RequestContext
+from ..replica_state import ReplicaState
 from .body import read_body
 
 EXTENSIONS = ["binary_tensor_data"]
@@ -19,7 +19,9 @@ HEADER_LENGTH = b"inference-header-content-length"
 OCTETS = [(b"content-type", b"application/octet-stream")]
 
 
-async def infer(endpoint: Endpoint, call: Call, receive: Receive) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
+async def infer(
+    endpoint: ReplicaState, call: RequestContext, receive: Receive
+) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
     """(headers, body in parts). Problem: what is wrong."""
     require_model(endpoint, call)
     header_length = call.headers.get(HEADER_LENGTH)
@@ -30,7 +32,7 @@ async def infer(endpoint: Endpoint, call: Call, receive: Receive) -> tuple[list[
     endpoint.telemetry.body(len(body))
     read = time.perf_counter()
     asked = parse_infer(body, header_length, endpoint.limits)
-    work = Work(asked.event_BE, asked.target_BD, aligned="aligned" in asked.outputs)
+    work = InferenceRequest(asked.event_BE, asked.target_BD, aligned="aligned" in asked.outputs)
     answer = await endpoint.answer(work, call.timeout_s(endpoint.cfg.timeout_s, asked.timeout_us), receive)
     computed = time.perf_counter()
     call.version, call.digest = answer.model.version, answer.model.identity.digest
@@ -45,12 +47,12 @@ async def infer(endpoint: Endpoint, call: Call, receive: Receive) -> tuple[list[
     return [*OCTETS, (HEADER_LENGTH, str(len(header)).encode())], [header, *raw]
 
 
-def require_model(endpoint: Endpoint, call: Call) -> None:
+def require_model(endpoint: ReplicaState, call: RequestContext) -> None:
     """Problem 404: another name, or a version that is not the one in service."""
     if call.model != endpoint.cfg.name:
-        raise Problem(404, "not_found", f"there is no model of this name; there is '{endpoint.cfg.name}'.")
+        raise ApiError(404, "not_found", f"there is no model of this name; there is '{endpoint.cfg.name}'.")
     if call.model_version not in (None, endpoint.model.version):
-        raise Problem(404, "not_found", f"this version is not in service; version {endpoint.model.version} is.")
+        raise ApiError(404, "not_found", f"this version is not in service; version {endpoint.model.version} is.")
 
 
 async def server_metadata(_: Request) -> Response:
@@ -67,11 +69,11 @@ async def live(_: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """A model is in service, and the worker answers. Not whether MLflow does."""
-    endpoint: Endpoint = request.scope["ray_app.endpoint"]
+    endpoint: ReplicaState = request.scope["ray_app.endpoint"]
     if endpoint.closing:
-        raise Problem(503, "draining", "this replica is ending; ask again, another one answers.")
+        raise ApiError(503, "draining", "this replica is ending; ask again, another one answers.")
     if not endpoint.batcher.healthy():
-        raise Problem(503, "not_ready", "the forward pass does not come back; this replica will be replaced.")
+        raise ApiError(503, "not_ready", "the forward pass does not come back; this replica will be replaced.")
     return JSONResponse({"ready": True})
 
 
@@ -83,7 +85,7 @@ async def model_ready(request: Request) -> Response:
 
 async def model_metadata(request: Request) -> Response:
     """Inputs, outputs and limits."""
-    endpoint: Endpoint = request.scope["ray_app.endpoint"]
+    endpoint: ReplicaState = request.scope["ray_app.endpoint"]
     require_model(endpoint, request.scope["ray_app.call"])
     features, model = endpoint.model.features, endpoint.model
     inputs = {

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..protocol.errors import Problem
-from .predict import Answer, Work
+from ..protocol.errors import ApiError
+from .predict import Answer, InferenceRequest
 
 SMOOTHING = 0.1
 """Weight of the newest batch in the mean time of one."""
@@ -25,16 +25,16 @@ ARRIVAL_S = 1.0
 STUCK_S = 60.0
 """A forward pass that takes longer is not coming back."""
 
-Predict = Callable[[Sequence[Work]], list[Answer | Problem]]
+Predict = Callable[[Sequence[InferenceRequest]], list[Answer | ApiError]]
 Leaving = Callable[[], Coroutine[Any, Any, None]]
 """Ends when the caller goes away."""
 
 
 @dataclass(slots=True, eq=False)
-class Waiting:
+class QueuedRequest:
     """A request in the queue."""
 
-    work: Work
+    work: InferenceRequest
     """What it asks."""
     deadline: float
     """On the clock of time.monotonic."""
@@ -71,7 +71,7 @@ class Batcher:
     ) -> None:
         self._predict, self._observe = predict, observe
         self._max_rows, self._max_queued_rows, self._wait_s = max_rows, max_queued_rows, wait_s
-        self._queue: deque[Waiting] = deque()
+        self._queue: deque[QueuedRequest] = deque()
         self._thread = ThreadPoolExecutor(1, "forward", prepare)
         self._worker: asyncio.Task[None] | None = None
         self._began: float | None = None
@@ -86,16 +86,16 @@ class Batcher:
             del self._arriving[next(iter(self._arriving))]
         return self.queued_rows + len(self._arriving) >= self._max_queued_rows
 
-    def busy(self) -> Problem:
+    def queue_full_error(self) -> ApiError:
         """429, with the time after which it is worth asking again."""
         batches = 1 + self.queued_rows / self._max_rows
         seconds = max(1, math.ceil(batches * self.batch_s))
         waits = f"{self.queued_rows} pairs wait and {len(self._arriving)} requests arrive"
         detail = f"{waits}, the limit is {self._max_queued_rows}; try again in {seconds} s."
-        return Problem(429, "busy", detail, {"retry-after": str(seconds)})
+        return ApiError(429, "busy", detail, {"retry-after": str(seconds)})
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def reserve_slot(self) -> Iterator[None]:
         """Keeps a place in the queue for a request whose body is still on its way."""
         self._arriving[key := object()] = time.monotonic()
         try:
@@ -103,14 +103,14 @@ class Batcher:
         finally:
             self._arriving.pop(key, None)
 
-    async def answer(self, work: Work, timeout_s: float, gone: Leaving | None = None) -> Answer:
+    async def answer(self, work: InferenceRequest, timeout_s: float, gone: Leaving | None = None) -> Answer:
         """The model's answer. Problem 429: the queue is full. Problem 504: not in time. Others: what is wrong.
         CancelledError: `gone` ended, so that nobody waits for it any more.
         """
         if self.full():
-            raise self.busy()
+            raise self.queue_full_error()
         loop = asyncio.get_running_loop()
-        waiting = Waiting(work, time.monotonic() + timeout_s, loop.create_future())
+        waiting = QueuedRequest(work, time.monotonic() + timeout_s, loop.create_future())
         self._queue.append(waiting)
         self.queued_rows += work.rows
         if self._worker is None or self._worker.done():
@@ -122,7 +122,7 @@ class Batcher:
             async with asyncio.timeout(timeout_s):
                 return await waiting.answer
         except TimeoutError:
-            raise late(timeout_s) from None
+            raise deadline_error(timeout_s) from None
         finally:
             if leaving:
                 leaving.cancel()
@@ -158,15 +158,15 @@ class Batcher:
             for waiting, answer in zip(batch, answers, strict=True):
                 if waiting.answer.done():
                     continue
-                if isinstance(answer, Problem):
+                if isinstance(answer, ApiError):
                     waiting.answer.set_exception(answer)
                 else:
                     waiting.answer.set_result(answer)
             self._observe(BatchTimes(sum(w.work.rows for w in batch), tuple(began - w.arrived for w in batch), took))
 
-    def _next_batch(self) -> list[Waiting]:
+    def _next_batch(self) -> list[QueuedRequest]:
         """The requests at the head of the queue that fit; those whose callers are gone are dropped."""
-        batch: list[Waiting] = []
+        batch: list[QueuedRequest] = []
         rows = 0
         while self._queue and (not batch or rows + self._queue[0].work.rows <= self._max_rows):
             waiting = self._queue.popleft()
@@ -177,6 +177,6 @@ class Batcher:
         return batch
 
 
-def late(timeout_s: float) -> Problem:
+def deadline_error(timeout_s: float) -> ApiError:
     """504 with the time that was granted."""
-    return Problem(504, "deadline", f"no answer within {timeout_s:g} s; grant more time, or send fewer pairs.")
+    return ApiError(504, "deadline", f"no answer within {timeout_s:g} s; grant more time, or send fewer pairs.")

@@ -15,25 +15,25 @@ MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class EvaluationRecord:
     """What `/v1/model` and the drift of live cosines need."""
 
     test: dict[str, Any] | None
-    """What promotion measured on the test part: acceptance by θ, of the controls too. None where it did not."""
+    """What promotion measured on the test part: acceptance by θ, of the baselines too. None where it did not."""
     val: dict[str, Any] | None
-    """The same of the validation part, as training saw it: it has no controls, and says so."""
+    """The same of the validation part, as training saw it: it has no baselines, and says so."""
     curve: dict[str, Any] | None
     """Acceptance by θ of the test part, else of the validation part."""
-    baseline: tuple[str, Any, Any] | None
+    drift_reference: tuple[str, Any, Any] | None
     """(part, edges, shares of the bins): the cosines of that part."""
 
 
-def judgement(name: str, evaluation: str | None, metrics: Mapping[str, Any]) -> Judgement:
+def read_evaluation_record(name: str, evaluation: str | None, metrics: Mapping[str, Any]) -> EvaluationRecord:
     """From the tag `evaluation` of a registered version and a checkpoint's metrics. CheckpointError: not readable."""
     try:
         test, val = json.loads(evaluation) if evaluation else None, metrics.get("val")
-        val = {**val, "without_controls": True} if val else None
-        made = Judgement(test, val, acceptance_curve(test, val), baseline(test, val))
+        val = {**val, "without_baselines": True} if val else None
+        made = EvaluationRecord(test, val, acceptance_curve(test, val), drift_reference(test, val))
         json.dumps([made.test, made.val], allow_nan=False)
     except MALFORMED as error:
         raise CheckpointError(
@@ -43,21 +43,21 @@ def judgement(name: str, evaluation: str | None, metrics: Mapping[str, Any]) -> 
 
 
 def acceptance_curve(test: dict[str, Any] | None, val: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Acceptance by θ: of the test part beside its controls, else of the validation part, which has none."""
+    """Acceptance by θ: of the test part beside its baselines, else of the validation part, which has none."""
     found, part = (test, "test") if test else (val, "val")
     rates = (found or {}).get("cosine_accept_rate")
     if not isinstance(rates, dict):
         return None
     keys = [rate_key(theta) for theta in THETAS if rate_key(theta) in rates]
     curve = {"part": part, "theta": [float(key) for key in keys], "adapter": [rates[key] for key in keys]}
-    controls = (found or {}).get("controls", {})
-    if not controls:
-        return {**curve, "without_controls": True}
-    of_controls = {name: [one["cosine_accept_rate"][key] for key in keys] for name, one in controls.items()}
-    return {**curve, "controls": of_controls}
+    baselines = (found or {}).get("baselines", {})
+    if not baselines:
+        return {**curve, "without_baselines": True}
+    of_baselines = {name: [one["cosine_accept_rate"][key] for key in keys] for name, one in baselines.items()}
+    return {**curve, "baselines": of_baselines}
 
 
-def baseline(test: dict[str, Any] | None, val: dict[str, Any] | None) -> tuple[str, Any, Any] | None:
+def drift_reference(test: dict[str, Any] | None, val: dict[str, Any] | None) -> tuple[str, Any, Any] | None:
     """(part, edges, shares of the bins): cosines as they were on the test part, else on the validation part."""
     for part, found in (("test", test), ("val", val)):
         percentiles = (found or {}).get("percentiles")

@@ -15,7 +15,7 @@ Outcome = Literal["swapped", "unchanged", "refused", "unreachable"]
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RejectedModel:
     """A version that was not taken into service."""
 
     identity: Identity
@@ -27,7 +27,7 @@ class Refused:
 
 
 @dataclass(slots=True)
-class Watch:
+class WatchStatus:
     """How the source is looked at."""
 
     last_checked: datetime | None = None
@@ -38,15 +38,15 @@ class Watch:
     """Why, the last time."""
 
 
-class Succession:
+class ModelReloader:
     """Holds the model in service. `check` looks for another; whatever goes wrong there, the present one goes on."""
 
     def __init__(self, source: Source, *, precision: str, use_gpu: bool, max_batch: int) -> None:
         self.source = source
         self._load = (precision, use_gpu, max_batch)
         self._turn = threading.Lock()
-        self.watch = Watch()
-        self.refused: Refused | None = None
+        self.watch = WatchStatus()
+        self.refused: RejectedModel | None = None
         self.model = self._loaded(source.current())
         self.since = self.model.loaded_at
         self.watch.last_checked = datetime.now(UTC)
@@ -65,9 +65,9 @@ class Succession:
                 return "unreachable"
             except CheckpointError as error:
                 identity = Identity("unknown", "", getattr(self.source, "uri", "checkpoint"))
-                self.refused = Refused(identity, datetime.now(UTC), str(error))
+                self.refused = RejectedModel(identity, datetime.now(UTC), str(error))
                 return "refused"
-            self.watch = Watch(last_checked=datetime.now(UTC))
+            self.watch = WatchStatus(last_checked=datetime.now(UTC))
             if same(identity, self.model.identity):
                 self.refused = None
                 return "unchanged"
@@ -77,10 +77,10 @@ class Succession:
                 model = self._loaded(identity)
                 self._require_interface(model)
             except (RegistryError, StoreError) as error:  # away while it was downloaded: the next look tries again
-                self.watch = Watch(self.watch.last_checked, self.watch.failures + 1, str(error))
+                self.watch = WatchStatus(self.watch.last_checked, self.watch.failures + 1, str(error))
                 return "unreachable"
             except (RayAppError, RuntimeError, OSError, ValueError, KeyError) as error:
-                self.refused = Refused(identity, datetime.now(UTC), str(error))
+                self.refused = RejectedModel(identity, datetime.now(UTC), str(error))
                 return "refused"
             self.model, self.refused = model, None
             self.since = datetime.now(UTC)
@@ -106,7 +106,7 @@ class Succession:
         return {
             "version": identity.version,
             "digest": identity.digest or None,
-            "at": stamp(self.refused.at),
+            "at": iso_time(self.refused.at),
             "reason": self.refused.reason,
         }
 
@@ -116,6 +116,6 @@ def same(a: Identity, b: Identity) -> bool:
     return (a.version, a.digest) == (b.version, b.digest)
 
 
-def stamp(moment: datetime | None) -> str | None:
+def iso_time(moment: datetime | None) -> str | None:
     """ISO 8601, to the second."""
     return moment.isoformat(timespec="seconds") if moment else None

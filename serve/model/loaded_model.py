@@ -18,7 +18,7 @@ from ray_app.store.checkpoint import Checkpoint, load_checkpoint, replay_golden
 from ray_app.store.golden import TOLERANCE, golden_answers, relative_errors
 from ray_app.store.manifest import Features
 
-from .evaluation_record import Judgement, judgement
+from .evaluation_record import EvaluationRecord, read_evaluation_record
 
 Precision = Literal["fp32", "bf16"]
 
@@ -61,7 +61,7 @@ class ServedModel:
     """What the adapter was built from."""
     features: Features
     """Type, shape and scale of both sides."""
-    judged: Judgement
+    evaluation_record: EvaluationRecord
     """How it was judged before."""
     provenance: Mapping[str, Any]
     """provenance.json of the checkpoint."""
@@ -119,10 +119,12 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
     golden = golden_answers(checkpoint.adapter, checkpoint.features.event)
     model = ServedModel(
         identity=identity,
-        adapter=prepared(checkpoint, chosen, device),
+        adapter=optimise_for_device(checkpoint, chosen, device),
         config=checkpoint.config,
         features=checkpoint.features,
-        judged=judgement(identity.source, (identity.tags or {}).get("evaluation"), checkpoint.metrics),
+        evaluation_record=read_evaluation_record(
+            identity.source, (identity.tags or {}).get("evaluation"), checkpoint.metrics
+        ),
         provenance=checkpoint.provenance,
         parameters=parameters,
         precision=chosen,
@@ -136,10 +138,10 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
     return model
 
 
-def prepared(checkpoint: Checkpoint, precision: Precision, device: torch.device) -> Adapter:
+def optimise_for_device(checkpoint: Checkpoint, precision: Precision, device: torch.device) -> Adapter:
     """The adapter on its device; in bf16 its matrices alone, so that norms and residuals stay float32."""
     adapter = checkpoint.adapter.to(device).requires_grad_(False)
-    pack = device.type == "cpu" and packs(precision)
+    pack = device.type == "cpu" and use_packed_linear(precision)
     for module in list(adapter.modules()):
         for name, layer in module.named_children():
             if precision == "bf16" and isinstance(layer, nn.Linear):
@@ -149,7 +151,7 @@ def prepared(checkpoint: Checkpoint, precision: Precision, device: torch.device)
     return adapter
 
 
-def packs(precision: Precision) -> bool:
+def use_packed_linear(precision: Precision) -> bool:
     """Whether oneDNN is there, can, and is the faster on this CPU."""
     if not torch.backends.mkldnn.is_available():
         return False

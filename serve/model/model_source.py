@@ -13,13 +13,13 @@ from typing import Any, Protocol
 from ray_app.config.base import MODEL_URI
 from ray_app.errors import CheckpointError, RegistryError
 from ray_app.store.atomic import sha256_bytes
-from ray_app.store.checkpoint import SUMS
+from ray_app.store.checkpoint import CHECKSUMS_FILE
 from ray_app.store.checkpoint_transfer import local_folder
-from ray_app.store.filesystem import place
+from ray_app.store.filesystem import open_storage
 
 from .loaded_model import Identity
 
-LOOK_S = 2.0
+POLL_INTERVAL_S = 2.0
 """How long a look waits for an object store; the next one comes anyway."""
 
 
@@ -33,17 +33,17 @@ class Source(Protocol):
         """A folder with the checkpoint, there until the block ends."""
 
 
-class PlaceSource:
+class PathSource:
     """A checkpoint in a folder of this machine, or at a URI."""
 
     def __init__(self, where: str) -> None:
-        self._where, self._there = where, place(where, LOOK_S)
+        self._where, self._there = where, open_storage(where, POLL_INTERVAL_S)
 
     def current(self) -> Identity:
         try:
-            digest = sha256_bytes(self._there.read(SUMS))
+            digest = sha256_bytes(self._there.read(CHECKSUMS_FILE))
         except OSError as error:
-            raise CheckpointError(f"{self._there} is not a checkpoint: it has no {SUMS}.") from error
+            raise CheckpointError(f"{self._there} is not a checkpoint: it has no {CHECKSUMS_FILE}.") from error
         return Identity(version=digest[:12], digest=digest, source=str(self._there).rpartition("/")[2])
 
     def files(self, identity: Identity) -> AbstractContextManager[Path]:  # noqa: ARG002
@@ -125,4 +125,4 @@ def source_of(checkpoint: str, tracking_uri: str | None) -> Source:
     if checkpoint.startswith("models:"):
         assert tracking_uri is not None, "checked by EndpointConfig"
         return RegistrySource(checkpoint, tracking_uri)
-    return PlaceSource(checkpoint)
+    return PathSource(checkpoint)

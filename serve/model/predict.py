@@ -12,14 +12,14 @@ from torch import Tensor
 from ray_app.core.evaluation import pair_cosine
 from ray_app.store.manifest import FeatureSpec
 
-from ..protocol.errors import Problem
+from ..protocol.errors import ApiError
 from .loaded_model import ServedModel
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class InferenceRequest:
     """What a request asks of the model."""
 
     event_BE: Tensor
@@ -52,30 +52,30 @@ class Answer:
 
 
 @torch.inference_mode()
-def predict(model: ServedModel, works: Sequence[Work]) -> list[Answer | Problem]:
+def predict(model: ServedModel, works: Sequence[InferenceRequest]) -> list[Answer | ApiError]:
     """An answer for each request, or why it has none: numbers that are not finite, a zero vector (Problem 422)."""
     features = model.features
     event_NE = gathered([work.event_BE for work in works], features.event, model.device)
     aligned_ND = model.forward(event_NE)
     event_norm_N, norm_N = (torch.linalg.vector_norm(side, dim=1).cpu() for side in (event_NE, aligned_ND))
-    answers: list[Answer | Problem] = []
+    answers: list[Answer | ApiError] = []
     start = 0
     for work in works:
         mine = slice(start, start + work.rows)
         start += work.rows
         answers.append(
-            flaw(event_norm_N[mine], "event")
-            or unsound(norm_N[mine], model)
+            input_error(event_norm_N[mine], "event")
+            or output_error(norm_N[mine], model)
             or _answer(model, work, event_NE[mine], aligned_ND[mine])
         )
     return answers
 
 
-def _answer(model: ServedModel, work: Work, event_BE: Tensor, aligned_BD: Tensor) -> Answer | Problem:
+def _answer(model: ServedModel, work: InferenceRequest, event_BE: Tensor, aligned_BD: Tensor) -> Answer | ApiError:
     cos_B = before_B = None
     if work.target_BD is not None:
         target_BD = gathered([work.target_BD], model.features.target, model.device)
-        if problem := flaw(torch.linalg.vector_norm(target_BD, dim=1), "target"):
+        if problem := input_error(torch.linalg.vector_norm(target_BD, dim=1), "target"):
             return problem
         width = model.features.target.token_width
         cos_B = pair_cosine(aligned_BD, target_BD, width).cpu()
@@ -104,30 +104,30 @@ def gathered(parts: Sequence[Tensor], spec: FeatureSpec, device: torch.device = 
     return rows_NW
 
 
-def flaw(norm_B: Tensor, name: str) -> Problem | None:
+def input_error(norm_B: Tensor, name: str) -> ApiError | None:
     """422 where a row is not finite, or is all zeros: its cosine has no meaning."""
     if bool((torch.isfinite(norm_B) & (norm_B > 0)).all()):
         return None
     endless = torch.nonzero(~torch.isfinite(norm_B)).flatten().tolist()
     if endless:
-        return Problem(
+        return ApiError(
             422,
             "not_finite",
             f"'{name}' row {_list(endless)} holds NaN, Inf or numbers beyond float32; mend or leave it out.",
         )
     zero = torch.nonzero(norm_B == 0).flatten().tolist()
-    return Problem(
+    return ApiError(
         422,
         "zero_norm",
         f"'{name}' row {_list(zero)} is all zeros, and a zero vector has no direction to compare; leave it out.",
     )
 
 
-def unsound(norm_B: Tensor, model: ServedModel) -> Problem | None:
+def output_error(norm_B: Tensor, model: ServedModel) -> ApiError | None:
     """500 where the model's own answer is not finite or zero."""
     if bool((torch.isfinite(norm_B) & (norm_B > 0)).all()):
         return None
-    return Problem(
+    return ApiError(
         500,
         "output_not_finite",
         f"version {model.version} answers these events with numbers that are not finite or all zero.",

@@ -153,6 +153,6 @@ class Telemetry:
         """Prometheus text."""
         self._queue_rows.set(queue_rows)
         self._in_flight.set(self.in_flight)
-        psi = drift(self._cosines, self._model.judged)["psi"] if self._model else None
+        psi = drift(self._cosines, self._model.evaluation_record)["psi"] if self._model else None
         self._drift.set(float("nan") if psi is None else psi)
         return generate_latest(self.registry)

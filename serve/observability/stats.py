@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..model.evaluation_record import Judgement, stability_index
+from ..model.evaluation_record import EvaluationRecord, stability_index
 
 ENOUGH = 100
 """Pairs below which a comparison would be noise."""
@@ -45,7 +45,7 @@ class Snapshot:
     """Of the model in service."""
 
 
-def summed(parts: Sequence[Snapshot], judged: Judgement, digest: str) -> dict[str, Any]:
+def summed(parts: Sequence[Snapshot], judged: EvaluationRecord, digest: str) -> dict[str, Any]:
     """JSON values. `judged`: the model of this digest; replicas that serve another have no part in its drift."""
     codes = sum((part.codes for part in parts), Counter[str]())
     seconds = [each for part in parts for each in part.seconds]
@@ -70,9 +70,13 @@ def summed(parts: Sequence[Snapshot], judged: Judgement, digest: str) -> dict[st
     }
 
 
-def drift(cosines: Sequence[float], judged: Judgement) -> dict[str, Any]:
+def drift(cosines: Sequence[float], judged: EvaluationRecord) -> dict[str, Any]:
     """How far live cosines are from those of the part the model was judged on."""
     psi = None
-    if judged.baseline and len(cosines) >= ENOUGH:
-        psi = stability_index(np.array(cosines), *judged.baseline[1:])
-    return {"live_pairs": len(cosines), "reference": judged.baseline[0] if judged.baseline else None, "psi": psi}
+    if judged.drift_reference and len(cosines) >= ENOUGH:
+        psi = stability_index(np.array(cosines), *judged.drift_reference[1:])
+    return {
+        "live_pairs": len(cosines),
+        "reference": judged.drift_reference[0] if judged.drift_reference else None,
+        "psi": psi,
+    }

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray_app.errors import ConfigError
 
-from ..protocol.request_context import Call
+from ..protocol.request_context import RequestContext
 
 OTLP = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
@@ -30,7 +30,7 @@ class Tracing:
             self._tracer = self._provider.get_tracer("ray_app.serve")
 
     @contextmanager
-    def request(self, call: Call) -> Iterator[None]:
+    def request(self, call: RequestContext) -> Iterator[None]:
         """Around one request; its parts become child spans afterwards."""
         if self._tracer is None:
             yield
@@ -57,7 +57,7 @@ class Tracing:
                     }
                 )
 
-    def ids(self, call: Call) -> dict[str, str]:
+    def ids(self, call: RequestContext) -> dict[str, str]:
         """The trace's id, for the log line."""
         return {"trace_id": call.trace_id} if call.trace_id else {}
 

@@ -7,7 +7,7 @@ from typing import Any
 PROBLEM_JSON = "application/problem+json"
 
 
-class Problem(Exception):
+class ApiError(Exception):
     """A request that is not answered: status, a code for programs, one sentence with the limit and the way out."""
 
     def __init__(self, status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> None:
@@ -16,7 +16,7 @@ class Problem(Exception):
         self.headers = headers or {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Problem, (self.status, self.code, self.detail, self.headers)
+        return ApiError, (self.status, self.code, self.detail, self.headers)
 
     def document(self, request_id: str) -> dict[str, Any]:
         """As JSON values."""

@@ -22,7 +22,7 @@ from ray_app.sources.images import decode_image, resized
 from ray_app.sources.npy import COLUMNS, events_of, parse_npy
 from ray_app.store.manifest import FeatureSpec
 
-from .errors import Problem
+from .errors import ApiError
 from .open_inference import Limits, raw_rows, same_rows
 from .schemas import AlignRequest, Picture, RawTensor, Recording
 from .strict_json import number_rows, parse_object
@@ -40,7 +40,7 @@ def parse_request(body: memoryview, kind: type[AlignRequest]) -> AlignRequest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"][:6])
-        raise Problem(422, code_of(first), f"{where or 'the request'}: {first['msg']}.") from error
+        raise ApiError(422, code_of(first), f"{where or 'the request'}: {first['msg']}.") from error
 
 
 def code_of(error: Mapping[str, Any]) -> str:
@@ -70,7 +70,7 @@ def _rows(value: Any, name: str, limits: Limits) -> Tensor:
         require_pixels(spec, name)
         return pixels(drawn(unbase64(value.recording, name), value), spec)
     if len(value) > limits.max_batch:
-        raise Problem(
+        raise ApiError(
             422,
             "batch_limit",
             f"'{name}' has {len(value)} rows, the limit is {limits.max_batch}; send several requests.",
@@ -83,13 +83,13 @@ def unbase64(text: str, name: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Problem(422, "base64", f"'{name}' is no base64: {error}.") from error
+        raise ApiError(422, "base64", f"'{name}' is no base64: {error}.") from error
 
 
 def require_pixels(spec: FeatureSpec, name: str) -> None:
     """Problem 422 where the model's features are no images."""
     if len(spec.shape) != 3 or spec.shape[0] != 3:
-        raise Problem(422, "image", f"'{name}' features of this model have the shape {list(spec.shape)}: no images.")
+        raise ApiError(422, "image", f"'{name}' features of this model have the shape {list(spec.shape)}: no images.")
 
 
 def picture(data: bytes, name: str) -> NDArray[np.uint8]:
@@ -97,7 +97,7 @@ def picture(data: bytes, name: str) -> NDArray[np.uint8]:
     try:
         return decode_image(data, f"the picture '{name}'", MAX_PIXELS)
     except InputError as error:
-        raise Problem(422, "image", f"{error}.") from error
+        raise ApiError(422, "image", f"{error}.") from error
 
 
 def drawn(data: bytes, how: Recording) -> NDArray[np.uint8]:
@@ -114,7 +114,7 @@ def drawn(data: bytes, how: Recording) -> NDArray[np.uint8]:
             events = equal_counts(events, NUM_IMAGES)[NUM_IMAGES // 2]
         return event_image(events)
     except InputError as error:
-        raise Problem(422, "recording", f"{error}.") from error
+        raise ApiError(422, "recording", f"{error}.") from error
 
 
 def pixels(image_HWC: NDArray[np.uint8], spec: FeatureSpec) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ray_app.store.manifest import Features, FeatureSpec
 
-from .errors import Problem
-from .strict_json import named, number_rows, parse_object, theta_of
+from .errors import ApiError
+from .strict_json import json_type_name, number_rows, parse_object, theta_of
 
 DTYPES = {"UINT8": torch.uint8, "FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32}
 """v2 datatypes that are taken, FP32 last: the one that is answered with."""
@@ -60,27 +60,27 @@ def parse_infer(body: memoryview, header_length: bytes | None, limits: Limits) -
     header, raw = parse_object(body[:split]), body[split:]
     _known(header, {"id", "parameters", "inputs", "outputs"}, "the request")
     if "id" in header and not isinstance(header["id"], str):
-        raise Problem(400, "bad_header", f"'id' is {named(header['id'])}; it must be text.")
+        raise ApiError(400, "bad_header", f"'id' is {json_type_name(header['id'])}; it must be text.")
     parameters = _parameters(header, {"theta", "binary_data_output", "timeout", "priority"}, "the request")
     tensors, end = {}, 0
     for item in _items(header, "inputs"):
         name, tensor, end = _input(item, raw, end, limits)
         if name in tensors:
-            raise Problem(400, "duplicate", f"input '{name}' is there twice.")
+            raise ApiError(400, "duplicate", f"input '{name}' is there twice.")
         tensors[name] = tensor
     if end != len(raw):
-        raise Problem(
+        raise ApiError(
             400,
             "size_mismatch",
             f"{len(raw):,} bytes follow the header, its tensors take {end:,}; they must be equal.",
         )
     if "event" not in tensors:
-        raise Problem(400, "missing", "there is no input 'event'; send it as [B, E], and 'target' for a verdict.")
+        raise ApiError(400, "missing", "there is no input 'event'; send it as [B, E], and 'target' for a verdict.")
     target = tensors.get("target")
     same_rows(tensors["event"], target)
     timeout = parameters.get("timeout")
     if timeout is not None and (type(timeout) is not int or timeout < 0):
-        raise Problem(400, "parameter", "'timeout' must be a whole number of microseconds.")
+        raise ApiError(400, "parameter", "'timeout' must be a whole number of microseconds.")
     return InferRequest(
         event_BE=tensors["event"],
         target_BD=target,
@@ -120,7 +120,7 @@ def raw_rows(data: memoryview, datatype: Any, shape: Any, name: str, limits: Lim
     dtype = DTYPES[datatype]
     needed = rows * spec.width * dtype.itemsize
     if len(data) != needed:
-        raise Problem(
+        raise ApiError(
             400,
             "size_mismatch",
             f"'{name}' of shape {shape} and type {datatype} takes {needed:,} bytes, not {len(data):,}.",
@@ -131,24 +131,24 @@ def raw_rows(data: memoryview, datatype: Any, shape: Any, name: str, limits: Lim
 def check_datatype(datatype: Any, spec: FeatureSpec, name: str) -> str:
     """The datatype. Problem 422 unless it is one of `DTYPES` that this side can be sent in."""
     if not isinstance(datatype, str) or datatype not in DTYPES:
-        shown = f"'{datatype[:40]}'" if isinstance(datatype, str) else named(datatype)
-        raise Problem(422, "dtype", f"datatype of '{name}' is {shown}; it must be one of {', '.join(DTYPES)}.")
+        shown = f"'{datatype[:40]}'" if isinstance(datatype, str) else json_type_name(datatype)
+        raise ApiError(422, "dtype", f"datatype of '{name}' is {shown}; it must be one of {', '.join(DTYPES)}.")
     if datatype == "UINT8" and spec.dtype != "uint8":
-        raise Problem(422, "dtype", f"'{name}' features of this model are {spec.dtype}, not pixels; send FP32.")
+        raise ApiError(422, "dtype", f"'{name}' features of this model are {spec.dtype}, not pixels; send FP32.")
     return datatype
 
 
 def check_shape(shape: Any, width: int, name: str, max_batch: int) -> int:
     """The number of rows. Problem 422 unless it is [B, width] with 1 ≤ B ≤ max_batch."""
     if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int for n in shape):
-        raise Problem(422, "shape", f"the shape of '{name}' must be two whole numbers, [B, {width}].")
+        raise ApiError(422, "shape", f"the shape of '{name}' must be two whole numbers, [B, {width}].")
     rows, columns = shape
     if columns != width:
-        raise Problem(422, "width", f"'{name}' is {_short(columns)} wide, the model takes {width:,}.")
+        raise ApiError(422, "width", f"'{name}' is {_short(columns)} wide, the model takes {width:,}.")
     if rows < 1:
-        raise Problem(422, "shape", f"'{name}' has {_short(rows)} rows; there must be at least 1.")
+        raise ApiError(422, "shape", f"'{name}' has {_short(rows)} rows; there must be at least 1.")
     if rows > max_batch:
-        raise Problem(
+        raise ApiError(
             422, "batch_limit", f"'{name}' has {_short(rows)} rows, the limit is {max_batch}; send several requests."
         )
     return rows
@@ -157,7 +157,7 @@ def check_shape(shape: Any, width: int, name: str, max_batch: int) -> int:
 def same_rows(event_BE: Tensor, target_BD: Tensor | None) -> None:
     """Problem 422 unless there are as many targets as events."""
     if target_BD is not None and len(target_BD) != len(event_BE):
-        raise Problem(
+        raise ApiError(
             422,
             "shape",
             f"'event' has {len(event_BE)} rows and 'target' {len(target_BD)}; each pair has one of both.",
@@ -169,20 +169,20 @@ def _input(item: dict[str, Any], raw: memoryview, start: int, limits: Limits) ->
     _known(item, {"name", "shape", "datatype", "parameters", "data"}, "an input")
     name = item.get("name")
     if name not in ("event", "target"):
-        shown = f"'{name[:40]}'" if isinstance(name, str) else named(name)
-        raise Problem(400, "unknown_field", f"there is no input {shown}; there are 'event' and 'target'.")
+        shown = f"'{name[:40]}'" if isinstance(name, str) else json_type_name(name)
+        raise ApiError(400, "unknown_field", f"there is no input {shown}; there are 'event' and 'target'.")
     size = _parameters(item, {"binary_data_size"}, f"input '{name}'").get("binary_data_size")
     if size is None:
         spec: FeatureSpec = getattr(limits.features, name)
         return name, _json_rows(item, name, spec, limits), start
     if type(size) is not int or size < 0 or size > len(raw) - start:
-        raise Problem(
+        raise ApiError(
             400,
             "size_mismatch",
             f"binary_data_size of '{name}' is {_short(size)}; {len(raw) - start:,} bytes are there.",
         )
     if "data" in item:
-        raise Problem(400, "duplicate", f"'{name}' has both 'data' and binary_data_size; send one of them.")
+        raise ApiError(400, "duplicate", f"'{name}' has both 'data' and binary_data_size; send one of them.")
     data = raw[start : start + size]
     return name, raw_rows(data, item.get("datatype"), item.get("shape"), name, limits), start + size
 
@@ -193,10 +193,10 @@ def _json_rows(item: dict[str, Any], name: str, spec: FeatureSpec, limits: Limit
     datatype = check_datatype(item.get("datatype"), spec, name)
     rows = check_shape(item.get("shape"), spec.width, name, limits.max_batch)
     if not isinstance(data, list):
-        raise Problem(400, "missing", f"'{name}' has neither 'data' nor a binary_data_size.")
+        raise ApiError(400, "missing", f"'{name}' has neither 'data' nor a binary_data_size.")
     flat = data and not isinstance(data[0], list)
     if len(data) != (rows * spec.width if flat else rows):
-        raise Problem(
+        raise ApiError(
             400,
             "size_mismatch",
             f"'data' of '{name}' has {len(data):,} entries; its shape takes {rows * spec.width:,}.",
@@ -205,7 +205,7 @@ def _json_rows(item: dict[str, Any], name: str, spec: FeatureSpec, limits: Limit
     tensor = number_rows(nested, spec.width, name)
     if datatype == "UINT8":
         if bool(((tensor < 0) | (tensor > 255) | (tensor != tensor.round())).any()):
-            raise Problem(
+            raise ApiError(
                 422, "dtype", f"'{name}' is UINT8 and holds a number that is not a whole one from 0 to 255."
             )
         return tensor.to(torch.uint8)
@@ -215,7 +215,7 @@ def _json_rows(item: dict[str, Any], name: str, spec: FeatureSpec, limits: Limit
 def _outputs(header: dict[str, Any], parameters: dict[str, Any], has_target: bool) -> dict[str, bool]:
     binary = parameters.get("binary_data_output", False)
     if not isinstance(binary, bool):
-        raise Problem(400, "parameter", "'binary_data_output' must be true or false.")
+        raise ApiError(400, "parameter", "'binary_data_output' must be true or false.")
     if header.get("outputs", []) == []:
         return {name: binary for name in OUTPUTS if has_target or name not in OF_TARGET}
     outputs: dict[str, bool] = {}
@@ -223,21 +223,21 @@ def _outputs(header: dict[str, Any], parameters: dict[str, Any], has_target: boo
         _known(item, {"name", "parameters"}, "an output")
         name = item.get("name")
         if not isinstance(name, str) or name not in OUTPUTS:
-            shown = f"'{name[:40]}'" if isinstance(name, str) else named(name)
-            raise Problem(400, "unknown_field", f"there is no output {shown}; there are {', '.join(OUTPUTS)}.")
+            shown = f"'{name[:40]}'" if isinstance(name, str) else json_type_name(name)
+            raise ApiError(400, "unknown_field", f"there is no output {shown}; there are {', '.join(OUTPUTS)}.")
         if name in outputs:
-            raise Problem(400, "duplicate", f"output '{name}' is asked for twice.")
+            raise ApiError(400, "duplicate", f"output '{name}' is asked for twice.")
         if name in OF_TARGET and not has_target:
-            raise Problem(400, "missing", f"output '{name}' needs the input 'target'.")
+            raise ApiError(400, "missing", f"output '{name}' needs the input 'target'.")
         outputs[name] = _parameters(item, {"binary_data"}, f"output '{name}'").get("binary_data", binary)
         if not isinstance(outputs[name], bool):
-            raise Problem(400, "parameter", f"'binary_data' of '{name}' must be true or false.")
+            raise ApiError(400, "parameter", f"'binary_data' of '{name}' must be true or false.")
     return outputs
 
 
 def _header_length(text: bytes, available: int) -> int:
     if not text.isdigit() or len(text) > 12 or not 0 < int(text) <= available:
-        raise Problem(
+        raise ApiError(
             400,
             "bad_header",
             f"Inference-Header-Content-Length is {text[:20].decode('latin-1')!r}; it must be the number of bytes of "
@@ -249,21 +249,23 @@ def _header_length(text: bytes, available: int) -> int:
 def _items(header: dict[str, Any], key: str) -> list[dict[str, Any]]:
     items = header.get(key)
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
-        raise Problem(400, "bad_header", f"'{key}' must be a list of objects with a name each.")
+        raise ApiError(400, "bad_header", f"'{key}' must be a list of objects with a name each.")
     return items
 
 
 def _parameters(item: dict[str, Any], known: set[str], where: str) -> dict[str, Any]:
     parameters = item.get("parameters", {})
     if not isinstance(parameters, dict):
-        raise Problem(400, "bad_header", f"'parameters' of {where} is {named(parameters)}; it must be an object.")
+        raise ApiError(
+            400, "bad_header", f"'parameters' of {where} is {json_type_name(parameters)}; it must be an object."
+        )
     _known(parameters, known, f"the parameters of {where}")
     return parameters
 
 
 def _known(item: dict[str, Any], known: set[str], where: str) -> None:
     if unknown := sorted(set(item) - known):
-        raise Problem(
+        raise ApiError(
             400,
             "unknown_field",
             f"{where} has '{unknown[0][:40]}', which is unknown; known are {', '.join(sorted(known))}.",
@@ -273,5 +275,5 @@ def _known(item: dict[str, Any], known: set[str], where: str) -> None:
 def _short(number: Any) -> str:
     """A number for a message, however long it is."""
     if type(number) is not int:
-        return named(number)
+        return json_type_name(number)
     return f"{number:,}" if abs(number) < 10**15 else f"about 10^{int(math.log10(abs(number)))}"

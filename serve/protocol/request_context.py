@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
-from .errors import Problem
+from .errors import ApiError
 
 SAFE = re.compile(r"[^A-Za-z0-9._:/+-]")
 TIMEOUT = b"x-request-timeout-ms"
@@ -34,7 +34,7 @@ METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
 @dataclass(slots=True)
-class Call:
+class RequestContext:
     """Noted as it becomes known."""
 
     path: str
@@ -69,7 +69,7 @@ class Call:
     """Seconds of its parts, for Server-Timing."""
 
     @staticmethod
-    def of(scope: Scope) -> "Call":
+    def of(scope: Scope) -> "RequestContext":
         """Reads the request's line and headers; refuses nothing."""
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         headers = dict(scope["headers"])
@@ -79,7 +79,7 @@ class Call:
                 route = template
                 break
         given = headers.get(b"x-request-id", b"").decode("latin-1")[:128]
-        return Call(
+        return RequestContext(
             path=path,
             method=scope["method"] if scope["method"] in METHODS else "OTHER",
             headers=headers,
@@ -94,7 +94,9 @@ class Call:
         granted = longest_s
         if (text := self.headers.get(TIMEOUT)) is not None:
             if not re.fullmatch(rb"[0-9]{1,9}(\.[0-9]{1,6})?", text):
-                raise Problem(400, "parameter", "x-request-timeout-ms must be a number of milliseconds, such as 250.")
+                raise ApiError(
+                    400, "parameter", "x-request-timeout-ms must be a number of milliseconds, such as 250."
+                )
             granted = min(granted, float(text) / 1e3)
         if asked_us:
             granted = min(granted, asked_us / 1e6)

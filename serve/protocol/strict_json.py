@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import Problem
+from .errors import ApiError
 
 DEPTH = 16
 """Lists and objects inside one another."""
@@ -18,13 +18,13 @@ STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 def parse_object(data: memoryview) -> dict[str, Any]:
     """A JSON object. Problem 400: no JSON, nested deeper than `DEPTH`, NaN or Infinity in it, or no object."""
     if (found := depth(data)) > DEPTH and (found := depth(STRING.sub(b'""', data))) > DEPTH:
-        raise Problem(400, "json_depth", f"the JSON is nested {found} deep, the limit is {DEPTH}; make it flatter.")
+        raise ApiError(400, "json_depth", f"the JSON is nested {found} deep, the limit is {DEPTH}; make it flatter.")
     try:
         value = json.loads(bytes(data).decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise Problem(400, "bad_json", f"the body is no JSON: {error}") from error
+        raise ApiError(400, "bad_json", f"the body is no JSON: {error}") from error
     if not isinstance(value, dict):
-        raise Problem(400, "bad_json", f'the JSON is {named(value)}, not an object; write {{"event": …}}.')
+        raise ApiError(400, "bad_json", f'the JSON is {json_type_name(value)}, not an object; write {{"event": …}}.')
     return value
 
 
@@ -50,20 +50,20 @@ def number_rows(value: Any, width: int, name: str) -> Tensor:
     rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
     for i, row in enumerate(rows):
         if not isinstance(row, list):
-            raise Problem(422, "dtype", f"'{name}' row {i} is {named(row)}, not a list of numbers.")
+            raise ApiError(422, "dtype", f"'{name}' row {i} is {json_type_name(row)}, not a list of numbers.")
         if len(row) != width:
-            raise Problem(422, "width", f"'{name}' row {i} has {len(row):,} numbers, the model takes {width:,}.")
+            raise ApiError(422, "width", f"'{name}' row {i} has {len(row):,} numbers, the model takes {width:,}.")
         if not set(map(type, row)) <= {int, float}:
             wrong = next(item for item in row if type(item) not in (int, float))
-            raise Problem(422, "dtype", f"'{name}' row {i} holds {named(wrong)} among its numbers.")
+            raise ApiError(422, "dtype", f"'{name}' row {i} holds {json_type_name(wrong)} among its numbers.")
     try:
         with np.errstate(over="ignore"):
             return torch.from_numpy(np.array(rows, np.float64).astype(np.float32))
     except OverflowError as error:
-        raise Problem(422, "not_finite", f"'{name}' holds a whole number beyond float64.") from error
+        raise ApiError(422, "not_finite", f"'{name}' holds a whole number beyond float64.") from error
 
 
-def named(value: Any) -> str:
+def json_type_name(value: Any) -> str:
     """A JSON value's kind, in words."""
     kinds = {
         dict: "an object",
@@ -79,8 +79,8 @@ def named(value: Any) -> str:
 def theta_of(value: Any) -> float:
     """A threshold. Problem 422 unless it is a number from −1 to 1."""
     if type(value) not in (int, float) or not -1.0 <= value <= 1.0:
-        shown = value if type(value) in (int, float) and abs(value) < 1e6 else named(value)
-        raise Problem(422, "theta", f"theta is {shown}; it must be a number from -1 to 1, for instance 0.8.")
+        shown = value if type(value) in (int, float) and abs(value) < 1e6 else json_type_name(value)
+        raise ApiError(422, "theta", f"theta is {shown}; it must be a number from -1 to 1, for instance 0.8.")
     return float(value)
 
 

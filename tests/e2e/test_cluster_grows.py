@@ -10,7 +10,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from ray_app.cluster.connection import WAIT_NODES_S, cluster, grown
+from ray_app.cluster.connection import WAIT_NODES_S, cluster, wait_for_autoscaler
 
 NODE = {"object_store_memory": 100 * 2**20}
 pytestmark = pytest.mark.cluster
@@ -44,9 +44,9 @@ def test_nodes_that_do_not_come_are_waited_for_no_longer_and_wished_for_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with cluster(None) as info:
-        assert grown(info, 3, 1.0, use_gpu=False) is info, "without the variable nothing is waited for"
+        assert wait_for_autoscaler(info, 3, 1.0, use_gpu=False) is info, "without the variable nothing is waited for"
         monkeypatch.setenv(WAIT_NODES_S, "1")
-        assert grown(info, 2, 1.0, use_gpu=False) is info, "there is room"
-        assert grown(info, 3, 1.0, use_gpu=False) == info
-        assert grown(info, 1, 1.0, use_gpu=True) == info
+        assert wait_for_autoscaler(info, 2, 1.0, use_gpu=False) is info, "there is room"
+        assert wait_for_autoscaler(info, 3, 1.0, use_gpu=False) == info
+        assert wait_for_autoscaler(info, 1, 1.0, use_gpu=True) == info
     assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}

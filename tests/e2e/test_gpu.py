@@ -28,7 +28,7 @@ from ray_app.core.adapters.registry import STRATEGIES
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.core.optimizer_step import make_optimizer, training_step
-from ray_app.data.pair_tensors import Held
+from ray_app.data.pair_tensors import PairTensors
 from ray_app.errors import ResourceError
 from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.pair_store import PairStore
@@ -83,7 +83,7 @@ def test_in_bf16_it_loses_digits_and_nothing_else(strategy: str) -> None:
 
 
 def test_held_pairs_lie_where_they_are_used() -> None:
-    here = Held(np.array([3, 5, 9]), *(torch.randint(0, 256, (3, 7), dtype=torch.uint8) for _ in range(2)))
+    here = PairTensors(np.array([3, 5, 9]), *(torch.randint(0, 256, (3, 7), dtype=torch.uint8) for _ in range(2)))
     there = here.on(torch.device("cuda"))
     for mine, expected in zip(there.take(np.array([9, 3])), here.take(np.array([9, 3])), strict=True):
         assert mine.is_cuda

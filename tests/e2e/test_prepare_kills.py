@@ -18,7 +18,7 @@ from numpy_source import SMALL, NumpySource
 from ray_app.commands.prepare.command import prepare, run_prepare
 from ray_app.commands.prepare.store_builder import SCRATCH, SETTINGS
 from ray_app.config.prepare import PrepareFlags, PrepareScenes
-from ray_app.sources.base import RawPair, Rejected, SourceTask
+from ray_app.sources.base import RawPair, RejectedPair, SourceTask
 from ray_app.store.atomic import sha256_file
 from ray_app.store.pair_store import PairStore
 
@@ -95,7 +95,7 @@ def working_processes() -> list[psutil.Process]:
 def test_a_task_whose_process_dies_is_done_again_and_nothing_is_lost(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Slow(NumpySource):
-        def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
+        def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
             time.sleep(0.5)
             yield from NumpySource.pairs(self, task)
 

@@ -20,7 +20,7 @@ def test_quickstart_ends_with_a_table_a_report_and_a_champion(
     assert cli.run(argv.split()) == 0
     result = json.loads(capfd.readouterr().out)
     evaluated = result["evaluate"]
-    assert {"before", "white", "mean_target", "shuffled"} <= set(evaluated["controls"])
+    assert {"before", "white", "mean_target", "shuffled"} <= set(evaluated["baselines"])
     assert (
         Path(evaluated["files"]["report"]).is_file() if isinstance(evaluated["files"], dict) else evaluated["files"]
     )

@@ -17,7 +17,7 @@ import pytest
 from ray_head import Head, Relay, ray_head
 from rich.console import Console
 
-from ray_app.cluster.job_client import JobLog, result_in, show_ended, way_on
+from ray_app.cluster.job_client import JobLog, result_in, resume_command, show_ended
 from ray_app.cluster.working_dir import files_of
 from ray_app.commands.jobs.submit import entrypoint, job_environment, staged
 from ray_app.config.submit import SubmitConfig
@@ -173,7 +173,7 @@ def test_a_job_is_listed_and_stopped_by_hand(head: Head, small_dir: Path) -> Non
     ],
 )
 def test_a_stopped_job_tells_how_to_go_on(command: str, way: str | None) -> None:
-    assert way_on(f"python -m ray_app {command}") == (way and f"ray-app submit -- {way}")
+    assert resume_command(f"python -m ray_app {command}") == (way and f"ray-app submit -- {way}")
 
 
 def test_what_is_refused_says_how_to_mend_it(head: Head) -> None:

@@ -14,12 +14,12 @@ import torch
 from ray.cluster_utils import Cluster
 
 from ray_app.commands.train.command import world_sizes
-from ray_app.commands.train.loop import Pairs, Worker, held_batches, train_epochs
+from ray_app.commands.train.loop import WorkerContext, WorkerData, held_batches, train_epochs
 from ray_app.config.train import TrainConfig
-from ray_app.data.batch_order import Lanes
-from ray_app.data.pair_tensors import Held
-from ray_app.runs.event_log import Journal, entries
-from ray_app.runs.run_dir import RunFolder
+from ray_app.data.batch_order import ShardedBatchOrder
+from ray_app.data.pair_tensors import PairTensors
+from ray_app.runs.event_log import EventLog, entries
+from ray_app.runs.run_dir import RunDir
 from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
@@ -47,15 +47,16 @@ def alone(store: Path, out: Path, num_epochs: int) -> list[dict[str, Any]]:
     cfg = TrainConfig(store=str(store), out=out, num_epochs=num_epochs, **SETTINGS)
     opened = PairStore.open(store)
     split = split_pairs(opened.index, cfg.split_config)
-    worker = Worker(cfg, opened, 0, 1, torch.device("cpu"))
-    lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
+    worker = WorkerContext(cfg, opened, 0, 1, torch.device("cpu"))
+    lanes = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
     train, val = (
-        Held(np.arange(len(rows)), *map(torch.tensor, opened.read_rows(rows))) for rows in (split.train, split.val)
+        PairTensors(np.arange(len(rows)), *map(torch.tensor, opened.read_rows(rows)))
+        for rows in (split.train, split.val)
     )
-    pairs = Pairs(lambda state: held_batches(train, lanes, state, worker), True, val)
+    pairs = WorkerData(lambda state: held_batches(train, lanes, state, worker), True, val)
     out.mkdir()
-    with Journal(out) as journal:
-        train_epochs(worker, RunFolder(out), pairs, journal, {}, lambda *_: None)
+    with EventLog(out) as journal:
+        train_epochs(worker, RunDir(out), pairs, journal, {}, lambda *_: None)
     return of_kind(out, "epoch")
 
 
@@ -95,7 +96,7 @@ def test_a_node_goes_and_one_comes_and_every_epoch_is_that_of_one_worker(
     steps, epochs = of_kind(run, "step"), of_kind(run, "epoch")
     assert [size["workers"] for size in world_sizes(steps)] == [3, 2, 3]
     assert [step["global_step"] for step in steps] == list(range(1, len(steps) + 1)), "each step is told once"
-    best = RunFolder(run).best()
+    best = RunDir(run).best()
     assert best is not None
     expected = alone(small_store, tmp_path / "alone", int(best.name.removeprefix("epoch_")))
     for epoch, one in zip(epochs, expected, strict=False):

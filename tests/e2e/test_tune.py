@@ -23,7 +23,7 @@ from sweeps import FIXED, sweep_file, tune
 from ray_app import cli
 from ray_app.commands.evaluate.command import run_evaluate
 from ray_app.commands.tune.command import run_tune
-from ray_app.commands.tune.sweep_dir import SweepFolder
+from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.config.base import SplitConfig
 from ray_app.config.evaluate import EvaluateConfig
 from ray_app.config.tune import TuneConfig
@@ -33,7 +33,7 @@ from ray_app.store.atomic import sha256_file
 from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
-from ray_app.tracking.mlflow_logger import points
+from ray_app.tracking.mlflow_logger import to_metrics
 
 SMOKE = Path(__file__).resolve().parents[2] / "tune_configs" / "smoke.yaml"
 
@@ -85,12 +85,12 @@ def test_a_failing_trial_is_recorded_with_its_reason_and_stops_nothing(swept: di
     for trial in swept["trials"][::2]:
         assert {"id", "status", "objective", "steps", "reason"} <= set(trial)
         assert trial["epochs"] == 3
-    run = SweepFolder(Path(swept["sweep"])).run(swept["trials"][1]["id"])
+    run = SweepDir(Path(swept["sweep"])).run(swept["trials"][1]["id"])
     assert sum(line["kind"] == "attempt" for line in entries(run.path)) == 1, "it would fail again"
 
 
 def test_the_objective_is_that_of_the_checkpoint_with_its_lift_at_every_step(swept: dict[str, Any]) -> None:
-    best, folder = swept["best"], SweepFolder(Path(swept["sweep"]))
+    best, folder = swept["best"], SweepDir(Path(swept["sweep"]))
     assert best["objective"] == max(trial["objective"] for trial in swept["trials"] if trial["objective"] is not None)
     checkpoint = load_checkpoint(Path(best["checkpoint"]))
     assert checkpoint.metrics["val"]["cosine_accept_rate"]["0.80"] == best["objective"]
@@ -99,12 +99,12 @@ def test_the_objective_is_that_of_the_checkpoint_with_its_lift_at_every_step(swe
         for line in entries(folder.run(trial["id"]).path):
             if line["kind"] == "epoch":
                 val = line["val"]
-                assert set(val["controls"]) == {"before", "white", "mean_target", "shuffled"}
-                assert val["lift"] == val["cosine_accept_rate"]["0.80"] - max(val["controls"].values())
+                assert set(val["baselines"]) == {"before", "white", "mean_target", "shuffled"}
+                assert val["lift"] == val["cosine_accept_rate"]["0.80"] - max(val["baselines"].values())
 
 
 def test_an_ended_trial_keeps_its_best_weights_and_nothing_else(swept: dict[str, Any]) -> None:
-    folder = SweepFolder(Path(swept["sweep"]))
+    folder = SweepDir(Path(swept["sweep"]))
     for trial in swept["trials"][::2]:
         run = folder.run(trial["id"])
         assert list((run.path / "checkpoints").iterdir()) == [run.best()]
@@ -113,7 +113,7 @@ def test_an_ended_trial_keeps_its_best_weights_and_nothing_else(swept: dict[str,
 
 def test_mlflow_holds_one_run_for_the_sweep_and_one_in_it_for_each_trial(swept: dict[str, Any], root: Path) -> None:
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
-    folder = SweepFolder(Path(swept["sweep"]))
+    folder = SweepDir(Path(swept["sweep"]))
     runs = client.search_runs([client.get_experiment_by_name("alignment").experiment_id])
     (parent,) = [run for run in runs if run.info.run_name == "grid"]
     nested = {r.data.tags["trial"]: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
@@ -128,7 +128,7 @@ def test_mlflow_holds_one_run_for_the_sweep_and_one_in_it_for_each_trial(swept: 
         assert len(found) == len(told)
     objectives = client.get_metric_history(parent.info.run_id, "trial/objective")
     assert len(objectives) == 2
-    assert all("@" not in point.key for line in entries(folder.path) for point in points(line))
+    assert all("@" not in point.key for line in entries(folder.path) for point in to_metrics(line))
 
 
 def test_the_page_refers_to_nothing_but_its_own_folder(swept: dict[str, Any]) -> None:
@@ -145,14 +145,14 @@ def test_the_page_opens_without_a_network_wide_and_narrow(swept: dict[str, Any])
     assert_opens(Path(swept["sweep"]) / "sweep.html")
 
 
-def attempts(folder: SweepFolder) -> dict[str, int]:
+def attempts(folder: SweepDir) -> dict[str, int]:
     """Of each trial whose journal has begun: a driver that is killed may leave a trial's folder without one."""
     runs = sorted(path.parent for path in (folder.path / "trials").glob("*/journal.jsonl"))
     return {run.name: sum(line["kind"] == "attempt" for line in entries(run)) for run in runs}
 
 
 def test_what_is_finished_is_not_run_again_and_a_larger_budget_adds_to_it(swept: dict[str, Any], root: Path) -> None:
-    folder = SweepFolder(Path(swept["sweep"]))
+    folder = SweepDir(Path(swept["sweep"]))
     before = attempts(folder)
     flags = {"tracking_uri": f"sqlite:///{root / 'mlflow.db'}", "final": False}
     again = run_tune(TuneConfig(resume=folder.path, **flags))
@@ -173,15 +173,15 @@ def test_a_sweep_can_be_watched_and_synced(swept: dict[str, Any], capfd: pytest.
     assert json.loads(told.out)["best"]["trial"] == swept["best"]["trial"]
     assert cli.run(["sync", swept["sweep"], "--json"]) == 0
     synced = json.loads(capfd.readouterr().out)
-    assert len(synced["runs"]) == 1 + len(attempts(SweepFolder(Path(swept["sweep"]))))
+    assert len(synced["runs"]) == 1 + len(attempts(SweepDir(Path(swept["sweep"]))))
     assert synced["points_journal"] == synced["points_server"]
     assert synced["missing"] == synced["surplus"] == 0
 
 
 def test_a_changed_store_is_not_gone_on_with(swept: dict[str, Any], root: Path) -> None:
-    folder, other = SweepFolder(root / "moved"), build_store(NumpySource(seed=9), root / "other")
+    folder, other = SweepDir(root / "moved"), build_store(NumpySource(seed=9), root / "other")
     shutil.copytree(swept["sweep"], folder.path)
-    about = folder.about()
+    about = folder.metadata()
     (folder.path / "sweep.json").write_text(json.dumps(about | {"spec": about["spec"] | {"store": str(other)}}))
     with pytest.raises(StoreError, match="searched on pairs of fingerprint"):
         run_tune(TuneConfig(resume=folder.path, final=False))
@@ -208,7 +208,7 @@ def test_where_all_fail_the_reasons_are_grouped_and_the_exit_code_is_2(
     assert "does not answer" not in err, "a trial that was refused has nothing to track"
 
 
-def interrupt(folder: SweepFolder) -> None:
+def interrupt(folder: SweepDir) -> None:
     """Ctrl-C once two epochs are told; or late, so that it ends in any case."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -223,7 +223,7 @@ def test_an_estimate_above_the_budget_needs_a_word_and_ctrl_c_and_the_budget_end
 ) -> None:
     space = {"hidden_dim": [8, 16, 24, 32]}
     fixed = FIXED | {"num_epochs": 5000, "early_stop_patience": 5000}  # so that no trial comes to its end
-    path, folder = sweep_file(root, small_store, "short", space=space, fixed=fixed), SweepFolder(root / "short")
+    path, folder = sweep_file(root, small_store, "short", space=space, fixed=fixed), SweepDir(root / "short")
     tracking = ["--tracking-uri", f"sqlite:///{root / 'mlflow.db'}"]
     with pytest.raises(ConfigError, match=r"is above max_hours 0.005.*--yes"):
         tune(path, max_hours=0.005)
@@ -264,7 +264,7 @@ def test_a_trial_of_two_workers_is_a_ray_train_group_and_ends_as_one_of_one_does
     group = tune(sweep_file(root, small_store, "group", space=space, workers=2, cpus_per_worker=0.5))
     assert [trial["status"] for trial in group["trials"]] == ["finished"]
     assert group["trials"][0]["id"] == swept["trials"][0]["id"], "the same setting"
-    folders = [SweepFolder(Path(each["sweep"])).run(each["trials"][0]["id"]).path for each in (group, swept)]
+    folders = [SweepDir(Path(each["sweep"])).run(each["trials"][0]["id"]).path for each in (group, swept)]
     workers = [[line["workers"] for line in entries(folder) if line["kind"] == "start"] for folder in folders]
     assert workers == [[2], [1]]
     losses = [[line["val"]["loss"] for line in entries(folder) if line["kind"] == "epoch"] for folder in folders]
@@ -273,7 +273,7 @@ def test_a_trial_of_two_workers_is_a_ray_train_group_and_ends_as_one_of_one_does
     assert group["trials"][0]["steps"] == swept["trials"][0]["steps"]
 
 
-def kill_a_trial(folder: SweepFolder, killed: list[int]) -> None:
+def kill_a_trial(folder: SweepDir, killed: list[int]) -> None:
     """SIGKILL to one trial's process after a step of it."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -293,7 +293,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes
     """Two trials, one after the other, that differ in a patience that neither comes to need: the first is killed."""
     fixed = FIXED | {"hidden_dim": 8, "num_epochs": 20, "early_stop_patience": 20}
     path = sweep_file(root, small_store, "hurt", space={"plateau_patience": [50, 51]}, fixed=fixed, concurrent=1)
-    folder, killed = SweepFolder(root / "hurt"), []
+    folder, killed = SweepDir(root / "hurt"), []
     killer = threading.Thread(target=kill_a_trial, args=(folder, killed))
     killer.start()
     result = tune(path)
@@ -318,7 +318,7 @@ def test_the_shipped_smoke_sweep_all_of_it_killed_goes_on_and_the_winner_is_judg
     """As it is but for the workers of the last training."""
     path = root / "smoke.yaml"
     path.write_text(SMOKE.read_text() + "final_workers: 2\n")
-    folder, uri = SweepFolder(root / "killed"), f"sqlite:///{root / 'mlflow.db'}"
+    folder, uri = SweepDir(root / "killed"), f"sqlite:///{root / 'mlflow.db'}"
     tracking = ["--tracking-uri", uri, "--experiment", "killed"]
     words = [sys.executable, "-m", "ray_app", "tune", str(path), *tracking]
     words += ["--store", str(small_store), "--out", str(folder.path), "--yes"]

@@ -19,16 +19,16 @@ from s3_process import S3
 
 from ray_app import cli
 from ray_app.commands.tune.command import run_tune
-from ray_app.commands.tune.remote_sweep import SweepCopy, sweep_at
-from ray_app.commands.tune.sweep_dir import SweepFolder
+from ray_app.commands.tune.remote_sweep import RemoteSweep, open_sweep
+from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.config.tune import TuneConfig
 from ray_app.errors import StoreError
 from ray_app.runs.event_log import JOURNAL, entries
-from ray_app.runs.remote_run import RunCopy
+from ray_app.runs.remote_run import RemoteRun
 from ray_app.runs.run_dir import CHECKPOINTS, STATES
 from ray_app.store.atomic import sha256_file
 from ray_app.store.checkpoint_transfer import local_folder
-from ray_app.store.filesystem import ObjectStore
+from ray_app.store.filesystem import RemoteDir
 
 FIXED = {"strategy": "lightweight", "batch_size": 8, "num_epochs": 6, "dropout": 0.0}
 SPACE = {"hidden_dim": [8, 16, 24]}
@@ -67,8 +67,8 @@ def test_a_sweep_of_which_nothing_is_left_but_the_uri_goes_on_and_finds_the_same
         assert time.monotonic() < deadline
         time.sleep(0.02)
     kill_with_children(process)
-    with sweep_at(uri) as sweep:
-        sweep.pull()
+    with open_sweep(uri) as sweep:
+        sweep.refresh()
         before = attempts(sweep)
         ended = {trial.name for trial in sweep.trials() if trial.ended_at is not None}
 
@@ -96,8 +96,8 @@ def test_a_sweep_of_which_nothing_is_left_but_the_uri_goes_on_and_finds_the_same
     weights = [key for key in keys if key.startswith("trials/") and key.endswith("model.safetensors")]
     assert len(weights) == 3, "of each trial the best alone is kept"
     assert not any(re.search("^trials/.*/training_state/.", key) for key in keys)
-    with sweep_at(uri) as sweep:
-        sweep.pull()
+    with open_sweep(uri) as sweep:
+        sweep.refresh()
         assert attempts(sweep) == {name: before.get(name, 0) + (name not in ended) for name in attempts(sweep)}
         assert set(before) - ended, "one was under way"
         for run in sweep.runs("trials/*"):
@@ -114,61 +114,61 @@ def test_a_sweep_of_which_nothing_is_left_but_the_uri_goes_on_and_finds_the_same
     assert "holds a sweep already" in " ".join(capfd.readouterr().err.split())
 
 
-def attempts(sweep: SweepFolder) -> dict[str, int]:
+def attempts(sweep: SweepDir) -> dict[str, int]:
     """How often each trial was begun by a process."""
     return {run.name: sum(line["kind"] == "attempt" for line in entries(run)) for run in sweep.runs("trials/*")}
 
 
 def test_what_lies_at_a_uri_is_no_sweep_or_names_a_folder_outside_of_it(tmp_path: Path) -> None:
-    there = ObjectStore(f"file://{tmp_path}/there", 1.0)
-    there.make()
-    copy = SweepCopy(tmp_path / "copy", there)
+    there = RemoteDir(f"file://{tmp_path}/there", 1.0)
+    there.mkdir()
+    copy = RemoteSweep(tmp_path / "copy", there)
     copy.path.mkdir()
     with pytest.raises(StoreError, match=r"is not the folder of a sweep: it has no sweep.json"):
-        copy.pull()
-    copy.claim({"name": "s"})
-    with copy.driven() as journal:
+        copy.refresh()
+    copy.create({"name": "s"})
+    with copy.exclusive() as journal:
         journal.write("final", trial="t", run="final/../../outside/seed_0", time=0.0)
-    other = SweepCopy(tmp_path / "other", there)
+    other = RemoteSweep(tmp_path / "other", there)
     other.path.mkdir()
     with pytest.raises(StoreError, match="which is no run of a sweep"):
-        other.pull()
+        other.refresh()
     with pytest.raises(StoreError, match="holds a sweep already"):
-        SweepCopy(tmp_path / "third", there).claim({"name": "other"})
+        RemoteSweep(tmp_path / "third", there).create({"name": "other"})
     assert json.loads(there.read("sweep.json")) == {"name": "s"}
 
 
 def test_a_journal_that_is_lent_at_a_uri_holds_what_another_process_wrote_meanwhile(tmp_path: Path) -> None:
     """The driver ends a trial whose process waits to hear whether it goes on."""
-    there = ObjectStore(f"file://{tmp_path}/there", 1.0)
-    driver, trial = RunCopy(tmp_path / "driver", there), RunCopy(tmp_path / "trial", there)
+    there = RemoteDir(f"file://{tmp_path}/there", 1.0)
+    driver, trial = RemoteRun(tmp_path / "driver", there), RemoteRun(tmp_path / "trial", there)
     trial.path.mkdir()
-    driver.claim({"name": "t"})
+    driver.create({"name": "t"})
     with driver.journal() as journal:
         journal.write("start", time=0.0)
     with trial.journal() as journal:
         journal.write("attempt", time=1.0)
-        with trial.lent(journal):
+        with trial.released(journal):
             with driver.journal() as theirs:
                 theirs.write("end", status="KILLED", time=2.0)
             assert [line["kind"] for line in entries(driver.path)] == ["start", "attempt", "end"]
     assert [line["kind"] for line in entries(trial.path)] == ["start", "attempt", "end"]
-    assert len(there.names("journal")) == 3, "each writer began a part of its own"
+    assert len(there.listdir("journal")) == 3, "each writer began a part of its own"
 
 
 def test_places_that_are_let_go_of_at_a_uri_are_gone_there_too(tmp_path: Path) -> None:
-    there = ObjectStore(f"file://{tmp_path}/there", 1.0)
-    run = RunCopy(tmp_path / "run", there)
-    run.claim({"name": "t"})
+    there = RemoteDir(f"file://{tmp_path}/there", 1.0)
+    run = RemoteRun(tmp_path / "run", there)
+    run.create({"name": "t"})
     for kind in (STATES, CHECKPOINTS):
         for name in ("epoch_0001", "epoch_0002"):
-            there.make(f"{kind}/{name}")
+            there.mkdir(f"{kind}/{name}")
             there.write(f"{kind}/{name}/file", b"x")
     there.write("best.json", json.dumps({"checkpoint": f"{CHECKPOINTS}/epoch_0001"}).encode())
-    assert run.best_kept == f"{CHECKPOINTS}/epoch_0001"
+    assert run.best_on_disk == f"{CHECKPOINTS}/epoch_0001"
     for kind in (STATES, CHECKPOINTS):
-        run.let_go(kind, run.best_kept)
+        run.delete_checkpoints(kind, run.best_on_disk)
     assert (run.places(STATES), run.places(CHECKPOINTS)) == (set(), {"epoch_0001"})
-    run.let_go(CHECKPOINTS)
-    assert run.best_kept is None
+    run.delete_checkpoints(CHECKPOINTS)
+    assert run.best_on_disk is None
     assert not (run.path / JOURNAL).exists()

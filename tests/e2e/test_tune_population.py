@@ -15,10 +15,10 @@ import torch
 from sweeps import FIXED, sweep_file
 
 from ray_app.commands.tune.command import run_tune
-from ray_app.commands.tune.sweep_dir import SweepFolder, Trial
+from ray_app.commands.tune.sweep_dir import SweepDir, Trial
 from ray_app.config.tune import TuneConfig
 from ray_app.runs.event_log import entries
-from ray_app.runs.run_dir import RunFolder
+from ray_app.runs.run_dir import RunDir
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -27,13 +27,13 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 Place = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]
 
 
-def at(run: RunFolder, name: str) -> Place:
+def at(run: RunDir, name: str) -> Place:
     """Weights, moments and counters of a place."""
     weights = load_checkpoint(run.checkpoint(name)).adapter.state_dict()
     return weights, *load_training_state(run.state(name))
 
 
-def first_exchange(folder: SweepFolder, process: "subprocess.Popen[bytes]") -> tuple[Trial, Place, Place]:
+def first_exchange(folder: SweepDir, process: "subprocess.Popen[bytes]") -> tuple[Trial, Place, Place]:
     """A trial that has just taken another's weights, where it begins, and the same place of the other."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
@@ -54,7 +54,7 @@ def test_what_falls_behind_goes_on_from_the_weights_of_what_leads_also_after_a_k
     lines = {"scheduler": "pbt", "grace_epochs": 1, "max_trials": 4, "keep_checkpoints": 0}
     fixed = FIXED | {"num_epochs": 6, "early_stop_patience": 6, "hidden_dim": 8}
     path = sweep_file(tmp_path, small_store, "population", space=space, fixed=fixed, **lines)
-    folder, uri = SweepFolder(tmp_path / "population"), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    folder, uri = SweepDir(tmp_path / "population"), f"sqlite:///{tmp_path / 'mlflow.db'}"
     words = [sys.executable, "-m", "ray_app", "tune", str(path), "--no-final", "--tracking-uri", uri]
     process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
     try:

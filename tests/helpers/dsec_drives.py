@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from ray_app.events.recording import Events
 from ray_app.events.simulator import EventSimulator, SimulatedEvents
 from ray_app.scenes.scene import Scene
-from ray_app.sources.base import RawPair, Rejected
+from ray_app.sources.base import RawPair, RejectedPair
 from ray_app.sources.dsec.source import DsecSource
-from ray_app.sources.recorded import Cut
+from ray_app.sources.recorded import WindowingConfig
 from ray_app.sources.scenes import FRAME_US, SENSOR
 
 OFFSET_US = 49_599_300_776
@@ -88,21 +88,21 @@ def write_scene(root: Path, name: str, seed: int, num_frames: int) -> SceneDrive
 def dsec(root: Path, durations_us: tuple[int, ...] = SECOND, **settings: Any) -> DsecSource:
     """A source; settings of the cut and of the source by name."""
     own = {name: settings.pop(name) for name in ("align", "boundaries") if name in settings}
-    return DsecSource(root, Cut(durations_us, **settings), **own)
+    return DsecSource(root, WindowingConfig(durations_us, **settings), **own)
 
 
-def everything(source: DsecSource) -> list[RawPair | Rejected]:
+def everything(source: DsecSource) -> list[RawPair | RejectedPair]:
     return [item for task in source.tasks() for item in source.pairs(task)]
 
 
 def pairs_of(source: DsecSource) -> list[RawPair]:
     found = everything(source)
-    assert [item for item in found if isinstance(item, Rejected)] == []
+    assert [item for item in found if isinstance(item, RejectedPair)] == []
     return [item for item in found if isinstance(item, RawPair)]
 
 
-def rejected(source: DsecSource) -> list[Rejected]:
-    return [item for item in everything(source) if isinstance(item, Rejected)]
+def rejected(source: DsecSource) -> list[RejectedPair]:
+    return [item for item in everything(source) if isinstance(item, RejectedPair)]
 
 
 def same(one: RawPair, other: RawPair) -> bool:

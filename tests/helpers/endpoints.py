@@ -21,11 +21,11 @@ from ray_app.config.serve import EndpointConfig
 from ray_app.core.adapters.registry import AdapterConfig, build_adapter
 from ray_app.store.checkpoint import save_checkpoint
 from ray_app.store.manifest import Features, FeatureSpec
-from serve.http.asgi import Edge
+from serve.http.asgi import AsgiApp
 from serve.http.routes import build_api
 from serve.http.v2 import infer
 from serve.observability.tracing import Tracing
-from serve.replica_state import Endpoint
+from serve.replica_state import ReplicaState
 
 SHAPE = (3, 16, 16)
 WIDTH = 768
@@ -95,7 +95,7 @@ class LocalServer(Server):
 
     def __init__(self, cfg: EndpointConfig) -> None:
         super().__init__(free_port())
-        self.endpoint = Endpoint(cfg, "test")
+        self.endpoint = ReplicaState(cfg, "test")
         tracing = Tracing(cfg.traces, "test")
 
         async def everywhere(method: str) -> list[Any]:
@@ -104,7 +104,7 @@ class LocalServer(Server):
             telemetry, rows = self.endpoint.telemetry, self.endpoint.batcher.queued_rows
             return [telemetry.snapshot(rows) if method == "snapshot" else telemetry.exposition(rows).decode()]
 
-        self.edge = Edge(self.endpoint, infer, build_api(self.endpoint, everywhere), tracing)
+        self.edge = AsgiApp(self.endpoint, infer, build_api(self.endpoint, everywhere), tracing)
         options = uvicorn.Config(self.edge, port=self.port, log_level="warning", timeout_graceful_shutdown=5)
         self._uvicorn = uvicorn.Server(options)
         self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)

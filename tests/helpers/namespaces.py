@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from ray_app.cluster.reachability import no_listener
+from ray_app.cluster.reachability import connection_error
 
 RAY = str(Path(sys.executable).with_name("ray"))
 NETWORK = "10.213.77"
@@ -133,7 +133,7 @@ class Network:
     def listens(self) -> None:
         """Until the head does: a worker that comes before it may never join."""
         until = time.monotonic() + START_S
-        while no_listener(self.address):
+        while connection_error(self.address):
             assert time.monotonic() < until, self.told()
             time.sleep(0.1)
 

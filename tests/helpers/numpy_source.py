@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ray_app.commands.prepare.store_builder import build_task, claim, finish
 from ray_app.errors import InputError
-from ray_app.sources.base import RawPair, Rejected, SourceTask
+from ray_app.sources.base import RawPair, RejectedPair, SourceTask
 from ray_app.store.manifest import Features, FeatureSpec
 
 SMALL = FeatureSpec(dtype="uint8", shape=(3, 16, 16), scale=1 / 255)
@@ -48,7 +48,7 @@ class NumpySource:
     def tasks(self) -> list[SourceTask]:
         return [SourceTask(f"drive_{s:04d}", self.num_windows, {"sequence": s}) for s in range(self.num_sequences)]
 
-    def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
+    def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
         sequence = task.spec["sequence"]
         if sequence in self.unreadable:
             raise InputError(f"{task.name}: nothing in it can be read")
@@ -57,7 +57,7 @@ class NumpySource:
             if (sequence, window) in self.broken_off:
                 raise InputError(f"{task.name}: ends at window {window}")
             if (sequence, window) in self.bad:
-                yield Rejected(task.name, f"window {window}", "made to fail")
+                yield RejectedPair(task.name, f"window {window}", "made to fail")
                 continue
             frame = self.frame(drawn, window)
             edges = np.abs(np.diff(frame.astype(np.int16), axis=1, append=frame[:, -1:])).max(-1) > 8

@@ -5,7 +5,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ray_app.core.adapters.base import Start
+from ray_app.core.adapters.base import InitStats
 from ray_app.core.adapters.initialization import Part, Passes, Sums, find_start, solve_ridge
 from ray_app.core.adapters.registry import STRATEGIES, Adapter, AdapterConfig, build_adapter
 
@@ -31,7 +31,7 @@ def in_batches(event: Tensor, target: Tensor, size: int = 7) -> Passes:
     return passes
 
 
-def small_start(strategy: str, event: Tensor, target: Tensor, rank: int) -> Start:
+def small_start(strategy: str, event: Tensor, target: Tensor, rank: int) -> InitStats:
     """All that a strategy may need of these pairs; the last few validate."""
     train = event[:-VAL], target[:-VAL]
     start = find_start(in_batches(*train), "subspaces", rank, len(train[0]), seed=0)
@@ -56,7 +56,7 @@ def small_adapter(strategy: str, seed: int = 0, *, width: int = 48, spectral: bo
     )
     adapter = build_adapter(config, seed)
     if spectral or adapter.NEEDS != "nothing":
-        adapter.begin(small_start(strategy, event, target, 5), spectral=spectral)
+        adapter.initialize_from(small_start(strategy, event, target, 5), spectral=spectral)
     return adapter
 
 

@@ -3,21 +3,21 @@
 import torch
 
 from ray_app.core.adapters.registry import AdapterConfig, build_adapter
-from ray_app.runs.run_dir import RunFolder, place
+from ray_app.runs.run_dir import RunDir, checkpoint_name
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
 from ray_app.store.manifest import Features, FeatureSpec
 
 SPEC = FeatureSpec(dtype="float32", shape=(20,), scale=1.0)
 
 
-def save(run: RunFolder, epoch: int, hidden_dim: int = 3) -> None:
+def save(run: RunDir, epoch: int, hidden_dim: int = 3) -> None:
     """Saves an epoch as the best so far."""
     adapter = build_adapter(AdapterConfig("bottleneck", 20, 20, hidden_dim), 0)
     with torch.no_grad():
         for weight in adapter.parameters():
             weight.fill_(epoch)
     run.save(
-        place(epoch),
+        checkpoint_name(epoch),
         adapter,
         features=Features(event=SPEC, target=SPEC),
         metrics={"epoch": epoch},
@@ -28,13 +28,13 @@ def save(run: RunFolder, epoch: int, hidden_dim: int = 3) -> None:
     )
 
 
-def found(run: RunFolder) -> int:
+def found(run: RunDir) -> int:
     """The epoch that training would go on from, with every byte of it read and looked at."""
-    name = run.newest_state()
+    name = run.latest_resumable()
     assert name is not None, "nothing to go on from"
     tensors, meta = load_training_state(run.state(name))
     epoch = meta["epoch"]
-    assert name == place(epoch)
+    assert name == checkpoint_name(epoch)
     assert (tensors["0.exp_avg"] == epoch).all()
     checkpoint = load_checkpoint(run.checkpoint(name))
     assert checkpoint.metrics == {"epoch": epoch}

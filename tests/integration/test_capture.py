@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM, VideoLlavaForConditionalGeneration, VideoLlavaImageProcessor
 
 from ray_app import cli, errors
-from ray_app.commands.capture.capture_worker import Capturer
+from ray_app.commands.capture.capture_worker import CaptureActor
 from ray_app.commands.capture.command import plan_of, run_capture, settings_of
 from ray_app.commands.replay.command import run_replay
 from ray_app.config.speculative import CaptureConfig, ReplayConfig
 from ray_app.core.speculative.verification import verify_greedy
-from ray_app.drafters.base import Answered, Prompt
+from ray_app.drafters.base import AnsweredPrompt, Prompt
 from ray_app.drafters.recorded_states import answers_with_states
 from ray_app.drafters.replay import DRAFTERS
 from ray_app.errors import InputError, ResourceError, StoreError
@@ -100,7 +100,7 @@ def here(cfg: CaptureConfig) -> Shard:
     """The first shard, captured in this process."""
     plan = plan_of(cfg)
     claim(cfg.out, settings_of(cfg))
-    done = Capturer(cfg, plan, "cpu", 1)({"shard": plan[0][0]})
+    done = CaptureActor(cfg, plan, "cpu", 1)({"shard": plan[0][0]})
     if done["error"]:
         raise getattr(errors, done["kind"])(done["error"])
     shard = read_shard(cfg.out, plan[0][0])
@@ -198,12 +198,12 @@ def test_decoding_with_any_drafter_gives_the_recorded_answer(
     assert tuple(said[: len(each.answer)]) == each.answer
 
 
-def with_aligned(each: Answered) -> Answered:
+def with_aligned(each: AnsweredPrompt) -> AnsweredPrompt:
     """With the raw states in the place of aligned ones: both models are equally wide."""
     prompt = Prompt(
         each.prompt.question, each.prompt.event_tokens, each.prompt.event_states, each.prompt.event_states
     )
-    return Answered(prompt, each.answer, each.target_states)
+    return AnsweredPrompt(prompt, each.answer, each.target_states)
 
 
 def test_replay_reads_what_capture_wrote(captured: Path) -> None:

@@ -91,7 +91,7 @@ def test_no_two_words_of_the_picture_touch_however_near_or_far_apart_the_adapter
     figures = [
         cost_figure(
             {
-                "controls": {"mean_target": {"cosine_accept_rate": {"0.80": 0.4}}},
+                "baselines": {"mean_target": {"cosine_accept_rate": {"0.80": 0.4}}},
                 "adapters": {
                     "a": point(solved, 0.0123),
                     "b": point(25_600, 0.0123 * by),

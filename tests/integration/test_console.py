@@ -212,13 +212,13 @@ def test_theta_slides_over_the_curve_by_keyboard(browser: Any, endpoint: Any) ->
         rows, key = rows_of(page), rate_key(theta)
         assert rows["adapter"] == f"{100 * evaluation['cosine_accept_rate'][key]:.1f} %"
         assert (
-            rows["mean_target"] == f"{100 * evaluation['controls']['mean_target']['cosine_accept_rate'][key]:.1f} %"
+            rows["mean_target"] == f"{100 * evaluation['baselines']['mean_target']['cosine_accept_rate'][key]:.1f} %"
         )
-        assert len(rows) == 1 + len(evaluation["controls"])
+        assert len(rows) == 1 + len(evaluation["baselines"])
         assert (page.locator("#verdict strong").inner_text() == "Accepted") == (cosine > theta)
     page.keyboard.press("ArrowRight")
     assert all(rate.startswith("≈") for rate in rows_of(page).values())
-    assert page.locator("#chart polyline").count() == 1 + len(evaluation["controls"])
+    assert page.locator("#chart polyline").count() == 1 + len(evaluation["baselines"])
     assert page.locator("#theta").get_attribute("aria-valuetext").startswith("0.51")
     closed(page)
 
@@ -242,7 +242,7 @@ def test_it_tells_what_is_served_and_how_much_it_is_asked(browser: Any, endpoint
     server, evaluation = endpoint
     page = opened(browser, server)
     served = page.locator("#served").inner_text()
-    for words in ("models:/alignment-adapter@champion", "lightweight", "768 → 768", evaluation["best_control"]):
+    for words in ("models:/alignment-adapter@champion", "lightweight", "768 → 768", evaluation["best_baseline"]):
         assert words in served
     page.locator("#since", has_text="since").wait_for()
     before = server.endpoint.telemetry.snapshot(0).codes.total()

@@ -15,7 +15,7 @@ from ray_app.config.evaluate import EvaluateConfig
 from ray_app.config.speculative import ProxyConfig, ReplayConfig
 from ray_app.core.adapters.registry import AdapterConfig, build_adapter
 from ray_app.core.speculative.correlation import Places, cosines, judge, rank_correlation, spearman
-from ray_app.drafters.base import Answered, Prompt
+from ray_app.drafters.base import AnsweredPrompt, Prompt
 from ray_app.drafters.hidden_states import AdapterDrafter, HiddenStateDrafter
 from ray_app.errors import CheckpointError, ConfigError, InputError
 from ray_app.store.atomic import write_file
@@ -107,7 +107,7 @@ def test_a_zero_state_has_cosine_zero() -> None:
 
 def test_state_drafters_take_the_token_of_the_nearest_state() -> None:
     axes = np.eye(3, dtype=np.float32)
-    known = Answered(Prompt("q", (7, 7), axes[:2]), (4, 5, 6), axes)
+    known = AnsweredPrompt(Prompt("q", (7, 7), axes[:2]), (4, 5, 6), axes)
     asked = Prompt("q", (7, 7, 7), 2.0 * axes[[1, 0]] + 0.1, aligned_states=axes[[2, 2, 0]])
     hidden, adapter = HiddenStateDrafter(), AdapterDrafter()
     for drafter in (hidden, adapter):
@@ -169,9 +169,9 @@ def save_linear(folder: Path, weight_DE: torch.Tensor, width: int = WIDTH) -> No
 def test_adapters_of_known_worth(world: Path, tmp_path: Path) -> None:
     adapters = tuple(world / name for name in ("other", "half", "exact"))
     result = run_proxy(ProxyConfig(traces=(world / TRACES,), adapter=adapters, out=tmp_path / "out", folds=3, gap=3))
-    found = {**result["controls"], **result["adapters"]}
+    found = {**result["baselines"], **result["adapters"]}
     assert (result["rows"], result["blocks"]) == (60, 10)
-    assert set(result["controls"]) == {"raw", "mean_target"}
+    assert set(result["baselines"]) == {"raw", "mean_target"}
     assert found["exact"]["match_rate"] > 0.95
     assert found["exact"]["match_rate"] > found["half"]["match_rate"] > found["other"]["match_rate"]
     assert found["exact"]["cos_mean"] > 0.8 > 0.7 > found["half"]["cos_mean"] > found["other"]["cos_mean"]

@@ -23,17 +23,17 @@ from ray_app.errors import InputError
 from ray_app.events.recording import Events
 from ray_app.events.render import equal_counts, event_image
 from ray_app.events.windows import Window
-from ray_app.sources.base import RawPair, Rejected
+from ray_app.sources.base import RawPair, RejectedPair
 from ray_app.sources.davis import source as davis
 from ray_app.sources.davis.aedat4 import Aedat4, decoded_to_the_end, frame_span
-from ray_app.sources.davis.source import DavisSource, Excerpt, Reader
+from ray_app.sources.davis.source import DavisSource, EventSpan, Reader
 from ray_app.sources.davis.spool import Spool
 from ray_app.sources.npy import read_npy
-from ray_app.sources.recorded import Cut
+from ray_app.sources.recorded import WindowingConfig
 from ray_app.store.pair_store import PairStore
 
 WIDTH, HEIGHT = 346, 260
-SHORT = Cut((50_000,))
+SHORT = WindowingConfig((50_000,))
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +55,17 @@ def pictures(shared_data: Path) -> dict[int, NDArray[np.uint8]]:
     return {int(file.stem.removeprefix("frame_")): np.asarray(Image.open(file)) for file in files}
 
 
-def everything(source: DavisSource) -> list[RawPair | Rejected]:
+def everything(source: DavisSource) -> list[RawPair | RejectedPair]:
     return [item for task in source.tasks() for item in source.pairs(task)]
 
 
 def pairs_of(source: DavisSource) -> list[RawPair]:
     found = everything(source)
-    assert [item for item in found if isinstance(item, Rejected)] == []
+    assert [item for item in found if isinstance(item, RejectedPair)] == []
     return [item for item in found if isinstance(item, RawPair)]
 
 
-def events_in(excerpt: Excerpt) -> Events:
+def events_in(excerpt: EventSpan) -> Events:
     """All of an excerpt's events."""
     parts = list(excerpt.parts(0, excerpt.stop))
     x, y, t_us, p = (np.concatenate([getattr(part, name) for part in parts]) for name in ("x", "y", "t_us", "p"))
@@ -131,7 +131,7 @@ def test_frames_and_events_lie_on_one_clock(sample: Path) -> None:
 
 
 def test_tasks_in_any_order_give_the_same_pairs(sample: Path) -> None:
-    source = DavisSource((sample,), Cut((50_000, 60_000), step_us=5_000, num_images=2, max_gap_us=60_000))
+    source = DavisSource((sample,), WindowingConfig((50_000, 60_000), step_us=5_000, num_images=2, max_gap_us=60_000))
     tasks = source.tasks()
     forwards = [list(source.pairs(task)) for task in tasks]
     backwards = [list(source.pairs(task)) for task in reversed(tasks)][::-1]
@@ -159,10 +159,10 @@ def test_a_reader_forgets_what_lies_behind(sample: Path) -> None:
 
 def test_windows_with_few_events_or_a_gap_are_rejected_with_the_reason(sample: Path) -> None:
     found = everything(DavisSource((sample,), replace(SHORT, max_gap_us=2_000)))
-    assert all("--max-gap allows 2ms" in item.reason for item in found if isinstance(item, Rejected))
-    assert any(isinstance(item, Rejected) for item in found)
-    (few, *_) = everything(DavisSource((sample,), Cut((50_000,), num_images=64, event_slice_us=100)))
-    assert isinstance(few, Rejected)
+    assert all("--max-gap allows 2ms" in item.reason for item in found if isinstance(item, RejectedPair))
+    assert any(isinstance(item, RejectedPair) for item in found)
+    (few, *_) = everything(DavisSource((sample,), WindowingConfig((50_000,), num_images=64, event_slice_us=100)))
+    assert isinstance(few, RejectedPair)
     assert "events cannot be drawn as 64 images" in few.reason
     excerpt = Reader(sample).excerpt(Window(0, 2**62))
     times_us = events_in(excerpt).t_us
@@ -262,7 +262,7 @@ def test_what_is_no_such_recording_is_refused(sample: Path, tmp_path: Path, shar
     with pytest.raises(InputError, match="has 0 frame streams; `prepare davis` needs one of events and one"):
         DavisSource((tmp_path / "other.aedat4",), SHORT).tasks()
     with pytest.raises(InputError, match="no recording has frames over 1s"):
-        DavisSource((sample,), Cut((50_000, 1_000_000))).tasks()
+        DavisSource((sample,), WindowingConfig((50_000, 1_000_000))).tasks()
 
 
 def test_events_that_run_backwards_over_packets_are_refused(sample: Path) -> None:
@@ -315,7 +315,7 @@ def test_memory_does_not_grow_with_the_window(tmp_path: Path, monkeypatch: pytes
     for seconds in (2, 20):
         file = tmp_path / f"{seconds}.aedat4"
         file.write_bytes(b"1")
-        source = DavisSource((file,), Cut((seconds * 1_000_000,), pick="all"))
+        source = DavisSource((file,), WindowingConfig((seconds * 1_000_000,), pick="all"))
         (task, *_) = source.tasks()
         tracemalloc.start()
         pairs = [item.num_events for item in islice(source.pairs(task), 5) if isinstance(item, RawPair)]
@@ -356,5 +356,5 @@ def test_flags_make_the_source_that_they_name() -> None:
     assert isinstance(flags, PrepareDavis)
     assert source_of(flags) == DavisSource(
         (Path.cwd() / "a.aedat4", Path.cwd() / "b.aedat4"),
-        Cut((50_000, 1_000_000), step_us=100_000, pick="all", num_images=3, max_gap_us=1_000_000),
+        WindowingConfig((50_000, 1_000_000), step_us=100_000, pick="all", num_images=3, max_gap_us=1_000_000),
     )

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 
 from ray_app import cli
 from ray_app.command_table import doctor
-from ray_app.commands.doctor import Check
+from ray_app.commands.doctor import DoctorCheck
 
 
 def closed_port() -> int:
@@ -75,7 +75,7 @@ def test_a_version_is_compared_number_by_number(found: str, asked: str, holds: b
 def test_what_is_installed_is_what_is_declared() -> None:
     assert doctor.check_python(sys.version.split()[0]).state == "ok"
     for name in doctor.PACKAGES:
-        assert doctor.check_package(name) == Check(name, "ok", version(name))
+        assert doctor.check_package(name) == DoctorCheck(name, "ok", version(name))
 
 
 def test_a_wrong_python_and_a_missing_package_are_problems_with_a_mend() -> None:
@@ -86,8 +86,8 @@ def test_a_wrong_python_and_a_missing_package_are_problems_with_a_mend() -> None
 
 
 def test_too_little_is_a_warning_that_names_the_limit(tmp_path: Path) -> None:
-    assert doctor.check_cpus(1, 8) == Check("CPUs", "warning", "1 of 8", doctor.check_cpus(1, 8).mend)
-    assert doctor.check_cpus(8, 8) == Check("CPUs", "ok", "8")
+    assert doctor.check_cpus(1, 8) == DoctorCheck("CPUs", "warning", "1 of 8", doctor.check_cpus(1, 8).mend)
+    assert doctor.check_cpus(8, 8) == DoctorCheck("CPUs", "ok", "8")
     assert "from 8 GiB" in doctor.check_memory(4 * 2**30).mend
     assert doctor.check_memory(64 * 2**30).state == "ok"
     assert doctor.check_shm(tmp_path / "nowhere").state == "warning"

@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint: the test part alone, beside every control, as an independent computation has it."""
+"""Evaluation of a checkpoint: the test part alone, beside every baseline, as an independent computation has it."""
 
 import io
 import json
@@ -64,7 +64,7 @@ def test_the_numbers_are_those_of_a_float64_computation_over_the_test_part(
         "white": cosines(np.ones_like(target), target),
         "mean_target": cosines(np.repeat(mean, len(target), axis=0), target),
     }
-    found = {"after": result, **result["controls"]}
+    found = {"after": result, **result["baselines"]}
     for name, cos in expected.items():
         assert found[name]["cos_sim_mean"] == pytest.approx(cos.mean(), abs=1e-5), name
         assert found[name]["cos_sim_std"] == pytest.approx(cos.std(), abs=1e-5), name
@@ -78,7 +78,7 @@ def test_the_numbers_are_those_of_a_float64_computation_over_the_test_part(
 
 
 def test_the_adapter_and_the_preceding_window_are_compared_on_the_same_pairs(result: dict[str, Any]) -> None:
-    previous = result["controls"]["previous_window"]
+    previous = result["baselines"]["previous_window"]
     assert 0 < previous["pairs"] < result["pairs"]
     ahead = previous["cosine_accept_rate"]["0.80"] > previous["adapter_cosine_accept_rate"]["0.80"]
     assert result["previous_window_ahead"] == ahead
@@ -105,7 +105,7 @@ def test_the_file_has_the_references_keys_and_units(
     assert ours["after_alignment"]["acceptance_at_0.8"] == 100 * result["cosine_accept_rate"]["0.80"]
     gain = ours["after_alignment"]["mean_cosine_similarity"] - ours["before_alignment"]["mean_cosine_similarity"]
     assert ours["improvement"]["cosine_similarity_gain"] == pytest.approx(gain)
-    for key in ("controls", "lift", "centered", "retrieval", "interval95", "split", "provenance", "units"):
+    for key in ("baselines", "lift", "centered", "retrieval", "interval95", "split", "provenance", "units"):
         assert key in ours
 
 
@@ -135,10 +135,10 @@ def test_a_run_and_its_best_checkpoint_are_the_same_argument_and_repeat_exactly(
 ) -> None:
     checkpoint = run / "checkpoints" / "epoch_0001"
     again = run_evaluate(EvaluateConfig(store=small_store, checkpoint=str(checkpoint), out=tmp_path, batch_size=32))
-    for key in ("cosine_accept_rate", "lift", "best_control", "retrieval", "test_fingerprint", "checkpoint_sha256"):
+    for key in ("cosine_accept_rate", "lift", "best_baseline", "retrieval", "test_fingerprint", "checkpoint_sha256"):
         assert again[key] == result[key]
-    assert again["controls"]["shuffled"]["cos_sim_mean"] == pytest.approx(
-        result["controls"]["shuffled"]["cos_sim_mean"], abs=1e-4
+    assert again["baselines"]["shuffled"]["cos_sim_mean"] == pytest.approx(
+        result["baselines"]["shuffled"]["cos_sim_mean"], abs=1e-4
     )
 
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_without_a_record_of_its_training_says_so(small_store: Path
     assert any("is not recorded" in note for note in result["notes"])
 
 
-def test_the_printed_table_has_every_control_and_the_sentence(result: dict[str, Any]) -> None:
+def test_the_printed_table_has_every_baseline_and_the_sentence(result: dict[str, Any]) -> None:
     out = io.StringIO()
     render_evaluate(result, Console(width=140, file=out))
     text = out.getvalue()
@@ -257,6 +257,6 @@ def test_a_cluster_without_room_for_the_evaluator_is_told_instead_of_waited_for(
     ray.get(held.ready())
     try:
         with pytest.raises(ResourceError, match=r"evaluator could not be started.*ray status"):
-            judge.Judge(checkpoint, store, torch.zeros(768), use_gpu=False)
+            judge.EvaluatorHandle(checkpoint, store, torch.zeros(768), use_gpu=False)
     finally:
         remove_placement_group(held)

@@ -73,7 +73,7 @@ def test_parts_tell_training_data_from_the_rest_and_add_up(small_store: Path, do
     assert [name for name, part in parts.items() if part["training_data"]] == ["train", "val"]
     accepted = sum(part["pairs"] * part["after_adapter"]["acceptance_at_0.8"] for part in parts.values())
     assert accepted / document["total_samples"] == pytest.approx(document["after_adapter"]["acceptance_at_0.8"])
-    assert all(set(part["controls"]) >= {"before", "white", "mean_target", "shuffled"} for part in parts.values())
+    assert all(set(part["baselines"]) >= {"before", "white", "mean_target", "shuffled"} for part in parts.values())
 
 
 def test_the_test_part_has_the_numbers_of_evaluate(
@@ -84,8 +84,8 @@ def test_the_test_part_has_the_numbers_of_evaluate(
     assert part["cos_sim_mean"] == pytest.approx(evaluated["cos_sim_mean"], abs=1e-6)
     assert part["cosine_accept_rate"] == evaluated["cosine_accept_rate"]
     for name in ("before", "white", "mean_target"):
-        assert part["controls"][name]["cos_sim_mean"] == pytest.approx(
-            evaluated["controls"][name]["cos_sim_mean"], abs=1e-6
+        assert part["baselines"][name]["cos_sim_mean"] == pytest.approx(
+            evaluated["baselines"][name]["cos_sim_mean"], abs=1e-6
         )
 
 

@@ -15,7 +15,7 @@ from ray_app.commands.inspect.scan import BRIGHT
 from ray_app.commands.inspect.statistics import NIGHT_BELOW
 from ray_app.config.base import SplitConfig
 from ray_app.config.prepare import InspectConfig
-from ray_app.core.image_similarity import CELLS, NEAR, brightness, most_alike, sketches
+from ray_app.core.image_similarity import CELLS, NEAR, brightness, descriptors, nearest
 from ray_app.events.recording import Events
 from ray_app.events.render import drawn_shares, event_image
 from ray_app.sources.images import resized
@@ -166,7 +166,7 @@ def test_the_most_alike_is_the_same_in_blocks_and_by_plain_products(monkeypatch:
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(n, 8)).astype(np.float32) for n in (23, 37))
     monkeypatch.setattr("ray_app.core.image_similarity.BLOCK", 5)
-    place, best = most_alike(a, b)
+    place, best = nearest(a, b)
     product = np.einsum("nk,mk->nm", a.astype(np.float64), b.astype(np.float64))
     assert place.tolist() == product.argmax(axis=1).tolist()
     assert best == pytest.approx(product.max(axis=1), rel=1e-5)
@@ -183,11 +183,11 @@ def test_cells_are_means_by_area_whatever_the_size(size: int) -> None:
 
 def test_a_sketch_does_not_see_brightness_and_contrast_and_shows_nothing_of_a_flat_picture() -> None:
     picture = view(3, 224).transpose(2, 0, 1)[None]
-    sketch = sketches(brightness(picture))
-    darker = sketches(brightness((picture * 0.5 + 20).astype(np.uint8)))
+    sketch = descriptors(brightness(picture))
+    darker = descriptors(brightness((picture * 0.5 + 20).astype(np.uint8)))
     assert float((sketch * darker).sum()) > 0.99 > NEAR
     assert np.linalg.norm(sketch) == pytest.approx(1.0, abs=1e-5)
-    assert not sketches(brightness(np.full_like(picture, 77))).any()
+    assert not descriptors(brightness(np.full_like(picture, 77))).any()
 
 
 def test_shares_of_a_drawn_image_outlive_its_resize() -> None:

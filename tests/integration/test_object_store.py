@@ -22,8 +22,8 @@ from ray_app.config.prepare import InspectConfig, PrepareFlags
 from ray_app.config.train import TrainConfig
 from ray_app.data.pairs_dataset import pairs_dataset, to_arrays
 from ray_app.errors import ConfigError, StoreError
-from ray_app.sources.base import RawPair, Rejected, SourceTask
-from ray_app.store.filesystem import Disk, ObjectStore, absolute, place
+from ray_app.sources.base import RawPair, RejectedPair, SourceTask
+from ray_app.store.filesystem import LocalDir, RemoteDir, absolute, open_storage
 from ray_app.store.manifest import MANIFEST, Features
 from ray_app.store.pair_store import PairStore
 
@@ -36,7 +36,7 @@ def slow_source(pause_s: float) -> NumpySource:
 
     @dataclass(frozen=True)
     class Slow(NumpySource):
-        def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
+        def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
             time.sleep(pause_s)
             yield from NumpySource.pairs(self, task)
 
@@ -71,8 +71,8 @@ def test_a_store_in_a_bucket_has_the_files_of_one_on_a_disk(s3: S3, small_store:
     with pytest.raises(StoreError, match=r"s3://bucket/deep/er/s has no manifest\.json.*`ray-app prepare` makes one"):
         PairStore.open(where)
     finish(where, source, done, BOTH, 0.0)
-    there, local = place(where), {path.name: path.read_bytes() for path in small_store.iterdir()}
-    assert there.names() == set(local), "the scratch folder is gone"
+    there, local = open_storage(where), {path.name: path.read_bytes() for path in small_store.iterdir()}
+    assert there.listdir() == set(local), "the scratch folder is gone"
     assert {name: there.read(name) for name in local} == local
     with pytest.raises(StoreError, match="s3://bucket/deep/er/s already holds a pair store"):
         claim(where, source, source.tasks(), BOTH)
@@ -102,7 +102,7 @@ def test_a_damaged_or_missing_object_is_found_and_named(s3: S3) -> None:
     where, source = s3.uri("bucket/damaged"), NumpySource(num_sequences=2)
     claim(where, source, source.tasks(), BOTH)
     finish(where, source, [build_task(source, task, where, BOTH) for task in source.tasks()], BOTH, 0.0)
-    there = place(where)
+    there = open_storage(where)
     whole = there.read("drive_0001.parquet")
     there.write("drive_0001.parquet", whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
     with pytest.raises(StoreError, match=r"s3://bucket/damaged/drive_0001\.parquet is damaged"):
@@ -173,11 +173,11 @@ def test_a_server_that_stays_away_ends_it_with_what_is_done_intact(s3: S3, small
     assert "it did not answer rightly" in told
     assert "Finished files stay; repeat the command to go on." in told
     assert errors[0].exit_code == 2
-    kept = {key: place(s3.uri("bucket")).read(key) for key in done}
+    kept = {key: open_storage(s3.uri("bucket")).read(key) for key in done}
     result = prepare(source, flags, SMALL)
     assert result["pairs_kept"] >= 12 * len(done)
     assert result["fingerprint"] == PairStore.open(small_store).fingerprint
-    assert kept == {key: place(s3.uri("bucket")).read(key) for key in done}
+    assert kept == {key: open_storage(s3.uri("bucket")).read(key) for key in done}
 
 
 def test_a_bucket_that_is_missing_or_denies_is_told_before_work_starts(
@@ -217,12 +217,12 @@ def test_a_bucket_that_may_only_be_read_is_told_before_work_starts(
     assert "StoreError: s3://bucket/read-only/" in told
     assert "cannot be written" in told
     assert told.endswith("The credentials of this environment do not allow it.")
-    assert not place(there).exists()
+    assert not open_storage(there).exists()
 
 
 def test_an_answer_that_is_wrong_for_too_long_is_an_error_with_the_number_of_tries(s3: S3) -> None:
     told: list[str] = []
-    there = place(s3.uri("bucket/wrong"), 8).telling(told.append)
+    there = open_storage(s3.uri("bucket/wrong"), 8).with_logger(told.append)
     s3.broken.touch()
     try:
         with pytest.raises(StoreError, match=r"wrong/x cannot be written: it did not answer rightly in \d+ tries"):
@@ -236,7 +236,7 @@ def test_an_answer_that_is_wrong_for_too_long_is_an_error_with_the_number_of_tri
 
 def test_that_a_file_is_missing_is_an_answer_too_after_an_outage(s3: S3) -> None:
     told: list[str] = []
-    there = place(s3.uri("bucket/missing"), 60).telling(told.append)
+    there = open_storage(s3.uri("bucket/missing"), 60).with_logger(told.append)
     s3.broken.touch()
     mend = threading.Timer(8.0, s3.broken.unlink)
     mend.start()
@@ -253,25 +253,25 @@ def test_that_a_file_is_missing_is_an_answer_too_after_an_outage(s3: S3) -> None
 
 
 def test_what_a_place_is_called() -> None:
-    assert isinstance(place("s3://bucket/a"), ObjectStore)
-    assert str(place("s3://bucket/a/?region=eu-west-1")) == "s3://bucket/a"
-    assert place("file:///a%20b") == Disk(Path("/a b"))
-    assert place("a") == Disk(Path.cwd() / "a")
+    assert isinstance(open_storage("s3://bucket/a"), RemoteDir)
+    assert str(open_storage("s3://bucket/a/?region=eu-west-1")) == "s3://bucket/a"
+    assert open_storage("file:///a%20b") == LocalDir(Path("/a b"))
+    assert open_storage("a") == LocalDir(Path.cwd() / "a")
     assert absolute("a") == str(Path.cwd() / "a")
     assert absolute("s3://bucket/a?x=1") == "s3://bucket/a?x=1"
     with pytest.raises(ConfigError, match="one slash"):
-        place(Path("s3://bucket/a"))
+        open_storage(Path("s3://bucket/a"))
     with pytest.raises(ConfigError) as caught:
-        place("s3://me:secret@bucket/a")
+        open_storage("s3://me:secret@bucket/a")
     assert "secret" not in str(caught.value)
     with pytest.raises(StoreError, match=r"nonsense://x cannot be listed.*Name a folder"):
-        place("nonsense://x").names()
+        open_storage("nonsense://x").listdir()
     with pytest.raises(StoreError, match="Unexpected query parameter"):
-        place("s3://bucket/a?what=1").names()
+        open_storage("s3://bucket/a?what=1").listdir()
 
 
 def test_a_place_that_is_sent_to_a_worker_carries_no_credentials(s3: S3) -> None:
-    there = place(s3.uri("bucket/x"))
+    there = open_storage(s3.uri("bucket/x"))
     assert not there.exists()  # it is connected now
     assert b"testing" not in pickle.dumps(there)
 

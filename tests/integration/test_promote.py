@@ -19,7 +19,7 @@ from ray_app import cli
 from ray_app.commands.evaluate.command import run_evaluate
 from ray_app.commands.promote import command as promote_module
 from ray_app.commands.promote.command import render_promote, run_promote
-from ray_app.commands.promote.judging import Bench
+from ray_app.commands.promote.judging import ChampionComparison
 from ray_app.config.evaluate import EvaluateConfig, PromoteConfig
 from ray_app.errors import CheckpointError, ConfigError, RegistryError
 from ray_app.tracking.model_registry import best_of_run
@@ -93,9 +93,9 @@ def test_the_alias_goes_to_the_first_version_and_then_only_to_one_that_earns_it(
 
     weak = promote(runs["weak"], tracking)
     assert (weak["promoted"], weak["new_version"]) == (False, True)
-    assert weak["verdict_code"] == "beaten_by_control"
+    assert weak["verdict_code"] == "beaten_by_baseline"
     assert weak["champion"] == first["version"] == champion(tracking)
-    assert "does not beat the best control" in weak["reason"]
+    assert "does not beat the best baseline" in weak["reason"]
     assert "stays version 1" in printed(weak)
 
     forced = promote(runs["weak"], tracking, force=True)
@@ -127,7 +127,7 @@ def test_the_alias_goes_to_the_first_version_and_then_only_to_one_that_earns_it(
     assert row["pairs"] == str(weak["metrics"]["pairs"])
     text = printed(listed)
     assert any(line.split()[:2] == ["→", "2"] for line in text.splitlines())
-    for word in (row["best_control"], "1 → 2", "--rollback goes back to it", forced["reason"][:40]):
+    for word in (row["best_baseline"], "1 → 2", "--rollback goes back to it", forced["reason"][:40]):
         assert word in text
 
     # What an endpoint would load by the alias is what was judged.
@@ -237,7 +237,7 @@ def test_a_challenger_whose_champion_changed_while_it_was_judged_is_compared_wit
 
     monkeypatch.setattr(promote_module, "turn", late)
     result = promote(runs["weak"], tracking)
-    assert (result["verdict_code"], result["champion_before"]) == ("beaten_by_control", "1")
+    assert (result["verdict_code"], result["champion_before"]) == ("beaten_by_baseline", "1")
     assert result["champion_before_metrics"] is not None
     assert champion(tracking) == "1"
     assert sorted(versions(tracking)) == ["1", "2"]
@@ -249,9 +249,11 @@ def test_of_two_promotions_at_once_one_is_first_and_the_other_is_judged_against_
     results: list[dict[str, Any]] = []
     judging, both = threading.Lock(), threading.Barrier(2)
     waited: list[threading.Thread] = []
-    judged, mean_target, turn = Bench.judged, promote_module.mean_target, promote_module.turn
+    judged, mean_target, turn = ChampionComparison.judged, promote_module.mean_target, promote_module.turn
 
-    def judged_alone(bench: Bench, checkpoint: Any) -> dict[str, Any]:  # two at once want more than two CPUs
+    def judged_alone(
+        bench: ChampionComparison, checkpoint: Any
+    ) -> dict[str, Any]:  # two at once want more than two CPUs
         with judging:
             return judged(bench, checkpoint)
 
@@ -265,7 +267,7 @@ def test_of_two_promotions_at_once_one_is_first_and_the_other_is_judged_against_
             both.wait(120)
         return turn(*args)
 
-    monkeypatch.setattr(Bench, "judged", judged_alone)
+    monkeypatch.setattr(ChampionComparison, "judged", judged_alone)
     monkeypatch.setattr(promote_module, "mean_target", mean_target_alone)
     monkeypatch.setattr(promote_module, "turn", together)
 
@@ -278,7 +280,7 @@ def test_of_two_promotions_at_once_one_is_first_and_the_other_is_judged_against_
     for thread in threads:
         thread.join()
     first, second = sorted(results, key=lambda result: result["version"])
-    assert (first["verdict_code"], second["verdict_code"]) == ("first", "beaten_by_control")
+    assert (first["verdict_code"], second["verdict_code"]) == ("first", "beaten_by_baseline")
     assert champion(tracking) == first["version"] == second["champion_before"]
     listed = ask(tracking, "list")
     assert [entry["version"] for entry in listed["history"]] == [first["version"]]

@@ -14,7 +14,15 @@ from mlflow import MlflowClient
 from mlflow_process import MlflowServer
 
 from ray_app.commands.promote import registry_lock as turn_module
-from ray_app.commands.promote.champion_history import ChampionLog, Entry, move, predecessor, read_log, reigns, settle
+from ray_app.commands.promote.champion_history import (
+    AliasMove,
+    ChampionLog,
+    champion_stack,
+    move,
+    predecessor,
+    read_log,
+    reconcile,
+)
 from ray_app.commands.promote.registry_lock import tickets, turn
 from ray_app.commands.promote.rollback import list_champions, roll_back
 from ray_app.config.evaluate import PromoteConfig
@@ -23,11 +31,11 @@ from ray_app.errors import ConfigError, RegistryError
 AT = "2027-01-01T00:00:00+00:00"
 
 
-def log_of(*moves: tuple[str | None, str]) -> list[Entry]:
+def log_of(*moves: tuple[str | None, str]) -> list[AliasMove]:
     """A log of (version, code), each from the one before."""
     before = [None, *(version for version, _ in moves)]
     return [
-        Entry(number, version, before[number - 1], AT, code, "because")
+        AliasMove(number, version, before[number - 1], AT, code, "because")
         for number, (version, code) in enumerate(moves, 1)
     ]
 
@@ -54,7 +62,7 @@ def test_a_rollback_takes_the_top_off_the_stack_of_champions(
     moves: list[tuple[str | None, str]], stack: list[str | None], previous: str | None
 ) -> None:
     entries = log_of(*moves)
-    assert [entry.version for entry in reigns(entries)] == stack
+    assert [entry.version for entry in champion_stack(entries)] == stack
     found = predecessor(entries, {"1", "2", "3"})
     assert (found.version if found else None) == previous
 
@@ -77,7 +85,7 @@ def test_a_tag_that_is_no_entry_is_named() -> None:
     with pytest.raises(RegistryError, match=r"champion\.0001.*mend it"):
         ChampionLog.of({}, {"champion.0001": "{}"})
     entry = log_of(("1", "first"))[0]
-    assert Entry.from_tag("champion.0001", entry.to_tag()) == entry
+    assert AliasMove.from_tag("champion.0001", entry.to_tag()) == entry
     assert len(replace(entry, reason="x" * 9_000).to_tag()) < 5_000
 
 
@@ -115,7 +123,7 @@ def settings_of(uri: str, name: str, **task: bool) -> PromoteConfig:
 def champion_moves(client: MlflowClient, name: str, run_id: str, *versions: str) -> None:
     for version in versions:
         with turn(client, name, run_id, stale_s=0.0) as mine:
-            move(mine, name, settle(mine, name, AT), version, code="promoted", reason="earned", at=AT)
+            move(mine, name, reconcile(mine, name, AT), version, code="promoted", reason="earned", at=AT)
 
 
 def test_rollback_goes_back_again_and_again_and_the_list_tells_who_when_and_why(
@@ -216,7 +224,7 @@ def test_a_move_that_is_killed_before_any_of_its_writes_happened_wholly_or_not_a
     assert listed["code"] == "promoted"
     assert bool(listed["notes"]) == (writes in (3, 4))  # announced and not done, or done and not in the log
     with turn(client, name, run_id, stale_s=0.0) as mine:
-        settled = settle(mine, name, AT)
+        settled = reconcile(mine, name, AT)
     again = read_log(client, name)
     assert again == settled
     assert again.flaws() == []

@@ -1,4 +1,4 @@
-"""`replay`: the numbers by hand, what the controls show, and what is said where a drafter is not worth it."""
+"""`replay`: the numbers by hand, what the baselines show, and what is said where a drafter is not worth it."""
 
 import json
 from pathlib import Path

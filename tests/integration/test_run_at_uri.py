@@ -22,22 +22,22 @@ from small_saves import found, save
 
 from ray_app import cli
 from ray_app.commands.train.command import run_train
-from ray_app.commands.train.loop import Pairs, Worker, held_batches, train_epochs
+from ray_app.commands.train.loop import WorkerContext, WorkerData, held_batches, train_epochs
 from ray_app.config.base import TrackingFlags
 from ray_app.config.train import TrainConfig
-from ray_app.data.batch_order import Lanes
-from ray_app.data.pair_tensors import Held
+from ray_app.data.batch_order import ShardedBatchOrder
+from ray_app.data.pair_tensors import PairTensors
 from ray_app.errors import CheckpointError, ConfigError, StoreError, TrainingError
 from ray_app.runs import remote_event_log as journal_parts
 from ray_app.runs import remote_run as run_copy
-from ray_app.runs.event_log import JOURNAL, Journal, entries, require_newest
-from ray_app.runs.remote_event_log import JournalParts
-from ray_app.runs.remote_run import RunCopy, run_at
-from ray_app.runs.run_dir import RunFolder
+from ray_app.runs.event_log import JOURNAL, EventLog, entries, require_latest_driver
+from ray_app.runs.remote_event_log import RemoteEventLog
+from ray_app.runs.remote_run import RemoteRun, open_run
+from ray_app.runs.run_dir import RunDir
 from ray_app.store.atomic import sha256_file
-from ray_app.store.checkpoint import MODEL, SUMS, load_checkpoint, verify_folder
-from ray_app.store.checkpoint_transfer import send_folder
-from ray_app.store.filesystem import ObjectStore
+from ray_app.store.checkpoint import CHECKSUMS_FILE, MODEL, load_checkpoint, verify_folder
+from ray_app.store.checkpoint_transfer import upload_dir
+from ray_app.store.filesystem import RemoteDir
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 from ray_app.tracking.model_registry import best_of_run, checkpoint_folder
@@ -53,17 +53,17 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Callable[[str], RunCopy]:
+def copy(tmp_path: Path) -> Callable[[str], RemoteRun]:
     """Another process's copy of a run at a URI: of a folder, by pyarrow, where many requests take little time."""
 
-    def make(uri: str) -> RunCopy:
+    def make(uri: str) -> RemoteRun:
         uri = uri if ":" in uri else f"file://{tmp_path}/there/{uri}"
-        return RunCopy(Path(tempfile.mkdtemp(dir=tmp_path)), ObjectStore(uri, 1.0))
+        return RemoteRun(Path(tempfile.mkdtemp(dir=tmp_path)), RemoteDir(uri, 1.0))
 
     return make
 
 
-def lines_of(run: RunFolder) -> list[int]:
+def lines_of(run: RunDir) -> list[int]:
     return [line["n"] for line in entries(run.path)]
 
 
@@ -71,12 +71,12 @@ def lines_of(run: RunFolder) -> list[int]:
 
 
 def test_a_fresh_copy_finds_what_another_saved_and_the_same_places_stay_as_on_a_disk(
-    copy: Callable[[str], RunCopy], s3: S3, tmp_path: Path
+    copy: Callable[[str], RemoteRun], s3: S3, tmp_path: Path
 ) -> None:
     uri = s3.uri("bucket/kept")
-    run, local = copy(uri), RunFolder(tmp_path / "local")
+    run, local = copy(uri), RunDir(tmp_path / "local")
     local.path.mkdir()
-    run.claim({"name": "kept"})
+    run.create({"name": "kept"})
     with run.journal():
         for epoch in (1, 2, 3):
             save(run, epoch)
@@ -86,24 +86,24 @@ def test_a_fresh_copy_finds_what_another_saved_and_the_same_places_stay_as_on_a_
     on_disk = {str(path.relative_to(local.path)) for path in local.path.rglob("*") if path.is_file()}
     assert {key for key in there if not key.startswith(("journal/", "run.json")) and "." in key} == on_disk
     with pytest.raises(StoreError, match=r"s3://bucket/kept already holds something"):
-        copy(uri).claim({})
+        copy(uri).create({})
 
 
 def test_killed_at_any_request_a_save_leaves_a_whole_epoch_and_the_next_works(
-    copy: Callable[[str], RunCopy], monkeypatch: pytest.MonkeyPatch
+    copy: Callable[[str], RemoteRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = copy("killed")
-    run.claim({})
+    run.create({})
     with run.journal() as journal:
         journal.write("note", n=0)
         for epoch in (1, 2, 3):
             save(run, epoch)
     epochs, epoch, whole = [], 3, False
-    answer = ObjectStore.answer
+    answer = RemoteDir.retry
     while not whole:
         run, left = copy("killed"), [len(epochs) + 1]
 
-        def dying(self: ObjectStore, what: str, ask: Any, left: list[int] = left) -> Any:
+        def dying(self: RemoteDir, what: str, ask: Any, left: list[int] = left) -> Any:
             left[0] -= "written" in what or "deleted" in what
             if left[0] <= 0:
                 raise KeyboardInterrupt
@@ -111,7 +111,7 @@ def test_killed_at_any_request_a_save_leaves_a_whole_epoch_and_the_next_works(
 
         found(run)
         with suppress(KeyboardInterrupt), run.journal(), monkeypatch.context() as patch:
-            patch.setattr(ObjectStore, "answer", dying)
+            patch.setattr(RemoteDir, "retry", dying)
             save(run, epoch + 1)
             whole = True
         after = found(copy("killed"))
@@ -128,11 +128,11 @@ def test_killed_at_any_request_a_save_leaves_a_whole_epoch_and_the_next_works(
 
 
 def test_a_damaged_object_is_named_and_the_place_before_is_gone_on_from(
-    copy: Callable[[str], RunCopy], s3: S3, capsys: pytest.CaptureFixture[str]
+    copy: Callable[[str], RemoteRun], s3: S3, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri = s3.uri("bucket/hurt")
     run = copy(uri)
-    run.claim({})
+    run.create({})
     with run.journal():
         for epoch in (1, 2):
             save(run, epoch)
@@ -140,7 +140,7 @@ def test_a_damaged_object_is_named_and_the_place_before_is_gone_on_from(
     data = run.there.read(name)
     run.there.write(name, data[:-1] + bytes([data[-1] ^ 1]))
     fresh = copy(uri)
-    assert fresh.newest_state() == "epoch_0001"
+    assert fresh.latest_resumable() == "epoch_0001"
     assert f"s3://bucket/hurt/{name} is damaged" in capsys.readouterr().err
     with fresh.journal():
         save(fresh, 2)
@@ -151,12 +151,12 @@ def test_a_damaged_object_is_named_and_the_place_before_is_gone_on_from(
 
 
 def test_a_reader_sees_a_journal_grow_part_by_part(
-    copy: Callable[[str], RunCopy], monkeypatch: pytest.MonkeyPatch
+    copy: Callable[[str], RemoteRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal_parts, "PART_BYTES", 100)
     writer, reader = copy("parts"), copy("parts")
-    sent, read = JournalParts(writer.path, writer.there), JournalParts(reader.path, reader.there)
-    with Journal(writer.path) as journal:
+    sent, read = RemoteEventLog(writer.path, writer.there), RemoteEventLog(reader.path, reader.there)
+    with EventLog(writer.path) as journal:
         for n in range(20):
             journal.write("note", n=n)
             if n % 3:
@@ -164,19 +164,19 @@ def test_a_reader_sees_a_journal_grow_part_by_part(
                 read.pull()
                 assert lines_of(reader) == list(range(n + 1))
     assert (reader.path / JOURNAL).read_bytes() == (writer.path / JOURNAL).read_bytes()
-    parts = sorted(reader.there.names("journal"))
+    parts = sorted(reader.there.listdir("journal"))
     assert len(parts) > 5
     reader.there.delete(f"journal/{parts[2]}")
     with pytest.raises(StoreError, match="a part of the journal is missing"):
-        copy("parts").pull()
+        copy("parts").refresh()
 
 
 def test_a_writer_that_was_taken_over_from_stops_and_what_it_said_since_does_not_count(
-    copy: Callable[[str], RunCopy],
+    copy: Callable[[str], RemoteRun],
 ) -> None:
     old, new = copy("fenced"), copy("fenced")
-    before = JournalParts(old.path, old.there)
-    with Journal(old.path) as first:
+    before = RemoteEventLog(old.path, old.there)
+    with EventLog(old.path) as first:
         first.write("note", n=0)
         before.push()
         with new.journal() as second:
@@ -187,53 +187,53 @@ def test_a_writer_that_was_taken_over_from_stops_and_what_it_said_since_does_not
         with pytest.raises(StoreError, match=r"/there/fenced goes on in another process"):
             before.push()
     reader = copy("fenced")
-    reader.pull()
+    reader.refresh()
     assert lines_of(reader) == [0, 10]
 
 
-def test_a_driver_that_another_has_followed_ends_and_so_do_its_workers(copy: Callable[[str], RunCopy]) -> None:
+def test_a_driver_that_another_has_followed_ends_and_so_do_its_workers(copy: Callable[[str], RemoteRun]) -> None:
     for started in (1000.0, 1060.0):
         with copy("drivers").journal() as journal:
             journal.write("start", time=started)
     worker = copy("drivers")
-    worker.pull()
-    require_newest(worker.path, 1060.0)
+    worker.refresh()
+    require_latest_driver(worker.path, 1060.0)
     with pytest.raises(StoreError, match="under another driver, which began 60 s after this one"):
-        require_newest(worker.path, 1000.0)
+        require_latest_driver(worker.path, 1000.0)
 
 
 def test_an_upload_of_which_nobody_knows_how_it_ended_is_not_taken_for_another_writer(
-    copy: Callable[[str], RunCopy], monkeypatch: pytest.MonkeyPatch
+    copy: Callable[[str], RemoteRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = copy("unknown")
-    parts, write = JournalParts(run.path, run.there), ObjectStore.write
+    parts, write = RemoteEventLog(run.path, run.there), RemoteDir.write
 
-    def lost(self: ObjectStore, name: str, data: bytes) -> None:
+    def lost(self: RemoteDir, name: str, data: bytes) -> None:
         write(self, name, data)
         raise StoreError("the answer was lost")
 
-    with Journal(run.path) as journal:
+    with EventLog(run.path) as journal:
         for n in range(3):
             journal.write("note", n=n)
-            monkeypatch.setattr(ObjectStore, "write", lost)
+            monkeypatch.setattr(RemoteDir, "write", lost)
             with pytest.raises(StoreError, match="was lost"):
                 parts.push()
-        monkeypatch.setattr(ObjectStore, "write", write)
+        monkeypatch.setattr(RemoteDir, "write", write)
         parts.push()
     reader = copy("unknown")
-    reader.pull()
+    reader.refresh()
     assert lines_of(reader) == [0, 1, 2]
 
 
 def test_signs_and_lines_cross_between_driver_and_worker(
-    copy: Callable[[str], RunCopy], s3: S3, monkeypatch: pytest.MonkeyPatch
+    copy: Callable[[str], RemoteRun], s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_copy, "EXCHANGE_S", 0.05)
+    monkeypatch.setattr(run_copy, "SYNC_INTERVAL_S", 0.05)
     driver, worker = copy(s3.uri("bucket/signs")), copy(s3.uri("bucket/signs"))
-    driver.claim({})
+    driver.create({})
     driver.there.write("stop", b"")  # of a driver before
-    with driver.driven(), driver.followed(), worker.journal() as journal:
-        assert "stop" not in driver.there.names()
+    with driver.exclusive(), driver.synced(), worker.journal() as journal:
+        assert "stop" not in driver.there.listdir()
         journal.write("note", n=0)
         wait_until(lambda: (driver.path / JOURNAL).is_file() and lines_of(driver) == [0])
         for sign in (driver.stop_file, driver.resize_file):
@@ -256,14 +256,14 @@ def test_a_copy_goes_with_its_process_and_one_that_was_left_behind_goes_with_the
     s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with run_at(s3.uri("bucket/x")) as held, run_at(s3.uri("bucket/x")) as other:
+    with open_run(s3.uri("bucket/x")) as held, open_run(s3.uri("bucket/x")) as other:
         left, young = tmp_path / f"{run_copy.PREFIX}left", tmp_path / f"{run_copy.PREFIX}young"
         for folder in (left, young, held.path):
             folder.mkdir(exist_ok=True)
             (folder / "file").touch()
         for folder in (left, held.path):
             os.utime(folder, (0, 0))
-        with run_at(s3.uri("bucket/x")):
+        with open_run(s3.uri("bucket/x")):
             assert {path.name for path in tmp_path.iterdir()} >= {young.name, held.path.name, other.path.name}
             assert not left.exists()
     assert [path.name for path in tmp_path.iterdir()] == [young.name]
@@ -274,7 +274,7 @@ def test_a_copy_goes_with_its_process_and_one_that_was_left_behind_goes_with_the
 
 def test_every_reader_takes_a_checkpoint_or_a_run_at_a_uri(s3: S3, small_store: Path, tmp_path: Path) -> None:
     local = make_run(small_store, tmp_path / "run")
-    uri, there = s3.uri("bucket/read"), ObjectStore(s3.uri("bucket/read"), 1.0)
+    uri, there = s3.uri("bucket/read"), RemoteDir(s3.uri("bucket/read"), 1.0)
     with pytest.raises(CheckpointError, match="s3://bucket/read is not a folder"):
         best_of_run(uri)
     there.write("run.json", (local / "run.json").read_bytes())
@@ -284,15 +284,15 @@ def test_every_reader_takes_a_checkpoint_or_a_run_at_a_uri(s3: S3, small_store: 
     with pytest.raises(CheckpointError, match=r"best\.json is damaged.*elsewhere' is no folder of a run"):
         best_of_run(uri)
     best = "checkpoints/epoch_0001"
-    send_folder(local / best, there, best)
+    upload_dir(local / best, there, best)
     there.write("best.json", (local / "best.json").read_bytes())
     expected = load_checkpoint(local / best)
-    assert best_of_run(uri) == there.below(best)
-    for where in (uri, there.below(best)):
+    assert best_of_run(uri) == there.uri_of(best)
+    for where in (uri, there.uri_of(best)):
         with checkpoint_folder(where, TrackingFlags()) as folder:
             assert load_checkpoint(folder).sha256 == expected.sha256
         assert not folder.exists()
-    source = source_of(there.below(best), None)
+    source = source_of(there.uri_of(best), None)
     identity = source.current()
     assert (identity.digest, identity.source) == (expected.sha256, "epoch_0001")
     with source.files(identity) as folder:
@@ -301,10 +301,10 @@ def test_every_reader_takes_a_checkpoint_or_a_run_at_a_uri(s3: S3, small_store: 
     with pytest.raises(CheckpointError, match=rf"s3://bucket/read/{best}/{MODEL} is damaged"), source.files(identity):
         pass
     there.delete(f"{best}/{MODEL}")
-    with pytest.raises(CheckpointError, match=rf"{MODEL} is missing, though {SUMS} lists it"):
+    with pytest.raises(CheckpointError, match=rf"{MODEL} is missing, though {CHECKSUMS_FILE} lists it"):
         source.files(identity).__enter__()
-    there.delete(f"{best}/{SUMS}")
-    with pytest.raises(CheckpointError, match=f"has no {SUMS}"):
+    there.delete(f"{best}/{CHECKSUMS_FILE}")
+    with pytest.raises(CheckpointError, match=f"has no {CHECKSUMS_FILE}"):
         source.current()
 
 
@@ -334,14 +334,15 @@ def undisturbed(cfg: TrainConfig, out: Path) -> str:
 def weights_without_ray(cfg: TrainConfig, out: Path) -> str:
     cfg, store = cfg.at(out), PairStore.open(cfg.store)
     split = split_pairs(store.index, cfg.split_config)
-    worker = Worker(cfg, store, 0, 1, torch.device("cpu"))
-    lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
+    worker = WorkerContext(cfg, store, 0, 1, torch.device("cpu"))
+    lanes = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
     train, val = (
-        Held(np.arange(len(rows)), *map(torch.tensor, store.read_rows(rows))) for rows in (split.train, split.val)
+        PairTensors(np.arange(len(rows)), *map(torch.tensor, store.read_rows(rows)))
+        for rows in (split.train, split.val)
     )
     out.mkdir()
-    run, pairs = RunFolder(out), Pairs(lambda state: held_batches(train, lanes, state, worker), True, val)
-    with Journal(out) as journal:
+    run, pairs = RunDir(out), WorkerData(lambda state: held_batches(train, lanes, state, worker), True, val)
+    with EventLog(out) as journal:
         train_epochs(worker, run, pairs, journal, {}, lambda *_: None)
     best = run.best()
     assert best is not None
@@ -385,7 +386,7 @@ def test_a_run_whose_processes_died_is_gone_on_with_from_the_uri_alone_and_ends_
     """The second driver has an empty folder of its own, as on another machine."""
     uri, database = s3.uri("bucket/runs/one"), f"sqlite:///{tmp_path / 'mlflow.db'}"
     cfg = TrainConfig(store=str(small_store), out=uri, tracking_uri=database, max_failures=0, **TINY)
-    killed = killer(f"runs/one/checkpoints/epoch_0002/{SUMS}")
+    killed = killer(f"runs/one/checkpoints/epoch_0002/{CHECKSUMS_FILE}")
     with pytest.raises(
         TrainingError, match=r"processes died .* go on with: ray-app train --resume 's3://bucket/runs"
     ):
@@ -401,13 +402,13 @@ def test_a_run_whose_processes_died_is_gone_on_with_from_the_uri_alone_and_ends_
     assert result["run"] == uri
     assert result["checkpoint"].startswith("s3://bucket/runs/one/checkpoints/epoch_")
     assert not list((tmp_path / "elsewhere").glob("ray-app-*")), "no copy is left"
-    with run_at(uri) as run:
-        run.pull()
+    with open_run(uri) as run:
+        run.refresh()
         lines = entries(run.path)
         steps = [line["global_step"] for line in lines if line["kind"] == "step"]
         assert steps == list(range(1, result["steps"] + 1)), "each step is told once"
         assert [line["kind"] for line in lines if line["kind"] in ("start", "end")] == ["start", "end"] * 2
-        assert run.about()["config"]["out"] == uri
+        assert run.metadata()["config"]["out"] == uri
     client = MlflowClient(database)
     tracked = client.get_run(result["mlflow_run_id"])
     assert (tracked.info.status, tracked.data.tags["journal"], tracked.data.params["out"]) == ("FINISHED", uri, uri)

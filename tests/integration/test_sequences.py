@@ -17,7 +17,7 @@ from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.adapters.sequences import mask_of, next_position_cosine, padded, sequence_mse
 from ray_app.core.evaluation import TrainingMeans, pair_cosine
 from ray_app.core.losses import AlignmentObjective, LossWeights
-from ray_app.data.pair_tensors import Held
+from ray_app.data.pair_tensors import PairTensors
 from ray_app.errors import ConfigError, InputError, StoreError
 from ray_app.store.checkpoint import load_checkpoint, replay_golden, save_checkpoint
 from ray_app.store.manifest import Features, FeatureSpec
@@ -209,7 +209,8 @@ def test_with_a_mean_start_every_position_begins_at_its_mean_training_target(str
     cfg = TrainConfig(store=tmp_path / "store", out=tmp_path, strategy=strategy, hidden_dim=8, init="spectral")
     split = split_pairs(store.index, cfg.split_config)
     train, val = (
-        Held(rows, *(torch.tensor(side) for side in store.read_rows(rows))) for rows in (split.train, split.val)
+        PairTensors(rows, *(torch.tensor(side) for side in store.read_rows(rows)))
+        for rows in (split.train, split.val)
     )
     make_start(cfg, store, split, PairsInMemory(store, train, val))
     adapter = resume_or_init(cfg, store, None, torch.device("cpu")).objective.adapter.eval()
@@ -244,7 +245,7 @@ def test_a_run_on_sequences_learns_and_is_judged_by_its_tokens(tmp_path: Path) -
         EvaluateConfig(store=store, checkpoint=str(cfg.out), out=tmp_path / "report", tracking_uri=uri)
     )
     assert trained["val"]["cos_sim_mean"] > 0.4
-    assert result["cos_sim_mean"] > result["controls"]["before"]["cos_sim_mean"] + 0.3
+    assert result["cos_sim_mean"] > result["baselines"]["before"]["cos_sim_mean"] + 0.3
     for changes, words in (
         ({"centred_weight": 0.1}, "sequences differ in length"),
         ({"strategy": "lowrank", "rank": 4}, "lowrank takes whole features.* token_bottleneck, "),

@@ -65,7 +65,7 @@ EVALUATION = {
     "pairs": 10,
     "cosine_accept_rate": {"0.80": 0.5, "0.90": 0.25},
     "percentiles": {"P10": 0.5, "P50": 0.7, "P90": 0.9},
-    "controls": {"white": {"cos_sim_mean": 0.4, "cosine_accept_rate": {"0.80": 0.125, "0.90": 0.0}}},
+    "baselines": {"white": {"cos_sim_mean": 0.4, "cosine_accept_rate": {"0.80": 0.125, "0.90": 0.0}}},
 }
 
 
@@ -77,7 +77,7 @@ def test_the_first_champion_is_served_with_what_promotion_noted(server: LocalSer
         "part": "test",
         "theta": [0.8, 0.9],
         "adapter": [0.5, 0.25],
-        "controls": {"white": [0.125, 0.0]},
+        "baselines": {"white": [0.125, 0.0]},
     }
 
 
@@ -171,7 +171,7 @@ def test_a_version_without_a_digest_is_refused(server: LocalServer, registry: Re
         "{not json",
         "[1]",
         '{"cosine_accept_rate": {"0.80": NaN}}',
-        '{"cosine_accept_rate": {"0.80": 0.5}, "controls": {"white": {}}}',
+        '{"cosine_accept_rate": {"0.80": 0.5}, "baselines": {"white": {}}}',
         '{"percentiles": {"median": 0.5}}',
         '{"percentiles": {"P50": null}}',
     ],

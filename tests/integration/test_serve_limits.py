@@ -19,7 +19,7 @@ import uvloop
 from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint, wait_for
 
 from serve.http.accept import TIMES, accept_often
-from serve.http.middleware import Gate
+from serve.http.middleware import BypassMiddleware
 
 LIMIT = 2**18
 """Bytes of a body here: 85 rows of FP32."""
@@ -136,11 +136,11 @@ def test_a_full_queue_is_told_before_ray_reads_the_body(server: LocalServer, mon
 
         headers = [(name.lower().encode(), value.encode()) for name, value in told.items()]
         scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers}
-        asyncio.run(Gate(ray)(scope, never, send))
+        asyncio.run(BypassMiddleware(ray)(scope, never, send))
         return sent
 
     endpoint = server.endpoint
-    monkeypatch.setattr(Gate, "edge", server.edge)
+    monkeypatch.setattr(BypassMiddleware, "edge", server.edge)
     asked("POST", INFER, GOOD_HEADERS)
     assert reached == [INFER], "there is a place, and the endpoint lives in another event loop: Ray takes it"
     monkeypatch.setattr(endpoint.batcher, "queued_rows", 8)
@@ -178,10 +178,10 @@ def test_an_inference_goes_past_ray(server: LocalServer, monkeypatch: pytest.Mon
         sent: list[Any] = []
         headers = [(name.lower().encode(), value.encode()) for name, value in GOOD_HEADERS.items()]
         scope = {"type": "http", "method": "POST", "path": INFER, "query_string": b"", "headers": headers}
-        await Gate(ray)(scope, receive, send)
+        await BypassMiddleware(ray)(scope, receive, send)
         return sent
 
-    monkeypatch.setattr(Gate, "edge", server.edge)
+    monkeypatch.setattr(BypassMiddleware, "edge", server.edge)
     assert server.endpoint._loop is not None
     start, *parts = asyncio.run_coroutine_threadsafe(asked(), server.endpoint._loop).result(30)
     assert start["status"] == 200
@@ -284,8 +284,8 @@ def test_headers_reach_ray_in_ascii() -> None:
 
     sent = [(b"x-request-id", b"caf\xe9"), (b"x-session-id", "日".encode()), (b"accept", b"*/*")]
     for kind in ("http", "websocket"):
-        asyncio.run(Gate(ray)({"type": kind, "path": "/", "headers": sent}, None, None))  # type: ignore[arg-type]
-    asyncio.run(Gate(ray)({"type": "http", "path": "/", "headers": sent[2:]}, None, None))  # type: ignore[arg-type]
+        asyncio.run(BypassMiddleware(ray)({"type": kind, "path": "/", "headers": sent}, None, None))  # type: ignore[arg-type]
+    asyncio.run(BypassMiddleware(ray)({"type": "http", "path": "/", "headers": sent[2:]}, None, None))  # type: ignore[arg-type]
     plain = {b"x-request-id": b"caf_", b"x-session-id": b"___", b"accept": b"*/*"}
     assert reached == [plain, plain, {b"accept": b"*/*"}]
 

@@ -17,10 +17,10 @@ from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, m
 
 from ray_app.errors import ConfigError
 from serve.http.asgi import LOG
-from serve.model.evaluation_record import Judgement, baseline, stability_index
+from serve.model.evaluation_record import EvaluationRecord, drift_reference, stability_index
 from serve.observability.stats import Snapshot, summed
 from serve.observability.tracing import OTLP, Tracing
-from serve.protocol.request_context import Call
+from serve.protocol.request_context import RequestContext
 
 RNG = np.random.default_rng(5)
 PERCENTILES = {"P10": 0.2, "P50": 0.5, "P90": 0.9}
@@ -51,12 +51,12 @@ def test_the_stability_index_is_the_one_worked_by_hand() -> None:
 
 
 def test_the_baseline_is_of_the_test_part_where_there_is_one() -> None:
-    part, edges, shares = baseline({"percentiles": PERCENTILES}, {"percentiles": {"P50": 0.0}}) or ("", [], [])
+    part, edges, shares = drift_reference({"percentiles": PERCENTILES}, {"percentiles": {"P50": 0.0}}) or ("", [], [])
     assert part == "test"
     assert edges.tolist() == [0.2, 0.5, 0.9]
     assert shares == pytest.approx([0.1, 0.4, 0.4, 0.1])
-    assert (baseline(None, {"percentiles": PERCENTILES}) or ("",))[0] == "val"
-    assert baseline({"pairs": 3}, None) is None
+    assert (drift_reference(None, {"percentiles": PERCENTILES}) or ("",))[0] == "val"
+    assert drift_reference({"pairs": 3}, None) is None
 
 
 def test_drift_is_told_from_a_hundred_verified_pairs_on(server: LocalServer) -> None:
@@ -97,7 +97,7 @@ def snapshot(**changes: Any) -> Snapshot:
 
 
 def test_the_numbers_of_two_replicas_are_summed() -> None:
-    judged = Judgement(None, None, None, ("test", np.array([0.5]), np.array([0.5, 0.5])))
+    judged = EvaluationRecord(None, None, None, ("test", np.array([0.5]), np.array([0.5, 0.5])))
     other = snapshot(uptime_s=9.0, codes=Counter({"200": 2}), seconds=[0.003] * 4, verified=20, cos_sum=18.0)
     found = summed([snapshot(), other], judged, "one")
     assert (found["replicas"], found["uptime_s"]) == (2, 9.0)
@@ -192,7 +192,7 @@ def test_spans_go_to_a_collector_where_one_is_named(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(OTLP, f"http://127.0.0.1:{collector.server_port}")
         tracing = Tracing(None, "replica-1")
         path, header = "/v2/health/live", (b"traceparent", f"00-{TRACE}-{PARENT}-01".encode())
-        with tracing.request(Call.of({"path": path, "method": "GET", "headers": [header]})):
+        with tracing.request(RequestContext.of({"path": path, "method": "GET", "headers": [header]})):
             pass
         tracing.close()
         collector.shutdown()

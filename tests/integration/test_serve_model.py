@@ -12,11 +12,20 @@ import serve.model.loaded_model
 from ray_app.core.adapters.registry import AdapterConfig, build_adapter
 from ray_app.errors import CheckpointError
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
-from serve.model.loaded_model import AMD, PackedLinear, Precision, chosen_precision, cpu, load_served, packs, prepared
+from serve.model.loaded_model import (
+    AMD,
+    PackedLinear,
+    Precision,
+    chosen_precision,
+    cpu,
+    load_served,
+    optimise_for_device,
+    use_packed_linear,
+)
 from serve.model.model_source import source_of
 
 CPU = torch.device("cpu")
-onednn = pytest.mark.skipif(not packs("bf16"), reason="oneDNN does not multiply bfloat16 on this machine")
+onednn = pytest.mark.skipif(not use_packed_linear("bf16"), reason="oneDNN does not multiply bfloat16 on this machine")
 TOKENS = (4, 64)
 
 
@@ -35,7 +44,7 @@ def test_weights_that_lie_in_other_order_answer_as_those_that_do_not(checkpoint:
         config = AdapterConfig(strategy, WIDTH, WIDTH, hidden_dim=16)
         event = torch.rand(3, WIDTH)
     plain = build_adapter(config, 0).eval()
-    packed = prepared(replace(checkpoint, adapter=copy.deepcopy(plain)), "bf16", CPU)
+    packed = optimise_for_device(replace(checkpoint, adapter=copy.deepcopy(plain)), "bf16", CPU)
     assert any(isinstance(module, PackedLinear) for module in packed.modules())
     for module in plain.modules():
         if isinstance(module, torch.nn.Linear):
@@ -51,7 +60,7 @@ def test_float32_stays_float32_whoever_multiplies(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, vendor: str
 ) -> None:
     monkeypatch.setattr(serve.model.loaded_model, "cpu", lambda: {"vendor_id": vendor})
-    adapter = prepared(replace(checkpoint, adapter=copy.deepcopy(checkpoint.adapter)), "fp32", CPU)
+    adapter = optimise_for_device(replace(checkpoint, adapter=copy.deepcopy(checkpoint.adapter)), "fp32", CPU)
     assert any(isinstance(module, PackedLinear) for module in adapter.modules()) == (vendor == AMD)
     event = torch.rand(2, WIDTH)
     with torch.inference_mode():

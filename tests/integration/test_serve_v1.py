@@ -239,9 +239,9 @@ def test_the_model_tells_of_itself(server: LocalServer) -> None:
     assert status == 200
     assert about["dataset_fingerprint"] == "f" * 64
     assert about["adapter"]["strategy"] == "lightweight"
-    curve = {"part": "val", "theta": [0.7, 0.8], "adapter": [0.5, 0.25], "without_controls": True}
+    curve = {"part": "val", "theta": [0.7, 0.8], "adapter": [0.5, 0.25], "without_baselines": True}
     assert about["acceptance_curve"] == curve
-    assert about["metrics"]["val"]["without_controls"]
+    assert about["metrics"]["val"]["without_baselines"]
     assert about["refused"] is None
     assert about["limits"]["max_batch"] == 8
 

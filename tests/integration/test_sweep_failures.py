@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from test_sweep import sized
 
-from ray_app.commands.tune.command import judged
-from ray_app.commands.tune.driver import SweepRecord
-from ray_app.commands.tune.sweep_dir import SweepFolder
-from ray_app.commands.tune.trial import alike, told_before
+from ray_app.commands.tune.command import best_trial
+from ray_app.commands.tune.driver import SweepState
+from ray_app.commands.tune.sweep_dir import SweepDir
+from ray_app.commands.tune.trial import normalise_error, told_before
 from ray_app.errors import TrainingError
-from ray_app.runs.event_log import Journal
+from ray_app.runs.event_log import EventLog
 from ray_app.store.pair_store import PairStore
 
 MEMORY = (
@@ -35,34 +35,34 @@ MEMORY = (
     ],
 )
 def test_a_cause_is_the_same_whatever_its_numbers_are(first: str, second: str, same: bool) -> None:
-    assert (alike(first) == alike(second)) == same
+    assert (normalise_error(first) == normalise_error(second)) == same
     told = [{"kind": "step", "global_step": 1}, {"kind": "error", "cause": first}]
     assert told_before(second, told) == same
     assert not told_before(second, told[:1])
 
 
 @pytest.fixture
-def record(small_store: Path, tmp_path: Path) -> SweepRecord:
+def record(small_store: Path, tmp_path: Path) -> SweepState:
     """Of a sweep that has just begun."""
     spec = sized(
         tmp_path, small_store, out=str(tmp_path / "sweep"), space={"hidden_dim": [8, 16, 24]}, searcher="grid"
     )
-    folder, store = SweepFolder(Path(spec.out)), PairStore.open(small_store)
+    folder, store = SweepDir(Path(spec.out)), PairStore.open(small_store)
     told = spec.model_dump(mode="json", exclude_unset=True)
-    folder.claim({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
-    return SweepRecord(folder, Journal(folder.path), {"all": store}, {})
+    folder.create({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
+    return SweepState(folder, EventLog(folder.path), {"all": store}, {})
 
 
-def test_reasons_are_grouped_without_their_numbers(record: SweepRecord) -> None:
+def test_reasons_are_grouped_without_their_numbers(record: SweepState) -> None:
     for reason in ("not finite at step 3", "out of memory", "not finite at step 17"):
         trial = record.next_trial()
         assert trial is not None
         record.failed(trial.name, reason)
     with pytest.raises(TrainingError, match=r"Failed: 2 times: not finite at step 3; 1 times: out of memory$"):
-        judged(record)
+        best_trial(record)
 
 
-def test_where_no_trial_has_finished_an_epoch_the_way_on_is_told(record: SweepRecord) -> None:
+def test_where_no_trial_has_finished_an_epoch_the_way_on_is_told(record: SweepState) -> None:
     assert record.next_trial() is not None
     with pytest.raises(TrainingError, match=r"no trial of .* has finished an epoch yet; go on with: .*--resume"):
-        judged(record)
+        best_trial(record)

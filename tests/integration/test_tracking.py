@@ -15,12 +15,20 @@ from ray_app import cli
 from ray_app.commands.train.progress import TrainingProgress
 from ray_app.config.base import TrackingFlags
 from ray_app.errors import ConfigError, StoreError
-from ray_app.runs.event_log import Journal, entries
+from ray_app.runs.event_log import EventLog, entries
 from ray_app.tracking import mlflow_logger as tracking
-from ray_app.tracking.mlflow_logger import SYNCED, Tracker, points, shown, sync_run, tracking_uri, unsynced
+from ray_app.tracking.mlflow_logger import (
+    SYNCED,
+    Tracker,
+    pending_runs,
+    redact_password,
+    sync_run,
+    to_metrics,
+    tracking_uri,
+)
 
 
-def begin(journal: Journal, key: str = "k1") -> None:
+def begin(journal: EventLog, key: str = "k1") -> None:
     journal.write(
         "start",
         name="a-run",
@@ -33,12 +41,12 @@ def begin(journal: Journal, key: str = "k1") -> None:
     )
 
 
-def steps(journal: Journal, first: int, last: int) -> None:
+def steps(journal: EventLog, first: int, last: int) -> None:
     for step in range(first, last + 1):
         journal.step(step, loss=1.0 / step, epoch=1, pairs=8 * step)
 
 
-def end(journal: Journal, artifacts: str | None = None) -> None:
+def end(journal: EventLog, artifacts: str | None = None) -> None:
     journal.write("end", status="FINISHED", artifacts=artifacts, time=2.0)
 
 
@@ -78,7 +86,7 @@ def test_a_server_that_is_killed_and_comes_back_gets_every_point_in_one_run(
     """Away at the start, up, killed in the middle, up again: no write to the journal waits for it."""
     monkeypatch.setattr(tracking, "LONGEST_PAUSE_S", 0.5)
     slowest = 0.0
-    with Journal(run) as journal:
+    with EventLog(run) as journal:
         begin(journal)
         tracker = Tracker(TrackingFlags(tracking_uri=server.uri), run)
         for first in (1, 401, 801):
@@ -109,7 +117,7 @@ def test_a_run_that_was_never_carried_over_is_brought_by_sync_and_a_second_sync_
     (run / "ckpt").mkdir()
     for name in ("MANIFEST.sha256", "model.safetensors"):
         (run / "ckpt" / name).write_text(name)
-    with Journal(run) as journal:
+    with EventLog(run) as journal:
         begin(journal)
         steps(journal, 1, 1500)  # more than one request holds
         end(journal, "ckpt")
@@ -128,27 +136,27 @@ def test_a_run_that_was_never_carried_over_is_brought_by_sync_and_a_second_sync_
 
 
 def test_what_an_interrupted_sync_left_out_is_brought_by_the_next(flags: TrackingFlags, run: Path) -> None:
-    with Journal(run) as journal:
+    with EventLog(run) as journal:
         begin(journal)
         steps(journal, 1, 5)
     lines = entries(run)
     client = MlflowClient(tracking_uri(flags))
-    run_id = tracking.tracked_run(client, tracking_uri(flags), str(run), lines)
-    client.log_batch(run_id, metrics=[p for line in lines[2:4] for p in points(line)])
+    run_id = tracking.get_or_create_run(client, tracking_uri(flags), str(run), lines)
+    client.log_batch(run_id, metrics=[p for line in lines[2:4] for p in to_metrics(line)])
     found = sync_run(run, tracking_uri(flags))
     assert (found["points_sent"], found["missing"], found["surplus"]) == (3 * 3, 0, 0)
     assert losses(str(flags.tracking_uri)) == expected(5)
 
 
 def test_the_next_run_brings_over_what_the_one_before_could_not(flags: TrackingFlags, run: Path) -> None:
-    with Journal(run) as journal:
+    with EventLog(run) as journal:
         begin(journal)
         steps(journal, 1, 3)
         end(journal)
-    assert unsynced(run.parent) == [run]
+    assert pending_runs(run.parent) == [run]
     following = run.with_name("two")
     following.mkdir()
-    with Journal(following) as journal:
+    with EventLog(following) as journal:
         begin(journal, "k2")
         tracker = Tracker(flags, following)
         steps(journal, 1, 2)
@@ -156,7 +164,7 @@ def test_the_next_run_brings_over_what_the_one_before_could_not(flags: TrackingF
     assert tracker.close()
     assert losses(str(flags.tracking_uri), "k1") == expected(3)
     assert losses(str(flags.tracking_uri), "k2") == expected(2)
-    assert unsynced(run.parent) == []
+    assert pending_runs(run.parent) == []
     assert json.loads((run / SYNCED).read_text())["bytes"] == (run / "journal.jsonl").stat().st_size
 
 
@@ -180,7 +188,7 @@ def test_a_server_that_is_slow_or_broken_is_not_waited_for(
     broken = http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), Broken)
     threading.Thread(target=broken.serve_forever, daemon=True).start()
     began = time.monotonic()
-    with Journal(run) as journal:
+    with EventLog(run) as journal:
         begin(journal)
         tracker = Tracker(TrackingFlags(tracking_uri=f"http://127.0.0.1:{broken.server_port}"), run)
         steps(journal, 1, 100)
@@ -196,7 +204,7 @@ def test_a_server_that_is_slow_or_broken_is_not_waited_for(
 def test_a_journal_that_is_damaged_or_missing_is_named(flags: TrackingFlags, run: Path) -> None:
     with pytest.raises(StoreError, match=r"holds no journal\.jsonl"):
         sync_run(run, tracking_uri(flags))
-    with Journal(run) as journal:
+    with EventLog(run) as journal:
         begin(journal)
         steps(journal, 1, 3)
     path = run / "journal.jsonl"
@@ -214,14 +222,14 @@ def test_an_epoch_becomes_flat_names_that_mlflow_takes() -> None:
         "val": {"pairs": 3, "cosine_accept_rate": {"0.80": 0.5}, "percentiles": {"P10": 0.1}},
         "save_seconds": None,
     }
-    found = {point.key: (point.value, point.step, point.timestamp) for point in points(line)}
+    found = {point.key: (point.value, point.step, point.timestamp) for point in to_metrics(line)}
     assert found == {
         "epoch/epoch": (1.0, 7, 2500),
         "epoch/val/pairs": (3.0, 7, 2500),
         "epoch/val/cosine_accept_rate_0.80": (0.5, 7, 2500),
         "epoch/val/percentiles/P10": (0.1, 7, 2500),
     }
-    assert points({"kind": "resume", "epoch": 1, "global_step": 7, "time": 1.0}) == []
+    assert to_metrics({"kind": "resume", "epoch": 1, "global_step": 7, "time": 1.0}) == []
 
 
 def test_a_database_in_the_current_folder_gets_an_absolute_path(
@@ -237,14 +245,14 @@ def test_a_database_in_the_current_folder_gets_an_absolute_path(
 
 
 def test_no_password_is_shown() -> None:
-    assert shown("cannot reach http://me:secret@host:5000/x") == "cannot reach http://***@host:5000/x"
+    assert redact_password("cannot reach http://me:secret@host:5000/x") == "cannot reach http://***@host:5000/x"
 
 
 def test_off_a_terminal_progress_is_one_line_for_each_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     val = {"loss": 0.2, "cos_sim_mean": 0.9, "cosine_accept_rate": {"0.80": 0.75}}
-    with Journal(tmp_path) as journal:
+    with EventLog(tmp_path) as journal:
         journal.step(1, loss=1.0, epoch=1, cos_sim=0.5, pairs=8, seconds=1.0)
         train = {"loss": 0.25, "cos_sim": 0.8, "pairs": 16, "seconds": 2.0}
         journal.epoch(1, train=train, val=val)

@@ -19,15 +19,15 @@ import torch
 from mlflow import MlflowClient
 
 from ray_app import cli
-from ray_app.cluster.connection import ClusterInfo, require
+from ray_app.cluster.connection import ClusterInfo, require_resources
 from ray_app.commands.train.command import run_train
 from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError, ResourceError, StoreError, TrainingError
-from ray_app.runs.event_log import Journal, entries
+from ray_app.runs.event_log import EventLog, entries
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
-from ray_app.tracking.mlflow_logger import points, tracking_uri
+from ray_app.tracking.mlflow_logger import to_metrics, tracking_uri
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -80,7 +80,7 @@ def test_mlflow_holds_every_point_of_the_journal(one_worker: tuple[TrainConfig, 
     assert run.data.tags["dataset_fingerprint"] == PairStore.open(cfg.store).fingerprint
     expected: dict[str, list[tuple[int, float]]] = {}
     for line in entries(cfg.folder):
-        for point in points(line):
+        for point in to_metrics(line):
             expected.setdefault(point.key, []).append((point.step, point.value))
     assert set(run.data.metrics) == set(expected)
     for key, values in expected.items():
@@ -317,9 +317,9 @@ def test_a_request_beyond_the_cluster_is_refused_with_both_numbers(asked: dict[s
         "data_cpus": 0.0,
         "memory_bytes": 1.0,
     }
-    require(ROOM, **fits)
+    require_resources(ROOM, **fits)
     with pytest.raises(ResourceError, match=words):
-        require(ROOM, **(fits | asked))
+        require_resources(ROOM, **(fits | asked))
 
 
 @pytest.mark.parametrize(
@@ -339,18 +339,18 @@ def test_a_worker_by_default_gets_what_one_node_can_give(
     nodes: tuple[float, ...], workers: int, data_cpus: float, share: float
 ) -> None:
     room = ClusterInfo(cpus=sum(nodes), gpus=0, memory_bytes=1.0, node_cpus=nodes)
-    assert room.share(workers, data_cpus) == share
+    assert room.max_cpus_per_worker(workers, data_cpus) == share
     if share != 0.1:
-        assert room.room(share, data_cpus) >= workers
+        assert room.max_workers(share, data_cpus) >= workers
 
 
 def test_a_line_cut_short_is_not_an_entry(tmp_path: Path) -> None:
-    with Journal(tmp_path) as journal:
+    with EventLog(tmp_path) as journal:
         journal.write("start", name="x")
     with (tmp_path / "journal.jsonl").open("a") as file:
         file.write('{"kind": "ste')
     assert entries(tmp_path) == [{"kind": "start", "name": "x"}]
-    with Journal(tmp_path) as journal:
+    with EventLog(tmp_path) as journal:
         with pytest.raises(ValueError, match="not JSON compliant"):
             journal.step(1, loss=float("nan"))
         journal.write("resume", epoch=1)

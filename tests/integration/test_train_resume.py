@@ -13,18 +13,18 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from ray_app.commands.train import loop as train_loop
-from ray_app.commands.train.command import stop_when_terminated, way_on_told
-from ray_app.commands.train.loop import Worker, back_off, held_batches, train_epoch, validate
-from ray_app.commands.train.state import Keeper, TrainState, agreed_place, resume_or_init
+from ray_app.commands.train.command import stop_when_terminated, with_resume_hint
+from ray_app.commands.train.loop import WorkerContext, held_batches, sleep_before_retry, train_epoch, validate
+from ray_app.commands.train.state import Checkpointer, TrainState, broadcast_resume_point, resume_or_init
 from ray_app.config.train import TrainConfig
-from ray_app.data.batch_order import Lanes
-from ray_app.data.pair_tensors import Held
+from ray_app.data.batch_order import ShardedBatchOrder
+from ray_app.data.pair_tensors import PairTensors
 from ray_app.errors import RunInterrupted, StoreError, TrainingError
-from ray_app.runs.event_log import Journal, entries
-from ray_app.runs.run_dir import RunFolder, place
+from ray_app.runs.event_log import EventLog, entries
+from ray_app.runs.run_dir import RunDir, checkpoint_name
 from ray_app.store.checkpoint import save_training_state
 from ray_app.store.pair_store import PairStore
-from ray_app.tracking.mlflow_logger import points
+from ray_app.tracking.mlflow_logger import to_metrics
 
 CPU = torch.device("cpu")
 Start = Callable[[], TrainState]
@@ -44,28 +44,28 @@ def store(cfg: TrainConfig) -> PairStore:
 
 @pytest.fixture
 def start(cfg: TrainConfig, store: PairStore) -> Start:
-    return lambda: resume_or_init(cfg, store, RunFolder(cfg.folder).newest_state(), CPU)
+    return lambda: resume_or_init(cfg, store, RunDir(cfg.folder).latest_resumable(), CPU)
 
 
-def keeper(cfg: TrainConfig, store: PairStore, journal: Journal) -> Keeper:
-    return Keeper(RunFolder(cfg.folder), store, journal, {})
+def keeper(cfg: TrainConfig, store: PairStore, journal: EventLog) -> Checkpointer:
+    return Checkpointer(RunDir(cfg.folder), store, journal, {})
 
 
 def end_epoch(cfg: TrainConfig, store: PairStore, state: TrainState, val_loss: float) -> None:
     state.step += 7
     state.end_epoch(val_loss)
-    with Journal(cfg.folder) as journal:
+    with EventLog(cfg.folder) as journal:
         keeper(cfg, store, journal).end_of_epoch(state, {"loss": 1.0}, {"loss": val_loss})
 
 
 def test_killed_before_the_weights_it_goes_on_from_the_epoch_before(
     cfg: TrainConfig, store: PairStore, start: Start
 ) -> None:
-    run, state = RunFolder(cfg.folder), start()
+    run, state = RunDir(cfg.folder), start()
     assert state.epoch == 0
     end_epoch(cfg, store, state, 2.0)
     state.end_epoch(1.0)
-    save_training_state(run.state(place(2)), state.tensors(), state.meta())
+    save_training_state(run.state(checkpoint_name(2)), state.tensors(), state.meta())
     state = start()
     assert (state.epoch, state.best_loss) == (1, 2.0)
     end_epoch(cfg, store, state, 1.0)
@@ -76,16 +76,16 @@ def test_killed_before_the_weights_it_goes_on_from_the_epoch_before(
 def test_killed_before_it_is_told_an_epoch_is_told_by_the_next_start_and_only_once(
     cfg: TrainConfig, store: PairStore, start: Start
 ) -> None:
-    run, state = RunFolder(cfg.folder), start()
+    run, state = RunDir(cfg.folder), start()
     for loss in (2.0, 1.0):
         end_epoch(cfg, store, state, loss)
     (cfg.folder / "best.json").write_text(json.dumps({"checkpoint": "checkpoints/epoch_0001", "epoch": 1}))
     journal_file = cfg.folder / "journal.jsonl"
     journal_file.write_bytes(b"".join(journal_file.read_bytes().splitlines(keepends=True)[:-1]))  # killed before it
     for _ in range(2):
-        with Journal(cfg.folder) as journal:
+        with EventLog(cfg.folder) as journal:
             keeper(cfg, store, journal).begin(start(), 1)
-    assert run.best() == run.checkpoint(place(2))
+    assert run.best() == run.checkpoint(checkpoint_name(2))
     lines = entries(cfg.folder)
     told = [(line["kind"], line["epoch"]) for line in lines]
     assert told == [("epoch", 1), ("resume", 2), ("epoch", 2), ("resume", 2)]
@@ -98,11 +98,11 @@ def test_a_damaged_state_is_set_aside_and_the_place_before_is_gone_on_from(
     state = start()
     for loss in (3.0, 2.0, 1.0):
         end_epoch(cfg, store, state, loss)
-    path = RunFolder(cfg.folder).state(place(3)) / "training_state.json"
+    path = RunDir(cfg.folder).state(checkpoint_name(3)) / "training_state.json"
     path.write_text(path.read_text().replace("1.0", "4.0"))
     assert start().epoch == 2
     assert str(path) in capsys.readouterr().err
-    assert RunFolder(cfg.folder).checkpoint(place(3)).is_dir(), "its weights hold, and may be the best"
+    assert RunDir(cfg.folder).checkpoint(checkpoint_name(3)).is_dir(), "its weights hold, and may be the best"
     (aside,) = (cfg.folder / "training_state").glob(".aside-*")
     assert (aside / "training_state.json").is_file()
     assert start().epoch == 2, "a second start finds the same"
@@ -117,9 +117,12 @@ def test_the_newest_two_places_and_the_best_at_each_stay(cfg: TrainConfig, store
             [{p.name for p in (cfg.folder / folder).iterdir()} for folder in ("checkpoints", "training_state")]
         )
     assert kept[2:] == [
-        [{place(1), place(2), place(3)}, {place(2), place(3)}],
-        [{place(1), place(3), place(4)}, {place(3), place(4)}],  # the first was the best at the third
-        [{place(4), place(5)}, {place(4), place(5)}],
+        [{checkpoint_name(1), checkpoint_name(2), checkpoint_name(3)}, {checkpoint_name(2), checkpoint_name(3)}],
+        [
+            {checkpoint_name(1), checkpoint_name(3), checkpoint_name(4)},
+            {checkpoint_name(3), checkpoint_name(4)},
+        ],  # the first was the best at the third
+        [{checkpoint_name(4), checkpoint_name(5)}, {checkpoint_name(4), checkpoint_name(5)}],
     ]
 
 
@@ -129,22 +132,29 @@ def test_where_the_newest_weights_are_damaged_and_were_the_best_the_best_before_
     state = start()
     for loss in (2.0, 4.0, 3.0, 1.0):
         end_epoch(cfg, store, state, loss)
-    run = RunFolder(cfg.folder)
-    (run.checkpoint(place(4)) / "model.safetensors").write_bytes(b"")
+    run = RunDir(cfg.folder)
+    (run.checkpoint(checkpoint_name(4)) / "model.safetensors").write_bytes(b"")
     state = start()
     assert (state.epoch, state.best_epoch) == (3, 1)
-    with Journal(cfg.folder) as journal:
+    with EventLog(cfg.folder) as journal:
         keeper(cfg, store, journal).begin(state, 1)
-    assert run.best() == run.checkpoint(place(1))
+    assert run.best() == run.checkpoint(checkpoint_name(1))
     assert run.best().is_dir()
     end_epoch(cfg, store, state, 1.0)
-    assert run.best() == run.checkpoint(place(4))
+    assert run.best() == run.checkpoint(checkpoint_name(4))
 
 
 def test_places_are_in_order_by_name_and_the_first_worker_decides(cfg: TrainConfig) -> None:
-    names = [place(0, 99), place(1), place(1, 130), place(1, 1300), place(2), place(10, 1)]
+    names = [
+        checkpoint_name(0, 99),
+        checkpoint_name(1),
+        checkpoint_name(1, 130),
+        checkpoint_name(1, 1300),
+        checkpoint_name(2),
+        checkpoint_name(10, 1),
+    ]
     assert names == sorted(names)
-    assert agreed_place(RunFolder(cfg.folder), 0, 1, CPU) is None
+    assert broadcast_resume_point(RunDir(cfg.folder), 0, 1, CPU) is None
 
 
 def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weights_are_the_same_bytes(
@@ -153,18 +163,18 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
     """Saved after every second step, killed after the fifth of thirteen, asked to stop after the ninth; validated
     within the epoch, which the one that nobody disturbs is not."""
     event, target = (torch.tensor(side) for side in store.read_rows(np.arange(50)))
-    held = Held(np.arange(50), event, target)
-    lanes = Lanes(50, cfg.batch_size, cfg.seed)
-    worker = Worker(cfg.model_copy(update={"checkpoint_every": 2, "validate_every": 3}), store, 0, 1, CPU)
+    held = PairTensors(np.arange(50), event, target)
+    lanes = ShardedBatchOrder(50, cfg.batch_size, cfg.seed)
+    worker = WorkerContext(cfg.model_copy(update={"checkpoint_every": 2, "validate_every": 3}), store, 0, 1, CPU)
     seen: list[int] = []
 
-    def run(state: TrainState, keep: Keeper | None, die_after: int = 99, stop_after: int = 99) -> bool:
+    def run(state: TrainState, keep: Checkpointer | None, die_after: int = 99, stop_after: int = 99) -> bool:
         def batches() -> Any:
             for batch, *pairs in held_batches(held, lanes, state, worker):
                 if state.step == die_after:
                     raise KeyboardInterrupt
                 if state.step == stop_after - 1:
-                    RunFolder(cfg.folder).stop_file.touch()
+                    RunDir(cfg.folder).stop_file.touch()
                 seen.extend(batch.positions.tolist())
                 yield batch, *pairs
 
@@ -178,16 +188,16 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
     first = list(seen)
 
     seen.clear()
-    with Journal(cfg.folder) as journal:
+    with EventLog(cfg.folder) as journal:
         with pytest.raises(KeyboardInterrupt):
             run(start(), keeper(cfg, store, journal), die_after=5)
         del seen[4 * cfg.batch_size :]  # what was done after the save is done again
         state = start()
-        assert state.place == place(0, 4)
+        assert state.checkpoint_name == checkpoint_name(0, 4)
         assert not run(state, keeper(cfg, store, journal), stop_after=9)
-        RunFolder(cfg.folder).stop_file.unlink()
+        RunDir(cfg.folder).stop_file.unlink()
         state = start()
-        assert state.place == place(0, 9)
+        assert state.checkpoint_name == checkpoint_name(0, 9)
         assert run(state, keeper(cfg, store, journal))
     assert seen == first
     assert state.sums.pairs == 50
@@ -202,28 +212,31 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
     assert [line["global_step"] for line in validations] == [0, 3, 6, 9, 12], "and each validation"
     assert validations[0]["val"] == at_start
     assert validations[-1]["val"]["loss"] < at_start["loss"]
-    assert {point.key for point in points(validations[0])} >= {"validation/val/loss", "validation/val/cos_sim_mean"}
+    assert {point.key for point in to_metrics(validations[0])} >= {
+        "validation/val/loss",
+        "validation/val/cos_sim_mean",
+    }
 
 
 def test_another_attempt_waits_twice_as_long(cfg: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(train_loop.time, "sleep", waited.append)
-    with Journal(cfg.folder) as journal:
+    with EventLog(cfg.folder) as journal:
         for _ in range(2):
             journal.write("start")
             for _ in range(7):
-                back_off(RunFolder(cfg.folder))
+                sleep_before_retry(RunDir(cfg.folder))
                 journal.write("attempt")
     assert waited == [1, 2, 4, 8, 16, 30] * 2
 
 
 def test_a_run_has_one_driver_and_its_journal_one_writer(cfg: TrainConfig) -> None:
-    run = RunFolder(cfg.folder)
+    run = RunDir(cfg.folder)
     (cfg.folder / "run.json").write_text("{}")
-    with run.driven(), pytest.raises(StoreError, match="in another process"), run.driven():
+    with run.exclusive(), pytest.raises(StoreError, match="in another process"), run.exclusive():
         pass
-    with Journal(cfg.folder), pytest.raises(StoreError, match="by another process"):
-        Journal(cfg.folder, patience_s=0.1)
+    with EventLog(cfg.folder), pytest.raises(StoreError, match="by another process"):
+        EventLog(cfg.folder, patience_s=0.1)
 
 
 @pytest.mark.parametrize("answer", [KeyboardInterrupt, SystemExit])
@@ -235,7 +248,7 @@ def test_after_ctrl_c_a_run_says_how_to_go_on(cfg: TrainConfig, answer: type[Bas
         raise answer
 
     def interrupted() -> None:
-        with stop_when_terminated(RunFolder(cfg.folder)):
+        with stop_when_terminated(RunDir(cfg.folder)):
             signal.signal(signal.SIGINT, leave)
             signal.raise_signal(signal.SIGINT)
 
@@ -246,7 +259,7 @@ def test_after_ctrl_c_a_run_says_how_to_go_on(cfg: TrainConfig, answer: type[Bas
 
 
 def test_a_disk_that_fails_a_worker_is_told_with_the_way_on_and_a_defect_of_ours_is_not(cfg: TrainConfig) -> None:
-    run = RunFolder(cfg.folder)
+    run = RunDir(cfg.folder)
 
     def ended_by(cause: Exception) -> WorkerGroupError:
         return WorkerGroupError("Training failed", {0: UserExceptionWithTraceback(cause, "Traceback …")})
@@ -254,9 +267,9 @@ def test_a_disk_that_fails_a_worker_is_told_with_the_way_on_and_a_defect_of_ours
     full = StoreError("best.json cannot be written: No space left on device; Make room for it.")
     way_on = r"Make room for it\. What was saved is whole; go on with: ray-app train"
     for error in (ended_by(full), full):
-        with pytest.raises(StoreError, match=way_on), way_on_told(run):
+        with pytest.raises(StoreError, match=way_on), with_resume_hint(run):
             raise error
-    with pytest.raises(WorkerGroupError), way_on_told(run):
+    with pytest.raises(WorkerGroupError), with_resume_hint(run):
         raise ended_by(ValueError("ours"))
 
 
@@ -265,6 +278,6 @@ def test_a_validation_loss_that_is_not_finite_ends_training(cfg: TrainConfig, st
     with torch.no_grad():
         state.objective.adapter.output.bias[0] = float("nan")
     pairs = torch.ones(3, store.feature("event").width, dtype=torch.uint8)
-    held = Held(np.arange(3), pairs, pairs)
+    held = PairTensors(np.arange(3), pairs, pairs)
     with pytest.raises(TrainingError, match=r"validation loss is not finite \(nan\) at epoch 1, step 6"):
-        validate(state.objective, held, Worker(cfg, store, 0, 1, CPU), "epoch 1, step 6")
+        validate(state.objective, held, WorkerContext(cfg, store, 0, 1, CPU), "epoch 1, step 6")

@@ -9,11 +9,11 @@ import ray
 from sweeps import sweep_file, tune
 
 from ray_app.commands.train.initialization import PairsInMemory, load_start, make_start
-from ray_app.commands.train.loop import Worker
-from ray_app.commands.train.shared_dataset import pairs_of, part_bytes, place, shared, start_of
+from ray_app.commands.train.loop import WorkerContext
+from ray_app.commands.train.shared_dataset import pairs_of, part_bytes, share_dataset, shared, start_of
 from ray_app.commands.tune.initialization import with_starts
 from ray_app.commands.tune.spec import SweepSpec, read_spec
-from ray_app.commands.tune.sweep_dir import SweepFolder
+from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.config.base import SplitConfig
 from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError
@@ -33,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses(result: dict[str, Any]) -> list[list[float]]:
     """Validation loss of each epoch of each trial."""
-    folder = SweepFolder(Path(result["sweep"]))
+    folder = SweepDir(Path(result["sweep"]))
     runs = [folder.run(trial["id"]).path for trial in result["trials"]]
     return [[line["val"]["loss"] for line in entries(run) if line["kind"] == "epoch"] for run in runs]
 
@@ -66,7 +66,7 @@ def test_what_trials_begin_with_is_found_once_and_seen_without_a_copy(small_stor
     """Of the largest rank that can be had; others are its first directions. A run alone finds the same."""
     spec = compressed_spec(small_store, tmp_path)
     store = PairStore.open(small_store)
-    part = place(store, split_pairs(store.index, spec.split_config), 2**30)
+    part = share_dataset(store, split_pairs(store.index, spec.split_config), 2**30)
     placed = with_starts(spec, {"all": part}, tmp_path / "starts")["all"]
     out = str(tmp_path / "run")
     cfg = TrainConfig(store=str(small_store), out=out, strategy="lowrank", space="compressed", rank=4)
@@ -77,7 +77,7 @@ def test_what_trials_begin_with_is_found_once_and_seen_without_a_copy(small_stor
     alone = load_start(cfg, store)
     assert set(found) == set(alone)
     assert all(found[name].equal(alone[name]) for name in alone)
-    pairs = pairs_of(placed, Worker(cfg, store, 0, 1, found["target_mean"].device, found))
+    pairs = pairs_of(placed, WorkerContext(cfg, store, 0, 1, found["target_mean"].device, found))
     assert pairs.validation is not None
     assert pairs.validation.target_BD.data_ptr() == found["val_records"].data_ptr()
     again = start_of(placed, cfg)
@@ -105,7 +105,7 @@ def test_a_compressed_sweep_is_as_its_trials_at_full_width_are(small_store: Path
     )
     compressed, full, *_ = losses(result)
     assert compressed == pytest.approx(full, rel=1e-4)
-    folder = SweepFolder(Path(result["sweep"]))
+    folder = SweepDir(Path(result["sweep"]))
     assert not list(folder.path.glob("trials/*/start")), "no trial found its own"
     assert result["front"] == [result["trials"][0]["id"]]
     assert json.loads((folder.path / "sweep.json").read_text())["spec"]["also_minimise"] == "parameters"

@@ -17,10 +17,10 @@ from ray_app.commands.prepare import command as preparing
 from ray_app.commands.prepare.store_builder import SCRATCH
 from ray_app.config.prepare import PrepareFlags
 from ray_app.errors import ResourceError
-from ray_app.sources.base import RawPair, Rejected, Source, SourceTask, require_here
+from ray_app.sources.base import RawPair, RejectedPair, Source, SourceTask, require_visible
 from ray_app.sources.davis.source import DavisSource
 from ray_app.sources.eventgpt.source import EventGptSource
-from ray_app.sources.recorded import Cut
+from ray_app.sources.recorded import WindowingConfig
 from ray_app.sources.video import VideoSource
 
 
@@ -65,7 +65,7 @@ def test_a_root_that_is_missing_or_an_empty_mount_point_is_told_with_the_machine
 def test_a_recording_that_is_not_there_is_told_so_too(shared_data: Path, tmp_path: Path) -> None:
     file = tmp_path / "sample.aedat4"
     shutil.copy(shared_data / "pairs" / "sample.aedat4", file)
-    of_davis, root = DavisSource((file,), Cut((50_000,))), tmp_path / "dsec"
+    of_davis, root = DavisSource((file,), WindowingConfig((50_000,))), tmp_path / "dsec"
     tasks = of_davis.tasks()
     file.unlink()
     with pytest.raises(ResourceError, match=r"sample\.aedat4 is missing or empty on"):
@@ -84,9 +84,9 @@ def test_prepare_ends_with_it_and_goes_on_once_the_input_is_there(tmp_path: Path
 
     @dataclass(frozen=True)
     class Mounted(NumpySource):
-        def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
+        def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
             if task.spec["sequence"] == 5:
-                require_here(mount)
+                require_visible(mount)
             yield from NumpySource.pairs(self, task)
 
     flags = PrepareFlags(out=tmp_path / "s", num_workers=1)
@@ -110,7 +110,7 @@ def test_a_cluster_on_which_no_task_ends_is_told_with_the_mend(
 
     @dataclass(frozen=True)
     class Hanging(NumpySource):
-        def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
+        def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
             import time
 
             time.sleep(20 if task.spec["sequence"] else 0)

@@ -205,8 +205,8 @@ def test_an_untrained_adapter_is_no_nearer_to_its_target_than_its_event_by_more_
     """Unseen pairs, their targets drawn apart from everything, and as the training pairs have them.
 
     Of the second kind no adapter may be above `before` that does not begin at the mean training target. Those that do
-    begin there say the same for every pair, and so see none's target: they may be as near as that control. `ridge` is
-    solved and never untrained: of true pairs it knows what the training part taught it.
+    begin there say the same for every pair, and so see none's target: they may be as near as that baseline. `ridge`
+    is solved and never untrained: of true pairs it knows what the training part taught it.
     """
     event, true = small_pairs(pairs=400, seed=1)
     apart = torch.randn(400, 48, generator=torch.Generator().manual_seed(2))
@@ -316,7 +316,7 @@ def test_a_deeper_adapter_has_that_many_hidden_layers_more(strategy: str) -> Non
     assert num_parameters(deep) - num_parameters(shallow) == 2 * (hidden * hidden + 3 * hidden)
     assert not any(name.startswith("deeper") for name in shallow.state_dict())
     event, target = small_pairs()
-    deep.begin(small_start(strategy, event, target, 5), spectral=strategy != "lightweight_subspace")
+    deep.initialize_from(small_start(strategy, event, target, 5), spectral=strategy != "lightweight_subspace")
     deep = perturbed(deep).eval()
     answers = deep(event)
     weights = {name: value for name, value in deep.state_dict().items() if name.startswith("deeper")}
@@ -339,7 +339,7 @@ def test_a_deep_adapter_of_the_subspaces_is_a_deep_one_at_full_width() -> None:
     narrow = build_adapter(replace(small_adapter("lightweight_subspace").config, depth=3), 0)
     assert isinstance(narrow, LightweightSubspace)
     event, target = small_pairs()
-    narrow.begin(small_start("lightweight_subspace", event, target, 5), spectral=False)
+    narrow.initialize_from(small_start("lightweight_subspace", event, target, 5), spectral=False)
     perturbed(narrow).eval()
     wide = build_adapter(replace(narrow.config, strategy="lightweight"), 1).eval()
     wide.load_state_dict(narrow.widened())

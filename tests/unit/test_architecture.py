@@ -22,7 +22,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"store", "core", "config", "errors"},
         {"numpy", "torch", "pyarrow", "safetensors", "pydantic"},
     ),
-    "jobs": (
+    "commands": (
         {"jobs", "store", "sources", "events", "core", "config", "errors"},
         {"numpy", "torch", "pyarrow", "PIL", "ray", "mlflow", "rich", "jinja2", "matplotlib", "sqlalchemy"}
         | {"optuna", "pydantic", "yaml", "transformers", "psutil"}

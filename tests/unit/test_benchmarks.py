@@ -11,7 +11,7 @@ import torch
 from pages import assert_has_words, assert_stands_alone
 
 from ray_app.commands.tune.final_training import judgement_of
-from ray_app.commands.tune.sweep_dir import SweepFolder
+from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.registry import STRATEGIES, AdapterConfig, build_adapter
 from ray_app.core.metrics import cos_sim
@@ -87,7 +87,7 @@ def test_a_sweep_run_to_its_end_tells_what_the_published_one_does(tmp_path: Path
     (seed,) = published["at_full_width"]
     line = {"seed": 0, "run": "final/seed_0", "test": {key: each for key, each in seed.items() if key != "seed"}}
     best = {"trial": "trial_0", "config": {"rank": 64}, "objective": 0.79, "lift": 0.1, "parameters": 12_608}
-    result = {"best": best, "trials": [{}] * 32, "final": judgement_of([line], SweepFolder(tmp_path))}
+    result = {"best": best, "trials": [{}] * 32, "final": judgement_of([line], SweepDir(tmp_path))}
     found = adapter_speed.swept(413.0, 100.0, 410.0, {"seconds": 99.0, "result": result})
     assert set(published) - {"provenance", "note"} <= set(found)
     assert set(found["best"]) == set(published["best"])
@@ -135,7 +135,7 @@ def test_the_long_drive_is_a_true_sequence_of_the_density_asked_for(tmp_path: Pa
 
     from ray_app.sources.dsec.events_file import DsecEvents
     from ray_app.sources.dsec.source import DsecSource
-    from ray_app.sources.recorded import Cut
+    from ray_app.sources.recorded import WindowingConfig
 
     files = dsec_drive.DsecFiles(tmp_path, "drive_00")
     files.events.parent.mkdir(parents=True)
@@ -151,7 +151,7 @@ def test_the_long_drive_is_a_true_sequence_of_the_density_asked_for(tmp_path: Pa
     files.images.mkdir(parents=True)
     for i in range(40):
         (files.images / f"{i:06d}.png").touch()
-    (task,) = DsecSource(tmp_path, Cut((1_000_000,))).tasks()
+    (task,) = DsecSource(tmp_path, WindowingConfig((1_000_000,))).tasks()
     assert task.num_pairs == 2
 
 
@@ -233,9 +233,12 @@ def test_the_replay_scripts_hybrids_see_what_eventgpt_said(name: str) -> None:
     """Two answers that begin alike, each with an EventGPT text of its own."""
     import replay
 
-    from ray_app.drafters.base import Answered, Prompt
+    from ray_app.drafters.base import AnsweredPrompt, Prompt
 
-    one, other = Answered(Prompt("q", (1, 2, 3)), (7, 8, 9)), Answered(Prompt("q", (4, 5, 6)), (17, 18, 19))
+    one, other = (
+        AnsweredPrompt(Prompt("q", (1, 2, 3)), (7, 8, 9)),
+        AnsweredPrompt(Prompt("q", (4, 5, 6)), (17, 18, 19)),
+    )
     drafter = getattr(replay, name)()
     drafter.fit([one, other] * 20)
     for each in (one, other):

@@ -12,7 +12,15 @@ import pytest
 from dsec_writer import HEIGHT, MADE_UP, RGB_HEIGHT, RGB_WIDTH, WIDTH, rectify_map, undistorted_rays
 
 from ray_app.errors import InputError
-from ray_app.events.camera_view import EventView, Pinhole, Rectangle, Rig, event_view, frame_places, largest_part
+from ray_app.events.camera_view import (
+    EventView,
+    Pinhole,
+    Rectangle,
+    StereoCalibration,
+    event_view,
+    frame_places,
+    largest_part,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +48,8 @@ def view(real: dict[str, Any], table: np.ndarray) -> EventView:
     return event_view(rig_of(real), table)
 
 
-def rig_of(constants: dict[str, Any]) -> Rig:
-    return Rig(
+def rig_of(constants: dict[str, Any]) -> StereoCalibration:
+    return StereoCalibration(
         event=Pinhole(*constants["camRect0"]),
         frame=Pinhole(*constants["camRect1"]),
         rotation_10=np.array(constants["T_10"])[:3, :3],
@@ -58,7 +66,7 @@ def flat_view(scale: int, width: int = 32, height: int = 24) -> EventView:
     rows, columns = np.mgrid[:height, :width]
     same = np.stack([columns, rows], axis=-1).astype(np.float32)
     return event_view(
-        Rig(event, frame, np.eye(3), np.eye(3), np.eye(3), width * scale, height * scale),
+        StereoCalibration(event, frame, np.eye(3), np.eye(3), np.eye(3), width * scale, height * scale),
         same,
     )
 

@@ -10,7 +10,7 @@ from small_adapters import small_adapter
 
 from ray_app.config.base import Strategy
 from ray_app.core.adapters.registry import STRATEGIES, AdapterConfig, build_adapter, num_parameters
-from ray_app.core.adapters.seeded_noise import BatchNoise, mix
+from ray_app.core.adapters.seeded_noise import BatchNoise, derive_seed
 from ray_app.errors import ConfigError
 
 WIDTH = 150_528
@@ -89,7 +89,7 @@ def test_noise_is_uniform_and_keeps_the_share_it_should() -> None:
 
 
 def test_mixed_seeds_do_not_collide_on_small_numbers() -> None:
-    seeds = {mix(a, b, c) for a in range(10) for b in range(100) for c in range(10)}
+    seeds = {derive_seed(a, b, c) for a in range(10) for b in range(100) for c in range(10)}
     assert len(seeds) == 10_000
 
 

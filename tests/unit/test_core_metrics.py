@@ -1,11 +1,11 @@
-"""Counts add up to the whole; controls, lift and intervals against NumPy and hand-worked cases."""
+"""Counts add up to the whole; baselines, lift and intervals against NumPy and hand-worked cases."""
 
 import numpy as np
 import pytest
 import torch
 
 from ray_app.core.adapters.registry import AdapterConfig, build_adapter
-from ray_app.core.evaluation import CONTROLS, AlignmentEvaluation, AlignmentEvaluator, TrainingMeans, derangement
+from ray_app.core.evaluation import BASELINES, AlignmentEvaluation, AlignmentEvaluator, TrainingMeans, derangement
 from ray_app.core.metrics import BIN_WIDTH, PERCENTILES, THETAS, AlignmentCounts, cos_sim, rate_key, retrieval
 from ray_app.core.promotion_policy import accept, promotion_verdict
 from ray_app.errors import InputError
@@ -109,15 +109,15 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
-def test_every_control_is_what_its_name_says() -> None:
+def test_every_baseline_is_what_its_name_says() -> None:
     found, event, target, aligned = evaluated()
     np.testing.assert_allclose(found.after, cosine(aligned, target), atol=1e-5)
-    np.testing.assert_allclose(found.controls["before"], cosine(event, target), atol=1e-5)
-    np.testing.assert_allclose(found.controls["white"], cosine(np.ones_like(target), target), atol=1e-5)
-    np.testing.assert_allclose(found.controls["mean_target"], cosine(target.mean(0)[None], target), atol=1e-5)
+    np.testing.assert_allclose(found.baselines["before"], cosine(event, target), atol=1e-5)
+    np.testing.assert_allclose(found.baselines["white"], cosine(np.ones_like(target), target), atol=1e-5)
+    np.testing.assert_allclose(found.baselines["mean_target"], cosine(target.mean(0)[None], target), atol=1e-5)
     others = derangement(found.sequences, 0)
     # The aligned features are kept in bfloat16 for this one: 8 bits of mantissa.
-    np.testing.assert_allclose(found.controls["shuffled"], cosine(aligned, target[others]), atol=3e-3)
+    np.testing.assert_allclose(found.baselines["shuffled"], cosine(aligned, target[others]), atol=3e-3)
     there = np.array([i % 4 > 0 for i in range(len(target))])
     assert np.isnan(found.previous_window[~there]).all()
     np.testing.assert_allclose(found.previous_window[there], cosine(target[1:], target[:-1])[there[1:]], atol=1e-5)
@@ -125,15 +125,15 @@ def test_every_control_is_what_its_name_says() -> None:
     assert found.centered["after"] == pytest.approx(cosine(aligned - mean, target - mean).mean(), abs=1e-4)
 
 
-def test_lift_is_taken_over_the_best_control_and_not_over_the_previous_window() -> None:
+def test_lift_is_taken_over_the_best_baseline_and_not_over_the_previous_window() -> None:
     low, high = np.full(10, 0.5), np.full(10, 0.9)
     half = np.where(np.arange(10) < 5, 0.9, 0.5)
-    controls = {"before": low, "white": half, "mean_target": low, "shuffled": low}
-    found = AlignmentEvaluation(("d",) * 10, high, controls, high, {"after": 0.1, "before": 0.0}, {}, 0)
+    baselines = {"before": low, "white": half, "mean_target": low, "shuffled": low}
+    found = AlignmentEvaluation(("d",) * 10, high, baselines, high, {"after": 0.1, "before": 0.0}, {}, 0)
     metrics = found.metrics()
-    assert (metrics["best_control"], metrics["lift"]) == ("white", 0.5)
+    assert (metrics["best_baseline"], metrics["lift"]) == ("white", 0.5)
     assert metrics["interval95"]["unit"] == "block"
-    assert metrics["controls"]["previous_window"]["pairs"] == 10
+    assert metrics["baselines"]["previous_window"]["pairs"] == 10
     assert not metrics["previous_window_ahead"]
 
 
@@ -142,7 +142,7 @@ def test_intervals_resample_whole_sequences() -> None:
     rates = rng.random(40)
     after = np.concatenate([np.where(rng.random(25) < rate, 0.9, 0.5) for rate in rates])
     names = tuple(f"drive{i // 25:02d}" for i in range(1000))
-    zero = {name: np.full(1000, 0.1) for name in CONTROLS}
+    zero = {name: np.full(1000, 0.1) for name in BASELINES}
     found = AlignmentEvaluation(names, after, zero, np.full(1000, np.nan), {"after": 0, "before": 0}, {}, 0)
     interval = found.intervals()
     low, high = interval["cosine_accept_rate_0.80"]
@@ -154,8 +154,8 @@ def test_intervals_resample_whole_sequences() -> None:
 
 
 def grouped(names: tuple[str, ...], light: tuple[str, ...], accepted: np.ndarray) -> AlignmentEvaluation:
-    """Pairs that are accepted or not, of which no control accepts one."""
-    none = {name: np.full(len(names), 0.1) for name in CONTROLS}
+    """Pairs that are accepted or not, of which no baseline accepts one."""
+    none = {name: np.full(len(names), 0.1) for name in BASELINES}
     after, no_window = np.where(accepted, 0.9, 0.5), np.full(len(names), np.nan)
     return AlignmentEvaluation(names, after, none, no_window, {"after": 0, "before": 0}, {}, 0, light)
 
@@ -178,9 +178,9 @@ def test_an_interval_within_a_light_is_over_its_sequences_and_within_a_sequence_
     assert by_light["dusk"] == {**by_sequence["lone"], "lift": 1.0, "lift_interval95": None, "units": 1}
 
 
-def test_the_lift_of_a_light_is_over_the_best_control_of_all_pairs_pair_by_pair() -> None:
+def test_the_lift_of_a_light_is_over_the_best_baseline_of_all_pairs_pair_by_pair() -> None:
     found = grouped(("a",) * 4, ("day", "day", "night", "night"), np.array([True, True, True, False]))
-    found.controls["white"][:] = [0.9, 0.5, 0.9, 0.9]
+    found.baselines["white"][:] = [0.9, 0.5, 0.9, 0.9]
     day, night = (found.groups(found.light)[name] for name in ("day", "night"))
     assert (day["lift"], night["lift"]) == (0.5, -0.5)
     assert (day["lift_interval95"], night["lift_interval95"]) == ([0.0, 1.0], [-1.0, 0.0])
@@ -192,14 +192,14 @@ def test_features_of_other_width_have_no_cosine_before() -> None:
     rng = torch.Generator().manual_seed(0)
     evaluator.add(torch.rand(3, 6, generator=rng), torch.rand(3, 4, generator=rng))
     found = evaluator.result(["a", "b", "c"], np.full(3, -1))
-    assert (found.controls["before"] == 0).all()
+    assert (found.baselines["before"] == 0).all()
 
 
 def judged(rate: float, lift: float, fingerprint: str = "f") -> dict[str, object]:
     return {
         "cosine_accept_rate": {"0.80": rate},
         "lift": lift,
-        "best_control": "mean_target",
+        "best_baseline": "mean_target",
         "test_fingerprint": fingerprint,
     }
 
@@ -217,7 +217,7 @@ def test_the_first_version_is_champion_in_any_case_and_labelled() -> None:
         (judged(0.9, 0.1), judged(0.8, 0.05), 0.0, True, "0.9000 against the champion's 0.8000"),
         (judged(0.8, 0.1), judged(0.8, 0.05), 0.0, False, "not better"),
         (judged(0.82, 0.1), judged(0.8, 0.05), 0.05, False, "0.0500"),
-        (judged(0.9, 0.0), judged(0.8, 0.05), 0.0, False, "does not beat the best control"),
+        (judged(0.9, 0.0), judged(0.8, 0.05), 0.0, False, "does not beat the best baseline"),
         (judged(0.9, 0.1, "g"), judged(0.8, 0.05), 0.0, False, "other test pairs"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 import torch
 from small_saves import found, save
 
-from ray_app.runs.run_dir import RunFolder, place
+from ray_app.runs.run_dir import RunDir, checkpoint_name
 
 OLD, NEW = 2, 3
 """With an epoch before both, so that the save also removes what is no longer kept."""
@@ -25,11 +25,11 @@ def killed_everywhere(folder: Path) -> dict[str, Any]:
     """Kills the save of the second epoch at each of its calls; what was found after each, by name of the call."""
     from syscalls import CannotTrace, writing_calls
 
-    before = RunFolder(folder / "before")
-    before.claim({})
+    before = RunDir(folder / "before")
+    before.create({})
     for epoch in range(1, NEW):
         save(before, epoch)
-    whole = RunFolder(shutil.copytree(before.path, folder / "whole"))
+    whole = RunDir(shutil.copytree(before.path, folder / "whole"))
     try:
         calls = writing_calls(lambda: save(whole, NEW))
     except CannotTrace as error:
@@ -37,7 +37,7 @@ def killed_everywhere(folder: Path) -> dict[str, Any]:
     assert found(whole) == NEW
     epochs = []
     for k in range(len(calls)):
-        run = RunFolder(shutil.copytree(before.path, folder / f"killed_{k:03d}"))
+        run = RunDir(shutil.copytree(before.path, folder / f"killed_{k:03d}"))
         assert writing_calls(lambda run=run: save(run, NEW), kill_at=k) == calls[: k + 1]
         epoch = found(run)
         save(run, epoch + 1)
@@ -46,21 +46,21 @@ def killed_everywhere(folder: Path) -> dict[str, Any]:
     return {"calls": calls, "epochs": epochs, "again": killed_while_it_recovers(folder, before)}
 
 
-def killed_while_it_recovers(folder: Path, before: RunFolder) -> list[int]:
+def killed_while_it_recovers(folder: Path, before: RunDir) -> list[int]:
     """What is found where the newest state is damaged, after a kill at each call of the search that finds that."""
     from syscalls import writing_calls
 
-    between = RunFolder(shutil.copytree(before.path, folder / "between"))
+    between = RunDir(shutil.copytree(before.path, folder / "between"))
     save(between, NEW)
-    state = between.state(place(NEW)) / "training_state.safetensors"
+    state = between.state(checkpoint_name(NEW)) / "training_state.safetensors"
     data = bytearray(state.read_bytes())
     data[-1] ^= 1
     state.write_bytes(data)
-    search = writing_calls(RunFolder(shutil.copytree(between.path, folder / "searched")).newest_state)
+    search = writing_calls(RunDir(shutil.copytree(between.path, folder / "searched")).latest_resumable)
     epochs = []
     for k in range(len(search)):
-        run = RunFolder(shutil.copytree(between.path, folder / f"again_{k}"))
-        writing_calls(run.newest_state, kill_at=k)
+        run = RunDir(shutil.copytree(between.path, folder / f"again_{k}"))
+        writing_calls(run.latest_resumable, kill_at=k)
         epochs.append(found(run))
         save(run, NEW)
         assert found(run) == NEW

@@ -15,8 +15,8 @@ from small_saves import found, save
 
 from ray_app.commands.prepare.store_builder import build_task, claim, finish, finished
 from ray_app.errors import StoreError
-from ray_app.runs.event_log import Journal, entries
-from ray_app.runs.run_dir import RunFolder
+from ray_app.runs.event_log import EventLog, entries
+from ray_app.runs.run_dir import RunDir
 from ray_app.store.atomic import write_file
 from ray_app.store.manifest import Features
 from ray_app.store.pair_store import PairStore
@@ -61,8 +61,8 @@ def fill(disk: Path, leave_pages: int) -> Path:
 def test_a_save_on_a_disk_with_any_room_is_whole_or_leaves_the_epoch_before(disk: Path) -> None:
     told = []
     for pages in range(DISK_PAGES):
-        run = RunFolder(disk / f"run_{pages}")
-        run.claim({})
+        run = RunDir(disk / f"run_{pages}")
+        run.create({})
         save(run, 1, HIDDEN)
         ballast = fill(disk, pages)
         try:
@@ -123,7 +123,7 @@ def test_a_prepare_on_a_disk_with_any_room_keeps_what_is_finished_and_goes_on(di
 def test_a_journal_on_a_full_disk_keeps_every_line_that_was_told(disk: Path) -> None:
     run = disk / "run"
     run.mkdir()
-    with Journal(run) as journal:
+    with EventLog(run) as journal:
         journal.write("step", global_step=1)
         ballast = fill(disk, 1)
         steps = 1
@@ -140,15 +140,15 @@ def test_a_journal_on_a_full_disk_keeps_every_line_that_was_told(disk: Path) -> 
         assert [line["global_step"] for line in entries(run)] == list(range(1, steps + 1))
         ballast.unlink()
         journal.write("step", global_step=steps + 1)
-    with Journal(run) as journal:
+    with EventLog(run) as journal:
         journal.write("step", global_step=steps + 2)
     assert [line["global_step"] for line in entries(run)] == list(range(1, steps + 3))
 
 
 def test_on_a_disk_that_has_become_read_only_all_that_is_there_can_be_read(disk: Path) -> None:
-    run = RunFolder(disk / "run")
-    run.claim({})
-    with Journal(run.path) as journal:
+    run = RunDir(disk / "run")
+    run.create({})
+    with EventLog(run.path) as journal:
         journal.write("step", global_step=1)
     save(run, 1, HIDDEN)
     mount("-o", "remount,ro", str(disk))

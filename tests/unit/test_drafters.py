@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from ray_app.drafters.base import Answered, Continuation, Distribution, Draft, Drafter, Prompt
+from ray_app.drafters.base import AnsweredPrompt, Continuation, Distribution, Draft, Drafter, Prompt
 from ray_app.drafters.replay import DRAFTERS, contiguous_folds, folds_of, num_matches, replay_fold
 from ray_app.errors import ConfigError, InputError
 
 QUESTION = Prompt("what is there?", (7, 8, 9))
 
 
-def drive(num_rows: int, seed: int = 0) -> list[Answered]:
+def drive(num_rows: int, seed: int = 0) -> list[AnsweredPrompt]:
     """Answers of 12 tokens below 30 that change one word now and then."""
     rng = np.random.default_rng(seed)
     answer = rng.integers(0, 30, 12)
@@ -18,11 +18,11 @@ def drive(num_rows: int, seed: int = 0) -> list[Answered]:
     for _ in range(num_rows):
         if rng.random() < 0.3:
             answer[rng.integers(12)] = rng.integers(0, 30)
-        rows.append(Answered(Prompt("q", tuple(rng.integers(0, 30, 6).tolist())), tuple(answer.tolist())))
+        rows.append(AnsweredPrompt(Prompt("q", tuple(rng.integers(0, 30, 6).tolist())), tuple(answer.tolist())))
     return rows
 
 
-def run(name: str, train: list[Answered], test: list[Answered], gamma: int = 4) -> list:
+def run(name: str, train: list[AnsweredPrompt], test: list[AnsweredPrompt], gamma: int = 4) -> list:
     return replay_fold(DRAFTERS[name](), train, test, gamma=gamma, vocabulary=30, clock=lambda: 0.0)
 
 
@@ -100,7 +100,7 @@ def test_a_drafter_that_breaks_its_word_is_named(tokens: tuple[int, ...], words:
 
 def test_positional_is_the_most_frequent_token_of_each_place() -> None:
     drafter = DRAFTERS["positional"]()
-    drafter.fit([Answered(QUESTION, answer) for answer in ((1, 2, 3), (1, 5, 3), (4, 5))])
+    drafter.fit([AnsweredPrompt(QUESTION, answer) for answer in ((1, 2, 3), (1, 5, 3), (4, 5))])
     assert tuple(drafter.draft(QUESTION, (), 9).tokens) == (1, 5, 3)
     assert tuple(drafter.draft(QUESTION, (1,), 1).tokens) == (5,)
     assert drafter.draft(Prompt("another", ()), (), 3).tokens == ()
@@ -109,7 +109,7 @@ def test_positional_is_the_most_frequent_token_of_each_place() -> None:
 def test_ngram_goes_by_the_longest_context_it_knows() -> None:
     drafter = DRAFTERS["ngram"]()
     answers = ((1, 2, 3, 4), (1, 2, 3, 4), (9, 3, 5), (8, 3, 5), (7, 3, 5))
-    drafter.fit([Answered(QUESTION, answer) for answer in answers])
+    drafter.fit([AnsweredPrompt(QUESTION, answer) for answer in answers])
     assert drafter.draft(QUESTION, (1, 2, 3), 1).tokens == [4]
     assert drafter.draft(QUESTION, (6, 3), 1).tokens == [5]
     assert drafter.draft(QUESTION, (), 2).tokens == [1, 2]
@@ -146,7 +146,7 @@ def test_previous_window_is_that_of_the_same_sequence_and_question() -> None:
 
 def test_retrieval_takes_the_answer_with_the_nearest_draft() -> None:
     drafter = DRAFTERS["retrieval"]()
-    drafter.fit([Answered(Prompt("q", (1, 2, 3)), (11, 12)), Answered(Prompt("q", (4, 5, 6)), (13, 14))])
+    drafter.fit([AnsweredPrompt(Prompt("q", (1, 2, 3)), (11, 12)), AnsweredPrompt(Prompt("q", (4, 5, 6)), (13, 14))])
     assert drafter.draft(Prompt("q", (9, 2, 3)), (), 2).tokens == (11, 12)
     assert drafter.draft(Prompt("q", (4, 5, 9)), (13,), 2).tokens == (14,)
 
@@ -154,7 +154,7 @@ def test_retrieval_takes_the_answer_with_the_nearest_draft() -> None:
 def test_hybrid_follows_a_drive_that_repeats_itself_and_learns_a_new_answer_at_once() -> None:
     old, new = tuple(range(12)), tuple(range(12, 24))
     drafter = DRAFTERS["hybrid"]()
-    drafter.fit([Answered(QUESTION, old)] * 10)
+    drafter.fit([AnsweredPrompt(QUESTION, old)] * 10)
     assert drafter.draft(QUESTION, (), 12).tokens == old
     for _ in range(2):
         drafter.update(QUESTION, new)
@@ -176,7 +176,7 @@ def test_hybrid_is_the_same_whether_or_not_its_thoughts_were_kept() -> None:
 
 def test_hybrid_thinks_anew_for_another_question() -> None:
     drafter, other = DRAFTERS["hybrid"](), Prompt("another", ())
-    drafter.fit([Answered(QUESTION, (1, 2, 3)), Answered(other, (4, 5, 6))] * 3)
+    drafter.fit([AnsweredPrompt(QUESTION, (1, 2, 3)), AnsweredPrompt(other, (4, 5, 6))] * 3)
     assert drafter.draft(QUESTION, (), 3).tokens == (1, 2, 3)
     assert drafter.draft(other, (), 3).tokens == (4, 5, 6)
 

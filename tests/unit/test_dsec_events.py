@@ -21,10 +21,10 @@ from dsec_writer import (
     write_events,
 )
 
-from ray_app.events.render import Drawing, event_image
+from ray_app.events.render import EventCanvas, event_image
 from ray_app.sources.dsec import events_file as dsec_events
 from ray_app.sources.dsec.events_file import DsecEvents
-from ray_app.sources.event_stream import swept
+from ray_app.sources.event_stream import render_slices
 
 
 def test_the_index_of_the_formats_own_example() -> None:
@@ -107,11 +107,11 @@ def test_parts_painted_one_over_the_other_are_the_image_of_all(
         for size in (1, 7, 1000, 4096, 9_000):
             monkeypatch.setattr(dsec_events, "EVENTS_AT_A_TIME", size)
             first = max(9_000 - 30 * size, 0)
-            (sketch,) = swept(file, [(first, 9_000)])
+            (sketch,) = render_slices(file, [(first, 9_000)])
             assert np.array_equal(sketch.image(), event_image(crowd[first:9_000]))
-        (nothing,) = swept(file, [(3, 3)])
+        (nothing,) = render_slices(file, [(3, 3)])
         assert np.array_equal(nothing.image(), np.full((HEIGHT, WIDTH, 3), 255))
-    backwards = Drawing(WIDTH, HEIGHT)
+    backwards = EventCanvas(WIDTH, HEIGHT)
     for part in (crowd[4_500:], crowd[:4_500]):
         backwards.add(part)
     assert not np.array_equal(backwards.image(), whole)  # order matters, so the law above says something
@@ -124,7 +124,7 @@ def test_memory_does_not_grow_with_the_slice(tmp_path: Path, monkeypatch: pytest
     with DsecEvents(tmp_path / "events.h5") as file:
         for stop in (2**17, 1_000_000):
             tracemalloc.start()
-            (_,) = swept(file, [(0, stop)])
+            (_,) = render_slices(file, [(0, stop)])
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] < 12e6  # a million events are 13 MB, and checked as int64 far more

@@ -17,7 +17,7 @@ from dsec_writer import (
 from PIL import Image
 
 from ray_app.events.recording import Events
-from ray_app.sources.base import Rejected
+from ray_app.sources.base import RejectedPair
 
 
 def test_windows_without_a_frame_with_few_events_or_with_a_gap_are_rejected_with_the_reason(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_missing_or_unreadable_frame_costs_its_windows_alone(own: DsecFiles) -
     assert "000020.png is no readable image" in found[1].reason
     every = everything(dsec(own.root, SECOND, pick="all"))
     assert len(every) == 15
-    assert all("image " in item.position for item in every if isinstance(item, Rejected))
+    assert all("image " in item.position for item in every if isinstance(item, RejectedPair))
 
 
 def test_a_frame_of_another_size_is_named(own: DsecFiles) -> None:
@@ -92,7 +92,7 @@ def test_a_damaged_chunk_costs_the_windows_that_draw_it_alone(tmp_path: Path) ->
         if touched(events, start, start + 1_000_000, hit, hit + 512)
     ]
     assert 1 <= len(damaged) < len(found) == 3
-    bad = [item for item in found if isinstance(item, Rejected)]
+    bad = [item for item in found if isinstance(item, RejectedPair)]
     assert [item.position for item in bad] == [f"window [{start}, {start + 1_000_000})" for start in damaged]
     assert all("events.h5 is damaged: 'events/x' cannot be read" in item.reason for item in bad)
 

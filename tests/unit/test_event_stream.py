@@ -12,8 +12,8 @@ from dsec_writer import random_events, write_events
 from ray_app.events.render import event_image
 from ray_app.sources import event_stream as sweep
 from ray_app.sources.dsec.events_file import DsecEvents
-from ray_app.sources.event_stream import Slice, blocks, swept
-from ray_app.sources.recorded import PAIRS_PER_TASK, SECONDS_PER_TASK_US, Cut, by_middle, by_start
+from ray_app.sources.event_stream import Slice, blocks, render_slices
+from ray_app.sources.recorded import PAIRS_PER_TASK, SECONDS_PER_TASK_US, WindowingConfig, by_middle, by_start
 
 FOUR = (200_000, 500_000, 1_000_000, 2_000_000)
 
@@ -80,7 +80,7 @@ def test_overlapping_slices_give_the_images_of_each_alone(tmp_path: Path, monkey
     rng = np.random.default_rng(1)
     slices = [tuple(sorted(rng.integers(0, 9_001, 2).tolist())) for _ in range(40)]
     with DsecEvents(tmp_path / "events.h5") as file:
-        for (first, stop), sketch in zip(slices, swept(file, slices), strict=True):
+        for (first, stop), sketch in zip(slices, render_slices(file, slices), strict=True):
             mine = events[first:stop]
             assert (sketch.first, sketch.stop) == (first, stop)
             assert np.array_equal(sketch.image(), event_image(mine))
@@ -105,13 +105,13 @@ def test_a_damaged_place_costs_the_slices_alone_that_it_lies_in(tmp_path: Path) 
     path.write_bytes(data)
     slices = [(0, 4_096), (1_000, 4_097), (4_607, 6_000), (4_608, 9_000), (0, 9_000)]
     with DsecEvents(path) as file:
-        flaws = [sketch.flaw is not None for sketch in swept(file, slices)]
+        flaws = [sketch.flaw is not None for sketch in render_slices(file, slices)]
     assert flaws == [False, True, True, False, True]
 
 
 @pytest.mark.parametrize("order", [by_middle, by_start])
 def test_every_window_is_in_one_portion_and_portions_are_bounded(order: Any) -> None:
-    cut = Cut((50_000, 1_000_000, 20_000_000), pick="all", num_images=3)
+    cut = WindowingConfig((50_000, 1_000_000, 20_000_000), pick="all", num_images=3)
     portions = cut.portions(BEGIN_US, BEGIN_US + 60_000_000, order)
     windows = [window for portion in portions for window in portion]
     assert len(windows) == len(set(windows)) == 2399 + 119 + 5

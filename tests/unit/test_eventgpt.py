@@ -15,7 +15,7 @@ from ray_app import cli
 from ray_app.commands.prepare.command import source_of
 from ray_app.errors import InputError
 from ray_app.events.render import equal_counts, event_image
-from ray_app.sources.base import RawPair, Rejected
+from ray_app.sources.base import RawPair, RejectedPair
 from ray_app.sources.eventgpt.source import EventGptSource
 from ray_app.sources.npy import read_events
 
@@ -68,7 +68,7 @@ def test_each_unreadable_clip_costs_itself_alone(dataset: Path) -> None:
     cut = dataset / "video/zurich/000001/000002.png"
     cut.write_bytes(cut.read_bytes()[:-200])
     found = everything(EventGptSource(dataset, 1_000_000, 500_000))
-    reasons = {item.input: item.reason for item in found if isinstance(item, Rejected)}
+    reasons = {item.input: item.reason for item in found if isinstance(item, RejectedPair)}
     assert set(reasons) == {"thun/000001", "thun/000002", "zurich/000010", "zurich/000001", "interlaken/000001"}
     assert "is empty" in reasons["thun/000001"]
     assert "is missing" in reasons["thun/000002"]
@@ -143,7 +143,7 @@ def test_an_entry_that_is_flawed_or_leads_nowhere_costs_itself_alone(dataset: Pa
         "holds no frame": entry("thun", "000001", video_data="thun/nothing"),
     }
     found = everything(listed(dataset, [*flawed.values(), entry("zurich", "000002")]))
-    rejected = [item for item in found if isinstance(item, Rejected)]
+    rejected = [item for item in found if isinstance(item, RejectedPair)]
     assert len(rejected) == len(found) - 1 == len(flawed)
     for reason in flawed:
         assert any(reason in item.reason for item in rejected), reason
@@ -213,7 +213,7 @@ def test_the_real_50_ms_recordings_begin_at_their_first_event(shared_data: Path,
         assert pair.t_start_us == events.t_us[0]
         assert pair.t_end_us - pair.t_start_us == 50_000
         assert np.array_equal(pair.event_HWC, event_image(equal_counts(events, 5)[2]))
-    (empty,) = [item for item in found if isinstance(item, Rejected)]
+    (empty,) = [item for item in found if isinstance(item, RejectedPair)]
     assert (empty.position, "is empty (0 bytes)" in empty.reason) == ("clip 000239", True)
     short = everything(EventGptSource.of_folder(root, duration_us=20_000))
     assert sum("more than a clip of 20ms; give the clips' length with --duration" in str(item) for item in short) == 3

@@ -14,7 +14,7 @@ from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.initialization import GRID
 from ray_app.core.evaluation import AlignmentEvaluator
 from ray_app.core.optimizer_step import decode
-from ray_app.data.pair_tensors import Held
+from ray_app.data.pair_tensors import PairTensors
 from ray_app.errors import CheckpointError, ConfigError
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
 from ray_app.store.pair_store import PairStore
@@ -81,7 +81,7 @@ def test_another_run_takes_a_start_over_and_one_of_other_pairs_is_refused(
     store = PairStore.open(cfg.store)
     given = {"start": cfg.folder / "start"}
     lower = config(cfg.store, tmp_path / "run", "lowrank", space="compressed", rank=4, **given)
-    held = starts.held_compressed(lower, store, "train", np.arange(5))
+    held = starts.load_compressed_pairs(lower, store, "train", np.arange(5))
     assert held.event_BE.shape == (5, 4)
     assert held.target_BD.shape == (5, 2 * 4 + 5)
     for changes, words in (
@@ -107,8 +107,8 @@ def test_ridge_is_solved_once_and_is_no_worse_on_validation_than_the_mean_target
     assert result["val"]["cos_sim_mean"] == pytest.approx(max(chosen.values()), abs=1e-5)
     _, target = (torch.tensor(side) / 255 for side in store.read_rows(split.val))
     mean = torch.tensor(store.read_rows(split.train)[1] / 255).mean(0).float()
-    control = torch.nn.functional.cosine_similarity(mean[None], target).mean()
-    assert result["val"]["cos_sim_mean"] > float(control) - 1e-3
+    baseline = torch.nn.functional.cosine_similarity(mean[None], target).mean()
+    assert result["val"]["cos_sim_mean"] > float(baseline) - 1e-3
 
 
 def test_a_last_ridge_holds_all_pairs_at_the_regularisation_that_validation_chose(
@@ -121,7 +121,8 @@ def test_a_last_ridge_holds_all_pairs_at_the_regularisation_that_validation_chos
     def begin(cfg: TrainConfig) -> np.ndarray:
         split = training_split(cfg, store)
         train, val = (
-            Held(rows, *(torch.tensor(side) for side in store.read_rows(rows))) for rows in (split.train, split.val)
+            PairTensors(rows, *(torch.tensor(side) for side in store.read_rows(rows)))
+            for rows in (split.train, split.val)
         )
         starts.make_start(cfg, store, split, starts.PairsInMemory(store, train, val))
         return split.train

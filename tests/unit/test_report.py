@@ -46,8 +46,8 @@ def made_up(**changes: Any) -> tuple[dict[str, Any], dict[str, NDArray[np.float6
     }
     result = {
         **adapter,
-        "controls": means,
-        "best_control": "mean_target",
+        "baselines": means,
+        "best_baseline": "mean_target",
         "lift": lifts["0.80"],
         "lift_by_theta": lifts,
         "previous_window_ahead": False,
@@ -148,9 +148,9 @@ def test_every_colour_is_a_variable_with_a_light_and_a_dark_value(page: str) -> 
 @pytest.mark.parametrize(
     ("lift", "interval", "kind", "words"),
     [
-        (0.12, [0.05, 0.2], "beats", "beats the best control (mean_target) by 12.0 percentage points at θ 0.80"),
+        (0.12, [0.05, 0.2], "beats", "beats the best baseline (mean_target) by 12.0 percentage points at θ 0.80"),
         (0.12, [-0.05, 0.2], "unsure", "but not surely"),
-        (-0.03, [-0.1, 0.02], "loses", "does not beat the best control (mean_target): it is 3.0 percentage points"),
+        (-0.03, [-0.1, 0.02], "loses", "does not beat the best baseline (mean_target): it is 3.0 percentage points"),
         (0.0, [0.0, 0.0], "loses", "the two are equal"),
     ],
 )
@@ -195,7 +195,7 @@ def test_table_and_page_show_the_same_rates(page: str) -> None:
     out = io.StringIO()
     Console(width=140, file=out).print(results_table(result, "test part"))
     printed = out.getvalue()
-    for numbers in (result, *result["controls"].values()):
+    for numbers in (result, *result["baselines"].values()):
         rate = f"{100 * numbers['cosine_accept_rate']['0.80']:.1f}"
         assert f"{rate} %" in printed
         assert f'<td class="key">{rate}</td>' in page

@@ -8,26 +8,26 @@ import pytest
 import torch
 
 from serve.model.batcher import Batcher, BatchTimes
-from serve.model.predict import Work
-from serve.protocol.errors import Problem
+from serve.model.predict import InferenceRequest
+from serve.protocol.errors import ApiError
 
 
-def work(rows: int = 1) -> Work:
-    return Work(torch.zeros(rows, 2))
+def work(rows: int = 1) -> InferenceRequest:
+    return InferenceRequest(torch.zeros(rows, 2))
 
 
-async def drive(batcher: Batcher, works: list[Work], timeout_s: float = 5.0) -> list[Any]:
+async def drive(batcher: Batcher, works: list[InferenceRequest], timeout_s: float = 5.0) -> list[Any]:
     return await asyncio.gather(*(batcher.answer(w, timeout_s) for w in works), return_exceptions=True)
 
 
 def test_bodies_on_their_way_count_as_waiting_for_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.model.batcher.ARRIVAL_S", 0.05)
     batcher = Batcher(list, max_rows=4, max_queued_rows=4)
-    with batcher.place(), batcher.place(), batcher.place():
+    with batcher.reserve_slot(), batcher.reserve_slot(), batcher.reserve_slot():
         assert not batcher.full()
-        with batcher.place():
+        with batcher.reserve_slot():
             assert batcher.full()
-            assert "0 pairs wait and 4 requests arrive, the limit is 4" in batcher.busy().detail
+            assert "0 pairs wait and 4 requests arrive, the limit is 4" in batcher.queue_full_error().detail
             time.sleep(0.06)
             assert not batcher.full(), "who sends a byte now and then keeps no place"
     assert not batcher.full()
@@ -54,7 +54,7 @@ def test_requests_that_wait_go_into_the_next_forward_pass_together() -> None:
 
 
 def test_what_is_wrong_with_one_request_costs_that_one_alone() -> None:
-    problem = Problem(422, "not_finite", "NaN")
+    problem = ApiError(422, "not_finite", "NaN")
 
     def predict(works: Any) -> Any:
         return [problem if w.rows == 2 else w for w in works]
@@ -79,7 +79,7 @@ def test_a_defect_is_told_to_its_callers_and_the_worker_goes_on() -> None:
     batcher = Batcher(predict, max_rows=8, max_queued_rows=64)
     first, second = asyncio.run(twice())
     assert isinstance(first[0], RuntimeError)
-    assert all(isinstance(answer, Work) for answer in second)
+    assert all(isinstance(answer, InferenceRequest) for answer in second)
     assert batcher.queued_rows == 0
 
 
@@ -94,7 +94,7 @@ def test_a_full_queue_refuses_with_a_time_that_grows_with_it() -> None:
 
     batcher = Batcher(predict, max_rows=4, max_queued_rows=8)
     answers = asyncio.run(overload())
-    refused = [a for a in answers if isinstance(a, Problem)]
+    refused = [a for a in answers if isinstance(a, ApiError)]
     assert len(refused) == 3, "two wait, the rest is refused before the first forward pass begins"
     assert {p.status for p in refused} == {429}
     assert {p.headers["retry-after"] for p in refused} == {"6"}, "8 rows before it and its own batch, 2 s each"
@@ -119,8 +119,8 @@ def test_work_whose_caller_is_late_or_gone_is_not_done() -> None:
 
     batcher = Batcher(predict, max_rows=1, max_queued_rows=8)
     first, late, gone = asyncio.run(impatient())
-    assert isinstance(first, Work)
-    assert isinstance(late, Problem)
+    assert isinstance(first, InferenceRequest)
+    assert isinstance(late, ApiError)
     assert late.status == 504
     assert isinstance(gone, asyncio.CancelledError)
     assert len(done) == 1

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ray_app.errors import InputError
-from ray_app.sources.base import RawPair, Rejected, Source
+from ray_app.sources.base import RawPair, RejectedPair, Source
 from ray_app.sources.npy import ArrayUnpickler, events_of, read_events, read_npy
 from ray_app.sources.video import VideoSource
 
@@ -32,7 +32,7 @@ def saved(path: Path, content: Any) -> Path:
     return path
 
 
-def everything(source: Source) -> list[RawPair | Rejected]:
+def everything(source: Source) -> list[RawPair | RejectedPair]:
     return [item for task in source.tasks() for item in source.pairs(task)]
 
 
@@ -188,7 +188,7 @@ def test_a_folder_of_frames_is_read_like_a_video_at_the_rate_it_is_given(frames:
 def test_a_missing_frame_costs_the_windows_that_touch_it(frames: Path) -> None:
     (frames / "frame_0010.png").unlink()
     found = everything(source_of(frames, fps=25.0))
-    rejected = [item for item in found if isinstance(item, Rejected)]
+    rejected = [item for item in found if isinstance(item, RejectedPair)]
     assert [item.position for item in rejected] == ["frame 9", "frame 10", "frame 11"]
     assert all("frame 10 is missing" in item.reason for item in rejected)
     assert len(found) == FRAMES - 2
@@ -197,7 +197,7 @@ def test_a_missing_frame_costs_the_windows_that_touch_it(frames: Path) -> None:
 def test_a_frame_that_is_cut_costs_the_windows_that_touch_it(frames: Path) -> None:
     cut = frames / "frame_0020.png"
     cut.write_bytes(cut.read_bytes()[:100])
-    rejected = [item for item in everything(source_of(frames, fps=25.0)) if isinstance(item, Rejected)]
+    rejected = [item for item in everything(source_of(frames, fps=25.0)) if isinstance(item, RejectedPair)]
     assert [item.position for item in rejected] == ["frame 19", "frame 20", "frame 21"]
 
 
@@ -211,7 +211,7 @@ def test_a_video_that_ends_early_costs_the_pairs_after_its_end(video: Path, tmp_
     found = everything(source_of(broken))
     assert len(found) == FRAMES - 2
     assert any(isinstance(item, RawPair) for item in found)
-    rejected = [item for item in found if isinstance(item, Rejected)]
+    rejected = [item for item in found if isinstance(item, RejectedPair)]
     assert rejected
     assert "ends before the window does" in rejected[-1].reason
 

@@ -17,30 +17,30 @@ import yaml
 
 from ray_app import cli
 from ray_app.cluster.connection import ClusterInfo
-from ray_app.commands.train.shared_dataset import controls_of
-from ray_app.commands.tune.command import agree, planned
-from ray_app.commands.tune.driver import Budget, SweepRecord
-from ray_app.commands.tune.estimate import Estimate, Need, kept_share, largest, room
-from ray_app.commands.tune.searchers import Tried, draw, propose
-from ray_app.commands.tune.spec import Choice, Span, SweepSpec, describe, read_spec, space_of, train_config
+from ray_app.commands.train.shared_dataset import baselines_of
+from ray_app.commands.tune.command import confirm_estimate, new_sweep_spec
+from ray_app.commands.tune.driver import Budget, SweepState
+from ray_app.commands.tune.estimate import Estimate, MemoryNeed, kept_share, largest, max_concurrent
+from ray_app.commands.tune.searchers import TrialRecord, draw, propose
+from ray_app.commands.tune.spec import Choice, Range, SweepSpec, describe, read_spec, space_of, train_config
 from ray_app.commands.tune.sweep_dir import (
-    SweepFolder,
+    SweepDir,
     Trial,
+    active_seconds,
     best_of,
-    busy_seconds,
-    compared,
-    front,
+    pareto_front,
+    scheduler_metric,
     scores,
     trial_name,
 )
-from ray_app.commands.tune.trial import why_not_again
+from ray_app.commands.tune.trial import give_up_reason
 from ray_app.config.train import TrainConfig
 from ray_app.config.tune import TuneConfig
 from ray_app.core.adapters.registry import STRATEGIES
-from ray_app.core.evaluation import AlignmentEvaluator, Controls, derangement
+from ray_app.core.evaluation import AlignmentEvaluator, Baselines, derangement
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.errors import ConfigError, ResourceError, StoreError
-from ray_app.runs.event_log import Journal, entries
+from ray_app.runs.event_log import EventLog, entries
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 
@@ -110,7 +110,7 @@ def test_a_sweep_without_a_store_says_how_to_name_one(tmp_path: Path) -> None:
         read_spec(path, {})
     assert read_spec(path, {"store": "A", "out": "B"}).store == str(Path("A").absolute())
     for asked in (False, True):
-        assert planned(TuneConfig(file=path, store="A", out="B", use_gpu=asked)).use_gpu == asked
+        assert new_sweep_spec(TuneConfig(file=path, store="A", out="B", use_gpu=asked)).use_gpu == asked
 
 
 def test_any_setting_of_train_may_be_searched(tmp_path: Path) -> None:
@@ -127,17 +127,17 @@ def test_a_setting_that_one_adapter_of_the_space_has_may_be_searched(tmp_path: P
 
 
 SPACE = {
-    "hidden_dim": Span(8, 64, log=True, step=None, integer=True),
-    "dropout": Span(0.0, 0.5, log=False, step=0.1, integer=False),
+    "hidden_dim": Range(8, 64, log=True, step=None, integer=True),
+    "dropout": Range(0.0, 0.5, log=False, step=0.1, integer=False),
     "strategy": Choice(("lightweight", "bottleneck")),
 }
 
 
 def test_a_grid_is_every_combination_once_in_one_order() -> None:
     space = {"a": Choice((1, 2)), "b": Choice(("x", "y", "z"))}
-    tried: list[Tried] = []
+    tried: list[TrialRecord] = []
     while setting := propose("grid", space, 0, tried):
-        tried.append(Tried(setting, "running"))
+        tried.append(TrialRecord(setting, "running"))
     assert [tuple(trial.setting.values()) for trial in tried] == [(a, b) for a in (1, 2) for b in ("x", "y", "z")]
 
 
@@ -150,19 +150,19 @@ def test_random_draws_stay_in_the_space_and_never_repeat_a_choice() -> None:
         assert min(abs(dropout - k / 10) for k in range(6)) < 1e-9
     space, tried = {"a": Choice((1, 2)), "b": Choice((3, 4))}, []
     while setting := propose("random", space, 7, tried):
-        tried.append(Tried(setting, "running"))
+        tried.append(TrialRecord(setting, "running"))
     assert sorted(tuple(trial.setting.values()) for trial in tried) == [(1, 3), (1, 4), (2, 3), (2, 4)]
 
 
 def test_optuna_proposes_the_same_after_the_same_record_and_learns_from_it() -> None:
     """Twenty trials that tell it that a wide layer is good: it then proposes wider ones than a random draw does."""
 
-    def record(n: int) -> list[Tried]:
-        tried: list[Tried] = []
+    def record(n: int) -> list[TrialRecord]:
+        tried: list[TrialRecord] = []
         for _ in range(n):
             setting = propose("optuna", SPACE, 0, tried)
             assert setting is not None
-            tried.append(Tried(setting, "finished", (setting["hidden_dim"] / 64,), 3))
+            tried.append(TrialRecord(setting, "finished", (setting["hidden_dim"] / 64,), 3))
         return tried
 
     first = record(20)
@@ -170,9 +170,9 @@ def test_optuna_proposes_the_same_after_the_same_record_and_learns_from_it() -> 
     later = [propose("optuna", SPACE, seed, first)["hidden_dim"] for seed in range(8)]  # type: ignore[index]
     drawn = [propose("random", SPACE, seed, first)["hidden_dim"] for seed in range(8)]  # type: ignore[index]
     assert np.mean(later) > np.mean(drawn) + 5
-    states = [Tried(first[0].setting, "stopped", (0.1,), 1), Tried(first[1].setting, "failed")]
-    assert propose("optuna", SPACE, 0, [*states, Tried(first[2].setting, "running")])
-    two = [Tried(trial.setting, "finished", (*trial.values, 1000.0), 3) for trial in first]
+    states = [TrialRecord(first[0].setting, "stopped", (0.1,), 1), TrialRecord(first[1].setting, "failed")]
+    assert propose("optuna", SPACE, 0, [*states, TrialRecord(first[2].setting, "running")])
+    two = [TrialRecord(trial.setting, "finished", (*trial.values, 1000.0), 3) for trial in first]
     assert propose("optuna", SPACE, 0, two, ("maximize", "minimize"))
 
 
@@ -186,7 +186,7 @@ def test_of_equal_trials_the_one_with_fewer_parameters_is_best_and_a_failed_one_
     trials = [trial(0, 0.5, 30), trial(1, 0.5, 20), trial(2, 0.5, 20), trial(3, 0.9, 1, status="failed")]
     assert best_of([*trials, trial(4, None, 1)]) is trials[1]
     assert best_of(trials[3:]) is None
-    assert [t.index for t in front([*trials, trial(5, 0.4, 5), trial(6, 0.3, 9)], "parameters")] == [1, 5]
+    assert [t.index for t in pareto_front([*trials, trial(5, 0.4, 5), trial(6, 0.3, 9)], "parameters")] == [1, 5]
 
 
 def test_a_trials_name_is_its_number_and_its_setting() -> None:
@@ -215,20 +215,20 @@ def test_a_trial_counts_with_its_best_checkpoint_not_with_its_luckiest_epoch() -
 @pytest.mark.parametrize("objective", ["cosine_accept_rate_0.80", "lift"])
 def test_under_way_the_mean_cosine_decides_between_equals_and_never_against_one_pair_more(objective: str) -> None:
     def told(rate: float, cos: float) -> float:
-        return compared([epoch(1, 1.0, rate, cos), epoch(2, 2.0, 1.0, 1.0)], objective)
+        return scheduler_metric([epoch(1, 1.0, rate, cos), epoch(2, 2.0, 1.0, 1.0)], objective)
 
     assert told(0.4, 0.71) > told(0.4, 0.70)
     assert told(0.4 + 1 / 100_000, -1.0) > told(0.4, 1.0)
 
 
-def sweep_of_one_trial(small_store: Path, tmp_path: Path) -> tuple[SweepFolder, PairStore, Trial]:
+def sweep_of_one_trial(small_store: Path, tmp_path: Path) -> tuple[SweepDir, PairStore, Trial]:
     """Its driver was killed when it had begun the first."""
     spec = sized(tmp_path, small_store, out=str(tmp_path / "sweep"))
-    sweep, store = SweepFolder(Path(spec.out)), PairStore.open(small_store)
+    sweep, store = SweepDir(Path(spec.out)), PairStore.open(small_store)
     told = spec.model_dump(mode="json", exclude_unset=True)
-    sweep.claim({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
-    with Journal(sweep.path) as journal:
-        begun = SweepRecord(sweep, journal, {"all": store}, {}).next_trial()
+    sweep.create({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
+    with EventLog(sweep.path) as journal:
+        begun = SweepState(sweep, journal, {"all": store}, {}).next_trial()
     assert begun is not None
     return sweep, store, begun
 
@@ -236,10 +236,10 @@ def sweep_of_one_trial(small_store: Path, tmp_path: Path) -> tuple[SweepFolder, 
 def test_a_trial_that_ended_as_its_driver_was_killed_is_not_tried_again(small_store: Path, tmp_path: Path) -> None:
     """Its own journal has an end, the sweep's does not know of it yet."""
     sweep, store, begun = sweep_of_one_trial(small_store, tmp_path)
-    with Journal(sweep.run(begun.name).path) as journal:
+    with EventLog(sweep.run(begun.name).path) as journal:
         journal.write("end", status="FINISHED", artifacts=None, time=time.time())
-    with Journal(sweep.path) as journal:
-        record = SweepRecord(sweep, journal, {"all": store}, {})
+    with EventLog(sweep.path) as journal:
+        record = SweepState(sweep, journal, {"all": store}, {})
         assert record.trials[begun.name].status == "finished"
         following = record.next_trial()
         assert following is not None
@@ -248,7 +248,7 @@ def test_a_trial_that_ended_as_its_driver_was_killed_is_not_tried_again(small_st
 
 def test_time_between_attempts_is_not_counted() -> None:
     kinds = [("attempt", 0), ("step", 3), ("attempt", 10), ("step", 12), ("end", 14)]
-    assert busy_seconds([{"kind": kind, "time": float(at)} for kind, at in kinds]) == 3 + 4
+    assert active_seconds([{"kind": kind, "time": float(at)} for kind, at in kinds]) == 3 + 4
 
 
 @pytest.mark.parametrize(
@@ -275,15 +275,15 @@ def test_a_process_that_dies_twice_at_one_step_is_not_started_again(told: str, a
         "error": {"kind": "error"},
     }
     lines = [kinds.get(word) or {"kind": "step", "global_step": int(word)} for word in told.split()]
-    assert (why_not_again(lines, {"gone"}) is None) == again
+    assert (give_up_reason(lines, {"gone"}) is None) == again
 
 
-def test_controls_and_lift_are_those_of_the_one_evaluator(small_store: Path) -> None:
+def test_baselines_and_lift_are_those_of_the_one_evaluator(small_store: Path) -> None:
     store = PairStore.open(small_store)
     split = split_pairs(store.index, TrainConfig(store=small_store, out=small_store).split_config)
     event, target = store.read_rows(split.val)
     mean = torch.from_numpy(store.read_rows(split.train)[1].mean(axis=0) / 255).float()
-    found = controls_of(store, split, event, target, mean)
+    found = baselines_of(store, split, event, target, mean)
 
     class Same(torch.nn.Module):
         def forward(self, event_BE: torch.Tensor) -> torch.Tensor:
@@ -294,18 +294,18 @@ def test_controls_and_lift_are_those_of_the_one_evaluator(small_store: Path) -> 
     sequences = store.index.sequence[split.val].tolist()
     result = evaluator.result(sequences, np.full(len(event), -1))
     for name, counts in found.fixed.items():
-        assert counts.accept_rate() == float((result.controls[name] > 0.8).mean())
+        assert counts.accept_rate() == float((result.baselines[name] > 0.8).mean())
     assert np.array_equal(found.others, derangement(sequences, 0))
-    shuffled = AlignmentCounts.of(result.controls["shuffled"])
+    shuffled = AlignmentCounts.of(result.baselines["shuffled"])
     lift = found.lift(AlignmentCounts.of(result.after), shuffled)
     assert lift["lift"] == pytest.approx(result.lift())
-    assert lift["controls"]["shuffled"] == shuffled.accept_rate()
+    assert lift["baselines"]["shuffled"] == shuffled.accept_rate()
 
 
 def test_a_constant_that_is_accepted_has_no_lift_over_itself_shuffled() -> None:
     half = AlignmentCounts.of(np.array([0.9, 0.1]))
     nothing = AlignmentCounts.of(np.array([0.1, 0.1]))
-    assert Controls({"white": nothing}, np.array([1, 0])).lift(half, half)["lift"] == 0.0
+    assert Baselines({"white": nothing}, np.array([1, 0])).lift(half, half)["lift"] == 0.0
 
 
 def sized(tmp_path: Path, store: Path, **lines: Any) -> SweepSpec:
@@ -321,23 +321,25 @@ def test_a_space_beyond_the_memory_is_told_with_its_largest_setting(small_store:
     with pytest.raises(
         ResourceError, match=r"hidden_dim 4000000, strategy bottleneck has .* the largest node has 8.0 GiB"
     ):
-        room(spec, info, {}, most)
+        max_concurrent(spec, info, {}, most)
     bases = sized(tmp_path, small_store, space={"rank": [4, 8]}, fixed={"strategy": "lowrank"})
     assert largest(bases, PairStore.open(small_store)).beside == 4 * 2 * (768 + 768 * 8 + 8)
-    small = Need(1000, 0, {"hidden_dim": 8})
-    assert room(spec, info, {}, small) == 4
-    assert room(spec.model_copy(update={"concurrent": 2}), info, {}, small) == 2
-    assert room(spec, info, {}, Need(2**28, 0, {})) == 1, "memory for one at a time"
-    assert room(spec, info, {}, Need(0, 3 * 2**30, {})) == 2, "what is held beside parameters counts, too"
+    small = MemoryNeed(1000, 0, {"hidden_dim": 8})
+    assert max_concurrent(spec, info, {}, small) == 4
+    assert max_concurrent(spec.model_copy(update={"concurrent": 2}), info, {}, small) == 2
+    assert max_concurrent(spec, info, {}, MemoryNeed(2**28, 0, {})) == 1, "memory for one at a time"
+    assert max_concurrent(spec, info, {}, MemoryNeed(0, 3 * 2**30, {})) == 2, (
+        "what is held beside parameters counts, too"
+    )
     nodes = replace(info, node_cpus=(1, 3), node_memory_bytes=(5 * 2**30, 4 * 2**30))
-    assert room(spec, nodes, {}, small) == 1 + 3
-    assert room(spec, nodes, {}, Need(0, 2 * 2**30, {})) == 1 + 1, "each node holds one of 3 GiB"
+    assert max_concurrent(spec, nodes, {}, small) == 1 + 3
+    assert max_concurrent(spec, nodes, {}, MemoryNeed(0, 2 * 2**30, {})) == 1 + 1, "each node holds one of 3 GiB"
     with pytest.raises(ResourceError, match=r"5\.0 GiB beside them.* the largest node has 5\.0 GiB"):
-        room(spec, nodes, {}, Need(0, 5 * 2**30, {}))
+        max_concurrent(spec, nodes, {}, MemoryNeed(0, 5 * 2**30, {}))
     with pytest.raises(ResourceError, match="wants 1 workers of 8 CPUs"):
-        room(spec.model_copy(update={"cpus_per_worker": 8.0}), info, {}, small)
+        max_concurrent(spec.model_copy(update={"cpus_per_worker": 8.0}), info, {}, small)
     with pytest.raises(ResourceError, match="wants 1 GPUs"):
-        room(spec.model_copy(update={"use_gpu": True}), info, {}, small)
+        max_concurrent(spec.model_copy(update={"use_gpu": True}), info, {}, small)
 
 
 @pytest.mark.parametrize(("answer", "begins"), [("y", True), ("n", False), ("", False)])
@@ -356,18 +358,18 @@ def test_an_estimate_above_a_limit_is_asked_about_on_a_terminal(
         monkeypatch.setattr("sys.stdin", terminal)
         os.write(master, f"{answer}\n".encode())
         if begins:
-            agree(cfg, spec, told)
+            confirm_estimate(cfg, spec, told)
         else:
             with pytest.raises(ConfigError, match="nothing was begun"):
-                agree(cfg, spec, told)
+                confirm_estimate(cfg, spec, told)
     os.close(master)
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(ConfigError, match=r"3 GPU hours is above max_gpu_hours 2.*--yes"):
-        agree(cfg, spec, told)
+        confirm_estimate(cfg, spec, told)
     capfd.readouterr()
-    agree(cfg, spec, replace(told, gpu_hours=2.0))
+    confirm_estimate(cfg, spec, replace(told, gpu_hours=2.0))
     assert "for 4 trials, 1 at a time, then about 0.25 h for 3 seeds of the winner" in capfd.readouterr().err
-    agree(cfg.model_copy(update={"final": False}), spec, replace(told, gpu_hours=2.0))
+    confirm_estimate(cfg.model_copy(update={"final": False}), spec, replace(told, gpu_hours=2.0))
     assert "winner" not in capfd.readouterr().err
 
 
@@ -398,13 +400,13 @@ def test_what_is_no_sweep_or_lacks_its_record_is_one_sentence(
     for flag in ("--resume", "--watch"):
         assert cli.run(["tune", flag, str(tmp_path)]) == 2
         assert "is not the folder of a sweep" in " ".join(capfd.readouterr().err.split())
-    sweep = SweepFolder(tmp_path / "s")
-    sweep.claim({"name": "s", "key": "k", "spec": {}, "store_fingerprint": "f"})
+    sweep = SweepDir(tmp_path / "s")
+    sweep.create({"name": "s", "key": "k", "spec": {}, "store_fingerprint": "f"})
     (sweep.path / "journal.jsonl").unlink()
     assert cli.run(["tune", "--resume", str(sweep.path)]) == 2
     assert "is missing: it is the record of what was tried" in " ".join(capfd.readouterr().err.split())
     with pytest.raises(StoreError, match=r"holds a sweep already; .*--resume"):
-        sweep.claim({})
+        sweep.create({})
     assert cli.run(["tune"]) == 2
     assert "exactly one of FILE, --resume and --watch" in " ".join(capfd.readouterr().err.split())
 
@@ -413,9 +415,9 @@ def test_a_sweep_that_is_being_driven_is_not_gone_on_with_and_stays_as_it_is(
     small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("ray_app.commands.tune.sweep_dir.HANDOVER_S", 0.1)
-    sweep = SweepFolder(tmp_path / "s")
+    sweep = SweepDir(tmp_path / "s")
     told = sized(tmp_path, small_store, out=str(sweep.path)).model_dump(mode="json", exclude_unset=True)
-    sweep.claim({"name": "s", "key": "k", "spec": told, "store_fingerprint": "f"})
+    sweep.create({"name": "s", "key": "k", "spec": told, "store_fingerprint": "f"})
     before = (sweep.path / "sweep.json").read_bytes()
     resume = [
         "tune",
@@ -426,7 +428,7 @@ def test_a_sweep_that_is_being_driven_is_not_gone_on_with_and_stays_as_it_is(
         "--tracking-uri",
         f"sqlite:///{tmp_path}/m.db",
     ]
-    with sweep.driven():
+    with sweep.exclusive():
         assert cli.run(resume) == 2
     assert "is being written by another process; wait for its end" in " ".join(capfd.readouterr().err.split())
     assert (sweep.path / "sweep.json").read_bytes() == before
@@ -451,31 +453,31 @@ def test_a_trial_whose_driver_was_killed_as_it_began_is_begun_again(
     if left == "no folder":
         run.rmdir()
     assert [trial.status for trial in sweep.trials()] == ["running" if left == "journal.jsonl" else "waiting"]
-    with Journal(sweep.path) as journal:
-        again = SweepRecord(sweep, journal, {"all": store}, {}).next_trial()
+    with EventLog(sweep.path) as journal:
+        again = SweepState(sweep, journal, {"all": store}, {}).next_trial()
     assert again is not None
     assert again.name == begun.name
     assert [line["kind"] for line in entries(run)] == ["start"]
-    assert sweep.run(begun.name).about()["store_fingerprint"] == store.fingerprint
+    assert sweep.run(begun.name).metadata()["store_fingerprint"] == store.fingerprint
 
 
 def test_of_sweeps_that_begin_in_one_folder_at_one_moment_one_has_it(tmp_path: Path) -> None:
     def claim(n: int) -> int | None:
         try:
-            SweepFolder(tmp_path / "s").claim({"key": n})
+            SweepDir(tmp_path / "s").create({"key": n})
         except StoreError:
             return None
         return n
 
     with ThreadPoolExecutor(8) as pool:
         won = [n for n in pool.map(claim, range(64)) if n is not None]
-    assert won == [SweepFolder(tmp_path / "s").about()["key"]]
+    assert won == [SweepDir(tmp_path / "s").metadata()["key"]]
 
 
 def test_hours_are_counted_over_all_starts(tmp_path: Path) -> None:
-    sweep = SweepFolder(tmp_path / "s")
-    sweep.claim({})
-    with Journal(sweep.path) as journal:
+    sweep = SweepDir(tmp_path / "s")
+    sweep.create({})
+    with EventLog(sweep.path) as journal:
         for kind, at in (("start", 0), ("trial", 5), ("end", 60), ("start", 1000), ("trial", 1030), ("start", 2000)):
             journal.write(kind, time=float(at))
     assert sweep.used_seconds() == 60 + 30

@@ -12,7 +12,7 @@ import pytest
 from test_sweep import sized
 
 from ray_app.commands.tune.progress import watch
-from ray_app.commands.tune.sweep_dir import SweepFolder
+from ray_app.commands.tune.sweep_dir import SweepDir
 
 DRIVER = """
 import sys, time
@@ -25,18 +25,18 @@ with SweepFolder(Path(sys.argv[1])).driven() as journal:
 
 
 @pytest.fixture
-def folder(small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepFolder:
+def folder(small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepDir:
     monkeypatch.setattr("ray_app.commands.tune.progress.REFRESH_S", 0.05)
     monkeypatch.setattr("ray_app.commands.tune.progress.DRIVERLESS_S", 0.5)
-    folder = SweepFolder(tmp_path / "sweep")
+    folder = SweepDir(tmp_path / "sweep")
     told = sized(tmp_path, small_store, out=str(folder.path)).model_dump(mode="json", exclude_unset=True)
-    folder.claim({"name": "s", "key": "k", "spec": told, "store_fingerprint": "f"})
+    folder.create({"name": "s", "key": "k", "spec": told, "store_fingerprint": "f"})
     return folder
 
 
-def test_a_sweep_that_is_driven_is_watched_to_its_end(folder: SweepFolder, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_that_is_driven_is_watched_to_its_end(folder: SweepDir, capfd: pytest.CaptureFixture[str]) -> None:
     watcher = threading.Thread(target=watch, args=(folder,), daemon=True)
-    with folder.driven() as journal:
+    with folder.exclusive() as journal:
         journal.write("start", name="s", time=time.time())
         watcher.start()
         watcher.join(1.5)
@@ -49,7 +49,7 @@ def test_a_sweep_that_is_driven_is_watched_to_its_end(folder: SweepFolder, capfd
     assert "no driver" not in told
 
 
-def test_the_watch_ends_where_the_driver_was_killed(folder: SweepFolder, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_watch_ends_where_the_driver_was_killed(folder: SweepDir, capfd: pytest.CaptureFixture[str]) -> None:
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(folder.path)])
     while not folder.entries():
         assert driver.poll() is None

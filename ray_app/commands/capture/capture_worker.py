@@ -12,18 +12,18 @@ from torch import Tensor
 from ray_app.config.speculative import CaptureConfig
 from ray_app.errors import InputError, RayAppError
 from ray_app.language_models.hf_models import Answer, LiveModel, load, same_tokens
-from ray_app.sources.base import Rejected
+from ray_app.sources.base import RejectedPair
 from ray_app.sources.clips import Clip, ClipWindow, clips
 from ray_app.store.capture_store import SHARDS, Shard, state_key, write_shard
 
-Plan = list[tuple[str, list[ClipWindow]]]
+CapturePlan = list[tuple[str, list[ClipWindow]]]
 """Shards by name, with the windows of each."""
 
 
-class Capturer:
+class CaptureActor:
     """Both models, loaded at the first shard, where an error can be given back."""
 
-    def __init__(self, cfg: CaptureConfig, shards: Plan, device: str, num_threads: int) -> None:
+    def __init__(self, cfg: CaptureConfig, shards: CapturePlan, device: str, num_threads: int) -> None:
         self._cfg, self._shards, self._device = cfg, dict(shards), device
         self._models: tuple[LiveModel, LiveModel] | None = None
         torch.set_num_threads(num_threads)
@@ -40,7 +40,7 @@ class Capturer:
         states: dict[str, Tensor] = {}
         num_verified = otherwise = 0
         for clip in clips(self._shards[name]):
-            if isinstance(clip, Rejected):
+            if isinstance(clip, RejectedPair):
                 rejected.append(asdict(clip))
                 continue
             drafted, spoken = self._answers(clip)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ray_app import errors
 from ray_app.cluster.connection import ClusterInfo, cluster
-from ray_app.commands.capture.capture_worker import Capturer, Plan
+from ray_app.commands.capture.capture_worker import CaptureActor, CapturePlan
 from ray_app.config.speculative import CaptureConfig
 from ray_app.errors import InputError, ResourceError, StoreError
 from ray_app.events.windows import parse_duration
@@ -98,7 +98,7 @@ def render_capture(result: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _capture(cfg: CaptureConfig, info: ClusterInfo, missing: Plan, num_workers: int) -> NDArray[np.int64]:
+def _capture(cfg: CaptureConfig, info: ClusterInfo, missing: CapturePlan, num_workers: int) -> NDArray[np.int64]:
     """(tokens verified, tokens chosen otherwise). Errors of the actors are raised as they were."""
     verified = np.zeros(2, dtype=np.int64)
     total = sum(len(windows) for _, windows in missing)
@@ -108,7 +108,7 @@ def _capture(cfg: CaptureConfig, info: ClusterInfo, missing: Plan, num_workers: 
         **{name: getattr(cfg, name).absolute() for name in ("target", "drafter", "out")},
     }
     dataset = ray.data.from_items([{"shard": name} for name, _ in missing], override_num_blocks=len(missing)).map(
-        Capturer,  # type: ignore[arg-type]  # a class is an actor
+        CaptureActor,  # type: ignore[arg-type]  # a class is an actor
         fn_constructor_args=(
             cfg.model_copy(update=paths),
             missing,
@@ -144,7 +144,7 @@ def _num_workers(cfg: CaptureConfig, info: ClusterInfo, num_shards: int) -> int:
     return wanted
 
 
-def plan_of(cfg: CaptureConfig) -> Plan:
+def plan_of(cfg: CaptureConfig) -> CapturePlan:
     """Shards with their windows; the cut depends on the input alone."""
     duration_us = parse_duration(cfg.duration)
     windows = clip_windows(

@@ -22,7 +22,7 @@ from ray_app.config.base import flat
 from ray_app.config.speculative import ProxyConfig
 from ray_app.core.speculative.correlation import THETAS, Places, cosines, judge, rank_correlation
 from ray_app.core.speculative.verification import accepted_prefix
-from ray_app.drafters.base import Answered, States
+from ray_app.drafters.base import AnsweredPrompt, States
 from ray_app.drafters.hidden_states import AdapterDrafter
 from ray_app.drafters.recorded_states import answers_with_states, blocks, read_files, require_states
 from ray_app.drafters.replay import Fold, folds_of
@@ -33,7 +33,7 @@ from ray_app.store.atomic import write_file
 from ray_app.store.provenance import provenance
 from ray_app.store.traces import TraceFile
 
-CONTROLS = ("raw", "mean_target")
+BASELINES = ("raw", "mean_target")
 """The drafter's states as they are; the mean of the target's, the same at every place."""
 PAGE, NUMBERS = "proxy.html", "proxy.json"
 BLOCK_ROWS = 20
@@ -41,7 +41,7 @@ BLOCK_ROWS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class AdapterScore:
     """One adapter on one file."""
 
     row_N: np.ndarray
@@ -94,7 +94,7 @@ def run_proxy(cfg: ProxyConfig) -> dict[str, Any]:
         "quarantined": [asdict(bad) for file in files for bad in file.quarantined],
         "folds": max(len(each) for each in folds),
         "gap": cfg.gap,
-        "controls": {name: numbers[name] for name in CONTROLS if name in numbers},
+        "baselines": {name: numbers[name] for name in BASELINES if name in numbers},
         "adapters": {name: numbers[name] for name in adapters if name in numbers},
         "rank_correlation": rank_correlation(
             {name: places[name] for name in adapters if name in places}, num_blocks, np.random.default_rng(0)
@@ -152,9 +152,9 @@ def verdict(result: dict[str, Any]) -> list[str]:
 
 
 def table_rows(result: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """Cells for a terminal and for the page, the controls first."""
+    """Cells for a terminal and for the page, the baselines first."""
     lines = []
-    for name, numbers in {**result["controls"], **result["adapters"]}.items():
+    for name, numbers in {**result["baselines"], **result["adapters"]}.items():
         above, interval = numbers["match_rate_above"]["0.80"], numbers["interval95"]["match_rate_above"]["0.80"]
         span = f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else ""
         cells = [
@@ -166,13 +166,13 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, list[str]]]:
             f"{numbers['calibration_error']:.3f}",
             f"{numbers['accepted_in_a_row']:.2f}",
         ]
-        lines.append((f"{name} (control)" if name in result["controls"] else name, cells))
+        lines.append((f"{name} (baseline)" if name in result["baselines"] else name, cells))
     return lines
 
 
 def proxy_page(result: dict[str, Any]) -> str:
     """The whole page, in one file."""
-    everyone = {**result["controls"], **result["adapters"]}
+    everyone = {**result["baselines"], **result["adapters"]}
     return page(
         "proxy.html.j2",
         r=result,
@@ -193,16 +193,16 @@ def _named(adapters: Sequence[Path]) -> dict[str, Path]:
     """Adapters by the end of their path that tells them apart."""
     for parts in range(1, 1 + max((len(path.parts) for path in adapters), default=0)):
         named = {"/".join(path.parts[-parts:]): path for path in adapters}
-        if len(named) == len(adapters) and not named.keys() & set(CONTROLS):
+        if len(named) == len(adapters) and not named.keys() & set(BASELINES):
             return named
     return {str(path): path for path in adapters}
 
 
 def _judge_all(
     cfg: ProxyConfig, files: Sequence[TraceFile], folds: Sequence[Sequence[Fold]], adapters: dict[str, Path]
-) -> dict[str, list[Judged]]:
-    """For each control and adapter, each file."""
-    tasks = [(name, n) for name in (*CONTROLS, *adapters) for n in range(len(files))]
+) -> dict[str, list[AdapterScore]]:
+    """For each baseline and adapter, each file."""
+    tasks = [(name, n) for name in (*BASELINES, *adapters) for n in range(len(files))]
     files = [replace(file, path=file.path.absolute()) for file in files]  # workers have a folder of their own
 
     def task(item: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def _judge_all(
         text = json.dumps({**values, "prefixes": judged.prefixes})
         return {"task": item["task"], "kind": "", "error": "", "judged": text}
 
-    found: dict[str, list[Judged]] = {name: [] for name, _ in tasks}
+    found: dict[str, list[AdapterScore]] = {name: [] for name, _ in tasks}
     with cluster(cfg.address):
         dataset = ray.data.from_items([{"task": n} for n in range(len(tasks))], override_num_blocks=len(tasks))
         done = {row["task"]: row for row in dataset.map(task).iter_rows()}
@@ -224,7 +224,7 @@ def _judge_all(
             raise getattr(errors, done[number]["kind"])(done[number]["error"])
         values = json.loads(done[number]["judged"])
         found[name].append(
-            Judged(
+            AdapterScore(
                 np.asarray(values["row_N"], np.int64),
                 np.asarray(values["cos_N"], np.float64),
                 np.asarray(values["match_N"], np.bool_),
@@ -234,7 +234,7 @@ def _judge_all(
     return found
 
 
-def _judge_file(file: TraceFile, name: str, adapter: Path | None, folds: Sequence[Fold]) -> Judged:
+def _judge_file(file: TraceFile, name: str, adapter: Path | None, folds: Sequence[Fold]) -> AdapterScore:
     rows: list[int] = []
     cos: list[float] = []
     match: list[bool] = []
@@ -256,10 +256,10 @@ def _judge_file(file: TraceFile, name: str, adapter: Path | None, folds: Sequenc
             cos += cosines(states_TD[:places], _target(each)[:places]).tolist()
             match += [a == b for a, b in zip(tokens, each.answer, strict=False)]
             prefixes.append(accepted_prefix(tokens, each.answer))
-    return Judged(np.asarray(rows, np.int64), np.asarray(cos), np.asarray(match, np.bool_), prefixes)
+    return AdapterScore(np.asarray(rows, np.int64), np.asarray(cos), np.asarray(match, np.bool_), prefixes)
 
 
-def _states_of(name: str, each: Answered, mean_D: States) -> States | None:
+def _states_of(name: str, each: AnsweredPrompt, mean_D: States) -> States | None:
     """What takes the part of the aligned states; None where raw states have another width than the target's."""
     event_TD = each.prompt.event_states
     assert event_TD is not None
@@ -270,6 +270,6 @@ def _states_of(name: str, each: Answered, mean_D: States) -> States | None:
     return each.prompt.aligned_states
 
 
-def _target(each: Answered) -> States:
+def _target(each: AnsweredPrompt) -> States:
     assert each.target_states is not None
     return each.target_states

@@ -15,11 +15,11 @@ from rich.table import Table
 
 from ray_app.cluster.connection import cluster
 from ray_app.commands.evaluate.command import about, as_json, claim_report_folder, settings, suffix
-from ray_app.commands.evaluate.evaluator import WARM_UP, Judge, mean_target, require_device, selected
+from ray_app.commands.evaluate.evaluator import WARM_UP, EvaluatorHandle, mean_target, require_device, selected
 from ray_app.commands.evaluate.reference_files import benchmark_adapter_full
 from ray_app.commands.evaluate.report import results_table, standing_notes
 from ray_app.config.evaluate import BenchmarkConfig
-from ray_app.core.evaluation import CONTROLS, AlignmentEvaluation
+from ray_app.core.evaluation import BASELINES, AlignmentEvaluation
 from ray_app.core.metrics import THETA, THETAS, AlignmentCounts, rate_key
 from ray_app.store.atomic import write_file
 from ray_app.store.checkpoint import load_checkpoint
@@ -48,7 +48,7 @@ def run_benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         described = about(checkpoint, store, split, cfg.split_config)
         checkpoint.require(store.manifest.features)
         means = mean_target(store, split.train)
-        with closing(Judge(checkpoint, store, means, use_gpu=cfg.use_gpu)) as judge:
+        with closing(EvaluatorHandle(checkpoint, store, means, use_gpu=cfg.use_gpu)) as judge:
             judge.warm_up(cfg.batch_size)
             evaluated = [
                 judge.evaluate(run, cfg.batch_size, f"pairs, run {number} of {len(runs)}")
@@ -69,7 +69,7 @@ def run_benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         "provenance": {**begun, "checkpoint": checkpoint.provenance},
     }
     result["notes"] = [note["text"] for note in standing_notes(result)]
-    samples = zip(store.index.sample_id, everything.controls["before"], everything.after, strict=True)
+    samples = zip(store.index.sample_id, everything.baselines["before"], everything.after, strict=True)
     document = benchmark_adapter_full(
         result, [(str(name), float(a), float(b)) for name, a, b in list(samples)[:NUM_SAMPLES]]
     )
@@ -89,10 +89,10 @@ def render_benchmark(result: dict[str, Any], console: Console) -> None:
         "pairs",
         "mean cos_sim",
         f"θ {THETA:.2f}",
-        "best control",
+        "best baseline",
         "lift (points)",
     ):
-        table.add_column(column, justify="left" if column in ("part", "training data", "best control") else "right")
+        table.add_column(column, justify="left" if column in ("part", "training data", "best baseline") else "right")
     for name, part in result["parts"].items():
         table.add_row(
             name,
@@ -100,7 +100,7 @@ def render_benchmark(result: dict[str, Any], console: Console) -> None:
             f"{part['pairs']:,}",
             f"{part['cos_sim_mean']:.4f}",
             f"{part['cosine_accept_rate'][rate_key(THETA)]:.1%}",
-            part["best_control"],
+            part["best_baseline"],
             f"{100 * part['lift']:+.1f}",
         )
     console.print(table)
@@ -128,7 +128,7 @@ def joined(evaluations: list[AlignmentEvaluation]) -> AlignmentEvaluation:
         evaluations[0],
         sequences=tuple(name for each in evaluations for name in each.sequences),
         after=np.concatenate([each.after for each in evaluations]),
-        controls={name: np.concatenate([each.controls[name] for each in evaluations]) for name in CONTROLS},
+        baselines={name: np.concatenate([each.baselines[name] for each in evaluations]) for name in BASELINES},
         previous_window=np.concatenate([each.previous_window for each in evaluations]),
         light=tuple(name for each in evaluations for name in each.light),
         centered={},
@@ -137,13 +137,13 @@ def joined(evaluations: list[AlignmentEvaluation]) -> AlignmentEvaluation:
 
 
 def measured(evaluation: AlignmentEvaluation) -> dict[str, Any]:
-    """Means of some pairs for the adapter and every control, and the lift."""
+    """Means of some pairs for the adapter and every baseline, and the lift."""
     previous = evaluation.previous_window[~np.isnan(evaluation.previous_window)]
-    controls = {**evaluation.controls, **({"previous_window": previous} if previous.size else {})}
+    baselines = {**evaluation.baselines, **({"previous_window": previous} if previous.size else {})}
     return {
         **AlignmentCounts.of(evaluation.after).means(),
-        "controls": {name: AlignmentCounts.of(cos).means() for name, cos in controls.items()},
-        "best_control": evaluation.best_control(),
+        "baselines": {name: AlignmentCounts.of(cos).means() for name, cos in baselines.items()},
+        "best_baseline": evaluation.best_baseline(),
         "lift": evaluation.lift(),
         "lift_by_theta": {rate_key(theta): evaluation.lift(theta) for theta in THETAS},
     }

@@ -1,4 +1,4 @@
-"""`ray-app evaluate`: what a checkpoint does on the test part, beside every control; JSON and report.html.
+"""`ray-app evaluate`: what a checkpoint does on the test part, beside every baseline; JSON and report.html.
 
 Rates are fractions in [0, 1], but percent under the reference's own keys of alignment_metrics_<S>.json.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from ray_app.cluster.connection import cluster
-from ray_app.commands.evaluate.evaluator import Judge, mean_target, require_device
+from ray_app.commands.evaluate.evaluator import EvaluatorHandle, mean_target, require_device
 from ray_app.commands.evaluate.reference_files import alignment_metrics
 from ray_app.commands.evaluate.report import PairPicture, notes, render_html, results_table, verdict_sentence
 from ray_app.config.base import SplitConfig, flat
@@ -29,12 +29,12 @@ from ray_app.events.windows import duration_suffix
 from ray_app.runs.run_dir import RUN
 from ray_app.store.atomic import write_file
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
-from ray_app.store.filesystem import place
+from ray_app.store.filesystem import open_storage
 from ray_app.store.manifest import MANIFEST, FeatureSpec
 from ray_app.store.pair_store import PairStore
 from ray_app.store.provenance import provenance
 from ray_app.store.split import Rows, Split, split_pairs, test_fingerprint
-from ray_app.tracking.mlflow_logger import shown
+from ray_app.tracking.mlflow_logger import redact_password
 from ray_app.tracking.model_registry import checkpoint_folder
 
 NUM_PICTURES = 3
@@ -57,7 +57,7 @@ def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         checkpoint = load_checkpoint(folder)
         checkpoint.require(store.manifest.features)
         means = mean_target(store, split.train)
-        with closing(Judge(checkpoint, store, means, use_gpu=cfg.use_gpu)) as judge:
+        with closing(EvaluatorHandle(checkpoint, store, means, use_gpu=cfg.use_gpu)) as judge:
             evaluation = judge.evaluate(split.test, cfg.batch_size, "test pairs")
             best, worst = best_and_worst(judge, store, split.test, evaluation)
     result = {
@@ -65,7 +65,7 @@ def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         "checkpoint": cfg.checkpoint,
         "provenance": {**begun, "checkpoint": checkpoint.provenance},
     }
-    before = AlignmentCounts.of(evaluation.controls["before"]).means()
+    before = AlignmentCounts.of(evaluation.baselines["before"]).means()
     metrics = alignment_metrics(result, before, checkpoint.adapter)
     files = {
         cfg.out / f"alignment_metrics_{suffix(store)}.json": as_json(metrics),
@@ -112,9 +112,9 @@ def claim_report_folder(folder: Path, files: tuple[str, ...] = REPORT_FILES) -> 
 def judgement(evaluation: AlignmentEvaluation, described: dict[str, Any]) -> dict[str, Any]:
     """The metrics of some pairs with all that a reader needs beside them, as JSON values."""
     metrics = evaluation.metrics()
-    if "previous_window" in metrics["controls"]:
+    if "previous_window" in metrics["baselines"]:
         same = ~np.isnan(evaluation.previous_window)
-        metrics["controls"]["previous_window"]["adapter_cosine_accept_rate"] = {
+        metrics["baselines"]["previous_window"]["adapter_cosine_accept_rate"] = {
             theta: float((evaluation.after[same] > float(theta)).mean()) for theta in metrics["cosine_accept_rate"]
         }
     result = {**metrics, **described}
@@ -157,8 +157,8 @@ def trained_on(checkpoint: Checkpoint, store: PairStore, rows: Rows) -> int | No
     if config is None:
         return None
     fingerprint = checkpoint.provenance.get("dataset_fingerprint")
-    folder = store.folder if store.fingerprint == fingerprint else place(config.store)
-    if not folder.exists() or MANIFEST not in folder.names():
+    folder = store.folder if store.fingerprint == fingerprint else open_storage(config.store)
+    if not folder.exists() or MANIFEST not in folder.listdir():
         return None
     theirs = PairStore.open(folder, config.durations)
     if theirs.fingerprint != fingerprint:
@@ -179,7 +179,7 @@ def training_config(checkpoint: Checkpoint) -> TrainConfig | None:
 
 def settings(cfg: JudgeFlags) -> dict[str, Any]:
     """A command's settings as JSON values, without the tracking server's password."""
-    return {**flat(cfg), "tracking_uri": cfg.tracking_uri and shown(cfg.tracking_uri)}
+    return {**flat(cfg), "tracking_uri": cfg.tracking_uri and redact_password(cfg.tracking_uri)}
 
 
 def durations(store: PairStore) -> list[str]:
@@ -196,13 +196,13 @@ def curves(evaluation: AlignmentEvaluation) -> dict[str, NDArray[np.float64]]:
     """Cosines of the pairs by name, as reports and figures use them."""
     return {
         "adapter": evaluation.after,
-        **evaluation.controls,
+        **evaluation.baselines,
         "previous_window": evaluation.previous_window,
     }
 
 
 def best_and_worst(
-    judge: Judge, store: PairStore, rows: Rows, evaluation: AlignmentEvaluation
+    judge: EvaluatorHandle, store: PairStore, rows: Rows, evaluation: AlignmentEvaluation
 ) -> tuple[list[PairPicture], list[PairPicture]]:
     """Pictures of the pairs with the highest and the lowest cosine; none where features are no images."""
     specs = [store.feature("event"), store.feature("target")]
@@ -218,7 +218,7 @@ def best_and_worst(
             sequence=str(store.index.sequence[rows[place]]),
             t_start_us=int(store.index.t_start_us[rows[place]]),
             t_end_us=int(store.index.t_end_us[rows[place]]),
-            before=float(evaluation.controls["before"][place]),
+            before=float(evaluation.baselines["before"][place]),
             after=float(evaluation.after[place]),
             event=as_image(event * specs[0].scale, specs[0]),
             aligned=as_image(aligned, specs[1]),

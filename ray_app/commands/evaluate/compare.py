@@ -16,12 +16,12 @@ from rich.table import Table
 
 from ray_app.cluster.connection import cluster
 from ray_app.commands.evaluate.command import about, as_image, as_json, claim_report_folder, judgement
-from ray_app.commands.evaluate.evaluator import Judge, mean_target, require_device
+from ray_app.commands.evaluate.evaluator import EvaluatorHandle, mean_target, require_device
 from ray_app.commands.evaluate.report import outcome, standing_notes, verdict_sentence
 from ray_app.config.base import flat
 from ray_app.config.evaluate import CompareConfig
 from ray_app.core.adapters.registry import num_parameters
-from ray_app.core.evaluation import CONTROLS
+from ray_app.core.evaluation import BASELINES
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.reports.figures import INK, PALETTE, log_scale, svg
 from ray_app.reports.html import page, picture
@@ -39,7 +39,7 @@ KEY, HIGH = rate_key(THETA), "0.90"
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class CandidateResult:
     """One checkpoint."""
 
     name: str
@@ -65,14 +65,16 @@ def run_compare(cfg: CompareConfig) -> dict[str, Any]:
         for name in cfg.checkpoints:
             with checkpoint_folder(name, cfg) as folder:
                 checkpoint = load_checkpoint(folder)
-                with closing(Judge(checkpoint, store, means, use_gpu=cfg.use_gpu)) as judge:
+                with closing(EvaluatorHandle(checkpoint, store, means, use_gpu=cfg.use_gpu)) as judge:
                     judged.append(judge_one(cfg, name, checkpoint, judge, store, split, event_PE))
     adapters = named(judged)
     best = max(judged, key=lambda each: each.result["lift"])
     result = {
         "verdict": verdict_sentence(best.result).replace("The adapter", label_of(adapters, best), 1),
         "adapters": {label: each.result for label, each in adapters.items()},
-        "controls": {name: best.result["controls"][name] for name in best.result["controls"] if name != "shuffled"},
+        "baselines": {
+            name: best.result["baselines"][name] for name in best.result["baselines"] if name != "shuffled"
+        },
         "provenance": begun,
     }
     drawings = pictures(store, drawn, event_PE, target_PD, adapters)
@@ -87,11 +89,11 @@ def judge_one(
     cfg: CompareConfig,
     name: str,
     checkpoint: Checkpoint,
-    judge: Judge,
+    judge: EvaluatorHandle,
     store: PairStore,
     split: Split,
     event_PE: NDArray[Any],
-) -> Judged:
+) -> CandidateResult:
     """One checkpoint on the test part."""
     evaluation = judge.evaluate(split.test, cfg.batch_size, f"test pairs, {checkpoint.config.strategy}")
     size = {
@@ -102,13 +104,13 @@ def judge_one(
         "latency_ms": judge.latency_ms(),
     }
     result = {**judgement(evaluation, about(checkpoint, store, split, cfg.split_config)), **size}
-    return Judged(name, result, judge.align(event_PE) if len(event_PE) else np.zeros((0, 1), np.float32))
+    return CandidateResult(name, result, judge.align(event_PE) if len(event_PE) else np.zeros((0, 1), np.float32))
 
 
-def named(judged: list[Judged]) -> dict[str, Judged]:
+def named(judged: list[CandidateResult]) -> dict[str, CandidateResult]:
     """By strategy, and by folder too where a strategy comes twice."""
     twice = Counter(each.result["strategy"] for each in judged)
-    found: dict[str, Judged] = {}
+    found: dict[str, CandidateResult] = {}
     for each in judged:
         strategy = each.result["strategy"]
         label = strategy if twice[strategy] == 1 else f"{strategy} ({Path(each.name).name})"
@@ -116,7 +118,7 @@ def named(judged: list[Judged]) -> dict[str, Judged]:
     return found
 
 
-def label_of(adapters: dict[str, Judged], judged: Judged) -> str:
+def label_of(adapters: dict[str, CandidateResult], judged: CandidateResult) -> str:
     """Its name in the table."""
     return next(label for label, each in adapters.items() if each is judged)
 
@@ -141,7 +143,7 @@ def pictures(
     rows: NDArray[np.int64],
     event_PE: NDArray[Any],
     target_PD: NDArray[Any],
-    adapters: dict[str, Judged],
+    adapters: dict[str, CandidateResult],
 ) -> list[dict[str, Any]]:
     """The template's view of each drawn pair: event, target, and what each adapter makes of it."""
     event, target = store.feature("event"), store.feature("target")
@@ -163,12 +165,12 @@ def pictures(
 
 
 def lines(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table: each control, and each adapter from the highest lift on."""
+    """The table: each baseline, and each adapter from the highest lift on."""
     found = []
-    for name, control in result["controls"].items():
-        rates = control["cosine_accept_rate"]
-        kind = "control" if name in CONTROLS else "context"
-        cells = [f"{control['cos_sim_mean']:.4f}", f"{100 * rates[KEY]:.1f} %", f"{100 * rates[HIGH]:.1f} %"]
+    for name, baseline in result["baselines"].items():
+        rates = baseline["cosine_accept_rate"]
+        kind = "baseline" if name in BASELINES else "context"
+        cells = [f"{baseline['cos_sim_mean']:.4f}", f"{100 * rates[KEY]:.1f} %", f"{100 * rates[HIGH]:.1f} %"]
         found.append({"name": name, "kind": kind, "cells": cells + [""] * (len(HEADS) - 4)})
     for name, each in ranked(result):
         rates, retrieval = each["cosine_accept_rate"], each["retrieval"]
@@ -210,7 +212,7 @@ HEADS = ["what answers", "cos_sim", f"θ {KEY}", f"θ {HIGH}", "lift, 95 % inter
 COST_HEADS = ["adapter", "parameters", "checkpoint", "one pair"]
 
 
-def render_html(result: dict[str, Any], best: Judged, drawings: list[dict[str, Any]]) -> str:
+def render_html(result: dict[str, Any], best: CandidateResult, drawings: list[dict[str, Any]]) -> str:
     """The page."""
     named_rates = [
         f"{name} {100 * each['cosine_accept_rate'][KEY]:.1f} percent" for name, each in result["adapters"].items()
@@ -238,9 +240,9 @@ MARKERS = "osD^vP*X<>"
 
 
 def cost_figure(result: dict[str, Any]) -> str:
-    """Acceptance against parameters and against latency, each adapter a point, the best control a line."""
-    control = max(
-        result["controls"][name]["cosine_accept_rate"][KEY] for name in result["controls"] if name in CONTROLS
+    """Acceptance against parameters and against latency, each adapter a point, the best baseline a line."""
+    baseline = max(
+        result["baselines"][name]["cosine_accept_rate"][KEY] for name in result["baselines"] if name in BASELINES
     )
     adapters = ranked(result)
     counts = [each["parameters"] for _, each in adapters]
@@ -255,7 +257,7 @@ def cost_figure(result: dict[str, Any]) -> str:
             left.scatter(each["parameters"] or none_trained, rate, label=label, **look)
             right.scatter(latencies[n], rate, **look)
         for axes, label in ((left, "trained parameters"), (right, "ms for one pair")):
-            axes.axhline(control, color=INK, linewidth=1.0, linestyle="--", label="best control")
+            axes.axhline(baseline, color=INK, linewidth=1.0, linestyle="--", label="best baseline")
             axes.set(xlabel=label)
             axes.margins(y=0.15)
         left.set_ylabel(f"cosine_accept_rate at θ {KEY}")

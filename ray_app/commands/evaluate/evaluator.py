@@ -19,7 +19,7 @@ from ray.data import Dataset
 from rich.console import Console
 from rich.progress import Progress
 
-from ray_app.cluster.connection import NO_ROOM, user_errors
+from ray_app.cluster.connection import BUSY_HINT, unwrap_user_errors
 from ray_app.core.adapters.registry import STRATEGIES, AdapterConfig
 from ray_app.core.evaluation import AlignmentEvaluation, AlignmentEvaluator, TrainingMeans
 from ray_app.core.optimizer_step import decode
@@ -82,7 +82,7 @@ def partial_sums(store: PairStore, batch: pa.Table) -> dict[str, NDArray[Any]]:
     return {"pairs": np.array([sums.pairs]), "target_sum": sums.target_sum_D[None], **tokens}
 
 
-class EvaluationWorker:
+class EvaluatorActor:
     """An adapter on a device, which pairs are streamed through; each forward pass is timed. Run as a Ray actor."""
 
     def __init__(self, config: AdapterConfig, weights: dict[str, NDArray[Any]], device: str, threads: int) -> None:
@@ -114,7 +114,7 @@ class EvaluationWorker:
         )
         seen = [np.zeros(0, np.int64)]
         done = 0
-        with user_errors():  # here, since a second way through Ray loses the causes of an error
+        with unwrap_user_errors():  # here, since a second way through Ray loses the causes of an error
             for batch in ordered_pairs(store, rows).iter_batches(batch_size=batch_size, batch_format="pyarrow"):
                 position_B, event_BE, target_BD = to_arrays(batch, store)
                 evaluator.add(torch.tensor(event_BE), torch.tensor(target_BD))
@@ -172,7 +172,7 @@ class EvaluationWorker:
             return self.adapter(decode(torch.tensor(event_BE), scale, self.device)).float().cpu().numpy()
 
 
-class Judge:
+class EvaluatorHandle:
     """A checkpoint at work on a cluster: start it, evaluate parts of a store, `close` it.
 
     CPU: the actor takes all CPUs of one node but one, which is left for Ray Data to read with; it computes with
@@ -188,13 +188,15 @@ class Judge:
         cpus = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
         options = {"num_gpus": 1, "num_cpus": 1} if use_gpu else {"num_cpus": max(cpus - 1, 0)}
         weights = {name: tensor.numpy() for name, tensor in checkpoint.adapter.state_dict().items()}
-        actor: Any = ray.remote(EvaluationWorker).options(**options)
+        actor: Any = ray.remote(EvaluatorActor).options(**options)
         device = "cuda" if use_gpu else "cpu"
         self.worker = actor.remote(checkpoint.config, ray.put(weights), device, max(cpus, 1))
         ready, _ = ray.wait([self.worker.__ray_ready__.remote()], timeout=START_S)
         if not ready:
             self.close()
-            raise ResourceError(f"The evaluator could not be started with {options} within {START_S:g} s. {NO_ROOM}")
+            raise ResourceError(
+                f"The evaluator could not be started with {options} within {START_S:g} s. {BUSY_HINT}"
+            )
 
     def warm_up(self, batch_size: int) -> None:
         """Run the adapter a few times and start its timing anew."""
@@ -240,7 +242,7 @@ def selected(evaluation: AlignmentEvaluation, places: NDArray[np.int64]) -> Alig
         evaluation,
         sequences=tuple(evaluation.sequences[place] for place in places),
         after=evaluation.after[places],
-        controls={name: cos[places] for name, cos in evaluation.controls.items()},
+        baselines={name: cos[places] for name, cos in evaluation.baselines.items()},
         previous_window=evaluation.previous_window[places],
         light=tuple(evaluation.light[place] for place in places) if evaluation.light else (),
     )

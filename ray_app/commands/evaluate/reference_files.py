@@ -25,7 +25,7 @@ def alignment_metrics(result: Mapping[str, Any], before: Mapping[str, Any], adap
     """`alignment_metrics_<S>.json`. `before` and `result` hold the means of `AlignmentCounts`."""
     gain = result["cos_sim_mean"] - before["cos_sim_mean"]
     config = adapter.config
-    ours = ("controls", "best_control", "lift", "lift_by_theta", "verdict", "retrieval", "interval95", "split")
+    ours = ("baselines", "best_baseline", "lift", "lift_by_theta", "verdict", "retrieval", "interval95", "split")
     also = (
         "by_sequence",
         "by_light",
@@ -68,9 +68,9 @@ def alignment_metrics(result: Mapping[str, Any], before: Mapping[str, Any], adap
 def benchmark_adapter_full(result: Mapping[str, Any], samples: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
     """`benchmark_adapter_full_<S>.json`. `samples`: identity, cos_sim before and after of some pairs.
 
-    `result` and each of its `parts` hold the means of `AlignmentCounts`, for the adapter and every control.
+    `result` and each of its `parts` hold the means of `AlignmentCounts`, for the adapter and every baseline.
     """
-    ours = ("controls", "best_control", "lift", "split", "data", "notes", "fingerprint", "checkpoint_sha256")
+    ours = ("baselines", "best_baseline", "lift", "split", "data", "notes", "fingerprint", "checkpoint_sha256")
     return {
         "dataset": result["dataset"],
         "total_samples": result["pairs"],
@@ -93,7 +93,7 @@ def benchmark_adapter_full(result: Mapping[str, Any], samples: Sequence[tuple[st
                 "pairs": part["pairs"],
                 "training_data": part["training_data"],
                 **before_and_after(part),
-                **{key: part[key] for key in ("controls", "best_control", "lift")},
+                **{key: part[key] for key in ("baselines", "best_baseline", "lift")},
             }
             for name, part in result["parts"].items()
         },
@@ -104,7 +104,7 @@ def benchmark_adapter_full(result: Mapping[str, Any], samples: Sequence[tuple[st
 
 def before_and_after(result: Mapping[str, Any]) -> dict[str, Any]:
     """What the reference tells of some pairs."""
-    before, key = result["controls"]["before"], rate_key(THETA)
+    before, key = result["baselines"]["before"], rate_key(THETA)
     return {
         "before_adapter": statistics(before, "{}"),
         "after_adapter": statistics(result, "{}"),

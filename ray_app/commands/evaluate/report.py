@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
-from ray_app.core.evaluation import CONTROLS, DARK
+from ray_app.core.evaluation import BASELINES, DARK
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.reports.figures import Cosines, acceptance_figure, histogram_figure
 from ray_app.reports.html import page, picture
@@ -49,21 +49,21 @@ def outcome(result: Mapping[str, Any]) -> str:
 
 
 def verdict_sentence(result: Mapping[str, Any]) -> str:
-    """Whether the adapter beats the best control, by how much at theta 0.80, and how sure that is."""
-    best = result["best_control"]
+    """Whether the adapter beats the best baseline, by how much at theta 0.80, and how sure that is."""
+    best = result["best_baseline"]
     lift = 100 * result["lift"]
     low, high = (100 * bound for bound in result["interval95"]["lift"])
     unit = result["interval95"]["unit"]
     says = {
-        "beats": f"beats the best control ({best}) by {lift:.1f} percentage points",
-        "unsure": f"beats the best control ({best}) by {lift:.1f} percentage points, but not surely",
-        "loses": f"does not beat the best control ({best}): it is {-lift:.1f} percentage points behind"
+        "beats": f"beats the best baseline ({best}) by {lift:.1f} percentage points",
+        "unsure": f"beats the best baseline ({best}) by {lift:.1f} percentage points, but not surely",
+        "loses": f"does not beat the best baseline ({best}): it is {-lift:.1f} percentage points behind"
         if lift < 0
-        else f"does not beat the best control ({best}): the two are equal",
+        else f"does not beat the best baseline ({best}): the two are equal",
     }[outcome(result)]
     return (
         f"The adapter {says} at θ {KEY}: cosine_accept_rate {100 * result['cosine_accept_rate'][KEY]:.1f} % "
-        f"against {100 * result['controls'][best]['cosine_accept_rate'][KEY]:.1f} % "
+        f"against {100 * result['baselines'][best]['cosine_accept_rate'][KEY]:.1f} % "
         f"(95 % interval of the lift {low:+.1f} to {high:+.1f}, by bootstrap over {unit}s)."
     )
 
@@ -72,7 +72,7 @@ def notes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a reader must know beside the numbers of a test part, warnings first: `text` and `warning`."""
     ahead = []
     if result["previous_window_ahead"]:
-        same = result["controls"]["previous_window"]
+        same = result["baselines"]["previous_window"]
         ahead.append(
             f"previous_window is ahead: the preceding window's target alone is accepted for "
             f"{100 * same['cosine_accept_rate'][KEY]:.1f} % of the {same['pairs']} pairs that have one, the "
@@ -111,11 +111,11 @@ def standing_notes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Lines of the results table: the four controls, previous_window where it exists, the adapter."""
+    """Lines of the results table: the four baselines, previous_window where it exists, the adapter."""
     lines = []
-    for name, control in result["controls"].items():
+    for name, baseline in result["baselines"].items():
         label = {"before": "before (raw event)", "previous_window": "previous_window (context)"}.get(name, name)
-        lines.append(row(label, "control" if name in CONTROLS else "context", control))
+        lines.append(row(label, "baseline" if name in BASELINES else "context", baseline))
     return [*lines, row("adapter", "adapter", result)]
 
 
@@ -131,7 +131,7 @@ def row(name: str, kind: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def results_table(result: Mapping[str, Any], title: str) -> Table:
-    """The table for a terminal: before, every control, after, lift."""
+    """The table for a terminal: before, every baseline, after, lift."""
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("what answers")
     table.add_column("mean cos_sim", justify="right")
@@ -192,7 +192,7 @@ def acceptance_alt(result: Mapping[str, Any]) -> str:
 
 
 def histogram_alt(result: Mapping[str, Any]) -> str:
-    before = result["controls"]["before"]
+    before = result["baselines"]["before"]
     return (
         f"Two histograms of the cosine of each pair. Before: mean {before['cos_sim_mean']:.3f}, standard deviation "
         f"{before['cos_sim_std']:.3f}. After: mean {result['cos_sim_mean']:.3f}, standard deviation "
@@ -240,7 +240,7 @@ def group_table(result: Mapping[str, Any], key: str) -> dict[str, Any]:
         for name, part in result[key].items()
     ]
     title, head = {"by_light": ("By day and night", "light"), "by_sequence": ("By sequence", "sequence")}[key]
-    caption = f"Lift is over {result['best_control']}, the best control of all test pairs, in percentage points."
+    caption = f"Lift is over {result['best_baseline']}, the best baseline of all test pairs, in percentage points."
     if key == "by_light":
         caption += f" Night: a target less than {DARK:g} times as bright as the mean training target."
     heads = [head, "pairs", "mean cos_sim", f"θ {KEY}", "lift", "95 % interval (bootstrap over)"]

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from ray_app.cluster.connection import cluster
 from ray_app.commands.inspect.contact_sheet import write_contact_sheet
-from ray_app.commands.inspect.leaks import MEASURE, Compared, find_leaks, joined_index, leaks_of_split
+from ray_app.commands.inspect.leaks import MEASURE, LeakComparison, find_leaks, joined_index, leaks_of_split
 from ray_app.commands.inspect.page import inspect_page, leaks_headline, statistics_lines
-from ray_app.commands.inspect.scan import Survey, is_picture, survey
+from ray_app.commands.inspect.scan import StoreScan, is_picture, scan_store
 from ray_app.commands.inspect.statistics import NIGHT_RULE, sequence_statistics, window_statistics
 from ray_app.config.prepare import InspectConfig
 from ray_app.core.metrics import AlignmentCounts
@@ -37,9 +37,9 @@ def run_inspect(cfg: InspectConfig) -> dict[str, Any]:
     if cfg.picture:
         write_contact_sheet(store, cfg.picture)
     with cluster(cfg.address):
-        surveyed = [survey(each) for each in (store, other) if each]
+        surveyed = [scan_store(each) for each in (store, other) if each]
     split = split_pairs(store.index, cfg.split_config)
-    leaks = [Compared(leak, store.index, (store,)) for leak in leaks_of_split(store.index, surveyed[0], split)]
+    leaks = [LeakComparison(leak, store.index, (store,)) for leak in leaks_of_split(store.index, surveyed[0], split)]
     if other:
         leaks.append(leaks_between(store, other, surveyed))
     result = {
@@ -88,7 +88,7 @@ def about(store: PairStore) -> dict[str, Any]:
     }
 
 
-def cosine_before(surveyed: Survey) -> dict[str, float | None]:
+def cosine_before(surveyed: StoreScan) -> dict[str, float | None]:
     """Mean and standard deviation of each pair's cosine as stored; None where the two features differ in width."""
     if np.isnan(surveyed.cosine).any():
         return {"cos_sim_mean": None, "cos_sim_std": None}
@@ -96,13 +96,13 @@ def cosine_before(surveyed: Survey) -> dict[str, float | None]:
     return {name: means[name] for name in ("cos_sim_mean", "cos_sim_std")}
 
 
-def leaks_between(store: PairStore, other: PairStore, surveyed: Sequence[Survey]) -> Compared:
+def leaks_between(store: PairStore, other: PairStore, surveyed: Sequence[StoreScan]) -> LeakComparison:
     """What all windows of the store share with all of the other."""
     index = joined_index([store, other])
     rows = np.arange(len(index))
     here, there = rows[: len(store.index)], rows[len(store.index) :]
-    leaks = find_leaks(index, Survey.joined(list(surveyed)), ("store", here), ("other", there))
-    return Compared(leaks, index, (store, other))
+    leaks = find_leaks(index, StoreScan.joined(list(surveyed)), ("store", here), ("other", there))
+    return LeakComparison(leaks, index, (store, other))
 
 
 def notes(result: dict[str, Any], store: PairStore) -> Iterator[str]:

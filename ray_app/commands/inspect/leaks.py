@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_app.commands.inspect.scan import Survey, is_picture
-from ray_app.core.image_similarity import NEAR, most_alike
+from ray_app.commands.inspect.scan import StoreScan, is_picture
+from ray_app.core.image_similarity import NEAR, nearest
 from ray_app.store.pair_store import PairIndex, PairStore
 from ray_app.store.split import Rows, Split, overlapping_row
 
@@ -69,14 +69,18 @@ class Leaks:
     def as_json(self, index: PairIndex) -> dict[str, Any]:
         """JSON values, with the windows of the examples by name and time."""
         examples = [
-            {**asdict(example), "row": place(index, example.row), "other": place(index, example.other)}
+            {
+                **asdict(example),
+                "row": describe_pair(index, example.row),
+                "other": describe_pair(index, example.other),
+            }
             for example in self.examples
         ]
         return {**asdict(self), "examples": examples}
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class LeakComparison:
     """A comparison, and where its rows are."""
 
     leaks: Leaks
@@ -99,7 +103,7 @@ class Compared:
         }
 
 
-def leaks_of_split(index: PairIndex, survey: Survey, split: Split) -> list[Leaks]:
+def leaks_of_split(index: PairIndex, survey: StoreScan, split: Split) -> list[Leaks]:
     """Validation against training, and test against both. Parts without windows are left out."""
     parts = {"train": split.train, "val": split.val, "test": split.test}
     return [
@@ -109,14 +113,14 @@ def leaks_of_split(index: PairIndex, survey: Survey, split: Split) -> list[Leaks
     ]
 
 
-def find_leaks(index: PairIndex, survey: Survey, mine: tuple[str, Rows], others: tuple[str, Rows]) -> Leaks:
+def find_leaks(index: PairIndex, survey: StoreScan, mine: tuple[str, Rows], others: tuple[str, Rows]) -> Leaks:
     """What the rows of `mine` share with those of `others`; neither is empty."""
     (name, rows), (other_name, other_rows) = mine, others
     found: list[tuple[Kind, Side | None, Rows, NDArray[np.floating]]] = []
     for side in SIDES:
         same = _identical(getattr(survey, f"{side}_hash"), rows, other_rows)
         sketch_NK = getattr(survey, f"{side}_sketch")
-        place_N, likeness_N = most_alike(sketch_NK[rows], sketch_NK[other_rows])
+        place_N, likeness_N = nearest(sketch_NK[rows], sketch_NK[other_rows])
         near = np.where((likeness_N >= NEAR) & (same < 0), other_rows[place_N], -1)
         found += [("identical", side, same, np.ones(len(rows))), ("near", side, near, likeness_N)]
     overlap = overlapping_row(index, rows, other_rows)
@@ -157,7 +161,7 @@ def recordings(store: PairStore) -> NDArray[np.str_]:
     return np.array([name + files.get(name, "") for name in sequence.tolist()])
 
 
-def place(index: PairIndex, row: int) -> dict[str, Any]:
+def describe_pair(index: PairIndex, row: int) -> dict[str, Any]:
     """A window by name and time."""
     return {
         "sequence": str(index.sequence[row]),

@@ -13,8 +13,8 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from ray_app.commands.evaluate.report import flattened
-from ray_app.commands.inspect.leaks import Compared, Example, place
-from ray_app.commands.inspect.scan import Survey
+from ray_app.commands.inspect.leaks import Example, LeakComparison, describe_pair
+from ray_app.commands.inspect.scan import StoreScan
 from ray_app.commands.inspect.statistics import NIGHT_BELOW, overlap_with_previous, positive_share
 from ray_app.reports.figures import INK, PALETTE, log_scale, svg
 from ray_app.reports.html import page, picture
@@ -26,7 +26,7 @@ BINS = 40
 BLUE, RED, TEAL, GREY = PALETTE[0], PALETTE[3], PALETTE[5], PALETTE[1]
 
 
-def inspect_page(result: dict[str, Any], index: PairIndex, survey: Survey, leaks: Sequence[Compared]) -> str:
+def inspect_page(result: dict[str, Any], index: PairIndex, survey: StoreScan, leaks: Sequence[LeakComparison]) -> str:
     """The whole page as HTML; `result` as `run_inspect` gives it."""
     return page(
         "inspect.html.j2",
@@ -87,7 +87,7 @@ def sequence_line(line: dict[str, Any]) -> dict[str, Any]:
     return {"name": line["sequence"], "kind": "", "cells": cells}
 
 
-def example_groups(compared: Compared) -> Iterator[dict[str, Any]]:
+def example_groups(compared: LeakComparison) -> Iterator[dict[str, Any]]:
     """The worst pairs of windows of one comparison, with their pictures."""
     leaks = compared.leaks
     examples = [example_context(compared, example) for example in leaks.examples]
@@ -95,7 +95,7 @@ def example_groups(compared: Compared) -> Iterator[dict[str, Any]]:
         yield {"title": f"{leaks.part} in {leaks.against}", "examples": examples}
 
 
-def example_context(compared: Compared, example: Example) -> dict[str, Any]:
+def example_context(compared: LeakComparison, example: Example) -> dict[str, Any]:
     """The template's view of two windows."""
     what = {
         "identical": f"identical {example.side}",
@@ -115,12 +115,12 @@ def example_context(compared: Compared, example: Example) -> dict[str, Any]:
     }
 
 
-def _place(compared: Compared, row: int) -> str:
-    window = place(compared.index, row)
+def _place(compared: LeakComparison, row: int) -> str:
+    window = describe_pair(compared.index, row)
     return f"{window['sequence']}, {window['t_start_us'] / 1e6:.3f} to {window['t_end_us'] / 1e6:.3f} s"
 
 
-def figures(result: dict[str, Any], index: PairIndex, survey: Survey) -> Iterator[dict[str, str]]:
+def figures(result: dict[str, Any], index: PairIndex, survey: StoreScan) -> Iterator[dict[str, str]]:
     """Every plot that there is data for: `title`, `svg`, `alt` and `caption`."""
     for values, name, title, caption in (
         (
@@ -192,7 +192,7 @@ def events_figure(values: NDArray[np.float64], name: str) -> str:
     return svg(name, draw, (8.2, 3.0))
 
 
-def drawn_figure(survey: Survey) -> str:
+def drawn_figure(survey: StoreScan) -> str:
     """Active and positive share beside each other, the polarity of all events too where it is known."""
     of_events = positive_share(survey)
 

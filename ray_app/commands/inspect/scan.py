@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from ray_app.core.image_similarity import CELLS, brightness, sketches
+from ray_app.core.image_similarity import CELLS, brightness, descriptors
 from ray_app.core.metrics import cos_sim
 from ray_app.events.render import drawn_shares
 from ray_app.store.manifest import FeatureSpec
@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class StoreScan:
     """What was measured of each pair, in the index's order; NaN or empty where it is not known or has no meaning."""
 
     cosine: Floats
@@ -61,9 +61,11 @@ class Survey:
     """Time of the target's frame less that of the window's middle."""
 
     @staticmethod
-    def joined(parts: list["Survey"]) -> "Survey":
+    def joined(parts: list["StoreScan"]) -> "StoreScan":
         """One after the other."""
-        return Survey(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Survey)})
+        return StoreScan(
+            **{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(StoreScan)}
+        )
 
 
 def is_picture(spec: FeatureSpec) -> bool:
@@ -71,7 +73,7 @@ def is_picture(spec: FeatureSpec) -> bool:
     return spec.dtype == "uint8" and len(spec.shape) == 3 and spec.shape[0] == 3
 
 
-def survey(store: PairStore) -> Survey:
+def scan_store(store: PairStore) -> StoreScan:
     """Measures the pairs of the index, file by file, on the connected cluster. StoreError names a damaged file.
 
     Files that hold none of the pairs are verified too.
@@ -102,7 +104,7 @@ def survey(store: PairStore) -> Survey:
             bar.advance(task, len(batch))
     found = pa.concat_tables(tables).sort_by("position")
     assert np.array_equal(found["position"].to_numpy(), np.arange(len(store.index)))
-    return Survey(**{f.name: _array(f.name, found[f.name]) for f in fields(Survey)})
+    return StoreScan(**{f.name: _array(f.name, found[f.name]) for f in fields(StoreScan)})
 
 
 def measured(store: PairStore, table: pa.Table) -> dict[str, pa.Array]:
@@ -117,7 +119,7 @@ def measured(store: PairStore, table: pa.Table) -> dict[str, pa.Array]:
         if is_picture(spec):
             pictures_NCHW = values_ND.reshape(-1, *spec.shape)
             bright_NGG = brightness(pictures_NCHW)
-            sketch_NK = sketches(bright_NGG).astype(np.float16)
+            sketch_NK = descriptors(bright_NGG).astype(np.float16)
             if side == "event":
                 columns["active"], columns["positive"] = drawn_shares(pictures_NCHW)
             else:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_app.commands.inspect.scan import BRIGHT, Survey
+from ray_app.commands.inspect.scan import BRIGHT, StoreScan
 from ray_app.store.pair_store import PairIndex, previous_window
 
 NIGHT_BELOW = 40.0
@@ -21,7 +21,7 @@ NIGHT_RULE = (
 QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
 
-def window_statistics(index: PairIndex, survey: Survey) -> dict[str, Any]:
+def window_statistics(index: PairIndex, survey: StoreScan) -> dict[str, Any]:
     """Summaries over windows; each says of how many windows it is known, and is None where of none."""
     return {
         "events_per_window": summary(survey.num_events),
@@ -35,7 +35,7 @@ def window_statistics(index: PairIndex, survey: Survey) -> dict[str, Any]:
     }
 
 
-def sequence_statistics(index: PairIndex, survey: Survey) -> list[dict[str, Any]]:
+def sequence_statistics(index: PairIndex, survey: StoreScan) -> list[dict[str, Any]]:
     """A line for each sequence, sorted by name."""
     names, inverse = np.unique(index.sequence, return_inverse=True)
     lines = []
@@ -72,7 +72,7 @@ def median(values: NDArray[np.float64]) -> float | None:
     return float(np.median(known)) if known.size else None
 
 
-def positive_share(survey: Survey) -> NDArray[np.float64]:
+def positive_share(survey: StoreScan) -> NDArray[np.float64]:
     """Positive share of the events that were drawn, (N,); NaN where there were none, or it is not known."""
     return survey.num_positive / np.where(survey.num_drawn > 0, survey.num_drawn, np.nan)
 

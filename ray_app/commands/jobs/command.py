@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ray_app.cluster.job_client import JobClient, result_in, show_ended
 from ray_app.config.submit import JobConfig, JobFetchConfig, JobLogsConfig, JobsConfig
-from ray_app.store.filesystem import Disk
+from ray_app.store.filesystem import LocalDir
 
 
 def run_jobs_list(cfg: JobsConfig) -> dict[str, Any]:
@@ -54,11 +54,11 @@ def run_jobs_fetch(cfg: JobFetchConfig) -> dict[str, Any]:
     client = JobClient(cfg.address)
     log = client.logs(cfg.job)
     result = {"job": cfg.job, "result": result_in(log), **client.state(cfg.job)}
-    folder = Disk(cfg.to.absolute())
-    folder.make()
+    folder = LocalDir(cfg.to.absolute())
+    folder.mkdir()
     folder.write(f"{cfg.job}.log", log.encode())
     folder.write(f"{cfg.job}.json", json.dumps(result, indent=1).encode())
-    return {**result, "files": [folder.below(f"{cfg.job}.{ending}") for ending in ("log", "json")]}
+    return {**result, "files": [folder.uri_of(f"{cfg.job}.{ending}") for ending in ("log", "json")]}
 
 
 def render_jobs_fetch(result: dict[str, Any], console: Console) -> None:

@@ -14,7 +14,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.cluster.connection import cluster, grown
+from ray_app.cluster.connection import cluster, wait_for_autoscaler
 from ray_app.commands.prepare.progress import PrepareProgress
 from ray_app.commands.prepare.store_builder import BuiltTask, build_task, claim, finish, finished
 from ray_app.config.prepare import (
@@ -29,8 +29,8 @@ from ray_app.config.prepare import (
 from ray_app.errors import ResourceError, StoreError
 from ray_app.events.windows import parse_duration
 from ray_app.sources.base import Source
-from ray_app.sources.recorded import Cut
-from ray_app.store.filesystem import place
+from ray_app.sources.recorded import WindowingConfig
+from ray_app.store.filesystem import open_storage
 from ray_app.store.manifest import PIXELS, QUARANTINE, Features, FeatureSpec
 
 LONGEST_SILENCE_S = 600.0
@@ -97,9 +97,9 @@ def source_of(cfg: PrepareFlags) -> Source:
     raise AssertionError(f"no source for {type(cfg).__name__}")
 
 
-def cut_of(cfg: RecordedFlags) -> Cut:
+def cut_of(cfg: RecordedFlags) -> WindowingConfig:
     """How a command wants recordings cut."""
-    return Cut(
+    return WindowingConfig(
         durations_us=tuple(parse_duration(name) for name in cfg.durations),
         step_us=parse_duration(cfg.step) if cfg.step else None,
         pick=cfg.pick,
@@ -118,14 +118,14 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
     """
     assert feature.dtype == "uint8", "pictures are stored as uint8"
     features = Features(event=feature, target=feature)
-    folder = place(cfg.out, cfg.store_patience)
+    folder = open_storage(cfg.out, cfg.store_patience)
     tasks = source.tasks()
     claim(folder, source, tasks, features)
 
     def build(row: dict[str, Any]) -> dict[str, Any]:
         task = tasks[row["task"]]
         told: list[str] = []
-        here = folder.telling(told.append)
+        here = folder.with_logger(told.append)
         try:
             kept = finished(here, task)
             done = kept or build_task(source, task, here, features)
@@ -136,7 +136,7 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
 
     built, new, peak_bytes = {}, [], 0
     with cluster(cfg.address) as info, PrepareProgress(sum(task.num_pairs for task in tasks)) as progress:
-        num_cpus = grown(info, cfg.num_workers or 1, 1.0, use_gpu=False).cpus or 1.0
+        num_cpus = wait_for_autoscaler(info, cfg.num_workers or 1, 1.0, use_gpu=False).cpus or 1.0
         began = time.perf_counter()
         num_workers = min(cfg.num_workers or max(int(num_cpus), 1), len(tasks))
         dataset = ray.data.from_items([{"task": i} for i in range(len(tasks))], override_num_blocks=len(tasks)).map(

@@ -14,9 +14,9 @@ import pyarrow as pa
 from ray_app.config.base import Config
 from ray_app.errors import InputError, StoreError
 from ray_app.events.windows import parse_duration
-from ray_app.sources.base import RawPair, Rejected, Source, SourceTask
+from ray_app.sources.base import RawPair, RejectedPair, Source, SourceTask
 from ray_app.sources.images import resized
-from ray_app.store.filesystem import Place, Where, place
+from ray_app.store.filesystem import StorageDir, Where, open_storage
 from ray_app.store.manifest import MANIFEST, QUARANTINE, Features, Manifest, PartRecord
 from ray_app.store.pair_store import (
     FACT_COLUMNS,
@@ -68,7 +68,7 @@ class BuiltTask(Config):
 
 def claim(where: Where, source: Source, tasks: list[SourceTask], features: Features) -> None:
     """Makes the folder ours. StoreError unless it is new, empty, or a cut-off prepare of these settings."""
-    folder = place(where)
+    folder = open_storage(where)
     names = [task.name for task in tasks]
     assert names, "a source without tasks raises InputError"
     assert names == sorted(set(names)), "names of tasks are unique and sorted"
@@ -80,7 +80,7 @@ def claim(where: Where, source: Source, tasks: list[SourceTask], features: Featu
     }
     text = json.dumps(settings, sort_keys=True)
     try:
-        there = folder.names()
+        there = folder.listdir()
     except FileNotFoundError:
         there = set()
     except NotADirectoryError:
@@ -100,20 +100,20 @@ def claim(where: Where, source: Source, tasks: list[SourceTask], features: Featu
     elif there - {SCRATCH}:
         raise StoreError(f"{folder} already holds something else; --out must be a new or empty folder.")
     else:
-        folder.make(SCRATCH)
+        folder.mkdir(SCRATCH)
         folder.write(f"{SCRATCH}/{SETTINGS}", text.encode())
 
 
 def build_task(source: Source, task: SourceTask, where: Where, features: Features) -> BuiltTask:
     """Builds one file, and its record after it. A pair that cannot be built costs itself alone."""
-    folder = place(where)
+    folder = open_storage(where)
     lengths_us = {parse_duration(name): name for name in source.durations()}
     pairs: dict[str, Pair] = {}
     rejected = []
     events_in: dict[tuple[str, int, int], int] = {}
     drawn = 0
     for item in _all_of(source, task):
-        if isinstance(item, Rejected):
+        if isinstance(item, RejectedPair):
             rejected.append(QuarantineLine(input=item.input, position=item.position, reason=item.reason))
             continue
         pair = Pair(
@@ -147,7 +147,7 @@ def build_task(source: Source, task: SourceTask, where: Where, features: Feature
 
 def finished(where: Where, task: SourceTask) -> BuiltTask | None:
     """What an interrupted prepare left of a task, where its file verifies and no pair of it is missing."""
-    folder = place(where)
+    folder = open_storage(where)
     record = _read(folder, f"{task.name}.json")
     try:
         done = BuiltTask.model_validate_json(record or b"")
@@ -165,7 +165,7 @@ def finish(
 
     StoreError where more than the share `max_quarantined` of all pairs could not be built; everything stays.
     """
-    folder = place(where)
+    folder = open_storage(where)
     built = _without_duplicates(folder, built)
     lines = [line for done in built for line in done.rejected]
     quarantine = "".join(json.dumps(line.model_dump(), ensure_ascii=False) + "\n" for line in lines).encode()
@@ -196,7 +196,7 @@ def described(source: Source) -> dict[str, Any]:
     return {"name": source.name, **source.describe()}
 
 
-def _all_of(source: Source, task: SourceTask) -> Iterator[RawPair | Rejected]:
+def _all_of(source: Source, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
     """The task's pairs; where its input breaks off, each pair that is missing as Rejected."""
     seen = 0
     try:
@@ -205,7 +205,7 @@ def _all_of(source: Source, task: SourceTask) -> Iterator[RawPair | Rejected]:
             yield item
     except (InputError, OSError) as error:
         for i in range(seen, task.num_pairs):
-            yield Rejected(task.name, f"pair {i} of {task.num_pairs}", str(error))
+            yield RejectedPair(task.name, f"pair {i} of {task.num_pairs}", str(error))
 
 
 def _flaw(pair: Pair, lengths_us: dict[int, str]) -> str:
@@ -223,11 +223,11 @@ def _line(sequence: str, t_start_us: int, t_end_us: int, reason: str) -> Quarant
     return QuarantineLine(input=sequence, position=f"window [{t_start_us}, {t_end_us})", reason=reason)
 
 
-def _record(folder: Place, done: BuiltTask) -> None:
+def _record(folder: StorageDir, done: BuiltTask) -> None:
     folder.write(f"{SCRATCH}/{done.task}.json", done.model_dump_json().encode())
 
 
-def _read(folder: Place, name: str) -> bytes | None:
+def _read(folder: StorageDir, name: str) -> bytes | None:
     """A file of the scratch folder, or None."""
     try:
         return folder.read(f"{SCRATCH}/{name}")
@@ -235,7 +235,7 @@ def _read(folder: Place, name: str) -> bytes | None:
         return None
 
 
-def _without_duplicates(folder: Place, built: list[BuiltTask]) -> list[BuiltTask]:
+def _without_duplicates(folder: StorageDir, built: list[BuiltTask]) -> list[BuiltTask]:
     """Rewrites files that hold a pair of an earlier one."""
     seen: dict[str, str] = {}
     result = []
@@ -250,7 +250,7 @@ def _without_duplicates(folder: Place, built: list[BuiltTask]) -> list[BuiltTask
     return result
 
 
-def _without_rows(folder: Place, done: BuiltTask, twice: list[bool], holder: list[str]) -> BuiltTask:
+def _without_rows(folder: StorageDir, done: BuiltTask, twice: list[bool], holder: list[str]) -> BuiltTask:
     assert done.part
     table = read_part(folder, done.part)
     rows = table.select(["sequence", "t_start_us", "t_end_us"]).to_pylist()

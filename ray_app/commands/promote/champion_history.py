@@ -19,7 +19,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from ray_app.commands.promote.registry_lock import Turn
+from ray_app.commands.promote.registry_lock import RegistryLock
 from ray_app.errors import RegistryError
 
 CHAMPION = "champion"
@@ -31,7 +31,7 @@ REASON = 2_000
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class AliasMove:
     """One move of the alias."""
 
     number: int
@@ -63,7 +63,7 @@ class Entry:
         return json.dumps({**self.to_dict(), "reason": self.reason[:REASON]})
 
     @classmethod
-    def from_tag(cls, key: str, text: str) -> "Entry":
+    def from_tag(cls, key: str, text: str) -> "AliasMove":
         """The inverse of `to_tag`. RegistryError names the tag that is not one."""
         try:
             found = json.loads(text)
@@ -88,24 +88,24 @@ class ChampionLog:
 
     champion: str | None
     """The version that bears the alias."""
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[AliasMove, ...] = ()
     """Oldest first."""
-    moving: Entry | None = None
+    moving: AliasMove | None = None
     """A move that has not been ended, if there is one."""
 
     @classmethod
     def of(cls, aliases: Mapping[str, Any], tags: Mapping[str, str]) -> "ChampionLog":
         """From what a registered model bears."""
         champion = aliases.get(CHAMPION)
-        entries = [Entry.from_tag(key, text) for key, text in tags.items() if ENTRY.fullmatch(key)]
+        entries = [AliasMove.from_tag(key, text) for key, text in tags.items() if ENTRY.fullmatch(key)]
         return cls(
             champion=None if champion is None else str(champion),  # MLflow gives now a number, now a text
             entries=tuple(sorted(entries, key=lambda entry: entry.number)),
-            moving=Entry.from_tag(MOVING, tags[MOVING]) if MOVING in tags else None,
+            moving=AliasMove.from_tag(MOVING, tags[MOVING]) if MOVING in tags else None,
         )
 
     @property
-    def last(self) -> Entry | None:
+    def last(self) -> AliasMove | None:
         """The newest entry."""
         return self.entries[-1] if self.entries else None
 
@@ -119,7 +119,7 @@ class ChampionLog:
         if (last.version if last else None) != self.champion:
             reason = "the alias was moved by other means; found at the next move"
             before = last.version if last else None
-            entries.append(Entry(last.number + 1 if last else 1, self.champion, before, at, "found", reason))
+            entries.append(AliasMove(last.number + 1 if last else 1, self.champion, before, at, "found", reason))
         return ChampionLog(self.champion, tuple(entries))
 
     def flaws(self) -> list[str]:
@@ -138,12 +138,12 @@ class ChampionLog:
         return told
 
 
-def reigns(entries: Sequence[Entry]) -> list[Entry]:
+def champion_stack(entries: Sequence[AliasMove]) -> list[AliasMove]:
     """The stack of champions, the present one last, each as the entry that made it champion.
 
     A rollback takes the top off, and what else lies above the version it went back to.
     """
-    stack: list[Entry] = []
+    stack: list[AliasMove] = []
     for entry in entries:
         if entry.code != "rollback":
             stack.append(entry)
@@ -156,9 +156,9 @@ def reigns(entries: Sequence[Entry]) -> list[Entry]:
     return stack
 
 
-def predecessor(entries: Sequence[Entry], versions: Collection[str]) -> Entry | None:
+def predecessor(entries: Sequence[AliasMove], versions: Collection[str]) -> AliasMove | None:
     """Who was champion before the present one: the nearest below in the stack that is another and still exists."""
-    stack = reigns(entries)
+    stack = champion_stack(entries)
     present = stack[-1].version if stack else None
     return next((e for e in reversed(stack[:-1]) if e.version in versions and e.version != present), None)
 
@@ -174,7 +174,7 @@ def read_log(client: MlflowClient, model: str) -> ChampionLog | None:
     return ChampionLog.of(found.aliases, found.tags)
 
 
-def settle(turn: Turn, model: str, at: str) -> ChampionLog:
+def reconcile(turn: RegistryLock, model: str, at: str) -> ChampionLog:
     """Makes the log agree with the alias, and returns it."""
     log = read_log(turn.client, model) or ChampionLog(None)
     settled = log.settled(at)
@@ -185,9 +185,11 @@ def settle(turn: Turn, model: str, at: str) -> ChampionLog:
     return settled
 
 
-def move(turn: Turn, model: str, log: ChampionLog, version: str, *, code: str, reason: str, at: str) -> Entry:
+def move(
+    turn: RegistryLock, model: str, log: ChampionLog, version: str, *, code: str, reason: str, at: str
+) -> AliasMove:
     """Moves the alias, on record. `log` is what `settle` returned in this turn."""
-    entry = Entry(log.last.number + 1 if log.last else 1, version, log.champion, at, code, reason)
+    entry = AliasMove(log.last.number + 1 if log.last else 1, version, log.champion, at, code, reason)
     turn.require()
     turn.client.set_registered_model_tag(model, MOVING, entry.to_tag())
     turn.client.set_registered_model_alias(model, CHAMPION, version)
@@ -196,6 +198,6 @@ def move(turn: Turn, model: str, log: ChampionLog, version: str, *, code: str, r
     return entry
 
 
-def key_of(entry: Entry) -> str:
+def key_of(entry: AliasMove) -> str:
     """The tag of an entry, such as `champion.0001`."""
     return f"champion.{entry.number:04d}"

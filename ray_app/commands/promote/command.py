@@ -19,27 +19,27 @@ from rich.console import Console
 from ray_app.cluster.connection import cluster
 from ray_app.commands.evaluate.evaluator import mean_target, require_device
 from ray_app.commands.evaluate.report import results_table
-from ray_app.commands.promote.champion_history import CHAMPION, move, settle
+from ray_app.commands.promote.champion_history import CHAMPION, move, reconcile
 from ray_app.commands.promote.judging import (
-    Bench,
+    ChampionComparison,
     champion_version,
-    judged_store,
+    evaluation_store,
     opponent_metrics,
-    refuse_seen_pairs,
+    require_unseen_pairs,
 )
-from ray_app.commands.promote.registry_lock import Turn, ensure_model, turn
+from ray_app.commands.promote.registry_lock import RegistryLock, ensure_model, turn
 from ray_app.commands.promote.rollback import RATE, list_champions, render_list, render_rollback, roll_back
 from ray_app.config.evaluate import PromoteConfig
 from ray_app.core.metrics import THETA, rate_key
-from ray_app.core.promotion_policy import Broken, Verdict, promotion_verdict
+from ray_app.core.promotion_policy import InvalidCheckpoint, Verdict, promotion_verdict
 from ray_app.errors import CheckpointError
 from ray_app.store.atomic import sha256_file
 from ray_app.store.checkpoint import MODEL, Checkpoint, load_checkpoint, replay_golden, verify_folder
 from ray_app.store.checkpoint_transfer import local_folder
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
-from ray_app.tracking.mlflow_logger import shown, tracking_uri
-from ray_app.tracking.model_registry import best_of_run, registry_errors, source_of, uploaded, version_of
+from ray_app.tracking.mlflow_logger import redact_password, tracking_uri
+from ray_app.tracking.model_registry import best_of_run, ensure_uploaded, registry_errors, source_of, version_of
 
 
 def run_promote(cfg: PromoteConfig) -> dict[str, Any]:
@@ -73,30 +73,30 @@ def promote(cfg: PromoteConfig, folder: Path) -> dict[str, Any]:
     or does not fit. ConfigError: it was trained on pairs of this test part. RegistryError: the server refuses or
     is away.
     """
-    checkpoint = intact(folder)
-    if isinstance(checkpoint, Broken):
+    checkpoint = verify_checkpoint(folder)
+    if isinstance(checkpoint, InvalidCheckpoint):
         verdict = promotion_verdict(checkpoint, None, force=cfg.force)
         raise CheckpointError(f"not promoted ({verdict.code}): {verdict.reason}")
-    store = PairStore.open(judged_store(cfg, checkpoint), cfg.durations)
+    store = PairStore.open(evaluation_store(cfg, checkpoint), cfg.durations)
     checkpoint.require(store.manifest.features)
     split = split_pairs(store.index, cfg.split_config)
-    refuse_seen_pairs(cfg, checkpoint, store, split)
+    require_unseen_pairs(cfg, checkpoint, store, split)
     with registry_errors(cfg):
         client = MlflowClient(tracking_uri(cfg))
         champion = champion_version(client, cfg.model_name)
     with cluster(cfg.address):
         require_device(cfg.use_gpu)
-        bench = Bench(cfg, store, split, mean_target(store, split.train))
+        bench = ChampionComparison(cfg, store, split, mean_target(store, split.train))
         metrics = bench.judged(checkpoint)
         with registry_errors(cfg):
             weights = sha256_file(checkpoint.folder / MODEL)
             version = version_of(client, cfg.model_name, weights)
-            run_id = str(version.run_id) if version else uploaded(cfg, client, checkpoint)
+            run_id = str(version.run_id) if version else ensure_uploaded(cfg, client, checkpoint)
         while True:
             opponent = opponent_metrics(bench, client, champion, metrics["test_fingerprint"]) if champion else None
-            judged = Judged(checkpoint, weights, metrics, opponent, number_of(champion), run_id)
+            judged = PromotionInput(checkpoint, weights, metrics, opponent, version_str(champion), run_id)
             with registry_errors(cfg), turn(client, cfg.model_name, run_id) as mine:
-                result = act(cfg, mine, judged)
+                result = register_and_promote(cfg, mine, judged)
             if result is not None:
                 return result
             with registry_errors(cfg):  # another promotion came first: once more, against its champion
@@ -104,7 +104,7 @@ def promote(cfg: PromoteConfig, folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class PromotionInput:
     """All that a promotion acts on."""
 
     checkpoint: Checkpoint
@@ -121,7 +121,7 @@ class Judged:
     """Run whose artifacts are the challenger."""
 
 
-def act(cfg: PromoteConfig, turn: Turn, judged: Judged) -> dict[str, Any] | None:
+def register_and_promote(cfg: PromoteConfig, turn: RegistryLock, judged: PromotionInput) -> dict[str, Any] | None:
     """Registers, and moves the alias if it is earned; None, with nothing changed, if the champion is another now.
 
     The version is whole before the alias moves, so that a kill leaves a version more and nothing half done.
@@ -129,7 +129,7 @@ def act(cfg: PromoteConfig, turn: Turn, judged: Judged) -> dict[str, Any] | None
     client, metrics, opponent = turn.client, judged.metrics, judged.opponent
     ensure_model(client, cfg.model_name)
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    log = settle(turn, cfg.model_name, at)
+    log = reconcile(turn, cfg.model_name, at)
     if log.champion != judged.champion:
         return None
     version = version_of(client, cfg.model_name, judged.model_sha256)
@@ -142,7 +142,7 @@ def act(cfg: PromoteConfig, turn: Turn, judged: Judged) -> dict[str, Any] | None
     )
     reason = verdict.reason + (f" ({opponent['flaw']})" if opponent and "flaw" in opponent else "")
     turn.require()
-    number = record(client, cfg.model_name, version, judged, tags(metrics, verdict, reason))
+    number = write_version(client, cfg.model_name, version, judged, tags(metrics, verdict, reason))
     if verdict.promoted and number != log.champion:
         move(turn, cfg.model_name, log, number, code=verdict.code, reason=reason, at=at)
     return {
@@ -160,13 +160,13 @@ def act(cfg: PromoteConfig, turn: Turn, judged: Judged) -> dict[str, Any] | None
         "champion_before_metrics": opponent,
         "checkpoint": str(judged.checkpoint.folder),
         "mlflow_run_id": str(version.run_id) if version else judged.run_id,
-        "tracking_uri": shown(tracking_uri(cfg)),
+        "tracking_uri": redact_password(tracking_uri(cfg)),
         "metrics": metrics,
     }
 
 
-def record(
-    client: MlflowClient, model: str, version: ModelVersion | None, judged: Judged, told: Mapping[str, str]
+def write_version(
+    client: MlflowClient, model: str, version: ModelVersion | None, judged: PromotionInput, told: Mapping[str, str]
 ) -> str:
     """The number of the version that tells this of itself: a new one with all its tags in one request, or `version`.
 
@@ -199,27 +199,27 @@ def render_outcome(result: dict[str, Any], console: Console) -> None:
         )
 
 
-def intact(folder: Path) -> Checkpoint | Broken:
+def verify_checkpoint(folder: Path) -> Checkpoint | InvalidCheckpoint:
     """The checkpoint, if its bytes and its answers are those that were saved. CheckpointError: it never was one."""
     try:
         verify_folder(folder)
     except CheckpointError as error:
-        return Broken("checksum_failed", str(error))
+        return InvalidCheckpoint("checksum_failed", str(error))
     checkpoint = load_checkpoint(folder)
     try:
         replay_golden(checkpoint)
     except CheckpointError as error:
-        return Broken("golden_failed", str(error))
+        return InvalidCheckpoint("golden_failed", str(error))
     return checkpoint
 
 
-def number_of(version: ModelVersion | None) -> str | None:
+def version_str(version: ModelVersion | None) -> str | None:
     """MLflow gives now a number, now a text."""
     return str(version.version) if version else None
 
 
 def short_evaluation(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What the endpoint shows of the test part: acceptance by θ beside every control, and how cosines lie."""
+    """What the endpoint shows of the test part: acceptance by θ beside every baseline, and how cosines lie."""
     about = (
         "pairs",
         "cos_sim_mean",
@@ -227,15 +227,15 @@ def short_evaluation(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "cosine_accept_rate",
         "percentiles",
         "lift",
-        "best_control",
+        "best_baseline",
         "verdict",
     )
-    controls = {
-        name: {key: control[key] for key in ("cos_sim_mean", "cosine_accept_rate")}
-        for name, control in metrics["controls"].items()
+    baselines = {
+        name: {key: baseline[key] for key in ("cos_sim_mean", "cosine_accept_rate")}
+        for name, baseline in metrics["baselines"].items()
     }
     origin = {"split": metrics["split"]["label"], "source": metrics["data"]["source"]}
-    return {**{key: metrics[key] for key in about}, "controls": controls, **origin}
+    return {**{key: metrics[key] for key in about}, "baselines": baselines, **origin}
 
 
 def tags(metrics: Mapping[str, Any], verdict: Verdict, reason: str) -> dict[str, str]:
@@ -245,7 +245,7 @@ def tags(metrics: Mapping[str, Any], verdict: Verdict, reason: str) -> dict[str,
         "cos_sim_mean": repr(metrics["cos_sim_mean"]),
         "lift": repr(metrics["lift"]),
         "lift_interval95": " ".join(map(repr, metrics["interval95"]["lift"])),
-        "best_control": metrics["best_control"],
+        "best_baseline": metrics["best_baseline"],
         "previous_window_ahead": str(metrics["previous_window_ahead"]).lower(),
         "centered_cos_sim_mean": repr(metrics["centered_cos_sim_mean"]),
         "pairs": str(metrics["pairs"]),

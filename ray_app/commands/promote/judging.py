@@ -9,7 +9,7 @@ from mlflow.entities.model_registry import ModelVersion
 from torch import Tensor
 
 from ray_app.commands.evaluate.command import about, judgement, trained_on, training_config
-from ray_app.commands.evaluate.evaluator import Judge
+from ray_app.commands.evaluate.evaluator import EvaluatorHandle
 from ray_app.commands.promote.champion_history import read_log
 from ray_app.commands.promote.rollback import RATE
 from ray_app.config.evaluate import PromoteConfig
@@ -21,7 +21,7 @@ from ray_app.store.split import Split
 from ray_app.tracking.model_registry import downloaded
 
 
-def judged_store(cfg: PromoteConfig, checkpoint: Checkpoint) -> str:
+def evaluation_store(cfg: PromoteConfig, checkpoint: Checkpoint) -> str:
     """The store to judge on: the one given, else the one that the checkpoint was trained on."""
     if cfg.store is not None:
         return cfg.store
@@ -31,7 +31,7 @@ def judged_store(cfg: PromoteConfig, checkpoint: Checkpoint) -> str:
     return config.store
 
 
-def refuse_seen_pairs(cfg: PromoteConfig, checkpoint: Checkpoint, store: PairStore, split: Split) -> None:
+def require_unseen_pairs(cfg: PromoteConfig, checkpoint: Checkpoint, store: PairStore, split: Split) -> None:
     """ConfigError if the checkpoint was fitted or chosen on pairs that it would be judged by."""
     seen = trained_on(checkpoint, store, split.test)
     config = training_config(checkpoint)
@@ -44,7 +44,7 @@ def refuse_seen_pairs(cfg: PromoteConfig, checkpoint: Checkpoint, store: PairSto
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class ChampionComparison:
     """The same test pairs for everyone."""
 
     cfg: PromoteConfig
@@ -59,7 +59,7 @@ class Bench:
     def judged(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """The test metrics of a checkpoint. CheckpointError if it does not fit the store."""
         described = about(checkpoint, self.store, self.split, self.cfg.split_config)
-        with closing(Judge(checkpoint, self.store, self.mean_target_D, use_gpu=self.cfg.use_gpu)) as judge:
+        with closing(EvaluatorHandle(checkpoint, self.store, self.mean_target_D, use_gpu=self.cfg.use_gpu)) as judge:
             return judgement(judge.evaluate(self.split.test, self.cfg.batch_size, "test pairs"), described)
 
 
@@ -70,7 +70,7 @@ def champion_version(client: MlflowClient, model: str) -> ModelVersion | None:
 
 
 def opponent_metrics(
-    bench: Bench, client: MlflowClient, champion: ModelVersion, test_fingerprint: str
+    bench: ChampionComparison, client: MlflowClient, champion: ModelVersion, test_fingerprint: str
 ) -> dict[str, Any]:
     """What the champion scores on these test pairs: from its tags if they are of these pairs, else judged anew.
 

@@ -32,7 +32,7 @@ POLL_S = 0.3
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class RegistryLock:
     """The right to write to one model's versions, alias and log."""
 
     client: MlflowClient
@@ -58,7 +58,7 @@ class Turn:
 @contextmanager
 def turn(
     client: MlflowClient, model: str, run_id: str, *, wait_s: float = WAIT_S, stale_s: float = STALE_S
-) -> Iterator[Turn]:
+) -> Iterator[RegistryLock]:
     """Waits for this process's turn with `model`. RegistryError after `wait_s`, naming who has it.
 
     `run_id` is of any run: a version must come from one. Waiting and taking over are told on standard error.
@@ -72,7 +72,7 @@ def turn(
             queue, f"runs:/{run_id}/turn", run_id, description=json.dumps(about), await_creation_for=0
         )
         wait_for(client, made, mark, wait_s, stale_s)
-        yield Turn(client, queue, str(made.version))
+        yield RegistryLock(client, queue, str(made.version))
     finally:
         give_back(client, queue, mark)
 

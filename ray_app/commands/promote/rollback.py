@@ -8,12 +8,12 @@ from mlflow.entities.model_registry import ModelVersion
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.commands.promote.champion_history import CHAMPION, ChampionLog, move, predecessor, read_log, settle
+from ray_app.commands.promote.champion_history import CHAMPION, ChampionLog, move, predecessor, read_log, reconcile
 from ray_app.commands.promote.registry_lock import turn
 from ray_app.config.evaluate import PromoteConfig
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.errors import RegistryError
-from ray_app.tracking.mlflow_logger import shown, tracking_uri
+from ray_app.tracking.mlflow_logger import redact_password, tracking_uri
 from ray_app.tracking.model_registry import registered_versions, registry_errors
 
 RATE = f"cosine_accept_rate_{rate_key(THETA)}"
@@ -36,7 +36,7 @@ def list_champions(cfg: PromoteConfig) -> dict[str, Any]:
     return {
         "action": "list",
         "model": cfg.model_name,
-        "tracking_uri": shown(tracking_uri(cfg)),
+        "tracking_uri": redact_password(tracking_uri(cfg)),
         "champion": log.champion,
         "since": last.at if last else None,
         "code": last.code if last else None,
@@ -44,7 +44,7 @@ def list_champions(cfg: PromoteConfig) -> dict[str, Any]:
         "champion_before": before.version if before else None,
         "versions": [about(version, log.champion) for version in versions],
         "history": [entry.to_dict() for entry in log.entries],
-        "notes": [*log.flaws(), *cut_short(versions, settled)],
+        "notes": [*log.flaws(), *interrupted_promotions(versions, settled)],
     }
 
 
@@ -57,7 +57,7 @@ def roll_back(cfg: PromoteConfig) -> dict[str, Any]:
             raise RegistryError(f"{cfg.model_name} has no versions; there is nobody to go back to.")
         with turn(client, cfg.model_name, str(versions[-1].run_id)) as mine:
             at = datetime.now(UTC).isoformat(timespec="seconds")
-            log = settle(mine, cfg.model_name, at)
+            log = reconcile(mine, cfg.model_name, at)
             target = predecessor(
                 log.entries, [str(version.version) for version in registered_versions(client, cfg.model_name)]
             )
@@ -72,7 +72,7 @@ def roll_back(cfg: PromoteConfig) -> dict[str, Any]:
     return {
         "action": "rollback",
         "model": cfg.model_name,
-        "tracking_uri": shown(tracking_uri(cfg)),
+        "tracking_uri": redact_password(tracking_uri(cfg)),
         "champion": target.version,
         "champion_before": log.champion,
         "reason": reason,
@@ -90,14 +90,14 @@ def render_rollback(result: dict[str, Any], console: Console) -> None:
 def render_list(result: dict[str, Any], console: Console) -> None:
     """A table of the versions, the champion, the log, and what does not agree."""
     table = Table(box=None, title=f"{result['model']} ({result['tracking_uri']})")
-    for heading in ("version", "accept 0.80", "lift", "best control", "pairs", "data", "verdict"):
+    for heading in ("version", "accept 0.80", "lift", "best baseline", "pairs", "data", "verdict"):
         table.add_column(heading)
     for row in result["versions"]:
         rate, lift = (
             f"{row[key]:{form}}" if row[key] is not None else "" for key, form in ((RATE, ".4f"), ("lift", "+.4f"))
         )
         mark = f"→ {row['version']}" if row["champion"] else f"  {row['version']}"
-        cells = [row[key] or "" for key in ("best_control", "pairs", "source", "verdict_code")]
+        cells = [row[key] or "" for key in ("best_baseline", "pairs", "source", "verdict_code")]
         table.add_row(mark, rate, lift, *cells, style="bold green" if row["champion"] else None)
     console.print(table)
     if result["champion"] is None:
@@ -119,13 +119,13 @@ def existing(cfg: PromoteConfig, client: MlflowClient) -> tuple[ChampionLog, lis
     log = read_log(client, cfg.model_name)
     if log is None:
         raise RegistryError(
-            f"there is no model '{cfg.model_name}' at {shown(tracking_uri(cfg))}; `ray-app promote RUN` registers "
-            "its first version, --model-name and --tracking-uri choose another."
+            f"there is no model '{cfg.model_name}' at {redact_password(tracking_uri(cfg))}; "
+            "`ray-app promote RUN` registers its first version, --model-name and --tracking-uri choose another."
         )
     return log, registered_versions(client, cfg.model_name)
 
 
-def cut_short(versions: list[ModelVersion], log: ChampionLog) -> list[str]:
+def interrupted_promotions(versions: list[ModelVersion], log: ChampionLog) -> list[str]:
     """Versions that earned the alias in a promotion that was killed before it moved."""
     moved = {entry.version for entry in log.entries}
     return [
@@ -144,5 +144,5 @@ def about(version: ModelVersion, champion: str | None) -> dict[str, Any]:
         "registered_at": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
         RATE: float(tags[RATE]) if RATE in tags else None,
         "lift": float(tags["lift"]) if "lift" in tags else None,
-        **{key: tags.get(key) for key in ("best_control", "pairs", "source", "verdict_code", "reason")},
+        **{key: tags.get(key) for key in ("best_baseline", "pairs", "source", "verdict_code", "reason")},
     }

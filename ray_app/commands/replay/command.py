@@ -13,7 +13,7 @@ from ray_app.commands.replay.page import rate_cell, replay_page, span
 from ray_app.commands.replay.rows import file_folds, fold_of_rows, replay_files, replayed_row
 from ray_app.config.speculative import ReplayConfig
 from ray_app.drafters.hidden_states import AdapterDrafter
-from ray_app.drafters.recorded_states import blocks, read_files, require_states, set_aside
+from ray_app.drafters.recorded_states import blocks, damaged_lines, read_files, require_states
 from ray_app.drafters.replay import DRAFTERS, are_named
 from ray_app.drafters.summary import ReplayedRow, details, match_rate_by_shift, rate_of_group, summarise
 from ray_app.errors import ConfigError
@@ -22,7 +22,7 @@ from ray_app.store.traces import Timing, TraceFile, read_timing
 
 BARS = ("positional", "previous_window")
 """Drafters that cost nothing: one that does not beat both has not earned its place."""
-CONTROLS = ("constant", *BARS)
+BASELINES = ("constant", *BARS)
 """Replayed beside whatever is asked for."""
 BLOCK_ROWS = 20
 """Neighbouring rows that the bootstrap draws together where sequences are not named."""
@@ -41,7 +41,7 @@ class ReplayReport:
     """What is shown to people beside the `--json` object."""
 
     details: dict[str, dict[str, Any]]
-    """For each drafter: acceptance by place, histogram, controls, time."""
+    """For each drafter: acceptance by place, histogram, baselines, time."""
     groups: dict[str, dict[str, dict[str, Any]]]
     """For each duration, and question where there are several: tokens per target pass by drafter, with interval."""
     behind: tuple[str, ...]
@@ -63,7 +63,7 @@ class ReplayResult(dict[str, Any]):
 
 
 def run_replay(cfg: ReplayConfig) -> ReplayResult:
-    """Replays every drafter that is asked for, and the controls.
+    """Replays every drafter that is asked for, and the baselines.
 
     ConfigError: a drafter that does not exist, too few rows. InputError: traces that cannot be replayed.
     """
@@ -75,7 +75,7 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
     for name in cfg.drafter:
         _require_what_it_needs(cfg, files, name)
     timing = read_timing(cfg.timing) if cfg.timing else None
-    names = list(dict.fromkeys((*CONTROLS, *cfg.drafter)))
+    names = list(dict.fromkeys((*BASELINES, *cfg.drafter)))
     folds = [file_folds(cfg, file) for file in files]
     replayed = replay_files(cfg, files, names)
     block_of, fold_of = blocks(files, BLOCK_ROWS), [fold_of_rows(each) for each in folds]
@@ -110,7 +110,7 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
         groups={group: {name: groups[name][group] for name in names} for group in groups[names[0]]},
         behind=_behind(results),
         notes=tuple(_notes(cfg, files, timing)),
-        quarantined=tuple(set_aside(files)),
+        quarantined=tuple(damaged_lines(files)),
         folds_by=_folds_by(files),
         page=cfg.page,
     )
@@ -236,7 +236,9 @@ def _groups(files: Sequence[TraceFile], rows: Sequence[ReplayedRow]) -> dict[str
 def _behind(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     bar = max(results[name]["tokens_per_target_pass"] for name in BARS)
     return tuple(
-        name for name, numbers in results.items() if name not in CONTROLS and numbers["tokens_per_target_pass"] <= bar
+        name
+        for name, numbers in results.items()
+        if name not in BASELINES and numbers["tokens_per_target_pass"] <= bar
     )
 
 

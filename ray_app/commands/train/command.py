@@ -28,10 +28,10 @@ from ray.train.torch import TorchTrainer
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.cluster.connection import ClusterInfo, cluster, grown, require
-from ray_app.cluster.node_address import NodeAddress
-from ray_app.commands.train.elastic import Resizing
-from ray_app.commands.train.initialization import START, PairsThroughRay, make_start, needs
+from ray_app.cluster.connection import ClusterInfo, cluster, require_resources, wait_for_autoscaler
+from ray_app.cluster.node_address import NodeAddressTorchConfig
+from ray_app.commands.train.elastic import ElasticResizeCallback
+from ray_app.commands.train.initialization import START, PairsThroughRay, init_requirement, make_start
 from ray_app.commands.train.progress import TrainingProgress
 from ray_app.commands.train.state import augmentation, parameters, training_split
 from ray_app.commands.train.worker import train_loop_per_worker
@@ -39,26 +39,26 @@ from ray_app.config.base import flat
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.initialization import check_rank
 from ray_app.core.adapters.registry import STRATEGIES
-from ray_app.data.batch_order import Lanes
+from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pairs_dataset import pairs_dataset
 from ray_app.errors import ConfigError, ResourceError, RunInterrupted, RunStopped, StoreError, TrainingError
-from ray_app.runs.event_log import entries, require_newest, since_start
-from ray_app.runs.remote_run import run_at
-from ray_app.runs.run_dir import KEPT_PLACES, RunFolder, about_run
+from ray_app.runs.event_log import entries, entries_since_start, require_latest_driver
+from ray_app.runs.remote_run import open_run
+from ray_app.runs.run_dir import NUM_CHECKPOINTS_KEPT, RunDir, run_metadata
 from ray_app.store.atomic import sha256_file
 from ray_app.store.checkpoint import verify_folder
-from ray_app.store.filesystem import absolute, place
+from ray_app.store.filesystem import absolute, open_storage
 from ray_app.store.pair_store import PairStore
 from ray_app.store.provenance import provenance
 from ray_app.store.split import Split
 from ray_app.store.split import test_fingerprint as fingerprint_of
-from ray_app.tracking.mlflow_logger import Tracker, shown, tracking_uri
+from ray_app.tracking.mlflow_logger import Tracker, redact_password, tracking_uri
 
 WEIGHTS_AND_MOMENTS_BYTES = 16
 """For each parameter: weight, gradient and AdamW's two moments in float32."""
-ROUNDING = {"num_workers", "use_gpu", "cpus_per_worker", "shard_memory_gib"}
+NUMERICS_CHANGING = {"num_workers", "use_gpu", "cpus_per_worker", "shard_memory_gib"}
 """Settings that a resumed run may change at the price of byte-identity: another order of sums, or other kernels."""
-CHANGEABLE = ROUNDING | {
+RESUME_OVERRIDABLE = NUMERICS_CHANGING | {
     *("resume", "address", "tracking_uri", "model_name", "max_failures"),
     *("checkpoint_every", "validate_every", "resize_seconds"),
 }
@@ -66,7 +66,7 @@ CHANGEABLE = ROUNDING | {
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ResourcePlan:
     """What a run needs of the cluster."""
 
     parameters: int
@@ -95,34 +95,34 @@ def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]
     tracking_uri(cfg)  # a mistake in it is told before anything is read or written
     store = PairStore.open(cfg.store, cfg.durations)
     if cfg.resume:
-        refuse_changes(cfg, store, about_run(place(cfg.out)))
+        check_resume_compatible(cfg, store, run_metadata(open_storage(cfg.out)))
     split = training_split(cfg, store)
     for part in ("train", "val") if cfg.fit_on == "train" else ("train",):
         if not len(getattr(split, part)):
             raise StoreError(
                 f"{cfg.store} has too few pairs: its {part} part is empty; prepare more, or change the shares"
             )
-    with cluster(cfg.address) as info, run_at(cfg.out) as run:
-        info = grown(info, cfg.min_workers, cfg.cpus_per_worker or 1.0, cfg.use_gpu)
+    with cluster(cfg.address) as info, open_run(cfg.out) as run:
+        info = wait_for_autoscaler(info, cfg.min_workers, cfg.cpus_per_worker or 1.0, cfg.use_gpu)
         plan = make_plan(cfg, run, store, split, info)
         if not cfg.resume:
             about = {"name": run_name(cfg, store), "key": uuid.uuid4().hex, "store_fingerprint": store.fingerprint}
-            run.claim({**about, "parent_key": parent_key, "config": kept_settings(cfg)})
-        with run.driven(), way_on_told(run):
+            run.create({**about, "parent_key": parent_key, "config": persisted_config(cfg)})
+        with run.exclusive(), with_resume_hint(run):
             return train(cfg, store, split, plan, run)
 
 
-def kept_settings(cfg: TrainConfig) -> dict[str, Any]:
+def persisted_config(cfg: TrainConfig) -> dict[str, Any]:
     """A run's settings as they are written down: the tracking server in full, unless a password is in its address."""
     uri = tracking_uri(cfg)
-    return {**flat(cfg), "tracking_uri": uri if uri == shown(uri) else None}
+    return {**flat(cfg), "tracking_uri": uri if uri == redact_password(uri) else None}
 
 
-def refuse_changes(cfg: TrainConfig, store: PairStore, about: dict[str, Any]) -> None:
+def check_resume_compatible(cfg: TrainConfig, store: PairStore, about: dict[str, Any]) -> None:
     """ConfigError, with key, old and new value, where a run would go on as another. Says what is lost otherwise."""
     old, new = TrainConfig.model_validate({**about["config"], "out": str(cfg.out)}), flat(cfg)
     changed = {key: (value, new[key]) for key, value in flat(old).items() if value != new[key]}
-    frozen = {key: values for key, values in changed.items() if key not in CHANGEABLE}
+    frozen = {key: values for key, values in changed.items() if key not in RESUME_OVERRIDABLE}
     if frozen:
         told = "; ".join(f"{key} was {was!r}, is {now!r} now" for key, (was, now) in frozen.items())
         raise ConfigError(f"--resume goes on with the settings of {cfg.out}, but {told}; leave that out.")
@@ -131,7 +131,7 @@ def refuse_changes(cfg: TrainConfig, store: PairStore, about: dict[str, Any]) ->
             f"{cfg.out} was trained on pairs of fingerprint {about['store_fingerprint']}, {cfg.store} holds "
             f"{store.fingerprint} now; it can go on only with the former."
         )
-    if told := ", ".join(key for key in changed if key in ROUNDING):
+    if told := ", ".join(key for key in changed if key in NUMERICS_CHANGING):
         print(
             f"{told} changed: the run goes on, but its weights will not be byte-identical to those of a run without "
             "the change: sums are taken in another order",
@@ -139,12 +139,12 @@ def refuse_changes(cfg: TrainConfig, store: PairStore, about: dict[str, Any]) ->
         )
 
 
-def make_plan(cfg: TrainConfig, run: RunFolder, store: PairStore, split: Split, info: ClusterInfo) -> Plan:
+def make_plan(cfg: TrainConfig, run: RunDir, store: PairStore, split: Split, info: ClusterInfo) -> ResourcePlan:
     """ConfigError where settings and pairs do not go together, ResourceError where the cluster or the disk is too
     small: nothing has been started or written then."""
     num = parameters(cfg, store)
     augmentation(cfg, store)
-    if needs(cfg) == "subspaces":
+    if init_requirement(cfg) == "subspaces":
         check_rank(cfg.rank, len(split.train))
     pair_bytes = store.feature("event").num_bytes + store.feature("target").num_bytes
     shard_bytes = -(-len(split.train) // cfg.min_workers) * pair_bytes
@@ -152,10 +152,10 @@ def make_plan(cfg: TrainConfig, run: RunFolder, store: PairStore, split: Split, 
     if not held:
         refuse_streaming(cfg, shard_bytes)
     data_cpus = 0.0 if held else 1.0
-    share = 1.0 if cfg.use_gpu else info.share(cfg.max_workers, data_cpus)
+    share = 1.0 if cfg.use_gpu else info.max_cpus_per_worker(cfg.max_workers, data_cpus)
     share = max(share, 1.0) if cfg.elastic else share  # Ray's elastic policy counts whole CPUs
-    plan = Plan(num, shard_bytes, held, cfg.cpus_per_worker or share)
-    require(
+    plan = ResourcePlan(num, shard_bytes, held, cfg.cpus_per_worker or share)
+    require_resources(
         info,
         num_workers=cfg.min_workers,
         cpus_per_worker=plan.cpus_per_worker,
@@ -164,7 +164,7 @@ def make_plan(cfg: TrainConfig, run: RunFolder, store: PairStore, split: Split, 
         memory_bytes=cfg.min_workers * (num * WEIGHTS_AND_MOMENTS_BYTES + held * shard_bytes),
     )
     # Weights: the newest places, the best at each, the next while it is written. State: two moments at each place.
-    needed = num * 4 * ((2 * KEPT_PLACES + 1) + 2 * (KEPT_PLACES + 1))
+    needed = num * 4 * ((2 * NUM_CHECKPOINTS_KEPT + 1) + 2 * (NUM_CHECKPOINTS_KEPT + 1))
     existing = next(folder for folder in (run.path, *run.path.parents) if folder.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
         raise ResourceError(
@@ -197,10 +197,10 @@ def run_name(cfg: TrainConfig, store: PairStore) -> str:
     return f"{cfg.strategy}-{hashlib.sha256(content).hexdigest()[:10]}"
 
 
-def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, run: RunFolder) -> dict[str, Any]:
+def train(cfg: TrainConfig, store: PairStore, split: Split, plan: ResourcePlan, run: RunDir) -> dict[str, Any]:
     """The run itself, on the connected cluster, in a claimed folder that nobody else drives."""
     began = time.perf_counter()
-    origin = run.about()
+    origin = run.metadata()
     about = provenance(sys.argv, store.fingerprint, run=origin["name"], run_key=origin["key"])
     tags = {
         "dataset_fingerprint": store.fingerprint,
@@ -219,7 +219,7 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, run: Run
             key=origin["key"],
             parent_key=origin.get("parent_key"),
             experiment=cfg.experiment,
-            params={**kept_settings(cfg), "parameters": plan.parameters},
+            params={**persisted_config(cfg), "parameters": plan.parameters},
             tags=tags,
             workers=cfg.max_workers,
             time=started,
@@ -228,9 +228,9 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, run: Run
     tracker = Tracker(cfg, run.path, str(run))
     status, best = "FAILED", None
     try:
-        total = Lanes(len(split.train), cfg.batch_size, cfg.seed).steps * cfg.num_epochs
-        with stop_when_terminated(run), TrainingProgress(run.path, total), run.followed():
-            fit(cfg, run, store, split, plan, f"{origin['name']}-{int(started * 1000)}", told)
+        total = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed).steps * cfg.num_epochs
+        with stop_when_terminated(run), TrainingProgress(run.path, total), run.synced():
+            run_training(cfg, run, store, split, plan, f"{origin['name']}-{int(started * 1000)}", told)
         lines = entries(run.path)
         if lines[-1]["kind"] == "stop":
             raise RunStopped(f"stopped on request after step {lines[-1]['global_step']}; go on with: {run.resume}")
@@ -240,15 +240,15 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: Plan, run: Run
         raise
     finally:
         with run.journal() as journal:
-            require_newest(run.path, started)
+            require_latest_driver(run.path, started)
             artifacts = str(best.relative_to(run.path)) if best else None
             journal.write("end", status=status, artifacts=artifacts, time=time.time())
-        tracked = {"tracked": tracker.close(), **tracker.told()}
+        tracked = {"tracked": tracker.close(), **tracker.summary()}
     return summary(cfg, run, split, plan, tracked, time.perf_counter() - began)
 
 
 @contextmanager
-def stop_when_terminated(run: RunFolder) -> Iterator[None]:
+def stop_when_terminated(run: RunDir) -> Iterator[None]:
     """SIGTERM asks the workers to save and end, instead of ending this process.
 
     RunInterrupted: Ctrl-C. Ray Train answers it by ending the workers and leaving this process without a word.
@@ -268,7 +268,7 @@ def stop_when_terminated(run: RunFolder) -> Iterator[None]:
 
 
 @contextmanager
-def way_on_told(run: RunFolder) -> Iterator[None]:
+def with_resume_hint(run: RunDir) -> Iterator[None]:
     """TrainingError with the way on, where processes died too often or the controller itself did. StoreError with it,
     where a disk or an object store failed one of them.
 
@@ -280,7 +280,7 @@ def way_on_told(run: RunFolder) -> Iterator[None]:
     except StoreError as error:
         raise StoreError(f"{str(error).rstrip('.')}. {go_on}") from error
     except (RayActorError, WorkerGroupError) as error:
-        causes = [cause_of(failure) for failure in getattr(error, "worker_failures", {0: error}).values()]
+        causes = [unwrap_failure(failure) for failure in getattr(error, "worker_failures", {0: error}).values()]
         if deaths := [cause for cause in causes if isinstance(cause, RayActorError)]:
             raise TrainingError(
                 f"The training's processes died ({str(deaths[0]).splitlines()[0]}). {go_on}"
@@ -290,14 +290,14 @@ def way_on_told(run: RunFolder) -> Iterator[None]:
         raise  # the doing of code, which its traceback tells
 
 
-def cause_of(failure: Exception) -> Exception:
+def unwrap_failure(failure: Exception) -> Exception:
     """Without what Ray Train wraps around it: what code raised, or that a worker does not answer."""
     found: Any = getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", failure)
     return found
 
 
-def fit(
-    cfg: TrainConfig, run: RunFolder, store: PairStore, split: Split, plan: Plan, name: str, told: dict[str, Any]
+def run_training(
+    cfg: TrainConfig, run: RunDir, store: PairStore, split: Split, plan: ResourcePlan, name: str, told: dict[str, Any]
 ) -> None:
     """Ray Data reads once, Ray Train trains. TrainingError when a loss is not finite."""
     read_cpus = 0.0 if cfg.elastic else 1.0
@@ -306,24 +306,26 @@ def fit(
     datasets = {"train": train_pairs.materialize() if plan.held else train_pairs}
     if len(split.val):
         datasets["val"] = pairs_dataset(store, split.val, read_cpus=read_cpus).materialize()
-    run.bring(START)
+    run.download(START)
     make_start(cfg.at(run.path), store, split, PairsThroughRay(store, split, datasets))
-    run.publish(START)
+    run.upload(START)
     if not plan.held and (dropped := len(split.train) % cfg.min_workers):
         print(f"streaming to {cfg.num_workers} workers leaves out {dropped} pairs of each epoch", file=sys.stderr)
     data_config = DataConfig(datasets_to_split=[] if plan.held else ["train"])
     while True:
-        begun_at = steps_told(run.path)
+        begun_at = last_logged_step(run.path)
         try:
-            group(cfg, run, plan.cpus_per_worker, name, told, datasets=datasets, dataset_config=data_config)
+            run_worker_group(
+                cfg, run, plan.cpus_per_worker, name, told, datasets=datasets, dataset_config=data_config
+            )
             break
         except TrainingFailedError:
-            run.pull()
-            if not (cfg.elastic and cfg.max_failures and steps_told(run.path) > begun_at):
+            run.refresh()
+            if not (cfg.elastic and cfg.max_failures and last_logged_step(run.path) > begun_at):
                 raise
             name = f"{name}-again"
-    run.pull()
-    failures = [line["error"] for line in since_start(run.path) if line["kind"] == "failure"]
+    run.refresh()
+    failures = [line["error"] for line in entries_since_start(run.path) if line["kind"] == "failure"]
     if failures:
         kept = run.best()
         raise TrainingError(
@@ -332,13 +334,13 @@ def fit(
         )
 
 
-def steps_told(run: Path) -> int:
+def last_logged_step(run: Path) -> int:
     """Steps that a run has come to."""
     return max((line["global_step"] for line in entries(run) if line["kind"] == "step"), default=0)
 
 
-def group(
-    cfg: TrainConfig, run: RunFolder, cpus_per_worker: float, name: str, told: dict[str, Any], **data: Any
+def run_worker_group(
+    cfg: TrainConfig, run: RunDir, cpus_per_worker: float, name: str, told: dict[str, Any], **data: Any
 ) -> None:
     """A group of workers, from its start to its end. `told` goes to `train_loop_per_worker`, beside the settings.
 
@@ -347,7 +349,7 @@ def group(
     TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"run": str(run), "train": flat(cfg), **told},
-        torch_config=NodeAddress(),
+        torch_config=NodeAddressTorchConfig(),
         scaling_config=ScalingConfig(
             # Typed as the classes of before Train V2, here and below.
             num_workers=(cfg.min_workers, cfg.max_workers) if cfg.elastic else cfg.max_workers,  # type: ignore[arg-type]
@@ -358,7 +360,7 @@ def group(
         run_config=RunConfig(
             name=name,
             storage_path=str(run.path / "ray"),
-            callbacks=[Resizing(RunFolder(run.path))] if cfg.elastic else [],  # type: ignore[list-item]
+            callbacks=[ElasticResizeCallback(RunDir(run.path))] if cfg.elastic else [],  # type: ignore[list-item]
             failure_config=FailureConfig(
                 max_failures=cfg.max_failures,
                 controller_failure_limit=3,  # type: ignore[call-arg]
@@ -369,7 +371,7 @@ def group(
 
 
 def summary(
-    cfg: TrainConfig, run: RunFolder, split: Split, plan: Plan, tracked: dict[str, Any], seconds: float
+    cfg: TrainConfig, run: RunDir, split: Split, plan: ResourcePlan, tracked: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """The --json object, from what the run left on disk."""
     best = run.best()
@@ -445,7 +447,7 @@ def render_train(result: dict[str, Any], console: Console) -> None:
     at = f"at {result['tracking_uri']}; artifacts: {result['artifacts'] or 'not there yet'}"
     tracked = f"{result['mlflow_run_id']} {at}" if result["mlflow_run_id"] else "none: the tracking server was away"
     console.print(f"MLflow run: {tracked}", highlight=False, soft_wrap=True)
-    told = "These are validation numbers, without controls" if val else "Nothing validated"
+    told = "These are validation numbers, without baselines" if val else "Nothing validated"
     console.print(
         f"{told}. The answer is given by\n  ray-app evaluate --store STORE --checkpoint {result['run']} --out REPORT",
         highlight=False,

@@ -19,9 +19,9 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ResizingState
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
-from ray_app.cluster.reachability import answers
+from ray_app.cluster.reachability import node_is_alive
 from ray_app.runs.event_log import POLL_S, entries
-from ray_app.runs.run_dir import RunFolder
+from ray_app.runs.run_dir import RunDir
 
 PATIENCE_S = 120.0
 """For a step and a save; after it the group is replaced as it is, and goes on from the save before."""
@@ -33,10 +33,10 @@ COUNT_S = 10.0
 """For counting the cluster."""
 
 
-class Resizing(ControllerCallback):
+class ElasticResizeCallback(ControllerCallback):
     """Of one run; lives in the controller's process."""
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: RunDir) -> None:
         self._run = run
 
     def after_controller_state_update(self, _: Any, current: Any) -> None:
@@ -56,7 +56,7 @@ class Resizing(ControllerCallback):
         Without an answer it takes Ray's old count.
         """
         deadline = time.monotonic() + LOST_S
-        while not all(answers(node) for node in ray.nodes() if node["Alive"]) and time.monotonic() < deadline:
+        while not all(node_is_alive(node) for node in ray.nodes() if node["Alive"]) and time.monotonic() < deadline:
             time.sleep(POLL_S)
         with suppress(RayError):
             counted = get_or_create_autoscaling_coordinator().get_reserved_resources.remote("", recompute=True)

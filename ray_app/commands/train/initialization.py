@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from ray.data import Dataset
 
 from ray_app.config.train import TrainConfig
-from ray_app.core.adapters.base import Needs, Start
+from ray_app.core.adapters.base import InitRequirement, InitStats
 from ray_app.core.adapters.compressed_space import compress
 from ray_app.core.adapters.initialization import Part, Sums, find_start, solve_ridge
 from ray_app.core.adapters.registry import STRATEGIES
 from ray_app.core.optimizer_step import decode
-from ray_app.data.pair_tensors import Held
-from ray_app.data.pairs_dataset import hold, to_arrays
+from ray_app.data.pair_tensors import PairTensors
+from ray_app.data.pairs_dataset import load_pair_tensors, to_arrays
 from ray_app.errors import ConfigError
 from ray_app.store.checkpoint import load_training_state, save_training_state
 from ray_app.store.pair_store import PairStore
@@ -38,7 +38,7 @@ BATCH = 128
 CPU = torch.device("cpu")
 
 
-def needs(cfg: TrainConfig) -> Needs:
+def init_requirement(cfg: TrainConfig) -> InitRequirement:
     """How much of a start a run needs. ConfigError: a spectral start of a strategy that has no layers for it."""
     strategy = STRATEGIES[cfg.strategy]
     if cfg.init == "spectral" and strategy.NEEDS != "subspaces":
@@ -52,23 +52,23 @@ def needs(cfg: TrainConfig) -> Needs:
     return "means" if strategy.NEEDS == "nothing" and cfg.centred_weight else strategy.NEEDS
 
 
-def given(cfg: TrainConfig) -> Path | None:
+def external_init_dir(cfg: TrainConfig) -> Path | None:
     """The start of another run, if it is of use: not to a last run, whose validation part trains too."""
     return cfg.start if cfg.fit_on == "train" else None
 
 
-def folder_of(cfg: TrainConfig) -> Path:
+def init_dir(cfg: TrainConfig) -> Path:
     """Where a run's start lies."""
-    return given(cfg) or cfg.folder / START
+    return external_init_dir(cfg) or cfg.folder / START
 
 
-def load_start(cfg: TrainConfig, store: PairStore) -> Start:
+def load_start(cfg: TrainConfig, store: PairStore) -> InitStats:
     """Verified. CheckpointError: damaged. ConfigError: of other pairs, or of less than this run needs."""
-    folder = folder_of(cfg)
+    folder = init_dir(cfg)
     start, about = load_training_state(folder)
     if {key: about.get(key) for key in origin(cfg, store)} != origin(cfg, store):
         raise ConfigError(f"--start {folder} was computed from other training pairs than this run's; leave it out")
-    if needs(cfg) != "subspaces":
+    if init_requirement(cfg) != "subspaces":
         return start
     found = start["event_basis"].shape[1] if "event_basis" in start else 0
     if found < cfg.rank:
@@ -79,7 +79,7 @@ def load_start(cfg: TrainConfig, store: PairStore) -> Start:
         raise ConfigError(
             f"--start {folder} holds no compressed pairs; leave it out, or compute it with --space compressed"
         )
-    return cut(start, cfg.rank)
+    return truncate_rank(start, cfg.rank)
 
 
 def origin(cfg: TrainConfig, store: PairStore) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def origin(cfg: TrainConfig, store: PairStore) -> dict[str, Any]:
     return {"store": store.fingerprint, "durations": list(cfg.durations), **split}
 
 
-def cut(start: Start, rank: int) -> Start:
+def truncate_rank(start: InitStats, rank: int) -> InitStats:
     """The first directions of subspaces of this rank or a higher one, and what is recorded in them."""
     found = start["event_basis"].shape[1]
     if rank == found:
@@ -109,39 +109,39 @@ def cut(start: Start, rank: int) -> Start:
 class TrainingPairs(Protocol):
     """Where a start finds the pairs of a run."""
 
-    def passes(self, part: Part) -> Sums:
+    def reduce_over_batches(self, part: Part) -> Sums:
         """Once over the training part."""
 
-    def held(self, part: str) -> Held:
+    def held(self, part: str) -> PairTensors:
         """All pairs of `train` or `val` in memory."""
 
-    def recorded(self, part: str, start: Start) -> tuple[torch.Tensor, torch.Tensor]:
+    def compress_pairs(self, part: str, start: InitStats) -> tuple[torch.Tensor, torch.Tensor]:
         """`compress` of all pairs of `train` or `val`, in the order of the part."""
 
 
 def make_start(cfg: TrainConfig, store: PairStore, split: Split, pairs: TrainingPairs) -> None:
     """Computes what the run needs, unless it lies there already or is given."""
-    level, folder = needs(cfg), folder_of(cfg)
-    if level == "nothing" or given(cfg) or folder.exists():
+    level, folder = init_requirement(cfg), init_dir(cfg)
+    if level == "nothing" or external_init_dir(cfg) or folder.exists():
         return
     began = time.perf_counter()
     tokens = store.feature("target").token_width
-    start = find_start(pairs.passes, level, cfg.rank, len(split.train), cfg.seed, tokens)
+    start = find_start(pairs.reduce_over_batches, level, cfg.rank, len(split.train), cfg.seed, tokens)
     chosen: dict[str, Any] = {}
     if level == "pairs":
-        start, cosines = solved(cfg, store, split, pairs, start)
+        start, cosines = solve_ridge_init(cfg, store, split, pairs, start)
         chosen = {"mean_cosine_on_validation": {f"{relative:g}": cos for relative, cos in cosines.items()}}
     if cfg.space == "compressed":
         for part in ("train", "val") if len(split.val) else ("train",):
-            found = dict(zip(("coordinates", "records"), pairs.recorded(part, start), strict=True))
+            found = dict(zip(("coordinates", "records"), pairs.compress_pairs(part, start), strict=True))
             start = {**start, **{f"{part}_{name}": value for name, value in found.items()}}
     seconds = round(time.perf_counter() - began, 3)
     save_training_state(folder, start, {**origin(cfg, store), **chosen, "seconds": seconds})
 
 
-def solved(
-    cfg: TrainConfig, store: PairStore, split: Split, pairs: TrainingPairs, start: Start
-) -> tuple[Start, dict[float, float]]:
+def solve_ridge_init(
+    cfg: TrainConfig, store: PairStore, split: Split, pairs: TrainingPairs, start: InitStats
+) -> tuple[InitStats, dict[float, float]]:
     """The ridge solution of the training part, and the mean cosine on validation of each λ.
 
     Of a last run, whose training part holds validation too, λ is what the rest of it chose on those pairs.
@@ -170,10 +170,10 @@ def solved(
     return whole, cosines
 
 
-def held_compressed(cfg: TrainConfig, store: PairStore, part: str, wanted: NDArray[np.int64]) -> Held:
+def load_compressed_pairs(cfg: TrainConfig, store: PairStore, part: str, wanted: NDArray[np.int64]) -> PairTensors:
     """Some pairs of a part, in the few numbers that stand for them."""
     start = load_start(cfg, store)
-    return Held(wanted, start[f"{part}_coordinates"][wanted], start[f"{part}_records"][wanted])
+    return PairTensors(wanted, start[f"{part}_coordinates"][wanted], start[f"{part}_records"][wanted])
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,24 +182,24 @@ class PairsInMemory:
 
     store: PairStore
     """How they are decoded."""
-    train: Held
+    train: PairTensors
     """All training pairs."""
-    val: Held
+    val: PairTensors
     """All validation pairs."""
 
-    def passes(self, part: Part) -> Sums:
+    def reduce_over_batches(self, part: Part) -> Sums:
         return functools.reduce(_added, (part(*batch) for batch in self._batches(self.train)))
 
-    def held(self, part: str) -> Held:
+    def held(self, part: str) -> PairTensors:
         return {"train": self.train, "val": self.val}[part]
 
-    def recorded(self, part: str, start: Start) -> tuple[torch.Tensor, torch.Tensor]:
+    def compress_pairs(self, part: str, start: InitStats) -> tuple[torch.Tensor, torch.Tensor]:
         found = [compress(*batch, start) for batch in self._batches(self.held(part))]
         return torch.cat([coordinates for coordinates, _ in found]), torch.cat([records for _, records in found])
 
-    def _batches(self, held: Held) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self, held: PairTensors) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for event_BE, target_BD in zip(held.event_BE.split(BATCH), held.target_BD.split(BATCH), strict=True):
-            yield decoded(self.store, event_BE, target_BD)
+            yield decode_pair(self.store, event_BE, target_BD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,17 +213,17 @@ class PairsThroughRay:
     datasets: Mapping[str, Dataset]
     """`train` and, where it is not empty, `val`."""
 
-    def passes(self, part: Part) -> Sums:
+    def reduce_over_batches(self, part: Part) -> Sums:
         task = functools.partial(sums_of, self.store, ray.put(part))
         rows = self._batches("train", task).iter_rows()
         sums = ({name: torch.as_tensor(np.array(value)) for name, value in row.items()} for row in rows)
         return functools.reduce(_added, sums)
 
-    def held(self, part: str) -> Held:
+    def held(self, part: str) -> PairTensors:
         rows = getattr(self.split, part)
-        return hold(self.datasets[part], self.store, rows, np.arange(len(rows)))
+        return load_pair_tensors(self.datasets[part], self.store, rows, np.arange(len(rows)))
 
-    def recorded(self, part: str, start: Start) -> tuple[torch.Tensor, torch.Tensor]:
+    def compress_pairs(self, part: str, start: InitStats) -> tuple[torch.Tensor, torch.Tensor]:
         done = self._batches(part, functools.partial(records_of, self.store, ray.put(start)))
         found = list(done.iter_batches(batch_size=None, batch_format="numpy"))
         order = np.argsort(np.concatenate([batch["position"] for batch in found]))
@@ -243,18 +243,20 @@ class PairsThroughRay:
 def sums_of(store: PairStore, part: ray.ObjectRef, batch: pa.Table) -> dict[str, NDArray[Any]]:
     """One row with what a part says of a batch."""
     _, *sides = to_arrays(batch, store)
-    sums: Sums = ray.get(part)(*decoded(store, *map(torch.tensor, sides)))
+    sums: Sums = ray.get(part)(*decode_pair(store, *map(torch.tensor, sides)))
     return {name: value.numpy()[None] for name, value in sums.items()}
 
 
 def records_of(store: PairStore, start: ray.ObjectRef, batch: pa.Table) -> dict[str, NDArray[Any]]:
     """A row for each pair of a batch: its position, coordinates and record."""
     position_B, *sides = to_arrays(batch, store)
-    coordinates_BR, records = compress(*decoded(store, *map(torch.tensor, sides)), ray.get(start))
+    coordinates_BR, records = compress(*decode_pair(store, *map(torch.tensor, sides)), ray.get(start))
     return {"position": position_B, "coordinates": coordinates_BR.numpy(), "records": records.numpy()}
 
 
-def decoded(store: PairStore, event_BE: torch.Tensor, target_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_pair(
+    store: PairStore, event_BE: torch.Tensor, target_BD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Stored features as float32."""
     event, target = store.feature("event"), store.feature("target")
     return decode(event_BE, event.scale, CPU), decode(target_BD, target.scale, CPU)

@@ -18,58 +18,58 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ray_app.commands.train.state import Keeper, TrainState, agreed_place, resume_or_init
+from ray_app.commands.train.state import Checkpointer, TrainState, broadcast_resume_point, resume_or_init
 from ray_app.config.train import TrainConfig
-from ray_app.core.adapters.base import Start
+from ray_app.core.adapters.base import InitStats
 from ray_app.core.adapters.seeded_noise import BatchNoise
-from ray_app.core.evaluation import Controls
+from ray_app.core.evaluation import Baselines
 from ray_app.core.losses import AlignmentObjective
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.core.optimizer_step import decode, training_step
-from ray_app.data.batch_order import Batch, Lanes
-from ray_app.data.pair_tensors import Held
+from ray_app.data.batch_order import BatchSlice, ShardedBatchOrder
+from ray_app.data.pair_tensors import PairTensors
 from ray_app.errors import TrainingError
-from ray_app.runs.event_log import Journal, since_start
-from ray_app.runs.run_dir import RunFolder
+from ray_app.runs.event_log import EventLog, entries_since_start
+from ray_app.runs.run_dir import RunDir
 from ray_app.store.pair_store import PairStore
 
 LONGEST_BACK_OFF_S = 30.0
 """Before another attempt."""
 
-Batches = Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]
+Batches = Iterator[tuple[BatchSlice, torch.Tensor, torch.Tensor]]
 Report = Callable[[TrainState, dict[str, Any]], None]
 """Hears of each epoch: the state after it, and what validation gave (nothing where nothing validates)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pairs:
+class WorkerData:
     """What a worker trains on, and judges by."""
 
     rest_of_epoch: Callable[[TrainState], Batches]
     """The batches of an epoch that are still to come."""
     resumable: bool
     """An epoch's order can be picked up in the middle."""
-    validation: Held | None
+    validation: PairTensors | None
     """This worker's validation pairs; None where all pairs train."""
-    beside: "Beside | None" = None
+    beside: "BaselineContext | None" = None
     """Where lift is wanted at every epoch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class BaselineContext:
     """What the adapter is compared with at every epoch."""
 
-    controls: Controls
+    baselines: Baselines
     """Of all validation pairs."""
-    everyone: Held
+    broadcast: PairTensors
     """All validation pairs: `shuffled` takes the target of another one, which may be another worker's."""
 
 
 def train_epochs(
-    worker: "Worker",
-    run: RunFolder,
-    pairs: Pairs,
-    journal: Journal | None,
+    worker: "WorkerContext",
+    run: RunDir,
+    pairs: WorkerData,
+    journal: EventLog | None,
     provenance: dict[str, Any],
     report: Report,
 ) -> None:
@@ -79,14 +79,14 @@ def train_epochs(
     every worker, and again after a restart.
     """
     cfg = worker.cfg
-    place = agreed_place(run, worker.rank, worker.world, worker.device)
+    place = broadcast_resume_point(run, worker.rank, worker.world, worker.device)
     state = resume_or_init(cfg, worker.store, place, worker.device, worker.start)
-    keeper = Keeper(run, worker.store, journal, provenance) if journal else None
+    keeper = Checkpointer(run, worker.store, journal, provenance) if journal else None
     model = parallel(state.objective, cfg, worker)
     if keeper:
         keeper.begin(state, worker.world)
 
-    while not ended(state, cfg):
+    while not is_finished(state, cfg):
         try:
             batches = pairs.rest_of_epoch(state)
             between = pairs.validation if cfg.validate_every else None
@@ -106,21 +106,21 @@ def train_epochs(
         report(state, val)
 
 
-def ended(state: TrainState, cfg: TrainConfig) -> bool:
+def is_finished(state: TrainState, cfg: TrainConfig) -> bool:
     """All epochs are done, or the last few were no better than an earlier one."""
     return state.epoch >= cfg.num_epochs or state.waited >= cfg.early_stop_patience
 
 
-def back_off(run: RunFolder) -> None:
+def sleep_before_retry(run: RunDir) -> None:
     """Waits before another attempt of the same driver, twice as long after each that came no step further."""
-    kinds = [line["kind"] for line in since_start(run.path)]
+    kinds = [line["kind"] for line in entries_since_start(run.path)]
     in_vain = kinds[::-1].index("step") if "step" in kinds else len(kinds)
     if attempts := kinds[len(kinds) - in_vain :].count("attempt"):
         time.sleep(min(2.0 ** (attempts - 1), LONGEST_BACK_OFF_S))
 
 
 @dataclass(frozen=True, slots=True)
-class Worker:
+class WorkerContext:
     """Who this is and what it works on."""
 
     cfg: TrainConfig
@@ -133,17 +133,17 @@ class Worker:
     """Number of workers."""
     device: torch.device
     """Where it computes."""
-    start: Start | None = None
+    start: InitStats | None = None
     """What it begins with, where that is in memory; else it is read from RUN/start."""
 
-    def decoded(self, event_BE: torch.Tensor, target_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode_pair(self, event_BE: torch.Tensor, target_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stored features as float32 on the device; coordinates are so already."""
         if self.cfg.space == "compressed":
             return event_BE.to(self.device), target_BD.to(self.device)
         event, target = self.store.feature("event"), self.store.feature("target")
         return decode(event_BE, event.scale, self.device), decode(target_BD, target.scale, self.device)
 
-    def summed(self, numbers: list[float]) -> list[float]:
+    def all_reduce_sum(self, numbers: list[float]) -> list[float]:
         """These numbers added over all workers."""
         if self.world == 1:
             return numbers
@@ -152,7 +152,7 @@ class Worker:
         return total.tolist()
 
 
-def parallel(objective: AlignmentObjective, cfg: TrainConfig, worker: Worker) -> torch.nn.Module:
+def parallel(objective: AlignmentObjective, cfg: TrainConfig, worker: WorkerContext) -> torch.nn.Module:
     """The objective, its gradients averaged over workers where there are several."""
     objective.train()
     if worker.world == 1 or not any(parameter.requires_grad for parameter in objective.parameters()):
@@ -173,7 +173,7 @@ def bf16_all_reduce(_: None, bucket: dist.GradBucket) -> torch.futures.Future[to
     return dist.all_reduce(narrow, async_op=True).get_future().then(lambda done: gradient.copy_(done.value()[0]))
 
 
-def held_batches(held: Held, lanes: Lanes, state: TrainState, worker: Worker) -> Batches:
+def held_batches(held: PairTensors, lanes: ShardedBatchOrder, state: TrainState, worker: WorkerContext) -> Batches:
     """The rest of an epoch's batches, out of memory."""
     for batch in islice(lanes.epoch(state.epoch, worker.rank, worker.world), state.sums.batches, None):
         yield batch, *held.take(batch.positions)
@@ -183,11 +183,11 @@ def train_epoch(
     model: torch.nn.Module,
     state: TrainState,
     batches: Batches,
-    worker: Worker,
-    keeper: Keeper | None,
+    worker: WorkerContext,
+    keeper: Checkpointer | None,
     *,
     resumable: bool,
-    between: Held | None = None,
+    between: PairTensors | None = None,
 ) -> bool:
     """The rest of an epoch, into `state.sums`; saved in between where its order can be picked up there again.
 
@@ -206,7 +206,7 @@ def train_epoch(
         done = training_step(
             model,
             state.optimizer,
-            *worker.decoded(event_BE, target_BD),
+            *worker.decode_pair(event_BE, target_BD),
             BatchNoise(cfg.seed, state.step, batch.first_row, len(batch.positions), batch.global_rows),
             global_pairs=batch.global_rows,
             world_size=worker.world,
@@ -215,8 +215,8 @@ def train_epoch(
             where=f"epoch {state.epoch + 1}, step {state.step + 1}",
         )
         state.step += 1
-        asked = float(keeper is not None and keeper.run.asked_to_save_and_end())
-        n, loss, cos, stop = worker.summed([done.pairs, done.loss_sum, done.cos_sum, asked])
+        asked = float(keeper is not None and keeper.run.stop_requested())
+        n, loss, cos, stop = worker.all_reduce_sum([done.pairs, done.loss_sum, done.cos_sum, asked])
         sums.batches += 1
         sums.pairs, sums.loss, sums.cos_sim = sums.pairs + n, sums.loss + loss, sums.cos_sim + cos
         sums.seconds = before_s + time.perf_counter() - began
@@ -232,7 +232,9 @@ def train_epoch(
     return True
 
 
-def validate_between(state: TrainState, mine: Held, worker: Worker, keeper: Keeper | None) -> float:
+def validate_between(
+    state: TrainState, mine: PairTensors, worker: WorkerContext, keeper: Checkpointer | None
+) -> float:
     """Validates before a step and tells of it; the seconds that this took."""
     began = time.perf_counter()
     val = validate(state.objective, mine, worker, f"epoch {state.epoch + 1}, step {state.step}")
@@ -245,35 +247,39 @@ def validate_between(state: TrainState, mine: Held, worker: Worker, keeper: Keep
 
 @torch.no_grad()
 def validate(
-    objective: AlignmentObjective, mine: Held, worker: Worker, where: str, beside: Beside | None = None
+    objective: AlignmentObjective,
+    mine: PairTensors,
+    worker: WorkerContext,
+    where: str,
+    beside: BaselineContext | None = None,
 ) -> dict[str, Any]:
     """Loss and alignment metrics over the whole validation part; every pair counts once on some worker.
 
-    With `beside` also `controls`, the cosine_accept_rate at θ of each, and `lift` over the best of them.
+    With `beside` also `baselines`, the cosine_accept_rate at θ of each, and `lift` over the best of them.
     TrainingError, on every worker alike, if the loss is not finite; `where` names the place in that message.
     """
     objective.eval()
     cos, shuffled, loss_sum = [], [], 0.0
     for positions in np.array_split(mine.positions, -(-len(mine.positions) // worker.cfg.batch_size) or 1):
-        event_BE, target_BD = worker.decoded(*mine.take(positions))
+        event_BE, target_BD = worker.decode_pair(*mine.take(positions))
         aligned_BD = objective.align(event_BE)
         losses = objective.losses(aligned_BD, target_BD)
         cos.append(losses["cos_sim"])
         loss_sum += float(losses["loss"].sum())
         if beside:
-            _, other_BD = worker.decoded(*beside.everyone.take(beside.controls.others[positions]))
+            _, other_BD = worker.decode_pair(*beside.broadcast.take(beside.baselines.others[positions]))
             shuffled.append(objective.cosine(aligned_BD, other_BD))
-    (loss_sum,) = worker.summed([loss_sum])
+    (loss_sum,) = worker.all_reduce_sum([loss_sum])
     if not math.isfinite(loss_sum):
         raise TrainingError(
             f"The validation loss is not finite ({loss_sum}) at {where}; try a smaller --learning-rate."
         )
-    counts = counted(worker, cos)
-    lift = beside.controls.lift(counts, counted(worker, shuffled)) if beside else {}
+    counts = reduce_counts(worker, cos)
+    lift = beside.baselines.lift(counts, reduce_counts(worker, shuffled)) if beside else {}
     return {"loss": loss_sum / counts.pairs, **counts.means(), **lift}
 
 
-def counted(worker: Worker, cosines: list[torch.Tensor]) -> AlignmentCounts:
+def reduce_counts(worker: WorkerContext, cosines: list[torch.Tensor]) -> AlignmentCounts:
     """Counts over all workers."""
     counts = AlignmentCounts.of(torch.cat(cosines))
     if worker.world > 1:

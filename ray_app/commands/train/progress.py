@@ -8,7 +8,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ray_app.runs.event_log import follow
+from ray_app.runs.event_log import tail
 
 
 class TrainingProgress:
@@ -43,7 +43,7 @@ class TrainingProgress:
         self._bar.stop()
 
     def _show(self) -> None:
-        for lines in follow(self._run, self._stop):
+        for lines in tail(self._run, self._stop):
             for line in lines:
                 if line["kind"] == "step":
                     self._tell_workers(line)

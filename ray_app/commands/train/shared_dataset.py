@@ -17,16 +17,16 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from ray_app.commands.train.initialization import cut, given, needs
-from ray_app.commands.train.loop import Batches, Beside, Pairs, Worker, held_batches
+from ray_app.commands.train.initialization import external_init_dir, init_requirement, truncate_rank
+from ray_app.commands.train.loop import BaselineContext, Batches, WorkerContext, WorkerData, held_batches
 from ray_app.commands.train.state import TrainState
 from ray_app.config.train import TrainConfig
-from ray_app.core.adapters.base import Start
-from ray_app.core.evaluation import Controls, TrainingMeans, derangement, fixed_controls
+from ray_app.core.adapters.base import InitStats
+from ray_app.core.evaluation import Baselines, TrainingMeans, derangement, fixed_baselines
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.core.optimizer_step import decode
-from ray_app.data.batch_order import Lanes
-from ray_app.data.pair_tensors import Held
+from ray_app.data.batch_order import ShardedBatchOrder
+from ray_app.data.pair_tensors import PairTensors
 from ray_app.errors import ConfigError, ResourceError, StoreError
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import Split
@@ -34,7 +34,7 @@ from ray_app.store.split import Split
 SHARE = 0.8
 """Of a node's shared memory that the pairs may take."""
 CHUNK = 128
-"""Pairs decoded at a time for the controls."""
+"""Pairs decoded at a time for the baselines."""
 
 Side = Any
 """Reference to an array (N, width) in shared memory."""
@@ -43,7 +43,7 @@ Kind = tuple[str, str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class SharedStart:
+class SharedInit:
     """Means and subspaces of one kind, of the largest rank that is searched and can be had."""
 
     arrays: Any
@@ -53,7 +53,7 @@ class SharedStart:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class SharedDataset:
     """The pairs of one choice of durations."""
 
     store: PairStore
@@ -64,9 +64,9 @@ class Placed:
     """Event and target features; None where they do not fit, and trials stream them."""
     val: tuple[Side, Side]
     """The same of the validation part."""
-    controls: Controls
+    baselines: Baselines
     """Of the validation part, taken once."""
-    starts: dict[Kind, SharedStart] = field(default_factory=dict)
+    starts: dict[Kind, SharedInit] = field(default_factory=dict)
     """What trials begin with."""
 
     @property
@@ -77,14 +77,14 @@ class Placed:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Sizes of the parts and the controls' cosine_accept_rate at θ, as JSON values."""
+        """Sizes of the parts and the baselines' cosine_accept_rate at θ, as JSON values."""
         return {
             "train": len(self.split.train),
             "val": len(self.split.val),
             "test": len(self.split.test),
             "val_sequences": len(np.unique(self.store.index.sequence[self.split.val])),
             "split": self.split.label,
-            "controls": {name: counts.accept_rate() for name, counts in self.controls.fixed.items()},
+            "baselines": {name: counts.accept_rate() for name, counts in self.baselines.fixed.items()},
         }
 
 
@@ -93,7 +93,7 @@ def part_bytes(store: PairStore, rows: NDArray[np.int64]) -> int:
     return len(rows) * (store.feature("event").num_bytes + store.feature("target").num_bytes)
 
 
-def place(store: PairStore, split: Split, free_bytes: float) -> Placed:
+def share_dataset(store: PairStore, split: Split, free_bytes: float) -> SharedDataset:
     """Reads a store's training and validation part and shares it; says so where the training part must be streamed.
 
     StoreError: a part is empty. ResourceError: not even the validation part fits.
@@ -126,14 +126,14 @@ def place(store: PairStore, split: Split, free_bytes: float) -> Placed:
         train, means = None, training_means(store, split.train)
     event_NE, target_ND = store.read_rows(split.val)
     mean_target_D = means.mean_target(store.feature("target").scale)
-    controls = controls_of(store, split, event_NE, target_ND, mean_target_D)
-    return Placed(store, split, train, (ray.put(event_NE), ray.put(target_ND)), controls)
+    baselines = baselines_of(store, split, event_NE, target_ND, mean_target_D)
+    return SharedDataset(store, split, train, (ray.put(event_NE), ray.put(target_ND)), baselines)
 
 
-def controls_of(
+def baselines_of(
     store: PairStore, split: Split, event_NE: NDArray[Any], target_ND: NDArray[Any], mean_target_D: torch.Tensor
-) -> Controls:
-    """The controls of the validation part."""
+) -> Baselines:
+    """The baselines of the validation part."""
     width = store.feature("target").token_width
     scales, cpu = [store.feature(side).scale for side in ("event", "target")], torch.device("cpu")
     fixed: dict[str, AlignmentCounts] = {}
@@ -142,75 +142,75 @@ def controls_of(
             decode(torch.from_numpy(side[rows]), scale, cpu)
             for side, scale in zip((event_NE, target_ND), scales, strict=True)
         )
-        for name, cos_B in fixed_controls(event_BE, target_BD, mean_target_D[None], width).items():
+        for name, cos_B in fixed_baselines(event_BE, target_BD, mean_target_D[None], width).items():
             fixed[name] = fixed.get(name, AlignmentCounts()) + AlignmentCounts.of(cos_B)
-    return Controls(fixed, derangement(store.index.sequence[split.val].tolist(), seed=0))
+    return Baselines(fixed, derangement(store.index.sequence[split.val].tolist(), seed=0))
 
 
-def pairs_of(placed: Placed, worker: Worker) -> Pairs:
+def pairs_of(placed: SharedDataset, worker: WorkerContext) -> WorkerData:
     """A worker's pairs as views of shared memory; its training pairs streamed where they are not there."""
     cfg, store, split = worker.cfg, placed.store, placed.split
-    train: Held | None
+    train: PairTensors | None
     if cfg.space == "compressed":
         train, everyone = (compressed(worker.start or {}, part) for part in ("train", "val"))
     else:
         train, everyone = shared(placed.train) if placed.train else None, shared(placed.val)
     mine = np.arange(worker.rank, len(split.val), worker.world)
-    validation = everyone if worker.world == 1 else Held(mine, *everyone.take(mine))
+    validation = everyone if worker.world == 1 else PairTensors(mine, *everyone.take(mine))
     rest_of_epoch: Callable[[TrainState], Batches]
     if train:
-        lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
+        lanes = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
 
         def rest_of_epoch(state: TrainState) -> Batches:
             return held_batches(train, lanes, state, worker)
     else:
-        from ray_app.data.pairs_dataset import pairs_dataset, stream
+        from ray_app.data.pairs_dataset import iter_batches, pairs_dataset
 
         # Trials may have all CPUs, and reading is light: it claims none, or it would wait for their end.
         blocks = pairs_dataset(store, split.train, read_cpus=0.0).iterator()
 
         def rest_of_epoch(state: TrainState) -> Batches:
-            return stream(blocks, store, cfg.seed, state.epoch, worker.rank, worker.world, cfg.batch_size)
+            return iter_batches(blocks, store, cfg.seed, state.epoch, worker.rank, worker.world, cfg.batch_size)
 
-    return Pairs(rest_of_epoch, train is not None, validation, Beside(placed.controls, everyone))
+    return WorkerData(rest_of_epoch, train is not None, validation, BaselineContext(placed.baselines, everyone))
 
 
-def kind_of(cfg: TrainConfig) -> Kind:
+def init_key(cfg: TrainConfig) -> Kind:
     """What settings have in common that begin with one start, whatever their rank."""
-    return str(given(cfg) or ""), needs(cfg), cfg.space
+    return str(external_init_dir(cfg) or ""), init_requirement(cfg), cfg.space
 
 
-def start_of(placed: Placed, cfg: TrainConfig) -> Start | None:
+def start_of(placed: SharedDataset, cfg: TrainConfig) -> InitStats | None:
     """What a trial begins with, as views of shared memory; None where it needs nothing.
 
     ConfigError: the pairs do not give that much.
     """
-    if needs(cfg) == "nothing":
+    if init_requirement(cfg) == "nothing":
         return None
-    found = placed.starts[kind_of(cfg)]
+    found = placed.starts[init_key(cfg)]
     arrays = ray.get(found.arrays) if found.arrays else {}
-    start = {name: viewed(array) for name, array in arrays.items()}
-    if not start or (needs(cfg) == "subspaces" and start["event_basis"].shape[1] < cfg.rank):
+    start = {name: as_readonly_tensor(array) for name, array in arrays.items()}
+    if not start or (init_requirement(cfg) == "subspaces" and start["event_basis"].shape[1] < cfg.rank):
         raise ConfigError(found.problem)
-    if needs(cfg) == "pairs" and placed.train:
+    if init_requirement(cfg) == "pairs" and placed.train:
         held = shared(placed.train)
         start |= {"event_pairs": held.event_BE, "target_pairs": held.target_BD}
-    return cut(start, cfg.rank) if needs(cfg) == "subspaces" else start
+    return truncate_rank(start, cfg.rank) if init_requirement(cfg) == "subspaces" else start
 
 
-def compressed(start: Start, part: str) -> Held:
+def compressed(start: InitStats, part: str) -> PairTensors:
     """All pairs of a part, in the few numbers that stand for them."""
     coordinates, records = start[f"{part}_coordinates"], start[f"{part}_records"]
-    return Held(np.arange(len(records)), coordinates, records)
+    return PairTensors(np.arange(len(records)), coordinates, records)
 
 
-def shared(sides: tuple[Side, Side]) -> Held:
+def shared(sides: tuple[Side, Side]) -> PairTensors:
     """All pairs of a part, without a copy."""
     event_NE, target_ND = ray.get(list(sides))
-    return Held(np.arange(len(event_NE)), viewed(event_NE), viewed(target_ND))
+    return PairTensors(np.arange(len(event_NE)), as_readonly_tensor(event_NE), as_readonly_tensor(target_ND))
 
 
-def viewed(array: NDArray[Any]) -> torch.Tensor:
+def as_readonly_tensor(array: NDArray[Any]) -> torch.Tensor:
     """Shared memory as a tensor that nothing here writes to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")

@@ -11,24 +11,24 @@ import torch.distributed as dist
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ray_app.commands.train.initialization import load_start, needs
+from ray_app.commands.train.initialization import init_requirement, load_start
 from ray_app.config.train import TrainConfig
-from ray_app.core.adapters.base import Start
+from ray_app.core.adapters.base import InitStats
 from ray_app.core.adapters.registry import STRATEGIES, Adapter, AdapterConfig, build_adapter, num_parameters
 from ray_app.core.adapters.token import TokenAdapter
 from ray_app.core.augmentation import Augmentation
 from ray_app.core.losses import AlignmentObjective, CompressedObjective, LossWeights
 from ray_app.core.optimizer_step import CosineByEpoch, StepResult, make_optimizer
 from ray_app.errors import ConfigError
-from ray_app.runs.event_log import Journal
-from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunFolder, place
+from ray_app.runs.event_log import EventLog
+from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir, checkpoint_name
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import Split, split_pairs
 
 
 @dataclass(slots=True)
-class EpochSums:
+class EpochTotals:
     """One epoch so far, over all workers; part of the state, since a run may go on in the middle of an epoch."""
 
     batches: int = 0
@@ -75,15 +75,15 @@ class TrainState:
     """Finished epochs when it was reached."""
     waited: int = 0
     """Epochs since then."""
-    sums: EpochSums = field(default_factory=EpochSums)
+    sums: EpochTotals = field(default_factory=EpochTotals)
     """The epoch that goes on."""
     counters: tuple[str, ...] = field(default=("epoch", "step", "best_loss", "best_epoch", "waited"), repr=False)
     """Fields that are saved as they are."""
 
     @property
-    def place(self) -> str:
+    def checkpoint_name(self) -> str:
         """Where this is in the run."""
-        return place(self.epoch, self.step if self.sums.batches else None)
+        return checkpoint_name(self.epoch, self.step if self.sums.batches else None)
 
     @property
     def learning_rate(self) -> float:
@@ -96,7 +96,7 @@ class TrainState:
         the best there is.
         """
         self.epoch += 1
-        self.sums = EpochSums()
+        self.sums = EpochTotals()
         self.waited += 1
         if loss < self.best_loss or not validated:
             self.best_loss, self.best_epoch, self.waited = loss, self.epoch, 0
@@ -138,7 +138,7 @@ class TrainState:
             self.objective.log_temperature.data.copy_(tensors["log_temperature"])
         for name in self.counters:
             setattr(self, name, meta["counters"][name])
-        self.sums = EpochSums(**meta["sums"])
+        self.sums = EpochTotals(**meta["sums"])
 
 
 def training_split(cfg: TrainConfig, store: PairStore) -> Split:
@@ -180,7 +180,7 @@ def adapter_config(cfg: TrainConfig, store: PairStore) -> AdapterConfig:
     )
 
 
-def make_objective(cfg: TrainConfig, store: PairStore, adapter: Adapter, start: Start) -> AlignmentObjective:
+def make_objective(cfg: TrainConfig, store: PairStore, adapter: Adapter, start: InitStats) -> AlignmentObjective:
     """The adapter with the losses and the augmentation of a run."""
     weights = LossWeights(
         mse=cfg.mse_weight,
@@ -220,19 +220,19 @@ def beside_bytes(cfg: TrainConfig, store: PairStore) -> int:
 
 
 def resume_or_init(
-    cfg: TrainConfig, store: PairStore, name: str | None, device: torch.device, known: Start | None = None
+    cfg: TrainConfig, store: PairStore, name: str | None, device: torch.device, known: InitStats | None = None
 ) -> TrainState:
     """The state of a place in this run, or the run's beginning. CheckpointError names a file that does not hold.
 
     `known`: what it begins with, where that is in memory already.
     """
-    run = RunFolder(cfg.folder)
-    wanted = needs(cfg) != "nothing" and (name is None or cfg.centred_weight > 0)
+    run = RunDir(cfg.folder)
+    wanted = init_requirement(cfg) != "nothing" and (name is None or cfg.centred_weight > 0)
     start = (known or load_start(cfg, store)) if wanted else {}
     if name is None:
         adapter = build_adapter(adapter_config(cfg, store), cfg.seed)
         if start:
-            adapter.begin(start, spectral=cfg.init == "spectral")
+            adapter.initialize_from(start, spectral=cfg.init == "spectral")
     else:
         adapter = load_checkpoint(run.checkpoint(name)).adapter
     objective = make_objective(cfg, store, adapter, start).to(device)
@@ -250,9 +250,9 @@ def make_schedule(cfg: TrainConfig, optimizer: AdamW) -> ReduceLROnPlateau | Cos
     return ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.plateau_patience)
 
 
-def agreed_place(run: RunFolder, rank: int, world: int, device: torch.device) -> str | None:
+def broadcast_resume_point(run: RunDir, rank: int, world: int, device: torch.device) -> str | None:
     """The newest verified place of a run, found by the first worker and told to the others."""
-    name = run.newest_state() if rank == 0 else None
+    name = run.latest_resumable() if rank == 0 else None
     if world == 1:
         return name
     code = torch.tensor([int(part) for part in (name or "").split("_")[1::2]] + [-1, -1], device=device)[:2].clone()
@@ -260,20 +260,20 @@ def agreed_place(run: RunFolder, rank: int, world: int, device: torch.device) ->
     epoch, step = code.tolist()
     if epoch < 0:
         return None
-    name = place(epoch, None if step < 0 else step)
-    run.bring(f"{CHECKPOINTS}/{name}", f"{STATES}/{name}")
+    name = checkpoint_name(epoch, None if step < 0 else step)
+    run.download(f"{CHECKPOINTS}/{name}", f"{STATES}/{name}")
     return name
 
 
 @dataclass(frozen=True, slots=True)
-class Keeper:
+class Checkpointer:
     """Saves and tells, on the first worker; on the others there is none."""
 
-    run: RunFolder
+    run: RunDir
     """Where."""
     store: PairStore
     """What it is trained on."""
-    journal: Journal
+    journal: EventLog
     """What is told."""
     provenance: dict[str, Any]
     """Written into each checkpoint."""
@@ -283,9 +283,9 @@ class Keeper:
         if not state.step:
             return
         self.journal.write("resume", epoch=state.epoch, global_step=state.step, workers=workers, time=time.time())
-        self.run.settle(state.place, state.best_epoch)
+        self.run.prune_checkpoints(state.checkpoint_name, state.best_epoch)
         if state.best_epoch and not state.sums.batches:  # none: the place is another run's, which has told of it
-            metrics = json.loads((self.run.checkpoint(state.place) / "metrics.json").read_text())
+            metrics = json.loads((self.run.checkpoint(state.checkpoint_name) / "metrics.json").read_text())
             self._tell_epoch(state, metrics, 0.0)
 
     def step(self, state: TrainState, loss: float, cos_sim: float, done: StepResult, workers: int) -> None:
@@ -297,7 +297,7 @@ class Keeper:
     def within_epoch(self, state: TrainState) -> Path:
         """Saves in the middle of an epoch."""
         self._save(state, {"epoch": state.epoch, "step": state.step, "train": state.sums.means()})
-        return self.run.checkpoint(state.place)
+        return self.run.checkpoint(state.checkpoint_name)
 
     def end_of_epoch(self, state: TrainState, train: dict[str, Any], val: dict[str, Any]) -> None:
         """Saves after an epoch that `state` has taken note of, and tells of it."""
@@ -307,7 +307,7 @@ class Keeper:
     def _save(self, state: TrainState, metrics: dict[str, Any]) -> float:
         began = time.perf_counter()
         self.run.save(
-            state.place,
+            state.checkpoint_name,
             state.objective.adapter,
             features=self.store.manifest.features,
             metrics=metrics,

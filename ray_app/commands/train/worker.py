@@ -10,15 +10,22 @@ import torch
 from ray.train.torch import get_device
 
 from ray_app.commands.train import shared_dataset as sweep_data
-from ray_app.commands.train.initialization import START, held_compressed
-from ray_app.commands.train.loop import Batches, Pairs, Worker, back_off, held_batches, train_epochs
-from ray_app.commands.train.shared_dataset import Placed
+from ray_app.commands.train.initialization import START, load_compressed_pairs
+from ray_app.commands.train.loop import (
+    Batches,
+    WorkerContext,
+    WorkerData,
+    held_batches,
+    sleep_before_retry,
+    train_epochs,
+)
+from ray_app.commands.train.shared_dataset import SharedDataset
 from ray_app.commands.train.state import TrainState, training_split
 from ray_app.config.train import TrainConfig
-from ray_app.data.batch_order import Lanes
-from ray_app.data.pairs_dataset import hold, stream
-from ray_app.runs.event_log import require_newest
-from ray_app.runs.remote_run import run_at
+from ray_app.data.batch_order import ShardedBatchOrder
+from ray_app.data.pairs_dataset import iter_batches, load_pair_tensors
+from ray_app.runs.event_log import require_latest_driver
+from ray_app.runs.remote_run import open_run
 from ray_app.store.pair_store import PairStore
 
 
@@ -30,42 +37,42 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config["threads"])
     store = PairStore.open(cfg.store, cfg.durations)
-    with run_at(config["run"]) as run, run.journal() if rank == 0 else nullcontext() as journal:
+    with open_run(config["run"]) as run, run.journal() if rank == 0 else nullcontext() as journal:
         cfg = cfg.at(run.path)
-        placed: Placed | None = config["placed"]
+        placed: SharedDataset | None = config["placed"]
         start = sweep_data.start_of(placed, cfg) if placed else None
-        worker = Worker(cfg, store, rank, world, get_device(), start)
+        worker = WorkerContext(cfg, store, rank, world, get_device(), start)
         if journal:
-            require_newest(run.path, config["started"])
-            back_off(run)
+            require_latest_driver(run.path, config["started"])
+            sleep_before_retry(run)
             journal.write("attempt", workers=world, time=time.time())
-        run.bring(START)
+        run.download(START)
         pairs = sweep_data.pairs_of(placed, worker) if placed else pairs_of(worker, held=config["held"])
         train_epochs(worker, run, pairs, journal, config["provenance"], report)
 
 
-def pairs_of(worker: Worker, *, held: bool) -> Pairs:
+def pairs_of(worker: WorkerContext, *, held: bool) -> WorkerData:
     """This worker's part of both data sets: held in memory, or its training part streamed anew each epoch."""
     cfg, store, rank, world = worker.cfg, worker.store, worker.rank, worker.world
     split = training_split(cfg, store)
-    lanes = Lanes(len(split.train), cfg.batch_size, cfg.seed)
+    lanes = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
     rows = np.arange(rank, len(split.val), world)
     if cfg.space == "compressed":
-        coordinates = held_compressed(cfg, store, "train", lanes.held(rank, world)).on(worker.device)
-        judged = held_compressed(cfg, store, "val", rows).on(worker.device) if len(split.val) else None
-        return Pairs(lambda state: held_batches(coordinates, lanes, state, worker), True, judged)
+        coordinates = load_compressed_pairs(cfg, store, "train", lanes.held(rank, world)).on(worker.device)
+        judged = load_compressed_pairs(cfg, store, "val", rows).on(worker.device) if len(split.val) else None
+        return WorkerData(lambda state: held_batches(coordinates, lanes, state, worker), True, judged)
     shard = ray.train.get_dataset_shard("train")
-    mine = hold(shard, store, split.train, lanes.held(rank, world)).on(worker.device) if held else None
+    mine = load_pair_tensors(shard, store, split.train, lanes.held(rank, world)).on(worker.device) if held else None
 
     def rest_of_epoch(state: TrainState) -> Batches:
         if mine:
             return held_batches(mine, lanes, state, worker)
-        return stream(shard, store, cfg.seed, state.epoch, rank, world, cfg.batch_size)
+        return iter_batches(shard, store, cfg.seed, state.epoch, rank, world, cfg.batch_size)
 
     validation = None
     if len(split.val):
-        validation = hold(ray.train.get_dataset_shard("val"), store, split.val, rows).on(worker.device)
-    return Pairs(rest_of_epoch, held, validation)
+        validation = load_pair_tensors(ray.train.get_dataset_shard("val"), store, split.val, rows).on(worker.device)
+    return WorkerData(rest_of_epoch, held, validation)
 
 
 def report(state: TrainState, val: dict[str, Any]) -> None:

@@ -16,28 +16,28 @@ import ray
 from ray import tune
 from rich.console import Console
 
-from ray_app.cluster.connection import ClusterInfo, cluster, grown
-from ray_app.commands.train.shared_dataset import Placed, place
-from ray_app.commands.tune.driver import Budget, Recorder, RecordSearcher, SweepRecord, data_key, scheduler_of
-from ray_app.commands.tune.estimate import Estimate, candidates, estimate, largest, room
+from ray_app.cluster.connection import ClusterInfo, cluster, wait_for_autoscaler
+from ray_app.commands.train.shared_dataset import SharedDataset, share_dataset
+from ray_app.commands.tune.driver import Budget, ReplaySearcher, SweepCallback, SweepState, data_key, scheduler_of
+from ray_app.commands.tune.estimate import Estimate, candidates, estimate, largest, max_concurrent
 from ray_app.commands.tune.final_training import judgement_of, run_final
 from ray_app.commands.tune.initialization import STARTS, with_starts
 from ray_app.commands.tune.multi_worker_trial import RESOURCES, run_group_trial
 from ray_app.commands.tune.progress import SweepProgress, trials_table, watch
-from ray_app.commands.tune.remote_sweep import sweep_at
+from ray_app.commands.tune.remote_sweep import open_sweep
 from ray_app.commands.tune.report import write_page
 from ray_app.commands.tune.spec import Choice, SweepSpec, describe, read_spec, space_of, train_config
-from ray_app.commands.tune.sweep_dir import SWEEP, SweepFolder, Trial, best_of, front
+from ray_app.commands.tune.sweep_dir import SWEEP, SweepDir, Trial, best_of, pareto_front
 from ray_app.commands.tune.tracking import SweepTracker
-from ray_app.commands.tune.trial import alike, run_trial
+from ray_app.commands.tune.trial import normalise_error, run_trial
 from ray_app.config.base import flat
 from ray_app.config.tune import TuneConfig
 from ray_app.errors import ConfigError, ResourceError, RunInterrupted, RunStopped, StoreError, TrainingError
-from ray_app.runs.event_log import Journal
-from ray_app.runs.run_dir import RunFolder
+from ray_app.runs.event_log import EventLog
+from ray_app.runs.run_dir import RunDir
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
-from ray_app.tracking.mlflow_logger import shown, tracking_uri
+from ray_app.tracking.mlflow_logger import redact_password, tracking_uri
 
 MAX_FAILURES = 8
 """Times that Tune starts a trial again; one that dies twice at the same step ends sooner."""
@@ -52,47 +52,47 @@ def run_tune(cfg: TuneConfig) -> dict[str, Any]:
     on. TrainingError: all trials failed, or none came far enough to be judged.
     """
     if cfg.watch:
-        with sweep_at(cfg.watch) as folder:
+        with open_sweep(cfg.watch) as folder:
             watch(folder)
             return summary(folder)
     uri = tracking_uri(cfg)  # a mistake in it is told before anything is read or written
     with ExitStack() as held:
         if cfg.resume:
-            folder = held.enter_context(sweep_at(cfg.resume))
-            begun_before(cfg, folder)
-            journal = held.enter_context(folder.driven())
-            spec = going_on(cfg, folder)
+            folder = held.enter_context(open_sweep(cfg.resume))
+            resume_metadata(cfg, folder)
+            journal = held.enter_context(folder.exclusive())
+            spec = load_for_resume(cfg, folder)
         else:
-            spec = planned(cfg)
-            folder = held.enter_context(sweep_at(spec.out))
+            spec = new_sweep_spec(cfg)
+            folder = held.enter_context(open_sweep(spec.out))
             folder.require_free()
         stores = stores_of(spec)
         if cfg.resume:
             require_same_store(folder, stores)
         info = held.enter_context(cluster(cfg.address, dashboard=spec.workers > 1))
         most = largest(spec, next(iter(stores.values())))
-        info = grown(info, spec.workers * (spec.concurrent or 1), spec.cpus_per_worker, spec.use_gpu)
-        room(spec, info, {}, most)  # a space that is too large is told before anything is read or written
+        info = wait_for_autoscaler(info, spec.workers * (spec.concurrent or 1), spec.cpus_per_worker, spec.use_gpu)
+        max_concurrent(spec, info, {}, most)  # a space that is too large is told before anything is read or written
         placed = placed_parts(stores, spec)
-        concurrent = room(spec, info, placed, most)
+        concurrent = max_concurrent(spec, info, placed, most)
         if not cfg.resume:
-            agree(cfg, spec, estimated(spec, placed, concurrent))
-            folder.claim(begun(folder, spec, placed, uri))
-            journal = held.enter_context(folder.driven())
-        begin(folder, spec, journal, cfg, info, concurrent)
+            confirm_estimate(cfg, spec, estimated(spec, placed, concurrent))
+            folder.create(sweep_metadata(folder, spec, placed, uri))
+            journal = held.enter_context(folder.exclusive())
+        log_start(folder, spec, journal, cfg, info, concurrent)
         tracking = {"tracking_uri": uri, "experiment": cfg.experiment, "model_name": cfg.model_name}
-        sweep(cfg, SweepRecord(folder, journal, stores, tracking), placed, concurrent)
+        sweep(cfg, SweepState(folder, journal, stores, tracking), placed, concurrent)
         return summary(folder)
 
 
-def sweep(cfg: TuneConfig, record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> None:
+def sweep(cfg: TuneConfig, record: SweepState, placed: dict[str, SharedDataset], concurrent: int) -> None:
     """Search and last training, with an end in the journal whatever comes. RunStopped: it was asked to stop."""
     folder, journal = record.folder, record.journal
     tracker = SweepTracker(cfg, folder)
     status = "FAILED"
     try:
         search(record, placed, concurrent)
-        best = judged(record)
+        best = best_trial(record)
         if cfg.final:
             placed.clear()  # its memory is wanted by the last training
             run_final(cfg, folder, journal, best)
@@ -107,27 +107,27 @@ def sweep(cfg: TuneConfig, record: SweepRecord, placed: dict[str, Placed], concu
         tracker.close()
 
 
-def planned(cfg: TuneConfig) -> SweepSpec:
+def new_sweep_spec(cfg: TuneConfig) -> SweepSpec:
     """A new sweep, as its file and the flags tell it."""
     assert cfg.file is not None
     changes = {name: getattr(cfg, name) for name in ("store", "out", *BUDGET)}
     return read_spec(cfg.file, {**changes, "use_gpu": cfg.use_gpu or None})
 
 
-def begun_before(cfg: TuneConfig, folder: SweepFolder) -> None:
+def resume_metadata(cfg: TuneConfig, folder: SweepDir) -> None:
     """ConfigError: more than a sweep's budget is to change. StoreError: there is none, or it lacks its record."""
-    folder.pull()
-    folder.about()
+    folder.refresh()
+    folder.metadata()
     folder.entries()
     if cfg.store or cfg.out or cfg.use_gpu:
         raise ConfigError("--resume goes on with the sweep's own: leave --store, --out and --use-gpu out")
 
 
-def going_on(cfg: TuneConfig, folder: SweepFolder) -> SweepSpec:
+def load_for_resume(cfg: TuneConfig, folder: SweepDir) -> SweepSpec:
     """What is to be done of it, by the one who drives it; a changed budget is written down."""
     changes = {name: value for name in BUDGET if (value := getattr(cfg, name)) is not None}
     if changes:
-        about = folder.about()
+        about = folder.metadata()
         about["spec"] |= changes
         folder.write(SWEEP, json.dumps(about, indent=1).encode())
     return folder.spec
@@ -141,9 +141,9 @@ def stores_of(spec: SweepSpec) -> dict[str, PairStore]:
     return {data_key(config): PairStore.open(spec.store, config.durations) for config in configs}
 
 
-def require_same_store(folder: SweepFolder, stores: dict[str, PairStore]) -> None:
+def require_same_store(folder: SweepDir, stores: dict[str, PairStore]) -> None:
     """StoreError unless the pairs are those that the sweep began with."""
-    was, store = folder.about()["store_fingerprint"], next(iter(stores.values()))
+    was, store = folder.metadata()["store_fingerprint"], next(iter(stores.values()))
     if store.fingerprint != was:
         raise StoreError(
             f"{folder} searched on pairs of fingerprint {was}, {store.folder} holds {store.fingerprint} now: "
@@ -151,7 +151,7 @@ def require_same_store(folder: SweepFolder, stores: dict[str, PairStore]) -> Non
         )
 
 
-def placed_parts(stores: dict[str, PairStore], spec: SweepSpec) -> dict[str, Placed]:
+def placed_parts(stores: dict[str, PairStore], spec: SweepSpec) -> dict[str, SharedDataset]:
     """Training and validation pairs in shared memory, by choice of durations."""
     nodes = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
     splits = {key: split_pairs(store.index, spec.split_config) for key, store in stores.items()}
@@ -165,7 +165,7 @@ def placed_parts(stores: dict[str, PairStore], spec: SweepSpec) -> dict[str, Pla
                     "stand on different drives",
                     file=sys.stderr,
                 )
-    placed = {key: place(store, splits[key], min(nodes) / len(stores)) for key, store in stores.items()}
+    placed = {key: share_dataset(store, splits[key], min(nodes) / len(stores)) for key, store in stores.items()}
     if spec.workers > 1 and not all(part.train for part in placed.values()):
         raise ResourceError(
             "trials of several workers need the training pairs in shared memory, where they do not fit; take "
@@ -174,7 +174,7 @@ def placed_parts(stores: dict[str, PairStore], spec: SweepSpec) -> dict[str, Pla
     return placed
 
 
-def begun(folder: SweepFolder, spec: SweepSpec, placed: dict[str, Placed], uri: str) -> dict[str, Any]:
+def sweep_metadata(folder: SweepDir, spec: SweepSpec, placed: dict[str, SharedDataset], uri: str) -> dict[str, Any]:
     """What `sweep.json` holds."""
     store = next(iter(placed.values())).store
     return {
@@ -183,20 +183,20 @@ def begun(folder: SweepFolder, spec: SweepSpec, placed: dict[str, Placed], uri: 
         "created": time.time(),
         "store_fingerprint": store.fingerprint,
         "source": store.manifest.source,
-        "tracking_uri": uri if uri == shown(uri) else None,
+        "tracking_uri": uri if uri == redact_password(uri) else None,
         "data": {key: part.describe() for key, part in placed.items()},
         "spec": spec.model_dump(mode="json", exclude_unset=True),
     }
 
 
-def begin(
-    folder: SweepFolder, spec: SweepSpec, journal: Journal, cfg: TuneConfig, info: ClusterInfo, concurrent: int
+def log_start(
+    folder: SweepDir, spec: SweepSpec, journal: EventLog, cfg: TuneConfig, info: ClusterInfo, concurrent: int
 ) -> None:
     """A driver begins: what the tracking server needs to know of the sweep."""
-    about = folder.about()
+    about = folder.metadata()
     told = {
         **flat(spec),
-        "tracking_uri": shown(tracking_uri(cfg)),
+        "tracking_uri": redact_password(tracking_uri(cfg)),
         "concurrent_trials": concurrent,
         "cpus": info.cpus,
     }
@@ -214,7 +214,7 @@ def begin(
     )
 
 
-def estimated(spec: SweepSpec, placed: dict[str, Placed], concurrent: int) -> Estimate:
+def estimated(spec: SweepSpec, placed: dict[str, SharedDataset], concurrent: int) -> Estimate:
     """For a sweep that is about to begin."""
     settings = candidates(spec)
     configs = []
@@ -227,7 +227,7 @@ def estimated(spec: SweepSpec, placed: dict[str, Placed], concurrent: int) -> Es
     return estimate(spec, placed, configs, trials, concurrent)
 
 
-def agree(cfg: TuneConfig, spec: SweepSpec, told: Estimate) -> None:
+def confirm_estimate(cfg: TuneConfig, spec: SweepSpec, told: Estimate) -> None:
     """Prints the estimate; where it is above a limit, asks. ConfigError: no, or nobody is there to ask."""
     most = f" (at most {told.hours:.2g} h)" if told.hours_expected < told.hours else ""
     gpus = f", {told.gpu_hours:.2g} GPU hours at most" if told.gpu_hours else ""
@@ -254,7 +254,7 @@ def agree(cfg: TuneConfig, spec: SweepSpec, told: Estimate) -> None:
         raise ConfigError("nothing was begun")
 
 
-def search(record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> None:
+def search(record: SweepState, placed: dict[str, SharedDataset], concurrent: int) -> None:
     """All trials that are still to run, by Ray Tune. RunStopped: it was asked to stop."""
     spec, folder = record.spec, record.folder
     trials = list(record.trials.values())
@@ -269,12 +269,12 @@ def search(record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> N
     trainable = tune.with_resources(tune.with_parameters(run, placed=placed), resources)
     # Tune wants all of a population from the start; its members take turns where the CPUs are not enough.
     population = members(record) if spec.scheduler == "pbt" else []
-    with SweepProgress(record) as progress, asked_to_stop(budget):
+    with SweepProgress(record) as progress, stop_on_signal(budget):
         record.on_change = progress.ended
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=None if population else RecordSearcher(record),
+                search_alg=None if population else ReplaySearcher(record),
                 scheduler=scheduler_of(spec, record),
                 num_samples=1 if population else left,
                 max_concurrent_trials=None if population else concurrent,
@@ -285,7 +285,7 @@ def search(record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> N
                 name=f"{int(time.time() * 1000)}",
                 storage_path=folder.shown(folder.path / "ray") if population else str(folder.path / "ray"),
                 stop=budget,
-                callbacks=[Recorder(record, budget)],
+                callbacks=[SweepCallback(record, budget)],
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
                 verbose=0,
             ),
@@ -300,13 +300,13 @@ def search(record: SweepRecord, placed: dict[str, Placed], concurrent: int) -> N
         )
 
 
-def members(record: SweepRecord) -> list[dict[str, Any]]:
+def members(record: SweepState) -> list[dict[str, Any]]:
     """Every member of a population, as `run_trial` is told."""
     return [record.trial_config(trial) for trial in iter(record.next_trial, None)]
 
 
 @contextmanager
-def asked_to_stop(budget: Budget) -> Iterator[None]:
+def stop_on_signal(budget: Budget) -> Iterator[None]:
     """SIGTERM and Ctrl-C end the search, with what every trial has saved, instead of this process."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only there can signals be handled
@@ -323,15 +323,15 @@ def asked_to_stop(budget: Budget) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def judged(record: SweepRecord) -> Trial:
+def best_trial(record: SweepState) -> Trial:
     """The best trial. TrainingError: there is none, with the reasons."""
-    trials = [record.standing(name) if trial.ended_at is None else trial for name, trial in record.trials.items()]
+    trials = [record.trial_status(name) if trial.ended_at is None else trial for name, trial in record.trials.items()]
     if best := best_of(trials):
         return best
     failed = [trial.reason or "" for trial in record.folder.trials() if trial.status == "failed"]
     if failed:
-        first = {alike(reason): reason for reason in reversed(failed)}
-        grouped = Counter(map(alike, failed)).most_common()
+        first = {normalise_error(reason): reason for reason in reversed(failed)}
+        grouped = Counter(map(normalise_error, failed)).most_common()
         reasons = "; ".join(f"{count} times: {first[kind]}" for kind, count in grouped)
         raise TrainingError(f"no trial of {record.folder} could be judged. Failed: {reasons}")
     raise TrainingError(
@@ -340,7 +340,7 @@ def judged(record: SweepRecord) -> Trial:
     )
 
 
-def summary(folder: SweepFolder) -> dict[str, Any]:
+def summary(folder: SweepDir) -> dict[str, Any]:
     """The --json object, from what the sweep left on disk."""
     trials, lines = folder.trials(), folder.entries()
     best = best_of(trials)
@@ -359,7 +359,7 @@ def summary(folder: SweepFolder) -> dict[str, Any]:
             "parameters": best.parameters,
             "checkpoint": checkpoint_of(folder.run(best.name)),
         },
-        "front": [trial.name for trial in front(trials, folder.spec.also_minimise or "parameters")],
+        "front": [trial.name for trial in pareto_front(trials, folder.spec.also_minimise or "parameters")],
         "trials": [
             {
                 "id": trial.name,
@@ -381,16 +381,16 @@ def summary(folder: SweepFolder) -> dict[str, Any]:
     }
 
 
-def checkpoint_of(run: RunFolder) -> str | None:
+def checkpoint_of(run: RunDir) -> str | None:
     """Where a trial's best checkpoint lies, if it is kept."""
-    kept = run.best_kept
+    kept = run.best_on_disk
     return run.shown(run.path / kept) if kept else None
 
 
 def render_tune(result: dict[str, Any], console: Console) -> None:
     """The best trials, the winner on the test part, and how to go on."""
-    with sweep_at(result["sweep"]) as folder:
-        folder.pull()
+    with open_sweep(result["sweep"]) as folder:
+        folder.refresh()
         console.print(trials_table(folder.trials()))
     best, final = result["best"], result["final"]
     if best:

@@ -15,40 +15,40 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from ray_app.commands.train.command import kept_settings
+from ray_app.commands.train.command import persisted_config
 from ray_app.commands.train.state import parameters
 from ray_app.commands.tune.pbt import Population
-from ray_app.commands.tune.searchers import Direction, Tried, propose
+from ray_app.commands.tune.searchers import Direction, TrialRecord, propose
 from ray_app.commands.tune.spec import Setting, SweepSpec, space_of, train_config
-from ray_app.commands.tune.sweep_dir import SweepFolder, Trial, trial_name
+from ray_app.commands.tune.sweep_dir import SweepDir, Trial, trial_name
 from ray_app.config.base import flat
 from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError
-from ray_app.runs.event_log import Journal
+from ray_app.runs.event_log import EventLog
 from ray_app.store.pair_store import PairStore
 from ray_app.store.provenance import provenance
 
 
-class SweepRecord:
+class SweepState:
     """Every trial of the sweep, in memory and in the journal that this is the one writer of."""
 
     def __init__(
-        self, folder: SweepFolder, journal: Journal, stores: dict[str, PairStore], more: dict[str, Any]
+        self, folder: SweepDir, journal: EventLog, stores: dict[str, PairStore], more: dict[str, Any]
     ) -> None:
         """`stores` by `data_key`; `more`: settings of every trial's TrainConfig, such as the tracking server."""
         self.folder, self.spec, self.journal, self.stores, self.more = folder, folder.spec, journal, stores, more
         self.space = space_of(self.spec)
-        about = folder.about()
+        about = folder.metadata()
         self.sweep_key, self.name = about["key"], about["name"]
         self.provenance = provenance(["ray-app", "tune", str(folder)], about["store_fingerprint"])
         self.trials = {trial.name: trial for trial in folder.trials()}
         self.on_change: Callable[[Trial], None] = lambda _: None
         for trial in list(self.trials.values()):
-            if trial.status in ("finished", "failed", "stopped") and not self.told(trial):
+            if trial.status in ("finished", "failed", "stopped") and not self.is_recorded(trial):
                 self.end(trial)
         self.queue = [trial.name for trial in self.trials.values() if trial.ended_at is None]
 
-    def told(self, trial: Trial) -> bool:
+    def is_recorded(self, trial: Trial) -> bool:
         """Whether the sweep's journal says how it ended."""
         return any(line["kind"] == "ended" and line["name"] == trial.name for line in self.folder.entries())
 
@@ -64,17 +64,17 @@ class SweepRecord:
     def next_trial(self) -> Trial | None:
         """One that has not ended yet, else a new one; None where there is none."""
         while self.queue:
-            return self.begin(self.trials[self.queue.pop(0)])
+            return self.log_start(self.trials[self.queue.pop(0)])
         while self.left:
             tried = [self.tried(trial) for trial in self.trials.values() if trial.origin is None]
             setting = propose(self.spec.searcher, self.space, self.spec.seed, tried, self.directions)
             if setting is None:
                 return None
             if trial := self.add(setting):
-                return self.begin(trial)
+                return self.log_start(trial)
         return None
 
-    def tried(self, trial: Trial) -> Tried:
+    def tried(self, trial: Trial) -> TrialRecord:
         """A trial as the searcher knows it."""
         values: tuple[float, ...] = ()
         second = getattr(trial, self.spec.also_minimise) if self.spec.also_minimise else None
@@ -83,7 +83,7 @@ class SweepRecord:
             if self.spec.also_minimise:
                 values = (trial.objective, float(second)) if second is not None else ()
         state = trial.status if trial.ended_at is not None else "running"
-        return Tried(trial.setting, state, values, trial.epochs)  # type: ignore[arg-type]  # waiting ends with ended_at
+        return TrialRecord(trial.setting, state, values, trial.epochs)  # type: ignore[arg-type]  # waiting ends with ended_at
 
     def add(self, setting: Setting) -> Trial | None:
         """Writes a new trial down. None: `train` refuses the setting, which is written down too."""
@@ -106,14 +106,14 @@ class SweepRecord:
 
     def go_on(self, member: str, donor: str, setting: Setting) -> dict[str, Any]:
         """A population's member ends, a new trial of its number takes another's weights. Returns its config."""
-        old, other = self.trials[member], self.standing(donor)
+        old, other = self.trials[member], self.trial_status(donor)
         name = trial_name(old.index, setting, donor, other.epochs, member)
         self.stopped(member)
-        return self.trial_config(self.begin(self.write(Trial(old.index, name, setting, old.parameters, donor))))
+        return self.trial_config(self.log_start(self.write(Trial(old.index, name, setting, old.parameters, donor))))
 
     def trial_config(self, trial: Trial) -> dict[str, Any]:
         """What `run_trial` is told."""
-        cfg, about = self.config(trial.name, trial.setting), self.folder.run(trial.name).about()
+        cfg, about = self.config(trial.name, trial.setting), self.folder.run(trial.name).metadata()
         return {
             "name": trial.name,
             "setting": trial.setting,
@@ -131,21 +131,21 @@ class SweepRecord:
         """A trial's settings of `train`."""
         return train_config(self.spec, setting, str(self.folder.run(name)), **self.more)
 
-    def begin(self, trial: Trial) -> Trial:
+    def log_start(self, trial: Trial) -> Trial:
         """Its run folder, and a word to its journal that a driver begins."""
         cfg, run = self.config(trial.name, trial.setting), self.folder.run(trial.name)
-        fingerprint = self.folder.about()["store_fingerprint"]
+        fingerprint = self.folder.metadata()["store_fingerprint"]
         if not run.claimed:
-            run.claim(
+            run.create(
                 {
                     "name": f"{self.name}/{trial.name}",
                     "key": uuid.uuid4().hex,
                     "store_fingerprint": fingerprint,
-                    "config": kept_settings(cfg),
+                    "config": persisted_config(cfg),
                 }
             )
-        about = run.about()
-        run.take_signs_away()
+        about = run.metadata()
+        run.clear_signals()
         with run.journal() as journal:
             journal.write(
                 "start",
@@ -153,7 +153,7 @@ class SweepRecord:
                 key=about["key"],
                 parent_key=self.sweep_key,
                 experiment=cfg.experiment,
-                params={**kept_settings(cfg), "parameters": trial.parameters},
+                params={**persisted_config(cfg), "parameters": trial.parameters},
                 tags={"sweep": self.name, "trial": trial.name, "dataset_fingerprint": fingerprint},
                 workers=cfg.max_workers,
                 time=time.time(),
@@ -166,25 +166,25 @@ class SweepRecord:
 
     def stopped(self, name: str) -> None:
         """The scheduler stopped a trial: its journal ends, and how it stands is written down."""
-        trial = self.standing(name)
+        trial = self.trial_status(name)
         if trial.ended_at is None:
             run = self.folder.run(name)
             if self.spec.workers > 1:
-                run.ask_to_stop()  # its workers may be at work: they save, end, and let the journal go
+                run.request_stop()  # its workers may be at work: they save, end, and let the journal go
             with run.journal() as journal:
                 journal.write("end", status="KILLED", artifacts=None, time=time.time())
-        self.end(self.standing(name))
+        self.end(self.trial_status(name))
 
     def failed(self, name: str, reason: str) -> None:
         """A trial failed for good."""
         with self.folder.run(name).journal() as journal:
             journal.write("failure", error=reason, time=time.time())
             journal.write("end", status="FAILED", artifacts=None, time=time.time())
-        self.end(self.standing(name))
+        self.end(self.trial_status(name))
 
-    def standing(self, name: str) -> Trial:
+    def trial_status(self, name: str) -> Trial:
         """How a trial stands by its own journal."""
-        return Trial(**asdict(self.trials[name]) | self.folder.standing(name, self.spec))
+        return Trial(**asdict(self.trials[name]) | self.folder.trial_status(name, self.spec))
 
     def end(self, trial: Trial) -> None:
         """Writes down how a trial ended; weights that nobody will ask for go."""
@@ -192,7 +192,7 @@ class SweepRecord:
             trial = replace(trial, reason=f"{trial.reason} (the last time: {deaths[-1]})")
         self.trials[trial.name] = trial
         self.folder.end_trial(self.journal, trial)
-        self.folder.keep_best(list(self.trials.values()), self.spec.keep_checkpoints)
+        self.folder.prune_checkpoints(list(self.trials.values()), self.spec.keep_checkpoints)
         self.on_change(trial)
 
     def deaths(self, name: str) -> Iterable[dict[str, Any]]:
@@ -205,17 +205,17 @@ def data_key(cfg: TrainConfig) -> str:
     return "+".join(cfg.durations) or "all"
 
 
-class Unsaved:
+class NotPickled:
     """Tune pickles what it is given, for a restore that is never asked of it here: nothing of ours goes in."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class RecordSearcher(Unsaved, Searcher):
+class ReplaySearcher(NotPickled, Searcher):
     """Hands the record's trials to Tune. It keeps nothing, so there is nothing to save."""
 
-    def __init__(self, record: SweepRecord) -> None:
+    def __init__(self, record: SweepState) -> None:
         super().__init__(metric="compared", mode="max")
         self.record = record
 
@@ -233,10 +233,10 @@ class RecordSearcher(Unsaved, Searcher):
         """Nothing to restore."""
 
 
-class Recorder(Unsaved, tune.Callback):
+class SweepCallback(NotPickled, tune.Callback):
     """Writes down what Tune tells of trials."""
 
-    def __init__(self, record: SweepRecord, budget: "Budget") -> None:
+    def __init__(self, record: SweepState, budget: "Budget") -> None:
         self.record, self.budget = record, budget
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
@@ -252,7 +252,7 @@ class Recorder(Unsaved, tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
         name = trial.config["trial"]["name"]
         self.budget.ended(trial.trial_id)
-        if not self.budget.spent or self.record.standing(name).ended_at is not None:
+        if not self.budget.spent or self.record.trial_status(name).ended_at is not None:
             self.record.stopped(name)
 
 
@@ -266,7 +266,7 @@ def reason_of(trial: TuneTrial) -> str:
     return (lines[0] if type(error).__name__ != "TuneError" else lines[-1]) if lines else type(error).__name__
 
 
-class Budget(Unsaved, tune.Stopper):
+class Budget(NotPickled, tune.Stopper):
     """Ends the search when hours or GPU hours are used up, or when it is asked to stop."""
 
     def __init__(self, spec: SweepSpec, used_s: float, trial_s: float) -> None:
@@ -313,7 +313,7 @@ class Budget(Unsaved, tune.Stopper):
         return self.spent is not None
 
 
-def scheduler_of(spec: SweepSpec, record: SweepRecord) -> TrialScheduler:
+def scheduler_of(spec: SweepSpec, record: SweepState) -> TrialScheduler:
     """Tune's scheduler; one that compares is told of the trials that ended under earlier drivers."""
     if spec.scheduler == "none":
         return FIFOScheduler()
@@ -322,7 +322,7 @@ def scheduler_of(spec: SweepSpec, record: SweepRecord) -> TrialScheduler:
     scheduler = asha_of(spec)
     for trial in record.trials.values():
         if trial.ended_at is not None:
-            tell_past(scheduler, record, trial)
+            replay_results(scheduler, record, trial)
     return scheduler
 
 
@@ -339,7 +339,7 @@ def asha_of(spec: SweepSpec) -> ASHAScheduler:
     )
 
 
-def tell_past(scheduler: TrialScheduler, record: SweepRecord, trial: Trial) -> None:
+def replay_results(scheduler: TrialScheduler, record: SweepState, trial: Trial) -> None:
     """An ended trial's epochs, to a scheduler that never saw them. It reads no more of a trial than its id."""
     named: Any = type("Past", (), {"trial_id": trial.name})()
     controller: Any = None

@@ -14,9 +14,9 @@ import torch
 
 from ray_app.cluster.connection import ClusterInfo
 from ray_app.commands.train.command import WEIGHTS_AND_MOMENTS_BYTES
-from ray_app.commands.train.shared_dataset import Placed
+from ray_app.commands.train.shared_dataset import SharedDataset
 from ray_app.commands.train.state import adapter_config, beside_bytes, make_objective, parameters
-from ray_app.commands.tune.searchers import drawn, grid
+from ray_app.commands.tune.searchers import grid, sample_random
 from ray_app.commands.tune.spec import Choice, Setting, Space, SweepSpec, describe, space_of, train_config
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.compressed_space import SCALARS
@@ -59,7 +59,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class MemoryNeed:
     """Memory of one worker of a trial."""
 
     parameters: int
@@ -80,7 +80,7 @@ def candidates(spec: SweepSpec) -> list[Setting]:
     space = space_of(spec)
     if spec.searcher == "grid":
         return grid(space)[: spec.max_trials]
-    return [setting for k in range(SAMPLES) if (setting := drawn(space, spec.seed + k, [])) is not None]
+    return [setting for k in range(SAMPLES) if (setting := sample_random(space, spec.seed + k, [])) is not None]
 
 
 def corners(space: Space) -> list[Setting]:
@@ -93,7 +93,7 @@ def corners(space: Space) -> list[Setting]:
     return [dict(zip(space, each, strict=True)) for each in itertools.islice(itertools.product(*values), 512)]
 
 
-def largest(spec: SweepSpec, store: PairStore) -> Need:
+def largest(spec: SweepSpec, store: PairStore) -> MemoryNeed:
     """The setting that needs most memory."""
     space = space_of(spec)
     grid_like = all(isinstance(dimension, Choice) for dimension in space.values())
@@ -103,7 +103,7 @@ def largest(spec: SweepSpec, store: PairStore) -> Need:
     for setting in settings:
         try:
             cfg = train_config(spec, setting, spec.out)
-            needs.append(Need(parameters(cfg, store), beside_bytes(cfg, store), setting))
+            needs.append(MemoryNeed(parameters(cfg, store), beside_bytes(cfg, store), setting))
         except ConfigError:  # a combination that is never run
             continue
     if not needs:
@@ -111,7 +111,7 @@ def largest(spec: SweepSpec, store: PairStore) -> Need:
     return max(needs, key=lambda need: need.num_bytes)
 
 
-def room(spec: SweepSpec, info: ClusterInfo, placed: dict[str, Placed], most: Need) -> int:
+def max_concurrent(spec: SweepSpec, info: ClusterInfo, placed: dict[str, SharedDataset], most: MemoryNeed) -> int:
     """Trials at a time that the cluster has room for, the largest of the space in each place.
 
     ResourceError, with the setting, where not one of it fits: each worker must lie on one node.
@@ -121,7 +121,7 @@ def room(spec: SweepSpec, info: ClusterInfo, placed: dict[str, Placed], most: Ne
             f"a trial wants {spec.workers} GPUs, the cluster has {info.gpus:g}; take `use_gpu: false` or "
             "fewer `workers`"
         )
-    if info.room(spec.cpus_per_worker) < spec.workers:
+    if info.max_workers(spec.cpus_per_worker) < spec.workers:
         raise ResourceError(
             f"a trial wants {spec.workers} workers of {spec.cpus_per_worker:g} CPUs, the cluster has {info.cpus:g} "
             "CPUs in all; take fewer `workers` or `cpus_per_worker`"
@@ -145,7 +145,7 @@ def room(spec: SweepSpec, info: ClusterInfo, placed: dict[str, Placed], most: Ne
 
 
 def estimate(
-    spec: SweepSpec, placed: dict[str, Placed], configs: list[TrainConfig], trials: int, concurrent: int
+    spec: SweepSpec, placed: dict[str, SharedDataset], configs: list[TrainConfig], trials: int, concurrent: int
 ) -> Estimate:
     """From a measured step of each strategy in `configs`, of its fewest parameters, scaled by parameters and pairs.
 

@@ -16,7 +16,7 @@ from ray_app.commands.tune.sweep_dir import Trial
 from ray_app.reports.figures import FAINT, INK, PALETTE, log_scale, svg
 
 CONTROL = PALETTE[3]
-"""Colour of the best control."""
+"""Colour of the best baseline."""
 MARKS = {"finished": "o", "stopped": "v", "running": "s", "waiting": "s"}
 """Of trials, by how they stand."""
 LINE = 0.08
@@ -37,7 +37,7 @@ class Point:
     """Of the trial's best checkpoint so far."""
 
 
-def growth_figure(points: Sequence[Point], controls: Mapping[str, float], name: str) -> str:
+def growth_figure(points: Sequence[Point], baselines: Mapping[str, float], name: str) -> str:
     """The best objective so far over time and over compute."""
     best = np.maximum.accumulate([point.objective for point in points])
 
@@ -47,7 +47,7 @@ def growth_figure(points: Sequence[Point], controls: Mapping[str, float], name: 
             at = [getattr(point, unit) for point in points]
             axes.scatter(at, [point.objective for point in points], s=9, color=PALETTE[1], alpha=0.7, linewidth=0)
             axes.step(at, best, where="post", color=PALETTE[0], linewidth=2.4, label="best so far")
-            control_lines(axes, controls, labelled=axes is right)
+            baseline_lines(axes, baselines, labelled=axes is right)
             axes.set_xlim(left=0)
             axes.locator_params(axis="x", nbins=4)  # of a short search the numbers are long
         left.set_xlabel("hours of search")
@@ -58,12 +58,12 @@ def growth_figure(points: Sequence[Point], controls: Mapping[str, float], name: 
     return svg("growth", draw, (8.2, 3.4))
 
 
-def control_lines(axes: Axes, controls: Mapping[str, float], *, labelled: bool = True) -> None:
-    """A line for the best control of each data set."""
-    for key, value in controls.items():
+def baseline_lines(axes: Axes, baselines: Mapping[str, float], *, labelled: bool = True) -> None:
+    """A line for the best baseline of each data set."""
+    for key, value in baselines.items():
         axes.axhline(value, color=CONTROL, linewidth=1.4, linestyle="--")
         if labelled:
-            told = "best control" if len(controls) == 1 else f"best control, {key}"
+            told = "best baseline" if len(baselines) == 1 else f"best baseline, {key}"
             side = axes.get_yaxis_transform()
             beside(axes, told, (1, value), (-3, 3), xycoords=side, ha="right", color=CONTROL, fontsize=9)
 
@@ -73,11 +73,11 @@ def beside(axes: Axes, text: str, place: tuple[float, float], offset: tuple[floa
     axes.annotate(text, place, offset, textcoords="offset points", **({"fontsize": 8.5} | style))
 
 
-def parallel_figure(trials: Sequence[Trial], space: Space, controls: Mapping[str, float], name: str) -> str:
+def parallel_figure(trials: Sequence[Trial], space: Space, baselines: Mapping[str, float], name: str) -> str:
     """Parallel coordinates: a line a trial, through its settings to its objective."""
     judged = sorted((t for t in trials if t.objective is not None), key=lambda t: t.objective or 0.0)
     objectives = np.array([t.objective for t in judged])
-    low, high = min(objectives.min(), *controls.values()), max(objectives.max(), *controls.values())
+    low, high = min(objectives.min(), *baselines.values()), max(objectives.max(), *baselines.values())
     span = (high - low) or 1.0
     colours = matplotlib.colormaps["viridis"]
 
@@ -101,10 +101,10 @@ def parallel_figure(trials: Sequence[Trial], space: Space, controls: Mapping[str
             beside(axes, f"{100 * value:.1f} %", (x, y), (4, 0), va="center")
         for n, title in enumerate([*space, name]):  # in two rows where they are many
             beside(axes, title, (n, 1), (0, 22 if x >= CROWDED and n % 2 else 10), ha="center", fontsize=9.5)
-        heights = [(value - low) / span for value in controls.values()]
-        for key, y, beside_y in zip(controls, heights, spread(heights), strict=True):
+        heights = [(value - low) / span for value in baselines.values()]
+        for key, y, beside_y in zip(baselines, heights, spread(heights), strict=True):
             axes.plot([x - 0.25, x + 0.06], [y, y], color=CONTROL, linewidth=2, linestyle="--")
-            told = "best control" if len(controls) == 1 else f"best control, {key}"
+            told = "best baseline" if len(baselines) == 1 else f"best baseline, {key}"
             beside(axes, told, (x, beside_y), (8, 0), va="center", color=CONTROL, fontsize=9)
         axes.set_xlim(-0.15, x + 0.1)
         axes.set_ylim(-0.05, 1.05)
@@ -139,7 +139,7 @@ def ticks(dimension: Dimension) -> list[tuple[float, str]]:
 
 
 def importance_figure(
-    shares: Mapping[str, float], trials: Sequence[Trial], space: Space, controls: Mapping[str, float], name: str
+    shares: Mapping[str, float], trials: Sequence[Trial], space: Space, baselines: Mapping[str, float], name: str
 ) -> str:
     """How much of the objective's variance each setting explains, and every trial over the values of each."""
     names = sorted(shares, key=shares.__getitem__)
@@ -159,7 +159,7 @@ def importance_figure(
         panels = list(below.subplots(rows, columns, sharey=True, squeeze=False).flat)
         for panel, key in zip(panels, names[::-1], strict=False):
             values_of(panel, judged, key, space[key])
-            control_lines(panel, controls, labelled=key == names[-1])
+            baseline_lines(panel, baselines, labelled=key == names[-1])
         for panel in panels[len(names) :]:
             panel.axis("off")
         below.supylabel(name, fontsize=10)
@@ -179,7 +179,7 @@ def values_of(axes: Axes, trials: Sequence[Trial], key: str, dimension: Dimensio
 
 
 def cost_figure(
-    trials: Sequence[Trial], best: Sequence[Trial], second: str, controls: Mapping[str, float], name: str
+    trials: Sequence[Trial], best: Sequence[Trial], second: str, baselines: Mapping[str, float], name: str
 ) -> str:
     """The objective against parameters or latency, with the front of those that none beats in both."""
     judged = [t for t in trials if t.objective is not None and getattr(t, second) is not None]
@@ -196,7 +196,7 @@ def cost_figure(
                 facecolor=FAINT if status != "finished" else PALETTE[0], edgecolor=PALETTE[0], label=status,
             )  # fmt: skip
         axes.plot([getattr(t, second) for t in best], [height_of(t) for t in best], color=PALETTE[5], label="front")
-        control_lines(axes, controls)
+        baseline_lines(axes, baselines)
         log_scale(axes, [getattr(t, second) for t in judged])
         axes.set_xlabel("parameters" if second == "parameters" else "milliseconds for one pair")
         axes.set_ylabel(name)

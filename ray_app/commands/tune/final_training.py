@@ -15,19 +15,19 @@ from ray_app.commands.evaluate.command import run_evaluate
 from ray_app.commands.promote.command import run_promote
 from ray_app.commands.train.command import run_train
 from ray_app.commands.tune.spec import SweepSpec, train_config
-from ray_app.commands.tune.sweep_dir import SweepFolder, Trial
+from ray_app.commands.tune.sweep_dir import SweepDir, Trial
 from ray_app.config.evaluate import EvaluateConfig, PromoteConfig
 from ray_app.config.train import TrainConfig
 from ray_app.config.tune import TuneConfig
 from ray_app.core.metrics import THETA, rate_key
-from ray_app.runs.event_log import Journal
-from ray_app.runs.run_dir import RunFolder
+from ray_app.runs.event_log import EventLog
+from ray_app.runs.run_dir import RunDir
 
-TOLD = ("lift", "best_control", "interval95", "cos_sim_mean", "centered_cos_sim_mean", "pairs", "verdict")
+LOGGED_KEYS = ("lift", "best_baseline", "interval95", "cos_sim_mean", "centered_cos_sim_mean", "pairs", "verdict")
 """What is kept of an evaluation beside its rate."""
 
 
-def run_final(cfg: TuneConfig, folder: SweepFolder, journal: Journal, best: Trial) -> None:
+def run_final(cfg: TuneConfig, folder: SweepDir, journal: EventLog, best: Trial) -> None:
     """Trains and judges what has not been yet; each seed is written down as it is judged."""
     spec = folder.spec
     done = {line["seed"] for line in folder.entries() if line["kind"] == "final" and line["trial"] == best.name}
@@ -35,17 +35,17 @@ def run_final(cfg: TuneConfig, folder: SweepFolder, journal: Journal, best: Tria
         if seed in done:
             continue
         run = folder.final(best.name, seed)
-        trained = run_train(final_config(cfg, spec, best, seed, run), parent_key=folder.about()["key"])
+        trained = run_train(final_config(cfg, spec, best, seed, run), parent_key=folder.metadata()["key"])
         report = run.path.with_name(f"{run.path.name}-report")
         evaluated = run_evaluate(evaluation_config(cfg, spec, best, trained["checkpoint"], report))
-        folder.publish(report)
+        folder.upload(report)
         journal.write(
             "final",
             trial=best.name,
             seed=seed,
             run=str(run.path.relative_to(folder.path)),
             test={"accept_rate": evaluated["cosine_accept_rate"][rate_key(THETA)]}
-            | {key: evaluated[key] for key in TOLD},
+            | {key: evaluated[key] for key in LOGGED_KEYS},
             report=str((report / "report.html").relative_to(folder.path)),
             time=time.time(),
         )
@@ -55,7 +55,7 @@ def run_final(cfg: TuneConfig, folder: SweepFolder, journal: Journal, best: Tria
         journal.write("promoted", trial=best.name, promoted=outcome["promoted"], reason=outcome["reason"])
 
 
-def final_config(cfg: TuneConfig, spec: SweepSpec, best: Trial, seed: int, run: RunFolder) -> TrainConfig:
+def final_config(cfg: TuneConfig, spec: SweepSpec, best: Trial, seed: int, run: RunDir) -> TrainConfig:
     """The best setting on all that is not the test part, for as many epochs as were best; a run begun goes on."""
     made = train_config(
         spec,
@@ -89,7 +89,7 @@ def shared_flags(cfg: TuneConfig, spec: SweepSpec, best: Trial) -> dict[str, Any
     return {**split, "durations": tuple(durations), "use_gpu": spec.use_gpu, **tracking}
 
 
-def judgement_of(finals: Sequence[dict[str, Any]], folder: SweepFolder) -> dict[str, Any]:
+def judgement_of(finals: Sequence[dict[str, Any]], folder: SweepDir) -> dict[str, Any]:
     """Mean and spread over seeds, on the test part, with a sentence that says it."""
     rates, lifts = ([line["test"][key] for line in finals] for key in ("accept_rate", "lift"))
     spread = {
@@ -102,9 +102,9 @@ def judgement_of(finals: Sequence[dict[str, Any]], folder: SweepFolder) -> dict[
         for name, values in (("accept_rate", rates), ("lift", lifts))
     }
     rate, lift = spread["accept_rate"], spread["lift"]
-    says = "beats the best control with every seed" if lift["min"] > 0 else "does not beat the best control"
+    says = "beats the best baseline with every seed" if lift["min"] > 0 else "does not beat the best baseline"
     if lift["min"] <= 0 < lift["max"]:
-        says = "beats the best control with some seeds and not with others"
+        says = "beats the best baseline with some seeds and not with others"
     runs = [folder.shown(folder.path / line["run"]) for line in finals]
     return {
         "test": spread,

@@ -12,11 +12,11 @@ from ray_app.commands.train.initialization import (
     PairsInMemory,
     PairsThroughRay,
     TrainingPairs,
+    init_requirement,
     load_start,
     make_start,
-    needs,
 )
-from ray_app.commands.train.shared_dataset import Kind, Placed, SharedStart, kind_of, shared
+from ray_app.commands.train.shared_dataset import Kind, SharedDataset, SharedInit, init_key, shared
 from ray_app.commands.tune.driver import data_key
 from ray_app.commands.tune.estimate import candidates, corners
 from ray_app.commands.tune.spec import SweepSpec, space_of, train_config
@@ -28,18 +28,18 @@ STARTS = "start"
 """Where a sweep keeps them."""
 
 
-def with_starts(spec: SweepSpec, placed: dict[str, Placed], folder: Path) -> dict[str, Placed]:
+def with_starts(spec: SweepSpec, placed: dict[str, SharedDataset], folder: Path) -> dict[str, SharedDataset]:
     """The pairs with all that a setting of the space begins with; what lies in `folder` is not computed again."""
     space = space_of(spec)
     wanted: dict[tuple[str, Kind], TrainConfig] = {}
     for setting in corners(space) + candidates(spec):
         try:
             cfg = train_config(spec, setting, spec.out)
-            if needs(cfg) != "nothing":
-                wanted.setdefault((data_key(cfg), kind_of(cfg)), cfg)
+            if init_requirement(cfg) != "nothing":
+                wanted.setdefault((data_key(cfg), init_key(cfg)), cfg)
         except ConfigError:  # such a trial says so itself
             continue
-    starts: dict[str, dict[Kind, SharedStart]] = {key: {} for key in placed}
+    starts: dict[str, dict[Kind, SharedInit]] = {key: {} for key in placed}
     for (key, kind), cfg in wanted.items():
         ranks = sorted(map(int, space["rank"].bounds), reverse=True) if "rank" in space else [cfg.rank]
         at = folder / f"{key}-{kind[1]}-{kind[2]}"
@@ -47,7 +47,7 @@ def with_starts(spec: SweepSpec, placed: dict[str, Placed], folder: Path) -> dic
     return {key: replace(part, starts=starts[key]) for key, part in placed.items()}
 
 
-def found(cfg: TrainConfig, ranks: list[int], part: Placed) -> SharedStart:
+def found(cfg: TrainConfig, ranks: list[int], part: SharedDataset) -> SharedInit:
     """The start of the first of these ranks that there is one for."""
     problem = ""
     for rank in ranks:
@@ -60,11 +60,11 @@ def found(cfg: TrainConfig, ranks: list[int], part: Placed) -> SharedStart:
             continue
         twice = ("event_pairs", "target_pairs") if part.train else ()  # they are shared already
         arrays = {name: value.numpy() for name, value in start.items() if name not in twice}
-        return SharedStart(ray.put(arrays), problem)
-    return SharedStart(None, problem)
+        return SharedInit(ray.put(arrays), problem)
+    return SharedInit(None, problem)
 
 
-def pairs_for_start(part: Placed) -> TrainingPairs:
+def pairs_for_start(part: SharedDataset) -> TrainingPairs:
     """Out of shared memory, or through Ray Data where they are not there."""
     if part.train:
         return PairsInMemory(part.store, shared(part.train), shared(part.val))

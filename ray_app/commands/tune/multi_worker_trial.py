@@ -12,29 +12,29 @@ from ray import tune
 from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 
-from ray_app.commands.train.command import group
-from ray_app.commands.train.shared_dataset import Placed
+from ray_app.commands.train.command import run_worker_group
+from ray_app.commands.train.shared_dataset import SharedDataset
 from ray_app.commands.tune.trial import metrics_of
 from ray_app.config.train import TrainConfig
-from ray_app.runs.event_log import entries, follow, newest_start, since_start
-from ray_app.runs.remote_run import run_at
-from ray_app.runs.run_dir import RunFolder
+from ray_app.runs.event_log import entries, entries_since_start, last_start_time, tail
+from ray_app.runs.remote_run import open_run
+from ray_app.runs.run_dir import RunDir
 
 RESOURCES = {"CPU": 0.0, "memory": 1_000_000}
 """What the waiting process claims; Ray wants it to claim something."""
 
 
-def run_group_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
+def run_group_trial(config: dict[str, Any], placed: dict[str, SharedDataset]) -> None:
     """A trainable of Ray Tune; `config` as of `run_trial`. Ray Train starts workers that die again, not Tune."""
     config = config["trial"]
     cfg = TrainConfig.model_validate(config["train"])
-    with run_at(cfg.out) as run:
-        run.pull()
-        with run.followed():
+    with open_run(cfg.out) as run:
+        run.refresh()
+        with run.synced():
             failed = tell_epochs(config, cfg, run, placed[config["data"]])
         if failed and not isinstance(failed[0], RayActorError | WorkerGroupError):
             raise failed[0]
-        told = since_start(run.path)
+        told = entries_since_start(run.path)
         with run.journal() as journal:
             if failed:
                 journal.write(
@@ -52,18 +52,18 @@ def run_group_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
         tune.report(metrics_of(lines, epochs[-1], config["objective"]))
 
 
-def tell_epochs(config: dict[str, Any], cfg: TrainConfig, run: RunFolder, data: Placed) -> list[Exception]:
+def tell_epochs(config: dict[str, Any], cfg: TrainConfig, run: RunDir, data: SharedDataset) -> list[Exception]:
     """The group from its start to its end; Tune hears of each epoch but the last. Returns what the group raised."""
     failed: list[Exception] = []
     done = threading.Event()
 
     def work() -> None:
         name, cpus = f"{config['name']}-{int(time.time() * 1000)}", cfg.cpus_per_worker or 1.0
-        told = {"started": newest_start(run.path), "held": True, "threads": config["threads"], "placed": data}
+        told = {"started": last_start_time(run.path), "held": True, "threads": config["threads"], "placed": data}
         told["provenance"] = config["provenance"]
         try:
-            group(cfg, run, cpus, name, told)
-            run.pull()
+            run_worker_group(cfg, run, cpus, name, told)
+            run.refresh()
         except Exception as error:
             failed.append(error)
         finally:
@@ -71,7 +71,7 @@ def tell_epochs(config: dict[str, Any], cfg: TrainConfig, run: RunFolder, data: 
 
     threading.Thread(target=work, name="group", daemon=True).start()
     lines: list[dict[str, Any]] = []
-    for new in follow(run.path, done):
+    for new in tail(run.path, done):
         for line in new:
             lines.append(line)
             if line["kind"] == "epoch" and line["epoch"] < cfg.num_epochs:

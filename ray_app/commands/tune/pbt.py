@@ -15,10 +15,10 @@ from ray.tune import Checkpoint
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
-from ray_app.commands.tune.spec import Dimension, Setting, Space, Span
+from ray_app.commands.tune.spec import Dimension, Range, Setting, Space
 from ray_app.config.train import TrainConfig
 from ray_app.errors import CheckpointError, TrainingError
-from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunFolder, place
+from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir, checkpoint_name
 from ray_app.store.checkpoint import load_checkpoint, load_training_state, save_checkpoint, save_training_state
 
 TRIES = 5
@@ -27,7 +27,7 @@ TRIES = 5
 
 def mutation(dimension: Dimension) -> Any:
     """A dimension as Tune mutates it."""
-    if isinstance(dimension, Span):
+    if isinstance(dimension, Range):
         return (tune.loguniform if dimension.log else tune.uniform)(dimension.low, dimension.high)
     return list(dimension.values)
 
@@ -37,7 +37,7 @@ def inside(space: Space, setting: Setting) -> Setting:
     limited = {}
     for name, value in setting.items():
         dimension = space[name]
-        limited[name] = min(max(value, dimension.low), dimension.high) if isinstance(dimension, Span) else value
+        limited[name] = min(max(value, dimension.low), dimension.high) if isinstance(dimension, Range) else value
     return limited
 
 
@@ -74,27 +74,27 @@ class Population(PopulationBasedTraining):
 
 
 @contextmanager
-def mark(run: RunFolder) -> Iterator[Any]:
+def mark(run: RunDir) -> Iterator[Any]:
     """What Tune keeps as a checkpoint: where the run is. The weights lie there."""
     with tempfile.TemporaryDirectory(prefix="ray-app-") as folder:
         (Path(folder) / "run.txt").write_text(str(run))
         yield Checkpoint.from_directory(folder)
 
 
-def adopt(donor: RunFolder, run: RunFolder, cfg: TrainConfig, provenance: dict[str, Any]) -> None:
+def adopt(donor: RunDir, run: RunDir, cfg: TrainConfig, provenance: dict[str, Any]) -> None:
     """Begins a run with the weights and moments of another's newest place before its end; once and no more.
 
     What was best is forgotten: under other loss weights the losses of before cannot be compared. TrainingError: there
     is no whole place in the donor.
     """
-    if run.newest_state() is not None:
+    if run.latest_resumable() is not None:
         return
     for _ in range(TRIES):
         for name in sorted(donor.places(STATES), reverse=True):
-            if name >= place(cfg.num_epochs):
+            if name >= checkpoint_name(cfg.num_epochs):
                 continue
             try:
-                donor.bring(f"{STATES}/{name}", f"{CHECKPOINTS}/{name}")
+                donor.download(f"{STATES}/{name}", f"{CHECKPOINTS}/{name}")
                 tensors, meta = load_training_state(donor.state(name))
                 weights = load_checkpoint(donor.checkpoint(name))
             except (CheckpointError, OSError):  # let go of, or still being written
@@ -111,6 +111,6 @@ def adopt(donor: RunFolder, run: RunFolder, cfg: TrainConfig, provenance: dict[s
                 features=weights.features,
             )
             for kind in (STATES, CHECKPOINTS):
-                run.publish(f"{kind}/{name}")
+                run.upload(f"{kind}/{name}")
             return
     raise TrainingError(f"{donor} holds no whole place to go on from")

@@ -10,9 +10,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from ray_app.commands.tune.driver import SweepRecord
+from ray_app.commands.tune.driver import SweepState
 from ray_app.commands.tune.spec import describe
-from ray_app.commands.tune.sweep_dir import SweepFolder, Trial, best_of
+from ray_app.commands.tune.sweep_dir import SweepDir, Trial, best_of
 
 SHOWN = 15
 """Trials in the table."""
@@ -23,10 +23,10 @@ DRIVERLESS_S = 5.0
 """So long nobody may write the sweep's journal before its driver counts as gone."""
 
 
-def watch(folder: SweepFolder) -> None:
+def watch(folder: SweepDir) -> None:
     """Shows the sweep on standard error until it ends or has no driver any more; one that has ended is shown once."""
-    folder.pull()
-    folder.about()
+    folder.refresh()
+    folder.metadata()
     console = Console(stderr=True)
     driven = time.monotonic()
     with Live(console=console, auto_refresh=False) as live:
@@ -41,7 +41,7 @@ def watch(folder: SweepFolder) -> None:
             elif time.monotonic() - driven > DRIVERLESS_S:
                 break
             time.sleep(REFRESH_S)
-            folder.pull()
+            folder.refresh()
     told = f"no driver is at work; go on with: {folder.resume}"
     console.print(told, soft_wrap=True, markup=False, highlight=False)
 
@@ -90,7 +90,7 @@ def trials_table(trials: list[Trial]) -> Table:
 class SweepProgress:
     """On the driver's standard error: a bar on a terminal, a line for each trial that ends."""
 
-    def __init__(self, record: SweepRecord) -> None:
+    def __init__(self, record: SweepState) -> None:
         self._record, self._console = record, Console(stderr=True)
         self._bar = Progress(
             TextColumn("tune"),

@@ -10,38 +10,38 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ray_app.commands.tune.sweep_dir import HANDOVER_S, SWEEP, SweepFolder
+from ray_app.commands.tune.sweep_dir import HANDOVER_S, SWEEP, SweepDir
 from ray_app.errors import StoreError
-from ray_app.runs.event_log import JOURNAL, Journal, entries
-from ray_app.runs.remote_event_log import JournalParts
-from ray_app.runs.remote_run import RunCopy, meanwhile, own_folder
-from ray_app.runs.run_dir import RunFolder
-from ray_app.store.filesystem import Disk, ObjectStore, Place, place
+from ray_app.runs.event_log import JOURNAL, EventLog, entries
+from ray_app.runs.remote_event_log import RemoteEventLog
+from ray_app.runs.remote_run import RemoteRun, run_in_background, scratch_dir
+from ray_app.runs.run_dir import RunDir
+from ray_app.store.filesystem import LocalDir, RemoteDir, StorageDir, open_storage
 
 RUN_OF_SWEEP = re.compile(r"(trials|final)/[A-Za-z0-9_-]+(/seed_\d+)?")
 
 
 @contextmanager
-def sweep_at(where: str) -> Iterator[SweepFolder]:
+def open_sweep(where: str) -> Iterator[SweepDir]:
     """The sweep that a path or URI names, or will be there. A copy of one at a URI goes when the block ends."""
-    there = place(where)
-    if isinstance(there, Disk):
-        yield SweepFolder(there.path)
-    elif isinstance(there, ObjectStore):
-        with own_folder() as folder:
-            yield SweepCopy(folder, there)
+    there = open_storage(where)
+    if isinstance(there, LocalDir):
+        yield SweepDir(there.path)
+    elif isinstance(there, RemoteDir):
+        with scratch_dir() as folder:
+            yield RemoteSweep(folder, there)
 
 
 @dataclass(frozen=True)
-class SweepCopy(SweepFolder):
+class RemoteSweep(SweepDir):
     """`path` is this process's copy of the sweep at `there`."""
 
-    there: ObjectStore
+    there: RemoteDir
     """Where the sweep lies."""
-    _parts: JournalParts = field(init=False, repr=False, compare=False)
+    _parts: RemoteEventLog = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_parts", JournalParts(self.path, self.there))
+        object.__setattr__(self, "_parts", RemoteEventLog(self.path, self.there))
 
     def __str__(self) -> str:
         return self.there.uri
@@ -51,13 +51,13 @@ class SweepCopy(SweepFolder):
         return str(self.there).rpartition("/")[2]
 
     @property
-    def _there(self) -> Place:
+    def _there(self) -> StorageDir:
         return self.there
 
     def shown(self, path: Path) -> str:
-        return self.there.below(str(path.relative_to(self.path)))
+        return self.there.uri_of(str(path.relative_to(self.path)))
 
-    def pull(self) -> None:
+    def refresh(self) -> None:
         try:
             (self.path / SWEEP).write_bytes(self.there.read(SWEEP))
         except FileNotFoundError as error:
@@ -69,25 +69,25 @@ class SweepCopy(SweepFolder):
         ended = {line["name"] for line in lines if line["kind"] == "ended"}
         for line in lines:
             if line["kind"] == "final":
-                self._run(line["run"]).pull()
+                self._run(line["run"]).refresh()
             elif line["kind"] == "trial":
                 run = self.run(line["name"])
                 if line["name"] not in ended or not (run.path / JOURNAL).is_file():
-                    run.pull()
+                    run.refresh()
 
-    def bring_artifacts(self) -> None:
+    def download_artifacts(self) -> None:
         for path in self.runs("final/*/*"):
             if (artifacts := entries(path)[-1].get("artifacts")) is not None:
-                self._run(str(path.relative_to(self.path))).bring(artifacts)
+                self._run(str(path.relative_to(self.path))).download(artifacts)
 
-    def publish(self, folder: Path) -> None:
+    def upload(self, folder: Path) -> None:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 self.there.write(str(path.relative_to(self.path)), path.read_bytes())
 
     def write(self, name: str, data: bytes) -> None:
         super().write(name, data)
-        self.there.make()
+        self.there.mkdir()
         self.there.write(name, data)
 
     def has_driver(self) -> bool:
@@ -95,17 +95,17 @@ class SweepCopy(SweepFolder):
         return True
 
     @contextmanager
-    def driven(self) -> Iterator[Journal]:
+    def exclusive(self) -> Iterator[EventLog]:
         self._parts.pull()
-        with Journal(self.path, HANDOVER_S) as journal:
+        with EventLog(self.path, HANDOVER_S) as journal:
             try:
-                with meanwhile(self._parts.push):
+                with run_in_background(self._parts.push):
                     yield journal
             finally:
                 self._parts.push()
 
-    def _run(self, folder: str) -> RunFolder:
+    def _run(self, folder: str) -> RunDir:
         if not RUN_OF_SWEEP.fullmatch(folder):  # as others have written it
             raise StoreError(f"{self.there} is damaged: its journal names {folder!r}, which is no run of a sweep")
         (self.path / folder).mkdir(parents=True, exist_ok=True)
-        return RunCopy(self.path / folder, ObjectStore(self.there.below(folder), self.there.patience_s))
+        return RemoteRun(self.path / folder, RemoteDir(self.there.uri_of(folder), self.there.patience_s))

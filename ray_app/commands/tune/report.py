@@ -7,9 +7,9 @@ from typing import Any
 
 from ray_app.commands.tune.figures import Point, cost_figure, growth_figure, importance_figure, parallel_figure
 from ray_app.commands.tune.final_training import judgement_of
-from ray_app.commands.tune.searchers import Tried, importances
+from ray_app.commands.tune.searchers import TrialRecord, importances
 from ray_app.commands.tune.spec import SweepSpec, describe, space_of
-from ray_app.commands.tune.sweep_dir import PAGE, SweepFolder, Trial, best_of, front, scores
+from ray_app.commands.tune.sweep_dir import PAGE, SweepDir, Trial, best_of, pareto_front, scores
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.reports.html import page
 from ray_app.runs.event_log import JOURNAL, entries
@@ -18,29 +18,29 @@ FLOP_PER_PARAMETER = 6
 """Of one pair, forward and backward: two each for the forward pass and twice that for the backward."""
 
 
-def write_page(folder: SweepFolder) -> Path:
+def write_page(folder: SweepDir) -> Path:
     """Writes the page, from what is on disk."""
     folder.write(PAGE, render_page(folder).encode())
     return folder.path / PAGE
 
 
-def render_page(folder: SweepFolder) -> str:
+def render_page(folder: SweepDir) -> str:
     """The whole page."""
-    about, spec, trials, lines = folder.about(), folder.spec, folder.trials(), folder.entries()
+    about, spec, trials, lines = folder.metadata(), folder.spec, folder.trials(), folder.entries()
     best = best_of(trials)
     finals = [line for line in lines if line["kind"] == "final" and best and line["trial"] == best.name]
     final = judgement_of(finals, folder) if finals else None
     second = spec.also_minimise or "parameters"
-    controls = {key: max(part["controls"].values()) for key, part in about["data"].items()}
+    baselines = {key: max(part["baselines"].values()) for key, part in about["data"].items()}
     if spec.objective == "lift":
-        controls = dict.fromkeys(controls, 0.0)
+        baselines = dict.fromkeys(baselines, 0.0)
     return page(
         "sweep.html.j2",
         name=about["name"],
         headline=headline(best, final, len(trials)),
         outcome=outcome(best, final),
         notes=notes(about, trials, best),
-        figures=list(figures(folder, spec, trials, controls, second)) if best else [],
+        figures=list(figures(folder, spec, trials, baselines, second)) if best else [],
         trials=[row(folder, trial) for trial in ranked(trials)],
         second=second if spec.also_minimise else None,
         finals=finals,
@@ -58,7 +58,7 @@ def headline(best: Trial | None, final: dict[str, Any] | None, num: int) -> str:
     ahead = "ahead of" if best.lift > 0 else "not ahead of"
     return (
         f"The best of {num} trials is accepted for {100 * best.accept_rate:.1f} % of the validation pairs at "
-        f"θ {rate_key(THETA)}, {ahead} the best control: lift {100 * best.lift:+.1f} percentage points."
+        f"θ {rate_key(THETA)}, {ahead} the best baseline: lift {100 * best.lift:+.1f} percentage points."
     )
 
 
@@ -97,7 +97,7 @@ def notes(about: dict[str, Any], trials: list[Trial], best: Trial | None) -> lis
 
 
 def figures(
-    folder: SweepFolder, spec: SweepSpec, trials: list[Trial], controls: dict[str, float], second: str
+    folder: SweepDir, spec: SweepSpec, trials: list[Trial], baselines: dict[str, float], second: str
 ) -> Iterator[dict[str, str]]:
     """Title, SVG, text for those who do not see it, and caption of each figure."""
     name = "lift" if spec.objective == "lift" else f"accepted at {rate_key(THETA)}"
@@ -106,14 +106,14 @@ def figures(
     reached = f"It reaches {100 * (best.objective or 0.0):.1f} percent."
     yield {
         "title": "The best so far",
-        "svg": growth_figure(points(folder, spec, trials), controls, name),
+        "svg": growth_figure(points(folder, spec, trials), baselines, name),
         "alt": f"The best objective so far over hours of search and over training compute. {reached}",
         "caption": "A dot is an epoch of a trial: the objective of its best checkpoint by then. Pauses between "
         "starts are left out.",
     }
     yield {
         "title": "What was tried",
-        "svg": parallel_figure(trials, space, controls, name),
+        "svg": parallel_figure(trials, space, baselines, name),
         "alt": f"Parallel coordinates of {len(trials)} trials. The best: {describe(best.setting)}.",
         "caption": "A line is a trial, the lighter the better; the thick one is the best.",
     }
@@ -121,30 +121,30 @@ def figures(
     if shares:
         yield {
             "title": "What mattered",
-            "svg": importance_figure(shares, [t for t in trials if t.status != "failed"], space, controls, name),
+            "svg": importance_figure(shares, [t for t in trials if t.status != "failed"], space, baselines, name),
             "alt": "Importance of each setting: "
             + ", ".join(f"{k} {100 * v:.0f} percent" for k, v in shares.items()),
             "caption": "fANOVA (Hutter et al. 2014) over the trials that did not fail. Of a dozen trials it is a "
-            "hint, of a hundred a measurement. Below, a dot is a trial, the dashed line the best control.",
+            "hint, of a hundred a measurement. Below, a dot is a trial, the dashed line the best baseline.",
         }
     yield {
         "title": "What it costs",
-        "svg": cost_figure(trials, front(trials, second), second, controls, name),
+        "svg": cost_figure(trials, pareto_front(trials, second), second, baselines, name),
         "alt": f"The objective against {second}, with the front of trials that no other beats in both.",
         "caption": "Filled: trained to its end. Triangle: stopped by the scheduler, so it stands where it was left.",
     }
 
 
-def tried(trials: list[Trial]) -> list[Tried]:
+def tried(trials: list[Trial]) -> list[TrialRecord]:
     """Trials with an objective, for the importance of settings."""
     return [
-        Tried(t.setting, "finished", (t.objective,), t.epochs)
+        TrialRecord(t.setting, "finished", (t.objective,), t.epochs)
         for t in trials
         if t.objective is not None and t.status != "failed"
     ]
 
 
-def points(folder: SweepFolder, spec: SweepSpec, trials: list[Trial]) -> list[Point]:
+def points(folder: SweepDir, spec: SweepSpec, trials: list[Trial]) -> list[Point]:
     """Every epoch of every trial in order of time."""
     found = []
     for trial in trials:
@@ -170,9 +170,9 @@ def ranked(trials: list[Trial]) -> list[Trial]:
     return judged + [trial for trial in trials if trial.objective is None]
 
 
-def row(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
+def row(folder: SweepDir, trial: Trial) -> dict[str, Any]:
     """A trial's line of the table; its checkpoint as a link where it is kept."""
-    best = folder.run(trial.name).best_kept
+    best = folder.run(trial.name).best_on_disk
     return {
         "trial": trial,
         "setting": describe(trial.setting),

@@ -17,8 +17,8 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from ray_app.commands.tune.spec import Choice, Dimension, Setting, Space, Span
-from ray_app.core.adapters.seeded_noise import mix
+from ray_app.commands.tune.spec import Choice, Dimension, Range, Setting, Space
+from ray_app.core.adapters.seeded_noise import derive_seed
 
 Direction = Literal["maximize", "minimize"]
 REDRAWS = 200
@@ -29,7 +29,7 @@ FEWEST = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class TrialRecord:
     """What a searcher knows of one trial."""
 
     setting: Setting
@@ -53,7 +53,7 @@ def propose(
     searcher: Literal["grid", "random", "optuna"],
     space: Space,
     seed: int,
-    tried: Sequence[Tried],
+    tried: Sequence[TrialRecord],
     directions: Sequence[Direction] = ("maximize",),
 ) -> Setting | None:
     """The setting of the next trial, or None where all combinations have been tried."""
@@ -61,15 +61,15 @@ def propose(
         points = grid(space)
         return points[len(tried)] if len(tried) < len(points) else None
     if searcher == "optuna":
-        setting = by_optuna(space, seed, tried, directions)
+        setting = suggest_with_optuna(space, seed, tried, directions)
         if setting not in [trial.setting for trial in tried]:
             return setting
-    return drawn(space, seed, tried)
+    return sample_random(space, seed, tried)
 
 
-def drawn(space: Space, seed: int, tried: Sequence[Tried]) -> Setting | None:
+def sample_random(space: Space, seed: int, tried: Sequence[TrialRecord]) -> Setting | None:
     """A random setting that was not tried yet."""
-    rng = np.random.default_rng(mix(seed, len(tried)))
+    rng = np.random.default_rng(derive_seed(seed, len(tried)))
     seen = [trial.setting for trial in tried]
     for _ in range(REDRAWS):
         setting = {name: draw(dimension, rng) for name, dimension in space.items()}
@@ -93,13 +93,15 @@ def draw(dimension: Dimension, rng: np.random.Generator) -> Any:
     return round(value) if dimension.integer else float(value)
 
 
-def by_optuna(space: Space, seed: int, tried: Sequence[Tried], directions: Sequence[Direction]) -> Setting:
+def suggest_with_optuna(
+    space: Space, seed: int, tried: Sequence[TrialRecord], directions: Sequence[Direction]
+) -> Setting:
     """Optuna's proposal after these trials; running ones count as bad guesses, so that none is proposed twice."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(
-            seed=mix(seed, len(tried)) % 2**32, multivariate=True, constant_liar=True
+            seed=derive_seed(seed, len(tried)) % 2**32, multivariate=True, constant_liar=True
         )
         study = optuna.create_study(sampler=sampler, directions=list(directions))
         study.add_trials(frozen_trials(space, tried, len(directions)))
@@ -110,7 +112,7 @@ def by_optuna(space: Space, seed: int, tried: Sequence[Tried], directions: Seque
     }
 
 
-def frozen_trials(space: Space, tried: Sequence[Tried], num_objectives: int) -> list[FrozenTrial]:
+def frozen_trials(space: Space, tried: Sequence[TrialRecord], num_objectives: int) -> list[FrozenTrial]:
     """What was tried, as Optuna knows it. With several objectives a stopped trial counts with what it had reached."""
     distributions = {name: distribution(dimension) for name, dimension in space.items()}
     states = {
@@ -139,7 +141,7 @@ def frozen_trials(space: Space, tried: Sequence[Tried], num_objectives: int) -> 
     return made
 
 
-def importances(space: Space, tried: Sequence[Tried], seed: int) -> dict[str, float]:
+def importances(space: Space, tried: Sequence[TrialRecord], seed: int) -> dict[str, float]:
     """Share of the objective's variance that each setting explains (fANOVA); nothing where that cannot be told."""
     differing = {name for name in space if len({json.dumps(trial.setting[name]) for trial in tried}) > 1}
     if len(tried) < FEWEST or not differing or len({trial.values for trial in tried}) < 2:
@@ -155,7 +157,7 @@ def distribution(dimension: Dimension) -> BaseDistribution:
     """Optuna's name for a dimension; a choice is told in JSON, since its values may be lists."""
     if isinstance(dimension, Choice):
         return CategoricalDistribution([json.dumps(value) for value in dimension.values])
-    assert isinstance(dimension, Span)
+    assert isinstance(dimension, Range)
     if dimension.integer:
         return IntDistribution(int(dimension.low), int(dimension.high), dimension.log, int(dimension.step or 1))
     return FloatDistribution(dimension.low, dimension.high, dimension.log, dimension.step)

@@ -105,7 +105,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class Range:
     """A number between two."""
 
     low: float
@@ -124,7 +124,7 @@ class Span:
         return (self.low, self.high)
 
 
-Dimension = Choice | Span
+Dimension = Choice | Range
 Space = dict[str, Dimension]
 
 
@@ -169,7 +169,7 @@ def check(spec: SweepSpec) -> None:
         for value in dimension.bounds:
             train_config(spec, {name: value}, spec.out)
     check_used(spec, space)
-    if spec.searcher == "grid" and (spans := [name for name, d in space.items() if isinstance(d, Span)]):
+    if spec.searcher == "grid" and (spans := [name for name, d in space.items() if isinstance(d, Range)]):
         raise ConfigError(f"`searcher: grid` needs lists, but {spans[0]} is a span; list its values, or take random")
     if spec.also_minimise == "latency_ms" and spec.workers > 1:
         raise ConfigError("latency_ms is measured in a trial's own process; it needs `workers: 1`")
@@ -241,7 +241,7 @@ def dimension(name: str, value: Any) -> Dimension:
         )
     kind = TrainConfig.model_fields[name].annotation
     integer = int in (kind, *get_args(kind)) and float not in get_args(kind)
-    return Span(ends[0], ends[1], kinds[0] == "log", step, integer)
+    return Range(ends[0], ends[1], kinds[0] == "log", step, integer)
 
 
 def allowed(name: str) -> None:

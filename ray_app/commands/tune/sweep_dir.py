@@ -20,11 +20,11 @@ from typing import Any, Literal
 from ray_app.commands.tune.spec import Setting, SweepSpec
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.errors import StoreError
-from ray_app.runs.event_log import JOURNAL, Journal, entries, has_writer
+from ray_app.runs.event_log import JOURNAL, EventLog, entries, is_locked
 from ray_app.runs.remote_event_log import PARTS
-from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunFolder
-from ray_app.store.atomic import write_file, writing
-from ray_app.store.filesystem import Disk, Place
+from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir
+from ray_app.store.atomic import disk_errors, write_file
+from ray_app.store.filesystem import LocalDir, StorageDir
 
 SWEEP, PAGE = "sweep.json", "sweep.html"
 HANDOVER_S = 5.0
@@ -59,7 +59,7 @@ class Trial:
     accept_rate: float | None = None
     """cosine_accept_rate_0.80 there."""
     lift: float | None = None
-    """Over the best control, there."""
+    """Over the best baseline, there."""
     epochs: int = 0
     """Finished epochs."""
     best_epoch: int = 0
@@ -83,7 +83,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class SweepFolder:
+class SweepDir:
     """`sweep.json`, the journal and the runs below `path`."""
 
     path: Path
@@ -104,21 +104,21 @@ class SweepFolder:
         return f"ray-app tune --resume {shlex.quote(str(self))}"
 
     @property
-    def _there(self) -> Place:
+    def _there(self) -> StorageDir:
         """What the next start goes on from."""
-        return Disk(self.path)
+        return LocalDir(self.path)
 
     def shown(self, path: Path) -> str:
         """A file or folder of the sweep by the name that holds everywhere."""
         return str(path)
 
-    def pull(self) -> None:
+    def refresh(self) -> None:
         """All that is told of the sweep so far lies in `path` afterwards."""
 
-    def bring_artifacts(self) -> None:
+    def download_artifacts(self) -> None:
         """What its last trainings leave for the tracking server lies in `path` afterwards."""
 
-    def publish(self, folder: Path) -> None:
+    def upload(self, folder: Path) -> None:
         """Files that were made in `path` are the sweep's afterwards."""
 
     def write(self, name: str, data: bytes) -> None:
@@ -127,13 +127,13 @@ class SweepFolder:
 
     def files(self) -> list[str]:
         """Where its record and its page lie."""
-        names = self._there.names()
+        names = self._there.listdir()
         return [self.shown(self.path / name) for name in (SWEEP, JOURNAL, PARTS, PAGE) if name in names]
 
     def require_free(self) -> None:
         """StoreError if anything is in the way of a new sweep."""
         try:
-            names = self._there.names()
+            names = self._there.listdir()
         except FileNotFoundError:
             return
         except NotADirectoryError:
@@ -145,28 +145,28 @@ class SweepFolder:
         if names:
             raise StoreError(f"{self} already holds something; name a new folder for the sweep")
 
-    def claim(self, about: Mapping[str, Any]) -> None:
+    def create(self, about: Mapping[str, Any]) -> None:
         """Starts a sweep here. StoreError if anything is in the way; nothing is deleted.
 
         Of several that start at one moment, the one that holds the journal first has the folder.
         """
         self.require_free()
-        with writing(self.path):
+        with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        with Journal(self.path, patience_s=0.0):
+        with EventLog(self.path, patience_s=0.0):
             if (self.path / SWEEP).is_file():
                 self.require_free()
             self.write(SWEEP, json.dumps(dict(about), indent=1).encode())
 
-    def driven(self) -> AbstractContextManager[Journal]:
+    def exclusive(self) -> AbstractContextManager[EventLog]:
         """The sweep's journal, for its one driver. StoreError: another process has it."""
-        return Journal(self.path, HANDOVER_S)
+        return EventLog(self.path, HANDOVER_S)
 
     def has_driver(self) -> bool:
         """Whether one is at work, as far as can be told from here."""
-        return has_writer(self.path)
+        return is_locked(self.path)
 
-    def about(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What it was started with: `name`, `key`, `created`, `spec`, `store_fingerprint`. StoreError: no sweep."""
         try:
             return json.loads((self.path / SWEEP).read_text())
@@ -176,7 +176,7 @@ class SweepFolder:
     @property
     def spec(self) -> SweepSpec:
         """The sweep as it was started."""
-        return SweepSpec.model_validate({**self.about()["spec"], "out": str(self)})
+        return SweepSpec.model_validate({**self.metadata()["spec"], "out": str(self)})
 
     def entries(self) -> list[dict[str, Any]]:
         """The sweep's journal. StoreError: it is gone, or a line is damaged."""
@@ -187,7 +187,7 @@ class SweepFolder:
             )
         return entries(self.path)
 
-    def heard(self) -> list[float]:
+    def event_times(self) -> list[float]:
         """All moments that its journals tell of, in order."""
         folders = (self.path, *self.runs("trials/*"))
         return sorted(line["time"] for folder in folders for line in entries(folder) if "time" in line)
@@ -200,7 +200,7 @@ class SweepFolder:
     def sessions(self) -> list[tuple[float, float]]:
         """From each start to the last that was heard before the next."""
         starts = [line["time"] for line in self.entries() if line["kind"] == "start"]
-        heard = self.heard()
+        heard = self.event_times()
         return [
             (begin_s, max(moment for moment in heard if begin_s <= moment < next_s))
             for begin_s, next_s in itertools.pairwise([*starts, float("inf")])
@@ -210,16 +210,16 @@ class SweepFolder:
         """Time of all starts but the newest: from each to the last that was heard before the next."""
         return sum(end_s - begin_s for begin_s, end_s in self.sessions()[:-1])
 
-    def run(self, name: str) -> RunFolder:
+    def run(self, name: str) -> RunDir:
         """The run of a trial."""
         return self._run(f"trials/{name}")
 
-    def final(self, name: str, seed: int) -> RunFolder:
+    def final(self, name: str, seed: int) -> RunDir:
         """The run of one seed of the last training of a trial's setting."""
         return self._run(f"final/{name}/seed_{seed}")
 
-    def _run(self, folder: str) -> RunFolder:
-        return RunFolder(self.path / folder)
+    def _run(self, folder: str) -> RunDir:
+        return RunDir(self.path / folder)
 
     def trials(self) -> list[Trial]:
         """All trials by number: those that ended as they were told, the others as far as they have come."""
@@ -233,18 +233,18 @@ class SweepFolder:
             elif line["kind"] == "ended":
                 found[line["name"]] = Trial(**{key: line[key] for key in Trial.__dataclass_fields__})
         return [
-            trial if trial.ended_at else Trial(**asdict(trial) | self.standing(trial.name, spec))
+            trial if trial.ended_at else Trial(**asdict(trial) | self.trial_status(trial.name, spec))
             for trial in found.values()
         ]
 
-    def standing(self, name: str, spec: SweepSpec) -> dict[str, Any]:
+    def trial_status(self, name: str, spec: SweepSpec) -> dict[str, Any]:
         """How far a trial has come, from its own journal; `status` is failed or finished only where it says so."""
         run = self.run(name)
-        run.pull()
+        run.refresh()
         if not (run.path / JOURNAL).is_file():
             return {}
         lines = entries(run.path)
-        reached = {"seconds": busy_seconds(lines), "status": "running", **scores(lines, spec.objective)}
+        reached = {"seconds": active_seconds(lines), "status": "running", **scores(lines, spec.objective)}
         reached["steps"] = max((line["global_step"] for line in lines if line["kind"] == "step"), default=0)
         reached["latency_ms"] = next((line["ms"] for line in lines if line["kind"] == "latency"), None)
         if lines and lines[-1]["kind"] == "end":
@@ -258,24 +258,24 @@ class SweepFolder:
         folder = self.run(name).path
         lines = entries(folder) if (folder / JOURNAL).is_file() else []
         ends = [n for n, line in enumerate(lines, 1) if line["kind"] == "epoch"]
-        return [(lines[n - 1]["epoch"], compared(lines[:n], objective)) for n in ends]
+        return [(lines[n - 1]["epoch"], scheduler_metric(lines[:n], objective)) for n in ends]
 
-    def end_trial(self, journal: Journal, trial: Trial) -> None:
+    def end_trial(self, journal: EventLog, trial: Trial) -> None:
         """Tells how a trial ended, and lets go of what only going on would need."""
         journal.write("ended", **asdict(trial))
         if self.spec.scheduler == "pbt":
             return  # another member may go on from it
         run = self.run(trial.name)
-        best = run.best_kept
+        best = run.best_on_disk
         for kind in (STATES, CHECKPOINTS):
-            run.let_go(kind, best)
+            run.delete_checkpoints(kind, best)
 
-    def keep_best(self, trials: list[Trial], num: int) -> None:
+    def prune_checkpoints(self, trials: list[Trial], num: int) -> None:
         """Weights of the best `num` trials stay; of others that have ended they go. 0: all stay."""
         ranked = sorted((trial for trial in trials if trial.objective is not None), key=lambda trial: trial.rank)
         for trial in ranked[num:] if num else ():
             if trial.ended_at:
-                self.run(trial.name).let_go(CHECKPOINTS)
+                self.run(trial.name).delete_checkpoints(CHECKPOINTS)
 
 
 def trial_name(index: int, setting: Setting, *origin: Any) -> str:
@@ -300,7 +300,7 @@ def scores(lines: list[dict[str, Any]], objective: str) -> dict[str, Any]:
     }
 
 
-def compared(lines: list[dict[str, Any]], objective: str) -> float:
+def scheduler_metric(lines: list[dict[str, Any]], objective: str) -> float:
     """What a scheduler compares trials by: the objective, and of equals the mean cosine at the same checkpoint.
 
     The objective is a count of validation pairs, so that many trials have the same; a scheduler lets equals go on.
@@ -314,7 +314,7 @@ def best_epoch(epochs: list[dict[str, Any]]) -> dict[str, Any]:
     return min(epochs, key=lambda line: line["val"]["loss"])
 
 
-def busy_seconds(lines: list[dict[str, Any]]) -> float:
+def active_seconds(lines: list[dict[str, Any]]) -> float:
     """Time from each attempt to the last that was heard of it."""
     total, begun, last = 0.0, None, 0.0
     for line in lines:
@@ -332,7 +332,7 @@ def best_of(trials: list[Trial]) -> Trial | None:
     return min(judged, key=lambda trial: trial.rank, default=None)
 
 
-def front(trials: list[Trial], second: str) -> list[Trial]:
+def pareto_front(trials: list[Trial], second: str) -> list[Trial]:
     """The trials that no other beats in the objective without losing in the second one, best objective first."""
     judged = [
         t for t in trials if t.objective is not None and t.status != "failed" and getattr(t, second) is not None

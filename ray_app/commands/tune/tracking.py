@@ -3,10 +3,10 @@
 from functools import partial
 from typing import Any
 
-from ray_app.commands.tune.sweep_dir import SweepFolder
+from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.config.base import TrackingFlags
 from ray_app.runs.event_log import JOURNAL
-from ray_app.runs.run_dir import RunFolder
+from ray_app.runs.run_dir import RunDir
 from ray_app.tracking.mlflow_logger import Tracker, sync_run
 
 
@@ -17,9 +17,9 @@ class SweepTracker(Tracker):
     machine. `ray-app tune --watch` shows trials live.
     """
 
-    def __init__(self, cfg: TrackingFlags, sweep: SweepFolder) -> None:
+    def __init__(self, cfg: TrackingFlags, sweep: SweepDir) -> None:
         self._folder = sweep
-        self._ended: list[RunFolder] = []
+        self._ended: list[RunDir] = []
         super().__init__(cfg, sweep.path, str(sweep))
 
     def _also(self, lines: list[dict[str, Any]]) -> None:
@@ -28,5 +28,5 @@ class SweepTracker(Tracker):
         while self.run_id and self._ended and self._attempt(partial(self._sync, self._ended[0])):
             del self._ended[0]
 
-    def _sync(self, run: RunFolder) -> None:
+    def _sync(self, run: RunDir) -> None:
         sync_run(run.path, self._uri, str(run))

@@ -14,24 +14,24 @@ import ray
 import torch
 from ray import tune
 
-from ray_app.cluster.reachability import answers
-from ray_app.commands.train.loop import Worker, ended, train_epochs
-from ray_app.commands.train.shared_dataset import Placed, pairs_of, start_of
+from ray_app.cluster.reachability import node_is_alive
+from ray_app.commands.train.loop import WorkerContext, is_finished, train_epochs
+from ray_app.commands.train.shared_dataset import SharedDataset, pairs_of, start_of
 from ray_app.commands.train.state import TrainState
 from ray_app.commands.tune.pbt import adopt, mark
-from ray_app.commands.tune.sweep_dir import compared, scores
+from ray_app.commands.tune.sweep_dir import scheduler_metric, scores
 from ray_app.config.train import TrainConfig
 from ray_app.core.metrics import THETA, rate_key
-from ray_app.runs.event_log import Journal, entries, since_start
-from ray_app.runs.remote_run import run_at
-from ray_app.runs.run_dir import RunFolder
+from ray_app.runs.event_log import EventLog, entries, entries_since_start
+from ray_app.runs.remote_run import open_run
+from ray_app.runs.run_dir import RunDir
 
 RATE = f"cosine_accept_rate_{rate_key(THETA)}"
 TIMED_PASSES = 30
 """Forward passes of one pair, of which the median is the latency."""
 
 
-def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
+def run_trial(config: dict[str, Any], placed: dict[str, SharedDataset]) -> None:
     """A trainable of Ray Tune. `config["trial"]`: `train` (a TrainConfig), `data` (a key of `placed`), `objective`,
     `latency`, `threads`, `provenance`, `population` (weights are exchanged),
     `origin` (run folder of the weights to begin with).
@@ -42,45 +42,45 @@ def run_trial(config: dict[str, Any], placed: dict[str, Placed]) -> None:
     config = config["trial"]
     cfg = TrainConfig.model_validate(config["train"])
     torch.set_num_threads(config["threads"])
-    with run_at(cfg.out) as run, run.journal() as journal:
+    with open_run(cfg.out) as run, run.journal() as journal:
         cfg = cfg.at(run.path)
-        trial = TrialRun(cfg, run, journal, config)
+        trial = TrialReporter(cfg, run, journal, config)
         if entries(cfg.folder)[-1]["kind"] == "end":
             return  # a member of a population that had paused at its end
-        told = since_start(cfg.folder)
-        if reason := why_not_again(told, gone({line["node"] for line in told if line["kind"] == "attempt"})):
+        told = entries_since_start(cfg.folder)
+        if reason := give_up_reason(told, dead_nodes({line["node"] for line in told if line["kind"] == "attempt"})):
             trial.fail(reason)
             return
         journal.write("attempt", node=ray.get_runtime_context().get_node_id(), time=time.time())
         try:
             if config["origin"]:
-                with run_at(config["origin"]) as donor:
+                with open_run(config["origin"]) as donor:
                     adopt(donor, run, cfg, config["provenance"])
             if not config["population"]:  # it compares the present alone
                 trial.tell_past_epochs()
             data = placed[config["data"]]
             device = torch.device("cuda" if cfg.use_gpu else "cpu")
-            worker = Worker(cfg, data.store, 0, 1, device, start_of(data, cfg))
+            worker = WorkerContext(cfg, data.store, 0, 1, device, start_of(data, cfg))
             pairs = pairs_of(data, worker)
             train_epochs(worker, run, pairs, journal, config["provenance"], trial.report)
         except Exception as error:
             trial.failed_with(error)
         else:
-            if any(line["kind"] == "failure" for line in since_start(cfg.folder)):
+            if any(line["kind"] == "failure" for line in entries_since_start(cfg.folder)):
                 trial.end("FAILED")
 
 
-class TrialRun:
+class TrialReporter:
     """What a trial tells its journal and Tune."""
 
-    def __init__(self, cfg: TrainConfig, run: RunFolder, journal: Journal, config: dict[str, Any]) -> None:
+    def __init__(self, cfg: TrainConfig, run: RunDir, journal: EventLog, config: dict[str, Any]) -> None:
         self.cfg, self.run, self.journal, self.config = cfg, run, journal, config
 
     def report(self, state: TrainState, _: dict[str, Any]) -> None:
         """One epoch. The end is told first, for Tune may not come back after it."""
         if self.config["latency"] and not any(line["kind"] == "latency" for line in entries(self.cfg.folder)):
             self.journal.write("latency", ms=latency_ms(state))
-        if ended(state, self.cfg):
+        if is_finished(state, self.cfg):
             self.end("FINISHED")
         lines = entries(self.cfg.folder)
         self.tell(lines, state.epoch)
@@ -96,7 +96,7 @@ class TrialRun:
         """To Tune, which answers by going on, or never. The driver may end the journal meanwhile."""
         metrics = metrics_of(lines, epoch, self.config["objective"])
         with (
-            self.run.lent(self.journal),
+            self.run.released(self.journal),
             mark(self.run) if self.config["population"] else nullcontext() as checkpoint,
         ):
             tune.report(metrics, checkpoint=checkpoint)
@@ -113,7 +113,7 @@ class TrialRun:
     def failed_with(self, error: Exception) -> None:
         """Raises the error for another try, unless it is the second of its kind."""
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        again = told_before(cause, since_start(self.cfg.folder))
+        again = told_before(cause, entries_since_start(self.cfg.folder))
         self.journal.write("error", cause=cause, time=time.time())
         if again:
             self.fail(f"twice the same: {cause}")
@@ -123,10 +123,10 @@ class TrialRun:
 
 def told_before(cause: str, lines: list[dict[str, Any]]) -> bool:
     """Whether an earlier error of these lines is of this kind."""
-    return alike(cause) in [alike(line["cause"]) for line in lines if line["kind"] == "error"]
+    return normalise_error(cause) in [normalise_error(line["cause"]) for line in lines if line["kind"] == "error"]
 
 
-def alike(cause: str) -> str:
+def normalise_error(cause: str) -> str:
     """A cause without its numbers: places, sizes and addresses differ from one time to the next."""
     return re.sub(r"\b(0x[0-9a-f]+|nan|inf|\d[\d.,_]*(e[+-]?\d+)?)\b", "#", cause, flags=re.IGNORECASE)
 
@@ -134,15 +134,20 @@ def alike(cause: str) -> str:
 def metrics_of(lines: list[dict[str, Any]], epoch: int, objective: str) -> dict[str, Any]:
     """What Tune is told after an epoch."""
     found = scores(lines, objective)
-    return {"epoch": epoch, "compared": compared(lines, objective), RATE: found["accept_rate"], "lift": found["lift"]}
+    return {
+        "epoch": epoch,
+        "compared": scheduler_metric(lines, objective),
+        RATE: found["accept_rate"],
+        "lift": found["lift"],
+    }
 
 
-def gone(nodes: Set[str]) -> Set[str]:
+def dead_nodes(nodes: Set[str]) -> Set[str]:
     """Those of some nodes, by their ids, that have no raylet any more."""
-    return nodes - {node["NodeID"] for node in ray.nodes() if node["NodeID"] in nodes and answers(node)}
+    return nodes - {node["NodeID"] for node in ray.nodes() if node["NodeID"] in nodes and node_is_alive(node)}
 
 
-def why_not_again(lines: list[dict[str, Any]], gone: Set[str]) -> str | None:
+def give_up_reason(lines: list[dict[str, Any]], gone: Set[str]) -> str | None:
     """Why a trial is not tried again: its process died twice, under one driver, without a step in between.
 
     A process that went with its node is not counted: that is no doing of the trial's.

@@ -16,11 +16,11 @@ from ray_app.core.adapters.seeded_noise import BatchNoise
 if TYPE_CHECKING:
     from ray_app.core.adapters.registry import AdapterConfig
 
-Start = Mapping[str, Tensor]
+InitStats = Mapping[str, Tensor]
 """What the training part gives before the first step, by name: see `ray_app.core.adapters.initialization`."""
-Needs = Literal["nothing", "means", "subspaces", "pairs"]
+InitRequirement = Literal["nothing", "means", "subspaces", "pairs"]
 """How much of a start a strategy cannot do without; each includes the ones before it."""
-FAINT = 1e-3
+OUTPUT_INIT_SCALE = 1e-3
 """Share of a principal direction's spread that an output layer with a spectral start begins with."""
 
 
@@ -33,9 +33,9 @@ class Adapter(nn.Module):
     """Blocks or hidden layers where none are asked for."""
     SETTINGS: ClassVar[frozenset[str]] = frozenset({"hidden_dim", "depth", "dropout"})
     """Of an `AdapterConfig` what changes it, beside its features."""
-    NEEDS: ClassVar[Needs] = "nothing"
+    NEEDS: ClassVar[InitRequirement] = "nothing"
     """What `begin` must be given."""
-    SPECTRAL: ClassVar[Needs] = "nothing"
+    SPECTRAL: ClassVar[InitRequirement] = "nothing"
     """What `begin` must be given for a spectral start, where the strategy has one."""
 
     def __init__(self, config: "AdapterConfig") -> None:
@@ -50,10 +50,10 @@ class Adapter(nn.Module):
     def forward(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
         """Aligned features (B, D). `noise` is needed in training mode where there is dropout."""
 
-    def begin(self, start: Start, *, spectral: bool) -> None:
+    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:
         """Takes over what the training part gives; `spectral`: layers at the principal subspaces too."""
 
-    def draw(self, generator: torch.Generator) -> None:
+    def reset_parameters(self, generator: torch.Generator) -> None:
         """Weights as torch initialises them, from this generator: uniform within ± 1/√(inputs)."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -97,7 +97,7 @@ def hidden_layers(config: "AdapterConfig", activation: Callable[[Tensor], Tensor
     return nn.Sequential(*(HiddenLayer(config.hidden_dim, activation) for _ in range(config.depth - 1)))
 
 
-def begin_input(layer: nn.Linear, start: Start) -> None:
+def init_input_layer(layer: nn.Linear, start: InitStats) -> None:
     """Its first rows read the whitened coordinates of the event feature in its principal subspace."""
     basis_ER, scale_R = start["event_basis"], start["event_scale"]
     rows = min(layer.out_features, basis_ER.shape[1])
@@ -105,7 +105,7 @@ def begin_input(layer: nn.Linear, start: Start) -> None:
     layer.bias[:rows] = -(layer.weight[:rows] @ start["event_mean"])
 
 
-def begin_output(layer: nn.Linear, start: Start, residual: float) -> None:
+def init_output_layer(layer: nn.Linear, start: InitStats, residual: float) -> None:
     """Bias at the mean target, less what a residual connection brings of the mean event; columns in the subspace.
 
     Only the first columns speak, each a thousandth of a principal direction's spread: training begins at the mean.
@@ -113,7 +113,7 @@ def begin_output(layer: nn.Linear, start: Start, residual: float) -> None:
     basis_DR, scale_R = start["target_basis"], start["target_scale"]
     columns = min(layer.in_features, basis_DR.shape[1])
     layer.weight.zero_()
-    layer.weight[:, :columns] = FAINT * basis_DR[:, :columns] * scale_R[:columns]
+    layer.weight[:, :columns] = OUTPUT_INIT_SCALE * basis_DR[:, :columns] * scale_R[:columns]
     layer.bias.copy_(start["target_mean"])
     if residual:
         layer.bias.sub_(residual * start["event_mean"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_app.core.adapters.base import Start
+from ray_app.core.adapters.base import InitStats
 from ray_app.core.adapters.initialization import coordinates
 from ray_app.core.adapters.lowrank import SubspaceAdapter
 
@@ -19,7 +19,7 @@ SCALARS = 5
 """|y|², mean · y, event · y, |event|², mean · event."""
 
 
-def compress(event_BE: Tensor, target_BD: Tensor, start: Start) -> tuple[Tensor, Tensor]:
+def compress(event_BE: Tensor, target_BD: Tensor, start: InitStats) -> tuple[Tensor, Tensor]:
     """(event coordinates (B, R), what a target's products follow from (B, 2 R + 5)).
 
     Where E ≠ D there is no residual connection, and what would belong to it is 0.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ray_app.core.adapters.base import Adapter, Start
+from ray_app.core.adapters.base import Adapter, InitStats
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.errors import ConfigError
 
@@ -106,8 +106,8 @@ class Conv(Adapter):
         return x.permute(0, 3, 1, 4, 2, 5).flatten(1)
 
     @torch.no_grad()
-    def draw(self, generator: torch.Generator) -> None:
-        super().draw(generator)
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        super().reset_parameters(generator)
         for parameter in (self.place, self.output.weight, self.output.bias, self.mean_target):
             nn.init.zeros_(parameter)
         for block in self.blocks:
@@ -115,5 +115,5 @@ class Conv(Adapter):
             nn.init.constant_(block.gain, SMALL)
 
     @torch.no_grad()
-    def begin(self, start: Start, *, spectral: bool) -> None:  # noqa: ARG002
+    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:  # noqa: ARG002
         self.mean_target.copy_(start["target_mean"])

@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ray_app.core.adapters.base import Needs, Start
+from ray_app.core.adapters.base import InitRequirement, InitStats
 from ray_app.core.adapters.sequences import mask_of
 from ray_app.errors import ConfigError
 
-SPARE = 16
+OVERSAMPLING = 16
 """Directions that are searched beyond the rank, and dropped: they make the last ones exact."""
 POWER_ITERATIONS = 2
 """Passes that sharpen the subspace."""
@@ -36,8 +36,8 @@ Passes = Callable[[Part], Sums]
 
 
 def find_start(
-    passes: Passes, needs: Needs, rank: int, pairs: int, seed: int, token_width: int | None = None
-) -> Start:
+    passes: Passes, needs: InitRequirement, rank: int, pairs: int, seed: int, token_width: int | None = None
+) -> InitStats:
     """Means, and subspaces where they are needed. `token_width`: features are sequences of such tokens.
 
     ConfigError: rank above the number of pairs, a side that is constant or varies in fewer directions than the
@@ -58,7 +58,7 @@ def find_start(
     basis = {}
     for side in SIDES:
         width = len(start[f"{side}_mean"])
-        columns = min(rank + SPARE, width, pairs - 1)
+        columns = min(rank + OVERSAMPLING, width, pairs - 1)
         basis[side] = orthonormal(torch.randn(width, columns, generator=generator))
     for _ in range(POWER_ITERATIONS):
         sums = passes(PowerSums(start, basis))
@@ -102,7 +102,7 @@ def mean_of(sum_W: Tensor, there_T: Tensor) -> Tensor:
 class PowerSums:
     """Xᵀ X · basis of each side, means taken off, (W, K)."""
 
-    def __init__(self, start: Start, basis: Mapping[str, Tensor]) -> None:
+    def __init__(self, start: InitStats, basis: Mapping[str, Tensor]) -> None:
         self.start, self.basis = dict(start), dict(basis)
 
     def __call__(self, event_BE: Tensor, target_BD: Tensor) -> Sums:
@@ -117,7 +117,7 @@ class PowerSums:
 class GramSums:
     """(X · basis)ᵀ (X · basis) of each side, means taken off, (K, K), float64."""
 
-    def __init__(self, start: Start, basis: Mapping[str, Tensor]) -> None:
+    def __init__(self, start: InitStats, basis: Mapping[str, Tensor]) -> None:
         self.start, self.basis = dict(start), dict(basis)
 
     def __call__(self, event_BE: Tensor, target_BD: Tensor) -> Sums:
@@ -162,12 +162,12 @@ GRID = tuple(10.0**exponent for exponent in range(-4, 4))
 
 
 def solve_ridge(
-    start: Start,
+    start: InitStats,
     event: tuple[Tensor, Tensor],
     target: tuple[Tensor, Tensor],
     units: tuple[float, float],
     grid: Sequence[float] = GRID,
-) -> tuple[Start, dict[float, float]]:
+) -> tuple[InitStats, dict[float, float]]:
     """The start of `Ridge`, with the λ of the grid whose mean cosine on validation is best; and that cosine of each.
 
     `event` and `target`: features of the training and the validation part, as stored; `units`: their scales.

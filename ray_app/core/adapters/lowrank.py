@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ray_app.core.adapters.base import Adapter, NoisyDropout, Start, hidden_layers
+from ray_app.core.adapters.base import Adapter, InitStats, NoisyDropout, hidden_layers
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.errors import ConfigError
 
@@ -58,13 +58,13 @@ class SubspaceAdapter(Adapter):
         """Event coordinates to target coordinates, both (B, R), in the units of the features."""
 
     @torch.no_grad()
-    def draw(self, generator: torch.Generator) -> None:
-        super().draw(generator)
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        super().reset_parameters(generator)
         for name in BUFFERS:
             nn.init.constant_(getattr(self, name), float(name.endswith("scale")))
 
     @torch.no_grad()
-    def begin(self, start: Start, *, spectral: bool) -> None:  # noqa: ARG002
+    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:  # noqa: ARG002
         for name in BUFFERS:  # without a copy: nothing writes to them
             setattr(self, name, start[name])
 
@@ -91,8 +91,8 @@ class LowRank(SubspaceAdapter):
         return self.output(h_BH) * self.target_scale
 
     @torch.no_grad()
-    def draw(self, generator: torch.Generator) -> None:
-        super().draw(generator)
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        super().reset_parameters(generator)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ray_app.core.adapters.base import (
-    FAINT,
+    OUTPUT_INIT_SCALE,
     Adapter,
+    InitStats,
     NoisyDropout,
-    Start,
-    begin_input,
-    begin_output,
     hidden_layers,
+    init_input_layer,
+    init_output_layer,
 )
 from ray_app.core.adapters.seeded_noise import BatchNoise
 
@@ -51,10 +51,10 @@ class LightweightAlignmentModule(Adapter):
         return aligned_BD + event_BE if self.residual else aligned_BD
 
     @torch.no_grad()
-    def begin(self, start: Start, *, spectral: bool) -> None:
+    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:
         if spectral:
-            begin_input(self.input, start)
-            begin_output(self.output, start, float(self.residual))
+            init_input_layer(self.input, start)
+            init_output_layer(self.output, start, float(self.residual))
 
 
 class LightweightReference(Adapter):
@@ -82,15 +82,15 @@ class LightweightReference(Adapter):
         aligned_BD = self.output(self.deeper(h_BH))
         return self.scale * (aligned_BD + self.RESIDUAL * event_BE if self.residual else aligned_BD)
 
-    def draw(self, generator: torch.Generator) -> None:
-        super().draw(generator)
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        super().reset_parameters(generator)
         nn.init.ones_(self.scale)
 
     @torch.no_grad()
-    def begin(self, start: Start, *, spectral: bool) -> None:
+    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:
         if spectral:
-            begin_input(self.input, start)
-            begin_output(self.output, start, self.RESIDUAL * self.residual)
+            init_input_layer(self.input, start)
+            init_output_layer(self.output, start, self.RESIDUAL * self.residual)
 
 
 class Linear(Adapter):
@@ -107,12 +107,14 @@ class Linear(Adapter):
         return self.output(event_BE)
 
     @torch.no_grad()
-    def begin(self, start: Start, *, spectral: bool) -> None:
+    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:
         """`begin_input` and `begin_output` in one matrix: whitened event coordinates speak along the target's."""
         if spectral:
             rank = self.config.rank
             read_RE = (start["event_basis"] / start["event_scale"])[:, :rank].T
-            self.output.weight.copy_(FAINT * (start["target_basis"] * start["target_scale"])[:, :rank] @ read_RE)
+            self.output.weight.copy_(
+                OUTPUT_INIT_SCALE * (start["target_basis"] * start["target_scale"])[:, :rank] @ read_RE
+            )
             self.output.bias.copy_(start["target_mean"] - self.output.weight @ start["event_mean"])
 
 
@@ -134,7 +136,7 @@ class Bottleneck(Adapter):
         return self.output(self.deeper(h_BH))
 
     @torch.no_grad()
-    def begin(self, start: Start, *, spectral: bool) -> None:
+    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:
         if spectral:
-            begin_input(self.input, start)
-            begin_output(self.output, start, 0.0)
+            init_input_layer(self.input, start)
+            init_output_layer(self.output, start, 0.0)

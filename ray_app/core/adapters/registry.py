@@ -106,7 +106,7 @@ def build_adapter(config: AdapterConfig, seed: int) -> Adapter:
         adapter = STRATEGIES[config.strategy](config)
     adapter = adapter.to_empty(device="cpu")
     with torch.no_grad():
-        adapter.draw(torch.Generator().manual_seed(seed))
+        adapter.reset_parameters(torch.Generator().manual_seed(seed))
     return adapter
 
 

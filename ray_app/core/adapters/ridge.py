@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ray_app.core.adapters.base import Adapter, Start
+from ray_app.core.adapters.base import Adapter, InitStats
 from ray_app.core.adapters.seeded_noise import BatchNoise
 
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ class Ridge(Adapter):
         return aligned_BD
 
     @torch.no_grad()
-    def draw(self, generator: torch.Generator) -> None:  # noqa: ARG002
+    def reset_parameters(self, generator: torch.Generator) -> None:  # noqa: ARG002
         for name in BUFFERS:
             torch.nn.init.constant_(getattr(self, name), float(name.endswith("unit")))
 
     @torch.no_grad()
-    def begin(self, start: Start, *, spectral: bool) -> None:  # noqa: ARG002
+    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:  # noqa: ARG002
         for name in BUFFERS:
             setattr(self, name, start[name])

@@ -26,12 +26,12 @@ class BatchNoise:
 
     def uniform(self, layer: int, width: int, device: torch.device) -> Tensor:
         """Uniform numbers in [0, 1), shape (R, W): these rows of a (G, W) draw by (seed, step, layer)."""
-        generator = torch.Generator().manual_seed(mix(self.seed, self.step, layer))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.step, layer))
         draw_GW = torch.rand(self.global_rows, width, generator=generator)
         return draw_GW[self.first_row : self.first_row + self.rows].to(device)
 
 
-def mix(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """One 63-bit seed from several whole numbers (SplitMix64's finaliser after each)."""
     state = 0x9E3779B97F4A7C15
     for number in numbers:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ray_app.core.adapters.base import Adapter, NoisyDropout, Start
+from ray_app.core.adapters.base import Adapter, InitStats, NoisyDropout
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.adapters.sequences import mask_of
 from ray_app.errors import ConfigError
@@ -79,13 +79,13 @@ class TokenAdapter(Adapter):
         """Tokens with what is added to them, (B, T, W); what it says of padding does not matter."""
 
     @torch.no_grad()
-    def draw(self, generator: torch.Generator) -> None:
-        super().draw(generator)
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        super().reset_parameters(generator)
         if self.config.mean_start:
             nn.init.zeros_(self.mean_target)
 
     @torch.no_grad()
-    def begin(self, start: Start, *, spectral: bool) -> None:
+    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:
         if spectral:
             self.mean_target.copy_(start["target_mean"].view_as(self.mean_target))
 
@@ -129,8 +129,8 @@ class TokenBottleneck(TokenAdapter):
         return x_BTW
 
     @torch.no_grad()
-    def draw(self, generator: torch.Generator) -> None:
-        super().draw(generator)
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        super().reset_parameters(generator)
         for block in self.blocks:
             assert isinstance(block, TokenBlock)
             block.begin_as_identity()
@@ -184,8 +184,8 @@ class TokenAttention(TokenAdapter):
         return self.write(read_BNTK.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
-    def draw(self, generator: torch.Generator) -> None:
-        super().draw(generator)
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        super().reset_parameters(generator)
         self.block.begin_as_identity()
         for parameter in (self.write.weight, self.write.bias):
             nn.init.zeros_(parameter)

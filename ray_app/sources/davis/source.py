@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from ray_app.errors import InputError
 from ray_app.events.recording import Events
 from ray_app.events.windows import Window
-from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, named_sequences, require_here
+from ray_app.sources.base import RawPair, RejectedPair, SourceTask, file_identity, named_sequences, require_visible
 from ray_app.sources.davis.aedat4 import Aedat4, Frame, frame_span
 from ray_app.sources.davis.spool import Spool, Spooled
-from ray_app.sources.recorded import Cut, by_start
+from ray_app.sources.recorded import WindowingConfig, by_start
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class DavisSource:
 
     files: tuple[Path, ...]
     """Recordings (.aedat4)."""
-    cut: Cut
+    cut: WindowingConfig
     """Window lengths, and what of them is drawn."""
 
     name = "davis"
@@ -64,10 +64,10 @@ class DavisSource:
             )
         return sorted(tasks, key=lambda task: task.name)
 
-    def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
+    def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
         """The task's pairs in order of their windows; a window that cannot be built costs its own pairs alone."""
         name, path = named_sequences(self.files)[task.spec["file"]]
-        require_here(path)
+        require_visible(path)
         windows = [Window(*ends) for ends in task.spec["windows"]]
         reader = _reader(path, windows[0].t_start_us)
         for window in windows:
@@ -95,7 +95,7 @@ class Packet:
 
 
 @dataclass(frozen=True, slots=True)
-class Excerpt:
+class EventSpan:
     """Events and frames around one window, on disk; see RecordedEvents."""
 
     width: int
@@ -170,7 +170,7 @@ class Reader:
         self.forgotten_until_us = -(2**63)
         """Start of the last window; earlier ones cannot be had any more."""
 
-    def excerpt(self, window: Window) -> Excerpt:
+    def excerpt(self, window: Window) -> EventSpan:
         """All events and frames of a window that starts no earlier than the one before."""
         assert window.t_start_us >= self.forgotten_until_us
         self.forgotten_until_us = window.t_start_us
@@ -181,7 +181,7 @@ class Reader:
             raise
         self._events = [packet for packet in self._events if packet.last_us >= window.t_start_us]
         self._frames = [frame for frame in self._frames if frame[0] >= window.t_start_us]
-        return Excerpt(
+        return EventSpan(
             self._file.width,
             self._file.height,
             list(self._events),

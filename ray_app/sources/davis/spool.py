@@ -19,7 +19,7 @@ FILE_BYTES = 2**26
 """After this size a new file is begun, so that the space of what is no longer needed is free again."""
 
 
-class Nameless:
+class UnlinkedFile:
     """A file without a name: it is closed, and gone, when nothing refers to it."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Nameless:
 class Spooled:
     """An array in a file."""
 
-    held: Nameless
+    held: UnlinkedFile
     """The file."""
     offset: int
     """First byte."""
@@ -58,13 +58,13 @@ class Spool:
     """Writes arrays, one after the other."""
 
     def __init__(self) -> None:
-        self._file: Nameless | None = None
+        self._file: UnlinkedFile | None = None
 
     def put(self, array: NDArray[Any]) -> Spooled:
         """Where the array is. ResourceError: the disk is full."""
         try:
             if self._file is None or self._file.size >= FILE_BYTES:
-                self._file = Nameless()
+                self._file = UnlinkedFile()
             offset = self._file.append(np.ascontiguousarray(array).data)
         except OSError as error:
             raise ResourceError(

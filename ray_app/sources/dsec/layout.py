@@ -22,7 +22,7 @@ import yaml
 from numpy.typing import NDArray
 
 from ray_app.errors import InputError
-from ray_app.events.camera_view import EventView, Pinhole, Rig, event_view
+from ray_app.events.camera_view import EventView, Pinhole, StereoCalibration, event_view
 from ray_app.sources.images import read_image
 
 FRAME_SIZE = (1440, 1080)
@@ -118,7 +118,7 @@ def sequence_in(folder: Path, name: str) -> DsecSequence:
     return DsecSequence(name, folder, events, timestamps, images, calibration if calibration.exists() else None)
 
 
-def read_rig(path: Path) -> Rig:
+def read_rig(path: Path) -> StereoCalibration:
     """The left cameras of a cam_to_cam.yaml. InputError: no YAML, or a camera or rotation that is missing."""
     try:
         lines = path.read_text().splitlines()
@@ -158,7 +158,7 @@ def read_rig(path: Path) -> Rig:
         width, height = (int(n) for n in numbers((2,), "intrinsics", "camRect1", "resolution"))
         if min(width, height) < 2:
             raise InputError(f"{path}: camRect1 has a resolution of {width} x {height} pixels")
-    return Rig(
+    return StereoCalibration(
         event=event,
         frame=frame,
         rotation_10=numbers((4, 4), "extrinsics", "T_10")[:3, :3],

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from ray_app.errors import ConfigError, InputError
 from ray_app.events.windows import Window, format_duration
-from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, require_here
+from ray_app.sources.base import RawPair, RejectedPair, SourceTask, file_identity, require_visible
 from ray_app.sources.dsec.events_file import DsecEvents
 from ray_app.sources.dsec.layout import DsecSequence, find_sequences, sequence_in
-from ray_app.sources.recorded import Cut, by_middle
+from ray_app.sources.recorded import WindowingConfig, by_middle
 
 Boundaries = Literal["us", "ms_floor"]
 Align = Literal["infinite", "none"]
@@ -37,7 +37,7 @@ class DsecSource:
 
     root: Path
     """Dataset folder."""
-    cut: Cut
+    cut: WindowingConfig
     """Window lengths, and what of them is drawn."""
     boundaries: Boundaries = "us"
     """`us`: to the microsecond; `ms_floor`: brought down to whole milliseconds of the file's clock, as EventGPT."""
@@ -98,11 +98,11 @@ class DsecSource:
             )
         return sorted(tasks, key=lambda task: task.name)
 
-    def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
+    def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
         """The task's pairs in order of their windows' middles, in one sweep over the recording."""
         spec = task.spec
-        require_here(self.root)
-        require_here(self.root / spec["events"])
+        require_visible(self.root)
+        require_visible(self.root / spec["events"])
         sequence = sequence_in(self.root / spec["folder"], spec["sequence"])
         view = sequence.view() if spec["align"] == "infinite" else None
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ray_app.errors import InputError
 from ray_app.events.render import equal_counts, event_image
 from ray_app.events.windows import format_duration, parse_duration
-from ray_app.sources.base import RawPair, Rejected, SourceTask, file_identity, require_here
+from ray_app.sources.base import RawPair, RejectedPair, SourceTask, file_identity, require_visible
 from ray_app.sources.eventgpt.clips import INSTRUCTIONS, Clip, found_clips, image_folder, listed_clips
 from ray_app.sources.images import images_in, read_image
 from ray_app.sources.npy import events_of, read_npy
@@ -110,15 +110,15 @@ class EventGptSource:
             )
         return sorted(tasks, key=lambda task: task.name)
 
-    def pairs(self, task: SourceTask) -> Iterator[RawPair | Rejected]:
+    def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
         """The task's clips in order; each that cannot be read costs itself alone."""
-        require_here(self.root)
+        require_visible(self.root)
         for number, spec in enumerate(task.spec["clips"], start=task.spec["first"]):
             clip = Clip(**spec)
             try:
                 yield self._pair(clip, number)
             except InputError as error:
-                yield Rejected(f"{clip.sequence}/{clip.name}", f"clip {clip.name}", str(error))
+                yield RejectedPair(f"{clip.sequence}/{clip.name}", f"clip {clip.name}", str(error))
 
     def _pair(self, clip: Clip, number: int) -> RawPair:
         if clip.flaw:
