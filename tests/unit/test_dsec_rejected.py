@@ -60,7 +60,7 @@ def test_a_missing_or_unreadable_frame_costs_its_windows_alone(own: DsecFiles) -
     data = (own.images / "000020.png").read_bytes()
     (own.images / "000020.png").write_bytes(data[: len(data) // 2])
     found = everything(dsec(own.root, SECOND))
-    assert [type(item).__name__ for item in found] == ["Rejected", "Rejected", "RawPair"]
+    assert [type(item).__name__ for item in found] == ["RejectedPair", "RejectedPair", "RawPair"]
     assert "000010.png is empty" in found[0].reason
     assert "000020.png is no readable image" in found[1].reason
     every = everything(dsec(own.root, SECOND, pick="all"))
