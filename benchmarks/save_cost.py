@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/save_cost.py --folder /tmp/save-cost
 
-The lightweight adapter at 150,528 and hidden 512 with AdamW's state, saved in turn by `RunFolder.save` and by
+The lightweight adapter at 150,528 and hidden 512 with AdamW's state, saved in turn by `RunDir.save` and by
 `safetensors.save_file` alone, in one run. The difference is what safety costs; it is set against the time of the
 3-epoch reference job in benchmarks/results/reference_job.json. Writes benchmarks/results/save_cost.json.
 """

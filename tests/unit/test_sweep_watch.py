@@ -17,8 +17,8 @@ from ray_app.commands.tune.sweep_dir import SweepDir
 DRIVER = """
 import sys, time
 from pathlib import Path
-from ray_app.commands.tune.sweep_dir import SweepFolder
-with SweepFolder(Path(sys.argv[1])).driven() as journal:
+from ray_app.commands.tune.sweep_dir import SweepDir
+with SweepDir(Path(sys.argv[1])).driven() as journal:
     journal.write("start", name="s", time=time.time())
     time.sleep(600)
 """
