@@ -46,8 +46,8 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "client": ({"client_wire", "errors"}, {"numpy"}),
     "client_wire": ({"errors"}, {"numpy"}),
-    "commands": ({"config"}, set()),
-    "cli": ({"commands", "jobs", "config", "errors"}, {"tyro", "yaml", "rich"}),
+    "command_table": ({"config"}, set()),
+    "cli": ({"command_table", "commands", "runs", "cluster", "config", "errors"}, {"tyro", "yaml", "rich"}),
     "__main__": ({"cli"}, set()),
 }
 IMPURE = {

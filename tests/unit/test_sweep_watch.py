@@ -18,7 +18,7 @@ DRIVER = """
 import sys, time
 from pathlib import Path
 from ray_app.commands.tune.sweep_dir import SweepDir
-with SweepDir(Path(sys.argv[1])).driven() as journal:
+with SweepDir(Path(sys.argv[1])).exclusive() as journal:
     journal.write("start", name="s", time=time.time())
     time.sleep(600)
 """
