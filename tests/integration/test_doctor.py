@@ -17,7 +17,7 @@ import torch
 from mlflow import MlflowClient
 
 from ray_app import cli
-from ray_app.command_table import doctor
+from ray_app.commands import doctor
 from ray_app.commands.doctor import DoctorCheck
 
 

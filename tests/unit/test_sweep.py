@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
+from sweeps import sized, spec_file
 
 from ray_app import cli
 from ray_app.cluster.connection import ClusterInfo
@@ -22,7 +22,7 @@ from ray_app.commands.tune.command import confirm_estimate, new_sweep_spec
 from ray_app.commands.tune.driver import Budget, SweepState
 from ray_app.commands.tune.estimate import Estimate, MemoryNeed, kept_share, largest, max_concurrent
 from ray_app.commands.tune.searchers import TrialRecord, draw, propose
-from ray_app.commands.tune.spec import Choice, Range, SweepSpec, describe, read_spec, space_of, train_config
+from ray_app.commands.tune.spec import Choice, Range, describe, read_spec, space_of, train_config
 from ray_app.commands.tune.sweep_dir import (
     SweepDir,
     Trial,
@@ -45,12 +45,6 @@ from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "tune_configs").glob("*.yaml"))
-
-
-def spec_file(folder: Path, **lines: Any) -> Path:
-    path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump({"store": "S", "out": "O", "space": {"hidden_dim": [8, 16]}} | lines))
-    return path
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -306,10 +300,6 @@ def test_a_constant_that_is_accepted_has_no_lift_over_itself_shuffled() -> None:
     half = AlignmentCounts.of(np.array([0.9, 0.1]))
     nothing = AlignmentCounts.of(np.array([0.1, 0.1]))
     assert Baselines({"white": nothing}, np.array([1, 0])).lift(half, half)["lift"] == 0.0
-
-
-def sized(tmp_path: Path, store: Path, **lines: Any) -> SweepSpec:
-    return read_spec(spec_file(tmp_path, **lines), {"store": store})
 
 
 def test_a_space_beyond_the_memory_is_told_with_its_largest_setting(small_store: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_sweep import sized
+from sweeps import sized
 
 from ray_app.commands.tune.progress import watch
 from ray_app.commands.tune.sweep_dir import SweepDir

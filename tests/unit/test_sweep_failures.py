@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_sweep import sized
+from sweeps import sized
 
 from ray_app.commands.tune.command import best_trial
 from ray_app.commands.tune.driver import SweepState
