@@ -100,7 +100,7 @@ def champions(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     order = ["good"] * GOOD + ["bad"] * BAD
     np.random.default_rng(0).shuffle(order)
     told_by_reload: list[dict[str, Any]] = []
-    with endpoint(f"models:/{MODEL}@champion", "--tracking-uri", uri, "--watch-s", "3600") as (base, _):
+    with endpoint(f"models:/{MODEL}@champion", "--tracking-uri", uri, "--reload-interval-s", "3600") as (base, _):
         request = infer_request(base, pixels(1), ("aligned",))
         alone = closed_loop(request, 8, 10.0)
         with under_load(request, 8) as traffic:

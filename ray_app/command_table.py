@@ -152,6 +152,14 @@ COMMANDS: dict[str, Command] = {
         "serve [--checkpoint CKPT]",
         "the endpoint on this machine: the champion over HTTP",
     ),
+    "serve-token create": Command(
+        serve.ServeTokenConfig,
+        "serve.token",
+        "serve_token_create",
+        "serve-token create NAME --token-file FILE",
+        "add a bearer token for the endpoint and print its secret once",
+        "name",
+    ),
     "replay": Command(
         draft.ReplayConfig,
         "replay.command",

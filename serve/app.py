@@ -15,9 +15,9 @@ from ray.serve.exceptions import RayServeException
 from ray_app.config.serve import EndpointConfig
 from ray_app.errors import ConfigError, RayAppError
 from ray_app.store.filesystem import absolute, open_storage
+from ray_app.store.token_file import read_tokens
 
 from .deployment import application
-from .http.auth import read_tokens
 from .model.loaded_model import load_served
 from .model.model_source import source_of
 
@@ -41,13 +41,13 @@ def checked(args: Mapping[str, Any]) -> EndpointConfig:
         known = ", ".join(EndpointConfig.model_fields)
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(f"argument '{where}': {first['msg']}; known are {known}.") from error
-    if cfg.tokens is None and not cfg.open_access:
+    if cfg.token_file is None and not cfg.no_auth:
         raise ConfigError(
-            "arguments need 'tokens' (a file, see `ray-app serve --new-token`), or 'open_access: true' where a "
-            "gateway asks for them."
+            "arguments need 'token_file' (`ray-app serve-token create` writes one), or 'no_auth: true' behind a "
+            "gateway that authenticates."
         )
-    if cfg.tokens:
-        read_tokens(cfg.tokens)
+    if cfg.token_file:
+        read_tokens(cfg.token_file)
     return with_model(cfg)
 
 
@@ -56,8 +56,8 @@ def local_app(cfg: EndpointConfig) -> serve.Application:
 
     ConfigError, CheckpointError, RegistryError: it would not start.
     """
-    if cfg.tokens:
-        read_tokens(cfg.tokens)
+    if cfg.token_file:
+        read_tokens(cfg.token_file)
     known = {name: getattr(cfg, name) for name in EndpointConfig.model_fields}
     cfg = with_model(EndpointConfig.model_validate(known))
     require_model(cfg)

@@ -32,7 +32,7 @@ class ReplicaState:
 
     def __init__(self, cfg: EndpointConfig, replica: str, prepare: Any = lambda: None) -> None:
         self.cfg, self.replica = cfg, replica
-        self.keys = TokenStore(cfg.tokens)
+        self.keys = TokenStore(cfg.token_file)
         self.telemetry = Telemetry(replica)
         self.succession = ModelReloader(
             source_of(cfg.checkpoint, cfg.tracking_uri),
@@ -45,7 +45,7 @@ class ReplicaState:
             lambda works: predict(self.model, works),
             max_rows=cfg.max_batch,
             max_queued_rows=cfg.max_queue,
-            wait_s=cfg.batch_wait_ms / 1e3,
+            wait_s=cfg.batch_wait_timeout_ms / 1e3,
             observe=self.telemetry.batch,
             prepare=prepare,
         )
@@ -106,7 +106,7 @@ class ReplicaState:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(self.cfg.watch_s)
+            await asyncio.sleep(self.cfg.reload_interval_s)
             try:
                 await self.reload()
             except Exception as error:  # a defect of ours: it is told, and the next champion may be another matter
@@ -135,7 +135,7 @@ class ReplicaState:
             "serving_s": round((datetime.now(UTC) - self.succession.since).total_seconds(), 3),
             "watch": {
                 "uri": self.cfg.checkpoint if self.cfg.checkpoint.startswith("models:") else None,
-                "every_s": self.cfg.watch_s,
+                "every_s": self.cfg.reload_interval_s,
                 "last_checked": iso_time(watch.last_checked),
                 "failures": watch.failures,
                 "last_error": watch.last_error,

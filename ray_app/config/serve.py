@@ -19,10 +19,10 @@ class EndpointConfig(Config):
     """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
     name: str = Field(default="alignment-adapter", pattern=r"^[A-Za-z0-9._-]{1,64}$")
     """Name of the model in requests."""
-    tokens: Path | None = None
-    """File of bearer tokens, a line each; needed unless the endpoint is bound to loopback."""
-    open_access: bool = False
-    """Answer everyone without a token, on any interface: for a gateway that does the asking."""
+    token_file: Path | None = None
+    """File of bearer tokens, one per line; required unless the endpoint is bound to loopback."""
+    no_auth: bool = False
+    """Disable authentication; use only behind a gateway that authenticates."""
     num_replicas: Positive = 1
     """Processes that answer."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -36,7 +36,7 @@ class EndpointConfig(Config):
     max_queue: Annotated[int, Field(ge=1)] = 16
     """While so many pairs wait, requests are answered 429. A pass takes what waits, so more of them wait longer for
     hardly more a second."""
-    batch_wait_ms: float = Field(default=0.0, ge=0.0, le=1000.0)
+    batch_wait_timeout_ms: float = Field(default=0.0, ge=0.0, le=1000.0)
     """How long an idle replica waits for more pairs before it computes."""
     max_body_mib: float = Field(default=32.0, gt=0.0)
     """Largest request, as sent and inflated."""
@@ -44,8 +44,8 @@ class EndpointConfig(Config):
     """Largest JSON request: reading JSON holds everyone up, binary requests do not."""
     timeout_s: float = Field(default=10.0, gt=0.0)
     """Longest time of a request; a caller may ask for less."""
-    watch_s: float = Field(default=10.0, gt=0.0)
-    """Time between two looks at the alias or folder."""
+    reload_interval_s: float = Field(default=10.0, gt=0.0)
+    """Time between two checks of the alias or folder for a new model."""
     traces: Path | None = None
     """File that spans are appended to, a JSON object each; OTEL_EXPORTER_OTLP_ENDPOINT sends them instead."""
 
@@ -56,8 +56,8 @@ class EndpointConfig(Config):
                 f"--checkpoint '{self.checkpoint}' is no model; write models:/NAME@ALIAS or models:/NAME/VERSION, "
                 "for instance models:/alignment-adapter@champion."
             )
-        if self.tokens and self.open_access:
-            raise ConfigError("--tokens and --open-access contradict each other; give one of them.")
+        if self.token_file and self.no_auth:
+            raise ConfigError("--token-file and --no-auth contradict each other; give only one of them.")
         return self
 
 
@@ -68,34 +68,30 @@ class ServeConfig(EndpointConfig):
     """
 
     host: str = "127.0.0.1"
-    """Interface to listen on; others than loopback need --tokens."""
+    """Interface to listen on; anything but loopback needs --token-file."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
     cpus_per_replica: float = Field(default=0.0, ge=0.0)
     """CPUs, and threads of the forward pass, of each replica; 0: this machine's, divided by the replicas."""
-    proxy: Literal["auto", "haproxy", "python"] = "auto"
-    """What stands before the replicas; auto: HAProxy on Linux unless TLS is asked for, which it cannot do here."""
+    http_proxy: Literal["auto", "haproxy", "python"] = "auto"
+    """Proxy in front of the replicas; auto: HAProxy on Linux, Ray's Python proxy elsewhere and for TLS."""
     tls_cert: Path | None = None
-    """Certificate chain (PEM): answer HTTPS alone."""
+    """Certificate chain (PEM); the endpoint then answers HTTPS only."""
     tls_key: Path | None = None
-    """Its private key (PEM)."""
-    new_token: str | None = None
-    """Instead of serving: add a token of this name to --tokens, and print its secret once."""
-    scopes: tuple[Literal["infer", "admin"], ...] = ("infer",)
-    """What the new token may do."""
+    """Private key (PEM) of --tls-cert."""
 
     @model_validator(mode="after")
     def _safe(self) -> Self:
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("--tls-cert and --tls-key belong together; give both.")
-        if self.tls_cert and self.proxy == "haproxy":
-            raise ConfigError("--proxy haproxy cannot do TLS here; leave it out, or end TLS before it.")
-        if self.new_token and not self.tokens:
-            raise ConfigError("--new-token needs the file it goes to: --tokens FILE")
-        if not (self.new_token or self.tokens or self.open_access or self.loopback):
+        if self.tls_cert and self.http_proxy == "haproxy":
             raise ConfigError(
-                f"--host {self.host} can be reached by others: give --tokens FILE (--new-token NAME makes one), or "
-                "--open-access where a gateway asks for them."
+                "--http-proxy haproxy does not support TLS; leave it out, or terminate TLS in front of it."
+            )
+        if not (self.token_file or self.no_auth or self.loopback):
+            raise ConfigError(
+                f"--host {self.host} is reachable by other machines: give --token-file FILE (`ray-app serve-token "
+                "create` writes one), or --no-auth behind a gateway that authenticates."
             )
         return self
 
@@ -103,3 +99,14 @@ class ServeConfig(EndpointConfig):
     def loopback(self) -> bool:
         """Only this machine can reach it."""
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+class ServeTokenConfig(Config):
+    """Add a bearer token to the endpoint's token file and print its secret once."""
+
+    name: str
+    """Name of the token's holder, as shown in logs and metrics."""
+    token_file: Path
+    """File to add it to; created with mode 0600 if it does not exist."""
+    scopes: tuple[Literal["infer", "admin"], ...] = ("infer",)
+    """Permissions of the token: `infer` for requests, `admin` also for /v1/reload."""

@@ -81,7 +81,7 @@ class AsgiApp:
         if call.path not in OPEN:
             scope_needed = "admin" if call.path in ADMIN else "infer"
             call.token = self._endpoint.keys.check(call.headers.get(b"authorization"), scope_needed)
-        if self._endpoint.keys.path is None and not self._endpoint.cfg.open_access:
+        if self._endpoint.keys.path is None and not self._endpoint.cfg.no_auth:
             require_local(call)
         if scope.get("ray_app.way") == "refused":  # its body is gone, though there may be room again
             raise self._endpoint.batcher.queue_full_error()
@@ -196,10 +196,12 @@ def require_local(call: RequestContext) -> None:
     name = host[0] if host[0] and host[2].isdigit() else "".join(host)
     if name.lower() not in LOCAL and not name.startswith("127."):
         raise ApiError(
-            403, "forbidden", "this endpoint asks for no token and answers only as localhost; serve it with --tokens."
+            403,
+            "forbidden",
+            "this endpoint asks for no token and answers only as localhost; serve it with --token-file.",
         )
     if call.headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
-        raise ApiError(403, "forbidden", "another site's page may not use this endpoint; serve it with --tokens.")
+        raise ApiError(403, "forbidden", "another site's page may not use this endpoint; serve it with --token-file.")
 
 
 def headers_of(values: dict[str, Any]) -> list[tuple[bytes, bytes]]:

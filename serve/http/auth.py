@@ -1,63 +1,17 @@
-"""Bearer tokens from a file: named, kept as SHA-256, compared in constant time, read again when the file changes.
+"""Bearer tokens of requests, compared in constant time; the token file is read again when it changes."""
 
-A line is `NAME:SCOPE[,SCOPE]:SHA256`; `ray-app serve --new-token NAME` makes one. Scopes are `infer` and `admin`.
-"""
-
-import hashlib
 import hmac
 import os
-import re
-import stat
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from ray_app.errors import ConfigError
+from ray_app.store.token_file import read_tokens, sha256_of
 
 from ..protocol.errors import ApiError
 
-SCOPES = ("infer", "admin")
-LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64}):(?P<scopes>[a-z,]+):(?P<sha256>[0-9a-f]{64})")
 POLL_INTERVAL_S = 1.0
-"""Between two looks at the file."""
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A line of the file."""
-
-    name: str
-    """Who; in logs and metrics instead of the token."""
-    scopes: frozenset[str]
-    """What it may do."""
-    sha256: str
-    """Of the secret."""
-
-
-def read_tokens(path: Path) -> list[Token]:
-    """The file's tokens. ConfigError: missing, readable or writable by others, a line that is none, a name twice."""
-    try:
-        mode = path.stat().st_mode
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the token file {path} cannot be read: {error}") from error
-    if stat.S_IMODE(mode) & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(f"the token file {path} can be written by others; `chmod 600 {path}` keeps it yours.")
-    tokens: list[Token] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        match = LINE.fullmatch(line.strip())
-        scopes = frozenset(match["scopes"].split(",")) if match else frozenset()
-        if match is None or not scopes <= set(SCOPES):
-            raise ConfigError(
-                f"{path} line {number} is no token; a line is NAME:infer,admin:SHA256, as `ray-app serve --new-token "
-                "NAME` makes it."
-            )
-        tokens.append(Token(match["name"], scopes, match["sha256"]))
-    if not tokens:
-        raise ConfigError(f"{path} holds no token; `ray-app serve --new-token NAME --tokens {path}` makes one.")
-    return tokens
+"""Time between two checks of the file."""
 
 
 class TokenStore:
@@ -76,7 +30,7 @@ class TokenStore:
             return None
         self._refresh()
         kind, _, secret = (authorization or b"").partition(b" ")
-        digest = hashlib.sha256(secret.strip()).hexdigest()
+        digest = sha256_of(secret.strip())
         found = None
         for token in self._tokens:  # all of them: how long it takes tells nothing
             if hmac.compare_digest(token.sha256, digest):

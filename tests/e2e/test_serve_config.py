@@ -60,13 +60,13 @@ def test_replica_options_are_ones_that_ray_knows() -> None:
 
 def test_the_builder_takes_checked_arguments_alone(tmp_path: Path) -> None:
     checkpoint = str(make_checkpoint(tmp_path / "checkpoint"))
-    good = {"checkpoint": checkpoint, "open_access": True}
+    good = {"checkpoint": checkpoint, "no_auth": True}
     assert build_app(good)
     for changes, message in (
         ({"max_bach": 8}, "argument 'max_bach'.*known are checkpoint"),
         ({"max_batch": 0}, "argument 'max_batch'"),
-        ({"open_access": False}, "need 'tokens'"),
-        ({"tokens": str(tmp_path / "none"), "open_access": False}, "cannot be read"),
+        ({"no_auth": False}, "need 'token_file'"),
+        ({"token_file": str(tmp_path / "none"), "no_auth": False}, "cannot be read"),
         ({"checkpoint": "models:/alignment-adapter"}, "is no model"),
         ({"checkpoint": "models:/alignment-adapter@champion"}, "tracking_uri"),
         ({"checkpoint": "models:/a@b", "tracking_uri": "sqlite:///mlflow.db"}, "absolute path"),
@@ -91,7 +91,7 @@ def test_a_deployment_that_cannot_be_is_told_once_in_a_sentence(
         ({"checkpoint": str(good), "max_bach": 8}, r"argument 'max_bach'"),
         ({"checkpoint": str(damaged)}, r"model\.safetensors is damaged"),
     ):
-        args = {**args, "open_access": True}
+        args = {**args, "no_auth": True}
         _, built, told = build("serve.app:build_app", "1", "alignment", args, LoggingConfig(), None, {}, {}, {})
         assert built is None
         assert re.search(message, told)
@@ -112,10 +112,9 @@ def test_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path: Path) 
     ("flags", "error", "message"),
     [
         (["--checkpoint", "none"], CheckpointError, "none is not a folder"),
-        (["--host", "0.0.0.0"], ConfigError, "can be reached by others"),
+        (["--host", "0.0.0.0"], ConfigError, "reachable by other machines"),
         (["--tls-cert", "cert.pem"], ConfigError, "belong together"),
-        (["--tls-cert", "c", "--tls-key", "k", "--proxy", "haproxy"], ConfigError, "cannot do TLS"),
-        (["--new-token", "me"], ConfigError, "--tokens FILE"),
+        (["--tls-cert", "c", "--tls-key", "k", "--http-proxy", "haproxy"], ConfigError, "does not support TLS"),
         (["--checkpoint", "models:/none@champion", "--tracking-uri", "sqlite:///{}/new.db"], RegistryError, "none"),
     ],
 )

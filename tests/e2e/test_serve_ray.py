@@ -20,7 +20,7 @@ import pytest
 import tritonclient.http as triton
 from endpoints import INFER, WIDTH, RayServer, binary_request, make_checkpoint
 
-from ray_app.commands.serve.command import new_token
+from ray_app.store.token_file import append_token
 
 EVENT = np.full((2, WIDTH), 0.5, np.float32)
 BODY, HEADERS = binary_request(EVENT)
@@ -33,9 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[RayServer]:
-    secret = new_token("test", ("infer", "admin"), folder / "tokens")["secret"]
+    secret = append_token(folder / "tokens", "test", ("infer", "admin"))
     checkpoint = make_checkpoint(folder / "checkpoint")
-    flags = ["--tokens", str(folder / "tokens"), "--num-replicas", "2", "--traces", str(folder / "spans.jsonl")]
+    flags = ["--token-file", str(folder / "tokens"), "--num-replicas", "2", "--traces", str(folder / "spans.jsonl")]
     made = RayServer(str(checkpoint), *flags, token=secret)
     yield made
     if made.process.poll() is None:

@@ -37,7 +37,7 @@ def cluster_endpoint(nodes: Nodes, checkpoint: Path, folder: Path, cpus: float =
         "name": "alignment",
         "route_prefix": "/",
         "import_path": "serve.app:build_app",
-        "args": {"checkpoint": str(checkpoint), "open_access": True, "num_replicas": 2, "cpus_per_replica": cpus},
+        "args": {"checkpoint": str(checkpoint), "no_auth": True, "num_replicas": 2, "cpus_per_replica": cpus},
         "deployments": [{"name": "alignment", "max_replicas_per_node": 1}],
     }
     config = folder / "serve.yaml"

@@ -169,7 +169,7 @@ def test_the_time_limit_spans_all_attempts(server: LocalServer) -> None:
 
 def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
-    with local_server(checkpoint, max_batch=3, max_queue=3, batch_wait_ms=100) as server:
+    with local_server(checkpoint, max_batch=3, max_queue=3, batch_wait_timeout_ms=100) as server:
         clients = [AlignmentClient(f"http://{server.url}", timeout_s=20) for _ in range(6)]
         threads = [threading.Thread(target=client.align, args=(EVENT[:2],)) for client in clients]
         for thread in threads:
@@ -183,7 +183,7 @@ def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
 
 def test_a_queue_that_stays_full_is_told_when_the_time_is_over(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
-    with local_server(checkpoint, max_batch=3, max_queue=2, batch_wait_ms=500) as server:
+    with local_server(checkpoint, max_batch=3, max_queue=2, batch_wait_timeout_ms=500) as server:
         url = f"http://{server.url}"
         first = threading.Thread(target=AlignmentClient(url).align, args=(EVENT[:2],))
         first.start()

@@ -9,11 +9,10 @@ import pytest
 from endpoints import WIDTH, LocalServer, local_server, make_checkpoint
 
 from ray_app import cli
-from ray_app.commands.serve.command import new_token
 from ray_app.config.serve import ServeConfig
 from ray_app.errors import ConfigError
+from ray_app.store.token_file import append_token, read_tokens
 from serve.http import auth
-from serve.http.auth import read_tokens
 
 BODY = {"event": [[0.5] * WIDTH], "return": []}
 
@@ -26,15 +25,15 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def secrets(tokens: Path) -> dict[str, str]:
     return {
-        "reader": new_token("reader", ("infer",), tokens)["secret"],
-        "boss": new_token("boss", ("infer", "admin"), tokens)["secret"],
+        "reader": append_token(tokens, "reader", ("infer",)),
+        "boss": append_token(tokens, "boss", ("infer", "admin")),
     }
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tokens: Path, secrets: dict[str, str]) -> Iterator[LocalServer]:
     assert secrets
-    with local_server(make_checkpoint(tmp_path_factory.mktemp("auth") / "checkpoint"), tokens=tokens) as it:
+    with local_server(make_checkpoint(tmp_path_factory.mktemp("auth") / "checkpoint"), token_file=tokens) as it:
         yield it
 
 
@@ -87,7 +86,7 @@ def test_reload_takes_the_scope_admin(server: LocalServer, secrets: dict[str, st
 
 
 def test_tokens_are_exchanged_while_it_runs(server: LocalServer, tokens: Path, secrets: dict[str, str]) -> None:
-    fresh = new_token("fresh", ("infer",), tokens)["secret"]
+    fresh = append_token(tokens, "fresh", ("infer",))
     assert server.ask("GET", "/v1/model", headers=bearer(fresh))[0] == 200
     lines = [line for line in tokens.read_text().splitlines() if not line.startswith("fresh:")]
     tokens.write_text("\n".join(lines) + "\n")
@@ -110,14 +109,14 @@ def test_a_file_that_becomes_unreadable_changes_nothing_and_is_told(
 
 def test_no_secret_is_kept_and_the_file_is_private(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
-    made = new_token("me", ("infer",), file)
-    assert made["secret"] not in file.read_text()
-    assert hashlib.sha256(made["secret"].encode()).hexdigest() in file.read_text()
+    secret = append_token(file, "me", ("infer",))
+    assert secret not in file.read_text()
+    assert hashlib.sha256(secret.encode()).hexdigest() in file.read_text()
     assert file.stat().st_mode & 0o777 == 0o600
-    with pytest.raises(ConfigError, match="has a token 'me' already"):
-        new_token("me", ("admin",), file)
-    with pytest.raises(ConfigError, match="is no name"):
-        new_token("a:b", ("admin",), file)
+    with pytest.raises(ConfigError, match="already has a token 'me'"):
+        append_token(file, "me", ("admin",))
+    with pytest.raises(ConfigError, match="is not allowed"):
+        append_token(file, "a:b", ("admin",))
     os.chmod(file, 0o622)
     with pytest.raises(ConfigError, match="written by others"):
         read_tokens(file)
@@ -136,10 +135,10 @@ def test_a_line_that_is_no_token_is_refused(tmp_path: Path, text: str) -> None:
 def test_tokens_are_needed_unless_only_this_machine_can_ask(tmp_path: Path) -> None:
     assert ServeConfig(host="127.0.0.1").loopback
     for host in ("0.0.0.0", "10.0.0.7", "::"):
-        with pytest.raises(ConfigError, match="can be reached by others"):
+        with pytest.raises(ConfigError, match="reachable by other machines"):
             ServeConfig(host=host)
-        assert ServeConfig(host=host, tokens=tmp_path / "t")
-        assert ServeConfig(host=host, open_access=True)
+        assert ServeConfig(host=host, token_file=tmp_path / "t")
+        assert ServeConfig(host=host, no_auth=True)
 
 
 def test_without_tokens_other_sites_pages_are_turned_away(tmp_path: Path) -> None:
@@ -159,7 +158,7 @@ def test_without_tokens_other_sites_pages_are_turned_away(tmp_path: Path) -> Non
 
 def test_the_command_makes_a_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "tokens"
-    argv = ["serve", "--tokens", str(file), "--new-token", "robot", "--scopes", "infer", "admin"]
+    argv = ["serve-token", "create", "robot", "--token-file", str(file), "--scopes", "infer", "admin"]
     assert cli.run(argv) == 0
     assert read_tokens(file)[0].scopes == {"infer", "admin"}
-    assert "not shown again" in capsys.readouterr().out
+    assert "not stored or shown again" in capsys.readouterr().out

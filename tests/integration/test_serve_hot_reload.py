@@ -57,7 +57,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
 
 @pytest.fixture(scope="module")
 def server(registry: Registry) -> Iterator[LocalServer]:
-    with local_server(f"models:/{MODEL}@champion", tracking_uri=registry.uri, watch_s=3600.0) as it:
+    with local_server(f"models:/{MODEL}@champion", tracking_uri=registry.uri, reload_interval_s=3600.0) as it:
         yield it
 
 
@@ -191,7 +191,7 @@ def test_a_version_whose_evaluation_cannot_be_read_is_refused(
 def test_the_watch_goes_on_after_a_bad_tag_and_after_a_defect(registry: Registry, tmp_path: Path) -> None:
     """The champion after them is taken."""
     registry.register(make_checkpoint(tmp_path / "first", seed=50))
-    with local_server(f"models:/{MODEL}@champion", tracking_uri=registry.uri, watch_s=0.05) as server:
+    with local_server(f"models:/{MODEL}@champion", tracking_uri=registry.uri, reload_interval_s=0.05) as server:
         bad = registry.register(make_checkpoint(tmp_path / "bad", seed=51), evaluation="{not json")
         wait_for(lambda: server.json("GET", "/v1/model")[1]["refused"])
         assert server.json("GET", "/v1/model")[1]["refused"]["version"] == bad
@@ -254,10 +254,10 @@ def test_callers_never_see_an_exchange(server: LocalServer, registry: Registry, 
 
 
 def test_the_watch_finds_a_new_champion_by_itself(registry: Registry, tmp_path: Path) -> None:
-    with local_server(f"models:/{MODEL}/1", tracking_uri=registry.uri, watch_s=0.05) as pinned:
+    with local_server(f"models:/{MODEL}/1", tracking_uri=registry.uri, reload_interval_s=0.05) as pinned:
         assert pinned.json("GET", "/v1/model")[1]["version"] == "1"
     folder = make_checkpoint(tmp_path / "folder", seed=40)
-    with local_server(folder, watch_s=0.05) as server:
+    with local_server(folder, reload_interval_s=0.05) as server:
         first = server.endpoint.model.version
         make_checkpoint(tmp_path / "next", seed=41)
         folder.rename(tmp_path / "old")

@@ -4,12 +4,10 @@ The endpoint itself is `serve/` beside the package, the same that runs on a clus
 it is, and ends it without losing a request.
 """
 
-import hashlib
 import importlib
 import logging
 import os
 import random
-import secrets
 import signal
 import socket
 import sys
@@ -42,10 +40,7 @@ DRAIN_S = "1"
 
 
 def run_serve(cfg: ServeConfig) -> dict[str, Any]:
-    """Serves until it is asked to end; or makes a token. ConfigError, CheckpointError, RegistryError: it cannot."""
-    if cfg.new_token:
-        assert cfg.tokens is not None
-        return new_token(cfg.new_token, cfg.scopes, cfg.tokens)
+    """Serve until a signal asks to stop. ConfigError, CheckpointError, RegistryError: it cannot start."""
     if not (ROOT / "serve" / "app.py").is_file():
         raise ConfigError(
             f"serve/ is not in {ROOT}: the endpoint is not part of the installed package; run this in a checkout."
@@ -87,7 +82,7 @@ def serve_until(cfg: ServeConfig, app: Any, stop: threading.Event, haproxy: bool
     serve.run(app, name=APP, route_prefix="/")
     address = f"{'https' if cfg.tls_cert else 'http'}://{cfg.host}:{cfg.port}"
     proxy = "HAProxy" if haproxy else "Ray's Python proxy"
-    token = f"tokens of {cfg.tokens}" if cfg.tokens else "no token needed"
+    token = f"tokens of {cfg.token_file}" if cfg.token_file else "no token needed"
     print(f"serving {cfg.checkpoint} at {address} ({proxy}; {token}; Ctrl-C ends it)", file=sys.stderr, flush=True)
     while not stop.wait(1.0):
         pass
@@ -130,29 +125,8 @@ def drained() -> bool:
 
 
 def render_serve(result: dict[str, Any], console: Console) -> None:
-    """That it has ended; or the new token, once."""
-    if "secret" in result:
-        console.print(f"token '{result['name']}' ({', '.join(result['scopes'])}) in {result['file']}", markup=False)
-        console.print(f"{result['secret']}", markup=False, highlight=False, soft_wrap=True)
-        console.print("It is not kept and not shown again; send it as `Authorization: Bearer …`.", markup=False)
-    else:
-        console.print(f"ended: {result['address']}", markup=False)
-
-
-def new_token(name: str, scopes: tuple[str, ...], file: Path) -> dict[str, Any]:
-    """Adds a token to the file, of which it keeps a digest. ConfigError: the name is taken, or no name."""
-    line = f"{name}:{','.join(scopes)}:"
-    lines = file.read_text().splitlines() if file.is_file() else []
-    if any(other.partition(":")[0] == name for other in lines):
-        raise ConfigError(f"{file} has a token '{name}' already; take another name, or delete its line first.")
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii():
-        raise ConfigError(f"--new-token '{name}' is no name; letters, digits, dots, dashes and underscores make one.")
-    secret = secrets.token_urlsafe(32)
-    digest = hashlib.sha256(secret.encode()).hexdigest()
-    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(handle, "a") as out:
-        out.write(f"{line}{digest}\n")
-    return {"name": name, "scopes": list(scopes), "file": str(file), "secret": secret}
+    """Print the address that was served."""
+    console.print(f"ended: {result['address']}", markup=False)
 
 
 def resolved(cfg: ServeConfig) -> ServeConfig:
@@ -166,7 +140,7 @@ def resolved(cfg: ServeConfig) -> ServeConfig:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = cpus / cfg.num_replicas
         update["cpus_per_replica"] = float(int(share)) if share >= 1 else round(share - 0.005, 2)
-    for name in ("tokens", "traces"):
+    for name in ("token_file", "traces"):
         if (path := getattr(cfg, name)) is not None:
             update[name] = path.absolute()
     return cfg.model_copy(update=update)
@@ -174,11 +148,11 @@ def resolved(cfg: ServeConfig) -> ServeConfig:
 
 def uses_haproxy(cfg: ServeConfig) -> bool:
     """HAProxy on Linux; it cannot end TLS here, so where TLS is asked for Ray's Python proxy does."""
-    if cfg.proxy == "auto":
+    if cfg.http_proxy == "auto":
         if cfg.tls_cert:
             print("TLS: Ray's Python proxy answers, about 7 times slower than HAProxy", file=sys.stderr)
         return sys.platform == "linux" and not cfg.tls_cert
-    return cfg.proxy == "haproxy"
+    return cfg.http_proxy == "haproxy"
 
 
 def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[str, str]:

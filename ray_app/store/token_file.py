@@ -1,0 +1,77 @@
+"""The endpoint's token file: one `NAME:SCOPE[,SCOPE]:SHA256` a line. Secrets themselves are never stored."""
+
+import hashlib
+import os
+import re
+import secrets
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_app.errors import ConfigError
+
+SCOPES = ("infer", "admin")
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+LINE = re.compile(rf"(?P<name>{NAME.pattern}):(?P<scopes>[a-z,]+):(?P<sha256>[0-9a-f]{{64}})")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One line of the file."""
+
+    name: str
+    """Name of the holder, used in logs and metrics instead of the secret."""
+    scopes: frozenset[str]
+    """Subset of `SCOPES` that the token grants."""
+    sha256: str
+    """Hex digest of the secret."""
+
+
+def read_tokens(path: Path) -> list[Token]:
+    """Read all tokens. ConfigError: unreadable, writable by others, empty, or a line that is not a token."""
+    try:
+        mode = path.stat().st_mode
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the token file {path} cannot be read: {error}") from error
+    if stat.S_IMODE(mode) & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(f"the token file {path} can be written by others; run `chmod 600 {path}`.")
+    tokens: list[Token] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = LINE.fullmatch(line.strip())
+        scopes = frozenset(match["scopes"].split(",")) if match else frozenset()
+        if match is None or not scopes <= set(SCOPES):
+            raise ConfigError(
+                f"{path} line {number} is not a token; a line is NAME:infer,admin:SHA256, as written by "
+                "`ray-app serve-token create NAME --token-file FILE`."
+            )
+        tokens.append(Token(match["name"], scopes, match["sha256"]))
+    if not tokens:
+        raise ConfigError(
+            f"{path} has no token; create one with `ray-app serve-token create NAME --token-file {path}`."
+        )
+    return tokens
+
+
+def append_token(path: Path, name: str, scopes: Sequence[str]) -> str:
+    """Add a token to the file and return its secret. ConfigError: the name is taken or not allowed."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"token name '{name}' is not allowed; use 1 to 64 letters, digits, dots, dashes or underscores."
+        )
+    lines = path.read_text().splitlines() if path.is_file() else []
+    if any(line.partition(":")[0] == name for line in lines):
+        raise ConfigError(f"{path} already has a token '{name}'; use another name, or delete its line first.")
+    secret = secrets.token_urlsafe(32)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(handle, "a") as out:
+        out.write(f"{name}:{','.join(scopes)}:{sha256_of(secret.encode())}\n")
+    return secret
+
+
+def sha256_of(secret: bytes) -> str:
+    """Hex digest under which the file keeps a secret."""
+    return hashlib.sha256(secret).hexdigest()
