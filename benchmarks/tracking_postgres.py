@@ -192,7 +192,7 @@ def path(folder: Path, store: Path, uri: str, database: Postgres) -> dict[str, A
         "tracked_without_the_database": away["tracked"],
         "verdicts": [one["verdict_code"] for one in promoted],
         "champion_after_force_and_rollback": [promoted[1]["champion"], rolled["champion"]],
-        "listed": {key: listed[key] for key in ("champion", "champion_before", "code", "notes")},
+        "listed": {key: listed[key] for key in ("champion", "champion_before", "code", "warnings")},
         "pairs_judged_through_the_alias": judged["pairs"],
         "points_in_journals": [one["points_journal"] for one in synced[:3]],
         "sent_by_sync": [one["points_sent"] for one in synced],

@@ -28,8 +28,8 @@ class JudgeFlags(SplitFlags, ClusterFlags, TrackingFlags):
 class EvaluateConfig(JudgeFlags):
     """Alignment metrics of a checkpoint on the test part, beside every baseline, and report.html."""
 
-    proxy: Path | None = None
-    """proxy.html of `ray-app proxy`, for report.html to link to: what cosine acceptance predicts about tokens."""
+    token_report: Path | None = None
+    """HTML page of `ray-app correlate` (what cosine acceptance predicts about tokens), linked from report.html."""
 
 
 class CompareConfig(SplitFlags, ClusterFlags, TrackingFlags):

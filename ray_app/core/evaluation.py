@@ -120,13 +120,13 @@ class AlignmentEvaluation:
             "best_baseline": self.best_baseline(),
             "lift": self.lift(),
             "lift_by_theta": {rate_key(theta): self.lift(theta) for theta in THETAS},
-            "previous_window_ahead": ahead,
+            "previous_window_better": ahead,
             "centered_cos_sim_mean": self.centered["after"],
             "centered_cos_sim_mean_before": self.centered["before"],
             "retrieval": self.retrieval,
             "interval95": self.intervals(),
             "by_sequence": self.groups(self.sequences),
-            "by_light": self.groups(self.light),
+            "by_lighting": self.groups(self.light),
         }
 
     def groups(self, labels: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 
 from ray_app import cli
 from ray_app.commands.correlate.command import run_proxy
-from ray_app.commands.evaluate.command import proxy_address
+from ray_app.commands.evaluate.command import token_report_link
 from ray_app.commands.replay.command import run_replay
 from ray_app.config.evaluate import EvaluateConfig
 from ray_app.config.speculative import ProxyConfig, ReplayConfig
@@ -247,10 +247,10 @@ def test_states_that_cannot_be_used(world: Path, tmp_path: Path, shared_data: Pa
 
 def test_the_alignment_report_links_to_the_page(tmp_path: Path) -> None:
     page = tmp_path / "proxy of today" / "proxy.html"
-    cfg = EvaluateConfig(store=tmp_path, checkpoint="c", out=tmp_path / "reports" / "a", proxy=page)
-    with pytest.raises(InputError, match="is no file"):
-        proxy_address(cfg)
+    cfg = EvaluateConfig(store=tmp_path, checkpoint="c", out=tmp_path / "reports" / "a", token_report=page)
+    with pytest.raises(InputError, match="is not a file"):
+        token_report_link(cfg)
     page.parent.mkdir()
     page.touch()
-    assert proxy_address(cfg) == "../../proxy%20of%20today/proxy.html"
-    assert proxy_address(cfg.model_copy(update={"proxy": None})) is None
+    assert token_report_link(cfg) == "../../proxy%20of%20today/proxy.html"
+    assert token_report_link(cfg.model_copy(update={"token_report": None})) is None

@@ -81,7 +81,7 @@ def test_the_adapter_and_the_preceding_window_are_compared_on_the_same_pairs(res
     previous = result["baselines"]["previous_window"]
     assert 0 < previous["pairs"] < result["pairs"]
     ahead = previous["cosine_accept_rate"]["0.80"] > previous["adapter_cosine_accept_rate"]["0.80"]
-    assert result["previous_window_ahead"] == ahead
+    assert result["previous_window_better"] == ahead
 
 
 def test_means_summed_by_ray_data_are_exact(small_store: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_checkpoint_without_a_record_of_its_training_says_so(small_store: Path
     cfg = EvaluateConfig(store=small_store, checkpoint=str(tmp_path / "alone"), out=tmp_path / "out")
     result = run_evaluate(cfg)
     assert result["split"]["test_pairs_trained_on"] is None
-    assert any("is not recorded" in note for note in result["notes"])
+    assert any("is not recorded" in note for note in result["warnings"])
 
 
 def test_the_printed_table_has_every_baseline_and_the_sentence(result: dict[str, Any]) -> None:

@@ -188,4 +188,4 @@ def test_windows_of_one_length_are_measured_where_files_hold_others(tmp_path: Pa
     result = run_inspect(InspectConfig(store=tmp_path / "s", durations=("2s",)))
     assert [line["sequence"] for line in result["by_sequence"]] == ["b"]
     assert result["windows"]["active_share_of_drawn_image"] is None
-    assert any("not white with red and blue" in note for note in result["notes"])
+    assert any("not white with red and blue" in note for note in result["warnings"])

@@ -121,7 +121,7 @@ def test_the_alias_goes_to_the_first_version_and_then_only_to_one_that_earns_it(
     listed = ask(tracking, "list")
     assert (listed["champion"], listed["champion_before"], listed["code"]) == (weak["version"], "1", "forced")
     assert [entry["code"] for entry in listed["history"]] == ["first", "forced"]
-    assert not listed["notes"]
+    assert not listed["warnings"]
     row = listed["versions"][-1]
     assert (row["version"], row["champion"], row["lift"]) == (weak["version"], True, weak["lift"])
     assert row["pairs"] == str(weak["metrics"]["pairs"])
@@ -284,7 +284,7 @@ def test_of_two_promotions_at_once_one_is_first_and_the_other_is_judged_against_
     assert champion(tracking) == first["version"] == second["champion_before"]
     listed = ask(tracking, "list")
     assert [entry["version"] for entry in listed["history"]] == [first["version"]]
-    assert not listed["notes"]
+    assert not listed["warnings"]
 
 
 def test_the_command_line_lists_as_one_json_object(

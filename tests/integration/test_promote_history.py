@@ -147,7 +147,7 @@ def test_rollback_goes_back_again_and_again_and_the_list_tells_who_when_and_why(
         ("3", "2"),
         ("2", "1"),
     ]
-    assert not listed["notes"]
+    assert not listed["warnings"]
     with pytest.raises(RegistryError, match="champion is version 1, and the log knows of nobody before"):
         roll_back(settings_of(registry, name, rollback=True))
     assert not tickets(client, f"{name}.lock")
@@ -160,7 +160,7 @@ def test_an_alias_moved_by_hand_is_told_and_is_where_a_rollback_starts(registry:
     client.set_registered_model_alias(name, "champion", "3")
     listed = list_champions(settings_of(registry, name, list=True))
     assert (listed["champion"], listed["champion_before"], listed["since"]) == ("3", "2", None)
-    assert "moved by other means" in listed["notes"][0]
+    assert "moved by other means" in listed["warnings"][0]
     client.delete_model_version(name, "2")
     result = roll_back(settings_of(registry, name, rollback=True))
     assert (result["champion"], result["champion_before"]) == ("1", "3")  # 2 is no more
@@ -176,7 +176,7 @@ def test_a_version_whose_promotion_was_killed_before_the_alias_moved_is_told(reg
     for version in ("1", "2"):
         client.set_model_version_tag(name, version, "verdict_code", "promoted")
     champion_moves(client, name, run_id, "1")
-    (note,) = list_champions(settings_of(registry, name, list=True))["notes"]
+    (note,) = list_champions(settings_of(registry, name, list=True))["warnings"]
     assert "version 2 earned the alias and never had it" in note
 
 
@@ -222,7 +222,7 @@ def test_a_move_that_is_killed_before_any_of_its_writes_happened_wholly_or_not_a
     assert moved == (writes >= 4)
     assert listed["champion_before"] == ("1" if moved else None)
     assert listed["code"] == "promoted"
-    assert bool(listed["notes"]) == (writes in (3, 4))  # announced and not done, or done and not in the log
+    assert bool(listed["warnings"]) == (writes in (3, 4))  # announced and not done, or done and not in the log
     with turn(client, name, run_id, stale_s=0.0) as mine:
         settled = reconcile(mine, name, AT)
     again = read_log(client, name)
@@ -312,4 +312,4 @@ def test_two_clients_of_a_real_server_take_turns_and_roll_back(
     champion_moves(client, name, run_id, "1", "2")
     assert roll_back(settings_of(server, name, rollback=True))["champion"] == "1"
     assert client.get_model_version_by_alias(name, "champion").version == "1"
-    assert list_champions(settings_of(server, name, list=True))["notes"] == []
+    assert list_champions(settings_of(server, name, list=True))["warnings"] == []

@@ -134,7 +134,7 @@ def test_lift_is_taken_over_the_best_baseline_and_not_over_the_previous_window()
     assert (metrics["best_baseline"], metrics["lift"]) == ("white", 0.5)
     assert metrics["interval95"]["unit"] == "block"
     assert metrics["baselines"]["previous_window"]["pairs"] == 10
-    assert not metrics["previous_window_ahead"]
+    assert not metrics["previous_window_better"]
 
 
 def test_intervals_resample_whole_sequences() -> None:
@@ -168,14 +168,14 @@ def test_an_interval_within_a_light_is_over_its_sequences_and_within_a_sequence_
     light = ("day",) * 80 + ("night",) * 20 + ("dusk",)
     accepted = np.concatenate([np.arange(80) % 2 == 0, np.arange(20) < 10, [True]])
     metrics = grouped(names, light, accepted).metrics()
-    by_light, by_sequence = metrics["by_light"], metrics["by_sequence"]
-    day, night = by_light["day"], by_light["night"]
+    by_lighting, by_sequence = metrics["by_lighting"], metrics["by_sequence"]
+    day, night = by_lighting["day"], by_lighting["night"]
     assert (day["lift"], day["lift_interval95"], day["unit"], day["units"]) == (0.5, [0.5, 0.5], "sequence", 4)
     assert (night["lift"], night["unit"], night["units"]) == (0.5, "block", 10)
     assert night["lift_interval95"] == pytest.approx([0.2, 0.8])
     assert by_sequence["night"] == night
     assert by_sequence["day0"]["lift_interval95"] == [0.5, 0.5]
-    assert by_light["dusk"] == {**by_sequence["lone"], "lift": 1.0, "lift_interval95": None, "units": 1}
+    assert by_lighting["dusk"] == {**by_sequence["lone"], "lift": 1.0, "lift_interval95": None, "units": 1}
 
 
 def test_the_lift_of_a_light_is_over_the_best_baseline_of_all_pairs_pair_by_pair() -> None:

@@ -50,7 +50,7 @@ def made_up(**changes: Any) -> tuple[dict[str, Any], dict[str, NDArray[np.float6
         "best_baseline": "mean_target",
         "lift": lifts["0.80"],
         "lift_by_theta": lifts,
-        "previous_window_ahead": False,
+        "previous_window_better": False,
         "centered_cos_sim_mean": 0.31,
         "centered_cos_sim_mean_before": 0.05,
         "retrieval": {"R@1": 0.1, "R@5": 0.3, "R@10": 0.4, "chance_R@1": 0.005},
@@ -62,7 +62,7 @@ def made_up(**changes: Any) -> tuple[dict[str, Any], dict[str, NDArray[np.float6
             "resamples": 2000,
         },
         "by_sequence": {"drive_1": part_of(150, 0.25, [0.1, 0.375]), "drive_2": part_of(50, -0.125, [-0.5, 0.25])},
-        "by_light": {"day": part_of(199, 0.25, [0.125, 0.375]), "night": part_of(1, -0.125, None)},
+        "by_lighting": {"day": part_of(199, 0.25, [0.125, 0.375]), "night": part_of(1, -0.125, None)},
         "dataset": "1s",
         "checkpoint": "runs/<b>one</b>",
         "split": {
@@ -101,11 +101,11 @@ def test_a_page_refers_to_nothing_outside_itself(page: str) -> None:
     assert_stands_alone(page)
 
 
-def test_a_report_links_to_the_page_of_proxy_against_truth() -> None:
+def test_a_report_links_to_the_page_about_tokens() -> None:
     result, cosines = made_up()
-    with_link = render_html(result, cosines, proxy="../proxy%20of%20today/proxy.html")
+    with_link = render_html(result, cosines, token_report="../tokens%20of%20today/page.html")
     links = [attributes["href"] for tag, attributes in Elements(with_link).found if tag == "a"]
-    assert links == ["../proxy%20of%20today/proxy.html"]
+    assert links == ["../tokens%20of%20today/page.html"]
     assert "What cosine acceptance predicted about tokens" in with_link
     assert "<a " not in render_html(result, cosines)
 
@@ -171,7 +171,7 @@ def test_the_sentence_says_who_is_ahead_by_how_much_and_how_surely(
         ({"split": {"test_pairs_trained_on": 7}}, "trained on 7 of the 200 test pairs", True),
         ({"split": {"test_pairs_trained_on": None}}, "is not recorded", False),
         ({"split": {"by": "block"}}, "One sequence only", False),
-        ({"previous_window_ahead": True}, "previous_window is ahead", True),
+        ({"previous_window_better": True}, "previous_window is ahead", True),
         ({"data": {"source": "scenes", "events": "simulated"}}, "rendered scenes", False),
         ({"data": {"source": "video", "events": "simulated"}}, "events are simulated", False),
         ({}, "not token acceptance", False),

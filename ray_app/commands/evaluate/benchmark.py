@@ -68,7 +68,7 @@ def run_benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         "timing": timing(passes, len(rows), cfg.batch_size),
         "provenance": {**begun, "checkpoint": checkpoint.provenance},
     }
-    result["notes"] = [note["text"] for note in standing_notes(result)]
+    result["warnings"] = [note["text"] for note in standing_notes(result)]
     samples = zip(store.index.sample_id, everything.baselines["before"], everything.after, strict=True)
     document = benchmark_adapter_full(
         result, [(str(name), float(a), float(b)) for name, a, b in list(samples)[:NUM_SAMPLES]]
@@ -110,7 +110,7 @@ def render_benchmark(result: dict[str, Any], console: Console) -> None:
         f"batch of {time['batch_size']} on {time['device']} (forward pass alone)",
         highlight=False,
     )
-    for note in result["notes"]:
+    for note in result["warnings"]:
         console.print(f"- {note}", style="dim", markup=False)
     for path in result["files"]:
         console.print(path, soft_wrap=True, markup=False)

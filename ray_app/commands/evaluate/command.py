@@ -44,11 +44,11 @@ REPORT_FILES = ("alignment_metrics_*.json", "benchmark_adapter_full_*.json", "re
 def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     """Judges the checkpoint on the test part alone; the training part gives its mean target.
 
-    StoreError: a damaged store, or an --out that holds other things. InputError: no page at --proxy.
+    StoreError: a damaged store, or an --out that holds other things. InputError: no page at --token-report.
     CheckpointError: a checkpoint that does not verify or fit. RegistryError: no such model.
     """
     claim_report_folder(cfg.out)
-    proxy = proxy_address(cfg)
+    token_report = token_report_link(cfg)
     store = PairStore.open(cfg.store, cfg.durations)
     split = split_pairs(store.index, cfg.split_config)
     begun = provenance(sys.argv, store.fingerprint, config=settings(cfg))
@@ -69,7 +69,7 @@ def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     metrics = alignment_metrics(result, before, checkpoint.adapter)
     files = {
         cfg.out / f"alignment_metrics_{suffix(store)}.json": as_json(metrics),
-        cfg.out / "report.html": render_html(result, curves(evaluation), best, worst, proxy).encode(),
+        cfg.out / "report.html": render_html(result, curves(evaluation), best, worst, token_report).encode(),
     }
     cfg.out.mkdir(parents=True, exist_ok=True)
     for path, data in files.items():
@@ -87,13 +87,15 @@ def render_evaluate(result: dict[str, Any], console: Console) -> None:
         console.print(path, soft_wrap=True, markup=False)
 
 
-def proxy_address(cfg: EvaluateConfig) -> str | None:
-    """Where --proxy lies, seen from the report. InputError: it is not there."""
-    if cfg.proxy is None:
+def token_report_link(cfg: EvaluateConfig) -> str | None:
+    """Relative link from the report to the --token-report page. InputError: there is no such file."""
+    if cfg.token_report is None:
         return None
-    if not cfg.proxy.is_file():
-        raise InputError(f"--proxy {cfg.proxy} is no file; name the proxy.html that `ray-app proxy` wrote.")
-    return quote(os.path.relpath(cfg.proxy.absolute(), cfg.out.absolute()))
+    if not cfg.token_report.is_file():
+        raise InputError(
+            f"--token-report {cfg.token_report} is not a file; name the HTML page that `ray-app correlate` wrote."
+        )
+    return quote(os.path.relpath(cfg.token_report.absolute(), cfg.out.absolute()))
 
 
 def claim_report_folder(folder: Path, files: tuple[str, ...] = REPORT_FILES) -> None:
@@ -119,7 +121,7 @@ def judgement(evaluation: AlignmentEvaluation, described: dict[str, Any]) -> dic
         }
     result = {**metrics, **described}
     result["verdict"] = verdict_sentence(result)
-    result["notes"] = [note["text"] for note in notes(result)]
+    result["warnings"] = [note["text"] for note in notes(result)]
     return result
 
 

@@ -28,9 +28,9 @@ def alignment_metrics(result: Mapping[str, Any], before: Mapping[str, Any], adap
     ours = ("baselines", "best_baseline", "lift", "lift_by_theta", "verdict", "retrieval", "interval95", "split")
     also = (
         "by_sequence",
-        "by_light",
+        "by_lighting",
         "data",
-        "notes",
+        "warnings",
         "fingerprint",
         "test_fingerprint",
         "checkpoint_sha256",
@@ -70,7 +70,7 @@ def benchmark_adapter_full(result: Mapping[str, Any], samples: Sequence[tuple[st
 
     `result` and each of its `parts` hold the means of `AlignmentCounts`, for the adapter and every baseline.
     """
-    ours = ("baselines", "best_baseline", "lift", "split", "data", "notes", "fingerprint", "checkpoint_sha256")
+    ours = ("baselines", "best_baseline", "lift", "split", "data", "warnings", "fingerprint", "checkpoint_sha256")
     return {
         "dataset": result["dataset"],
         "total_samples": result["pairs"],

@@ -71,7 +71,7 @@ def verdict_sentence(result: Mapping[str, Any]) -> str:
 def notes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a reader must know beside the numbers of a test part, warnings first: `text` and `warning`."""
     ahead = []
-    if result["previous_window_ahead"]:
+    if result["previous_window_better"]:
         same = result["baselines"]["previous_window"]
         ahead.append(
             f"previous_window is ahead: the preceding window's target alone is accepted for "
@@ -158,15 +158,15 @@ def render_html(
     cosines: Cosines,
     best: Sequence[PairPicture] = (),
     worst: Sequence[PairPicture] = (),
-    proxy: str | None = None,
+    token_report: str | None = None,
 ) -> str:
-    """The whole report as one HTML page; `proxy` is the address of `ray-app proxy`'s page, seen from this one."""
+    """The whole report as one HTML page; `token_report` is a relative link to the page of `ray-app correlate`."""
     groups = [("Highest cosine after", "best", best), ("Lowest cosine after", "worst", worst)]
     return page(
         "report.html.j2",
         r=result,
         outcome=outcome(result),
-        proxy=proxy,
+        token_report=token_report,
         notes=notes(result),
         rows=rows(result),
         thetas=list(result["cosine_accept_rate"]),
@@ -179,7 +179,7 @@ def render_html(
             for title, word, pairs in groups
             if pairs
         ],
-        parts_of=[group_table(result, key) for key in ("by_light", "by_sequence") if len(result[key]) > 1],
+        parts_of=[group_table(result, key) for key in ("by_lighting", "by_sequence") if len(result[key]) > 1],
         measures=list(measures(result)),
         split=list(split_lines(result)),
         provenance=list(flattened(result["provenance"])),
@@ -239,9 +239,9 @@ def group_table(result: Mapping[str, Any], key: str) -> dict[str, Any]:
         }
         for name, part in result[key].items()
     ]
-    title, head = {"by_light": ("By day and night", "light"), "by_sequence": ("By sequence", "sequence")}[key]
+    title, head = {"by_lighting": ("By day and night", "light"), "by_sequence": ("By sequence", "sequence")}[key]
     caption = f"Lift is over {result['best_baseline']}, the best baseline of all test pairs, in percentage points."
-    if key == "by_light":
+    if key == "by_lighting":
         caption += f" Night: a target less than {DARK:g} times as bright as the mean training target."
     heads = [head, "pairs", "mean cos_sim", f"θ {KEY}", "lift", "95 % interval (bootstrap over)"]
     return {"title": title, "heads": heads, "lines": lines, "caption": caption}

@@ -64,7 +64,7 @@ def run_inspect(cfg: InspectConfig) -> dict[str, Any]:
         "picture": str(cfg.picture) if cfg.picture else None,
         "page": str(cfg.page) if cfg.page else None,
     }
-    result["notes"] = list(notes(result, store))
+    result["warnings"] = list(notes(result, store))
     if cfg.page:
         write_for_people("--page", cfg.page, inspect_page(result, store.index, surveyed[0], leaks).encode())
     return result
@@ -158,7 +158,7 @@ def render_inspect(result: dict[str, Any], console: Console) -> None:
             table.add_row(name, result[name])
     console.print(table)
     console.print(leaks_table(result["leaks"]))
-    for note in (*result["notes"], result["leak_rule"], result["night_rule"]):
+    for note in (*result["warnings"], result["leak_rule"], result["night_rule"]):
         console.print(f"- {note}", style="dim", markup=False, highlight=False)
 
 

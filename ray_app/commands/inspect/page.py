@@ -33,7 +33,7 @@ def inspect_page(result: dict[str, Any], index: PairIndex, survey: StoreScan, le
         r=result,
         headline=leaks_headline(result["leaks"]),
         outcome="plain" if not leaks else "loses" if any(each.leaks.any for each in leaks) else "beats",
-        notes=[{"text": text, "warning": False} for text in result["notes"]],
+        notes=[{"text": text, "warning": False} for text in result["warnings"]],
         statistics=list(statistics_lines(result["windows"])),
         leaks=[leak_line(leak) for leak in result["leaks"]],
         examples=[group for each in leaks for group in example_groups(each)],

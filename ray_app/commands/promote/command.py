@@ -140,7 +140,7 @@ def register_and_promote(cfg: PromoteConfig, turn: RegistryLock, judged: Promoti
         force=cfg.force,
         is_champion=version is not None and str(version.version) == log.champion,
     )
-    reason = verdict.reason + (f" ({opponent['flaw']})" if opponent and "flaw" in opponent else "")
+    reason = verdict.reason + (f" ({opponent['error']})" if opponent and "error" in opponent else "")
     turn.require()
     number = write_version(client, cfg.model_name, version, judged, tags(metrics, verdict, reason))
     if verdict.promoted and number != log.champion:
@@ -246,7 +246,7 @@ def tags(metrics: Mapping[str, Any], verdict: Verdict, reason: str) -> dict[str,
         "lift": repr(metrics["lift"]),
         "lift_interval95": " ".join(map(repr, metrics["interval95"]["lift"])),
         "best_baseline": metrics["best_baseline"],
-        "previous_window_ahead": str(metrics["previous_window_ahead"]).lower(),
+        "previous_window_better": str(metrics["previous_window_better"]).lower(),
         "centered_cos_sim_mean": repr(metrics["centered_cos_sim_mean"]),
         "pairs": str(metrics["pairs"]),
         "fingerprint": metrics["fingerprint"],

@@ -74,7 +74,7 @@ def opponent_metrics(
 ) -> dict[str, Any]:
     """What the champion scores on these test pairs: from its tags if they are of these pairs, else judged anew.
 
-    A champion that cannot be judged on them keeps the numbers of its tags, of other pairs, and a `flaw`.
+    A champion that cannot be judged on them keeps the numbers of its tags, of other pairs, and an `error`.
     """
     key = rate_key(THETA)
     of_tags: dict[str, Any] = {
@@ -87,7 +87,7 @@ def opponent_metrics(
         with downloaded(client, str(champion.source), bench.cfg) as folder:
             metrics = bench.judged(load_checkpoint(folder))
     except CheckpointError as error:
-        return {**of_tags, "flaw": f"and cannot be judged on these: {error}"}
+        return {**of_tags, "error": f"and cannot be judged on these: {error}"}
     return {
         "cosine_accept_rate": {key: metrics["cosine_accept_rate"][key]},
         "test_fingerprint": metrics["test_fingerprint"],

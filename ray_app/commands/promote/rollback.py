@@ -44,7 +44,7 @@ def list_champions(cfg: PromoteConfig) -> dict[str, Any]:
         "champion_before": before.version if before else None,
         "versions": [about(version, log.champion) for version in versions],
         "history": [entry.to_dict() for entry in log.entries],
-        "notes": [*log.flaws(), *interrupted_promotions(versions, settled)],
+        "warnings": [*log.flaws(), *interrupted_promotions(versions, settled)],
     }
 
 
@@ -110,7 +110,7 @@ def render_list(result: dict[str, Any], console: Console) -> None:
     for entry in reversed(result["history"]):
         whence, whither = (entry[key] or "nobody" for key in ("from", "version"))
         console.print(f"  {entry['at']}  {whence} → {whither}  {entry['code']}: {entry['reason']}", markup=False)
-    for note in result["notes"]:
+    for note in result["warnings"]:
         console.print(f"- {note}", style="yellow", markup=False)
 
 
