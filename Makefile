@@ -36,4 +36,4 @@ test-net: setup
 	$(BIN)/python -m pytest tests/net --timeout 900 -s
 
 chaos: setup
-	$(BIN)/python benchmarks/chaos.py --folder $$(mktemp -d)/chaos
+	$(BIN)/python -m benchmarks.train.chaos --folder $$(mktemp -d)/chaos

@@ -1,4 +1,4 @@
-"""Where a number comes from: command, machine, date, commit, versions. Written beside every result."""
+"""Where a number comes from: command, machine, date, commit, versions. Written into every result."""
 
 import json
 import os
@@ -15,22 +15,30 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CODE = ("--", ":(top)", ":(top,exclude)benchmarks/results")
-"""What git is asked about: a number that was just written changes no other."""
+"""What git compares with the commit: a result that was just written is no change of the code."""
 LOAD_AT_START = os.getloadavg()[0]
-"""Of the machine, before the script's own work: scripts save when they are done."""
+"""The machine's load before the script's own work: scripts save when they are done."""
+
+
+def require_commit() -> str:
+    """Commit of the code, empty outside a git checkout. SystemExit: tracked files differ from it."""
+    changed = _git("status", "--porcelain", "--untracked-files=no", *CODE).splitlines()
+    if changed:
+        raise SystemExit(
+            f"{len(changed)} tracked files differ from the commit ({changed[0].split()[-1]} …), so a result would "
+            "name code that nobody can check out: commit or stash them, then run this again."
+        )
+    return _git("rev-parse", "--short=12", "HEAD")
 
 
 def provenance() -> dict[str, Any]:
-    """JSON values."""
+    """JSON values. SystemExit: tracked files differ from the commit."""
     program, *words = sys.argv
-    commit = _git("rev-parse", "--short=12", "HEAD")
     return {
-        "command": shlex.join(
-            ["python", *(("-m", "pytest") if "pytest" in program else (_script(program),)), *words]
-        ),
+        "command": shlex.join(["python", "-m", _module(program), *words]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", *CODE)) if commit else None,
+        "commit": require_commit(),
+        "uncommitted_changes": False,
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         **({"gpu": gpu} if (gpu := _gpu()) else {}),
@@ -39,24 +47,25 @@ def provenance() -> dict[str, Any]:
         "load_when_saved": os.getloadavg()[0],
         "platform": platform.platform(),
         "versions": {
-            name: found for name in ("ray", "torch", "numpy", "mlflow", "pyarrow") if (found := _version(name))
+            name: text for name in ("ray", "torch", "numpy", "mlflow", "pyarrow") if (text := _version(name))
         },
     }
 
 
-def _script(program: str) -> str:
-    """As it is called from the project's root, from wherever it was."""
-    path = Path(program).resolve()
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else program
-
-
 def save(name: str, result: dict[str, Any]) -> Path:
-    """Writes benchmarks/results/NAME.json, with provenance first."""
+    """Write benchmarks/results/NAME.json, with provenance first. SystemExit: tracked files differ from the commit."""
+    text = json.dumps({"provenance": provenance(), **result}, indent=1) + "\n"
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"provenance": provenance(), **result}, indent=1) + "\n")
+    path.write_text(text)
     print(json.dumps(result, indent=1))
     return path
+
+
+def _module(program: str) -> str:
+    """Name for `python -m` of the script that runs."""
+    path = Path(program).resolve()
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts) if path.is_relative_to(ROOT) else "pytest"
 
 
 def _git(*args: str) -> str:

@@ -31,7 +31,7 @@ SENSOR = SimulatorConfig(
     refractory_us=300,
 )
 """Brings scenes into the ranges of real recordings (events, active pixels, polarity) in 50 ms; measured by
-benchmarks/scene_statistics.py. The ON threshold is the lower one, so more than half of the events are ON."""
+benchmarks/data/scene_statistics.py. The ON threshold is the lower one, so more than half of the events are ON."""
 FRAME_US = 5000
 """Longest time between two rendered frames of a simulation: 200 frames a second or more."""
 PAIRS_PER_TASK = 24

@@ -1,18 +1,10 @@
-"""A short run of benchmarks/serve_fuzz.py: whatever is sent, there is an answer in JSON, never 5xx, never silence."""
+"""A short run of benchmarks/serve/fuzz.py: whatever is sent, there is an answer in JSON, never 5xx, never silence."""
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from endpoints import SHAPE, WIDTH, LocalServer, local_server, make_checkpoint
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +14,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
 
 
 def test_no_mutation_of_a_binary_request_breaks_it(server: LocalServer) -> None:
-    from serve_fuzz import by_mutations
+    from benchmarks.serve.fuzz import by_mutations
 
     found = by_mutations(f"http://{server.url}", WIDTH, 400, seed=7)
     assert found["findings"] == []
@@ -31,7 +23,7 @@ def test_no_mutation_of_a_binary_request_breaks_it(server: LocalServer) -> None:
 
 
 def test_no_request_of_its_own_openapi_breaks_it(server: LocalServer) -> None:
-    from serve_fuzz import by_openapi
+    from benchmarks.serve.fuzz import by_openapi
 
     cases = 20
     found = by_openapi(f"http://{server.url}", WIDTH, cases)
@@ -44,7 +36,7 @@ def test_no_request_of_its_own_openapi_breaks_it(server: LocalServer) -> None:
 
 
 def test_a_good_draft_is_answered_and_a_mutation_is_the_same_for_a_seed(server: LocalServer) -> None:
-    from serve_mutations import good, mutated, send
+    from benchmarks.serve.mutations import good, mutated, send
 
     for seed in range(20):
         assert (

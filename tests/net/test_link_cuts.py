@@ -13,14 +13,12 @@ from typing import Any
 
 import pytest
 from namespaces import Network, available, network, no_discipline
+from numpy_source import NumpySource, build_store
 
+from benchmarks.provenance import save
 from ray_app.runs.event_log import entries
 from ray_app.store.atomic import sha256_file
 from ray_app.store.pair_store import PairStore
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from numpy_source import NumpySource, build_store
-from provenance import save
 
 CUTS_S = [float(seconds) for seconds in os.environ.get("CUTS_S", "5 30 120").split()]
 DISCIPLINES = ["netem delay 20ms", "tbf rate 20mbit burst 64kb latency 2s"]

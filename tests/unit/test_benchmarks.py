@@ -3,13 +3,17 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from pages import assert_has_words, assert_stands_alone
 
+from benchmarks import provenance
+from benchmarks.adapters import comparison, example_comparison, gpu, speed
+from benchmarks.data import dsec_drive, prepare_dsec, simulator_noise
+from benchmarks.serve.all import PARTS, all_of
+from benchmarks.speculative import replay
 from ray_app.commands.tune.final_training import judgement_of
 from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.config.train import TrainConfig
@@ -20,30 +24,21 @@ from ray_app.reports.html import picture
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-@pytest.fixture(autouse=True)
-def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-
 def test_the_gpu_script_scores_as_the_metrics_do() -> None:
-    import gpu_adapter
-
     adapter = build_adapter(AdapterConfig("lightweight", 300, 300, 8), 0).to(torch.bfloat16).eval()
     generator = torch.Generator().manual_seed(0)
     event, target = (torch.randint(1, 256, (6, 300), dtype=torch.uint8, generator=generator) for _ in range(2))
     aligned = adapter(event.to(torch.bfloat16) / 255).float()
-    found = gpu_adapter.scores(adapter, event, target)
+    found = gpu.scores(adapter, event, target)
     assert torch.allclose(found, cos_sim(aligned, target / 255), atol=0.02)  # bf16 has 8 bits of mantissa
-    speed = gpu_adapter.throughput(adapter, event, target, 3, torch.device("cpu"), compiled=False)
+    speed = gpu.throughput(adapter, event, target, 3, torch.device("cpu"), compiled=False)
     assert speed > 0
 
 
 def test_the_gpu_script_trains() -> None:
-    import gpu_adapter
-
     generator = torch.Generator().manual_seed(0)
     event, target = (torch.randint(1, 256, (70, 40), dtype=torch.uint8, generator=generator) for _ in range(2))
-    found = gpu_adapter.train(event, target, 8, 2, torch.device("cpu"))
+    found = gpu.train(event, target, 8, 2, torch.device("cpu"))
     assert found["steps"] == 2 * 3
     assert 0 < found["cos_sim_last_batch"] <= 1
 
@@ -51,11 +46,9 @@ def test_the_gpu_script_trains() -> None:
 def test_every_setting_of_the_comparison_is_one_of_training_and_one_has_the_loss_of_its_strategy(
     tmp_path: Path,
 ) -> None:
-    import adapters
-
     runs = {
         name: TrainConfig.model_validate({"store": tmp_path, "out": tmp_path / "run", **settings})
-        for name, settings in (adapters.SETTINGS | adapters.TOKENS).items()
+        for name, settings in (comparison.SETTINGS | comparison.TOKENS).items()
     }
     assert {run.strategy for run in runs.values()} == set(STRATEGIES) - {"linear"}, "too wide for images"
     own = [name for name, run in runs.items() if run.next_position_weight]
@@ -65,9 +58,7 @@ def test_every_setting_of_the_comparison_is_one_of_training_and_one_has_the_loss
 
 
 def test_epochs_in_both_spaces_are_timed_in_turn_and_their_numbers_agree(small_store: Path) -> None:
-    import adapter_speed
-
-    found = adapter_speed.space(small_store, rank=6, rounds=2)
+    found = speed.space(small_store, rank=6, rounds=2)
     assert (found["width"], found["rank"]) == (768, 6)
     for strategy in ("lowrank", "lightweight_subspace"):
         for times in found[strategy]["epoch_seconds"].values():
@@ -81,14 +72,12 @@ def test_epochs_in_both_spaces_are_timed_in_turn_and_their_numbers_agree(small_s
 
 
 def test_a_sweep_run_to_its_end_tells_what_the_published_one_does(tmp_path: Path) -> None:
-    import adapter_speed
-
     published = json.loads((BENCHMARKS / "results" / "adapter_speed.json").read_text())["sweep"]
     (seed,) = published["at_full_width"]
     line = {"seed": 0, "run": "final/seed_0", "test": {key: each for key, each in seed.items() if key != "seed"}}
     best = {"trial": "trial_0", "config": {"rank": 64}, "objective": 0.79, "lift": 0.1, "parameters": 12_608}
     result = {"best": best, "trials": [{}] * 32, "final": judgement_of([line], SweepDir(tmp_path))}
-    found = adapter_speed.swept(413.0, 100.0, 410.0, {"seconds": 99.0, "result": result})
+    found = speed.swept(413.0, 100.0, 410.0, {"seconds": 99.0, "result": result})
     assert set(published) - {"provenance", "note"} <= set(found)
     assert set(found["best"]) == set(published["best"])
     assert found["at_full_width"] == published["at_full_width"]
@@ -97,20 +86,44 @@ def test_a_sweep_run_to_its_end_tells_what_the_published_one_does(tmp_path: Path
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the script would run in full")
-def test_without_a_gpu_the_script_says_not_run(tmp_path: Path) -> None:
-    script = tmp_path / "benchmarks"
-    script.mkdir()
-    for name in ("gpu_adapter.py", "provenance.py"):
-        (script / name).write_text((BENCHMARKS / name).read_text())
-    subprocess.run([sys.executable, str(script / "gpu_adapter.py")], check=True, capture_output=True)
-    result = json.loads((script / "results" / "gpu_adapter.json").read_text())
-    assert result["status"] == "not run"
-    assert "CUDA" in result["reason"]
+def test_without_a_gpu_the_script_says_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: dict[str, dict] = {}
+    monkeypatch.setattr(gpu, "save", lambda name, result: saved.update({name: result}))
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    gpu.main()
+    assert saved["gpu_adapter"]["status"] == "not run"
+    assert "CUDA" in saved["gpu_adapter"]["reason"]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository of one committed file, whose results folder `save` writes to."""
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (tmp_path / "code.py").write_text("a = 1\n")
+    who = ("-c", "user.name=test", "-c", "user.email=test@example.com")
+    for words in (("init", "-q"), ("add", "."), (*who, "commit", "-q", "-m", "code")):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    monkeypatch.setattr(provenance, "RESULTS", results)
+    return tmp_path
+
+
+def test_a_result_names_the_commit_of_its_code_and_another_result_changes_no_code(checkout: Path) -> None:
+    for _ in range(2):
+        written = json.loads(provenance.save("speed", {"value": 1}).read_text())
+        head = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
+        assert head.stdout.startswith(written["provenance"]["commit"])
+        assert written["value"] == 1
+
+
+def test_no_result_is_written_from_changed_code(checkout: Path) -> None:
+    (checkout / "code.py").write_text("a = 2\n")
+    with pytest.raises(SystemExit, match=r"1 tracked files differ from the commit \(code\.py …\).*commit or stash"):
+        provenance.save("speed", {"value": 1})
+    assert not list((checkout / "benchmarks" / "results").iterdir())
 
 
 def test_noise_on_flat_grey_is_that_of_the_model() -> None:
-    import simulator_noise
-
     shot = simulator_noise.compare(simulator_noise.SHOT, 128, 48, 10, 0)
     leak = simulator_noise.compare(simulator_noise.LEAK | {"leak_spread": 0.0}, 128, 24, 10, 2)
     assert shot["largest_error"] < 0.03
@@ -120,8 +133,6 @@ def test_noise_on_flat_grey_is_that_of_the_model() -> None:
 
 
 def test_the_model_of_noise_is_worked_by_hand() -> None:
-    import simulator_noise
-
     from ray_app.events.simulator import SimulatorConfig
 
     exact = SimulatorConfig(sigma=0.0, shot_noise_hz=8.0, leak_rate_hz=3.0, leak_spread=0.0)
@@ -131,8 +142,6 @@ def test_the_model_of_noise_is_worked_by_hand() -> None:
 
 
 def test_the_long_drive_is_a_true_sequence_of_the_density_asked_for(tmp_path: Path) -> None:
-    import dsec_drive
-
     from ray_app.sources.dsec.events_file import DsecEvents
     from ray_app.sources.dsec.source import DsecSource
     from ray_app.sources.recorded import WindowingConfig
@@ -167,8 +176,6 @@ def test_the_example_of_a_comparison_is_small_and_stands_alone() -> None:
 
 
 def test_pictures_of_an_example_become_smaller_and_nothing_else_changes() -> None:
-    import example_comparison
-
     noise = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     page = f'<p>before</p><img src="data:image/png;base64,{picture("it", "it", noise.numpy())["png"]}" alt="it">after'
     found = example_comparison.smaller(page)
@@ -177,8 +184,6 @@ def test_pictures_of_an_example_become_smaller_and_nothing_else_changes() -> Non
 
 
 def test_the_script_of_dsec_tells_medians_and_ranges_of_rounds_that_agree() -> None:
-    import prepare_dsec
-
     same = {"pairs": 8, "quarantined": 0, "windows": 8, "events_covered": 10**9, "events_drawn": 2 * 10**8}
     same |= {"workers": 2, "fingerprint": "f"}
     rounds = [same | {"seconds": seconds, "worker_peak_bytes": 2**28} for seconds in (4.0, 2.0, 5.0)]
@@ -194,7 +199,6 @@ def test_the_script_of_dsec_tells_medians_and_ranges_of_rounds_that_agree() -> N
 
 
 def test_the_script_of_dsec_draws_what_the_loop_draws(tmp_path: Path) -> None:
-    import prepare_dsec
     from dsec_drives import write_small
 
     write_small(tmp_path, "drive_00", frames=102)
@@ -211,8 +215,6 @@ def test_every_result_says_where_it_comes_from(path: Path) -> None:
 
 
 def test_the_replay_script_finds_the_cost_of_a_pass_at_which_nothing_is_gained() -> None:
-    import replay
-
     from ray_app.drafters.cost import RowCost
     from ray_app.drafters.replay import RowReplay
     from ray_app.drafters.summary import ReplayedRow
@@ -231,8 +233,6 @@ def test_the_replay_script_finds_the_cost_of_a_pass_at_which_nothing_is_gained()
 @pytest.mark.parametrize("name", ["EventPlaceHybrid", "EventSetHybrid"])
 def test_the_replay_scripts_hybrids_see_what_eventgpt_said(name: str) -> None:
     """Two answers that begin alike, each with an EventGPT text of its own."""
-    import replay
-
     from ray_app.drafters.base import AnsweredPrompt, Prompt
 
     one, other = (
@@ -248,7 +248,6 @@ def test_the_replay_scripts_hybrids_see_what_eventgpt_said(name: str) -> None:
 def test_the_replay_script_runs_every_drafter_on_made_up_traces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import replay
     from made_up_traces import rows, write
 
     saved: dict[str, dict] = {}
@@ -271,19 +270,16 @@ def test_the_replay_script_runs_every_drafter_on_made_up_traces(
 
 
 def test_one_command_runs_every_script_of_the_endpoint_and_names_what_failed() -> None:
-    from serve_all import PARTS, all_of
-
-    asked: list[str] = []
+    commands: list[str] = []
 
     def run(command: str) -> int:
-        asked.append(command)
+        commands.append(command)
         return int("kills" in command)
 
-    assert all_of(list(PARTS), run) == ["serve_chaos.py kills"]
-    scripts = {command.split()[0] for command in asked}
-    assert scripts == {"serve_load.py", "serve_chaos.py", "serve_fuzz.py", "serve_memory.py"}
-    written = (BENCHMARKS / "serve_chaos.py").read_text()
-    for command in asked:
-        assert (BENCHMARKS / command.split()[0]).is_file()
-        if command.startswith("serve_chaos"):
+    assert all_of(list(PARTS), run) == ["chaos kills"]
+    assert {command.split()[0] for command in commands} == {"load", "chaos", "fuzz", "memory"}
+    written = (BENCHMARKS / "serve" / "chaos.py").read_text()
+    for command in commands:
+        assert (BENCHMARKS / "serve" / f"{command.split()[0]}.py").is_file()
+        if command.startswith("chaos"):
             assert f'"{command.split()[1]}":' in written

@@ -1,21 +1,14 @@
 """A flipped bit or a cut end is found before the file is used, and the error names the file: few of each kind.
 
-benchmarks/corruption.py does the same with many.
+benchmarks/data/corruption.py does the same with many.
 """
 
 from pathlib import Path
 
-import pytest
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+from benchmarks.data import corruption
 
 
-def test_damage_in_any_file_is_found_before_use_and_the_file_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import corruption
-
+def test_damage_in_any_file_is_found_before_use_and_the_file_named(tmp_path: Path) -> None:
     kinds = corruption.kinds(tmp_path)
     assert len({kind.path.name for kind in kinds}) == 12
     for seed, kind in enumerate(kinds):
@@ -28,10 +21,7 @@ def test_damage_in_any_file_is_found_before_use_and_the_file_named(
             assert (kind.path.name, how) == ("journal.jsonl", "cuts") or "left_out" not in count, where
 
 
-def test_plain_loading_misses_most_flips_in_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import corruption
-
+def test_plain_loading_misses_most_flips_in_weights(tmp_path: Path) -> None:
     (weights,) = (kind for kind in corruption.kinds(tmp_path) if kind.path.name == "model.safetensors")
     flips = corruption.measure(weights, 20, 0, 0)["flips"]
     assert flips["found"] == flips["tried"] == 20

@@ -128,7 +128,7 @@ def test_settings_that_do_not_fit_are_refused(wrong: dict[str, int], message: st
 
 
 def test_a_small_sample_is_near_real_recordings() -> None:
-    """Fourteen drives, one window each, full size. The full measurement: benchmarks/scene_statistics.py."""
+    """Fourteen drives, one window each, full size. The full measurement: benchmarks/data/scene_statistics.py."""
     source = ScenesSource(num_pairs=14, num_sequences=14, seed=0)
     cosines, active, counts, positive = [], [], [], []
     for task in source.tasks():
