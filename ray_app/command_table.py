@@ -104,7 +104,7 @@ COMMANDS: dict[str, Command] = {
         "sync",
         "sync",
         "sync RUN…",
-        "bring the tracking server to what runs' journals hold",
+        "bring the tracking server to what runs' event logs hold",
         "runs",
     ),
     "evaluate": Command(

@@ -86,7 +86,7 @@ def measured(store: Path, folder: Path, name: str, seed: int, *, use_gpu: bool) 
     settings: dict[str, Any] = {"out": run, "seed": seed, **common, **(SETTINGS | TOKENS)[name]}
     if (run / "run.json").is_file():
         settings = {**RunDir(run).metadata()["config"], "out": run, "resume": run}
-    elif (subspaces := folder / "lowrank-0" / "start").is_dir() and {"init", "space"} & set(settings):
+    elif (subspaces := folder / "lowrank-0" / "init").is_dir() and {"init", "space"} & set(settings):
         settings["start"] = subspaces  # those of the first run: they are the pairs', not the seed's
     trained = run_train(TrainConfig.model_validate(settings))
     report = run.with_name(f"{run.name}-report")

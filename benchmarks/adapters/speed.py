@@ -116,10 +116,10 @@ def race(store: Path, folder: Path, seeds: list[int]) -> dict[str, Any]:
 
 
 def raced(folder: Path, seed: int) -> dict[str, Any]:
-    """Both runs of a seed, out of their journals.
+    """Both runs of a seed, out of their event logs.
 
     `share`: until the first validation that is as high, of `lightweight`'s time. `share_trained`: until the first one
-    after a step of training; `share_wall`: by the clock, from the command's first line in the journal on.
+    after a step of training; `share_wall`: by the clock, from the command's first line in the event log on.
     """
     slow, fast = timeline(folder / f"lightweight-{seed}"), timeline(folder / f"conv-{seed}")
     goal, needed = slow[-1]["accepted"], slow[-1]
@@ -146,8 +146,8 @@ def timeline(run: Path) -> list[dict[str, Any]]:
     without reading the pairs, the worker's start and saving, which all runs have alike or to `conv`'s advantage.
     """
     lines = entries(run)
-    begun = next(line["time"] for line in lines if line["kind"] == "start")
-    start = run / "start"
+    begun = next(line["time"] for line in lines if line["kind"] == "run_started")
+    start = run / "init"
     spent = load_training_state(start)[1]["seconds"] if start.is_dir() else 0.0
     found = []
     for line in lines:
@@ -288,8 +288,8 @@ def sweep(store: Path, folder: Path, full_width_seconds: float) -> dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     lines = Path(__file__).parents[2].joinpath("tune_configs/compressed.yaml").read_text()
     yaml = folder / "compressed.yaml"
-    assert "start: runs/start/start" in lines, "the sweep would find its subspaces anew in every trial"
-    yaml.write_text(lines.replace("runs/start/start", str(folder / "start" / "start")))
+    assert "start: runs/start/init" in lines, "the sweep would find its subspaces anew in every trial"
+    yaml.write_text(lines.replace("runs/start/init", str(folder / "start" / "init")))
     common = ["--store", str(store), "--tracking-uri", uri, "--json"]
     first = ["--strategy", "lowrank", "--space", "compressed", "--num-epochs", "1", "--out", str(folder / "start")]
     subspaces = timed("train", *first, *common)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from benchmarks.provenance import require_commit, save
 from ray_app.core.adapters.registry import AdapterConfig, build_adapter
 from ray_app.errors import RayAppError
-from ray_app.runs.event_log import JOURNAL, EventLog, entries
+from ray_app.runs.event_log import EVENT_LOG, EventLog, entries
 from ray_app.store.checkpoint import load_checkpoint, load_training_state, save_checkpoint, save_training_state
 from ray_app.store.manifest import Features, FeatureSpec
 from ray_app.store.pair_store import Pair, PairStore, publish, write_part
@@ -48,7 +48,7 @@ class Kind:
 
 
 def kinds(folder: Path) -> list[Kind]:
-    """Writes a checkpoint, a training state, a store and a journal, by the functions that always write them."""
+    """Writes a checkpoint, a training state, a store and an event log, by the functions that always write them."""
     checkpoint, state, store, run = (folder / name for name in ("checkpoint", "state", "store", "run"))
     adapter = build_adapter(AdapterConfig("bottleneck", SPEC.width, SPEC.width, hidden_dim=8), 0)
     numbers = {f"number_{i}": i / 7 for i in range(8)}
@@ -62,9 +62,9 @@ def kinds(folder: Path) -> list[Kind]:
     quarantine = f"{line}\n".encode() * 5
     publish(store, [part], features=BOTH, durations={"100us": 100}, source={"name": "x"}, quarantine=quarantine)
     run.mkdir()
-    with EventLog(run) as journal:
+    with EventLog(run) as log:
         for step in range(1, 41):
-            journal.write("step", global_step=step, loss=1 / step)
+            log.write("step", global_step=step, loss=1 / step)
 
     def stored() -> None:
         PairStore.open(store).table(0)
@@ -77,7 +77,7 @@ def kinds(folder: Path) -> list[Kind]:
 
     readers = ((checkpoint, loaded), (state, resumed), (store, stored))
     found = [Kind(path, read, _plain(path)) for parent, read in readers for path in sorted(parent.iterdir())]
-    found.append(Kind(run / JOURNAL, lambda: entries(run), _plain(run / JOURNAL)))
+    found.append(Kind(run / EVENT_LOG, lambda: entries(run), _plain(run / EVENT_LOG)))
     for kind in found:  # intact, both ways of reading it are content
         kind.checked()
         kind.plain(kind.path)
@@ -104,7 +104,7 @@ def damaged(intact: bytes, num_flips: int, num_cuts: int, rng: np.random.Generat
 def measure(kind: Kind, num_flips: int, num_cuts: int, seed: int) -> dict[str, dict[str, int]]:
     """How often damage was tried, found, named, and noticed by plain loading."""
     intact = kind.path.read_bytes()
-    told = entries(kind.path.parent) if kind.path.name == JOURNAL else []
+    told = entries(kind.path.parent) if kind.path.name == EVENT_LOG else []
     counts = {how: {"tried": 0, "found": 0, "named": 0, "plain_noticed": 0} for how in ("flips", "cuts")}
     for how, data in damaged(intact, num_flips, num_cuts, np.random.default_rng(seed)):
         count = counts[how]
@@ -116,7 +116,7 @@ def measure(kind: Kind, num_flips: int, num_cuts: int, seed: int) -> dict[str, d
             count["found"] += 1
             count["named"] += kind.path.name in str(error)
         else:
-            if kind.path.name == JOURNAL and read == told[: data.count(b"\n")]:
+            if kind.path.name == EVENT_LOG and read == told[: data.count(b"\n")]:
                 count["left_out"] = count.get("left_out", 0) + 1
         try:
             kind.plain(kind.path)
@@ -142,7 +142,7 @@ def main() -> None:
             "what": "single-bit flips and truncations at seeded random places; found: our error before the content "
             "is used; named: the error names the file; plain_noticed: safetensors load_file, json.loads, pyarrow "
             "read_table or sha256sum -c raised on the same bytes",
-            "left_out": "of the journal, whose last line may be cut by a kill: a line without its end is left out, "
+            "left_out": "of the event log, whose last line may be cut by a kill: a line without its end is left out, "
             "and every whole line before it read as written",
             "files": table,
         },

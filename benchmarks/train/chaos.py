@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from benchmarks.provenance import require_commit, save
-from ray_app.runs.event_log import JOURNAL, entries
+from ray_app.runs.event_log import EVENT_LOG, entries
 from ray_app.store.atomic import sha256_file
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
@@ -98,15 +98,15 @@ def disturbed(
     waiting, killed, starts = list(kinds), [], 0
     began = time.monotonic()
     while True:
-        words = ["--resume", str(run)] if (run / JOURNAL).is_file() else [*train[1:], "--out", str(run)]
+        words = ["--resume", str(run)] if (run / EVENT_LOG).is_file() else [*train[1:], "--out", str(run)]
         process = subprocess.Popen([str(RAY_APP), "train", *words], stdout=subprocess.DEVNULL, start_new_session=True)
         starts += 1
         while process.poll() is None and waiting:
             # From a random moment after the next sign of life: before, in and after steps and saves.
-            if not wait_for_growth(process, run / JOURNAL):
+            if not wait_for_growth(process, run / EVENT_LOG):
                 break
             time.sleep(rng.uniform(0.0, 1.5))
-            if process.poll() is None and kill(process, waiting[0], run / JOURNAL, rng):
+            if process.poll() is None and kill(process, waiting[0], run / EVENT_LOG, rng):
                 killed.append(waiting.pop(0))
                 print(f"{run.name}: killed {killed[-1]}", file=sys.stderr, flush=True)
         code = process.wait(timeout=LONGEST_S)
@@ -120,7 +120,7 @@ def disturbed(
         **found,
         "killed": killed,
         "starts": starts,
-        "restarts_by_ray": sum(line["kind"] == "attempt" for line in entries(run)) - starts,
+        "restarts_by_ray": sum(line["kind"] == "workers_started" for line in entries(run)) - starts,
         "equal": found["model_sha256"] == clean["model_sha256"] and found["newest_sha256"] == clean["newest_sha256"],
         "steps_lost_or_told_twice": len(wanted ^ set(steps)) + sum(n - 1 for n in steps.values()),
         "pairs_lost_or_seen_twice": sum(
@@ -130,19 +130,19 @@ def disturbed(
     }
 
 
-def wait_for_growth(process: "subprocess.Popen[bytes]", journal: Path) -> bool:
+def wait_for_growth(process: "subprocess.Popen[bytes]", log: Path) -> bool:
     """Until a step or an epoch is told from now on; False when the process ends before."""
-    size = journal.stat().st_size if journal.is_file() else 0
+    size = log.stat().st_size if log.is_file() else 0
     deadline = time.monotonic() + LONGEST_S
     while process.poll() is None:
         assert time.monotonic() < deadline, "nothing moves any more"
-        if journal.is_file() and b'"kind": "step"' in journal.read_bytes()[size:]:
+        if log.is_file() and b'"kind": "step"' in log.read_bytes()[size:]:
             return True
         time.sleep(0.01)
     return False
 
 
-def kill(process: "subprocess.Popen[bytes]", kind: str, journal: Path, rng: random.Random) -> bool:
+def kill(process: "subprocess.Popen[bytes]", kind: str, log: Path, rng: random.Random) -> bool:
     """SIGKILL to processes of this kind; False where there is none at the moment."""
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     if kind == "everything":
@@ -152,7 +152,7 @@ def kill(process: "subprocess.Popen[bytes]", kind: str, journal: Path, rng: rand
     else:
         victims = [p for p in tree if "RayTrainWorker" in title(p)]
         if kind == "saving worker":
-            victims = [p for p in victims if holds(p, journal)]
+            victims = [p for p in victims if holds(p, log)]
         victims = rng.sample(victims, min(len(victims), 1))
     for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):

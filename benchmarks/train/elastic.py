@@ -27,7 +27,7 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.provenance import RESULTS, provenance, require_commit, save
 from benchmarks.train.chaos import told
-from ray_app.runs.event_log import JOURNAL, entries
+from ray_app.runs.event_log import EVENT_LOG, entries
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
 SCENES = "--num-pairs 72 --num-sequences 6 --width 160 --height 120"
@@ -147,7 +147,7 @@ def disturbed(cluster: Cluster, words: list[str], run: Path, kills: int, rng: ra
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
     """The steps of a run so far."""
-    return [line for line in entries(run) if line["kind"] == "step"] if (run / JOURNAL).is_file() else []
+    return [line for line in entries(run) if line["kind"] == "step"] if (run / EVENT_LOG).is_file() else []
 
 
 def wait(process: "subprocess.Popen[bytes]", run: Path, holds: Any) -> bool:

@@ -178,12 +178,12 @@ def steps(sweep: Path) -> int:
 
 def begun_again(sweep: Path) -> int:
     """Attempts beyond each trial's first."""
-    counts = [sum(line["kind"] == "attempt" for line in entries(run)) for run in trial_folders(sweep)]
+    counts = [sum(line["kind"] == "workers_started" for line in entries(run)) for run in trial_folders(sweep)]
     return sum(max(count - 1, 0) for count in counts)
 
 
 def trial_folders(sweep: Path) -> list[Path]:
-    return [path.parent for path in sweep.glob("trials/*/journal.jsonl")]
+    return [path.parent for path in sweep.glob("trials/*/events.jsonl")]
 
 
 def serve(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:

@@ -148,9 +148,9 @@ def alone(folder: Path, out: Path, hidden: int, batch: int) -> float:
     lanes = ShardedBatchOrder(len(split.train), batch, cfg.seed)
     train = PairTensors(np.arange(len(split.train)), *map(torch.tensor, store.read_rows(split.train)))
     out.mkdir()
-    with EventLog(out) as journal:
+    with EventLog(out) as log:
         pairs = WorkerData(lambda state: held_batches(train, lanes, state, worker), True, None)
-        train_epochs(worker, RunDir(out), pairs, journal, {}, lambda *_: None)
+        train_epochs(worker, RunDir(out), pairs, log, {}, lambda *_: None)
     return step_seconds(out, batch)
 
 

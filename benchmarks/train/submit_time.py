@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def submitted(head: Head, store: Path, run: Path) -> dict[str, Any]:
-    """Seconds from the start of the command on until what its run's journal tells."""
+    """Seconds from the start of the command on until what its run's event log tells."""
     words = ["submit", "--json", "--", "train", "--store", str(store), "--out", str(run), *FLAGS.split()]
     words += ["--tracking-uri", f"sqlite:///{run.parent}/mlflow.db", "--json"]
     environment = {
@@ -67,12 +67,12 @@ def submitted(head: Head, store: Path, run: Path) -> dict[str, Any]:
     ended, told = time.time(), json.loads(done.stdout)
     first: dict[str, float] = {}
     for line in entries(run):
-        if line["kind"] in ("start", "attempt", "step"):
+        if line["kind"] in ("run_started", "workers_started", "step"):
             first.setdefault(line["kind"], round(line["time"] - began, 2))
     return {
         "uploaded_bytes": told["uploaded_bytes"],
-        "seconds_to_driver": first["start"],
-        "seconds_to_worker": first["attempt"],
+        "seconds_to_driver": first["run_started"],
+        "seconds_to_worker": first["workers_started"],
         "seconds_to_first_step_done": first["step"],
         "seconds_to_end": round(ended - began, 2),
     }

@@ -5,7 +5,7 @@
 The same run three ways, in turn, against a real `mlflow server`: up all the time; killed with SIGKILL in mid-run and
 started again 60 s later; never there. Compared is the lower quartile of the steps after the first epoch, as a ratio
 in one round; on a machine with other work that ratio says little. What a step does for tracking is one line in the
-journal, and nothing else: its time is measured apart, and that is the delay. Then each run is synced, twice. Writes
+event log, and nothing else: its time is measured apart, and that is the delay. Then each run is synced, twice. Writes
 benchmarks/results/tracking_outage.json.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 from mlflow_process import MlflowServer, free_port
 
 from benchmarks.provenance import require_commit, save
-from ray_app.runs.event_log import JOURNAL, EventLog, entries
+from ray_app.runs.event_log import EVENT_LOG, EventLog, entries
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
 FLAGS = "--hidden-dim 64 --batch-size 32 --early-stop-patience 1000"
@@ -64,7 +64,7 @@ def main() -> None:
                     "missing_after_sync": sum(result["missing"] for result in synced),
                     "surplus_after_sync": sum(result["surplus"] for result in synced),
                     "sent_by_second_sync": sum(result["points_sent"] for result in synced[1::2]),
-                    "points": [result["points_journal"] for result in synced[::2]],
+                    "points": [result["points_in_log"] for result in synced[::2]],
                 }
             )
     finally:
@@ -75,8 +75,8 @@ def main() -> None:
         {
             "flags": FLAGS,
             "away_s": AWAY_S,
-            "journal_line_us": round(told_us, 1),
-            "journal_line_share_of_step": round(told_us / 1e3 / fastest_ms, 6),
+            "event_log_line_us": round(told_us, 1),
+            "event_log_line_share_of_step": round(told_us / 1e3 / fastest_ms, 6),
             "rounds": rounds,
             "ratio_cut": statistics.median(r["ratio_cut"] for r in rounds),
             "ratio_never": statistics.median(r["ratio_never"] for r in rounds),
@@ -98,20 +98,18 @@ def trained(args: argparse.Namespace, name: str, uri: str) -> float:
 
 
 def line_us(folder: Path, lines: int = 20_000) -> float:
-    """Time of one journal line, in µs."""
+    """Time of one event log line, in µs."""
     folder.mkdir()
-    with EventLog(folder) as journal:
+    with EventLog(folder) as log:
         began = time.perf_counter()
         for step in range(1, lines + 1):
-            journal.step(
-                step, loss=0.1 / step, cos_sim=0.5, grad_norm=1.0, epoch=1, pairs=32 * step, seconds=0.1 * step
-            )
+            log.step(step, loss=0.1 / step, cos_sim=0.5, grad_norm=1.0, epoch=1, pairs=32 * step, seconds=0.1 * step)
         return 1e6 * (time.perf_counter() - began) / lines
 
 
 def cut(server: MlflowServer, run: Path) -> None:
     """Takes the server away for a minute once the run trains."""
-    while not (run / JOURNAL).is_file() or not any(line["kind"] == "epoch" for line in entries(run)):
+    while not (run / EVENT_LOG).is_file() or not any(line["kind"] == "epoch" for line in entries(run)):
         time.sleep(0.2)
     server.kill()
     time.sleep(AWAY_S)

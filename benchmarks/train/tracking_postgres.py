@@ -31,7 +31,7 @@ from mlflow_process import MlflowServer, free_port
 from numpy_source import NumpySource, build_store
 
 from benchmarks.provenance import require_commit, save
-from ray_app.runs.event_log import JOURNAL, entries
+from ray_app.runs.event_log import EVENT_LOG, entries
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,7 +192,7 @@ def path(folder: Path, store: Path, uri: str, database: Postgres) -> dict[str, A
         "champion_after_force_and_rollback": [promoted[1]["champion"], rolled["champion"]],
         "listed": {key: listed[key] for key in ("champion", "champion_before", "code", "warnings")},
         "pairs_judged_through_the_alias": judged["pairs"],
-        "points_in_journals": [one["points_journal"] for one in synced[:3]],
+        "points_in_logs": [one["points_in_log"] for one in synced[:3]],
         "sent_by_sync": [one["points_sent"] for one in synced],
         "missing_after_sync": sum(one["missing"] for one in synced),
         "surplus_after_sync": sum(one["surplus"] for one in synced),
@@ -205,7 +205,7 @@ def path(folder: Path, store: Path, uri: str, database: Postgres) -> dict[str, A
 
 def gone_while(database: Postgres, run: Path) -> None:
     """Ends the database once a run trains."""
-    while not (run / JOURNAL).is_file() or not any(line["kind"] == "epoch" for line in entries(run)):
+    while not (run / EVENT_LOG).is_file() or not any(line["kind"] == "epoch" for line in entries(run)):
         time.sleep(0.05)
     database.end()
 

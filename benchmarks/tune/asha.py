@@ -90,7 +90,7 @@ def started(store: Path, run: Path) -> str:
     words = ["train", f"--store={store}", f"--out={run}", "--num-epochs=1", *flags, "--json"]
     uri = f"--tracking-uri=sqlite:///{run.parent}/mlflow.db"
     subprocess.run([str(RAY_APP), *words, uri], stdout=subprocess.DEVNULL, check=True)
-    return str(run / "start")
+    return str(run / "init")
 
 
 def searched(file: Path) -> dict[str, Any]:

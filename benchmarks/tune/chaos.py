@@ -83,7 +83,7 @@ def main() -> None:
 def words(file: Path, out: Path) -> list[str]:
     """The command that begins a sweep, or goes on with it."""
     uri = f"sqlite:///{file.parent}/mlflow.db"
-    begin = ["--resume", str(out)] if (out / "journal.jsonl").is_file() else [str(file), "--out", str(out)]
+    begin = ["--resume", str(out)] if (out / "events.jsonl").is_file() else [str(file), "--out", str(out)]
     return [str(RAY_APP), "tune", *begin, "--no-final", "--yes", "--json", "--tracking-uri", uri]
 
 
@@ -99,8 +99,10 @@ def told(sweep: Path) -> dict[str, Any]:
         "winner": best.name,
         "objective": best.objective,
         "weights": {name: sha256_file(path / "model.safetensors") for name, path in weights.items()},
-        "ends": {name: sum(line["kind"] == "end" for line in entries(run.path)) for name, run in runs.items()},
-        "attempts": {name: sum(x["kind"] == "attempt" for x in entries(run.path)) for name, run in runs.items()},
+        "ends": {name: sum(line["kind"] == "run_ended" for line in entries(run.path)) for name, run in runs.items()},
+        "attempts": {
+            name: sum(x["kind"] == "workers_started" for x in entries(run.path)) for name, run in runs.items()
+        },
         "objectives": {trial.name: trial.objective for trial in trials},
     }
 
@@ -123,7 +125,7 @@ def disturbed(file: Path, sweep: Path, moments: list[int], rng: random.Random) -
                 continue
             kind = KINDS[len(killed) % len(KINDS)]
             if process.poll() is None and kill(process, kind, rng):
-                killed.append((kind, at, len(list(sweep.glob("trials/*/journal.jsonl")))))
+                killed.append((kind, at, len(list(sweep.glob("trials/*/events.jsonl")))))
                 print(f"killed {kind} at step {at}", file=sys.stderr, flush=True)
         if process.wait(timeout=LONGEST_S) == 0:
             return killed, starts
@@ -132,14 +134,14 @@ def disturbed(file: Path, sweep: Path, moments: list[int], rng: random.Random) -
 
 def steps(sweep: Path) -> int:
     """Optimizer steps that its trials have told of: what is done again is not told again."""
-    runs = [path.parent for path in sweep.glob("trials/*/journal.jsonl")]
+    runs = [path.parent for path in sweep.glob("trials/*/events.jsonl")]
     return sum(line["kind"] == "step" for run in runs for line in entries(run))
 
 
 def size(sweep: Path) -> int:
-    """Bytes of all journals."""
+    """Bytes of all event logs."""
     with contextlib.suppress(FileNotFoundError):
-        return sum(path.stat().st_size for path in sweep.rglob("journal.jsonl"))
+        return sum(path.stat().st_size for path in sweep.rglob("events.jsonl"))
     return 0
 
 

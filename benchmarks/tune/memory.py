@@ -78,7 +78,7 @@ def measured(store: Path, folder: Path, concurrent: int, fixed: dict[str, Any]) 
     while process.poll() is None:
         tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         trials = [each for each in tree if "ImplicitFunc" in title(each)]
-        training = sum(b'"step"' in path.read_bytes() for path in out.glob("trials/*/journal.jsonl"))
+        training = sum(b'"step"' in path.read_bytes() for path in out.glob("trials/*/events.jsonl"))
         if trials and training >= concurrent:
             most = max(most, len(trials))
             shared.append(sum(shared_bytes(each) for each in tree))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tune.overhead --store STORE --folder /tmp/tune-overhead
 
-From the line in the sweep's journal that a setting is tried, to the beginning of the first optimizer step of its run;
+From the line in the sweep's event log that creates a trial, to the beginning of the first optimizer step of its run;
 one trial at a time, on 2 CPUs. The same sweep runs a second time with `workers: 2` (half a CPU each), which starts a
 `TorchTrainer` in every trial, with fewer trials; and, in processes of their own, with strategies that cost more to
 begin: conv and lowrank, whose means and subspaces the sweep finds once (`before_s`: from the driver's start to the
@@ -82,9 +82,9 @@ def measured(
     seconds: list[float] = []
     before_s = 0.0
     for line in folder.entries():
-        if line["kind"] == "start":
+        if line["kind"] == "run_started":
             before_s = -line["time"]
-        elif line["kind"] == "trial":
+        elif line["kind"] == "trial_created":
             before_s += 0.0 if seconds else line["time"]
             first = next(x for x in entries(folder.run(line["name"]).path) if x["kind"] == "step")
             seconds.append(first["time"] - first["seconds"] - line["time"])

@@ -1,4 +1,4 @@
-"""`ray-app sync`: the tracking server gets what journals of runs and of sweeps hold and it does not."""
+"""`ray-app sync`: the tracking server gets what event logs of runs and of sweeps hold and it does not."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from ray_app.commands.tune.sweep_dir import SWEEP
 from ray_app.config.base import TrackingFlags
 from ray_app.config.tune import SyncConfig
 from ray_app.errors import ConfigError
-from ray_app.runs.event_log import JOURNAL, entries
+from ray_app.runs.event_log import EVENT_LOG, entries
 from ray_app.runs.remote_run import open_run
 from ray_app.store.filesystem import open_storage
 from ray_app.tracking.mlflow_logger import sync_run, tracking_uri
@@ -33,10 +33,10 @@ def run_sync(cfg: SyncConfig) -> dict[str, Any]:
         else:
             with open_run(where) as run:
                 run.refresh()
-                lines = entries(run.path) if (run.path / JOURNAL).is_file() else []
+                lines = entries(run.path) if (run.path / EVENT_LOG).is_file() else []
                 run.download(*(line["artifacts"] for line in lines[-1:] if line.get("artifacts")))
                 results += synced(cfg, run.metadata()["config"], [run.path], run.shown)
-    totals = ("points_journal", "points_server", "points_sent", "missing", "surplus")
+    totals = ("points_in_log", "points_server", "points_sent", "missing", "surplus")
     return {**{name: sum(result[name] for result in results) for name in totals}, "runs": results}
 
 
@@ -59,8 +59,8 @@ def synced(
 
 def render_sync(result: dict[str, Any], console: Console) -> None:
     """Counts for each run."""
-    table = Table("run", "in the journal", "sent now", "on the server", "missing", box=None)
+    table = Table("run", "in the event log", "sent now", "on the server", "missing", box=None)
     for run in result["runs"]:
-        names = ("points_journal", "points_sent", "points_server", "missing")
+        names = ("points_in_log", "points_sent", "points_server", "missing")
         table.add_row(run["run"], *(f"{run[name]:,}" for name in names))
     console.print(table)

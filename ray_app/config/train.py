@@ -40,7 +40,7 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """compressed: lowrank and lightweight_subspace are trained on coordinates in the subspaces, with losses and
     metrics that equal those at full width; what is saved is the full-width adapter."""
     start: Path | None = None
-    """Means and subspaces that another run found on the same training pairs, RUN/start; default: computed here."""
+    """Means and subspaces that another run found on the same training pairs, RUN/init; default: computed here."""
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout probability, where the adapter has dropout."""
     num_epochs: Positive = 20

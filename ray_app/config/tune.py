@@ -50,7 +50,7 @@ class TuneConfig(ClusterFlags, TrackingFlags):
 
 
 class SyncConfig(TrackingFlags):
-    """Bring the tracking server to exactly what runs' journals hold; as often as one likes."""
+    """Bring the tracking server to exactly what runs' event logs hold; as often as one likes."""
 
     runs: tuple[StorePlace, ...]
     """Runs: folders, or URIs such as s3://bucket/run."""

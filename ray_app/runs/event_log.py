@@ -1,10 +1,10 @@
-"""The journal of a run: one JSON object a line, appended as things happen, before anyone else hears of them.
+"""The event log of a run: one JSON object per line, appended before anything else learns of the event.
 
-Kinds: `start` (a driver begins; what the tracking server needs to know of the run), `attempt` (a group of workers
-begins; of a sweep's trial with its node), `resume`, `step` (each optimizer step), `validation` (within an epoch,
-where that is wanted), `epoch` (training means and validation), `stop` (saved on request), `failure`, `end`. Every
-line ends with a CRC-32 of the rest of it. What is done again after a restart is not told again, so each step,
-validation and epoch stands here once.
+Kinds: `run_started` (one per driver, with what the tracking server needs), `workers_started` (one per worker group;
+in a sweep's trial with its node), `resumed`, `step` (each optimizer step), `validation` (within an epoch, if asked
+for), `epoch` (training means and validation), `stopped` (saved on request), `failed`, `exception`, `run_ended`. Every
+line ends with a CRC-32 of the rest of it. Work repeated after a restart is not logged again, so each step, validation
+and epoch appears once.
 """
 
 import errno
@@ -23,7 +23,7 @@ from typing import Any, Self
 from ray_app.errors import StoreError
 from ray_app.store.atomic import disk_errors
 
-JOURNAL = "journal.jsonl"
+EVENT_LOG = "events.jsonl"
 POLL_S = 0.25
 """How often a follower looks for new lines."""
 HANDOVER_S = 20.0
@@ -33,11 +33,11 @@ UNSYNCED = ("step",)
 
 
 class EventLog:
-    """The one writer of a run's journal; every line is with the operating system before `write` returns."""
+    """The one writer of a run's event log; every line is with the operating system before `write` returns."""
 
     def __init__(self, run: Path, patience_s: float = HANDOVER_S) -> None:
         """StoreError: another process is writing, or a line is damaged."""
-        self._path = run / JOURNAL
+        self._path = run / EVENT_LOG
         with disk_errors(self._path):
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -136,14 +136,14 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
 
 def entries(run: Path) -> list[dict[str, Any]]:
     """All whole lines so far; a cut last one is not there yet. StoreError names a damaged line."""
-    path = run / JOURNAL
+    path = run / EVENT_LOG
     lines = path.read_bytes().splitlines(keepends=True)
     return [parse_line(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.endswith(b"\n")]
 
 
 def is_locked(run: Path) -> bool:
-    """Whether a process on this machine, or on another that shares the disk, has the journal open to write."""
-    with (run / JOURNAL).open("rb") as file:
+    """Whether a process on this machine, or on another that shares the disk, has the event log open to write."""
+    with (run / EVENT_LOG).open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -154,12 +154,12 @@ def is_locked(run: Path) -> bool:
 def entries_since_start(run: Path) -> list[dict[str, Any]]:
     """What came after the newest `start` line: the doing of one driver."""
     lines = entries(run)
-    return lines[max(n for n, line in enumerate(lines, 1) if line["kind"] == "start") :]
+    return lines[max(n for n, line in enumerate(lines, 1) if line["kind"] == "run_started") :]
 
 
 def last_start_time(run: Path) -> float:
     """When the newest driver began, in Unix time."""
-    return [line["time"] for line in entries(run) if line["kind"] == "start"][-1]
+    return [line["time"] for line in entries(run) if line["kind"] == "run_started"][-1]
 
 
 def require_latest_driver(run: Path, started: float) -> None:
@@ -173,7 +173,7 @@ def require_latest_driver(run: Path, started: float) -> None:
 
 def tail(run: Path, stop: threading.Event) -> Iterator[list[dict[str, Any]]]:
     """New lines as they come, in batches that may be empty; ends once `stop` is set and all has been read."""
-    path = run / JOURNAL
+    path = run / EVENT_LOG
     done = 0
     while True:
         last = stop.is_set()

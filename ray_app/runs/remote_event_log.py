@@ -1,4 +1,4 @@
-"""A journal in an object store, where nothing can be appended: parts, each named by the byte that it begins at.
+"""An event log in an object store, where nothing can be appended: parts, each named by the byte that it begins at.
 
 The one writer replaces its newest part by a longer one until that is large, then begins another. A part counts up to
 where the next begins. So a writer that took over from this byte on is right, whatever the one before still sends; and
@@ -9,20 +9,20 @@ import threading
 from pathlib import Path
 
 from ray_app.errors import StoreError
-from ray_app.runs.event_log import JOURNAL
+from ray_app.runs.event_log import EVENT_LOG
 from ray_app.store.atomic import disk_errors
 from ray_app.store.filesystem import RemoteDir
 
-PARTS = "journal"
+PARTS = "event_log"
 PART_BYTES = 2**20
 """A part of this size or more is not replaced any more."""
 
 
 class RemoteEventLog:
-    """Between `journal.jsonl` in a process's own folder and its parts below `there`."""
+    """Between `events.jsonl` in a process's own folder and its parts below `there`."""
 
     def __init__(self, run: Path, there: RemoteDir) -> None:
-        self._path, self._there = run / JOURNAL, there
+        self._path, self._there = run / EVENT_LOG, there
         self._begin = self._sent = 0
         """Where the part begins that is written here, and up to where it has been sent."""
         self._lengths = {0}
@@ -40,8 +40,8 @@ class RemoteEventLog:
             for begin, end in zip(begins, [*begins, None][1:], strict=True):
                 if begin > have:
                     raise StoreError(
-                        f"{self._there.file(PARTS)} lacks the bytes from {have} to {begin}: a part of the journal is "
-                        "missing"
+                        f"{self._there.file(PARTS)} lacks the bytes from {have} to {begin}: a part of the "
+                        "event log is missing"
                     )
                 if have < begin + sizes[begin] and (end is None or have < end):
                     data = self._there.read(_name(begin))[: end and end - begin][have - begin :]

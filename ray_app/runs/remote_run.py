@@ -1,7 +1,7 @@
 """A run at a URI: each process works in a folder of its own, which this keeps in step with the URI.
 
 Objects can be neither appended to nor renamed, and nodes of a cluster need share no disk. So the driver and every
-worker have a copy of what they need; what a worker finishes goes up (`store/sealed.py`, `journal_parts.py`), and what
+worker have a copy of what they need; what a worker finishes goes up, and what
 the others need comes down. The URI alone is the run: copies go with their processes, and the next start goes on from
 what lies there.
 """
@@ -23,15 +23,25 @@ from typing import Any
 from ray_app.errors import CheckpointError, StoreError
 from ray_app.runs.event_log import EventLog, entries
 from ray_app.runs.remote_event_log import RemoteEventLog
-from ray_app.runs.run_dir import CHECKPOINTS, RESIZE, RUN, STATES, STOP, RunDir, run_metadata, validate_relative_path
+from ray_app.runs.run_dir import (
+    CHECKPOINTS,
+    QUARANTINE,
+    RESIZE,
+    RUN,
+    STATES,
+    STOP,
+    RunDir,
+    run_metadata,
+    validate_relative_path,
+)
 from ray_app.store.checkpoint import CHECKSUMS_FILE
 from ray_app.store.checkpoint_transfer import download_dir, upload_dir
 from ray_app.store.filesystem import LocalDir, RemoteDir, StorageDir, absolute, open_storage
 
 SYNC_INTERVAL_S = 2.0
-"""How often new journal lines go up, and come down to the driver; a sign takes two of these at most."""
+"""How often new event log lines go up, and come down to the driver; a sign takes two of these at most."""
 STOP_S = 30.0
-"""How long a run that is asked to stop is waited for, before its journal is taken over."""
+"""How long a run that is asked to stop is waited for, before its event log is taken over."""
 PREFIX = "ray-app-copy-"
 MIN_SCRATCH_AGE_S = 60.0
 """A copy of this age may belong to a process that has not marked it as its own yet."""
@@ -151,13 +161,13 @@ class RemoteRun(RunDir):
         self._push_signs()
 
     def request_stop(self) -> None:
-        """Who writes the journal has some time to save, and to end it."""
+        """Who writes the event log has some time to save, and to end it."""
         super().request_stop()
         self._push_signs()
         deadline = time.monotonic() + STOP_S
         while time.monotonic() < deadline:
             self.refresh()
-            if entries(self.path)[-1]["kind"] in ("stop", "end"):
+            if entries(self.path)[-1]["kind"] in ("stopped", "run_ended"):
                 return
             time.sleep(SYNC_INTERVAL_S / 4)
 
@@ -165,12 +175,12 @@ class RemoteRun(RunDir):
         return run_metadata(self.there)
 
     @contextmanager
-    def journal(self) -> Iterator[EventLog]:
+    def event_log(self) -> Iterator[EventLog]:
         self._parts.pull()
-        with EventLog(self.path) as journal:
+        with EventLog(self.path) as log:
             try:
                 with run_in_background(self._parts.push, self._pull_signs):
-                    yield journal
+                    yield log
             finally:
                 self._parts.push()
 
@@ -183,9 +193,9 @@ class RemoteRun(RunDir):
             self._parts.pull()
 
     @contextmanager
-    def released(self, journal: EventLog) -> Iterator[None]:
+    def released(self, log: EventLog) -> Iterator[None]:
         self._parts.push()
-        with super().released(journal):
+        with super().released(log):
             try:
                 yield
             finally:
@@ -229,7 +239,8 @@ class RemoteRun(RunDir):
             print(f"not gone on from: {error}", file=sys.stderr)
             with suppress(FileNotFoundError):  # without a list it is never taken for what a later save puts there
                 sums = self.there.read(f"{folder}/{CHECKSUMS_FILE}")
-                self.there.write(f"{folder}/.aside-{CHECKSUMS_FILE}", sums)
+                self.there.mkdir(f"{QUARANTINE}/{folder}")
+                self.there.write(f"{QUARANTINE}/{folder}/{CHECKSUMS_FILE}", sums)
                 self.there.delete(f"{folder}/{CHECKSUMS_FILE}")
             return False
         return True

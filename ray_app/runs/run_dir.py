@@ -28,7 +28,7 @@ from ray_app.store.filesystem import LocalDir, StorageDir
 from ray_app.store.manifest import Features
 
 RUN, BEST, STOP, RESIZE = "run.json", "best.json", "stop", "resize"
-CHECKPOINTS, STATES = "checkpoints", "training_state"
+CHECKPOINTS, STATES, QUARANTINE = "checkpoints", "training_state", "quarantine"
 NUM_CHECKPOINTS_KEPT = 2
 """Newest places of which everything is kept."""
 
@@ -53,17 +53,17 @@ class RunDir:
         """A file or folder of the run by the name that holds everywhere."""
         return str(path)
 
-    def journal(self) -> AbstractContextManager[EventLog]:
-        """The journal, for the one process that writes it now."""
+    def event_log(self) -> AbstractContextManager[EventLog]:
+        """The event log, for the one process that writes it now."""
         return EventLog(self.path)
 
     def synced(self) -> AbstractContextManager[None]:
         """Meanwhile what workers do shows up in `path`, and the signs that lie there reach them."""
         return nullcontext()
 
-    def released(self, journal: EventLog) -> AbstractContextManager[None]:
-        """Another process may write to the journal meanwhile; this one, which has it open, does not."""
-        return journal.released()
+    def released(self, log: EventLog) -> AbstractContextManager[None]:
+        """Another process may write to the event log meanwhile; this one, which has it open, does not."""
+        return log.released()
 
     @property
     def resume(self) -> str:
@@ -130,7 +130,7 @@ class RunDir:
         self.resize_file.unlink(missing_ok=True)
 
     def request_stop(self) -> None:
-        """Lays the first of them there, before this process takes the journal over."""
+        """Lays the first of them there, before this process takes the event log over."""
         self.stop_file.touch()
 
     def stop_requested(self) -> bool:
@@ -162,7 +162,7 @@ class RunDir:
             if self.state(name).exists():  # of a save that ended between the two
                 shutil.rmtree(self.state(name))
             if self.checkpoint(name).exists():  # its state was damaged and is set aside
-                quarantine(self.checkpoint(name))
+                self._quarantine(f"{CHECKPOINTS}/{name}")
         save_training_state(self.state(name), tensors, meta)
         save_checkpoint(self.checkpoint(name), adapter, metrics=metrics, provenance=provenance, features=features)
         self.prune_checkpoints(name, best_epoch)
@@ -229,9 +229,16 @@ class RunDir:
         except CheckpointError as error:
             print(f"not gone on from: {error}", file=sys.stderr)
             with disk_errors(self.path):
-                quarantine(self.path / folder)
+                self._quarantine(folder)
             return False
         return True
+
+    def _quarantine(self, folder: str) -> None:
+        """Move a folder that must not be used to `quarantine/`; nothing is deleted."""
+        path = self.path / folder
+        aside = self.path / QUARANTINE / f"{folder}-{path.stat().st_mtime_ns}"
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(aside)
 
     def best(self) -> Path | None:
         """The best checkpoint so far, or None before the first epoch. CheckpointError: nobody knows which."""
@@ -269,8 +276,3 @@ def best_name(there: StorageDir) -> str | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{there.file(BEST)} is damaged: it names no checkpoint ({error}).") from error
-
-
-def quarantine(folder: Path) -> None:
-    """Renames a folder that must not be used; nothing is deleted."""
-    folder.rename(folder.with_name(f".aside-{folder.name}-{folder.stat().st_mtime_ns}"))

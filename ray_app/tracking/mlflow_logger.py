@@ -1,4 +1,4 @@
-"""MLflow, on the driver's side: what stands in a run's journal, in a database, and never in training's way."""
+"""MLflow, on the driver's side: what stands in a run's event log, in a database, and never in training's way."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ray_app.config.base import TrackingFlags
 from ray_app.errors import ConfigError, StoreError
-from ray_app.runs.event_log import JOURNAL, entries, tail
+from ray_app.runs.event_log import EVENT_LOG, entries, tail
 from ray_app.store.atomic import write_file
 from ray_app.store.checkpoint import CHECKSUMS_FILE
 
@@ -40,8 +40,8 @@ ARTIFACTS = "checkpoint"
 """Artifact folder of a run that holds its checkpoint."""
 TRIAL_POINTS = ("objective", "lift", "accept_rate", "epochs", "steps", "parameters", "seconds")
 """What a sweep's own run holds of each trial."""
-SYNCED = "synced.json"
-"""In a run folder: up to which byte of the journal the server was seen to hold everything."""
+MLFLOW_SYNC = "mlflow_sync.json"
+"""In a run folder: up to which byte of the event log the server was seen to hold everything."""
 
 
 def tracking_uri(cfg: TrackingFlags) -> str:
@@ -76,11 +76,11 @@ def experiment_id(client: MlflowClient, cfg: TrackingFlags) -> str:
 
 
 class Tracker:
-    """Carries a run's journal to MLflow from a thread of its own, which alone speaks to the server.
+    """Carries a run's event log to MLflow from a thread of its own, which alone speaks to the server.
 
     Training never waits for it. Whatever goes wrong there is told once on standard error and tried again, less and
-    less often; the journal keeps every point, and `ray-app sync` brings it over at any later time. A server that does
-    not answer costs `PATIENCE_S` at the end of a run.
+    less often; the event log keeps every point, and `ray-app sync` brings it over at any later time. A server that
+    does not answer costs `PATIENCE_S` at the end of a run.
     """
 
     def __init__(self, cfg: TrackingFlags, run: Path, name: str = "") -> None:
@@ -102,7 +102,7 @@ class Tracker:
         return {"mlflow_run_id": self.run_id, "tracking_uri": redact_password(self._uri), "artifacts": self.artifacts}
 
     def close(self) -> bool:
-        """Carries the rest, the artifacts and the run's end. Whether the server holds all of the journal."""
+        """Carries the rest, the artifacts and the run's end. Whether the server holds all of the event log."""
         self._stop.set()
         self._thread.join(None if self.run_id else PATIENCE_S)
         if self._thread.is_alive():
@@ -154,20 +154,20 @@ class Tracker:
             self._told = True
             print(
                 f"tracking: {redact_password(self._uri)} does not answer ({reason}); "
-                f"the run goes on, its {JOURNAL} keeps all, and `ray-app sync {self._name}` carries it over later",
+                f"the run goes on, its {EVENT_LOG} keeps all, and `ray-app sync {self._name}` carries it over later",
                 file=sys.stderr,
             )
 
 
 def get_or_create_run(client: MlflowClient, uri: str, name: str, lines: list[dict[str, Any]]) -> str:
-    """Id of the MLflow run of a journal: found by its key, else made. Its parameters and tags are brought over.
+    """Id of the MLflow run of an event log: found by its key, else made. Its parameters and tags are brought over.
 
     `name`: where the run lies."""
-    start = next(line for line in lines if line["kind"] == "start")
+    start = next(line for line in lines if line["kind"] == "run_started")
     experiment = experiment_id(client, TrackingFlags(tracking_uri=uri, experiment=start["experiment"]))
     run_id = run_of_key(client, start["key"], [experiment])
     if run_id is None:
-        names = {KEY_TAG: start["key"], "journal": name}
+        names = {KEY_TAG: start["key"], "event_log": name}
         run_id = client.create_run(experiment, run_name=start["name"], tags=names).info.run_id
     there = client.get_run(run_id).data
     # MLflow refuses another value for a parameter: those of the first start stay, later ones are in its tag.
@@ -175,7 +175,7 @@ def get_or_create_run(client: MlflowClient, uri: str, name: str, lines: list[dic
     tags = dict(start["tags"])
     if parent := start.get("parent_key") and run_of_key(client, start["parent_key"], [experiment]):
         tags["mlflow.parentRunId"] = parent
-    if starts := [line for line in lines if line["kind"] == "start"][1:]:
+    if starts := [line for line in lines if line["kind"] == "run_started"][1:]:
         tags["resumed"] = json.dumps([{"time": s["time"], "workers": s["workers"]} for s in starts])[:5000]
     changed = [RunTag(key, value) for key, value in tags.items() if there.tags.get(key) != value]
     if params or changed:
@@ -190,17 +190,17 @@ def run_of_key(client: MlflowClient, key: str, experiments: list[str]) -> str | 
 
 
 def sync_run(run: Path, uri: str, name: str = "") -> dict[str, Any]:
-    """Brings the server to exactly what a run's journal holds; a second call changes nothing.
+    """Brings the server to exactly what a run's event log holds; a second call changes nothing.
 
     `name`: where the run lies, if `run` is a copy. Compared is each point, by name, step, time and value. StoreError:
-    no journal, or a damaged one. The errors of `TRACKING_ERRORS` pass: the server is away.
+    no event log, or a damaged one. The errors of `TRACKING_ERRORS` pass: the server is away.
     """
-    if not (run / JOURNAL).is_file():
-        raise StoreError(f"{run} holds no {JOURNAL}: it is not the folder of a run that has begun")
-    size = (run / JOURNAL).stat().st_size
+    if not (run / EVENT_LOG).is_file():
+        raise StoreError(f"{run} holds no {EVENT_LOG}: it is not the folder of a run that has begun")
+    size = (run / EVENT_LOG).stat().st_size
     lines = entries(run)
-    if not any(line["kind"] == "start" for line in lines):
-        raise StoreError(f"{run} holds a {JOURNAL} without a start: nothing is known of the run")
+    if not any(line["kind"] == "run_started" for line in lines):
+        raise StoreError(f"{run} holds a {EVENT_LOG} without a start: nothing is known of the run")
     client = MlflowClient(uri)
     run_id = get_or_create_run(client, uri, name or str(run), lines)
     wanted = Counter(identity(point) for line in lines for point in to_metrics(line))
@@ -209,7 +209,7 @@ def sync_run(run: Path, uri: str, name: str = "") -> dict[str, Any]:
     for first in range(0, len(rest), BATCH):
         client.log_batch(run_id, metrics=rest[first : first + BATCH])
     there, info = logged_metrics(client, run_id, wanted), client.get_run(run_id).info
-    if lines[-1]["kind"] == "end":
+    if lines[-1]["kind"] == "run_ended":
         if lines[-1]["artifacts"]:
             upload_artifacts(client, run_id, run / lines[-1]["artifacts"])
         if info.status != lines[-1]["status"]:
@@ -217,13 +217,14 @@ def sync_run(run: Path, uri: str, name: str = "") -> dict[str, Any]:
     missing = (wanted - there).total()
     if not missing:
         write_file(
-            run / SYNCED, json.dumps({"bytes": size, "uri": redact_password(uri), "mlflow_run_id": run_id}).encode()
+            run / MLFLOW_SYNC,
+            json.dumps({"bytes": size, "uri": redact_password(uri), "mlflow_run_id": run_id}).encode(),
         )
     return {
         "run": name or str(run),
         "mlflow_run_id": run_id,
         "artifacts": info.artifact_uri,
-        "points_journal": wanted.total(),
+        "points_in_log": wanted.total(),
         "points_server": there.total(),
         "points_sent": len(rest),
         "missing": missing,
@@ -254,24 +255,24 @@ def upload_artifacts(client: MlflowClient, run_id: str, folder: Path) -> None:
 
 
 def pending_runs(folder: Path) -> list[Path]:
-    """Run folders in `folder` that have ended, and whose journal the server was not seen to hold."""
+    """Run folders in `folder` that have ended, and whose event log the server was not seen to hold."""
     found = []
-    for path in sorted(folder.glob(f"*/{JOURNAL}")):
+    for path in sorted(folder.glob(f"*/{EVENT_LOG}")):
         try:
-            done = json.loads((path.parent / SYNCED).read_text())["bytes"]
+            done = json.loads((path.parent / MLFLOW_SYNC).read_text())["bytes"]
         except (OSError, ValueError, KeyError):
             done = 0
-        if done != path.stat().st_size and b'{"kind": "end"' in path.read_bytes()[-4096:]:
+        if done != path.stat().st_size and b'{"kind": "run_ended"' in path.read_bytes()[-4096:]:
             found.append(path.parent)
     return found
 
 
 def to_metrics(line: Mapping[str, Any]) -> list[Metric]:
-    """The metrics of one journal line: every number of a step, a validation or an epoch, at its optimizer step.
+    """The metrics of one event log line: every number of a step, a validation or an epoch, at its optimizer step.
 
-    Of a sweep's journal: what each trial ended with, at the trial's number.
+    Of a sweep's event log: what each trial ended with, at the trial's number.
     """
-    if line["kind"] == "ended":
+    if line["kind"] == "trial_ended":
         found = {key: line[key] for key in TRIAL_POINTS if line[key] is not None}
         return [
             Metric(f"trial/{key}", value, int(line["ended_at"] * 1000), line["index"]) for key, value in found.items()

@@ -55,18 +55,18 @@ def alone(store: Path, out: Path, num_epochs: int) -> list[dict[str, Any]]:
     )
     pairs = WorkerData(lambda state: held_batches(train, lanes, state, worker), True, val)
     out.mkdir()
-    with EventLog(out) as journal:
-        train_epochs(worker, RunDir(out), pairs, journal, {}, lambda *_: None)
+    with EventLog(out) as log:
+        train_epochs(worker, RunDir(out), pairs, log, {}, lambda *_: None)
     return of_kind(out, "epoch")
 
 
 def of_kind(run: Path, kind: str) -> list[dict[str, Any]]:
-    """The journal's lines of one kind so far."""
-    return [line for line in entries(run) if line["kind"] == kind] if (run / "journal.jsonl").is_file() else []
+    """The event log's lines of one kind so far."""
+    return [line for line in entries(run) if line["kind"] == kind] if (run / "events.jsonl").is_file() else []
 
 
 def wait_until(run: Path, process: "subprocess.Popen[str]", holds: Callable[[list[dict[str, Any]]], bool]) -> None:
-    """Until the journal's steps say so."""
+    """Until the event log's steps say so."""
     deadline = time.monotonic() + 90
     while not holds(steps := of_kind(run, "step")):
         assert process.poll() is None, "it ended before"

@@ -86,7 +86,7 @@ def test_a_failing_trial_is_recorded_with_its_reason_and_stops_nothing(swept: di
         assert {"id", "status", "objective", "steps", "reason"} <= set(trial)
         assert trial["epochs"] == 3
     run = SweepDir(Path(swept["sweep"])).run(swept["trials"][1]["id"])
-    assert sum(line["kind"] == "attempt" for line in entries(run.path)) == 1, "it would fail again"
+    assert sum(line["kind"] == "workers_started" for line in entries(run.path)) == 1, "it would fail again"
 
 
 def test_the_objective_is_that_of_the_checkpoint_with_its_lift_at_every_step(swept: dict[str, Any]) -> None:
@@ -146,9 +146,9 @@ def test_the_page_opens_without_a_network_wide_and_narrow(swept: dict[str, Any])
 
 
 def attempts(folder: SweepDir) -> dict[str, int]:
-    """Of each trial whose journal has begun: a driver that is killed may leave a trial's folder without one."""
-    runs = sorted(path.parent for path in (folder.path / "trials").glob("*/journal.jsonl"))
-    return {run.name: sum(line["kind"] == "attempt" for line in entries(run)) for run in runs}
+    """Of each trial whose event log has begun: a driver that is killed may leave a trial's folder without one."""
+    runs = sorted(path.parent for path in (folder.path / "trials").glob("*/events.jsonl"))
+    return {run.name: sum(line["kind"] == "workers_started" for line in entries(run)) for run in runs}
 
 
 def test_what_is_finished_is_not_run_again_and_a_larger_budget_adds_to_it(swept: dict[str, Any], root: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_sweep_can_be_watched_and_synced(swept: dict[str, Any], capfd: pytest.
     assert cli.run(["sync", swept["sweep"], "--json"]) == 0
     synced = json.loads(capfd.readouterr().out)
     assert len(synced["runs"]) == 1 + len(attempts(SweepDir(Path(swept["sweep"]))))
-    assert synced["points_journal"] == synced["points_server"]
+    assert synced["points_in_log"] == synced["points_server"]
     assert synced["missing"] == synced["surplus"] == 0
 
 
@@ -265,7 +265,7 @@ def test_a_trial_of_two_workers_is_a_ray_train_group_and_ends_as_one_of_one_does
     assert [trial["status"] for trial in group["trials"]] == ["finished"]
     assert group["trials"][0]["id"] == swept["trials"][0]["id"], "the same setting"
     folders = [SweepDir(Path(each["sweep"])).run(each["trials"][0]["id"]).path for each in (group, swept)]
-    workers = [[line["workers"] for line in entries(folder) if line["kind"] == "start"] for folder in folders]
+    workers = [[line["workers"] for line in entries(folder) if line["kind"] == "run_started"] for folder in folders]
     assert workers == [[2], [1]]
     losses = [[line["val"]["loss"] for line in entries(folder) if line["kind"] == "epoch"] for folder in folders]
     assert len(losses[0]) == 3
@@ -277,7 +277,7 @@ def kill_a_trial(folder: SweepDir, killed: list[int]) -> None:
     """SIGKILL to one trial's process after a step of it."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        for run in (folder.path / "trials").glob("*/journal.jsonl"):
+        for run in (folder.path / "trials").glob("*/events.jsonl"):
             if any(line["kind"] == "epoch" for line in entries(run.parent)):
                 for process in psutil.Process().children(recursive=True):
                     if "ImplicitFunc" in " ".join(process.cmdline()):
@@ -301,8 +301,8 @@ def test_a_killed_trial_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes
     assert killed
     hurt, clean = result["trials"]
     assert attempts(folder) == {hurt["id"]: 2, clean["id"]: 1}
-    assert any(line["kind"] == "resume" for line in entries(folder.run(hurt["id"]).path))
-    (died,) = [line for line in folder.entries() if line["kind"] == "died"]
+    assert any(line["kind"] == "resumed" for line in entries(folder.run(hurt["id"]).path))
+    (died,) = [line for line in folder.entries() if line["kind"] == "trial_process_died"]
     assert died["name"] == hurt["id"]
     assert hurt["steps"] == clean["steps"] > 20
     assert hurt["objective"] == clean["objective"]
@@ -324,7 +324,9 @@ def test_the_shipped_smoke_sweep_all_of_it_killed_goes_on_and_the_winner_is_judg
     words += ["--store", str(small_store), "--out", str(folder.path), "--yes"]
     process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not ((folder.path / "journal.jsonl").is_file() and any(x["kind"] == "ended" for x in folder.entries())):
+    while not (
+        (folder.path / "events.jsonl").is_file() and any(x["kind"] == "trial_ended" for x in folder.entries())
+    ):
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -23,7 +23,7 @@ from ray_app.commands.tune.remote_sweep import RemoteSweep, open_sweep
 from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.config.tune import TuneConfig
 from ray_app.errors import StoreError
-from ray_app.runs.event_log import JOURNAL, entries
+from ray_app.runs.event_log import EVENT_LOG, entries
 from ray_app.runs.remote_run import RemoteRun
 from ray_app.runs.run_dir import CHECKPOINTS, STATES
 from ray_app.store.atomic import sha256_file
@@ -116,7 +116,9 @@ def test_a_sweep_of_which_nothing_is_left_but_the_uri_goes_on_and_finds_the_same
 
 def attempts(sweep: SweepDir) -> dict[str, int]:
     """How often each trial was begun by a process."""
-    return {run.name: sum(line["kind"] == "attempt" for line in entries(run)) for run in sweep.runs("trials/*")}
+    return {
+        run.name: sum(line["kind"] == "workers_started" for line in entries(run)) for run in sweep.runs("trials/*")
+    }
 
 
 def test_what_lies_at_a_uri_is_no_sweep_or_names_a_folder_outside_of_it(tmp_path: Path) -> None:
@@ -127,8 +129,8 @@ def test_what_lies_at_a_uri_is_no_sweep_or_names_a_folder_outside_of_it(tmp_path
     with pytest.raises(StoreError, match=r"is not the folder of a sweep: it has no sweep.json"):
         copy.refresh()
     copy.create({"name": "s"})
-    with copy.exclusive() as journal:
-        journal.write("final", trial="t", run="final/../../outside/seed_0", time=0.0)
+    with copy.exclusive() as log:
+        log.write("final_seed", trial="t", run="final/../../outside/seed_0", time=0.0)
     other = RemoteSweep(tmp_path / "other", there)
     other.path.mkdir()
     with pytest.raises(StoreError, match="which is no run of a sweep"):
@@ -138,22 +140,22 @@ def test_what_lies_at_a_uri_is_no_sweep_or_names_a_folder_outside_of_it(tmp_path
     assert json.loads(there.read("sweep.json")) == {"name": "s"}
 
 
-def test_a_journal_that_is_lent_at_a_uri_holds_what_another_process_wrote_meanwhile(tmp_path: Path) -> None:
+def test_an_event_log_that_is_lent_at_a_uri_holds_what_another_process_wrote_meanwhile(tmp_path: Path) -> None:
     """The driver ends a trial whose process waits to hear whether it goes on."""
     there = RemoteDir(f"file://{tmp_path}/there", 1.0)
     driver, trial = RemoteRun(tmp_path / "driver", there), RemoteRun(tmp_path / "trial", there)
     trial.path.mkdir()
     driver.create({"name": "t"})
-    with driver.journal() as journal:
-        journal.write("start", time=0.0)
-    with trial.journal() as journal:
-        journal.write("attempt", time=1.0)
-        with trial.released(journal):
-            with driver.journal() as theirs:
-                theirs.write("end", status="KILLED", time=2.0)
-            assert [line["kind"] for line in entries(driver.path)] == ["start", "attempt", "end"]
-    assert [line["kind"] for line in entries(trial.path)] == ["start", "attempt", "end"]
-    assert len(there.listdir("journal")) == 3, "each writer began a part of its own"
+    with driver.event_log() as log:
+        log.write("run_started", time=0.0)
+    with trial.event_log() as log:
+        log.write("workers_started", time=1.0)
+        with trial.released(log):
+            with driver.event_log() as theirs:
+                theirs.write("run_ended", status="KILLED", time=2.0)
+            assert [line["kind"] for line in entries(driver.path)] == ["run_started", "workers_started", "run_ended"]
+    assert [line["kind"] for line in entries(trial.path)] == ["run_started", "workers_started", "run_ended"]
+    assert len(there.listdir("event_log")) == 3, "each writer began a part of its own"
 
 
 def test_places_that_are_let_go_of_at_a_uri_are_gone_there_too(tmp_path: Path) -> None:
@@ -171,4 +173,4 @@ def test_places_that_are_let_go_of_at_a_uri_are_gone_there_too(tmp_path: Path) -
     assert (run.places(STATES), run.places(CHECKPOINTS)) == (set(), {"epoch_0001"})
     run.delete_checkpoints(CHECKPOINTS)
     assert run.best_on_disk is None
-    assert not (run.path / JOURNAL).exists()
+    assert not (run.path / EVENT_LOG).exists()

@@ -38,7 +38,7 @@ def first_exchange(folder: SweepDir, process: "subprocess.Popen[bytes]") -> tupl
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, "it ended before anything was exchanged"
-        for trial in folder.trials() if (folder.path / "journal.jsonl").is_file() else []:
+        for trial in folder.trials() if (folder.path / "events.jsonl").is_file() else []:
             run = folder.run(trial.name)
             if trial.origin and (begun := sorted((run.path / "checkpoints").glob("epoch_????"))):
                 return trial, at(run, begun[0].name), at(folder.run(trial.origin), begun[0].name)
@@ -75,6 +75,6 @@ def test_what_falls_behind_goes_on_from_the_weights_of_what_leads_also_after_a_k
     trials = folder.trials()
     assert {trial.index for trial in trials if trial.status == "finished"} == {0, 1, 2, 3}, "every member ends"
     for trial in trials:
-        kinds = [line for line in entries(folder.run(trial.name).path) if line["kind"] in ("resume", "step")]
-        assert kinds[0]["kind"] == ("resume" if trial.origin else "step")
+        kinds = [line for line in entries(folder.run(trial.name).path) if line["kind"] in ("resumed", "step")]
+        assert kinds[0]["kind"] == ("resumed" if trial.origin else "step")
         assert not trial.origin or kinds[0]["epoch"] >= 1, "it begins after epochs of the other's"

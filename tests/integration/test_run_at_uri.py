@@ -28,9 +28,9 @@ from ray_app.config.train import TrainConfig
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pair_tensors import PairTensors
 from ray_app.errors import CheckpointError, ConfigError, StoreError, TrainingError
-from ray_app.runs import remote_event_log as journal_parts
+from ray_app.runs import remote_event_log as remote_event_log
 from ray_app.runs import remote_run as run_copy
-from ray_app.runs.event_log import JOURNAL, EventLog, entries, require_latest_driver
+from ray_app.runs.event_log import EVENT_LOG, EventLog, entries, require_latest_driver
 from ray_app.runs.remote_event_log import RemoteEventLog
 from ray_app.runs.remote_run import RemoteRun, open_run
 from ray_app.runs.run_dir import RunDir
@@ -77,14 +77,14 @@ def test_a_fresh_copy_finds_what_another_saved_and_the_same_places_stay_as_on_a_
     run, local = copy(uri), RunDir(tmp_path / "local")
     local.path.mkdir()
     run.create({"name": "kept"})
-    with run.journal():
+    with run.event_log():
         for epoch in (1, 2, 3):
             save(run, epoch)
             save(local, epoch)
     assert found(copy(uri)) == 3
     there = {str(Path(key).relative_to("kept")) for key in s3.keys("bucket") if key.startswith("kept/")}
     on_disk = {str(path.relative_to(local.path)) for path in local.path.rglob("*") if path.is_file()}
-    assert {key for key in there if not key.startswith(("journal/", "run.json")) and "." in key} == on_disk
+    assert {key for key in there if not key.startswith(("event_log/", "run.json")) and "." in key} == on_disk
     with pytest.raises(StoreError, match=r"s3://bucket/kept already holds something"):
         copy(uri).create({})
 
@@ -94,8 +94,8 @@ def test_killed_at_any_request_a_save_leaves_a_whole_epoch_and_the_next_works(
 ) -> None:
     run = copy("killed")
     run.create({})
-    with run.journal() as journal:
-        journal.write("note", n=0)
+    with run.event_log() as log:
+        log.write("note", n=0)
         for epoch in (1, 2, 3):
             save(run, epoch)
     epochs, epoch, whole = [], 3, False
@@ -110,7 +110,7 @@ def test_killed_at_any_request_a_save_leaves_a_whole_epoch_and_the_next_works(
             return answer(self, what, ask)
 
         found(run)
-        with suppress(KeyboardInterrupt), run.journal(), monkeypatch.context() as patch:
+        with suppress(KeyboardInterrupt), run.event_log(), monkeypatch.context() as patch:
             patch.setattr(RemoteDir, "retry", dying)
             save(run, epoch + 1)
             whole = True
@@ -118,7 +118,7 @@ def test_killed_at_any_request_a_save_leaves_a_whole_epoch_and_the_next_works(
         epochs.append(after - epoch)
         epoch = after
         if not whole:
-            with (run := copy("killed")).journal():
+            with (run := copy("killed")).event_log():
                 save(run, epoch + 1)
             epoch += 1
             assert found(copy("killed")) == epoch
@@ -133,7 +133,7 @@ def test_a_damaged_object_is_named_and_the_place_before_is_gone_on_from(
     uri = s3.uri("bucket/hurt")
     run = copy(uri)
     run.create({})
-    with run.journal():
+    with run.event_log():
         for epoch in (1, 2):
             save(run, epoch)
     name = "training_state/epoch_0002/training_state.safetensors"
@@ -142,32 +142,32 @@ def test_a_damaged_object_is_named_and_the_place_before_is_gone_on_from(
     fresh = copy(uri)
     assert fresh.latest_resumable() == "epoch_0001"
     assert f"s3://bucket/hurt/{name} is damaged" in capsys.readouterr().err
-    with fresh.journal():
+    with fresh.event_log():
         save(fresh, 2)
     assert found(copy(uri)) == 2
 
 
-# --- the journal ---
+# --- the event log ---
 
 
-def test_a_reader_sees_a_journal_grow_part_by_part(
+def test_a_reader_sees_an_event_log_grow_part_by_part(
     copy: Callable[[str], RemoteRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_parts, "PART_BYTES", 100)
+    monkeypatch.setattr(remote_event_log, "PART_BYTES", 100)
     writer, reader = copy("parts"), copy("parts")
     sent, read = RemoteEventLog(writer.path, writer.there), RemoteEventLog(reader.path, reader.there)
-    with EventLog(writer.path) as journal:
+    with EventLog(writer.path) as log:
         for n in range(20):
-            journal.write("note", n=n)
+            log.write("note", n=n)
             if n % 3:
                 sent.push()
                 read.pull()
                 assert lines_of(reader) == list(range(n + 1))
-    assert (reader.path / JOURNAL).read_bytes() == (writer.path / JOURNAL).read_bytes()
-    parts = sorted(reader.there.listdir("journal"))
+    assert (reader.path / EVENT_LOG).read_bytes() == (writer.path / EVENT_LOG).read_bytes()
+    parts = sorted(reader.there.listdir("event_log"))
     assert len(parts) > 5
-    reader.there.delete(f"journal/{parts[2]}")
-    with pytest.raises(StoreError, match="a part of the journal is missing"):
+    reader.there.delete(f"event_log/{parts[2]}")
+    with pytest.raises(StoreError, match="a part of the event log is missing"):
         copy("parts").refresh()
 
 
@@ -179,7 +179,7 @@ def test_a_writer_that_was_taken_over_from_stops_and_what_it_said_since_does_not
     with EventLog(old.path) as first:
         first.write("note", n=0)
         before.push()
-        with new.journal() as second:
+        with new.event_log() as second:
             first.write("note", n=1)
             before.push()  # it does not know yet
             second.write("note", n=10)
@@ -193,8 +193,8 @@ def test_a_writer_that_was_taken_over_from_stops_and_what_it_said_since_does_not
 
 def test_a_driver_that_another_has_followed_ends_and_so_do_its_workers(copy: Callable[[str], RemoteRun]) -> None:
     for started in (1000.0, 1060.0):
-        with copy("drivers").journal() as journal:
-            journal.write("start", time=started)
+        with copy("drivers").event_log() as log:
+            log.write("run_started", time=started)
     worker = copy("drivers")
     worker.refresh()
     require_latest_driver(worker.path, 1060.0)
@@ -212,9 +212,9 @@ def test_an_upload_of_which_nobody_knows_how_it_ended_is_not_taken_for_another_w
         write(self, name, data)
         raise StoreError("the answer was lost")
 
-    with EventLog(run.path) as journal:
+    with EventLog(run.path) as log:
         for n in range(3):
-            journal.write("note", n=n)
+            log.write("note", n=n)
             monkeypatch.setattr(RemoteDir, "write", lost)
             with pytest.raises(StoreError, match="was lost"):
                 parts.push()
@@ -232,16 +232,16 @@ def test_signs_and_lines_cross_between_driver_and_worker(
     driver, worker = copy(s3.uri("bucket/signs")), copy(s3.uri("bucket/signs"))
     driver.create({})
     driver.there.write("stop", b"")  # of a driver before
-    with driver.exclusive(), driver.synced(), worker.journal() as journal:
+    with driver.exclusive(), driver.synced(), worker.event_log() as log:
         assert "stop" not in driver.there.listdir()
-        journal.write("note", n=0)
-        wait_until(lambda: (driver.path / JOURNAL).is_file() and lines_of(driver) == [0])
+        log.write("note", n=0)
+        wait_until(lambda: (driver.path / EVENT_LOG).is_file() and lines_of(driver) == [0])
         for sign in (driver.stop_file, driver.resize_file):
             sign.touch()
             wait_until(lambda sign=sign: (worker.path / sign.name).exists())
             sign.unlink()
             wait_until(lambda sign=sign: not (worker.path / sign.name).exists())
-        journal.write("note", n=1)
+        log.write("note", n=1)
     assert lines_of(driver) == [0, 1], "the last lines come with the end"
 
 
@@ -312,7 +312,7 @@ def test_where_only_a_disk_will_do_a_uri_is_refused() -> None:
     for words in (
         ["import-checkpoint", "reference.pt", "--out", "s3://bucket/checkpoint"],
         ["evaluate", "--store", "s", "--checkpoint", "c", "--out", "s3://bucket/report"],
-        ["train", "--store", "s", "--out", "o", "--start", "s3://bucket/run/start"],
+        ["train", "--store", "s", "--out", "o", "--start", "s3://bucket/run/init"],
     ):
         with pytest.raises(ConfigError, match=r"s3:/… is a URI; name one on a disk"):
             cli.parse(words[0], cli.COMMANDS[words[0]], None, words[1:])
@@ -342,8 +342,8 @@ def weights_without_ray(cfg: TrainConfig, out: Path) -> str:
     )
     out.mkdir()
     run, pairs = RunDir(out), WorkerData(lambda state: held_batches(train, lanes, state, worker), True, val)
-    with EventLog(out) as journal:
-        train_epochs(worker, run, pairs, journal, {}, lambda *_: None)
+    with EventLog(out) as log:
+        train_epochs(worker, run, pairs, log, {}, lambda *_: None)
     best = run.best()
     assert best is not None
     return sha256_file(best / MODEL)
@@ -407,11 +407,14 @@ def test_a_run_whose_processes_died_is_gone_on_with_from_the_uri_alone_and_ends_
         lines = entries(run.path)
         steps = [line["global_step"] for line in lines if line["kind"] == "step"]
         assert steps == list(range(1, result["steps"] + 1)), "each step is told once"
-        assert [line["kind"] for line in lines if line["kind"] in ("start", "end")] == ["start", "end"] * 2
+        assert [line["kind"] for line in lines if line["kind"] in ("run_started", "run_ended")] == [
+            "run_started",
+            "run_ended",
+        ] * 2
         assert run.metadata()["config"]["out"] == uri
     client = MlflowClient(database)
     tracked = client.get_run(result["mlflow_run_id"])
-    assert (tracked.info.status, tracked.data.tags["journal"], tracked.data.params["out"]) == ("FINISHED", uri, uri)
+    assert (tracked.info.status, tracked.data.tags["event_log"], tracked.data.params["out"]) == ("FINISHED", uri, uri)
     assert cli.run(["sync", uri, "--tracking-uri", f"sqlite:///{tmp_path / 'new.db'}", "--json"]) == 0
     synced = json.loads(capfd.readouterr().out)
     assert (synced["missing"], synced["runs"][0]["run"]) == (0, uri)

@@ -1,4 +1,4 @@
-"""Carrying a journal to MLflow: nothing is lost, nothing is told twice, nobody waits for a server that is away."""
+"""Carrying an event log to MLflow: nothing is lost, nothing is told twice, nobody waits for a server that is away."""
 
 import http.server
 import json
@@ -18,7 +18,7 @@ from ray_app.errors import ConfigError, StoreError
 from ray_app.runs.event_log import EventLog, entries
 from ray_app.tracking import mlflow_logger as tracking
 from ray_app.tracking.mlflow_logger import (
-    SYNCED,
+    MLFLOW_SYNC,
     Tracker,
     pending_runs,
     redact_password,
@@ -28,9 +28,9 @@ from ray_app.tracking.mlflow_logger import (
 )
 
 
-def begin(journal: EventLog, key: str = "k1") -> None:
-    journal.write(
-        "start",
+def begin(log: EventLog, key: str = "k1") -> None:
+    log.write(
+        "run_started",
         name="a-run",
         key=key,
         experiment="alignment",
@@ -41,13 +41,13 @@ def begin(journal: EventLog, key: str = "k1") -> None:
     )
 
 
-def steps(journal: EventLog, first: int, last: int) -> None:
+def steps(log: EventLog, first: int, last: int) -> None:
     for step in range(first, last + 1):
-        journal.step(step, loss=1.0 / step, epoch=1, pairs=8 * step)
+        log.step(step, loss=1.0 / step, epoch=1, pairs=8 * step)
 
 
-def end(journal: EventLog, artifacts: str | None = None) -> None:
-    journal.write("end", status="FINISHED", artifacts=artifacts, time=2.0)
+def end(log: EventLog, artifacts: str | None = None) -> None:
+    log.write("run_ended", status="FINISHED", artifacts=artifacts, time=2.0)
 
 
 def losses(uri: str, key: str = "k1") -> list[tuple[int, float]]:
@@ -83,15 +83,15 @@ def server(tmp_path: Path) -> Iterator[MlflowServer]:
 def test_a_server_that_is_killed_and_comes_back_gets_every_point_in_one_run(
     server: MlflowServer, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Away at the start, up, killed in the middle, up again: no write to the journal waits for it."""
+    """Away at the start, up, killed in the middle, up again: no write to the event log waits for it."""
     monkeypatch.setattr(tracking, "LONGEST_PAUSE_S", 0.5)
     slowest = 0.0
-    with EventLog(run) as journal:
-        begin(journal)
+    with EventLog(run) as log:
+        begin(log)
         tracker = Tracker(TrackingFlags(tracking_uri=server.uri), run)
         for first in (1, 401, 801):
             began = time.perf_counter()
-            steps(journal, first, first + 399)
+            steps(log, first, first + 399)
             slowest = max(slowest, time.perf_counter() - began)
             if first == 1:
                 server.start()
@@ -102,7 +102,7 @@ def test_a_server_that_is_killed_and_comes_back_gets_every_point_in_one_run(
                 server.kill()
         time.sleep(1)
         server.start()
-        end(journal)
+        end(log)
     assert tracker.close()
     assert slowest < 5, "400 lines were written without waiting for a server"
     assert losses(server.uri) == expected(1200)
@@ -117,15 +117,15 @@ def test_a_run_that_was_never_carried_over_is_brought_by_sync_and_a_second_sync_
     (run / "ckpt").mkdir()
     for name in ("MANIFEST.sha256", "model.safetensors"):
         (run / "ckpt" / name).write_text(name)
-    with EventLog(run) as journal:
-        begin(journal)
-        steps(journal, 1, 1500)  # more than one request holds
-        end(journal, "ckpt")
+    with EventLog(run) as log:
+        begin(log)
+        steps(log, 1, 1500)  # more than one request holds
+        end(log, "ckpt")
     (run / "run.json").write_text(json.dumps({"config": {"tracking_uri": flags.tracking_uri}}))
     for sent in (1500 * 3, 0, 0):
         assert cli.run(["sync", str(run), "--json"]) == 0
         found = json.loads(capfd.readouterr().out)
-        assert found["points_journal"] == found["points_server"] == 1500 * 3
+        assert found["points_in_log"] == found["points_server"] == 1500 * 3
         assert (found["points_sent"], found["missing"], found["surplus"]) == (sent, 0, 0)
     assert losses(str(flags.tracking_uri)) == expected(1500)
     client = MlflowClient(tracking_uri(flags))
@@ -136,9 +136,9 @@ def test_a_run_that_was_never_carried_over_is_brought_by_sync_and_a_second_sync_
 
 
 def test_what_an_interrupted_sync_left_out_is_brought_by_the_next(flags: TrackingFlags, run: Path) -> None:
-    with EventLog(run) as journal:
-        begin(journal)
-        steps(journal, 1, 5)
+    with EventLog(run) as log:
+        begin(log)
+        steps(log, 1, 5)
     lines = entries(run)
     client = MlflowClient(tracking_uri(flags))
     run_id = tracking.get_or_create_run(client, tracking_uri(flags), str(run), lines)
@@ -149,23 +149,23 @@ def test_what_an_interrupted_sync_left_out_is_brought_by_the_next(flags: Trackin
 
 
 def test_the_next_run_brings_over_what_the_one_before_could_not(flags: TrackingFlags, run: Path) -> None:
-    with EventLog(run) as journal:
-        begin(journal)
-        steps(journal, 1, 3)
-        end(journal)
+    with EventLog(run) as log:
+        begin(log)
+        steps(log, 1, 3)
+        end(log)
     assert pending_runs(run.parent) == [run]
     following = run.with_name("two")
     following.mkdir()
-    with EventLog(following) as journal:
-        begin(journal, "k2")
+    with EventLog(following) as log:
+        begin(log, "k2")
         tracker = Tracker(flags, following)
-        steps(journal, 1, 2)
-        end(journal)
+        steps(log, 1, 2)
+        end(log)
     assert tracker.close()
     assert losses(str(flags.tracking_uri), "k1") == expected(3)
     assert losses(str(flags.tracking_uri), "k2") == expected(2)
     assert pending_runs(run.parent) == []
-    assert json.loads((run / SYNCED).read_text())["bytes"] == (run / "journal.jsonl").stat().st_size
+    assert json.loads((run / MLFLOW_SYNC).read_text())["bytes"] == (run / "events.jsonl").stat().st_size
 
 
 @pytest.mark.parametrize("answer", ["silent", "500"])
@@ -188,11 +188,11 @@ def test_a_server_that_is_slow_or_broken_is_not_waited_for(
     broken = http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), Broken)
     threading.Thread(target=broken.serve_forever, daemon=True).start()
     began = time.monotonic()
-    with EventLog(run) as journal:
-        begin(journal)
+    with EventLog(run) as log:
+        begin(log)
         tracker = Tracker(TrackingFlags(tracking_uri=f"http://127.0.0.1:{broken.server_port}"), run)
-        steps(journal, 1, 100)
-        end(journal)
+        steps(log, 1, 100)
+        end(log)
     assert not tracker.close()
     assert time.monotonic() - began < 5
     assert tracker.run_id is None
@@ -201,15 +201,15 @@ def test_a_server_that_is_slow_or_broken_is_not_waited_for(
     broken.shutdown()
 
 
-def test_a_journal_that_is_damaged_or_missing_is_named(flags: TrackingFlags, run: Path) -> None:
-    with pytest.raises(StoreError, match=r"holds no journal\.jsonl"):
+def test_an_event_log_that_is_damaged_or_missing_is_named(flags: TrackingFlags, run: Path) -> None:
+    with pytest.raises(StoreError, match=r"holds no events\.jsonl"):
         sync_run(run, tracking_uri(flags))
-    with EventLog(run) as journal:
-        begin(journal)
-        steps(journal, 1, 3)
-    path = run / "journal.jsonl"
+    with EventLog(run) as log:
+        begin(log)
+        steps(log, 1, 3)
+    path = run / "events.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"global_step": 2', b'"global_step": 7'))
-    with pytest.raises(StoreError, match=r"journal\.jsonl, line 3 is damaged"):
+    with pytest.raises(StoreError, match=r"events\.jsonl, line 3 is damaged"):
         sync_run(run, tracking_uri(flags))
 
 
@@ -229,7 +229,7 @@ def test_an_epoch_becomes_flat_names_that_mlflow_takes() -> None:
         "epoch/val/cosine_accept_rate_0.80": (0.5, 7, 2500),
         "epoch/val/percentiles/P10": (0.1, 7, 2500),
     }
-    assert to_metrics({"kind": "resume", "epoch": 1, "global_step": 7, "time": 1.0}) == []
+    assert to_metrics({"kind": "resumed", "epoch": 1, "global_step": 7, "time": 1.0}) == []
 
 
 def test_a_database_in_the_current_folder_gets_an_absolute_path(
@@ -252,10 +252,10 @@ def test_off_a_terminal_progress_is_one_line_for_each_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     val = {"loss": 0.2, "cos_sim_mean": 0.9, "cosine_accept_rate": {"0.80": 0.75}}
-    with EventLog(tmp_path) as journal:
-        journal.step(1, loss=1.0, epoch=1, cos_sim=0.5, pairs=8, seconds=1.0)
+    with EventLog(tmp_path) as log:
+        log.step(1, loss=1.0, epoch=1, cos_sim=0.5, pairs=8, seconds=1.0)
         train = {"loss": 0.25, "cos_sim": 0.8, "pairs": 16, "seconds": 2.0}
-        journal.epoch(1, train=train, val=val)
+        log.epoch(1, train=train, val=val)
     with TrainingProgress(tmp_path, 2):
         pass
     (line,) = capsys.readouterr().err.splitlines()

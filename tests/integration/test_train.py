@@ -51,7 +51,7 @@ def one_worker(config: Callable[..., TrainConfig]) -> tuple[TrainConfig, dict[st
     return cfg, run_train(cfg)
 
 
-def test_a_run_leaves_a_checkpoint_a_journal_and_a_tracked_run(
+def test_a_run_leaves_a_checkpoint_an_event_log_and_a_tracked_run(
     one_worker: tuple[TrainConfig, dict[str, Any]],
 ) -> None:
     cfg, result = one_worker
@@ -70,7 +70,7 @@ def test_a_run_leaves_a_checkpoint_a_journal_and_a_tracked_run(
     assert result["val"]["pairs"] == len(split.val)
 
 
-def test_mlflow_holds_every_point_of_the_journal(one_worker: tuple[TrainConfig, dict[str, Any]]) -> None:
+def test_mlflow_holds_every_point_of_the_event_log(one_worker: tuple[TrainConfig, dict[str, Any]]) -> None:
     cfg, result = one_worker
     client = MlflowClient(tracking_uri(cfg))
     run = client.get_run(result["mlflow_run_id"])
@@ -133,7 +133,7 @@ def test_three_workers_on_batches_of_eight_equal_one(
 def kill_a_worker_after(run: Path, epoch: int, killed: list[int]) -> None:
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
-        if (run / "journal.jsonl").is_file() and any(
+        if (run / "events.jsonl").is_file() and any(
             line["kind"] == "epoch" and line["epoch"] >= epoch for line in entries(run)
         ):
             for process in psutil.Process().children(recursive=True):
@@ -166,7 +166,7 @@ def test_a_killed_worker_goes_on_and_ends_with_the_same_bytes(
     result = run_train(cfg)
     killer.join()
     assert killed, "no worker was found to kill"
-    again, *_ = [line for line in entries(cfg.folder) if line["kind"] == "resume"]
+    again, *_ = [line for line in entries(cfg.folder) if line["kind"] == "resumed"]
     assert again["epoch"] >= 4
     assert result["restarts"] == 1
     assert same_result(result, uninterrupted)
@@ -177,7 +177,7 @@ def in_a_process(words: list[str], run: Path, until_step: int, send: signal.Sign
     process = subprocess.Popen([sys.executable, "-m", "ray_app", *words], start_new_session=True)
     deadline = time.monotonic() + 120
     while True:
-        told = entries(run) if (run / "journal.jsonl").is_file() else []
+        told = entries(run) if (run / "events.jsonl").is_file() else []
         if any(line["kind"] == "step" and line["global_step"] >= until_step for line in told):
             break
         assert process.poll() is None, "it ended before it could be killed"
@@ -200,7 +200,7 @@ def test_all_of_it_killed_then_asked_to_stop_then_resumed_the_run_ends_with_the_
     resume = ["train", "--resume", str(cfg.folder)]
     assert in_a_process(words.split(), cfg.folder, 30, signal.SIGKILL) == -signal.SIGKILL
     assert in_a_process(resume, cfg.folder, 100, signal.SIGTERM) == 143
-    stopped = [line["global_step"] for line in entries(cfg.folder) if line["kind"] == "stop"]
+    stopped = [line["global_step"] for line in entries(cfg.folder) if line["kind"] == "stopped"]
     assert len(stopped) == 1
     assert stopped[0] >= 100
     capfd.readouterr()
@@ -212,7 +212,7 @@ def test_all_of_it_killed_then_asked_to_stop_then_resumed_the_run_ends_with_the_
     assert steps == list(range(1, result["steps"] + 1)), "each step is told once"
     client = MlflowClient(tracking_uri(cfg))
     runs = client.search_runs([client.get_experiment_by_name(cfg.experiment).experiment_id])
-    (tracked,) = [run for run in runs if run.data.tags["journal"] == str(cfg.folder)]
+    (tracked,) = [run for run in runs if run.data.tags["event_log"] == str(cfg.folder)]
     history = client.get_metric_history(tracked.info.run_id, "train/loss")
     assert [m.step for m in history] == steps
     assert tracked.info.status == "FINISHED"
@@ -345,13 +345,13 @@ def test_a_worker_by_default_gets_what_one_node_can_give(
 
 
 def test_a_line_cut_short_is_not_an_entry(tmp_path: Path) -> None:
-    with EventLog(tmp_path) as journal:
-        journal.write("start", name="x")
-    with (tmp_path / "journal.jsonl").open("a") as file:
+    with EventLog(tmp_path) as log:
+        log.write("run_started", name="x")
+    with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"kind": "ste')
-    assert entries(tmp_path) == [{"kind": "start", "name": "x"}]
-    with EventLog(tmp_path) as journal:
+    assert entries(tmp_path) == [{"kind": "run_started", "name": "x"}]
+    with EventLog(tmp_path) as log:
         with pytest.raises(ValueError, match="not JSON compliant"):
-            journal.step(1, loss=float("nan"))
-        journal.write("resume", epoch=1)
-    assert [line["kind"] for line in entries(tmp_path)] == ["start", "resume"]
+            log.step(1, loss=float("nan"))
+        log.write("resumed", epoch=1)
+    assert [line["kind"] for line in entries(tmp_path)] == ["run_started", "resumed"]

@@ -47,15 +47,15 @@ def start(cfg: TrainConfig, store: PairStore) -> Start:
     return lambda: resume_or_init(cfg, store, RunDir(cfg.folder).latest_resumable(), CPU)
 
 
-def keeper(cfg: TrainConfig, store: PairStore, journal: EventLog) -> Checkpointer:
-    return Checkpointer(RunDir(cfg.folder), store, journal, {})
+def keeper(cfg: TrainConfig, store: PairStore, log: EventLog) -> Checkpointer:
+    return Checkpointer(RunDir(cfg.folder), store, log, {})
 
 
 def end_epoch(cfg: TrainConfig, store: PairStore, state: TrainState, val_loss: float) -> None:
     state.step += 7
     state.end_epoch(val_loss)
-    with EventLog(cfg.folder) as journal:
-        keeper(cfg, store, journal).end_of_epoch(state, {"loss": 1.0}, {"loss": val_loss})
+    with EventLog(cfg.folder) as log:
+        keeper(cfg, store, log).end_of_epoch(state, {"loss": 1.0}, {"loss": val_loss})
 
 
 def test_killed_before_the_weights_it_goes_on_from_the_epoch_before(
@@ -80,15 +80,15 @@ def test_killed_before_it_is_told_an_epoch_is_told_by_the_next_start_and_only_on
     for loss in (2.0, 1.0):
         end_epoch(cfg, store, state, loss)
     (cfg.folder / "best.json").write_text(json.dumps({"checkpoint": "checkpoints/epoch_0001", "epoch": 1}))
-    journal_file = cfg.folder / "journal.jsonl"
-    journal_file.write_bytes(b"".join(journal_file.read_bytes().splitlines(keepends=True)[:-1]))  # killed before it
+    log_file = cfg.folder / "events.jsonl"
+    log_file.write_bytes(b"".join(log_file.read_bytes().splitlines(keepends=True)[:-1]))  # killed before it
     for _ in range(2):
-        with EventLog(cfg.folder) as journal:
-            keeper(cfg, store, journal).begin(start(), 1)
+        with EventLog(cfg.folder) as log:
+            keeper(cfg, store, log).begin(start(), 1)
     assert run.best() == run.checkpoint(checkpoint_name(2))
     lines = entries(cfg.folder)
     told = [(line["kind"], line["epoch"]) for line in lines]
-    assert told == [("epoch", 1), ("resume", 2), ("epoch", 2), ("resume", 2)]
+    assert told == [("epoch", 1), ("resumed", 2), ("epoch", 2), ("resumed", 2)]
     assert lines[2]["val"] == {"loss": 1.0}
 
 
@@ -103,7 +103,7 @@ def test_a_damaged_state_is_set_aside_and_the_place_before_is_gone_on_from(
     assert start().epoch == 2
     assert str(path) in capsys.readouterr().err
     assert RunDir(cfg.folder).checkpoint(checkpoint_name(3)).is_dir(), "its weights hold, and may be the best"
-    (aside,) = (cfg.folder / "training_state").glob(".aside-*")
+    (aside,) = (cfg.folder / "quarantine" / "training_state").iterdir()
     assert (aside / "training_state.json").is_file()
     assert start().epoch == 2, "a second start finds the same"
 
@@ -136,8 +136,8 @@ def test_where_the_newest_weights_are_damaged_and_were_the_best_the_best_before_
     (run.checkpoint(checkpoint_name(4)) / "model.safetensors").write_bytes(b"")
     state = start()
     assert (state.epoch, state.best_epoch) == (3, 1)
-    with EventLog(cfg.folder) as journal:
-        keeper(cfg, store, journal).begin(state, 1)
+    with EventLog(cfg.folder) as log:
+        keeper(cfg, store, log).begin(state, 1)
     assert run.best() == run.checkpoint(checkpoint_name(1))
     assert run.best().is_dir()
     end_epoch(cfg, store, state, 1.0)
@@ -188,17 +188,17 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
     first = list(seen)
 
     seen.clear()
-    with EventLog(cfg.folder) as journal:
+    with EventLog(cfg.folder) as log:
         with pytest.raises(KeyboardInterrupt):
-            run(start(), keeper(cfg, store, journal), die_after=5)
+            run(start(), keeper(cfg, store, log), die_after=5)
         del seen[4 * cfg.batch_size :]  # what was done after the save is done again
         state = start()
         assert state.checkpoint_name == checkpoint_name(0, 4)
-        assert not run(state, keeper(cfg, store, journal), stop_after=9)
+        assert not run(state, keeper(cfg, store, log), stop_after=9)
         RunDir(cfg.folder).stop_file.unlink()
         state = start()
         assert state.checkpoint_name == checkpoint_name(0, 9)
-        assert run(state, keeper(cfg, store, journal))
+        assert run(state, keeper(cfg, store, log))
     assert seen == first
     assert state.sums.pairs == 50
     assert (state.sums.loss, state.sums.cos_sim) == (whole.sums.loss, whole.sums.cos_sim)
@@ -221,16 +221,16 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
 def test_another_attempt_waits_twice_as_long(cfg: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(train_loop.time, "sleep", waited.append)
-    with EventLog(cfg.folder) as journal:
+    with EventLog(cfg.folder) as log:
         for _ in range(2):
-            journal.write("start")
+            log.write("run_started")
             for _ in range(7):
                 sleep_before_retry(RunDir(cfg.folder))
-                journal.write("attempt")
+                log.write("workers_started")
     assert waited == [1, 2, 4, 8, 16, 30] * 2
 
 
-def test_a_run_has_one_driver_and_its_journal_one_writer(cfg: TrainConfig) -> None:
+def test_a_run_has_one_driver_and_its_event_log_one_writer(cfg: TrainConfig) -> None:
     run = RunDir(cfg.folder)
     (cfg.folder / "run.json").write_text("{}")
     with run.exclusive(), pytest.raises(StoreError, match="in another process"), run.exclusive():

@@ -106,6 +106,6 @@ def test_a_compressed_sweep_is_as_its_trials_at_full_width_are(small_store: Path
     compressed, full, *_ = losses(result)
     assert compressed == pytest.approx(full, rel=1e-4)
     folder = SweepDir(Path(result["sweep"]))
-    assert not list(folder.path.glob("trials/*/start")), "no trial found its own"
+    assert not list(folder.path.glob("trials/*/init")), "no trial found its own"
     assert result["front"] == [result["trials"][0]["id"]]
     assert json.loads((folder.path / "sweep.json").read_text())["spec"]["also_minimise"] == "parameters"

@@ -119,7 +119,7 @@ def test_training_ends_with_the_same_bytes(
     until(process, sign, 2)
     found = cut(net, process, seconds, sign)
     equal = sha256_file(newest(clean)) == sha256_file(newest(run))
-    attempts = sum(line["kind"] == "attempt" for line in told(run))
+    attempts = sum(line["kind"] == "workers_started" for line in told(run))
     seen["train"].append({**found, "restarts": attempts - 1, "weights_equal": equal})
     assert equal
 
@@ -141,7 +141,7 @@ def test_training_over_slow_links_ends_with_the_same_bytes(
         for node in net.nodes:
             node.send_freely()
     equal = sha256_file(newest(clean)) == sha256_file(newest(run))
-    attempts = sum(line["kind"] == "attempt" for line in told(run))
+    attempts = sum(line["kind"] == "workers_started" for line in told(run))
     times = {"step_s": step_seconds(run), "step_s_of_a_free_link": step_seconds(clean)}
     slow.append({"tc_at_both_ends": how, **times, "restarts": attempts - 1, "weights_equal": equal})
     assert equal
@@ -162,7 +162,7 @@ def test_prepare_loses_and_doubles_nothing(net: Network, prepared: Path, tmp_pat
 
 
 def told(run: Path) -> list[dict[str, Any]]:
-    return list(entries(run)) if (run / "journal.jsonl").is_file() else []
+    return list(entries(run)) if (run / "events.jsonl").is_file() else []
 
 
 def step_seconds(run: Path) -> float:

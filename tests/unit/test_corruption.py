@@ -18,7 +18,7 @@ def test_damage_in_any_file_is_found_before_use_and_the_file_named(tmp_path: Pat
             assert count["tried"] >= 10, where
             assert count["found"] + count.get("left_out", 0) == count["tried"], where
             assert count["named"] == count["found"], where
-            assert (kind.path.name, how) == ("journal.jsonl", "cuts") or "left_out" not in count, where
+            assert (kind.path.name, how) == ("events.jsonl", "cuts") or "left_out" not in count, where
 
 
 def test_plain_loading_misses_most_flips_in_weights(tmp_path: Path) -> None:

@@ -120,36 +120,36 @@ def test_a_prepare_on_a_disk_with_any_room_keeps_what_is_finished_and_goes_on(di
     assert any(".parquet" in text for text in told)
 
 
-def test_a_journal_on_a_full_disk_keeps_every_line_that_was_told(disk: Path) -> None:
+def test_an_event_log_on_a_full_disk_keeps_every_line_that_was_told(disk: Path) -> None:
     run = disk / "run"
     run.mkdir()
-    with EventLog(run) as journal:
-        journal.write("step", global_step=1)
+    with EventLog(run) as log:
+        log.write("step", global_step=1)
         ballast = fill(disk, 1)
         steps = 1
 
         def write_until_full() -> None:
             nonlocal steps
             while True:
-                journal.write("step", global_step=steps + 1, text="x" * 100)
+                log.write("step", global_step=steps + 1, text="x" * 100)
                 steps += 1
 
-        with pytest.raises(StoreError, match=r"journal\.jsonl cannot be written: No space left on device"):
+        with pytest.raises(StoreError, match=r"events\.jsonl cannot be written: No space left on device"):
             write_until_full()
         assert steps > 10
         assert [line["global_step"] for line in entries(run)] == list(range(1, steps + 1))
         ballast.unlink()
-        journal.write("step", global_step=steps + 1)
-    with EventLog(run) as journal:
-        journal.write("step", global_step=steps + 2)
+        log.write("step", global_step=steps + 1)
+    with EventLog(run) as log:
+        log.write("step", global_step=steps + 2)
     assert [line["global_step"] for line in entries(run)] == list(range(1, steps + 3))
 
 
 def test_on_a_disk_that_has_become_read_only_all_that_is_there_can_be_read(disk: Path) -> None:
     run = RunDir(disk / "run")
     run.create({})
-    with EventLog(run.path) as journal:
-        journal.write("step", global_step=1)
+    with EventLog(run.path) as log:
+        log.write("step", global_step=1)
     save(run, 1, HIDDEN)
     mount("-o", "remount,ro", str(disk))
     where = "cannot be written: Read-only file system"

@@ -60,7 +60,7 @@ def test_a_start_through_ray_data_is_that_of_a_singular_value_decomposition(
     cfg, _ = compressed
     store = PairStore.open(cfg.store)
     split = split_pairs(store.index, cfg.split_config)
-    start, about = load_training_state(cfg.folder / "start")
+    start, about = load_training_state(cfg.folder / "init")
     assert about["store"] == store.fingerprint
     event, target = store.read_rows(split.train)
     for side, stored in (("event", event), ("target", target)):
@@ -79,7 +79,7 @@ def test_another_run_takes_a_start_over_and_one_of_other_pairs_is_refused(
 ) -> None:
     cfg, _ = compressed
     store = PairStore.open(cfg.store)
-    given = {"start": cfg.folder / "start"}
+    given = {"start": cfg.folder / "init"}
     lower = config(cfg.store, tmp_path / "run", "lowrank", space="compressed", rank=4, **given)
     held = starts.load_compressed_pairs(lower, store, "train", np.arange(5))
     assert held.event_BE.shape == (5, 4)
@@ -103,7 +103,7 @@ def test_ridge_is_solved_once_and_is_no_worse_on_validation_than_the_mean_target
     assert (result["epochs"], result["parameters"]) == (1, 0)
     store = PairStore.open(small_store)
     split = split_pairs(store.index, cfg.split_config)
-    chosen = load_training_state(cfg.folder / "start")[1]["mean_cosine_on_validation"]
+    chosen = load_training_state(cfg.folder / "init")[1]["mean_cosine_on_validation"]
     assert result["val"]["cos_sim_mean"] == pytest.approx(max(chosen.values()), abs=1e-5)
     _, target = (torch.tensor(side) / 255 for side in store.read_rows(split.val))
     mean = torch.tensor(store.read_rows(split.train)[1] / 255).mean(0).float()
@@ -129,7 +129,7 @@ def test_a_last_ridge_holds_all_pairs_at_the_regularisation_that_validation_chos
 
     begin(first)
     everyone = begin(last)
-    chosen, (start, about) = (load_training_state(cfg.folder / "start") for cfg in (first, last))
+    chosen, (start, about) = (load_training_state(cfg.folder / "init") for cfg in (first, last))
     cosines = {float(key): cos for key, cos in about["mean_cosine_on_validation"].items()}
     assert list(cosines) == list(GRID)
     assert about["mean_cosine_on_validation"] == pytest.approx(chosen[1]["mean_cosine_on_validation"], abs=1e-5)

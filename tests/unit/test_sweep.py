@@ -221,19 +221,19 @@ def sweep_of_one_trial(small_store: Path, tmp_path: Path) -> tuple[SweepDir, Pai
     sweep, store = SweepDir(Path(spec.out)), PairStore.open(small_store)
     told = spec.model_dump(mode="json", exclude_unset=True)
     sweep.create({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
-    with EventLog(sweep.path) as journal:
-        begun = SweepState(sweep, journal, {"all": store}, {}).next_trial()
+    with EventLog(sweep.path) as log:
+        begun = SweepState(sweep, log, {"all": store}, {}).next_trial()
     assert begun is not None
     return sweep, store, begun
 
 
 def test_a_trial_that_ended_as_its_driver_was_killed_is_not_tried_again(small_store: Path, tmp_path: Path) -> None:
-    """Its own journal has an end, the sweep's does not know of it yet."""
+    """Its own event log has an end, the sweep's does not know of it yet."""
     sweep, store, begun = sweep_of_one_trial(small_store, tmp_path)
-    with EventLog(sweep.run(begun.name).path) as journal:
-        journal.write("end", status="FINISHED", artifacts=None, time=time.time())
-    with EventLog(sweep.path) as journal:
-        record = SweepState(sweep, journal, {"all": store}, {})
+    with EventLog(sweep.run(begun.name).path) as log:
+        log.write("run_ended", status="FINISHED", artifacts=None, time=time.time())
+    with EventLog(sweep.path) as log:
+        record = SweepState(sweep, log, {"all": store}, {})
         assert record.trials[begun.name].status == "finished"
         following = record.next_trial()
         assert following is not None
@@ -241,7 +241,7 @@ def test_a_trial_that_ended_as_its_driver_was_killed_is_not_tried_again(small_st
 
 
 def test_time_between_attempts_is_not_counted() -> None:
-    kinds = [("attempt", 0), ("step", 3), ("attempt", 10), ("step", 12), ("end", 14)]
+    kinds = [("workers_started", 0), ("step", 3), ("workers_started", 10), ("step", 12), ("run_ended", 14)]
     assert active_seconds([{"kind": kind, "time": float(at)} for kind, at in kinds]) == 3 + 4
 
 
@@ -264,9 +264,9 @@ def test_time_between_attempts_is_not_counted() -> None:
 def test_a_process_that_dies_twice_at_one_step_is_not_started_again(told: str, again: bool) -> None:
     """`lost`: an attempt on a node that has gone since."""
     kinds = {
-        "attempt": {"kind": "attempt", "node": "here"},
-        "lost": {"kind": "attempt", "node": "gone"},
-        "error": {"kind": "error"},
+        "attempt": {"kind": "workers_started", "node": "here"},
+        "lost": {"kind": "workers_started", "node": "gone"},
+        "error": {"kind": "exception"},
     }
     lines = [kinds.get(word) or {"kind": "step", "global_step": int(word)} for word in told.split()]
     assert (give_up_reason(lines, {"gone"}) is None) == again
@@ -392,7 +392,7 @@ def test_what_is_no_sweep_or_lacks_its_record_is_one_sentence(
         assert "is not the folder of a sweep" in " ".join(capfd.readouterr().err.split())
     sweep = SweepDir(tmp_path / "s")
     sweep.create({"name": "s", "key": "k", "spec": {}, "store_fingerprint": "f"})
-    (sweep.path / "journal.jsonl").unlink()
+    (sweep.path / "events.jsonl").unlink()
     assert cli.run(["tune", "--resume", str(sweep.path)]) == 2
     assert "is missing: it is the record of what was tried" in " ".join(capfd.readouterr().err.split())
     with pytest.raises(StoreError, match=r"holds a sweep already; .*--resume"):
@@ -424,30 +424,30 @@ def test_a_sweep_that_is_being_driven_is_not_gone_on_with_and_stays_as_it_is(
     assert (sweep.path / "sweep.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("left", ["no folder", "an empty folder", ".run.json.partial", "run.json", "journal.jsonl"])
+@pytest.mark.parametrize("left", ["no folder", "an empty folder", ".run.json.partial", "run.json", "events.jsonl"])
 def test_a_trial_whose_driver_was_killed_as_it_began_is_begun_again(
     left: str, small_store: Path, tmp_path: Path
 ) -> None:
     """`left`: what its folder holds last, in the order in which it is made."""
     sweep, store, begun = sweep_of_one_trial(small_store, tmp_path)
     run = sweep.run(begun.name).path
-    assert sorted(path.name for path in run.iterdir()) == ["journal.jsonl", "run.json"]
-    if left == "journal.jsonl":
+    assert sorted(path.name for path in run.iterdir()) == ["events.jsonl", "run.json"]
+    if left == "events.jsonl":
         (run / left).write_text('{"kind": "sta')
     else:
-        (run / "journal.jsonl").unlink()
+        (run / "events.jsonl").unlink()
     if left == ".run.json.partial":
         (run / left).write_bytes((run / "run.json").read_bytes()[:9])
-    if left not in ("run.json", "journal.jsonl"):
+    if left not in ("run.json", "events.jsonl"):
         (run / "run.json").unlink()
     if left == "no folder":
         run.rmdir()
-    assert [trial.status for trial in sweep.trials()] == ["running" if left == "journal.jsonl" else "waiting"]
-    with EventLog(sweep.path) as journal:
-        again = SweepState(sweep, journal, {"all": store}, {}).next_trial()
+    assert [trial.status for trial in sweep.trials()] == ["running" if left == "events.jsonl" else "waiting"]
+    with EventLog(sweep.path) as log:
+        again = SweepState(sweep, log, {"all": store}, {}).next_trial()
     assert again is not None
     assert again.name == begun.name
-    assert [line["kind"] for line in entries(run)] == ["start"]
+    assert [line["kind"] for line in entries(run)] == ["run_started"]
     assert sweep.run(begun.name).metadata()["store_fingerprint"] == store.fingerprint
 
 
@@ -467,8 +467,15 @@ def test_of_sweeps_that_begin_in_one_folder_at_one_moment_one_has_it(tmp_path: P
 def test_hours_are_counted_over_all_starts(tmp_path: Path) -> None:
     sweep = SweepDir(tmp_path / "s")
     sweep.create({})
-    with EventLog(sweep.path) as journal:
-        for kind, at in (("start", 0), ("trial", 5), ("end", 60), ("start", 1000), ("trial", 1030), ("start", 2000)):
-            journal.write(kind, time=float(at))
+    with EventLog(sweep.path) as log:
+        for kind, at in (
+            ("run_started", 0),
+            ("trial_created", 5),
+            ("run_ended", 60),
+            ("run_started", 1000),
+            ("trial_created", 1030),
+            ("run_started", 2000),
+        ):
+            log.write(kind, time=float(at))
     assert sweep.used_seconds() == 60 + 30
     assert json.loads((sweep.path / "sweep.json").read_text()) == {}

@@ -36,7 +36,7 @@ MEMORY = (
 )
 def test_a_cause_is_the_same_whatever_its_numbers_are(first: str, second: str, same: bool) -> None:
     assert (normalise_error(first) == normalise_error(second)) == same
-    told = [{"kind": "step", "global_step": 1}, {"kind": "error", "cause": first}]
+    told = [{"kind": "step", "global_step": 1}, {"kind": "exception", "cause": first}]
     assert told_before(second, told) == same
     assert not told_before(second, told[:1])
 

@@ -18,8 +18,8 @@ DRIVER = """
 import sys, time
 from pathlib import Path
 from ray_app.commands.tune.sweep_dir import SweepDir
-with SweepDir(Path(sys.argv[1])).exclusive() as journal:
-    journal.write("start", name="s", time=time.time())
+with SweepDir(Path(sys.argv[1])).exclusive() as log:
+    log.write("run_started", name="s", time=time.time())
     time.sleep(600)
 """
 
@@ -36,12 +36,12 @@ def folder(small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_sweep_that_is_driven_is_watched_to_its_end(folder: SweepDir, capfd: pytest.CaptureFixture[str]) -> None:
     watcher = threading.Thread(target=watch, args=(folder,), daemon=True)
-    with folder.exclusive() as journal:
-        journal.write("start", name="s", time=time.time())
+    with folder.exclusive() as log:
+        log.write("run_started", name="s", time=time.time())
         watcher.start()
         watcher.join(1.5)
         assert watcher.is_alive(), "three times as long as a sweep may be without a driver"
-        journal.write("end", status="FINISHED", artifacts=None, time=time.time())
+        log.write("run_ended", status="FINISHED", artifacts=None, time=time.time())
     watcher.join(30)
     assert not watcher.is_alive()
     told = capfd.readouterr().err

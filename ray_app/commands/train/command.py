@@ -1,4 +1,4 @@
-"""`ray-app train`: the driver's side of a run. Data is read and divided, workers train, the journal tells of it."""
+"""`ray-app train`: the driver's side of a run. Data is read and divided, workers train, the event log tells of it."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ from rich.table import Table
 from ray_app.cluster.connection import ClusterInfo, cluster, require_resources, wait_for_autoscaler
 from ray_app.cluster.node_address import NodeAddressTorchConfig
 from ray_app.commands.train.elastic import ElasticResizeCallback
-from ray_app.commands.train.initialization import START, PairsThroughRay, init_requirement, make_start
+from ray_app.commands.train.initialization import INIT, PairsThroughRay, init_requirement, make_start
 from ray_app.commands.train.progress import TrainingProgress
 from ray_app.commands.train.state import augmentation, parameters, training_split
 from ray_app.commands.train.worker import train_loop_per_worker
@@ -210,11 +210,11 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: ResourcePlan, 
         "git": str(about.get("git")),
     }
     started = time.time()
-    with run.journal() as journal:
+    with run.event_log() as log:
         if (last := entries(run.path)[-1:]) and last[0].get("status") == "FINISHED":
             print(f"{run} is finished; nothing is left to train", file=sys.stderr)
-        journal.write(
-            "start",
+        log.write(
+            "run_started",
             name=origin["name"],
             key=origin["key"],
             parent_key=origin.get("parent_key"),
@@ -232,17 +232,17 @@ def train(cfg: TrainConfig, store: PairStore, split: Split, plan: ResourcePlan, 
         with stop_when_terminated(run), TrainingProgress(run.path, total), run.synced():
             run_training(cfg, run, store, split, plan, f"{origin['name']}-{int(started * 1000)}", told)
         lines = entries(run.path)
-        if lines[-1]["kind"] == "stop":
+        if lines[-1]["kind"] == "stopped":
             raise RunStopped(f"stopped on request after step {lines[-1]['global_step']}; go on with: {run.resume}")
         status, best = "FINISHED", run.best()
     except RunStopped:
         status = "KILLED"
         raise
     finally:
-        with run.journal() as journal:
+        with run.event_log() as log:
             require_latest_driver(run.path, started)
             artifacts = str(best.relative_to(run.path)) if best else None
-            journal.write("end", status=status, artifacts=artifacts, time=time.time())
+            log.write("run_ended", status=status, artifacts=artifacts, time=time.time())
         tracked = {"tracked": tracker.close(), **tracker.summary()}
     return summary(cfg, run, split, plan, tracked, time.perf_counter() - began)
 
@@ -306,9 +306,9 @@ def run_training(
     datasets = {"train": train_pairs.materialize() if plan.held else train_pairs}
     if len(split.val):
         datasets["val"] = pairs_dataset(store, split.val, read_cpus=read_cpus).materialize()
-    run.download(START)
+    run.download(INIT)
     make_start(cfg.at(run.path), store, split, PairsThroughRay(store, split, datasets))
-    run.upload(START)
+    run.upload(INIT)
     if not plan.held and (dropped := len(split.train) % cfg.min_workers):
         print(f"streaming to {cfg.num_workers} workers leaves out {dropped} pairs of each epoch", file=sys.stderr)
     data_config = DataConfig(datasets_to_split=[] if plan.held else ["train"])
@@ -325,7 +325,7 @@ def run_training(
                 raise
             name = f"{name}-again"
     run.refresh()
-    failures = [line["error"] for line in entries_since_start(run.path) if line["kind"] == "failure"]
+    failures = [line["error"] for line in entries_since_start(run.path) if line["kind"] == "failed"]
     if failures:
         kept = run.best()
         raise TrainingError(
@@ -382,8 +382,8 @@ def summary(
     chosen = epochs[int(best.name.removeprefix("epoch_"))]
     last = epochs[max(epochs)]
     trained_s = sum(line["train"]["seconds"] for line in epochs.values())
-    resumes = [line for line in lines if line["kind"] == "resume"]
-    (*_, last_group) = (line for line in lines if line["kind"] == "attempt")
+    resumes = [line for line in lines if line["kind"] == "resumed"]
+    (*_, last_group) = (line for line in lines if line["kind"] == "workers_started")
     return {
         "run": str(run),
         "checkpoint": run.shown(best),

@@ -46,7 +46,7 @@ class ElasticResizeCallback(ControllerCallback):
         deadline = time.monotonic() + PATIENCE_S
         self._run.resize_file.touch()
         # An epoch's end is saved, too, and a worker that tells of it waits for this process.
-        while entries(self._run.path)[-1]["kind"] not in ("stop", "epoch") and time.monotonic() < deadline:
+        while entries(self._run.path)[-1]["kind"] not in ("stopped", "epoch") and time.monotonic() < deadline:
             time.sleep(POLL_S)
         self._run.resize_file.unlink()
 

@@ -1,4 +1,4 @@
-"""What the training part gives before the first step, computed once and kept in RUN/start.
+"""What the training part gives before the first step, computed once and kept in RUN/init.
 
 Through Ray Data batches and their order are the store's, whatever the number of workers.
 
@@ -32,7 +32,7 @@ from ray_app.store.checkpoint import load_training_state, save_training_state
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import Split, split_pairs
 
-START = "start"
+INIT = "init"
 BATCH = 128
 """Pairs whose sums are taken in one task: 154 MB of float32 a side at 150,528 wide."""
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def external_init_dir(cfg: TrainConfig) -> Path | None:
 
 def init_dir(cfg: TrainConfig) -> Path:
     """Where a run's start lies."""
-    return external_init_dir(cfg) or cfg.folder / START
+    return external_init_dir(cfg) or cfg.folder / INIT
 
 
 def load_start(cfg: TrainConfig, store: PairStore) -> InitStats:

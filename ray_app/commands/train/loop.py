@@ -1,6 +1,6 @@
 """The one training loop: one page, top to bottom; going on from a checkpoint is the normal path.
 
-It knows neither Ray Train nor Ray Tune: who the worker is, its pairs, its journal and whom it reports to are
+It knows neither Ray Train nor Ray Tune: who the worker is, its pairs, its event log and whom it reports to are
 passed in.
 
 Shapes: B = pairs at hand, E, D = widths of the event and the target feature.
@@ -69,11 +69,11 @@ def train_epochs(
     worker: "WorkerContext",
     run: RunDir,
     pairs: WorkerData,
-    journal: EventLog | None,
+    log: EventLog | None,
     provenance: dict[str, Any],
     report: Report,
 ) -> None:
-    """A worker's part of `run`, from wherever it stands. `journal` is open on the first worker, None on the others.
+    """A worker's part of `run`, from wherever it stands. `log` is open on the first worker, None on the others.
 
     It returns at the run's end, when asked to stop, and after a failure that it has told of: one that is the same on
     every worker, and again after a restart.
@@ -81,7 +81,7 @@ def train_epochs(
     cfg = worker.cfg
     place = broadcast_resume_point(run, worker.rank, worker.world, worker.device)
     state = resume_or_init(cfg, worker.store, place, worker.device, worker.start)
-    keeper = Checkpointer(run, worker.store, journal, provenance) if journal else None
+    keeper = Checkpointer(run, worker.store, log, provenance) if log else None
     model = parallel(state.objective, cfg, worker)
     if keeper:
         keeper.begin(state, worker.world)
@@ -97,8 +97,8 @@ def train_epochs(
                 where = f"epoch {state.epoch + 1}, step {state.step}"
                 val = validate(state.objective, pairs.validation, worker, where, pairs.beside)
         except TrainingError as error:
-            if journal:
-                journal.write("failure", error=str(error), time=time.time())
+            if log:
+                log.write("failed", error=str(error), time=time.time())
             return
         state.end_epoch(val.get("loss", train["loss"]), validated=bool(val))
         if keeper:
@@ -115,7 +115,7 @@ def sleep_before_retry(run: RunDir) -> None:
     """Waits before another attempt of the same driver, twice as long after each that came no step further."""
     kinds = [line["kind"] for line in entries_since_start(run.path)]
     in_vain = kinds[::-1].index("step") if "step" in kinds else len(kinds)
-    if attempts := kinds[len(kinds) - in_vain :].count("attempt"):
+    if attempts := kinds[len(kinds) - in_vain :].count("workers_started"):
         time.sleep(min(2.0 ** (attempts - 1), LONGEST_BACK_OFF_S))
 
 
@@ -134,7 +134,7 @@ class WorkerContext:
     device: torch.device
     """Where it computes."""
     start: InitStats | None = None
-    """What it begins with, where that is in memory; else it is read from RUN/start."""
+    """What it begins with, where that is in memory; else it is read from RUN/init."""
 
     def decode_pair(self, event_BE: torch.Tensor, target_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stored features as float32 on the device; coordinates are so already."""
@@ -225,7 +225,7 @@ def train_epoch(
             if resumable and (stop or (cfg.checkpoint_every and state.step % cfg.checkpoint_every == 0)):
                 keeper.within_epoch(state)
             if stop:
-                keeper.journal.write("stop", global_step=state.step, time=time.time())
+                keeper.log.write("stopped", global_step=state.step, time=time.time())
         if stop:
             return False
         mark = time.perf_counter()
@@ -241,7 +241,7 @@ def validate_between(
     state.objective.train()
     seconds = time.perf_counter() - began
     if keeper:
-        keeper.journal.validation(state.step, val=val, seconds=seconds, trained_seconds=state.sums.seconds)
+        keeper.log.validation(state.step, val=val, seconds=seconds, trained_seconds=state.sums.seconds)
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""Progress of a training run, read from its journal: a bar on a terminal, a line for each epoch elsewhere."""
+"""Progress of a training run, read from its event log: a bar on a terminal, a line for each epoch elsewhere."""
 
 import threading
 from pathlib import Path
@@ -12,7 +12,7 @@ from ray_app.runs.event_log import tail
 
 
 class TrainingProgress:
-    """Follows a run's journal from a thread of its own, until it is left."""
+    """Follows a run's event log from a thread of its own, until it is left."""
 
     def __init__(self, run: Path, total_steps: int) -> None:
         self._run, self._stop = run, threading.Event()

@@ -45,7 +45,7 @@ class EpochTotals:
     """Of it, waiting for data."""
 
     def means(self) -> dict[str, float]:
-        """For the journal: means, and sums of time."""
+        """For the event log: means, and sums of time."""
         return {
             "loss": self.loss / self.pairs,
             "cos_sim": self.cos_sim / self.pairs,
@@ -273,7 +273,7 @@ class Checkpointer:
     """Where."""
     store: PairStore
     """What it is trained on."""
-    journal: EventLog
+    log: EventLog
     """What is told."""
     provenance: dict[str, Any]
     """Written into each checkpoint."""
@@ -282,7 +282,7 @@ class Checkpointer:
         """Notes that the run goes on, and does what a worker that died right after a save could not do any more."""
         if not state.step:
             return
-        self.journal.write("resume", epoch=state.epoch, global_step=state.step, workers=workers, time=time.time())
+        self.log.write("resumed", epoch=state.epoch, global_step=state.step, workers=workers, time=time.time())
         self.run.prune_checkpoints(state.checkpoint_name, state.best_epoch)
         if state.best_epoch and not state.sums.batches:  # none: the place is another run's, which has told of it
             metrics = json.loads((self.run.checkpoint(state.checkpoint_name) / "metrics.json").read_text())
@@ -292,7 +292,7 @@ class Checkpointer:
         """One optimizer step; the means are over all of so many workers."""
         means = {"loss": loss, "cos_sim": cos_sim, "grad_norm": done.grad_norm}
         so_far = {"epoch": state.epoch + 1, "pairs": state.sums.pairs, "seconds": state.sums.seconds}
-        self.journal.step(state.step, workers=workers, **means, **so_far)
+        self.log.step(state.step, workers=workers, **means, **so_far)
 
     def within_epoch(self, state: TrainState) -> Path:
         """Saves in the middle of an epoch."""
@@ -319,6 +319,6 @@ class Checkpointer:
         return time.perf_counter() - began
 
     def _tell_epoch(self, state: TrainState, metrics: dict[str, Any], save_seconds: float) -> None:
-        self.journal.epoch(
+        self.log.epoch(
             **metrics, save_seconds=save_seconds, learning_rate=state.learning_rate, global_step=state.step
         )

@@ -10,7 +10,7 @@ import torch
 from ray.train.torch import get_device
 
 from ray_app.commands.train import shared_dataset as sweep_data
-from ray_app.commands.train.initialization import START, load_compressed_pairs
+from ray_app.commands.train.initialization import INIT, load_compressed_pairs
 from ray_app.commands.train.loop import (
     Batches,
     WorkerContext,
@@ -37,18 +37,18 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config["threads"])
     store = PairStore.open(cfg.store, cfg.durations)
-    with open_run(config["run"]) as run, run.journal() if rank == 0 else nullcontext() as journal:
+    with open_run(config["run"]) as run, run.event_log() if rank == 0 else nullcontext() as log:
         cfg = cfg.at(run.path)
         placed: SharedDataset | None = config["placed"]
         start = sweep_data.start_of(placed, cfg) if placed else None
         worker = WorkerContext(cfg, store, rank, world, get_device(), start)
-        if journal:
+        if log:
             require_latest_driver(run.path, config["started"])
             sleep_before_retry(run)
-            journal.write("attempt", workers=world, time=time.time())
-        run.download(START)
+            log.write("workers_started", workers=world, time=time.time())
+        run.download(INIT)
         pairs = sweep_data.pairs_of(placed, worker) if placed else pairs_of(worker, held=config["held"])
-        train_epochs(worker, run, pairs, journal, config["provenance"], report)
+        train_epochs(worker, run, pairs, log, config["provenance"], report)
 
 
 def pairs_of(worker: WorkerContext, *, held: bool) -> WorkerData:

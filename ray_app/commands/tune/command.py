@@ -21,7 +21,7 @@ from ray_app.commands.train.shared_dataset import SharedDataset, share_dataset
 from ray_app.commands.tune.driver import Budget, ReplaySearcher, SweepCallback, SweepState, data_key, scheduler_of
 from ray_app.commands.tune.estimate import Estimate, candidates, estimate, largest, max_concurrent
 from ray_app.commands.tune.final_training import judgement_of, run_final
-from ray_app.commands.tune.initialization import STARTS, with_starts
+from ray_app.commands.tune.initialization import INIT, with_starts
 from ray_app.commands.tune.multi_worker_trial import RESOURCES, run_group_trial
 from ray_app.commands.tune.progress import SweepProgress, trials_table, watch
 from ray_app.commands.tune.remote_sweep import open_sweep
@@ -60,7 +60,7 @@ def run_tune(cfg: TuneConfig) -> dict[str, Any]:
         if cfg.resume:
             folder = held.enter_context(open_sweep(cfg.resume))
             resume_metadata(cfg, folder)
-            journal = held.enter_context(folder.exclusive())
+            log = held.enter_context(folder.exclusive())
             spec = load_for_resume(cfg, folder)
         else:
             spec = new_sweep_spec(cfg)
@@ -78,16 +78,16 @@ def run_tune(cfg: TuneConfig) -> dict[str, Any]:
         if not cfg.resume:
             confirm_estimate(cfg, spec, estimated(spec, placed, concurrent))
             folder.create(sweep_metadata(folder, spec, placed, uri))
-            journal = held.enter_context(folder.exclusive())
-        log_start(folder, spec, journal, cfg, info, concurrent)
+            log = held.enter_context(folder.exclusive())
+        log_start(folder, spec, log, cfg, info, concurrent)
         tracking = {"tracking_uri": uri, "experiment": cfg.experiment, "model_name": cfg.model_name}
-        sweep(cfg, SweepState(folder, journal, stores, tracking), placed, concurrent)
+        sweep(cfg, SweepState(folder, log, stores, tracking), placed, concurrent)
         return summary(folder)
 
 
 def sweep(cfg: TuneConfig, record: SweepState, placed: dict[str, SharedDataset], concurrent: int) -> None:
-    """Search and last training, with an end in the journal whatever comes. RunStopped: it was asked to stop."""
-    folder, journal = record.folder, record.journal
+    """Search and last training, with an end in the event log whatever comes. RunStopped: it was asked to stop."""
+    folder, log = record.folder, record.log
     tracker = SweepTracker(cfg, folder)
     status = "FAILED"
     try:
@@ -95,14 +95,14 @@ def sweep(cfg: TuneConfig, record: SweepState, placed: dict[str, SharedDataset],
         best = best_trial(record)
         if cfg.final:
             placed.clear()  # its memory is wanted by the last training
-            run_final(cfg, folder, journal, best)
+            run_final(cfg, folder, log, best)
         status = "FINISHED"
     except (RunStopped, KeyboardInterrupt) as stop:
         status = "KILLED"
         kind = RunInterrupted if isinstance(stop, KeyboardInterrupt) else type(stop)
         raise kind(f"stopped on request; go on with: {folder.resume}") from None
     finally:
-        journal.write("end", status=status, artifacts=None, time=time.time())
+        log.write("run_ended", status=status, artifacts=None, time=time.time())
         write_page(folder)
         tracker.close()
 
@@ -190,7 +190,7 @@ def sweep_metadata(folder: SweepDir, spec: SweepSpec, placed: dict[str, SharedDa
 
 
 def log_start(
-    folder: SweepDir, spec: SweepSpec, journal: EventLog, cfg: TuneConfig, info: ClusterInfo, concurrent: int
+    folder: SweepDir, spec: SweepSpec, log: EventLog, cfg: TuneConfig, info: ClusterInfo, concurrent: int
 ) -> None:
     """A driver begins: what the tracking server needs to know of the sweep."""
     about = folder.metadata()
@@ -200,8 +200,8 @@ def log_start(
         "concurrent_trials": concurrent,
         "cpus": info.cpus,
     }
-    journal.write(
-        "start",
+    log.write(
+        "run_started",
         name=about["name"],
         key=about["key"],
         experiment=cfg.experiment,
@@ -262,7 +262,7 @@ def search(record: SweepState, placed: dict[str, SharedDataset], concurrent: int
     left = len(record.queue) + record.left
     if not left or budget.stop_all():
         return
-    placed = with_starts(spec, placed, folder.path / STARTS)
+    placed = with_starts(spec, placed, folder.path / INIT)
     run, resources = run_trial, {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
     if spec.workers > 1:
         run, resources = run_group_trial, RESOURCES
@@ -344,7 +344,7 @@ def summary(folder: SweepDir) -> dict[str, Any]:
     """The --json object, from what the sweep left on disk."""
     trials, lines = folder.trials(), folder.entries()
     best = best_of(trials)
-    finals = [line for line in lines if line["kind"] == "final" and best and line["trial"] == best.name]
+    finals = [line for line in lines if line["kind"] == "final_seed" and best and line["trial"] == best.name]
     return {
         "sweep": str(folder),
         "status": {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}.get(

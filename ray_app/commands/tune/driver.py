@@ -1,7 +1,7 @@
 # ruff: noqa: ARG002 - the names of arguments are Tune's
 """The driver's side of a sweep: Ray Tune runs trials, this tells it which, and writes down what becomes of them.
 
-Tune's own records are not gone back to: which trials there are and how they stand is read from the sweep's journal.
+Tune's own records are not gone back to: which trials there are and how they stand is read from the sweep's event log.
 """
 
 import time
@@ -30,13 +30,11 @@ from ray_app.store.provenance import provenance
 
 
 class SweepState:
-    """Every trial of the sweep, in memory and in the journal that this is the one writer of."""
+    """Every trial of the sweep, in memory and in the event log that this is the one writer of."""
 
-    def __init__(
-        self, folder: SweepDir, journal: EventLog, stores: dict[str, PairStore], more: dict[str, Any]
-    ) -> None:
+    def __init__(self, folder: SweepDir, log: EventLog, stores: dict[str, PairStore], more: dict[str, Any]) -> None:
         """`stores` by `data_key`; `more`: settings of every trial's TrainConfig, such as the tracking server."""
-        self.folder, self.spec, self.journal, self.stores, self.more = folder, folder.spec, journal, stores, more
+        self.folder, self.spec, self.log, self.stores, self.more = folder, folder.spec, log, stores, more
         self.space = space_of(self.spec)
         about = folder.metadata()
         self.sweep_key, self.name = about["key"], about["name"]
@@ -49,8 +47,8 @@ class SweepState:
         self.queue = [trial.name for trial in self.trials.values() if trial.ended_at is None]
 
     def is_recorded(self, trial: Trial) -> bool:
-        """Whether the sweep's journal says how it ended."""
-        return any(line["kind"] == "ended" and line["name"] == trial.name for line in self.folder.entries())
+        """Whether the sweep's event log says how it ended."""
+        return any(line["kind"] == "trial_ended" and line["name"] == trial.name for line in self.folder.entries())
 
     @property
     def left(self) -> int:
@@ -100,7 +98,7 @@ class SweepState:
     def write(self, trial: Trial) -> Trial:
         """A trial that is tried from now on."""
         told = {key: getattr(trial, key) for key in ("index", "name", "setting", "parameters", "origin")}
-        self.journal.write("trial", **told, time=time.time())
+        self.log.write("trial_created", **told, time=time.time())
         self.trials[trial.name] = trial
         return trial
 
@@ -132,7 +130,7 @@ class SweepState:
         return train_config(self.spec, setting, str(self.folder.run(name)), **self.more)
 
     def log_start(self, trial: Trial) -> Trial:
-        """Its run folder, and a word to its journal that a driver begins."""
+        """Its run folder, and a word to its event log that a driver begins."""
         cfg, run = self.config(trial.name, trial.setting), self.folder.run(trial.name)
         fingerprint = self.folder.metadata()["store_fingerprint"]
         if not run.claimed:
@@ -146,9 +144,9 @@ class SweepState:
             )
         about = run.metadata()
         run.clear_signals()
-        with run.journal() as journal:
-            journal.write(
-                "start",
+        with run.event_log() as log:
+            log.write(
+                "run_started",
                 name=about["name"],
                 key=about["key"],
                 parent_key=self.sweep_key,
@@ -162,28 +160,28 @@ class SweepState:
 
     def died(self, name: str, reason: str) -> None:
         """A trial's process did; it is started again."""
-        self.journal.write("died", name=name, reason=reason, time=time.time())
+        self.log.write("trial_process_died", name=name, reason=reason, time=time.time())
 
     def stopped(self, name: str) -> None:
-        """The scheduler stopped a trial: its journal ends, and how it stands is written down."""
+        """The scheduler stopped a trial: its event log ends, and how it stands is written down."""
         trial = self.trial_status(name)
         if trial.ended_at is None:
             run = self.folder.run(name)
             if self.spec.workers > 1:
-                run.request_stop()  # its workers may be at work: they save, end, and let the journal go
-            with run.journal() as journal:
-                journal.write("end", status="KILLED", artifacts=None, time=time.time())
+                run.request_stop()  # its workers may be at work: they save, end, and let the event log go
+            with run.event_log() as log:
+                log.write("run_ended", status="KILLED", artifacts=None, time=time.time())
         self.end(self.trial_status(name))
 
     def failed(self, name: str, reason: str) -> None:
         """A trial failed for good."""
-        with self.folder.run(name).journal() as journal:
-            journal.write("failure", error=reason, time=time.time())
-            journal.write("end", status="FAILED", artifacts=None, time=time.time())
+        with self.folder.run(name).event_log() as log:
+            log.write("failed", error=reason, time=time.time())
+            log.write("run_ended", status="FAILED", artifacts=None, time=time.time())
         self.end(self.trial_status(name))
 
     def trial_status(self, name: str) -> Trial:
-        """How a trial stands by its own journal."""
+        """How a trial stands by its own event log."""
         return Trial(**asdict(self.trials[name]) | self.folder.trial_status(name, self.spec))
 
     def end(self, trial: Trial) -> None:
@@ -191,13 +189,15 @@ class SweepState:
         if trial.status == "failed" and (deaths := [d["reason"] for d in self.deaths(trial.name) if d["reason"]]):
             trial = replace(trial, reason=f"{trial.reason} (the last time: {deaths[-1]})")
         self.trials[trial.name] = trial
-        self.folder.end_trial(self.journal, trial)
+        self.folder.end_trial(self.log, trial)
         self.folder.prune_checkpoints(list(self.trials.values()), self.spec.keep_checkpoints)
         self.on_change(trial)
 
     def deaths(self, name: str) -> Iterable[dict[str, Any]]:
         """What was told of a trial's processes."""
-        return [line for line in self.folder.entries() if line["kind"] == "died" and line["name"] == name]
+        return [
+            line for line in self.folder.entries() if line["kind"] == "trial_process_died" and line["name"] == name
+        ]
 
 
 def data_key(cfg: TrainConfig) -> str:
@@ -257,7 +257,7 @@ class SweepCallback(NotPickled, tune.Callback):
 
 
 def reason_of(trial: TuneTrial) -> str:
-    """The last line of what Tune knows of a failure; nothing of one that the trial's journal tells of."""
+    """The last line of what Tune knows of a failure; nothing of one that the trial's event log tells of."""
     error = trial.get_pickled_error() or trial.get_error()
     if error is None:
         return ""

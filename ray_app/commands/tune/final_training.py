@@ -27,10 +27,10 @@ LOGGED_KEYS = ("lift", "best_baseline", "interval95", "cos_sim_mean", "centered_
 """What is kept of an evaluation beside its rate."""
 
 
-def run_final(cfg: TuneConfig, folder: SweepDir, journal: EventLog, best: Trial) -> None:
+def run_final(cfg: TuneConfig, folder: SweepDir, log: EventLog, best: Trial) -> None:
     """Trains and judges what has not been yet; each seed is written down as it is judged."""
     spec = folder.spec
-    done = {line["seed"] for line in folder.entries() if line["kind"] == "final" and line["trial"] == best.name}
+    done = {line["seed"] for line in folder.entries() if line["kind"] == "final_seed" and line["trial"] == best.name}
     for seed in range(spec.final_seeds):
         if seed in done:
             continue
@@ -39,8 +39,8 @@ def run_final(cfg: TuneConfig, folder: SweepDir, journal: EventLog, best: Trial)
         report = run.path.with_name(f"{run.path.name}-report")
         evaluated = run_evaluate(evaluation_config(cfg, spec, best, trained["checkpoint"], report))
         folder.upload(report)
-        journal.write(
-            "final",
+        log.write(
+            "final_seed",
             trial=best.name,
             seed=seed,
             run=str(run.path.relative_to(folder.path)),
@@ -52,7 +52,7 @@ def run_final(cfg: TuneConfig, folder: SweepDir, journal: EventLog, best: Trial)
     if cfg.promote:
         first = str(folder.final(best.name, 0))
         outcome = run_promote(PromoteConfig(run=first, **shared_flags(cfg, spec, best)))
-        journal.write("promoted", trial=best.name, promoted=outcome["promoted"], reason=outcome["reason"])
+        log.write("promoted", trial=best.name, promoted=outcome["promoted"], reason=outcome["reason"])
 
 
 def final_config(cfg: TuneConfig, spec: SweepSpec, best: Trial, seed: int, run: RunDir) -> TrainConfig:

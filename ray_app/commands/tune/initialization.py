@@ -24,7 +24,7 @@ from ray_app.config.train import TrainConfig
 from ray_app.data.pairs_dataset import pairs_dataset
 from ray_app.errors import ConfigError
 
-STARTS = "start"
+INIT = "init"
 """Where a sweep keeps them."""
 
 

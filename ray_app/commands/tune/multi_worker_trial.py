@@ -1,4 +1,4 @@
-"""A trial of several workers: a Ray Train group of its own, whose journal is told to Ray Tune as it grows.
+"""A trial of several workers: a Ray Train group of its own, whose event log is told to Ray Tune as it grows.
 
 The process that Tune starts only waits and tells, so it claims no CPU: on a small cluster it would take them from the
 very workers that it waits for.
@@ -35,14 +35,12 @@ def run_group_trial(config: dict[str, Any], placed: dict[str, SharedDataset]) ->
         if failed and not isinstance(failed[0], RayActorError | WorkerGroupError):
             raise failed[0]
         told = entries_since_start(run.path)
-        with run.journal() as journal:
+        with run.event_log() as log:
             if failed:
-                journal.write(
-                    "failure", error=f"its workers died: {str(failed[0]).splitlines()[0]}", time=time.time()
-                )
-            journal.write(
-                "end",
-                status="FAILED" if failed or any(line["kind"] == "failure" for line in told) else "FINISHED",
+                log.write("failed", error=f"its workers died: {str(failed[0]).splitlines()[0]}", time=time.time())
+            log.write(
+                "run_ended",
+                status="FAILED" if failed or any(line["kind"] == "failed" for line in told) else "FINISHED",
                 artifacts=None,
                 time=time.time(),
             )

@@ -1,6 +1,6 @@
 """Population-based training: what falls behind goes on from the weights of what leads, with a setting near its own.
 
-Each such step is a trial of its own in the record, with the member's number: its setting, its journal, whose weights
+Each such step is a trial of its own in the record, with the member's number: its setting, its log, whose weights
 it began with. Ray Tune decides who goes on from whom; weights go from run folder to run folder.
 """
 

@@ -18,9 +18,9 @@ SHOWN = 15
 """Trials in the table."""
 STATUSES = ("running", "finished", "stopped", "failed")
 REFRESH_S = 1.0
-"""Between two looks at the journals."""
+"""Between two looks at the event logs."""
 DRIVERLESS_S = 5.0
-"""So long nobody may write the sweep's journal before its driver counts as gone."""
+"""So long nobody may write the sweep's event log before its driver counts as gone."""
 
 
 def watch(folder: SweepDir) -> None:
@@ -34,7 +34,7 @@ def watch(folder: SweepDir) -> None:
             if lines := folder.entries():  # none yet: it is about to begin
                 trials = folder.trials()
                 live.update(Group(header(lines, trials), trials_table(trials)), refresh=True)
-                if lines[-1]["kind"] == "end":
+                if lines[-1]["kind"] == "run_ended":
                     return
             if folder.has_driver():
                 driven = time.monotonic()
@@ -49,8 +49,8 @@ def watch(folder: SweepDir) -> None:
 def header(lines: list[dict[str, Any]], trials: list[Trial]) -> Text:
     """Where the sweep stands, on one line."""
     counts = {status: sum(trial.status == status for trial in trials) for status in STATUSES}
-    finals = sum(line["kind"] == "final" for line in lines)
-    ended = lines[-1]["kind"] == "end"
+    finals = sum(line["kind"] == "final_seed" for line in lines)
+    ended = lines[-1]["kind"] == "run_ended"
     minutes = ((lines[-1]["time"] if ended else time.time()) - lines[0]["time"]) / 60
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     return Text(

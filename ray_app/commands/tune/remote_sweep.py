@@ -1,4 +1,4 @@
-"""A sweep at a URI: the driver has a copy of its journals, and each trial is a run at `URI/trials/NAME`.
+"""A sweep at a URI: the driver has a copy of its event logs, and each trial is a run at `URI/trials/NAME`.
 
 Nodes need share no disk: a trial's process and the driver meet at the URI alone, as those of one run do
 (`run_copy.py`). What the driver was killed with is gone; the next one goes on from what lies there.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ray_app.commands.tune.sweep_dir import HANDOVER_S, SWEEP, SweepDir
 from ray_app.errors import StoreError
-from ray_app.runs.event_log import JOURNAL, EventLog, entries
+from ray_app.runs.event_log import EVENT_LOG, EventLog, entries
 from ray_app.runs.remote_event_log import RemoteEventLog
 from ray_app.runs.remote_run import RemoteRun, run_in_background, scratch_dir
 from ray_app.runs.run_dir import RunDir
@@ -63,16 +63,16 @@ class RemoteSweep(SweepDir):
         except FileNotFoundError as error:
             raise StoreError(f"{self.there} is not the folder of a sweep: it has no {SWEEP}") from error
         self._parts.pull()
-        if not (self.path / JOURNAL).is_file():
+        if not (self.path / EVENT_LOG).is_file():
             return  # it is about to begin
         lines = self.entries()
-        ended = {line["name"] for line in lines if line["kind"] == "ended"}
+        ended = {line["name"] for line in lines if line["kind"] == "trial_ended"}
         for line in lines:
-            if line["kind"] == "final":
+            if line["kind"] == "final_seed":
                 self._run(line["run"]).refresh()
-            elif line["kind"] == "trial":
+            elif line["kind"] == "trial_created":
                 run = self.run(line["name"])
-                if line["name"] not in ended or not (run.path / JOURNAL).is_file():
+                if line["name"] not in ended or not (run.path / EVENT_LOG).is_file():
                     run.refresh()
 
     def download_artifacts(self) -> None:
@@ -97,15 +97,15 @@ class RemoteSweep(SweepDir):
     @contextmanager
     def exclusive(self) -> Iterator[EventLog]:
         self._parts.pull()
-        with EventLog(self.path, HANDOVER_S) as journal:
+        with EventLog(self.path, HANDOVER_S) as log:
             try:
                 with run_in_background(self._parts.push):
-                    yield journal
+                    yield log
             finally:
                 self._parts.push()
 
     def _run(self, folder: str) -> RunDir:
         if not RUN_OF_SWEEP.fullmatch(folder):  # as others have written it
-            raise StoreError(f"{self.there} is damaged: its journal names {folder!r}, which is no run of a sweep")
+            raise StoreError(f"{self.there} is damaged: its event log names {folder!r}, which is no run of a sweep")
         (self.path / folder).mkdir(parents=True, exist_ok=True)
         return RemoteRun(self.path / folder, RemoteDir(self.there.uri_of(folder), self.there.patience_s))

@@ -12,7 +12,7 @@ from ray_app.commands.tune.spec import SweepSpec, describe, space_of
 from ray_app.commands.tune.sweep_dir import PAGE, SweepDir, Trial, best_of, pareto_front, scores
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.reports.html import page
-from ray_app.runs.event_log import JOURNAL, entries
+from ray_app.runs.event_log import EVENT_LOG, entries
 
 FLOP_PER_PARAMETER = 6
 """Of one pair, forward and backward: two each for the forward pass and twice that for the backward."""
@@ -28,7 +28,7 @@ def render_page(folder: SweepDir) -> str:
     """The whole page."""
     about, spec, trials, lines = folder.metadata(), folder.spec, folder.trials(), folder.entries()
     best = best_of(trials)
-    finals = [line for line in lines if line["kind"] == "final" and best and line["trial"] == best.name]
+    finals = [line for line in lines if line["kind"] == "final_seed" and best and line["trial"] == best.name]
     final = judgement_of(finals, folder) if finals else None
     second = spec.also_minimise or "parameters"
     baselines = {key: max(part["baselines"].values()) for key, part in about["data"].items()}
@@ -149,7 +149,7 @@ def points(folder: SweepDir, spec: SweepSpec, trials: list[Trial]) -> list[Point
     found = []
     for trial in trials:
         path = folder.run(trial.name).path
-        lines = entries(path) if (path / JOURNAL).is_file() else []
+        lines = entries(path) if (path / EVENT_LOG).is_file() else []
         for n, line in enumerate(lines, 1):
             if line["kind"] == "epoch" and trial.status != "failed":
                 flop = FLOP_PER_PARAMETER * trial.parameters * line["train"]["pairs"]
@@ -182,7 +182,7 @@ def row(folder: SweepDir, trial: Trial) -> dict[str, Any]:
 
 def facts(about: dict[str, Any], spec: SweepSpec, lines: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """What the sweep was, line by line."""
-    starts = sum(line["kind"] == "start" for line in lines)
+    starts = sum(line["kind"] == "run_started" for line in lines)
     yield "searched", "\n".join(f"{name}: {value}" for name, value in spec.space.items())
     yield "fixed", "\n".join(f"{name}: {value}" for name, value in spec.fixed.items()) or "nothing"
     yield "objective", f"{spec.objective} on the validation part, at the checkpoint of the lowest validation loss"

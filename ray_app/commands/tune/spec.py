@@ -77,7 +77,7 @@ class SweepSpec(SplitFlags):
     use_gpu: bool = False
     """One GPU for each worker."""
     keep_checkpoints: int = Field(default=5, ge=0)
-    """Weights of so many best trials stay; of the others, their journals alone. 0: all stay."""
+    """Weights of so many best trials stay; of the others, their event logs alone. 0: all stay."""
     final_seeds: Positive = 3
     """Seeds that the best setting is trained with once more."""
     final_workers: Positive = 1

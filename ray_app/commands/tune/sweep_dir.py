@@ -1,10 +1,10 @@
-"""A sweep: what it is, its journal, and a run for each trial. This record is all that it is.
+"""A sweep: what it is, its event log, and a run for each trial. This record is all that it is.
 
-    sweep.json  journal.jsonl  trials/trial_0007-1f3a…/  final/trial_0007-1f3a…/seed_0/  sweep.html
+    sweep.json  events.jsonl  trials/trial_0007-1f3a…/  final/trial_0007-1f3a…/seed_0/  sweep.html
 
-Kinds in the journal: `start` (a driver begins), `trial` (a setting is tried from now on), `died` (a trial's process
-did, and is started again), `ended` (how a trial ended), `final` (one seed's numbers on the test part), `end`. What a
-trial has reached stands in its own journal.
+Kinds in the event log: `run_started` (one per driver), `trial_created` (a setting is tried), `trial_process_died`
+(and is started again), `trial_ended` (its result), `final_seed` (one seed's numbers on the test part), `run_ended`. A
+trial's own progress is in its own event log.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from typing import Any, Literal
 from ray_app.commands.tune.spec import Setting, SweepSpec
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.errors import StoreError
-from ray_app.runs.event_log import JOURNAL, EventLog, entries, is_locked
+from ray_app.runs.event_log import EVENT_LOG, EventLog, entries, is_locked
 from ray_app.runs.remote_event_log import PARTS
 from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir
 from ray_app.store.atomic import disk_errors, write_file
@@ -84,7 +84,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class SweepDir:
-    """`sweep.json`, the journal and the runs below `path`."""
+    """`sweep.json`, the event log and the runs below `path`."""
 
     path: Path
     """The sweep's folder."""
@@ -128,7 +128,7 @@ class SweepDir:
     def files(self) -> list[str]:
         """Where its record and its page lie."""
         names = self._there.listdir()
-        return [self.shown(self.path / name) for name in (SWEEP, JOURNAL, PARTS, PAGE) if name in names]
+        return [self.shown(self.path / name) for name in (SWEEP, EVENT_LOG, PARTS, PAGE) if name in names]
 
     def require_free(self) -> None:
         """StoreError if anything is in the way of a new sweep."""
@@ -148,7 +148,7 @@ class SweepDir:
     def create(self, about: Mapping[str, Any]) -> None:
         """Starts a sweep here. StoreError if anything is in the way; nothing is deleted.
 
-        Of several that start at one moment, the one that holds the journal first has the folder.
+        Of several that start at one moment, the one that holds the event log first has the folder.
         """
         self.require_free()
         with disk_errors(self.path):
@@ -159,7 +159,7 @@ class SweepDir:
             self.write(SWEEP, json.dumps(dict(about), indent=1).encode())
 
     def exclusive(self) -> AbstractContextManager[EventLog]:
-        """The sweep's journal, for its one driver. StoreError: another process has it."""
+        """The sweep's event log, for its one driver. StoreError: another process has it."""
         return EventLog(self.path, HANDOVER_S)
 
     def has_driver(self) -> bool:
@@ -179,27 +179,27 @@ class SweepDir:
         return SweepSpec.model_validate({**self.metadata()["spec"], "out": str(self)})
 
     def entries(self) -> list[dict[str, Any]]:
-        """The sweep's journal. StoreError: it is gone, or a line is damaged."""
-        if not (self.path / JOURNAL).is_file():
+        """The sweep's event log. StoreError: it is gone, or a line is damaged."""
+        if not (self.path / EVENT_LOG).is_file():
             raise StoreError(
-                f"{self.shown(self.path / JOURNAL)} is missing: it is the record of what was tried, without which "
+                f"{self.shown(self.path / EVENT_LOG)} is missing: it is the record of what was tried, without which "
                 "the search cannot go on. Bring it back from a copy, or start a new sweep."
             )
         return entries(self.path)
 
     def event_times(self) -> list[float]:
-        """All moments that its journals tell of, in order."""
+        """All moments that its event logs tell of, in order."""
         folders = (self.path, *self.runs("trials/*"))
         return sorted(line["time"] for folder in folders for line in entries(folder) if "time" in line)
 
     def runs(self, *places: str) -> list[Path]:
-        """Its run folders that have a journal: of trials and of the last training, or of some places alone."""
-        found = [path.parent for place in places or RUNS for path in self.path.glob(f"{place}/{JOURNAL}")]
+        """Its run folders that have an event log: of trials and of the last training, or of some places alone."""
+        found = [path.parent for place in places or RUNS for path in self.path.glob(f"{place}/{EVENT_LOG}")]
         return sorted(found)
 
     def sessions(self) -> list[tuple[float, float]]:
         """From each start to the last that was heard before the next."""
-        starts = [line["time"] for line in self.entries() if line["kind"] == "start"]
+        starts = [line["time"] for line in self.entries() if line["kind"] == "run_started"]
         heard = self.event_times()
         return [
             (begin_s, max(moment for moment in heard if begin_s <= moment < next_s))
@@ -226,11 +226,11 @@ class SweepDir:
         spec = self.spec
         found: dict[str, Trial] = {}
         for line in self.entries():
-            if line["kind"] == "trial":
+            if line["kind"] == "trial_created":
                 found[line["name"]] = Trial(
                     *(line[key] for key in ("index", "name", "setting", "parameters", "origin"))
                 )
-            elif line["kind"] == "ended":
+            elif line["kind"] == "trial_ended":
                 found[line["name"]] = Trial(**{key: line[key] for key in Trial.__dataclass_fields__})
         return [
             trial if trial.ended_at else Trial(**asdict(trial) | self.trial_status(trial.name, spec))
@@ -238,31 +238,31 @@ class SweepDir:
         ]
 
     def trial_status(self, name: str, spec: SweepSpec) -> dict[str, Any]:
-        """How far a trial has come, from its own journal; `status` is failed or finished only where it says so."""
+        """How far a trial has come, from its own event log; `status` is failed or finished only where it says so."""
         run = self.run(name)
         run.refresh()
-        if not (run.path / JOURNAL).is_file():
+        if not (run.path / EVENT_LOG).is_file():
             return {}
         lines = entries(run.path)
         reached = {"seconds": active_seconds(lines), "status": "running", **scores(lines, spec.objective)}
         reached["steps"] = max((line["global_step"] for line in lines if line["kind"] == "step"), default=0)
         reached["latency_ms"] = next((line["ms"] for line in lines if line["kind"] == "latency"), None)
-        if lines and lines[-1]["kind"] == "end":
+        if lines and lines[-1]["kind"] == "run_ended":
             reached["ended_at"] = lines[-1]["time"]
             reached["status"] = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[lines[-1]["status"]]
-            reached["reason"] = next((line["error"] for line in lines[::-1] if line["kind"] == "failure"), None)
+            reached["reason"] = next((line["error"] for line in lines[::-1] if line["kind"] == "failed"), None)
         return reached
 
     def curve(self, name: str, objective: str) -> list[tuple[int, float]]:
         """(epoch, what a scheduler compares) of a trial."""
         folder = self.run(name).path
-        lines = entries(folder) if (folder / JOURNAL).is_file() else []
+        lines = entries(folder) if (folder / EVENT_LOG).is_file() else []
         ends = [n for n, line in enumerate(lines, 1) if line["kind"] == "epoch"]
         return [(lines[n - 1]["epoch"], scheduler_metric(lines[:n], objective)) for n in ends]
 
-    def end_trial(self, journal: EventLog, trial: Trial) -> None:
+    def end_trial(self, log: EventLog, trial: Trial) -> None:
         """Tells how a trial ended, and lets go of what only going on would need."""
-        journal.write("ended", **asdict(trial))
+        log.write("trial_ended", **asdict(trial))
         if self.spec.scheduler == "pbt":
             return  # another member may go on from it
         run = self.run(trial.name)
@@ -318,10 +318,10 @@ def active_seconds(lines: list[dict[str, Any]]) -> float:
     """Time from each attempt to the last that was heard of it."""
     total, begun, last = 0.0, None, 0.0
     for line in lines:
-        if line["kind"] == "attempt":
+        if line["kind"] == "workers_started":
             total += last - begun if begun is not None else 0.0
             begun = last = line["time"]
-        elif begun is not None and line["kind"] in ("step", "epoch", "failure", "end"):
+        elif begun is not None and line["kind"] in ("step", "epoch", "failed", "run_ended"):
             last = line["time"]
     return total + (last - begun if begun is not None else 0.0)
 

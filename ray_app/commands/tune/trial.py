@@ -36,22 +36,24 @@ def run_trial(config: dict[str, Any], placed: dict[str, SharedDataset]) -> None:
     `latency`, `threads`, `provenance`, `population` (weights are exchanged),
     `origin` (run folder of the weights to begin with).
 
-    A failure that would come again is told in the journal, and the trial ends. Any other error is raised, so that
+    A failure that would come again is told in the event log, and the trial ends. Any other error is raised, so that
     Tune starts the trial again; the second time for the same cause it ends, too.
     """
     config = config["trial"]
     cfg = TrainConfig.model_validate(config["train"])
     torch.set_num_threads(config["threads"])
-    with open_run(cfg.out) as run, run.journal() as journal:
+    with open_run(cfg.out) as run, run.event_log() as log:
         cfg = cfg.at(run.path)
-        trial = TrialReporter(cfg, run, journal, config)
-        if entries(cfg.folder)[-1]["kind"] == "end":
+        trial = TrialReporter(cfg, run, log, config)
+        if entries(cfg.folder)[-1]["kind"] == "run_ended":
             return  # a member of a population that had paused at its end
         told = entries_since_start(cfg.folder)
-        if reason := give_up_reason(told, dead_nodes({line["node"] for line in told if line["kind"] == "attempt"})):
+        if reason := give_up_reason(
+            told, dead_nodes({line["node"] for line in told if line["kind"] == "workers_started"})
+        ):
             trial.fail(reason)
             return
-        journal.write("attempt", node=ray.get_runtime_context().get_node_id(), time=time.time())
+        log.write("workers_started", node=ray.get_runtime_context().get_node_id(), time=time.time())
         try:
             if config["origin"]:
                 with open_run(config["origin"]) as donor:
@@ -62,24 +64,24 @@ def run_trial(config: dict[str, Any], placed: dict[str, SharedDataset]) -> None:
             device = torch.device("cuda" if cfg.use_gpu else "cpu")
             worker = WorkerContext(cfg, data.store, 0, 1, device, start_of(data, cfg))
             pairs = pairs_of(data, worker)
-            train_epochs(worker, run, pairs, journal, config["provenance"], trial.report)
+            train_epochs(worker, run, pairs, log, config["provenance"], trial.report)
         except Exception as error:
             trial.failed_with(error)
         else:
-            if any(line["kind"] == "failure" for line in entries_since_start(cfg.folder)):
+            if any(line["kind"] == "failed" for line in entries_since_start(cfg.folder)):
                 trial.end("FAILED")
 
 
 class TrialReporter:
-    """What a trial tells its journal and Tune."""
+    """What a trial tells its event log and Tune."""
 
-    def __init__(self, cfg: TrainConfig, run: RunDir, journal: EventLog, config: dict[str, Any]) -> None:
-        self.cfg, self.run, self.journal, self.config = cfg, run, journal, config
+    def __init__(self, cfg: TrainConfig, run: RunDir, log: EventLog, config: dict[str, Any]) -> None:
+        self.cfg, self.run, self.log, self.config = cfg, run, log, config
 
     def report(self, state: TrainState, _: dict[str, Any]) -> None:
         """One epoch. The end is told first, for Tune may not come back after it."""
         if self.config["latency"] and not any(line["kind"] == "latency" for line in entries(self.cfg.folder)):
-            self.journal.write("latency", ms=latency_ms(state))
+            self.log.write("latency", ms=latency_ms(state))
         if is_finished(state, self.cfg):
             self.end("FINISHED")
         lines = entries(self.cfg.folder)
@@ -93,28 +95,28 @@ class TrialReporter:
                 self.tell(lines[: n + 1], line["epoch"])
 
     def tell(self, lines: list[dict[str, Any]], epoch: int) -> None:
-        """To Tune, which answers by going on, or never. The driver may end the journal meanwhile."""
+        """To Tune, which answers by going on, or never. The driver may end the event log meanwhile."""
         metrics = metrics_of(lines, epoch, self.config["objective"])
         with (
-            self.run.released(self.journal),
+            self.run.released(self.log),
             mark(self.run) if self.config["population"] else nullcontext() as checkpoint,
         ):
             tune.report(metrics, checkpoint=checkpoint)
 
     def end(self, status: str) -> None:
         """The last line. No artifacts: of a trial's weights only the best of a sweep are kept, and in its folder."""
-        self.journal.write("end", status=status, artifacts=None, time=time.time())
+        self.log.write("run_ended", status=status, artifacts=None, time=time.time())
 
     def fail(self, reason: str) -> None:
         """It ends here, for a reason."""
-        self.journal.write("failure", error=reason, time=time.time())
+        self.log.write("failed", error=reason, time=time.time())
         self.end("FAILED")
 
     def failed_with(self, error: Exception) -> None:
         """Raises the error for another try, unless it is the second of its kind."""
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         again = told_before(cause, entries_since_start(self.cfg.folder))
-        self.journal.write("error", cause=cause, time=time.time())
+        self.log.write("exception", cause=cause, time=time.time())
         if again:
             self.fail(f"twice the same: {cause}")
         else:
@@ -123,7 +125,7 @@ class TrialReporter:
 
 def told_before(cause: str, lines: list[dict[str, Any]]) -> bool:
     """Whether an earlier error of these lines is of this kind."""
-    return normalise_error(cause) in [normalise_error(line["cause"]) for line in lines if line["kind"] == "error"]
+    return normalise_error(cause) in [normalise_error(line["cause"]) for line in lines if line["kind"] == "exception"]
 
 
 def normalise_error(cause: str) -> str:
@@ -157,9 +159,9 @@ def give_up_reason(lines: list[dict[str, Any]], gone: Set[str]) -> str | None:
     for line in lines:
         if line["kind"] == "step":
             step = line["global_step"]
-        elif line["kind"] == "attempt":
+        elif line["kind"] == "workers_started":
             begun.append((step, line["node"]))
-        elif line["kind"] == "error":  # it was alive to tell
+        elif line["kind"] == "exception":  # it was alive to tell
             begun.pop()
     deaths = [at for at, node in begun if node not in gone]
     if len(deaths) >= 2 and deaths[-1] == step:
