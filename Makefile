@@ -1,10 +1,10 @@
-# make setup | quickstart | lift | test | test-net | check | chaos      (Linux, Python 3.11, no GPU needed)
+# make setup | quickstart | lift | test | test-all | test-net | check | chaos      (Linux, Python 3.11, no GPU needed)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup quickstart lift test test-net check chaos
+.PHONY: setup quickstart lift test test-slow test-all test-net check chaos
 
 setup: $(STAMP)
 
@@ -28,8 +28,15 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# At most 8 minutes on 2 quiet cores: unit tests, and integration tests on one Ray cluster.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+
+# What `make test` leaves out.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow
 
 # Links need root, iproute2 and a kernel with network namespaces, veth and bridges (netem for delay); about 15 minutes.
 test-net: setup

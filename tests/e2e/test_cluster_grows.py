@@ -13,7 +13,6 @@ from ray.cluster_utils import Cluster
 from ray_app.cluster.connection import WAIT_NODES_S, cluster, wait_for_autoscaler
 
 NODE = {"object_store_memory": 100 * 2**20}
-pytestmark = pytest.mark.cluster
 
 
 def test_a_command_waits_for_the_nodes_that_it_asks_for(tmp_path: Path) -> None:

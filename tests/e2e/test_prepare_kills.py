@@ -59,7 +59,6 @@ def killed_after(store: Path, num_finished: int) -> dict[str, int]:
     return {task: (store / f"{task}.parquet").stat().st_mtime_ns for task in finished_tasks(store)}
 
 
-@pytest.mark.cluster
 @pytest.mark.usefixtures("ray_cluster")
 def test_killed_twice_it_keeps_every_finished_file_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     store, whole = tmp_path / "killed", tmp_path / "whole"
@@ -90,7 +89,6 @@ def working_processes() -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.cluster
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_task_whose_process_dies_is_done_again_and_nothing_is_lost(tmp_path: Path) -> None:
     @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from ray_app.config.submit import SubmitConfig
 from ray_app.errors import ConfigError, ResourceError
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")

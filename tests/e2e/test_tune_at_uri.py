@@ -47,7 +47,6 @@ def kill_with_children(process: "subprocess.Popen[bytes]") -> None:
     process.wait(timeout=60)
 
 
-@pytest.mark.cluster
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_sweep_of_which_nothing_is_left_but_the_uri_goes_on_and_finds_the_same_winner(
     s3: S3,

@@ -225,6 +225,7 @@ def test_replay_reads_what_capture_wrote(captured: Path) -> None:
     assert f"verify(4) was not measured in {short} of 37 rows" in " ".join(result.report.notes)
 
 
+@pytest.mark.slow
 def test_nothing_is_captured_twice_and_a_damaged_shard_alone_again(
     models: Path, footage: Path, captured: Path, tmp_path: Path
 ) -> None:
@@ -248,6 +249,7 @@ def test_nothing_is_captured_twice_and_a_damaged_shard_alone_again(
     assert load_file(damaged).keys() == load_file(captured / "shards" / damaged.name).keys()
 
 
+@pytest.mark.slow
 def test_a_killed_capture_goes_on_where_it_was(models: Path, footage: Path, captured: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     cfg = config(models, footage, out)
@@ -274,6 +276,7 @@ def test_a_killed_capture_goes_on_where_it_was(models: Path, footage: Path, capt
     assert spoken(out) == spoken(captured)
 
 
+@pytest.mark.slow
 def test_a_window_without_a_frame_is_set_aside_until_it_is_there(models: Path, footage: Path, tmp_path: Path) -> None:
     broken = tmp_path / "drive"
     subprocess.run(["cp", "-r", footage, broken], check=True)
@@ -352,6 +355,7 @@ def test_pickled_weights_are_refused(models: Path, footage: Path, tmp_path: Path
         run_capture(config(models, footage, tmp_path / "out", drafter=pickled))
 
 
+@pytest.mark.slow
 def test_real_footage_through_the_command(
     models: Path, shared_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

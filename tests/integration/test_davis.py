@@ -326,7 +326,6 @@ def test_memory_does_not_grow_with_the_window(tmp_path: Path, monkeypatch: pytes
     assert peaks[1] < peaks[0] + 3e6 < 8e6  # 20 s are 26 MB of events and 45 MB of frames; a note a packet stays
 
 
-@pytest.mark.cluster
 @pytest.mark.usefixtures("ray_cluster")
 def test_one_and_two_workers_prepare_the_same_store(sample: Path, tmp_path: Path) -> None:
     other = tmp_path / "other" / "sample.aedat4"

@@ -252,6 +252,7 @@ def guarded_cluster(home: Path) -> Iterator[str]:
         process.stdin.close()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_refuses_the_key_says_which_to_copy(
     guarded_cluster: str, token: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,7 +97,6 @@ def test_all_images_of_a_window_stand_in_one_store(two_seconds: DsecFiles, tmp_p
     assert sorted(set(store.index.t_start_us.tolist())) == [BEGIN_US + i * 500_000 for i in range(3)]
 
 
-@pytest.mark.cluster
 @pytest.mark.usefixtures("ray_cluster")
 def test_any_number_of_workers_prepares_the_same_store(tmp_path: Path) -> None:
     long_drive(tmp_path / "dsec", "interlaken_00_a", 420)
@@ -132,7 +131,6 @@ def long_drive(root: Path, name: str, seconds: int) -> DsecFiles:
     return write_sequence(files, events, times, None, t_offset_us=OFFSET_US, rgb_size=(18, 13))
 
 
-@pytest.mark.cluster
 @pytest.mark.usefixtures("ray_cluster")
 def test_events_are_counted_covered_and_drawn(tmp_path: Path) -> None:
     events = random_events(50_000, OFFSET_US, BEGIN_US + 2_100_000)

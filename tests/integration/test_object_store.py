@@ -78,7 +78,6 @@ def test_a_store_in_a_bucket_has_the_files_of_one_on_a_disk(s3: S3, small_store:
         claim(where, source, source.tasks(), BOTH)
 
 
-@pytest.mark.cluster
 def test_commands_read_and_write_it_by_its_uri(s3: S3, small_store: Path) -> None:
     where = s3.uri("bucket/cluster")
     result = prepare(NumpySource(), PrepareFlags(out=where, num_workers=2), SMALL)
@@ -118,7 +117,7 @@ def test_a_damaged_or_missing_object_is_found_and_named(s3: S3) -> None:
 # --- a server that fails ---
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "broken"])
 def test_a_server_that_fails_for_a_while_is_waited_for(
     s3: S3, how: str, small_store: Path, capfd: pytest.CaptureFixture[str]
@@ -151,7 +150,7 @@ def test_a_server_that_fails_for_a_while_is_waited_for(
         assert f"s3://bucket/{how} answers again" in printed
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_server_that_stays_away_ends_it_with_what_is_done_intact(s3: S3, small_store: Path) -> None:
     where, source = s3.uri("bucket/away"), slow_source(0.5)
     flags = PrepareFlags(out=where, num_workers=2, store_patience=1)

@@ -34,7 +34,6 @@ def build(source: NumpySource, folder: Path, *tasks: int) -> list[BuiltTask]:
     return [build_task(source, source.tasks()[i], folder, BOTH) for i in tasks]
 
 
-@pytest.mark.cluster
 @pytest.mark.usefixtures("ray_cluster")
 def test_one_two_and_four_workers_write_the_same_bytes(small_store: Path, tmp_path: Path) -> None:
     for num_workers in (1, 2, 4):
@@ -47,7 +46,6 @@ def test_one_two_and_four_workers_write_the_same_bytes(small_store: Path, tmp_pa
         assert result["pairs_per_second"] >= result["pairs_per_second_per_core"] > 0
 
 
-@pytest.mark.cluster
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_second_start_goes_on_where_the_first_was_cut_off(small_store: Path, tmp_path: Path) -> None:
     source, out = NumpySource(), tmp_path / "s"
@@ -63,7 +61,6 @@ def test_a_second_start_goes_on_where_the_first_was_cut_off(small_store: Path, t
     assert times == {name: (out / f"{name}.parquet").stat().st_mtime_ns for name in times}
 
 
-@pytest.mark.cluster
 @pytest.mark.usefixtures("ray_cluster")
 def test_too_many_bad_pairs_end_with_the_first_few_named_and_what_was_built_stays(tmp_path: Path) -> None:
     source = NumpySource(num_sequences=3, bad=((0, 2),), unreadable=(1,))

@@ -226,6 +226,7 @@ def test_with_a_mean_start_every_position_begins_at_its_mean_training_target(str
     torch.testing.assert_close(loaded.adapter(val.event_BE).view(-1, LIMIT, WIDTH), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_on_sequences_learns_and_is_judged_by_its_tokens(tmp_path: Path) -> None:
     store, uri = build_store(tmp_path / "store"), f"sqlite:///{tmp_path}/mlflow.db"

@@ -108,6 +108,7 @@ def test_a_folder_in_use_is_refused_and_left_alone(one_worker: tuple[TrainConfig
     assert sorted(str(path) for path in cfg.folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_three_workers_on_batches_of_eight_equal_one(
     one_worker: tuple[TrainConfig, dict[str, Any]], config: Callable[..., TrainConfig]
 ) -> None:
@@ -190,6 +191,7 @@ def in_a_process(words: list[str], run: Path, until_step: int, send: signal.Sign
     return process.wait(timeout=60)
 
 
+@pytest.mark.slow
 def test_all_of_it_killed_then_asked_to_stop_then_resumed_the_run_ends_with_the_same_bytes(
     config: Callable[..., TrainConfig], uninterrupted: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,6 +220,7 @@ def test_all_of_it_killed_then_asked_to_stop_then_resumed_the_run_ends_with_the_
     assert tracked.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_may_go_on_and_is_told_what_it_costs(
     one_worker: tuple[TrainConfig, dict[str, Any]], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -254,6 +257,7 @@ def test_a_resume_of_what_is_no_run_is_one_sentence(tmp_path: Path, capfd: pytes
     assert "is not the folder of a run" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_shard_too_large_to_hold_is_streamed_in_bf16_too(config: Callable[..., TrainConfig]) -> None:
     streamed = {"shard_memory_gib": 1e-6}
     narrow = {"precision": "bf16", "bf16_gradients": True}
@@ -263,6 +267,7 @@ def test_a_shard_too_large_to_hold_is_streamed_in_bf16_too(config: Callable[...,
     assert result["val"]["pairs"] == result["split"]["val"]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(config: Callable[..., TrainConfig]) -> None:
     cfg = config("burst", learning_rate=1e38)
     with pytest.raises(TrainingError, match=r"not finite .* at epoch \d+, step \d+.*checkpoint"):
@@ -272,6 +277,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(config: Callable[
     assert "FAILED" in {run.info.status for run in runs}
 
 
+@pytest.mark.slow
 def test_a_tracking_server_that_is_away_costs_neither_run_nor_point(
     config: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,7 +77,7 @@ def test_a_recording_that_is_not_there_is_told_so_too(shared_data: Path, tmp_pat
         list(of_dsec.pairs(tasks[0]))
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_prepare_ends_with_it_and_goes_on_once_the_input_is_there(tmp_path: Path) -> None:
     mount = tmp_path / "mount"
@@ -101,7 +101,7 @@ def test_prepare_ends_with_it_and_goes_on_once_the_input_is_there(tmp_path: Path
     assert result["pairs_kept"] >= 12
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_cluster_on_which_no_task_ends_is_told_with_the_mend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,7 @@ from ray_app.sources.dsec.events_file import DsecEvents
 from ray_app.sources.images import resized
 from ray_app.store.pair_store import PairStore
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 STARTS_US = {100_000: (0, 50_000, 100_000, 150_000), 150_000: (0, 75_000)}
 """Of the windows of both lengths, from the first frame on, in 250 ms of frames."""
 

@@ -106,6 +106,7 @@ def test_it_answers_tritonclient_with_a_token_and_no_one_without(server: RayServ
     assert server.ask("GET", "/v2/health/ready", headers=latin)[0] == 200
 
 
+@pytest.mark.slow
 def test_only_this_machine_can_reach_it(server: RayServer) -> None:
     """HAProxy's own mode binds replicas to all interfaces; here they are bound to the host that was asked for."""
     of_proxy: dict[int, str] = {}
@@ -130,6 +131,7 @@ def began(process: psutil.Process) -> float:
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks * TICK_S
 
 
+@pytest.mark.slow
 def test_haproxys_own_answer_is_a_problem(server: RayServer) -> None:
     """Ray lets it speak where no replica can: in plain text, were it not for what a replica writes over it."""
     proxies = processes(server, "haproxy")
@@ -148,6 +150,7 @@ def test_haproxys_own_answer_is_a_problem(server: RayServer) -> None:
     assert int(answer.headers["retry-after"]) == 1
 
 
+@pytest.mark.slow
 def test_metrics_are_of_every_replica(server: RayServer) -> None:
     with Load(server) as load:
         time.sleep(1.0)
@@ -163,6 +166,7 @@ def test_metrics_are_of_every_replica(server: RayServer) -> None:
     assert text.count("# TYPE align_requests_total counter") == 1
 
 
+@pytest.mark.slow
 def test_in_a_flood_a_full_queue_is_told_before_the_body_is_sent(server: RayServer) -> None:
     head = [f"POST {INFER} HTTP/1.1", f"Host: {server.url}", f"Authorization: Bearer {server.token}"]
     head += [f"{name}: {value}" for name, value in {**HEADERS, "Content-Length": str(len(BODY))}.items()]
@@ -178,6 +182,7 @@ def test_in_a_flood_a_full_queue_is_told_before_the_body_is_sent(server: RayServ
     assert server.ask("POST", INFER, BODY, HEADERS)[0] in (200, 429)
 
 
+@pytest.mark.slow
 def test_a_new_model_takes_over_on_every_replica_and_no_caller_sees_it(server: RayServer, folder: Path) -> None:
     first = server.json("GET", "/v1/model")[1]["version"]
     with Load(server) as load:
@@ -196,6 +201,7 @@ def test_a_new_model_takes_over_on_every_replica_and_no_caller_sees_it(server: R
     assert load.versions == {answer["version"]} != {first}
 
 
+@pytest.mark.slow
 def test_a_bad_model_is_refused_by_every_replica_and_no_caller_sees_it(server: RayServer, folder: Path) -> None:
     served = server.json("GET", "/v1/model")[1]["version"]
     with Load(server) as load:
@@ -214,6 +220,7 @@ def test_a_bad_model_is_refused_by_every_replica_and_no_caller_sees_it(server: R
     (folder / "good").rename(folder / "checkpoint")
 
 
+@pytest.mark.slow
 def test_a_killed_replica_costs_at_most_what_it_was_answering(server: RayServer) -> None:
     before = {process.pid for process in replicas(server)}
     with Load(server) as load:
@@ -229,6 +236,7 @@ def test_a_killed_replica_costs_at_most_what_it_was_answering(server: RayServer)
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_it_ends_at_sigterm_without_losing_a_request(server: RayServer, folder: Path) -> None:
     """A request that is half sent when the signal comes is answered."""
     connections = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=30) for _ in range(4)]

@@ -144,6 +144,7 @@ def test_a_last_ridge_holds_all_pairs_at_the_regularisation_that_validation_chos
         begin(last.model_copy(update={"out": str(tmp_path / "none")}))
 
 
+@pytest.mark.slow
 def test_conv_learns_with_augmentation_on_two_workers(small_store: Path, tmp_path: Path) -> None:
     cfg = config(
         small_store, tmp_path / "conv", "conv", num_workers=2, flip=0.5, shift=0.1, schedule="cosine", num_epochs=6

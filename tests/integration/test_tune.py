@@ -151,6 +151,7 @@ def attempts(folder: SweepDir) -> dict[str, int]:
     return {run.name: sum(line["kind"] == "workers_started" for line in entries(run)) for run in runs}
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_run_again_and_a_larger_budget_adds_to_it(swept: dict[str, Any], root: Path) -> None:
     folder = SweepDir(Path(swept["sweep"]))
     before = attempts(folder)
@@ -165,6 +166,7 @@ def test_what_is_finished_is_not_run_again_and_a_larger_budget_adds_to_it(swept:
         run_tune(TuneConfig(resume=folder.path, store=root, **flags))
 
 
+@pytest.mark.slow
 def test_a_sweep_can_be_watched_and_synced(swept: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["tune", "--watch", swept["sweep"], "--json"]) == 0
     told = capfd.readouterr()
@@ -178,6 +180,7 @@ def test_a_sweep_can_be_watched_and_synced(swept: dict[str, Any], capfd: pytest.
     assert synced["missing"] == synced["surplus"] == 0
 
 
+@pytest.mark.slow
 def test_a_changed_store_is_not_gone_on_with(swept: dict[str, Any], root: Path) -> None:
     folder, other = SweepDir(root / "moved"), build_store(NumpySource(seed=9), root / "other")
     shutil.copytree(swept["sweep"], folder.path)
@@ -193,6 +196,7 @@ def test_a_second_sweep_of_that_name_is_refused(root: Path) -> None:
         tune(root / "grid.yaml")
 
 
+@pytest.mark.slow
 def test_where_all_fail_the_reasons_are_grouped_and_the_exit_code_is_2(
     small_store: Path, root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,6 +222,7 @@ def interrupt(folder: SweepDir) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_an_estimate_above_the_budget_needs_a_word_and_ctrl_c_and_the_budget_end_the_search(
     small_store: Path, root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +247,7 @@ def test_an_estimate_above_the_budget_needs_a_word_and_ctrl_c_and_the_budget_end
     assert result["best"]["objective"] is not None
 
 
+@pytest.mark.slow
 def test_asha_stops_what_falls_behind_and_optuna_goes_on_from_the_record(small_store: Path, root: Path) -> None:
     space = {"hidden_dim": [8, 12, 16], "learning_rate": {"log": [1.0e-12, 1.0e-2]}}
     lines = {"space": space, "searcher": "optuna", "scheduler": "asha", "objective": "lift", "concurrent": 1}
@@ -256,6 +262,7 @@ def test_asha_stops_what_falls_behind_and_optuna_goes_on_from_the_record(small_s
     assert more["best"]["objective"] == max(trial["objective"] for trial in more["trials"])
 
 
+@pytest.mark.slow
 def test_a_trial_of_two_workers_is_a_ray_train_group_and_ends_as_one_of_one_does(
     small_store: Path, root: Path, swept: dict[str, Any]
 ) -> None:
@@ -287,6 +294,7 @@ def kill_a_trial(folder: SweepDir, killed: list[int]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_killed_trial_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes(
     small_store: Path, root: Path
 ) -> None:
@@ -312,6 +320,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_the_shipped_smoke_sweep_all_of_it_killed_goes_on_and_the_winner_is_judged_with_several_seeds(
     small_store: Path, root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,14 +10,20 @@ import pytest
 
 from ray_app import cli
 
+ARGV = ["quickstart", "--num-pairs", "24", "--num-sequences", "6", "--num-epochs", "1", "--hidden-dim", "8", "--out"]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quickstart") / "q"
+
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_quickstart_ends_with_a_table_a_report_and_a_champion(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_quickstart_ends_with_a_report_and_a_champion(
+    out: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    argv = "quickstart --num-pairs 24 --num-sequences 6 --num-epochs 1 --hidden-dim 8 --out q --json"
-    assert cli.run(argv.split()) == 0
+    monkeypatch.chdir(out.parent)
+    assert cli.run([*ARGV, "q", "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     evaluated = result["evaluate"]
     assert {"before", "white", "mean_target", "shuffled"} <= set(evaluated["baselines"])
@@ -26,11 +32,21 @@ def test_quickstart_ends_with_a_table_a_report_and_a_champion(
     )
     assert result["promote"]["promoted"]
     assert result["prepare"]["pairs"] == 24
-    assert cli.run([*argv.split()[:-1]]) == 0
-    out = capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_second_quickstart_makes_a_second_run_and_prints_a_table(
+    out: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(out.parent)
+    for number in (1, 2):
+        if not (out / f"run-{number}").exists():
+            assert cli.run([*ARGV, "q"]) == 0
+    printed = capfd.readouterr().out
     for word in ("mean_target", "shuffled", "report.html", "champion"):
-        assert word in out
-    assert {path.name for path in (tmp_path / "q").iterdir() if path.name.startswith("run-")} >= {"run-1", "run-2"}
+        assert word in printed
+    assert {path.name for path in out.iterdir() if path.name.startswith("run-")} >= {"run-1", "run-2"}
 
 
 @pytest.mark.parametrize(("lift", "fails"), [(0.31, False), (0.0, True), (-0.2, True)])
