@@ -168,11 +168,11 @@ COMMANDS: dict[str, Command] = {
         "will it speed decoding up: token acceptance on recorded outputs",
         "traces",
     ),
-    "proxy": Command(
-        draft.ProxyConfig,
+    "correlate": Command(
+        draft.CorrelateConfig,
         "correlate.command",
-        "proxy",
-        "proxy TRACES… --adapter CKPT… --out DIR",
+        "correlate",
+        "correlate TRACES… --adapter CKPT… --out DIR",
         "what cosine acceptance predicts about token acceptance",
         "traces",
     ),

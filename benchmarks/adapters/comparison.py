@@ -139,7 +139,7 @@ def token_store(images: PairStore, folder: Path) -> Path:
         features=Features(event=spec, target=spec),
         durations=images.manifest.durations,
         source=source,
-        quarantine=b"",
+        rejected=b"",
     )
     return folder
 

@@ -59,8 +59,8 @@ def kinds(folder: Path) -> list[Kind]:
     pairs = [Pair("drive", i, i + 100, rng.bytes(SPEC.num_bytes), rng.bytes(SPEC.num_bytes)) for i in range(40)]
     part = write_part(store, "drive.parquet", pairs, BOTH)
     line = json.dumps({"input": "drive", "position": "window [0, 100)", "reason": "the target picture is black"})
-    quarantine = f"{line}\n".encode() * 5
-    publish(store, [part], features=BOTH, durations={"100us": 100}, source={"name": "x"}, quarantine=quarantine)
+    rejected_lines = f"{line}\n".encode() * 5
+    publish(store, [part], features=BOTH, durations={"100us": 100}, source={"name": "x"}, rejected=rejected_lines)
     run.mkdir()
     with EventLog(run) as log:
         for step in range(1, 41):

@@ -3,9 +3,9 @@
     python -m benchmarks.data.prepare_dsec --folder FOLDER
 
 FOLDER keeps the drive (about 2.5 GB, written once) and, while it runs, a store. Everything is timed --rounds times,
-in turn; medians and ranges are told. Two numbers are told apart: events *covered* are those that lie in the windows;
-events *drawn* are those that are drawn, with `--pick middle` a fifth of them. What several windows of a task draw is
-read once. Writes benchmarks/results/prepare_dsec.json; about 20 minutes on two free cores.
+in turn; the result has medians and ranges. It counts events twice: *covered* are those in the windows, *drawn* those
+in event images, with `--pairs-per-window middle` a fifth of them. What several windows of a task draw is read once.
+Writes benchmarks/results/prepare_dsec.json; about 20 minutes on two free cores.
 """
 
 import argparse
@@ -39,17 +39,17 @@ SECOND_US = 1_000_000
 DSEC_WINDOWS = 5_208
 """Windows of 1 s of the reference's training set: 41 sequences, 36.7 billion events, so 14 million a second."""
 RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "middle_1_worker": (1, ("--durations", "1s", "--pick", "middle", "--step", "180ms")),
-    "middle_2_workers": (2, ("--durations", "1s", "--pick", "middle", "--step", "180ms")),
-    "all_1_worker": (1, ("--durations", "1s", "--pick", "all", "--step", "1s")),
-    "all_2_workers": (2, ("--durations", "1s", "--pick", "all", "--step", "1s")),
-    "window_of_20s": (1, ("--durations", "20s", "--pick", "all")),
+    "middle_1_worker": (1, ("--durations", "1s", "--pairs-per-window", "middle", "--step", "180ms")),
+    "middle_2_workers": (2, ("--durations", "1s", "--pairs-per-window", "middle", "--step", "180ms")),
+    "all_1_worker": (1, ("--durations", "1s", "--pairs-per-window", "all", "--step", "1s")),
+    "all_2_workers": (2, ("--durations", "1s", "--pairs-per-window", "all", "--step", "1s")),
+    "window_of_20s": (1, ("--durations", "20s", "--pairs-per-window", "all")),
     "four_durations_in_one": (1, ("--durations", "500ms", "1s", "2s", "4s")),
     **{f"of_four_{name}_alone": (1, ("--durations", name)) for name in ("500ms", "1s", "2s", "4s")},
 }
 """Workers and flags. By these steps the drive's windows fill two tasks, and what they draw overlaps by a tenth
 (`middle`) or not at all (`all`): the rates are those of reading too."""
-SAME = ("pairs", "quarantined", "windows", "events_covered", "events_drawn", "workers", "fingerprint")
+SAME = ("pairs", "rejected", "windows", "events_covered", "events_drawn", "workers", "fingerprint")
 """What every round must give alike."""
 
 
@@ -97,7 +97,9 @@ def against_the_loop(root: Path, name: str, num_windows: int, num_rounds: int) -
     """Windows of 1 s by EventGPT's loop and by ours, in turn, in one process."""
     sequence = sequence_in(root / "train" / name, name)
     first_us = int(sequence.times_us()[0])
-    sources = {pick: DsecSource(root, WindowingConfig((SECOND_US,), pick=pick)) for pick in ("middle", "all")}
+    sources = {
+        pick: DsecSource(root, WindowingConfig((SECOND_US,), pairs_per_window=pick)) for pick in ("middle", "all")
+    }
     (task, *_) = sources["middle"].tasks()
     starts_us = [first_us + 3 * (number + 1) * SECOND_US for number in range(num_windows)]
     mine = type(task)(
@@ -232,7 +234,7 @@ def main() -> None:
         "prepare_dsec",
         {
             "what": "one made-up drive in the true format; Blosc zstd chunks, PNG frames of 1440 x 1080 at 20 Hz, "
-            "--align infinite; end to end: read, drawn, aligned, resized, compressed, hashed, written",
+            "--align far-field; end to end: read, drawn, aligned, resized, compressed, hashed, written",
             "drive": {
                 "events": num_events,
                 "seconds": args.seconds,

@@ -140,7 +140,7 @@ def main() -> None:
             "second_device": {
                 "what": "EventGPT on a device of its own, while the target prefills",
                 **{
-                    name: costs(replayed(files, finished, name, GAMMA, device="second")["all"])
+                    name: costs(replayed(files, finished, name, GAMMA, device="separate")["all"])
                     for name in NAMES
                     if DRAFTERS[name].needs_event_tokens
                 },
@@ -181,7 +181,7 @@ def replayed(
 ) -> dict[str, list[ReplayedRow]]:
     """Rows with their costs: of each duration, and of all. `verify_steps`: what a pass costs, in plain steps."""
     paths = tuple(file.path for file in files)
-    cfg = ReplayConfig(traces=paths, gamma=gamma, folds=FOLDS, gap=GAP, draft_device=device)
+    cfg = ReplayConfig(traces=paths, num_speculative_tokens=gamma, folds=FOLDS, fold_gap=GAP, draft_device=device)
     parts: dict[str, list[ReplayedRow]] = {"all": []}
     for number, file in enumerate(files):
         duration = file.traces[0].duration

@@ -1,4 +1,4 @@
-"""`ray-app doctor`: what this machine or cluster lacks, on one screen. Looks, and changes nothing without --mend.
+"""`ray-app doctor`: what this machine or cluster lacks, on one screen. Looks, and changes nothing without --fix.
 
 torch, mlflow and Ray are imported where they are looked at, so that one that is broken does not hide the others.
 """
@@ -62,9 +62,9 @@ class DoctorCheck:
     """What."""
     state: State
     """A `problem` makes the exit code 1; `info` is neither good nor bad."""
-    found: str
+    value: str
     """What is there."""
-    mend: str = ""
+    fix: str = ""
     """What to do about it."""
 
 
@@ -81,21 +81,21 @@ def run_doctor(cfg: DoctorConfig) -> dict[str, Any]:
         check_tracking(cfg.tracking_uri),
         check_ray(cfg.address or os.environ.get("RAY_ADDRESS")),
         check_auth_mode(os.environ.get("RAY_AUTH_MODE")),
-        check_token(token_path(), mend=cfg.mend),
+        check_token(token_path(), fix=cfg.fix),
     ]
     return {"checks": [asdict(check) for check in checks], "problems": sum(c.state == "problem" for c in checks)}
 
 
 def render_doctor(result: dict[str, Any], console: Console) -> None:
-    """A line for each check, and the mend below what needs one."""
+    """A line for each check, and the fix below what needs one."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for column in ("name", "state"):
         table.add_column(column, no_wrap=True)
-    table.add_column("found", overflow="fold")
+    table.add_column("value", overflow="fold")
     for check in result["checks"]:
-        table.add_row(check["name"], f"[{STYLES[check['state']]}]{check['state']}[/]", literal(check["found"]))
-        if check["mend"]:
-            table.add_row("", "", literal(f"→ {check['mend']}"))
+        table.add_row(check["name"], f"[{STYLES[check['state']]}]{check['state']}[/]", literal(check["value"]))
+        if check["fix"]:
+            table.add_row("", "", literal(f"→ {check['fix']}"))
     console.print(table)
     count = result["problems"]
     console.print(f"{count} problem{'' if count == 1 else 's'}", style="bold red" if count else "bold green")
@@ -176,8 +176,8 @@ def check_memory(total: int) -> DoctorCheck:
     """Memory in all."""
     found = f"{total / GIB:.1f} GiB"
     if total < MIN_MEMORY_GIB * GIB:
-        mend = f"training at full width is safe from {MIN_MEMORY_GIB} GiB up; below, take a smaller --hidden-dim"
-        return DoctorCheck("memory", "warning", found, mend)
+        fix = f"training at full width is safe from {MIN_MEMORY_GIB} GiB up; below, take a smaller --hidden-dim"
+        return DoctorCheck("memory", "warning", found, fix)
     return DoctorCheck("memory", "ok", found)
 
 
@@ -188,8 +188,8 @@ def check_shm(path: Path) -> DoctorCheck:
     total = shutil.disk_usage(path).total
     found = f"{total / GIB:.1f} GiB"
     if total < MIN_SHM_GIB * GIB:
-        mend = f"Ray's object store wants {MIN_SHM_GIB} GiB; in a container: --shm-size={MIN_SHM_GIB}g"
-        return DoctorCheck(str(path), "warning", found, mend)
+        fix = f"Ray's object store wants {MIN_SHM_GIB} GiB; in a container: --shm-size={MIN_SHM_GIB}g"
+        return DoctorCheck(str(path), "warning", found, fix)
     return DoctorCheck(str(path), "ok", found)
 
 
@@ -198,8 +198,8 @@ def check_disk(folder: Path) -> DoctorCheck:
     free = shutil.disk_usage(folder).free
     found = f"{free / GIB:.1f} GiB free in {folder}"
     if free < MIN_DISK_GIB * GIB:
-        mend = f"a run at full width keeps up to {MIN_DISK_GIB} GiB of checkpoints and state; make room"
-        return DoctorCheck("disk", "warning", found, mend)
+        fix = f"a run at full width keeps up to {MIN_DISK_GIB} GiB of checkpoints and state; make room"
+        return DoctorCheck("disk", "warning", found, fix)
     return DoctorCheck("disk", "ok", found)
 
 
@@ -212,9 +212,9 @@ def check_gpu() -> DoctorCheck:
     built_for = torch.version.cuda
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") and built_for is None:
-            mend = "install the CUDA build of the same torch version"
+            fix = "install the CUDA build of the same torch version"
             return DoctorCheck(
-                "GPU", "warning", f"a driver is here, but torch {torch.__version__} is built without CUDA", mend
+                "GPU", "warning", f"a driver is here, but torch {torch.__version__} is built without CUDA", fix
             )
         return DoctorCheck("GPU", "info", "none; everything runs on CPUs")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -263,13 +263,13 @@ def check_sqlite(path: Path) -> DoctorCheck | None:
         finally:
             connection.close()
     except sqlite3.Error as error:
-        mend = "name another with --tracking-uri sqlite:///FILE.db"
-        return DoctorCheck("MLflow", "problem", f"{path} cannot be read as a database: {error}", mend)
+        fix = "name another with --tracking-uri sqlite:///FILE.db"
+        return DoctorCheck("MLflow", "problem", f"{path} cannot be read as a database: {error}", fix)
     if not tables:
         return DoctorCheck("MLflow", "info", f"{path} is empty; MLflow's tables will be made in it")
     if "alembic_version" not in tables:
-        mend = "name another with --tracking-uri sqlite:///FILE.db"
-        return DoctorCheck("MLflow", "problem", f"{path} is a database of something else than MLflow", mend)
+        fix = "name another with --tracking-uri sqlite:///FILE.db"
+        return DoctorCheck("MLflow", "problem", f"{path} is a database of something else than MLflow", fix)
     return None
 
 
@@ -315,11 +315,11 @@ def check_ray(address: str | None, limit_s: float = RAY_S) -> DoctorCheck:
     if not address or address == "local":
         return DoctorCheck("Ray", "info", "no address given; a command starts a cluster of its own on this machine")
     if address.startswith(("http://", "https://")):
-        mend = "give the cluster's own address, host:6379; http:// is for `ray job submit`"
-        return DoctorCheck("Ray", "problem", f"{address} is the address of a dashboard", mend)
+        fix = "give the cluster's own address, host:6379; http:// is for `ray job submit`"
+        return DoctorCheck("Ray", "problem", f"{address} is the address of a dashboard", fix)
     if address != "auto" and (reason := connection_error(address)):
-        mend = "start the cluster, name another with --address, or unset RAY_ADDRESS"
-        return DoctorCheck("Ray", "problem", f"nothing answers at {address}: {reason}", mend)
+        fix = "start the cluster, name another with --address, or unset RAY_ADDRESS"
+        return DoctorCheck("Ray", "problem", f"nothing answers at {address}: {reason}", fix)
     try:
         done = subprocess.run(
             [sys.executable, "-c", JOIN_RAY, address], capture_output=True, text=True, timeout=limit_s, check=False
@@ -343,8 +343,8 @@ def refused(address: str, stderr: str) -> DoctorCheck | None:
     """What Ray writes when the key is missing or wrong."""
     if not re.search(r"Unauthenticated|AuthToken|AuthenticationError", stderr):
         return None
-    mend = "copy ~/.ray/auth_token from its head to this machine (mode 0600), and set RAY_AUTH_MODE=token"
-    return DoctorCheck("Ray", "problem", f"{address} refuses this user's token", mend)
+    fix = "copy ~/.ray/auth_token from its head to this machine (mode 0600), and set RAY_AUTH_MODE=token"
+    return DoctorCheck("Ray", "problem", f"{address} refuses this user's token", fix)
 
 
 def check_auth_mode(mode: str | None) -> DoctorCheck:
@@ -356,8 +356,8 @@ def check_auth_mode(mode: str | None) -> DoctorCheck:
         )
     if mode.lower() == "token":
         return DoctorCheck(name, "ok", mode)
-    mend = "set RAY_AUTH_MODE=token: without it, whoever reaches a cluster's ports runs code there"
-    return DoctorCheck(name, "warning", mode, mend)
+    fix = "set RAY_AUTH_MODE=token: without it, whoever reaches a cluster's ports runs code there"
+    return DoctorCheck(name, "warning", mode, fix)
 
 
 def token_path() -> Path:
@@ -365,8 +365,8 @@ def token_path() -> Path:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
-def check_token(path: Path, *, mend: bool) -> DoctorCheck:
-    """The key must be its owner's alone; Ray writes it readable by everyone. `mend` sets mode 0600."""
+def check_token(path: Path, *, fix: bool) -> DoctorCheck:
+    """The key must be its owner's alone; Ray writes it readable by everyone. `fix` sets mode 0600."""
     name = "Ray token"
     if not path.is_file():
         return DoctorCheck(name, "info", f"{path} is not there; Ray makes it with the first cluster")
@@ -374,8 +374,8 @@ def check_token(path: Path, *, mend: bool) -> DoctorCheck:
     if not mode & 0o077:
         return DoctorCheck(name, "ok", f"{path} has mode {mode:04o}")
     found = f"{path} has mode {mode:04o}: others on this machine can use your clusters"
-    if not mend:
-        return DoctorCheck(name, "problem", found, f"`ray-app doctor --mend`, or: chmod 600 {path}")
+    if not fix:
+        return DoctorCheck(name, "problem", found, f"`ray-app doctor --fix`, or: chmod 600 {path}")
     try:
         path.chmod(0o600)
     except OSError as error:

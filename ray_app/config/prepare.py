@@ -13,12 +13,12 @@ class PrepareFlags(ClusterFlags):
 
     out: StorePlace
     """Folder of the new pair store, or a URI such as s3://bucket/store; must be new or empty."""
-    store_patience: float = Field(default=60.0, ge=0.0)
+    storage_timeout_s: float = Field(default=60.0, ge=0.0)
     """Seconds that an object store may fail to answer before the command ends; what is done stays."""
     num_workers: int = Field(default=0, ge=0)
     """Ray tasks at a time; 0: one for each CPU of the cluster."""
-    max_quarantined: float = Field(default=0.01, ge=0.0, le=1.0)
-    """Largest share of pairs that may be quarantined before the command ends with an error."""
+    max_rejected_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Largest share of pairs that may be rejected before the command ends with an error."""
 
 
 class PrepareScenes(PrepareFlags):
@@ -57,7 +57,7 @@ class PrepareVideo(PrepareFlags):
     """Sensor height in pixels."""
     duration: str = "50ms"
     """Window length, centred on a frame."""
-    every: Positive = 1
+    frame_stride: Positive = 1
     """One pair for every so many frames."""
 
 
@@ -74,7 +74,7 @@ class PrepareEventGpt(PrepareFlags):
     instructions: Path | None = None
     """Instruction JSON that lists the clips; default: EventGPT_Instruction_Subset.json in the folder, where it is
     there, else every clip that is found."""
-    num_images: Literal[1, 5] = 5
+    event_bins: Literal[1, 5] = 5
     """5: the middle one of the five images of event_image/; 1: the single one of event_image_1f/."""
 
 
@@ -85,13 +85,13 @@ class RecordedFlags(PrepareFlags):
     """Window lengths, one or several, 50ms to 20s."""
     step: str | None = None
     """Distance between window starts; default: half of each duration, as the reference."""
-    pick: Literal["middle", "all"] = "middle"
+    pairs_per_window: Literal["middle", "all"] = "middle"
     """The middle event image with the middle frame, as the reference; or each event image with its nearest frame."""
-    num_images: Annotated[int, Field(ge=1, le=64)] = 5
+    event_bins: Annotated[int, Field(ge=1, le=64)] = 5
     """Event images of a window, by equal event count."""
     max_gap: str = "200ms"
     """A window with a longer time without an event, or without a frame, is set aside."""
-    event_slice: str | None = None
+    event_window: str | None = None
     """Events are taken from this length in the middle of each window alone; default: the whole window."""
 
 
@@ -100,11 +100,11 @@ class PrepareDsec(RecordedFlags):
 
     root: Path
     """Dataset folder: train/ and test/ with a folder for each sequence, or per-sequence archives side by side."""
-    boundaries: Literal["us", "ms_floor"] = "us"
+    window_rounding: Literal["us", "ms"] = "us"
     """Window ends to the microsecond, or brought down to whole milliseconds of the file's clock as EventGPT's."""
-    align: Literal["auto", "infinite", "none"] = "auto"
-    """infinite: frames as the event camera sees what is far away, both sides cut to the common part; none: whole
-    frames, as the reference; auto: infinite where there is a calibration."""
+    align: Literal["auto", "far-field", "none"] = "auto"
+    """far-field: frames as the event camera sees what is far away, both sides cut to the common part; none: whole
+    frames, as the reference; auto: far-field where there is a calibration."""
 
 
 class PrepareDavis(RecordedFlags):
@@ -123,5 +123,5 @@ class InspectConfig(SplitFlags, ClusterFlags):
     """Also look for windows and pictures that this other store holds too."""
     picture: Path | None = None
     """Write a contact sheet of pairs to this PNG file."""
-    page: Path | None = None
+    html: Path | None = None
     """Write everything with plots, and pictures of the worst leaks, to this HTML file."""

@@ -1,4 +1,4 @@
-"""Settings of `capture`, `replay` and `proxy`."""
+"""Settings of `capture`, `replay` and `correlate`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -54,20 +54,20 @@ class ReplayConfig(ClusterFlags):
     drafter: tuple[str, ...] = ("eventgpt", "ngram", "prompt_lookup", "retrieval", "hybrid")
     """Drafters: none, eventgpt, ngram, prompt_lookup, retrieval, hybrid; for traces captured with --features also
     hidden_state and adapter. The baselines constant, positional and previous_window run beside them in any case."""
-    gamma: Annotated[int, Field(ge=1, le=256)] = 8
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=256)] = 8
     """Tokens drafted for each target pass."""
     folds: Annotated[int, Field(ge=2)] = 5
     """Parts of a file, each replayed by drafters that learnt from the others: whole sequences where all rows name
     theirs, else contiguous stretches."""
-    gap: int = Field(default=20, ge=0)
+    fold_gap: int = Field(default=20, ge=0)
     """Rows on either side of a stretch that are not learnt from: windows overlap."""
     adapter: Path | None = None
     """Checkpoint that carries the drafter's states into the target's space, for the drafter `adapter`."""
     timing: Path | None = None
     """JSON file of measured milliseconds for every row, instead of the traces' own timing_ms."""
-    draft_device: Literal["same", "second"] = "same"
+    draft_device: Literal["same", "separate"] = "same"
     """EventGPT runs on the target's device before its prefill, or on a second one during it."""
-    page: Path | None = None
+    html: Path | None = None
     """Write the numbers with plots to this HTML file."""
     vocabulary: Positive = 32_000
     """Tokens of the shared tokenizer."""
@@ -77,7 +77,7 @@ class ReplayConfig(ClusterFlags):
     """Its end token."""
 
 
-class ProxyConfig(ClusterFlags):
+class CorrelateConfig(ClusterFlags):
     """Proxy against truth: what cosine acceptance predicts about token acceptance, on captured traces with states.
 
     Every adapter is judged beside the raw states (where widths allow) and the mean target state, a constant.
@@ -88,10 +88,10 @@ class ProxyConfig(ClusterFlags):
     adapter: tuple[Path, ...] = ()
     """Checkpoints that carry the drafter's states into the target's space; three or more give a rank correlation."""
     out: Path
-    """Folder for proxy.json and proxy.html; files of these names are replaced."""
+    """Folder for correlation.json and correlation.html; files of these names are replaced."""
     folds: Annotated[int, Field(ge=2)] = 5
     """Parts of a file, as in `replay`; tokens of each are looked up among the states of the others."""
-    gap: int = Field(default=20, ge=0)
+    fold_gap: int = Field(default=20, ge=0)
     """Rows on either side of a stretch that are not looked up."""
     vocabulary: Positive = 32_000
     """Tokens of the shared tokenizer."""

@@ -70,5 +70,5 @@ class DoctorConfig(ClusterFlags):
 
     tracking_uri: str | None = None
     """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
-    mend: bool = False
+    fix: bool = False
     """Take the key to Ray's clusters out of reach of others (mode 0600)."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ray_app.drafters.replay import RowReplay
 
-Device = Literal["same", "second"]
+Device = Literal["same", "separate"]
 """Where EventGPT runs: on the target's device, before its prefill, or on one of its own, during it."""
 
 
@@ -50,7 +50,7 @@ def row_cost(row: RowReplay, times: StepTimes, *, gamma: int, num_event_tokens: 
 
     def start(num_tokens: int) -> float:
         event_ms = times.event_start_ms + num_tokens * times.event_step_ms
-        return max(times.target_prefill_ms, event_ms) if device == "second" else times.target_prefill_ms + event_ms
+        return max(times.target_prefill_ms, event_ms) if device == "separate" else times.target_prefill_ms + event_ms
 
     plain_ms = times.target_prefill_ms + row.length * times.target_step_ms
     tokens = row.at_once[:gamma]

@@ -26,7 +26,7 @@ def read_files(paths: Sequence[Path], vocabulary: int, end_token: int) -> list[T
 
 def damaged_lines(files: Sequence[TraceFile]) -> list[str]:
     """File, line and reason of each line that cannot be used."""
-    return [f"{bad.file}, line {bad.line}: {bad.reason}" for file in files for bad in file.quarantined]
+    return [f"{bad.file}, line {bad.line}: {bad.reason}" for file in files for bad in file.rejected]
 
 
 def require_states(file: TraceFile, wanted_by: str) -> None:

@@ -113,8 +113,8 @@ def contiguous_folds(num_rows: int, num_folds: int, gap: int) -> list[Fold]:
     """
     if num_rows < num_folds or num_rows - -(-num_rows // num_folds) - 2 * gap < 1:
         raise ConfigError(
-            f"{num_rows} rows in --folds ({num_folds}) with --gap ({gap}) on both sides leave none to learn from; "
-            "take more rows, or a smaller gap."
+            f"{num_rows} rows in --folds ({num_folds}) with --fold-gap ({gap}) on both sides leave no row to learn "
+            "from; take more rows, or a smaller gap."
         )
     ends = [num_rows * fold // num_folds for fold in range(num_folds + 1)]
     return [

@@ -1,8 +1,8 @@
 """Windows of recordings that hold events and frames: where they lie, which events are drawn, which frame belongs.
 
-A window's events are divided into `num_images` parts of equal count and drawn as EventGPT draws them. As in the
-reference, the middle part and the middle frame make the window's pair (`pick: middle`); or each part makes one,
-with the frame of the window that is nearest in time to the part's middle (`pick: all`).
+A window's events are divided into `event_bins` parts of equal count and drawn as EventGPT draws them. As in the
+reference, the middle part and the middle frame make the window's pair (`pairs_per_window: middle`); or each part
+makes one, with the frame of the window that is nearest in time to the part's middle (`pairs_per_window: all`).
 """
 
 import hashlib
@@ -59,13 +59,13 @@ class WindowingConfig:
     """Window lengths."""
     step_us: int | None = None
     """Distance between window starts; None: half of each duration."""
-    pick: Pick = "middle"
+    pairs_per_window: Pick = "middle"
     """The middle event image of a window, or all of them."""
-    num_images: int = 5
+    event_bins: int = 5
     """Event images of a window, by equal count."""
     max_gap_us: int = 200_000
     """Longest time in a window without an event, or without a frame."""
-    event_slice_us: int | None = None
+    event_window_us: int | None = None
     """Events are taken from this length in the middle of the window; None: from all of it."""
 
     def __post_init__(self) -> None:
@@ -76,10 +76,10 @@ class WindowingConfig:
             name = format_duration(duration_us)
             if not SHORTEST_US <= duration_us <= LONGEST_US:
                 raise ConfigError(f"--durations ({name}) must lie between 50ms and 20s")
-            if self.event_slice_us is not None and self.event_slice_us > duration_us:
+            if self.event_window_us is not None and self.event_window_us > duration_us:
                 raise ConfigError(
-                    f"--event-slice ({format_duration(self.event_slice_us)}) is longer than the window ({name}) that "
-                    "it is the middle of"
+                    f"--event-window ({format_duration(self.event_window_us)}) is longer than the window ({name}); "
+                    "it is the middle part of it"
                 )
         if twice := [us for us, count in Counter(self.durations_us).items() if count > 1]:
             raise ConfigError(f"--durations names {format_duration(twice[0])} twice")
@@ -87,12 +87,12 @@ class WindowingConfig:
             raise ConfigError(f"--step ({format_duration(self.step_us)}) must be 1ms or more")
         if self.max_gap_us < SHORTEST_GAP_US:
             raise ConfigError(f"--max-gap ({format_duration(self.max_gap_us)}) must be 2ms or more")
-        if not 1 <= self.num_images <= PAIRS_PER_TASK:
-            raise ConfigError(f"--num-images ({self.num_images}) must lie between 1 and {PAIRS_PER_TASK}")
+        if not 1 <= self.event_bins <= PAIRS_PER_TASK:
+            raise ConfigError(f"--event-bins ({self.event_bins}) must lie between 1 and {PAIRS_PER_TASK}")
 
     @property
-    def pairs_per_window(self) -> int:
-        return self.num_images if self.pick == "all" else 1
+    def num_pairs(self) -> int:
+        return self.event_bins if self.pairs_per_window == "all" else 1
 
     def names(self) -> list[str]:
         """The durations by name."""
@@ -100,17 +100,21 @@ class WindowingConfig:
 
     def describe(self) -> dict[str, Any]:
         """Every setting, and in words what is drawn."""
-        part = "the middle one" if self.pick == "middle" else "each"
-        frame = "the middle frame" if self.pick == "middle" else "the frame nearest to the image's middle in time"
+        part = "the middle one" if self.pairs_per_window == "middle" else "each"
+        frame = (
+            "the middle frame"
+            if self.pairs_per_window == "middle"
+            else "the frame nearest to the image's middle in time"
+        )
         return {
             "durations": self.names(),
             "steps": [format_duration(self._step(duration_us)) for duration_us in self.durations_us],
-            "pick": self.pick,
-            "num_images": self.num_images,
+            "pairs_per_window": self.pairs_per_window,
+            "event_bins": self.event_bins,
             "max_gap": format_duration(self.max_gap_us),
-            "event_slice": format_duration(self.event_slice_us) if self.event_slice_us else None,
+            "event_window": format_duration(self.event_window_us) if self.event_window_us else None,
             "events": "recorded",
-            "event_image": f"{part} of {self.num_images} of equal event count",
+            "event_image": f"{part} of {self.event_bins} of equal event count",
             "target": f"{frame} of the window",
         }
 
@@ -126,11 +130,11 @@ class WindowingConfig:
         room = recorded_us = 0
         for window in sorted(windows, key=lambda window: (order(window), window.t_end_us)):
             length_us = window.t_end_us - window.t_start_us
-            if not portions or room < self.pairs_per_window or recorded_us + length_us > SECONDS_PER_TASK_US:
+            if not portions or room < self.num_pairs or recorded_us + length_us > SECONDS_PER_TASK_US:
                 portions.append([])
                 room, recorded_us = PAIRS_PER_TASK, 0
             portions[-1].append(window)
-            room, recorded_us = room - self.pairs_per_window, recorded_us + length_us
+            room, recorded_us = room - self.num_pairs, recorded_us + length_us
         return portions
 
     def task(self, sequence: str, part: int, windows: list[Window], spec: dict[str, Any]) -> SourceTask:
@@ -138,7 +142,7 @@ class WindowingConfig:
         lengths = "several" if len(self.durations_us) > 1 else self.names()[0]
         spec = {**spec, "windows": [[window.t_start_us, window.t_end_us] for window in windows]}
         name = f"{file_name(sequence)}-{lengths}-{part:05d}"
-        return SourceTask(name, len(windows) * self.pairs_per_window, spec)
+        return SourceTask(name, len(windows) * self.num_pairs, spec)
 
     def without_windows(self, tasks: list[SourceTask]) -> str | None:
         """The first duration of which the tasks have no window."""
@@ -155,21 +159,21 @@ class WindowingConfig:
         plans = [self._planned(events, times_us, window) for window in windows]
         sketches = render_slices(events, [each for plan in plans for each in plan.slices])
         for plan in plans:
-            for i in range(self.pairs_per_window):
+            for i in range(self.num_pairs):
                 try:
                     if plan.reason:
                         raise plan.reason
                     yield self._pair(sequence, plan, times_us, next(sketches), sides)
                 except InputError as error:
                     where = f"window [{plan.window.t_start_us}, {plan.window.t_end_us})"
-                    where += f", image {i}" if self.pairs_per_window > 1 else ""
+                    where += f", image {i}" if self.num_pairs > 1 else ""
                     yield RejectedPair(sequence, where, str(error))
 
     def _pair(
         self, sequence: str, plan: WindowPlan, times_us: NDArray[np.int64], sketch: EventImageBuilder, sides: Sides
     ) -> RawPair:
         drawn, number = sketch.image(), plan.frames[len(plan.frames) // 2]
-        if self.pick == "all":
+        if self.pairs_per_window == "all":
             middle_us = (sketch.first_us + sketch.last_us) / 2
             number = plan.frames[int(np.argmin(np.abs(times_us[plan.frames] - middle_us)))]
         event_HWC, target_HWC = sides(drawn, number)
@@ -191,13 +195,13 @@ class WindowingConfig:
             self._check_gaps(events, times_us[frames], window)
             bounds = self._bounds(events, window)
             num_events = bounds[-1] - bounds[0]
-            if self.event_slice_us is not None:
+            if self.event_window_us is not None:
                 num_events = events.index(window.t_end_us) - events.index(window.t_start_us)
         except InputError as error:
             return WindowPlan(window, frames, reason=error)
         slices = list(pairwise(bounds))
-        if self.pick == "middle":
-            slices = [slices[self.num_images // 2]]
+        if self.pairs_per_window == "middle":
+            slices = [slices[self.event_bins // 2]]
         return WindowPlan(window, frames, tuple(slices), num_events)
 
     def _step(self, duration_us: int) -> int:
@@ -219,16 +223,16 @@ class WindowingConfig:
     def _bounds(self, events: RecordedEvents, window: Window) -> list[int]:
         """Places at which the window's event images begin and end: parts of equal count, the last with the rest."""
         start_us, end_us = window.t_start_us, window.t_end_us
-        if self.event_slice_us is not None:
-            start_us += (end_us - start_us - self.event_slice_us) // 2
-            end_us = start_us + self.event_slice_us
+        if self.event_window_us is not None:
+            start_us += (end_us - start_us - self.event_window_us) // 2
+            end_us = start_us + self.event_window_us
         first, stop = events.index(start_us), events.index(end_us)
-        if stop - first < self.num_images:
+        if stop - first < self.event_bins:
             raise InputError(
-                f"{stop - first} events cannot be drawn as {self.num_images} images; at least one each is needed"
+                f"{stop - first} events cannot be drawn as {self.event_bins} images; at least one each is needed"
             )
-        count = (stop - first) // self.num_images
-        return [*(first + i * count for i in range(self.num_images)), stop]
+        count = (stop - first) // self.event_bins
+        return [*(first + i * count for i in range(self.event_bins)), stop]
 
 
 def first_gap(times_us: Iterable[int], longest_us: int) -> tuple[int, int] | None:

@@ -53,7 +53,7 @@ class VideoSource:
     """Sensor rows."""
     duration_us: int = 50_000
     """Length of a window, centred on its frame."""
-    every: int = 1
+    frame_stride: int = 1
     """Frames from one pair to the next."""
 
     @property
@@ -68,7 +68,7 @@ class VideoSource:
             "seed": self.seed,
             "sensor": [self.width, self.height],
             "duration": format_duration(self.duration_us),
-            "every": self.every,
+            "frame_stride": self.frame_stride,
             "simulator": asdict(CAMERA),
             "substep_us": SUBSTEP_US,
             "lead_frames": LEAD_FRAMES,
@@ -87,7 +87,7 @@ class VideoSource:
             half = self.duration_us // 2
             frames = [
                 i
-                for i in range(0, len(times_us), self.every)
+                for i in range(0, len(times_us), self.frame_stride)
                 if times_us[i] - half >= times_us[0] and times_us[i] - half + self.duration_us <= times_us[-1]
             ]
             if not frames:

@@ -1,6 +1,6 @@
 """What `capture` leaves on disk: rows of traces and the models' states, in shards that are checked before use.
 
-    capture.json  traces.jsonl  quarantine.jsonl
+    capture.json  traces.jsonl  rejected.jsonl
     shards/NAME.jsonl  shards/NAME.rejected.jsonl  shards/NAME.safetensors  shards/NAME.sha256
 
 A shard is finished when its NAME.sha256, in the format of `sha256sum`, is there and holds; it is written last.
@@ -24,7 +24,7 @@ from ray_app.store.atomic import disk_errors, make_folder, sha256_bytes, sha256_
 
 SETTINGS = "capture.json"
 TRACES = "traces.jsonl"
-QUARANTINE = "quarantine.jsonl"
+REJECTED = "rejected.jsonl"
 SHARDS = "shards"
 Side = Literal["draft", "target"]
 
@@ -103,9 +103,9 @@ def verify_shard(shards: Path, name: str) -> None:
             )
 
 
-def publish(folder: Path, rows: Sequence[Mapping[str, Any]], quarantined: Sequence[Mapping[str, Any]]) -> None:
-    """Writes traces.jsonl, all rows in order, and quarantine.jsonl."""
-    for file, lines in ((TRACES, rows), (QUARANTINE, quarantined)):
+def publish(folder: Path, rows: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> None:
+    """Writes traces.jsonl, all rows in order, and rejected.jsonl."""
+    for file, lines in ((TRACES, rows), (REJECTED, rejected)):
         write_file(folder / file, as_lines(lines))
 
 

@@ -15,7 +15,7 @@ from ray_app.store.atomic import sha256_bytes
 from ray_app.store.filesystem import StorageDir, Where, open_storage
 
 MANIFEST = "manifest.json"
-QUARANTINE = "quarantine.jsonl"
+REJECTED = "rejected.jsonl"
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
@@ -106,8 +106,8 @@ class Manifest(Config):
     """Pairs in all files."""
     sequences: int = Field(ge=1)
     """Sequences that have a pair."""
-    quarantined: int = Field(ge=0)
-    """Pairs that could not be built: lines of quarantine.jsonl."""
+    rejected: int = Field(ge=0)
+    """Pairs that could not be built: lines of rejected.jsonl."""
     durations: dict[str, Annotated[int, Field(ge=1)]]
     """Window lengths in the store: name to microseconds."""
     features: Features
@@ -118,7 +118,7 @@ class Manifest(Config):
     """Of all pairs and how they are read; independent of files and their order."""
     files: tuple[PartRecord, ...]
     """Parquet files, sorted by name."""
-    quarantine: FileRecord
+    rejected_file: FileRecord
     """The file of rejected pairs, empty where there are none."""
     checksum: str = ""
     """SHA-256 of this manifest as written with this field empty."""

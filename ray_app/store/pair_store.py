@@ -20,7 +20,7 @@ from ray_app.store.atomic import sha256_bytes
 from ray_app.store.filesystem import StorageDir, Where, open_storage
 from ray_app.store.manifest import (
     MANIFEST,
-    QUARANTINE,
+    REJECTED,
     Features,
     FeatureSpec,
     FileRecord,
@@ -120,7 +120,7 @@ class PairStore:
         """
         folder = open_storage(where)
         manifest = Manifest.read(folder)
-        verify_file(folder, manifest.quarantine)  # small, and read by people alone
+        verify_file(folder, manifest.rejected_file)  # small, and read by people alone
         if unknown := set(durations) - set(manifest.durations):
             has = ", ".join(manifest.durations)
             raise StoreError(f"{folder} has no windows of {', '.join(sorted(unknown))}; it has {has}.")
@@ -149,7 +149,7 @@ class PairStore:
 
     def verify(self) -> None:
         """Every file against its SHA-256. StoreError names the first that differs or is missing."""
-        for record in (*self.manifest.files, self.manifest.quarantine):
+        for record in (*self.manifest.files, self.manifest.rejected_file):
             verify_file(self.folder, record)
 
     def table(self, file: int) -> pa.Table:
@@ -305,9 +305,9 @@ def publish(
     features: Features,
     durations: dict[str, int],
     source: dict[str, Any],
-    quarantine: bytes,
+    rejected: bytes,
 ) -> Manifest:
-    """Writes quarantine.jsonl and, last, manifest.json: from then on the folder is a store.
+    """Writes rejected.jsonl and, last, manifest.json: from then on the folder is a store.
 
     `durations` names window lengths in microseconds; those that occur go into the manifest.
     """
@@ -315,17 +315,17 @@ def publish(
     parts = sorted(parts, key=lambda part: part.name)
     index = pa.concat_tables([read_index(folder, part) for part in parts])
     lengths_us = np.unique(index["t_end_us"].to_numpy() - index["t_start_us"].to_numpy()).tolist()
-    folder.write(QUARANTINE, quarantine)
+    folder.write(REJECTED, rejected)
     manifest = Manifest(
         pairs=index.num_rows,
         sequences=len(index["sequence"].unique()),
-        quarantined=quarantine.count(b"\n"),
+        rejected=rejected.count(b"\n"),
         durations={name: us for name, us in durations.items() if us in lengths_us},
         features=features,
         source=source,
         fingerprint=content_fingerprint(index["sample_id"].to_pylist(), features),
         files=tuple(parts),
-        quarantine=FileRecord(name=QUARANTINE, bytes=len(quarantine), sha256=sha256_bytes(quarantine)),
+        rejected_file=FileRecord(name=REJECTED, bytes=len(rejected), sha256=sha256_bytes(rejected)),
     ).sealed()
     manifest.write(folder)
     return manifest

@@ -96,7 +96,7 @@ class TraceFile:
     """Where they were read."""
     traces: tuple[Trace, ...]
     """In order."""
-    quarantined: tuple[BadLine, ...]
+    rejected: tuple[BadLine, ...]
     """Lines that were set aside."""
     cut_off: int
     """Answers without an end token: recorded up to a length limit."""

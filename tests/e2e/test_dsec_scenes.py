@@ -80,7 +80,7 @@ def test_inspect_tells_the_numbers_that_numpy_gives(
     scene_drive: SceneDrive, prepared: dict[str, Any], tmp_path: Path
 ) -> None:
     page = tmp_path / "store.html"
-    result = run_inspect(InspectConfig(store=prepared["store"], page=page))
+    result = run_inspect(InspectConfig(store=prepared["store"], html=page))
     worked = windows(scene_drive)
     told = result["windows"]
     for name, values in (

@@ -67,7 +67,7 @@ def test_killed_twice_it_keeps_every_finished_file_and_ends_with_the_same_bytes(
     assert after_one.items() <= after_two.items()
     result = run_prepare(scenes(store))
     expected = run_prepare(scenes(whole))
-    assert result["pairs_kept"] >= len(after_two) > 0
+    assert result["pairs_reused"] >= len(after_two) > 0
     assert result["fingerprint"] == expected["fingerprint"]
     assert after_two == {task: (store / f"{task}.parquet").stat().st_mtime_ns for task in after_two}
     left = {path.name: sha256_file(path) for path in store.iterdir() if not path.name.startswith(".")}
@@ -112,5 +112,5 @@ def test_a_task_whose_process_dies_is_done_again_and_nothing_is_lost(tmp_path: P
     thread.join(PATIENCE_S)
     assert killed == 3
     assert result["fingerprint"] == expected["fingerprint"]
-    assert (result["pairs"], result["quarantined"]) == (expected["pairs"], 0)
+    assert (result["pairs"], result["rejected"]) == (expected["pairs"], 0)
     PairStore.open(tmp_path / "killed").verify()

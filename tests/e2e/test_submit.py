@@ -114,7 +114,7 @@ def test_rays_own_client_submits_a_command_as_well(head: Head) -> None:
     assert found, done.stderr
     (ray_check,) = (check for check in found["checks"] if check["name"] == "Ray")
     assert ray_check["state"] == "ok", "it joined the cluster that it runs on"
-    assert f":{head.address.rpartition(':')[2]}: " in ray_check["found"]
+    assert f":{head.address.rpartition(':')[2]}: " in ray_check["value"]
     assert done.returncode == 1, "nothing answers at the tracking server's address"
 
 

@@ -87,7 +87,7 @@ def write_scene(root: Path, name: str, seed: int, num_frames: int) -> SceneDrive
 
 def dsec(root: Path, durations_us: tuple[int, ...] = SECOND, **settings: Any) -> DsecSource:
     """A source; settings of the cut and of the source by name."""
-    own = {name: settings.pop(name) for name in ("align", "boundaries") if name in settings}
+    own = {name: settings.pop(name) for name in ("align", "window_rounding") if name in settings}
     return DsecSource(root, WindowingConfig(durations_us, **settings), **own)
 
 

@@ -81,7 +81,7 @@ def captured(models: Path, footage: Path, tmp_path_factory: pytest.TempPathFacto
     """37 windows in three shards. Shared: copy it before changing it."""
     out = tmp_path_factory.mktemp("captured") / "out"
     result = run_capture(config(models, footage, out))
-    assert (result["rows"], result["rows_kept"], result["shards"], result["quarantined"]) == (37, 0, 3, 0)
+    assert (result["rows"], result["rows_kept"], result["shards"], result["rejected"]) == (37, 0, 3, 0)
     assert result["num_verified"] > 0
     assert result["num_verified_otherwise"] == 0
     assert {"draft_prefill", "draft_per_token", "target_prefill", "target_per_token"} < set(result["timing_ms"])
@@ -211,9 +211,9 @@ def test_replay_reads_what_capture_wrote(captured: Path) -> None:
         ReplayConfig(
             traces=(captured / TRACES,),
             drafter=("hidden_state", "hybrid"),
-            gamma=4,
+            num_speculative_tokens=4,
             folds=3,
-            gap=2,
+            fold_gap=2,
             vocabulary=VOCABULARY,
         )
     )
@@ -242,7 +242,9 @@ def test_nothing_is_captured_twice_and_a_damaged_shard_alone_again(
     damaged.write_bytes(data)
     with pytest.raises(InputError, match=r"drive-0001\.safetensors is missing or damaged"):
         run_replay(
-            ReplayConfig(traces=(out / TRACES,), drafter=("hidden_state",), folds=2, gap=2, vocabulary=VOCABULARY)
+            ReplayConfig(
+                traces=(out / TRACES,), drafter=("hidden_state",), folds=2, fold_gap=2, vocabulary=VOCABULARY
+            )
         )
     assert run_capture(config(models, footage, out))["rows_kept"] == 21
     assert spoken(out) == spoken(captured)
@@ -286,7 +288,7 @@ def test_a_window_without_a_frame_is_set_aside_until_it_is_there(models: Path, f
     (broken / "0009.png").write_bytes(good[:40])
     cfg = config(models, broken, tmp_path / "out", max_new_tokens=4, features=False)
     first = run_capture(cfg)
-    assert (first["rows"], first["quarantined"]) == (2, 3)
+    assert (first["rows"], first["rejected"]) == (2, 3)
     shard = read_shard(cfg.out, plan_of(cfg)[0][0])
     assert shard is not None
     assert [row["row"] for row in shard.rows] == [0, 1]
@@ -294,7 +296,7 @@ def test_a_window_without_a_frame_is_set_aside_until_it_is_there(models: Path, f
     assert "0009.png" in shard.rejected[0]["reason"]
     (broken / "0009.png").write_bytes(good)
     mended = run_capture(cfg)
-    assert (mended["rows"], mended["rows_kept"], mended["quarantined"]) == (5, 0, 0)
+    assert (mended["rows"], mended["rows_kept"], mended["rejected"]) == (5, 0, 0)
 
 
 def test_another_tokenizer_is_translated_and_states_are_refused(models: Path, footage: Path, tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from ray_app import cli
-from ray_app.commands.correlate.command import run_proxy
+from ray_app.commands.correlate.command import run_correlate
 from ray_app.commands.evaluate.command import token_report_link
 from ray_app.commands.replay.command import run_replay
 from ray_app.config.evaluate import EvaluateConfig
-from ray_app.config.speculative import ProxyConfig, ReplayConfig
+from ray_app.config.speculative import CorrelateConfig, ReplayConfig
 from ray_app.core.adapters.registry import AdapterConfig, build_adapter
 from ray_app.core.speculative.correlation import Places, cosines, judge, rank_correlation, spearman
 from ray_app.drafters.base import AnsweredPrompt, Prompt
@@ -168,7 +168,9 @@ def save_linear(folder: Path, weight_DE: torch.Tensor, width: int = WIDTH) -> No
 @pytest.mark.usefixtures("ray_cluster")
 def test_adapters_of_known_worth(world: Path, tmp_path: Path) -> None:
     adapters = tuple(world / name for name in ("other", "half", "exact"))
-    result = run_proxy(ProxyConfig(traces=(world / TRACES,), adapter=adapters, out=tmp_path / "out", folds=3, gap=3))
+    result = run_correlate(
+        CorrelateConfig(traces=(world / TRACES,), adapter=adapters, out=tmp_path / "out", folds=3, fold_gap=3)
+    )
     found = {**result["baselines"], **result["adapters"]}
     assert (result["rows"], result["blocks"]) == (60, 10)
     assert set(result["baselines"]) == {"raw", "mean_target"}
@@ -179,11 +181,14 @@ def test_adapters_of_known_worth(world: Path, tmp_path: Path) -> None:
     assert found["mean_target"]["match_rate"] < 0.3
     assert result["rank_correlation"]["cos_mean"] == pytest.approx(1.0)
     assert "Cosine acceptance is not token acceptance" in result["verdict"][0]
-    page = (tmp_path / "out" / "proxy.html").read_text()
+    page = (tmp_path / "out" / "correlation.html").read_text()
     assert "<svg" in page
     assert "exact" in page
     assert "http" not in page
-    assert json.loads((tmp_path / "out" / "proxy.json").read_text())["adapters"].keys() == result["adapters"].keys()
+    assert (
+        json.loads((tmp_path / "out" / "correlation.json").read_text())["adapters"].keys()
+        == result["adapters"].keys()
+    )
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -193,13 +198,13 @@ def test_lines_that_were_set_aside_are_told(
 ) -> None:
     path, out = world / "cut.jsonl", tmp_path / "out"
     path.write_text((world / TRACES).read_text() + '{"row": 60, "<questi')
-    assert cli.run(["proxy", str(path), "--out", str(out), *form]) == 0
+    assert cli.run(["correlate", str(path), "--out", str(out), *form]) == 0
     told = capfd.readouterr()
     assert f"set aside: {path}, line 61: cut short, or not JSON" in told.err
-    result = json.loads((out / "proxy.json").read_text())
-    assert result["quarantined"] == [{"file": str(path), "line": 61, "reason": "cut short, or not JSON"}]
-    assert f"set aside: {path}, line 61: cut short, or not JSON" in (out / "proxy.html").read_text()
-    assert form != ["--json"] or json.loads(told.out)["quarantined"] == result["quarantined"]
+    result = json.loads((out / "correlation.json").read_text())
+    assert result["rejected"] == [{"file": str(path), "line": 61, "reason": "cut short, or not JSON"}]
+    assert f"set aside: {path}, line 61: cut short, or not JSON" in (out / "correlation.html").read_text()
+    assert form != ["--json"] or json.loads(told.out)["rejected"] == result["rejected"]
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -210,7 +215,7 @@ def test_a_place_is_looked_up_in_other_sequences_alone(world: Path, tmp_path: Pa
         line["sequence"] = "last" if line is lines[-1] else "others"
     path = world / "named.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result = run_proxy(ProxyConfig(traces=(path,), adapter=(world / "exact",), out=tmp_path / "out"))
+    result = run_correlate(CorrelateConfig(traces=(path,), adapter=(world / "exact",), out=tmp_path / "out"))
     lent = [token in lines[-1]["target_tokens"] for line in lines for token in line["target_tokens"]]
     assert result["folds"] == 2
     assert np.mean(lent) - 0.1 < result["adapters"]["exact"]["match_rate"] < np.mean(lent) + 0.02 < 0.9
@@ -218,7 +223,9 @@ def test_a_place_is_looked_up_in_other_sequences_alone(world: Path, tmp_path: Pa
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_replay_drafts_from_states(world: Path) -> None:
-    cfg = ReplayConfig(traces=(world / TRACES,), drafter=("hidden_state", "adapter"), gamma=4, folds=3, gap=3)
+    cfg = ReplayConfig(
+        traces=(world / TRACES,), drafter=("hidden_state", "adapter"), num_speculative_tokens=4, folds=3, fold_gap=3
+    )
     with pytest.raises(ConfigError, match="'adapter' needs --adapter CKPT"):
         run_replay(cfg)
     result = run_replay(cfg.model_copy(update={"adapter": world / "exact"}))
@@ -232,25 +239,27 @@ def test_states_that_cannot_be_used(world: Path, tmp_path: Path, shared_data: Pa
     plain = shared_data / "tokens" / "dsec_test_5s.jsonl"
     with pytest.raises(InputError, match="drafter 'hidden_state' needs both models' states, and 193 of 193 rows"):
         run_replay(ReplayConfig(traces=(plain,), drafter=("hidden_state",)))
-    with pytest.raises(InputError, match="proxy needs both models' states"):
-        run_proxy(ProxyConfig(traces=(plain,), out=tmp_path / "out"))
+    with pytest.raises(InputError, match="correlate needs both models' states"):
+        run_correlate(CorrelateConfig(traces=(plain,), out=tmp_path / "out"))
     save_linear(tmp_path / "wide", torch.eye(WIDTH + 1), WIDTH + 1)
     with pytest.raises(CheckpointError, match="width 25 to width 25"):
-        run_proxy(
-            ProxyConfig(traces=(world / TRACES,), adapter=(tmp_path / "wide",), out=tmp_path / "out", folds=3, gap=3)
+        run_correlate(
+            CorrelateConfig(
+                traces=(world / TRACES,), adapter=(tmp_path / "wide",), out=tmp_path / "out", folds=3, fold_gap=3
+            )
         )
     lines = (world / TRACES).read_text().replace("shards/all", "../shards/all")
     (tmp_path / "away.jsonl").write_text(lines)
     with pytest.raises(InputError, match="is no name of a states file"):
-        run_proxy(ProxyConfig(traces=(tmp_path / "away.jsonl",), out=tmp_path / "out", folds=3, gap=3))
+        run_correlate(CorrelateConfig(traces=(tmp_path / "away.jsonl",), out=tmp_path / "out", folds=3, fold_gap=3))
 
 
 def test_the_alignment_report_links_to_the_page(tmp_path: Path) -> None:
-    page = tmp_path / "proxy of today" / "proxy.html"
+    page = tmp_path / "report of today" / "correlation.html"
     cfg = EvaluateConfig(store=tmp_path, checkpoint="c", out=tmp_path / "reports" / "a", token_report=page)
     with pytest.raises(InputError, match="is not a file"):
         token_report_link(cfg)
     page.parent.mkdir()
     page.touch()
-    assert token_report_link(cfg) == "../../proxy%20of%20today/proxy.html"
+    assert token_report_link(cfg) == "../../report%20of%20today/correlation.html"
     assert token_report_link(cfg.model_copy(update={"token_report": None})) is None

@@ -102,7 +102,7 @@ def test_a_pair_is_the_middle_fifth_of_the_windows_events_with_its_middle_frame(
         frames = [i for i, t_us in enumerate(times) if pair.t_start_us <= t_us < pair.t_end_us]
         assert np.array_equal(pair.target_HWC[..., 1], list(pictures.values())[frames[len(frames) // 2]])
         assert pair.event_HWC.shape == pair.target_HWC.shape == (HEIGHT, WIDTH, 3)
-    each = pairs_of(DavisSource((sample,), replace(SHORT, pick="all")))
+    each = pairs_of(DavisSource((sample,), replace(SHORT, pairs_per_window="all")))
     assert len(each) == 15
     assert all(np.array_equal(a.event_HWC, b.event_HWC) for a, b in zip(each[2::5], found, strict=True))
 
@@ -131,7 +131,7 @@ def test_frames_and_events_lie_on_one_clock(sample: Path) -> None:
 
 
 def test_tasks_in_any_order_give_the_same_pairs(sample: Path) -> None:
-    source = DavisSource((sample,), WindowingConfig((50_000, 60_000), step_us=5_000, num_images=2, max_gap_us=60_000))
+    source = DavisSource((sample,), WindowingConfig((50_000, 60_000), step_us=5_000, event_bins=2, max_gap_us=60_000))
     tasks = source.tasks()
     forwards = [list(source.pairs(task)) for task in tasks]
     backwards = [list(source.pairs(task)) for task in reversed(tasks)][::-1]
@@ -161,7 +161,7 @@ def test_windows_with_few_events_or_a_gap_are_rejected_with_the_reason(sample: P
     found = everything(DavisSource((sample,), replace(SHORT, max_gap_us=2_000)))
     assert all("--max-gap allows 2ms" in item.reason for item in found if isinstance(item, RejectedPair))
     assert any(isinstance(item, RejectedPair) for item in found)
-    (few, *_) = everything(DavisSource((sample,), WindowingConfig((50_000,), num_images=64, event_slice_us=100)))
+    (few, *_) = everything(DavisSource((sample,), WindowingConfig((50_000,), event_bins=64, event_window_us=100)))
     assert isinstance(few, RejectedPair)
     assert "events cannot be drawn as 64 images" in few.reason
     excerpt = Reader(sample).excerpt(Window(0, 2**62))
@@ -315,7 +315,7 @@ def test_memory_does_not_grow_with_the_window(tmp_path: Path, monkeypatch: pytes
     for seconds in (2, 20):
         file = tmp_path / f"{seconds}.aedat4"
         file.write_bytes(b"1")
-        source = DavisSource((file,), WindowingConfig((seconds * 1_000_000,), pick="all"))
+        source = DavisSource((file,), WindowingConfig((seconds * 1_000_000,), pairs_per_window="all"))
         (task, *_) = source.tasks()
         tracemalloc.start()
         pairs = [item.num_events for item in islice(source.pairs(task), 5) if isinstance(item, RawPair)]
@@ -342,7 +342,7 @@ def test_one_and_two_workers_prepare_the_same_store(sample: Path, tmp_path: Path
         results.append(run_prepare(flags))
     one, two = results
     assert one["fingerprint"] == two["fingerprint"]
-    assert (one["pairs"], one["sequences"], one["quarantined"]) == (8, 2, 0)
+    assert (one["pairs"], one["sequences"], one["rejected"]) == (8, 2, 0)
     store = PairStore.open(tmp_path / "1")
     about = store.manifest.source
     assert [entry["sequence"] for entry in about["recordings"]] == ["sample", "sample-2"]
@@ -350,10 +350,13 @@ def test_one_and_two_workers_prepare_the_same_store(sample: Path, tmp_path: Path
 
 
 def test_flags_make_the_source_that_they_name() -> None:
-    words = "a.aedat4 b.aedat4 --out s --durations 50ms 1s --step 100ms --pick all --num-images 3 --max-gap 1s"
+    words = "a.aedat4 b.aedat4 --out s --durations 50ms 1s --step 100ms --max-gap 1s"
+    words += " --pairs-per-window all --event-bins 3"
     flags = cli.parse("prepare davis", cli.COMMANDS["prepare davis"], None, words.split())
     assert isinstance(flags, PrepareDavis)
     assert source_of(flags) == DavisSource(
         (Path.cwd() / "a.aedat4", Path.cwd() / "b.aedat4"),
-        WindowingConfig((50_000, 1_000_000), step_us=100_000, pick="all", num_images=3, max_gap_us=1_000_000),
+        WindowingConfig(
+            (50_000, 1_000_000), step_us=100_000, pairs_per_window="all", event_bins=3, max_gap_us=1_000_000
+        ),
     )

@@ -78,21 +78,21 @@ def test_what_is_installed_is_what_is_declared() -> None:
         assert doctor.check_package(name) == DoctorCheck(name, "ok", version(name))
 
 
-def test_a_wrong_python_and_a_missing_package_are_problems_with_a_mend() -> None:
+def test_a_wrong_python_and_a_missing_package_are_problems_with_a_fix() -> None:
     old = doctor.check_python("3.9.7")
-    assert (old.state, "3.9.7; ray-app needs" in old.found) == ("problem", True)
+    assert (old.state, "3.9.7; ray-app needs" in old.value) == ("problem", True)
     missing = doctor.check_package("no-such-package-of-ray-app")
-    assert (missing.state, missing.mend) == ("problem", "run `make setup`")
+    assert (missing.state, missing.fix) == ("problem", "run `make setup`")
 
 
 def test_too_little_is_a_warning_that_names_the_limit(tmp_path: Path) -> None:
-    assert doctor.check_cpus(1, 8) == DoctorCheck("CPUs", "warning", "1 of 8", doctor.check_cpus(1, 8).mend)
+    assert doctor.check_cpus(1, 8) == DoctorCheck("CPUs", "warning", "1 of 8", doctor.check_cpus(1, 8).fix)
     assert doctor.check_cpus(8, 8) == DoctorCheck("CPUs", "ok", "8")
-    assert "from 8 GiB" in doctor.check_memory(4 * 2**30).mend
+    assert "from 8 GiB" in doctor.check_memory(4 * 2**30).fix
     assert doctor.check_memory(64 * 2**30).state == "ok"
     assert doctor.check_shm(tmp_path / "nowhere").state == "warning"
     disk = doctor.check_disk(tmp_path)
-    assert (disk.state == "warning") == ("5 GiB" in disk.mend)
+    assert (disk.state == "warning") == ("5 GiB" in disk.fix)
 
 
 def test_the_limit_of_a_container_counts_as_its_memory(tmp_path: Path) -> None:
@@ -109,25 +109,25 @@ def test_a_machine_without_a_gpu_is_no_problem() -> None:
 
 
 def test_a_token_that_others_can_read_is_a_problem_until_it_is_mended(token: Path) -> None:
-    found = doctor.check_token(doctor.token_path(), mend=False)
-    assert found.state == "problem"
-    assert "mode 0644" in found.found
+    check = doctor.check_token(doctor.token_path(), fix=False)
+    assert check.state == "problem"
+    assert "mode 0644" in check.value
     assert token.stat().st_mode & 0o777 == 0o644
-    assert doctor.check_token(doctor.token_path(), mend=True).found.endswith("had mode 0644 and has 0600 now")
+    assert doctor.check_token(doctor.token_path(), fix=True).value.endswith("had mode 0644 and has 0600 now")
     assert token.stat().st_mode & 0o777 == 0o600
     assert token.read_text() == "secret"
-    assert doctor.check_token(doctor.token_path(), mend=False).state == "ok"
+    assert doctor.check_token(doctor.token_path(), fix=False).state == "ok"
 
 
 def test_no_token_is_no_problem_and_another_place_for_it_is_looked_at(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert doctor.check_token(doctor.token_path(), mend=True).state == "info"
+    assert doctor.check_token(doctor.token_path(), fix=True).state == "info"
     assert not (home / ".ray").exists()
     (home / "key").write_text("secret")
     (home / "key").chmod(0o640)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "key"))
-    assert "key has mode 0640" in doctor.check_token(doctor.token_path(), mend=False).found
+    assert "key has mode 0640" in doctor.check_token(doctor.token_path(), fix=False).value
 
 
 @pytest.mark.parametrize(("mode", "state"), [(None, "info"), ("token", "ok"), ("disabled", "warning")])
@@ -136,8 +136,8 @@ def test_clusters_without_a_key_are_a_warning(mode: str | None, state: str) -> N
 
 
 def test_a_database_that_is_not_there_is_not_made(home: Path) -> None:
-    found = doctor.check_tracking(None)
-    assert (found.state, found.found) == ("info", f"{home / 'mlflow.db'} is not there yet; it will be made")
+    check = doctor.check_tracking(None)
+    assert (check.state, check.value) == ("info", f"{home / 'mlflow.db'} is not there yet; it will be made")
     assert list(home.iterdir()) == []
 
 
@@ -146,14 +146,14 @@ def test_a_database_of_mlflow_answers(database: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "words", "mend"),
+    ("schema", "words", "fix"),
     [
         ("ffffffffffff", "was made by a newer MLflow than", "--tracking-uri"),
         ("451aebb31d03", "was made by an older MLflow than", "mlflow db upgrade"),  # MLflow's first schema
     ],
 )
 def test_a_database_of_another_mlflow_is_told_with_which(
-    schema: str, words: str, mend: str, database: Path, tmp_path: Path
+    schema: str, words: str, fix: str, database: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "other.db"
     path.write_bytes(database.read_bytes())
@@ -161,10 +161,10 @@ def test_a_database_of_another_mlflow_is_told_with_which(
     connection.execute("UPDATE alembic_version SET version_num = ?", (schema,))
     connection.commit()
     connection.close()
-    found = doctor.check_tracking(f"sqlite:///{path}")
-    assert found.state == "problem"
-    assert words in found.found
-    assert mend in found.mend
+    check = doctor.check_tracking(f"sqlite:///{path}")
+    assert check.state == "problem"
+    assert words in check.value
+    assert fix in check.fix
 
 
 def test_files_that_are_no_database_of_mlflow_are_left_as_they_are(tmp_path: Path) -> None:
@@ -178,23 +178,23 @@ def test_files_that_are_no_database_of_mlflow_are_left_as_they_are(tmp_path: Pat
     before = {path: path.read_bytes() for path in (text, other, empty)}
     states = [doctor.check_tracking(f"sqlite:///{path}") for path in before]
     assert [check.state for check in states] == ["problem", "problem", "info"]
-    assert "cannot be read as a database" in states[0].found
-    assert "something else than MLflow" in states[1].found
+    assert "cannot be read as a database" in states[0].value
+    assert "something else than MLflow" in states[1].value
     assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_tracking_server_that_is_away_is_found_out_soon_and_its_password_not_shown() -> None:
     begun, environment = time.monotonic(), dict(os.environ)
-    found = doctor.check_tracking(f"http://user:secret@127.0.0.1:{closed_port()}")
+    check = doctor.check_tracking(f"http://user:secret@127.0.0.1:{closed_port()}")
     assert time.monotonic() - begun < 10
-    assert (found.state, "does not answer" in found.found) == ("problem", True)
-    assert "secret" not in found.found
+    assert (check.state, "does not answer" in check.value) == ("problem", True)
+    assert "secret" not in check.value
     assert dict(os.environ) == environment
 
 
 def test_a_file_store_is_a_problem_with_the_way_out() -> None:
-    found = doctor.check_tracking("file:./mlruns")
-    assert (found.state, "sqlite:///FILE.db" in found.found) == ("problem", True)
+    check = doctor.check_tracking("file:./mlruns")
+    assert (check.state, "sqlite:///FILE.db" in check.value) == ("problem", True)
 
 
 def test_without_an_address_no_cluster_is_looked_for() -> None:
@@ -204,9 +204,9 @@ def test_without_an_address_no_cluster_is_looked_for() -> None:
 def test_an_address_where_nothing_listens_is_found_out_soon() -> None:
     begun = time.monotonic()
     for address in (f"127.0.0.1:{closed_port()}", f"ray://127.0.0.1:{closed_port()}"):
-        found = doctor.check_ray(address)
-        assert (found.state, "Connection refused" in found.found) == ("problem", True)
-    assert "dashboard" in doctor.check_ray("http://127.0.0.1:8265").found
+        check = doctor.check_ray(address)
+        assert (check.state, "Connection refused" in check.value) == ("problem", True)
+    assert "dashboard" in doctor.check_ray("http://127.0.0.1:8265").value
     assert doctor.check_ray("host:port").state == "problem"
     assert time.monotonic() - begun < 5
 
@@ -215,14 +215,14 @@ def test_a_port_that_is_not_rays_is_given_up() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        found = doctor.check_ray(f"127.0.0.1:{listener.getsockname()[1]}", limit_s=4.0)
-    assert (found.state, "within 4 s" in found.found) == ("problem", True)
+        check = doctor.check_ray(f"127.0.0.1:{listener.getsockname()[1]}", limit_s=4.0)
+    assert (check.state, "within 4 s" in check.value) == ("problem", True)
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_cluster_is_joined_and_left_running() -> None:
-    found = doctor.check_ray(ray.get_runtime_context().gcs_address)
-    assert (found.state, "1 nodes, 2 CPUs, 0 GPUs" in found.found) == ("ok", True), found
+    check = doctor.check_ray(ray.get_runtime_context().gcs_address)
+    assert (check.state, "1 nodes, 2 CPUs, 0 GPUs" in check.value) == ("ok", True), check
     assert ray.cluster_resources()["CPU"] == 2
 
 
@@ -258,9 +258,9 @@ def test_a_cluster_that_refuses_the_key_says_which_to_copy(
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     token.write_text("0" * 64)
-    found = doctor.check_ray(guarded_cluster)
-    assert (found.state, "refuses this user's token" in found.found) == ("problem", True), found
-    assert "~/.ray/auth_token" in found.mend
+    check = doctor.check_ray(guarded_cluster)
+    assert (check.state, "refuses this user's token" in check.value) == ("problem", True), check
+    assert "~/.ray/auth_token" in check.fix
 
 
 def test_the_exit_code_and_the_json_count_the_problems(token: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -268,9 +268,9 @@ def test_the_exit_code_and_the_json_count_the_problems(token: Path, capfd: pytes
     result = json.loads(capfd.readouterr().out)
     assert result["problems"] == 1
     (problem,) = (check for check in result["checks"] if check["state"] == "problem")
-    assert set(problem) == {"name", "state", "found", "mend"}
+    assert set(problem) == {"name", "state", "value", "fix"}
     assert problem["name"] == "Ray token"
-    assert cli.run(["doctor", "--mend"]) == 0
+    assert cli.run(["doctor", "--fix"]) == 0
     out = capfd.readouterr().out
     assert "has 0600 now" in " ".join(out.split()), "wherever the table breaks the line"
     assert "0 problems" in out

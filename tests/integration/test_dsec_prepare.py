@@ -24,7 +24,7 @@ def test_tasks_are_bounded_json_and_independent_of_each_other(tmp_path: Path) ->
     for name in ("a b", "a_b", "-x", "ünï", "new\nline", "a" * 120, "a" * 119 + "b"):
         write_small(tmp_path, name, frames=21, constants=None)
     for durations, pick in (((50_000, 1_000_000), "middle"), ((50_000,), "all")):
-        source = dsec(tmp_path, durations, pick=pick)
+        source = dsec(tmp_path, durations, pairs_per_window=pick)
         tasks = source.tasks()
         names = [task.name for task in tasks]
         assert names == sorted(set(names))
@@ -35,7 +35,7 @@ def test_tasks_are_bounded_json_and_independent_of_each_other(tmp_path: Path) ->
     (first, *_), again = tasks, source.tasks()
     assert [task.num_pairs for task in tasks if task.spec["sequence"] == "a b"] == [60, 60, 60, 15]
     one = list(source.pairs(first))
-    other = list(dsec(tmp_path, (50_000,), pick="all").pairs(again[0]))
+    other = list(dsec(tmp_path, (50_000,), pairs_per_window="all").pairs(again[0]))
     assert len(one) == first.num_pairs
     assert all(
         same(a, b) for a, b in zip(one, other, strict=True) if isinstance(a, RawPair) and isinstance(b, RawPair)
@@ -59,11 +59,11 @@ def test_settings_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
         ({"durations_us": (20_000_001,)}, "between 50ms and 20s"),
         ({"durations_us": ()}, "names no window length"),
         ({"durations_us": (1_000_000, 1_000_000)}, "names 1s twice"),
-        ({"durations_us": (50_500,), "boundaries": "ms_floor"}, "whole milliseconds with --boundaries ms_floor"),
-        ({"event_slice_us": 2_000_000}, r"--event-slice \(2s\) is longer than the window \(1s\)"),
+        ({"durations_us": (50_500,), "window_rounding": "ms"}, "whole milliseconds with --window-rounding ms"),
+        ({"event_window_us": 2_000_000}, r"--event-window \(2s\) is longer than the window \(1s\)"),
         ({"max_gap_us": 1_999}, r"--max-gap \(1999us\) must be 2ms or more"),
         ({"step_us": 999}, r"--step \(999us\) must be 1ms or more"),
-        ({"num_images": 0}, r"--num-images \(0\)"),
+        ({"event_bins": 0}, r"--event-bins \(0\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             dsec(tmp_path, **({"durations_us": SECOND} | settings))
@@ -83,7 +83,7 @@ def test_several_durations_stand_in_one_store(two_seconds: DsecFiles, tmp_path: 
     counts = {name: len(PairStore.open(tmp_path / "s", (name,)).index) for name in store.manifest.durations}
     assert counts == {"200ms": 19, "1s": 3, "2s": 1}
     assert store.manifest.source["steps"] == ["100ms", "500ms", "1s"]
-    assert store.manifest.source["align"] == "infinite"
+    assert store.manifest.source["align"] == "far-field"
     assert store.manifest.source["events"] == "recorded"
     assert store.manifest.source["sequences"][0]["events"] == 20_000
     one_step = dsec(two_seconds.root, (50_000, 1_000_000), step_us=100_000)
@@ -91,7 +91,7 @@ def test_several_durations_stand_in_one_store(two_seconds: DsecFiles, tmp_path: 
 
 
 def test_all_images_of_a_window_stand_in_one_store(two_seconds: DsecFiles, tmp_path: Path) -> None:
-    source = dsec(two_seconds.root, SECOND, pick="all")
+    source = dsec(two_seconds.root, SECOND, pairs_per_window="all")
     store = built(source, tmp_path / "s", source.tasks())
     assert len(store.index) == len(set(store.index.sample_id)) == 15
     assert sorted(set(store.index.t_start_us.tolist())) == [BEGIN_US + i * 500_000 for i in range(3)]
@@ -116,7 +116,7 @@ def test_any_number_of_workers_prepares_the_same_store(tmp_path: Path) -> None:
     assert [result["workers"] for result in results] == [1, 2, 16]
     assert one["files"] >= 16  # so 16 have something to do, and sequences are cut by span
     assert len({result["fingerprint"] for result in results}) == 1
-    assert (one["pairs"], one["sequences"], one["quarantined"]) == (2 * (21 + 31), 2, 0)
+    assert (one["pairs"], one["sequences"], one["rejected"]) == (2 * (21 + 31), 2, 0)
     assert one["durations"] == ["20s", "12s"]
     for path in (tmp_path / "1").iterdir():
         for others in ("2", "16"):
@@ -136,7 +136,7 @@ def test_events_are_counted_covered_and_drawn(tmp_path: Path) -> None:
     events = random_events(50_000, OFFSET_US, BEGIN_US + 2_100_000)
     files = write_small(tmp_path / "dsec", "drive", frames=41, events=events)
     middle = run_prepare(PrepareDsec(out=tmp_path / "middle", root=files.root, step="1s"))
-    each = run_prepare(PrepareDsec(out=tmp_path / "all", root=files.root, step="1s", pick="all"))
+    each = run_prepare(PrepareDsec(out=tmp_path / "all", root=files.root, step="1s", pairs_per_window="all"))
     inside = int(((events.t_us >= BEGIN_US) & (events.t_us < BEGIN_US + 2_000_000)).sum())
     assert middle["windows"] == each["windows"] == 2
     assert middle["events_covered"] == each["events_covered"] == each["events_drawn"] == inside
@@ -146,18 +146,18 @@ def test_events_are_counted_covered_and_drawn(tmp_path: Path) -> None:
 
 def test_flags_make_the_source_that_they_name(tmp_path: Path) -> None:
     assert source_of(PrepareDsec(out=tmp_path, root=Path("dsec"))) == dsec(Path.cwd() / "dsec", SECOND)
-    words = "dsec --out s --durations 50ms 1s --step 100ms --boundaries ms_floor --pick all --align none"
-    words += " --num-images 3 --max-gap 1s --event-slice 50ms"
+    words = "dsec --out s --durations 50ms 1s --step 100ms --window-rounding ms --pairs-per-window all --align none"
+    words += " --event-bins 3 --max-gap 1s --event-window 50ms"
     flags = cli.parse("prepare dsec", cli.COMMANDS["prepare dsec"], None, words.split())
     assert isinstance(flags, PrepareDsec)
     assert source_of(flags) == dsec(
         root=Path.cwd() / "dsec",
         durations_us=(50_000, 1_000_000),
         step_us=100_000,
-        boundaries="ms_floor",
-        pick="all",
+        window_rounding="ms",
+        pairs_per_window="all",
         align="none",
-        num_images=3,
+        event_bins=3,
         max_gap_us=1_000_000,
-        event_slice_us=50_000,
+        event_window_us=50_000,
     )

@@ -36,7 +36,7 @@ def vectors_store(folder: Path, target: FeatureSpec) -> Path:
     folder.mkdir()
     part = write_part(folder, "a.parquet", pairs, features)
     source = {"name": "vectors", "events": "recorded"}
-    publish(folder, [part], features=features, durations={"10us": 10}, source=source, quarantine=b"")
+    publish(folder, [part], features=features, durations={"10us": 10}, source=source, rejected=b"")
     return folder
 
 
@@ -45,13 +45,13 @@ def test_inspect_tells_counts_split_and_cosine(small_store: Path) -> None:
     assert {
         "pairs",
         "sequences",
-        "quarantined",
+        "rejected",
         "fingerprint",
         "verified",
         "split",
         "before",
     } <= result.keys()
-    assert (result["pairs"], result["sequences"], result["quarantined"]) == (72, 6, 0)
+    assert (result["pairs"], result["sequences"], result["rejected"]) == (72, 6, 0)
     assert result["verified"] is True
     assert result["fingerprint"] == PairStore.open(small_store).fingerprint
     split = {key: result["split"][key] for key in ("by", "train", "val", "test", "test_windows_overlapping_train")}
@@ -127,17 +127,17 @@ def test_the_result_can_be_printed(
 
 def test_a_page_shows_windows_leaks_and_their_pictures(small_store: Path, tmp_path: Path) -> None:
     path = tmp_path / "pages" / "store.html"
-    result = run_inspect(InspectConfig(store=small_store, split="window", page=path))
+    result = run_inspect(InspectConfig(store=small_store, split="window", html=path))
     page = path.read_text()
     for check in (assert_stands_alone, assert_has_words, assert_light_and_dark):
         check(page)
-    assert result["page"] == str(path)
+    assert result["html"] == str(path)
     assert '<h1 class="loses">LEAKS: ' in page
     assert page.count("data:image/png;base64,") >= 4
     assert "Day and night by a rule" in page
     assert "no event counts" in page
     with pytest.raises(ConfigError, match=r"end its name in \.html"):
-        run_inspect(InspectConfig(store=small_store, page=tmp_path / "a.pdf"))
+        run_inspect(InspectConfig(store=small_store, html=tmp_path / "a.pdf"))
 
 
 def test_parts_by_whole_drives_share_nothing_and_drives_of_one_name_overlap(
@@ -184,7 +184,7 @@ def test_windows_of_one_length_are_measured_where_files_hold_others(tmp_path: Pa
         for name, us in (("a", 1_000_000), ("b", 2_000_000))
     ]
     source, lengths = {"name": "noise", "events": "recorded"}, {"1s": 1_000_000, "2s": 2_000_000}
-    publish(tmp_path / "s", parts, features=features, durations=lengths, source=source, quarantine=b"")
+    publish(tmp_path / "s", parts, features=features, durations=lengths, source=source, rejected=b"")
     result = run_inspect(InspectConfig(store=tmp_path / "s", durations=("2s",)))
     assert [line["sequence"] for line in result["by_sequence"]] == ["b"]
     assert result["windows"]["active_share_of_drawn_image"] is None

@@ -65,7 +65,7 @@ def store(folder: Path, pairs: list[Pair]) -> Path:
     folder.mkdir()
     part = write_part(folder, "a.parquet", pairs, features)
     source = {"name": "made", "events": "recorded"}
-    publish(folder, [part], features=features, durations={"1s": SECOND}, source=source, quarantine=b"")
+    publish(folder, [part], features=features, durations={"1s": SECOND}, source=source, rejected=b"")
     return folder
 
 
@@ -127,7 +127,7 @@ def test_a_leak_between_the_parts_of_a_split_is_found(tmp_path: Path) -> None:
     of_train = next(each for each in pairs if each.sequence == train)
     pairs[of_test] = replace(pairs[of_test], target=of_train.target)
     page = tmp_path / "leak.html"
-    found = run_inspect(InspectConfig(store=store(tmp_path / "leaking", pairs), page=page))["leaks"]
+    found = run_inspect(InspectConfig(store=store(tmp_path / "leaking", pairs), html=page))["leaks"]
     assert [(leak["any"], leak["identical"]["target"]) for leak in found] == [(1, 1), (0, 0), (0, 0)]
     assert "<strong>identical target</strong>" in page.read_text()
 

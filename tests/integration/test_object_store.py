@@ -123,7 +123,7 @@ def test_a_server_that_fails_for_a_while_is_waited_for(
     s3: S3, how: str, small_store: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     where, answer = s3.uri(f"bucket/{how}"), {}
-    flags = PrepareFlags(out=where, num_workers=2, store_patience=60)
+    flags = PrepareFlags(out=where, num_workers=2, storage_timeout_s=60)
 
     def run() -> None:
         answer.update(prepare(slow_source(0.4), flags, SMALL))
@@ -142,7 +142,7 @@ def test_a_server_that_fails_for_a_while_is_waited_for(
         s3.broken.unlink()
     thread.join(100)
     assert answer["fingerprint"] == PairStore.open(small_store).fingerprint
-    assert (answer["pairs"], answer["quarantined"]) == (72, 0)
+    assert (answer["pairs"], answer["rejected"]) == (72, 0)
     PairStore.open(where).verify()
     if how == "broken":  # the file system's own tries may bridge a short outage of the connection
         printed = capfd.readouterr().err
@@ -153,7 +153,7 @@ def test_a_server_that_fails_for_a_while_is_waited_for(
 @pytest.mark.slow
 def test_a_server_that_stays_away_ends_it_with_what_is_done_intact(s3: S3, small_store: Path) -> None:
     where, source = s3.uri("bucket/away"), slow_source(0.5)
-    flags = PrepareFlags(out=where, num_workers=2, store_patience=1)
+    flags = PrepareFlags(out=where, num_workers=2, storage_timeout_s=1)
     errors: list[StoreError] = []
 
     def run() -> None:
@@ -174,7 +174,7 @@ def test_a_server_that_stays_away_ends_it_with_what_is_done_intact(s3: S3, small
     assert errors[0].exit_code == 2
     kept = {key: open_storage(s3.uri("bucket")).read(key) for key in done}
     result = prepare(source, flags, SMALL)
-    assert result["pairs_kept"] >= 12 * len(done)
+    assert result["pairs_reused"] >= 12 * len(done)
     assert result["fingerprint"] == PairStore.open(small_store).fingerprint
     assert kept == {key: open_storage(s3.uri("bucket")).read(key) for key in done}
 

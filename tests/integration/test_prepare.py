@@ -22,8 +22,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def quarantined(folder: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+def rejected(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
 
 
 def start(source: NumpySource, folder: Path) -> None:
@@ -41,8 +41,8 @@ def test_one_two_and_four_workers_write_the_same_bytes(small_store: Path, tmp_pa
         result = prepare(NumpySource(), PrepareFlags(out=out, num_workers=num_workers), SMALL)
         assert contents(out) == contents(small_store)
         assert result["fingerprint"] == PairStore.open(small_store).fingerprint
-        assert (result["pairs"], result["sequences"], result["quarantined"]) == (72, 6, 0)
-        assert (result["workers"], result["pairs_kept"]) == (num_workers, 0)
+        assert (result["pairs"], result["sequences"], result["rejected"]) == (72, 6, 0)
+        assert (result["workers"], result["pairs_reused"]) == (num_workers, 0)
         assert result["pairs_per_second"] >= result["pairs_per_second_per_core"] > 0
 
 
@@ -56,7 +56,7 @@ def test_a_second_start_goes_on_where_the_first_was_cut_off(small_store: Path, t
     (out / "drive_0001.parquet").write_bytes(damaged)
     times = {name: (out / f"{name}.parquet").stat().st_mtime_ns for name in ("drive_0000", "drive_0004")}
     result = prepare(source, PrepareFlags(out=out, num_workers=2), SMALL)
-    assert result["pairs_kept"] == 24
+    assert result["pairs_reused"] == 24
     assert contents(out) == contents(small_store)
     assert times == {name: (out / f"{name}.parquet").stat().st_mtime_ns for name in times}
 
@@ -67,18 +67,18 @@ def test_too_many_bad_pairs_end_with_the_first_few_named_and_what_was_built_stay
     flags = PrepareFlags(out=tmp_path / "s", num_workers=2)
     with pytest.raises(StoreError, match=r"13 of 36 pairs could not be built \(36\.1%.*drive_0000, window 2: made"):
         prepare(source, flags, SMALL)
-    assert len(quarantined(Path(flags.out))) == 13
+    assert len(rejected(Path(flags.out))) == 13
     assert (Path(flags.out) / "drive_0002.parquet").is_file()
     assert not (Path(flags.out) / "manifest.json").exists()
-    allowed = flags.model_copy(update={"max_quarantined": 0.4})
+    allowed = flags.model_copy(update={"max_rejected_fraction": 0.4})
     result = prepare(source, allowed, SMALL)
-    assert (result["pairs"], result["quarantined"], result["pairs_kept"]) == (23, 13, 12)
+    assert (result["pairs"], result["rejected"], result["pairs_reused"]) == (23, 13, 12)
     PairStore.open(flags.out).verify()
 
 
 def test_one_bad_pair_costs_one_line_and_no_neighbour(tmp_path: Path) -> None:
     folder = build_store(NumpySource(bad=((2, 5),), broken_off=((4, 9),)), tmp_path / "s")
-    assert quarantined(folder) == [
+    assert rejected(folder) == [
         {"input": "drive_0002", "position": "window 5", "reason": "made to fail"},
         *(
             {"input": "drive_0004", "position": f"pair {i} of 12", "reason": "drive_0004: ends at window 9"}
@@ -86,13 +86,13 @@ def test_one_bad_pair_costs_one_line_and_no_neighbour(tmp_path: Path) -> None:
         ),
     ]
     whole, store = PairStore.open(build_store(NumpySource(), tmp_path / "whole")), PairStore.open(folder)
-    assert store.manifest.quarantined == 4
+    assert store.manifest.rejected == 4
     assert set(whole.index.sample_id) - set(store.index.sample_id) == set(whole.index.sample_id[[29, 57, 58, 59]])
 
 
 def test_a_black_picture_is_set_aside(tmp_path: Path) -> None:
     folder = build_store(NumpySource(num_sequences=1, black=((0, 3),)), tmp_path / "s")
-    (line,) = quarantined(folder)
+    (line,) = rejected(folder)
     assert line["position"] == "window [1500000, 2500000)"
     assert "target picture is black" in line["reason"]
 
@@ -116,7 +116,7 @@ def test_a_window_of_a_length_that_the_source_does_not_name_is_set_aside(tmp_pat
 def test_a_pair_that_an_earlier_file_holds_is_set_aside(small_store: Path, tmp_path: Path) -> None:
     source, folder = NumpySource(num_sequences=8, twins=((6, 1), (7, 7))), tmp_path / "s"
     build_store(source, folder)
-    lines = quarantined(folder)
+    lines = rejected(folder)
     assert len(lines) == 12
     assert lines[0] == {
         "input": "drive_0001",
@@ -213,8 +213,8 @@ def test_the_result_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
         "store": "stores/a",
         "pairs": 1200,
         "sequences": 60,
-        "quarantined": 3,
-        "pairs_kept": 100,
+        "rejected": 3,
+        "pairs_reused": 100,
         "files": 60,
         "bytes": 123_456_789,
         "seconds": 12.5,
@@ -229,7 +229,7 @@ def test_the_result_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for text in (
         "1,200, 100 kept",
-        "3 (reasons in quarantine.jsonl)",
+        "3 (reasons in rejected.jsonl)",
         "123.5 MB",
         "44.00 for each core",
         "50.0 million in 240 windows, 10.0 drawn; 0.8 million drawn/s",

@@ -40,7 +40,7 @@ def test_the_cost_of_a_row_by_hand() -> None:
 def test_eventgpt_costs_its_time_unless_a_second_device_hides_it() -> None:
     times = StepTimes(300.0, 15.0, 20.0, event_start_ms=100.0, event_step_ms=10.0)
     same = row_cost(ROW, times, gamma=4, num_event_tokens=30, device="same")
-    second = row_cost(ROW, times, gamma=4, num_event_tokens=30, device="second")
+    second = row_cost(ROW, times, gamma=4, num_event_tokens=30, device="separate")
     assert same.one_shot_ms - second.one_shot_ms == pytest.approx(140)  # four tokens of it, within the prefill
     assert second.continuous_ms == pytest.approx(400 + 3 + 60)  # all thirty, 100 ms longer than the prefill
     assert same.continuous_ms == pytest.approx(300 + 400 + 3 + 60)
@@ -119,9 +119,11 @@ def test_a_shift_is_seen() -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_replay_gives_the_keys_of_its_promise_and_finds_the_drive(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", rows(80))
-    result = run_replay(ReplayConfig(traces=(path,), drafter=("none", "eventgpt", "hybrid"), gamma=4, gap=5))
-    assert set(result) == {"results", "folds", "gap", "gamma", "rows"}
-    assert (result["folds"], result["gap"], result["gamma"], result["rows"]) == (5, 5, 4, 80)
+    result = run_replay(
+        ReplayConfig(traces=(path,), drafter=("none", "eventgpt", "hybrid"), num_speculative_tokens=4, fold_gap=5)
+    )
+    assert set(result) == {"results", "folds", "fold_gap", "num_speculative_tokens", "rows"}
+    assert (result["folds"], result["fold_gap"], result["num_speculative_tokens"], result["rows"]) == (5, 5, 4, 80)
     names = {"none", "constant", "eventgpt", "positional", "previous_window", "hybrid"}
     assert set(result["results"]) == names
     for numbers in result["results"].values():
@@ -161,7 +163,7 @@ def test_input_that_looks_shifted_or_is_set_aside_is_told(tmp_path: Path) -> Non
         row["draft_tokens"] = [1, *row["target_tokens"]]
     path = write(tmp_path / "a.jsonl", made)
     path.write_text(path.read_text() + '{"row": 60, "questi')
-    result = run_replay(ReplayConfig(traces=(path,), drafter=("none",), gap=5))
+    result = run_replay(ReplayConfig(traces=(path,), drafter=("none",), fold_gap=5))
     text = shown(result)
     assert "SHIFT: EventGPT's tokens match best when moved by -1" in text
     assert "BOS: only the drafts begin with the start token 1" in text
@@ -175,7 +177,7 @@ def test_lines_that_were_set_aside_are_told_on_standard_error(
 ) -> None:
     path = write(tmp_path / "a.jsonl", rows(60))
     path.write_text(path.read_text() + '{"row": 60, "questi')
-    assert cli.run(["replay", str(path), "--drafter", "none", "--gap", "5", *form]) == 0
+    assert cli.run(["replay", str(path), "--drafter", "none", "--fold-gap", "5", *form]) == 0
     assert f"set aside: {path}, line 61: cut short, or not JSON" in capfd.readouterr().err
 
 
@@ -186,7 +188,9 @@ def test_where_sequences_are_named_each_is_replayed_whole_by_who_never_saw_it(tm
     for n, row in enumerate(made):
         row["sequence"] = "ab"[n % 2]
         row["target_tokens"] = [*range(10 + 30 * (n % 2), 29 + 30 * (n % 2)), 2]
-    cfg = ReplayConfig(traces=(write(tmp_path / "a.jsonl", made),), drafter=("ngram",), gamma=4, gap=5)
+    cfg = ReplayConfig(
+        traces=(write(tmp_path / "a.jsonl", made),), drafter=("ngram",), num_speculative_tokens=4, fold_gap=5
+    )
     result = run_replay(cfg)
     assert result["folds"] == 2
     assert result["results"]["ngram"]["match_rate"] == pytest.approx(1 / 20)  # the end token
@@ -197,7 +201,7 @@ def test_where_sequences_are_named_each_is_replayed_whole_by_who_never_saw_it(tm
     assert "2 folds (whole sequences)" in shown(result)
     for row in made:
         del row["sequence"]
-    result = run_replay(cfg.model_copy(update={"traces": (write(tmp_path / "b.jsonl", made),), "gap": 1}))
+    result = run_replay(cfg.model_copy(update={"traces": (write(tmp_path / "b.jsonl", made),), "fold_gap": 1}))
     assert result["folds"] == 5
     assert result["results"]["ngram"]["match_rate"] > 0.4  # half of the rows at least are known from elsewhere
     assert result["results"]["previous_window"]["match_rate"] < 0.1  # it is the other drive's
@@ -209,8 +213,10 @@ def test_times_of_ones_own_replace_the_traces(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", rows(60))
     timing = tmp_path / "timing.json"
     timing.write_text(json.dumps({**TIMING, "target_prefill": 1.0, "verify": {"4": 29.0}}))
-    slow = run_replay(ReplayConfig(traces=(path,), drafter=("none",), gamma=4, gap=5, timing=timing))
-    own = run_replay(ReplayConfig(traces=(path,), drafter=("none",), gamma=4, gap=5))
+    slow = run_replay(
+        ReplayConfig(traces=(path,), drafter=("none",), num_speculative_tokens=4, fold_gap=5, timing=timing)
+    )
+    own = run_replay(ReplayConfig(traces=(path,), drafter=("none",), num_speculative_tokens=4, fold_gap=5))
     speed = [found.report.details["previous_window"]["continuous_speedup"] for found in (slow, own)]
     per_pass = own["results"]["previous_window"]["mean_acceptance_length"]
     assert speed[0] == pytest.approx(
@@ -226,7 +232,7 @@ def test_what_the_user_can_mend(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no drafter 'psychic'; there are: none"):
         run_replay(ReplayConfig(traces=(path,), drafter=("psychic",)))
     with pytest.raises(ConfigError, match="smaller gap"):
-        run_replay(ReplayConfig(traces=(path,), gap=30))
+        run_replay(ReplayConfig(traces=(path,), fold_gap=30))
     with pytest.raises(InputError, match="cannot be read"):
         run_replay(ReplayConfig(traces=(tmp_path / "none.jsonl",)))
 
@@ -237,7 +243,7 @@ def test_the_page_holds_the_flag_the_numbers_and_every_plot(timed: bool, tmp_pat
     made = rows(60, timed=timed)
     made[3]["question"] = "what <b>moves</b>?"
     path, page_path = write(tmp_path / "a.jsonl", made), tmp_path / "pages" / "replay.html"
-    result = run_replay(ReplayConfig(traces=(path,), drafter=("eventgpt", "ngram"), gap=5, page=page_path))
+    result = run_replay(ReplayConfig(traces=(path,), drafter=("eventgpt", "ngram"), fold_gap=5, html=page_path))
     page = page_path.read_text()
     for check in (assert_stands_alone, assert_has_words, assert_light_and_dark):
         check(page)
@@ -252,13 +258,18 @@ def test_the_page_holds_the_flag_the_numbers_and_every_plot(timed: bool, tmp_pat
     assert "<b>moves</b>" not in page
     assert str(page_path) in shown(result)
     with pytest.raises(ConfigError, match=r"end its name in \.html"):
-        run_replay(ReplayConfig(traces=(path,), page=tmp_path / "a.png"))
+        run_replay(ReplayConfig(traces=(path,), html=tmp_path / "a.png"))
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_json_is_one_object(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "a.jsonl", rows(60))
-    assert cli.run(["replay", str(path), "--drafter", "ngram", "--gamma", "2", "--gap", "5", "--json"]) == 0
+    assert (
+        cli.run(
+            ["replay", str(path), "--drafter", "ngram", "--num-speculative-tokens", "2", "--fold-gap", "5", "--json"]
+        )
+        == 0
+    )
     assert set(json.loads(capfd.readouterr().out)["results"]) == {
         "ngram",
         "constant",
@@ -283,7 +294,7 @@ def test_hybrid_is_ahead_on_real_traces(shared_data: Path, tmp_path: Path) -> No
     lines = (shared_data / "tokens" / "dsec_test_5s.jsonl").read_text().splitlines(keepends=True)
     path = tmp_path / "short.jsonl"
     path.write_text("".join(lines[:60]))
-    result = run_replay(ReplayConfig(traces=(path,), drafter=("ngram", "hybrid"), folds=2, gap=10))
+    result = run_replay(ReplayConfig(traces=(path,), drafter=("ngram", "hybrid"), folds=2, fold_gap=10))
     rates = {name: found["tokens_per_target_pass"] for name, found in result["results"].items()}
     assert rates["hybrid"] > 1.2 * max(rates["ngram"], rates["previous_window"])
     assert result.report.behind == () or "hybrid" not in result.report.behind

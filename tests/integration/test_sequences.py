@@ -176,7 +176,7 @@ def build_store(folder: Path, drives: int = 5, windows: int = 8) -> Path:
             for n, (x, e) in enumerate(zip(events, noise, strict=True))
         ]
         parts.append(write_part(folder, f"part-{drive}.parquet", pairs, features))
-    publish(folder, parts, features=features, durations={"1s": 10**6}, source={"name": "test"}, quarantine=b"")
+    publish(folder, parts, features=features, durations={"1s": 10**6}, source={"name": "test"}, rejected=b"")
     return folder
 
 

@@ -92,13 +92,13 @@ def test_prepare_ends_with_it_and_goes_on_once_the_input_is_there(tmp_path: Path
     flags = PrepareFlags(out=tmp_path / "s", num_workers=1)
     with pytest.raises(ResourceError, match=rf"mount is missing or empty on {socket.gethostname()}.*repeat the com"):
         preparing.prepare(Mounted(), flags, SMALL)
-    assert not (tmp_path / "s" / "quarantine.jsonl").exists()
+    assert not (tmp_path / "s" / "rejected.jsonl").exists()
     assert not (tmp_path / "s" / SCRATCH / "drive_0005.json").exists()
     mount.mkdir()
     (mount / "recording").touch()
     result = preparing.prepare(Mounted(), flags, SMALL)
-    assert (result["pairs"], result["quarantined"]) == (72, 0)
-    assert result["pairs_kept"] >= 12
+    assert (result["pairs"], result["rejected"]) == (72, 0)
+    assert result["pairs_reused"] >= 12
 
 
 @pytest.mark.slow

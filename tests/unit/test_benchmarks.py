@@ -184,7 +184,7 @@ def test_pictures_of_an_example_become_smaller_and_nothing_else_changes() -> Non
 
 
 def test_the_script_of_dsec_tells_medians_and_ranges_of_rounds_that_agree() -> None:
-    same = {"pairs": 8, "quarantined": 0, "windows": 8, "events_covered": 10**9, "events_drawn": 2 * 10**8}
+    same = {"pairs": 8, "rejected": 0, "windows": 8, "events_covered": 10**9, "events_drawn": 2 * 10**8}
     same |= {"workers": 2, "fingerprint": "f"}
     rounds = [same | {"seconds": seconds, "worker_peak_bytes": 2**28} for seconds in (4.0, 2.0, 5.0)]
     found = prepare_dsec.summary(("--durations", "1s"), rounds)

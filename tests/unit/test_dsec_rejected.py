@@ -63,7 +63,7 @@ def test_a_missing_or_unreadable_frame_costs_its_windows_alone(own: DsecFiles) -
     assert [type(item).__name__ for item in found] == ["RejectedPair", "RejectedPair", "RawPair"]
     assert "000010.png is empty" in found[0].reason
     assert "000020.png is no readable image" in found[1].reason
-    every = everything(dsec(own.root, SECOND, pick="all"))
+    every = everything(dsec(own.root, SECOND, pairs_per_window="all"))
     assert len(every) == 15
     assert all("image " in item.position for item in every if isinstance(item, RejectedPair))
 

@@ -61,7 +61,7 @@ def test_a_pair_is_the_middle_fifth_of_the_windows_events_with_its_middle_frame(
 
 def test_all_images_of_a_window_come_with_the_frames_nearest_to_their_middles(two_seconds: DsecFiles) -> None:
     events = events_until(50_000 * 41, seed=len(two_seconds.name))
-    found = pairs_of(dsec(two_seconds.root, SECOND, align="none", pick="all"))
+    found = pairs_of(dsec(two_seconds.root, SECOND, align="none", pairs_per_window="all"))
     middle = pairs_of(dsec(two_seconds.root, SECOND, align="none"))
     assert len(found) == 15
     for number, pair in enumerate(found):
@@ -77,7 +77,7 @@ def test_all_images_of_a_window_come_with_the_frames_nearest_to_their_middles(tw
 
 def test_the_event_side_may_come_from_the_windows_middle_alone(two_seconds: DsecFiles) -> None:
     events = events_until(50_000 * 41, seed=len(two_seconds.name))
-    source = dsec(two_seconds.root, SECOND, align="none", event_slice_us=50_000, num_images=3)
+    source = dsec(two_seconds.root, SECOND, align="none", event_window_us=50_000, event_bins=3)
     for pair in pairs_of(source):
         mine = events.between(pair.t_start_us + 475_000, pair.t_start_us + 525_000)
         assert np.array_equal(pair.event_HWC, event_image(equal_counts(mine, 3)[1]))
@@ -86,7 +86,7 @@ def test_the_event_side_may_come_from_the_windows_middle_alone(two_seconds: Dsec
 
 def test_floored_windows_start_and_end_at_whole_milliseconds_of_the_files_clock(two_seconds: DsecFiles) -> None:
     events = events_until(50_000 * 41, seed=len(two_seconds.name))
-    found = pairs_of(dsec(two_seconds.root, (200_000,), align="none", boundaries="ms_floor"))
+    found = pairs_of(dsec(two_seconds.root, (200_000,), align="none", window_rounding="ms"))
     exact = pairs_of(dsec(two_seconds.root, (200_000,), align="none"))
     assert len(found) == len(exact) == 19
     for mine, theirs in zip(found, exact, strict=True):
@@ -103,8 +103,8 @@ def test_a_window_holds_its_first_microsecond_and_not_its_last(tmp_path: Path) -
     events = replace(random_events(5, 0, 1), x=np.arange(5, dtype=np.uint16), t_us=times, p=np.ones(5, np.uint8))
     write_small(tmp_path, frames=2, constants=None, events=events)
     drawn = []
-    for num_images in (1, 3):
-        (pair,) = pairs_of(dsec(tmp_path, (50_000,), pick="all", num_images=num_images))[:1]
+    for event_bins in (1, 3):
+        (pair,) = pairs_of(dsec(tmp_path, (50_000,), pairs_per_window="all", event_bins=event_bins))[:1]
         drawn.append(np.flatnonzero((pair.event_HWC != 255).any(axis=(0, 2))).tolist())
     assert drawn == [[1, 2, 3], [1]]
 
@@ -136,7 +136,7 @@ def test_aligned_pairs_are_the_frame_in_the_event_view_and_both_sides_are_cut_al
     plain = pairs_of(dsec(two_seconds.root, SECOND, align="none"))
     for default, asked, whole in zip(
         pairs_of(dsec(two_seconds.root, SECOND)),
-        pairs_of(dsec(two_seconds.root, SECOND, align="infinite")),
+        pairs_of(dsec(two_seconds.root, SECOND, align="far-field")),
         plain,
         strict=True,
     ):
@@ -192,13 +192,13 @@ def test_without_calibration_sides_stay_whole_and_a_mixture_is_refused(tmp_path:
     source = dsec(tmp_path, (100_000,))
     assert source.describe()["align"] == "none"
     with pytest.raises(InputError, match=r"1 of 1 sequences have no calibration.*'a' for instance.*--align none"):
-        dsec(tmp_path, (100_000,), align="infinite").tasks()
+        dsec(tmp_path, (100_000,), align="far-field").tasks()
     files = write_small(tmp_path, "b", frames=3)
     with pytest.raises(InputError, match=r"1 of 2 sequences have no calibration.*'a' for instance.*--align none"):
         source.tasks()
     assert len(pairs_of(dsec(tmp_path, (100_000,), align="none"))) == 2
     shutil.rmtree(tmp_path / "train" / "a")
-    assert source.describe()["align"] == "infinite"
+    assert source.describe()["align"] == "far-field"
     files.rectify_map.unlink()
     with pytest.raises(InputError, match=r"rectify_map\.h5 is missing; add it, or take --align none"):
         source.tasks()
@@ -249,7 +249,7 @@ def test_a_real_window_written_in_this_layout_is_read_back_event_for_event(
         assert np.array_equal(read, getattr(events, column))
     (middle,) = pairs_of(dsec(tmp_path, (50_000,)))
     assert np.array_equal(middle.event_HWC, event_image(equal_counts(events, 5)[2]))
-    each = pairs_of(dsec(tmp_path, (50_000,), pick="all"))
+    each = pairs_of(dsec(tmp_path, (50_000,), pairs_per_window="all"))
     assert [
         np.array_equal(p.event_HWC, event_image(e)) for p, e in zip(each, equal_counts(events, 5), strict=True)
     ] == [True] * 5

@@ -38,10 +38,12 @@ def covered(slices: list[Slice]) -> int:
     return len({place for first, stop in slices for place in range(first, stop)})
 
 
-@pytest.mark.parametrize("pick", ["middle", "all"])
-def test_four_durations_read_the_union_of_their_slices_once(pick: Any, tmp_path: Path, reads: list[Slice]) -> None:
+@pytest.mark.parametrize("pairs_per_window", ["middle", "all"])
+def test_four_durations_read_the_union_of_their_slices_once(
+    pairs_per_window: Any, tmp_path: Path, reads: list[Slice]
+) -> None:
     write_small(tmp_path, constants=None)
-    cut = {"pick": pick, "num_images": 2}
+    cut = {"pairs_per_window": pairs_per_window, "event_bins": 2}
     alone, each = [], []
     for duration_us in FOUR:
         alone += pairs_of(dsec(tmp_path, (duration_us,), **cut))
@@ -111,7 +113,7 @@ def test_a_damaged_place_costs_the_slices_alone_that_it_lies_in(tmp_path: Path) 
 
 @pytest.mark.parametrize("order", [by_middle, by_start])
 def test_every_window_is_in_one_portion_and_portions_are_bounded(order: Any) -> None:
-    cut = WindowingConfig((50_000, 1_000_000, 20_000_000), pick="all", num_images=3)
+    cut = WindowingConfig((50_000, 1_000_000, 20_000_000), pairs_per_window="all", event_bins=3)
     portions = cut.portions(BEGIN_US, BEGIN_US + 60_000_000, order)
     windows = [window for portion in portions for window in portion]
     assert len(windows) == len(set(windows)) == 2399 + 119 + 5

@@ -168,7 +168,7 @@ def test_clips_drawn_as_one_image_come_from_their_own_folder(dataset: Path) -> N
     folder = dataset / "event_image_1f" / "thun"
     folder.mkdir(parents=True)
     shutil.copy(dataset / "event_image/thun/000002_4.png", folder / "000001_0.png")
-    source = EventGptSource.of_folder(dataset, num_images=1)
+    source = EventGptSource.of_folder(dataset, event_bins=1)
     found = {(p.sequence, p.t_start_us): p for p in everything(source) if isinstance(p, RawPair)}
     assert set(found) == {("thun", 500_000), ("interlaken", 7_000_000), ("interlaken", 7_000_001)}
     assert np.array_equal(found["thun", 500_000].event_HWC, np.asarray(Image.open(folder / "000001_0.png")))
@@ -176,7 +176,7 @@ def test_clips_drawn_as_one_image_come_from_their_own_folder(dataset: Path) -> N
     assert np.array_equal(found["interlaken", 7_000_000].event_HWC, event_image(events))
     images = {"event_image_1f": ["thun/000001_0.png"]}
     (dataset / "list.json").write_text(json.dumps([entry("thun", "000001", **images)]))
-    (one,) = everything(EventGptSource.of_folder(dataset, instructions=dataset / "list.json", num_images=1))
+    (one,) = everything(EventGptSource.of_folder(dataset, instructions=dataset / "list.json", event_bins=1))
     assert np.array_equal(one.event_HWC, found["thun", 500_000].event_HWC)
 
 
@@ -220,7 +220,7 @@ def test_the_real_50_ms_recordings_begin_at_their_first_event(shared_data: Path,
 
 
 def test_flags_make_the_source_that_they_name(dataset: Path) -> None:
-    words = f"{dataset} --out s --duration 2s --step 1s --instructions list.json --num-images 1".split()
+    words = f"{dataset} --out s --duration 2s --step 1s --instructions list.json --event-bins 1".split()
     flags = cli.parse("prepare eventgpt", cli.COMMANDS["prepare eventgpt"], None, words)
     assert source_of(flags) == EventGptSource(dataset, 2_000_000, 1_000_000, Path.cwd() / "list.json", 1)
     plain = cli.parse("prepare eventgpt", cli.COMMANDS["prepare eventgpt"], None, [str(dataset), "--out", "s"])

@@ -4,7 +4,7 @@ import pytest
 
 from ray_app.commands.prepare import progress as prepare_progress
 from ray_app.commands.prepare.progress import SECONDS_PER_LINE, PrepareProgress
-from ray_app.commands.prepare.store_builder import BuiltTask, QuarantineLine
+from ray_app.commands.prepare.store_builder import BuiltTask, RejectedLine
 from ray_app.store.manifest import PartRecord
 
 
@@ -28,7 +28,7 @@ def built(pairs: int, rejected: int, windows: int, events_drawn: int) -> BuiltTa
     return BuiltTask(
         task="t",
         part=PartRecord(name="t.parquet", pairs=pairs, bytes=1, sha256="0" * 64),
-        rejected=(QuarantineLine(input="s", position="window", reason="made to fail"),) * rejected,
+        rejected=(RejectedLine(input="s", position="window", reason="made to fail"),) * rejected,
         windows=windows,
         events_drawn=events_drawn,
     )
@@ -45,7 +45,7 @@ def test_a_line_tells_windows_and_events_a_second_and_the_time_left(
         progress.add(built(198, 2, 50, 100_000_000), False, "")
         # in 40 s: 50 windows and 100 million events; 800 pairs are left at 200 in 40 s
         assert capsys.readouterr().err == (
-            "300 of 1,100 pairs, 1.25 windows/s, 2.5 million events/s, 160 s left, 2 quarantined\n"
+            "300 of 1,100 pairs, 1.25 windows/s, 2.5 million events/s, 160 s left, 2 rejected\n"
         )
         clock.now += SECONDS_PER_LINE - 1
         progress.add(built(100, 0, 25, 50_000_000), False, "")
@@ -61,7 +61,7 @@ def test_without_event_counts_nothing_is_said_of_them(clock: Clock, capsys: pyte
     with PrepareProgress(20) as progress:
         clock.now += SECONDS_PER_LINE
         progress.add(built(10, 0, 10, 0), False, "")
-        assert capsys.readouterr().err == "10 of 20 pairs, 0.33 windows/s, 30 s left, 0 quarantined\n"
+        assert capsys.readouterr().err == "10 of 20 pairs, 0.33 windows/s, 30 s left, 0 rejected\n"
 
 
 def test_what_a_worker_heard_of_the_store_is_told_at_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,8 +154,8 @@ def frames(tmp_path: Path) -> Path:
     return folder
 
 
-def source_of(*files: Path, fps: float | None = None, every: int = 1) -> VideoSource:
-    return VideoSource(files, fps, seed=0, width=64, height=48, every=every)
+def source_of(*files: Path, fps: float | None = None, frame_stride: int = 1) -> VideoSource:
+    return VideoSource(files, fps, seed=0, width=64, height=48, frame_stride=frame_stride)
 
 
 def test_each_frame_of_a_video_is_the_target_of_the_events_around_it(video: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_task_is_the_same_whichever_others_are_done(video: Path) -> None:
 
 
 def test_a_folder_of_frames_is_read_like_a_video_at_the_rate_it_is_given(frames: Path) -> None:
-    found = everything(source_of(frames, fps=25.0, every=2))
+    found = everything(source_of(frames, fps=25.0, frame_stride=2))
     assert [p.t_start_us for p in found] == [i * 40_000 - 25_000 for i in range(2, FRAMES - 1, 2)]
     assert np.array_equal(found[0].target_HWC, moving(2))
     with pytest.raises(InputError, match="--fps"):

@@ -35,7 +35,7 @@ def random_pairs(count: int, seed: int = 0, features: Features = BOTH_SMALL) -> 
 def store_of(folder: Path, *parts: list[Pair], features: Features = BOTH_SMALL) -> PairStore:
     folder.mkdir()
     records = [write_part(folder, f"part_{i}.parquet", part, features) for i, part in enumerate(parts)]
-    publish(folder, records, features=features, durations={"200us": 200, "1s": 10**6}, source={}, quarantine=b"")
+    publish(folder, records, features=features, durations={"200us": 200, "1s": 10**6}, source={}, rejected=b"")
     return PairStore.open(folder)
 
 
@@ -151,7 +151,7 @@ def copy(small_store: Path, tmp_path: Path) -> Path:
 def test_a_flipped_byte_anywhere_is_found_and_its_file_named(copy: Path) -> None:
     rng = np.random.default_rng(0)
     names = sorted(path.name for path in copy.iterdir())
-    assert names == ["drive_0000.parquet", *names[1:6], "manifest.json", "quarantine.jsonl"]
+    assert names == ["drive_0000.parquet", *names[1:6], "manifest.json", "rejected.jsonl"]
     for name in names[4:]:
         path = copy / name
         intact = path.read_bytes()
@@ -177,7 +177,7 @@ def test_a_flipped_byte_is_found_by_reading_too(copy: Path) -> None:
         store.read_rows([30])
 
 
-@pytest.mark.parametrize("name", ["drive_0003.parquet", "quarantine.jsonl"])
+@pytest.mark.parametrize("name", ["drive_0003.parquet", "rejected.jsonl"])
 def test_a_missing_file_is_named(copy: Path, name: str) -> None:
     (copy / name).unlink()
     with pytest.raises(StoreError, match=f"{name} is damaged: the file is missing"):

@@ -20,7 +20,7 @@ def test_every_row_of_a_file_is_read(tmp_path: Path) -> None:
     file = read(write(tmp_path / "a.jsonl", made))
     assert [trace.target_tokens for trace in file.traces] == [row["target_tokens"] for row in made]
     assert file.traces[3].timing_ms.target_prefill == TIMING["target_prefill"]
-    assert (file.quarantined, file.cut_off) == ((), 0)
+    assert (file.rejected, file.cut_off) == ((), 0)
 
 
 def test_answers_without_an_end_token_are_counted(tmp_path: Path) -> None:
@@ -48,8 +48,8 @@ def test_a_row_that_cannot_be_used_costs_one_line(tmp_path: Path, change: dict[s
     made[3].update(change)
     file = read(write(tmp_path / "a.jsonl", made))
     assert [trace.row for trace in file.traces] == [0, 1, 2, 4, 5]
-    assert file.quarantined[0].line == 4
-    assert words in file.quarantined[0].reason
+    assert file.rejected[0].line == 4
+    assert words in file.rejected[0].reason
 
 
 def test_a_truncated_line_and_broken_text_are_set_aside_with_their_numbers(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_truncated_line_and_broken_text_are_set_aside_with_their_numbers(tmp_p
     path.write_bytes(path.read_bytes() + b'{"row": 9, "question": "wh\n\xff\xfe\n[1, 2]\n')
     file = read(path)
     assert len(file.traces) == 4
-    assert [bad.line for bad in file.quarantined] == [5, 6, 7]
+    assert [bad.line for bad in file.rejected] == [5, 6, 7]
 
 
 def test_an_empty_draft_is_an_output_too(tmp_path: Path) -> None:
@@ -118,4 +118,4 @@ def test_measured_times_are_read_and_checked(tmp_path: Path) -> None:
 def test_the_recorded_traces_are_whole(shared_data: Path) -> None:
     files = [read(path) for path in sorted((shared_data / "tokens").glob("*.jsonl"))]
     assert [len(file.traces) for file in files] == [700, 540, 260, 193]
-    assert not any(file.quarantined for file in files)
+    assert not any(file.rejected for file in files)

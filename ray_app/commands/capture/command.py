@@ -28,7 +28,7 @@ from ray_app.sources.base import named_sequences
 from ray_app.sources.clips import ClipWindow, clip_windows
 from ray_app.sources.video import identity
 from ray_app.store.atomic import sha256_file
-from ray_app.store.capture_store import QUARANTINE, SHARDS, TRACES, claim, publish, read_shard
+from ray_app.store.capture_store import REJECTED, SHARDS, TRACES, claim, publish, read_shard
 
 SHARD_ROWS = 16
 """Windows of a shard: what a kill costs each replica at most."""
@@ -62,12 +62,12 @@ def run_capture(cfg: CaptureConfig) -> dict[str, Any]:
     rejected = [line for shard in shards.values() for line in shard.rejected]
     publish(folder, rows, rejected)
     if not rows:
-        raise InputError(f"no window could be captured; the reasons are in {folder / QUARANTINE}.")
+        raise InputError(f"no window could be captured; the reasons are in {folder / REJECTED}.")
     return {
         "traces": str(cfg.out / TRACES),
         "rows": len(rows),
         "rows_kept": sum(len(shards[name].rows) for name in kept),
-        "quarantined": len(rejected),
+        "rejected": len(rejected),
         "shards": len(plan),
         "workers": num_workers,
         "timing_ms": _mean_times(rows),
@@ -83,10 +83,10 @@ def render_capture(result: dict[str, Any], console: Console) -> None:
     table.add_column()
     table.add_column(overflow="fold")
     kept = f", {result['rows_kept']:,} kept from an earlier start" if result["rows_kept"] else ""
-    lost = f" (reasons in {QUARANTINE})" if result["quarantined"] else ""
+    lost = f" (reasons in {REJECTED})" if result["rejected"] else ""
     table.add_row("traces", result["traces"])
     table.add_row("rows", f"{result['rows']:,}{kept}")
-    table.add_row("quarantined", f"{result['quarantined']:,}{lost}")
+    table.add_row("rejected", f"{result['rejected']:,}{lost}")
     for stage, ms in result["timing_ms"].items():
         table.add_row(stage.replace("_", " "), f"{ms:,.2f} ms, mean over rows")
     if result["num_verified"]:

@@ -1,4 +1,4 @@
-"""`ray-app proxy`: what cosine acceptance predicts about token acceptance, on captured traces with states.
+"""`ray-app correlate`: what cosine acceptance predicts about token acceptance, on captured traces with states.
 
 An aligned state stands for the token whose target state, among other stretches' rows, is nearest to it; it matches
 where that is the target's own token at the same place. Ray Data runs one task for each file and adapter.
@@ -19,7 +19,7 @@ from rich.table import Table
 from ray_app import errors
 from ray_app.cluster.connection import cluster
 from ray_app.config.base import flat
-from ray_app.config.speculative import ProxyConfig
+from ray_app.config.speculative import CorrelateConfig
 from ray_app.core.speculative.correlation import THETAS, Places, cosines, judge, rank_correlation
 from ray_app.core.speculative.verification import accepted_prefix
 from ray_app.drafters.base import AnsweredPrompt, States
@@ -35,7 +35,7 @@ from ray_app.store.traces import TraceFile
 
 BASELINES = ("raw", "mean_target")
 """The drafter's states as they are; the mean of the target's, the same at every place."""
-PAGE, NUMBERS = "proxy.html", "proxy.json"
+PAGE, NUMBERS = "correlation.html", "correlation.json"
 BLOCK_ROWS = 20
 """Neighbouring rows that the bootstrap draws together where sequences are not named."""
 
@@ -54,8 +54,8 @@ class AdapterScore:
     """For each row the tokens that match in a row from the start."""
 
 
-def run_proxy(cfg: ProxyConfig) -> dict[str, Any]:
-    """Writes proxy.json and proxy.html; returns the --json object.
+def run_correlate(cfg: CorrelateConfig) -> dict[str, Any]:
+    """Writes correlation.json and correlation.html; returns the --json object.
 
     InputError: traces without states, or damaged ones. CheckpointError: an adapter that does not verify or fit.
     ConfigError: too few rows. StoreError: a folder that cannot be written.
@@ -64,9 +64,9 @@ def run_proxy(cfg: ProxyConfig) -> dict[str, Any]:
         raise StoreError(f"{cfg.out} is a file; --out names the folder for {NUMBERS} and {PAGE}.")
     files = read_files(cfg.traces, cfg.vocabulary, cfg.end_token)
     for file in files:
-        require_states(file, "proxy")
+        require_states(file, "correlate")
     adapters = _named([path.absolute() for path in cfg.adapter])
-    folds = [folds_of([trace.sequence for trace in file.traces], cfg.folds, cfg.gap) for file in files]
+    folds = [folds_of([trace.sequence for trace in file.traces], cfg.folds, cfg.fold_gap) for file in files]
     judged = _judge_all(cfg, files, folds, adapters)
     block_of = blocks(files, BLOCK_ROWS)
     num_blocks = 1 + max(block for each in block_of for block in each)
@@ -91,9 +91,9 @@ def run_proxy(cfg: ProxyConfig) -> dict[str, Any]:
     result = {
         "rows": sum(len(file.traces) for file in files),
         "blocks": num_blocks,
-        "quarantined": [asdict(bad) for file in files for bad in file.quarantined],
+        "rejected": [asdict(bad) for file in files for bad in file.rejected],
         "folds": max(len(each) for each in folds),
-        "gap": cfg.gap,
+        "fold_gap": cfg.fold_gap,
         "baselines": {name: numbers[name] for name in BASELINES if name in numbers},
         "adapters": {name: numbers[name] for name in adapters if name in numbers},
         "rank_correlation": rank_correlation(
@@ -104,11 +104,11 @@ def run_proxy(cfg: ProxyConfig) -> dict[str, Any]:
     result["verdict"] = verdict(result)
     cfg.out.mkdir(parents=True, exist_ok=True)
     write_file(cfg.out / NUMBERS, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
-    write_file(cfg.out / PAGE, proxy_page(result).encode())
+    write_file(cfg.out / PAGE, correlation_page(result).encode())
     return {**result, "files": [str(cfg.out / NUMBERS), str(cfg.out / PAGE)]}
 
 
-def render_proxy(result: dict[str, Any], console: Console) -> None:
+def render_correlate(result: dict[str, Any], console: Console) -> None:
     """The table, the plain sentences and the files."""
     table = Table(title=f"{result['rows']:,} rows, {result['blocks']} sequences or stretches", title_justify="left")
     table.add_column("states", overflow="fold", min_width=12)
@@ -170,11 +170,11 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, list[str]]]:
     return lines
 
 
-def proxy_page(result: dict[str, Any]) -> str:
+def correlation_page(result: dict[str, Any]) -> str:
     """The whole page, in one file."""
     everyone = {**result["baselines"], **result["adapters"]}
     return page(
-        "proxy.html.j2",
+        "correlation.html.j2",
         r=result,
         rows=table_rows(result),
         everyone=everyone,
@@ -199,7 +199,7 @@ def _named(adapters: Sequence[Path]) -> dict[str, Path]:
 
 
 def _judge_all(
-    cfg: ProxyConfig, files: Sequence[TraceFile], folds: Sequence[Sequence[Fold]], adapters: dict[str, Path]
+    cfg: CorrelateConfig, files: Sequence[TraceFile], folds: Sequence[Sequence[Fold]], adapters: dict[str, Path]
 ) -> dict[str, list[AdapterScore]]:
     """For each baseline and adapter, each file."""
     tasks = [(name, n) for name in (*BASELINES, *adapters) for n in range(len(files))]

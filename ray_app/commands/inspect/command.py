@@ -20,7 +20,7 @@ from ray_app.commands.inspect.statistics import NIGHT_RULE, sequence_statistics,
 from ray_app.config.prepare import InspectConfig
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.reports.html import require_suffix, write_for_people
-from ray_app.store.manifest import QUARANTINE
+from ray_app.store.manifest import REJECTED
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 
@@ -31,7 +31,7 @@ def run_inspect(cfg: InspectConfig) -> dict[str, Any]:
     With `durations`, all numbers are those of the pairs of these window lengths; the other store is taken whole.
     """
     require_suffix("--picture", cfg.picture, ".png")
-    require_suffix("--page", cfg.page, ".html")
+    require_suffix("--html", cfg.html, ".html")
     store = PairStore.open(cfg.store, cfg.durations)
     other = PairStore.open(cfg.against) if cfg.against else None
     if cfg.picture:
@@ -62,11 +62,11 @@ def run_inspect(cfg: InspectConfig) -> dict[str, Any]:
         "leaks": [each.leaks.as_json(each.index) for each in leaks],
         "leak_rule": MEASURE,
         "picture": str(cfg.picture) if cfg.picture else None,
-        "page": str(cfg.page) if cfg.page else None,
+        "html": str(cfg.html) if cfg.html else None,
     }
     result["warnings"] = list(notes(result, store))
-    if cfg.page:
-        write_for_people("--page", cfg.page, inspect_page(result, store.index, surveyed[0], leaks).encode())
+    if cfg.html:
+        write_for_people("--html", cfg.html, inspect_page(result, store.index, surveyed[0], leaks).encode())
     return result
 
 
@@ -78,7 +78,7 @@ def about(store: PairStore) -> dict[str, Any]:
         "store": str(store.folder),
         "pairs": len(store.index),
         "sequences": len(np.unique(store.index.sequence)),
-        "quarantined": manifest.quarantined,
+        "rejected": manifest.rejected,
         "fingerprint": manifest.fingerprint,
         "durations": dict(zip(names.tolist(), counts.tolist(), strict=True)),
         "source": manifest.source,
@@ -126,7 +126,7 @@ def notes(result: dict[str, Any], store: PairStore) -> Iterator[str]:
 def render_inspect(result: dict[str, Any], console: Console) -> None:
     """Prints the result for people."""
     source, split, before = result["source"], result["split"], result["before"]
-    lost = f" (reasons in {QUARANTINE})" if result["quarantined"] else ""
+    lost = f" (reasons in {REJECTED})" if result["rejected"] else ""
     lengths = ", ".join(f"{count:,} of {name}" for name, count in result["durations"].items())
     table = Table(show_header=False, box=None)
     table.add_column()
@@ -135,7 +135,7 @@ def render_inspect(result: dict[str, Any], console: Console) -> None:
     table.add_row("source", f"{source['name']}, events {source['events']}")
     table.add_row("pairs", f"{result['pairs']:,}; windows: {lengths}")
     table.add_row("sequences", f"{result['sequences']:,}{daytimes(result['by_sequence'])}")
-    table.add_row("quarantined", f"{result['quarantined']:,}{lost}")
+    table.add_row("rejected", f"{result['rejected']:,}{lost}")
     for side, spec in result["features"].items():
         shape = " × ".join(map(str, spec["shape"]))
         table.add_row(side, f"{shape} {spec['dtype']}, times {spec['scale']:.6g}")
@@ -153,7 +153,7 @@ def render_inspect(result: dict[str, Any], console: Console) -> None:
     table.add_row("fingerprint", result["fingerprint"])
     if result["against"]:
         table.add_row("other", f"{result['against']['store']}, {result['against']['pairs']:,} pairs")
-    for name in ("picture", "page"):
+    for name in ("picture", "html"):
         if result[name]:
             table.add_row(name, result[name])
     console.print(table)

@@ -1,4 +1,4 @@
-"""The page that `inspect --page` writes: numbers, plots, and pictures of the worst leaks.
+"""The page that `inspect --html` writes: numbers, plots, and pictures of the worst leaks.
 
 Shapes: N = pairs of the index.
 """

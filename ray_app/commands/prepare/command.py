@@ -31,7 +31,7 @@ from ray_app.events.windows import parse_duration
 from ray_app.sources.base import Source
 from ray_app.sources.recorded import WindowingConfig
 from ray_app.store.filesystem import open_storage
-from ray_app.store.manifest import PIXELS, QUARANTINE, Features, FeatureSpec
+from ray_app.store.manifest import PIXELS, REJECTED, Features, FeatureSpec
 
 LONGEST_SILENCE_S = 600.0
 """Longest time in which no task of the cluster ends: on a slow core one may take minutes."""
@@ -74,7 +74,7 @@ def source_of(cfg: PrepareFlags) -> Source:
                 width=cfg.width,
                 height=cfg.height,
                 duration_us=parse_duration(cfg.duration),
-                every=cfg.every,
+                frame_stride=cfg.frame_stride,
             )
         case PrepareEventGpt():
             from ray_app.sources.eventgpt.source import EventGptSource
@@ -84,12 +84,12 @@ def source_of(cfg: PrepareFlags) -> Source:
                 duration_us=parse_duration(cfg.duration) if cfg.duration else None,
                 step_us=parse_duration(cfg.step) if cfg.step else None,
                 instructions=cfg.instructions.absolute() if cfg.instructions else None,
-                num_images=cfg.num_images,
+                event_bins=cfg.event_bins,
             )
         case PrepareDsec():
             from ray_app.sources.dsec.source import DsecSource
 
-            return DsecSource(cfg.root.absolute(), cut_of(cfg), boundaries=cfg.boundaries, align=cfg.align)
+            return DsecSource(cfg.root.absolute(), cut_of(cfg), window_rounding=cfg.window_rounding, align=cfg.align)
         case PrepareDavis():
             from ray_app.sources.davis.source import DavisSource
 
@@ -102,10 +102,10 @@ def cut_of(cfg: RecordedFlags) -> WindowingConfig:
     return WindowingConfig(
         durations_us=tuple(parse_duration(name) for name in cfg.durations),
         step_us=parse_duration(cfg.step) if cfg.step else None,
-        pick=cfg.pick,
-        num_images=cfg.num_images,
+        pairs_per_window=cfg.pairs_per_window,
+        event_bins=cfg.event_bins,
         max_gap_us=parse_duration(cfg.max_gap),
-        event_slice_us=parse_duration(cfg.event_slice) if cfg.event_slice else None,
+        event_window_us=parse_duration(cfg.event_window) if cfg.event_window else None,
     )
 
 
@@ -113,12 +113,12 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
     """Builds a store of `source` in `cfg.out` on the cluster of `cfg.address`; returns the --json object.
 
     `feature` is the shape (3, height, width) and scale of both sides, uint8. StoreError: the folder is in the
-    way or cannot be written, or too many pairs are quarantined. ResourceError: the cluster loses workers, hangs, or
+    way or cannot be written, or too many pairs are rejected. ResourceError: the cluster loses workers, hangs, or
     does not see the input. What was built stays.
     """
     assert feature.dtype == "uint8", "pictures are stored as uint8"
     features = Features(event=feature, target=feature)
-    folder = open_storage(cfg.out, cfg.store_patience)
+    folder = open_storage(cfg.out, cfg.storage_timeout_s)
     tasks = source.tasks()
     claim(folder, source, tasks, features)
 
@@ -167,7 +167,7 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
                 f"take fewer --num-workers if all are slow. {GO_ON}"
             ) from error
         seconds = time.perf_counter() - began
-    manifest = finish(folder, source, [built[task.name] for task in tasks], features, cfg.max_quarantined)
+    manifest = finish(folder, source, [built[task.name] for task in tasks], features, cfg.max_rejected_fraction)
     num_new = sum(done.num_pairs for done in new)
     events_drawn = sum(done.events_drawn for done in new)
     per_second = num_new / seconds
@@ -176,12 +176,12 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
         "source": manifest.source,
         "pairs": manifest.pairs,
         "sequences": manifest.sequences,
-        "quarantined": manifest.quarantined,
+        "rejected": manifest.rejected,
         "fingerprint": manifest.fingerprint,
         "durations": list(manifest.durations),
         "files": len(manifest.files),
         "bytes": sum(file.bytes for file in manifest.files),
-        "pairs_kept": sum(done.num_pairs for done in built.values()) - num_new,
+        "pairs_reused": sum(done.num_pairs for done in built.values()) - num_new,
         "windows": sum(done.windows for done in new),
         "events_covered": sum(done.events_covered for done in new),
         "events_drawn": events_drawn,
@@ -196,15 +196,15 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
 def render_prepare(result: dict[str, Any], console: Console) -> None:
     """Prints the result for people."""
     speed = f"{result['pairs_per_second']:,.2f} pairs/s, {result['pairs_per_second_per_core']:,.2f} for each core"
-    kept = f", {result['pairs_kept']:,} kept from an earlier start" if result["pairs_kept"] else ""
-    lost = f" (reasons in {QUARANTINE})" if result["quarantined"] else ""
+    kept = f", {result['pairs_reused']:,} kept from an earlier start" if result["pairs_reused"] else ""
+    lost = f" (reasons in {REJECTED})" if result["rejected"] else ""
     table = Table(show_header=False, box=None)
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row("store", result["store"])
     table.add_row("pairs", f"{result['pairs']:,}{kept}")
     table.add_row("sequences", f"{result['sequences']:,}")
-    table.add_row("quarantined", f"{result['quarantined']:,}{lost}")
+    table.add_row("rejected", f"{result['rejected']:,}{lost}")
     table.add_row("size", f"{result['bytes'] / 1e6:,.1f} MB in {result['files']:,} files")
     table.add_row("time", f"{result['seconds']:,.1f} s, {speed}")
     if result["events_drawn"]:

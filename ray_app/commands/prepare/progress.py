@@ -22,13 +22,13 @@ class PrepareProgress:
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f} pairs"),
             TextColumn("{task.fields[speed]}"),
-            TextColumn("{task.fields[quarantined]} quarantined"),
+            TextColumn("{task.fields[rejected]} rejected"),
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=total, speed="", quarantined=0)
-        self._total, self._done, self._kept, self._quarantined = total, 0, 0, 0
+        self._task = self._bar.add_task("", total=total, speed="", rejected=0)
+        self._total, self._done, self._kept, self._rejected = total, 0, 0, 0
         self._windows = self._events = 0
         self._began = self._told_at = time.monotonic()
 
@@ -42,7 +42,7 @@ class PrepareProgress:
     def add(self, done: BuiltTask, kept: bool, told: str) -> None:
         """A task is done, or `kept` from an earlier start; `told` is what its worker heard of the store."""
         pairs = done.num_pairs + len(done.rejected)
-        self._done, self._quarantined = self._done + pairs, self._quarantined + len(done.rejected)
+        self._done, self._rejected = self._done + pairs, self._rejected + len(done.rejected)
         if kept:
             self._kept += pairs
         else:
@@ -51,13 +51,12 @@ class PrepareProgress:
             self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
         now = time.monotonic()
         speed = self._speed(now - self._began)
-        self._bar.update(self._task, completed=self._done, speed=speed, quarantined=self._quarantined)
+        self._bar.update(self._task, completed=self._done, speed=speed, rejected=self._rejected)
         if not self._console.is_terminal and now - self._told_at >= SECONDS_PER_LINE:
             self._told_at = now
             left_s = (self._total - self._done) * (now - self._began) / max(self._done - self._kept, 1)
             self._console.print(
-                f"{self._done:,} of {self._total:,} pairs, {speed}, {left_s:,.0f} s left, "
-                f"{self._quarantined} quarantined",
+                f"{self._done:,} of {self._total:,} pairs, {speed}, {left_s:,.0f} s left, {self._rejected} rejected",
                 highlight=False,
                 soft_wrap=True,
             )

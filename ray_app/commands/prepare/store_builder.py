@@ -17,7 +17,7 @@ from ray_app.events.windows import parse_duration
 from ray_app.sources.base import RawPair, RejectedPair, Source, SourceTask
 from ray_app.sources.images import resized
 from ray_app.store.filesystem import StorageDir, Where, open_storage
-from ray_app.store.manifest import MANIFEST, QUARANTINE, Features, Manifest, PartRecord
+from ray_app.store.manifest import MANIFEST, REJECTED, Features, Manifest, PartRecord
 from ray_app.store.pair_store import (
     FACT_COLUMNS,
     Pair,
@@ -33,8 +33,8 @@ SETTINGS = "settings.json"
 NAMED_IN_ERROR = 3
 
 
-class QuarantineLine(Config):
-    """One line of quarantine.jsonl: a pair that is not in the store."""
+class RejectedLine(Config):
+    """One line of rejected.jsonl: a pair that is not in the store."""
 
     input: str
     """File or drive that it should have come from."""
@@ -51,7 +51,7 @@ class BuiltTask(Config):
     """Name of the task."""
     part: PartRecord | None
     """The file, or None where no pair could be built."""
-    rejected: tuple[QuarantineLine, ...]
+    rejected: tuple[RejectedLine, ...]
     """Pairs that are not in it."""
     windows: int = 0
     """Windows of its pairs: one window can give several."""
@@ -114,7 +114,7 @@ def build_task(source: Source, task: SourceTask, where: Where, features: Feature
     drawn = 0
     for item in _all_of(source, task):
         if isinstance(item, RejectedPair):
-            rejected.append(QuarantineLine(input=item.input, position=item.position, reason=item.reason))
+            rejected.append(RejectedLine(input=item.input, position=item.position, reason=item.reason))
             continue
         pair = Pair(
             item.sequence,
@@ -159,25 +159,25 @@ def finished(where: Where, task: SourceTask) -> BuiltTask | None:
 
 
 def finish(
-    where: Where, source: Source, built: list[BuiltTask], features: Features, max_quarantined: float
+    where: Where, source: Source, built: list[BuiltTask], features: Features, max_rejected_fraction: float
 ) -> Manifest:
     """Sets pairs aside that an earlier file holds too, then publishes the store.
 
-    StoreError where more than the share `max_quarantined` of all pairs could not be built; everything stays.
+    StoreError where more than the share `max_rejected_fraction` of all pairs could not be built; everything stays.
     """
     folder = open_storage(where)
     built = _without_duplicates(folder, built)
     lines = [line for done in built for line in done.rejected]
-    quarantine = "".join(json.dumps(line.model_dump(), ensure_ascii=False) + "\n" for line in lines).encode()
+    rejected_lines = "".join(json.dumps(line.model_dump(), ensure_ascii=False) + "\n" for line in lines).encode()
     pairs = sum(done.num_pairs for done in built)
     total = pairs + len(lines)
-    if len(lines) > max_quarantined * total or not pairs:
-        folder.write(QUARANTINE, quarantine)
+    if len(lines) > max_rejected_fraction * total or not pairs:
+        folder.write(REJECTED, rejected_lines)
         first = "; ".join(f"{line.input}, {line.position}: {line.reason}" for line in lines[:NAMED_IN_ERROR])
         raise StoreError(
             f"{len(lines)} of {total} pairs could not be built ({len(lines) / max(total, 1):.1%}; "
-            f"--max-quarantined allows {max_quarantined:.1%}). The first: {first}. All are in "
-            f"{folder.file(QUARANTINE)}. What was built stays: mend the input or allow more, and start again."
+            f"--max-rejected-fraction allows {max_rejected_fraction:.1%}). The first: {first}. All are in "
+            f"{folder.file(REJECTED)}. What was built stays: mend the input or allow more, and start again."
         )
     manifest = publish(
         folder,
@@ -185,7 +185,7 @@ def finish(
         features=features,
         durations={name: parse_duration(name) for name in source.durations()},
         source=described(source),
-        quarantine=quarantine,
+        rejected=rejected_lines,
     )
     folder.delete(SCRATCH)
     return manifest
@@ -219,8 +219,8 @@ def _flaw(pair: Pair, lengths_us: dict[int, str]) -> str:
     return ""
 
 
-def _line(sequence: str, t_start_us: int, t_end_us: int, reason: str) -> QuarantineLine:
-    return QuarantineLine(input=sequence, position=f"window [{t_start_us}, {t_end_us})", reason=reason)
+def _line(sequence: str, t_start_us: int, t_end_us: int, reason: str) -> RejectedLine:
+    return RejectedLine(input=sequence, position=f"window [{t_start_us}, {t_end_us})", reason=reason)
 
 
 def _record(folder: StorageDir, done: BuiltTask) -> None:

@@ -48,11 +48,11 @@ class ReplayReport:
     """Drafters that do not beat both of `BARS`."""
     notes: tuple[str, ...]
     """What to know about the input."""
-    quarantined: tuple[str, ...]
+    rejected: tuple[str, ...]
     """Lines that were set aside, with their reasons."""
     folds_by: str
     """What a fold is made of."""
-    page: Path | None
+    html: Path | None
     """The page that was written."""
 
 
@@ -67,7 +67,7 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
 
     ConfigError: a drafter that does not exist, too few rows. InputError: traces that cannot be replayed.
     """
-    require_suffix("--page", cfg.page, ".html")
+    require_suffix("--html", cfg.html, ".html")
     unknown = [name for name in cfg.drafter if name not in DRAFTERS]
     if unknown:
         raise ConfigError(f"there is no drafter '{unknown[0]}'; there are: {', '.join(DRAFTERS)}.")
@@ -95,14 +95,14 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
             for file, traces in enumerate(files)
             for place, (trace, replay) in enumerate(zip(traces.traces, replayed[name][file], strict=True))
         ]
-        results[name] = summarise(rows, cfg.gamma, np.random.default_rng(0))
-        told[name] = details(rows, cfg.gamma, np.random.default_rng(number))
+        results[name] = summarise(rows, cfg.num_speculative_tokens, np.random.default_rng(0))
+        told[name] = details(rows, cfg.num_speculative_tokens, np.random.default_rng(number))
         groups[name] = _groups(files, rows)
     result = ReplayResult(
         results=results,
         folds=most_folds,
-        gap=cfg.gap,
-        gamma=cfg.gamma,
+        fold_gap=cfg.fold_gap,
+        num_speculative_tokens=cfg.num_speculative_tokens,
         rows=sum(len(file.traces) for file in files),
     )
     result.report = ReplayReport(
@@ -110,12 +110,12 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
         groups={group: {name: groups[name][group] for name in names} for group in groups[names[0]]},
         behind=_behind(results),
         notes=tuple(_notes(cfg, files, timing)),
-        quarantined=tuple(damaged_lines(files)),
+        rejected=tuple(damaged_lines(files)),
         folds_by=_folds_by(files),
-        page=cfg.page,
+        html=cfg.html,
     )
-    if cfg.page:
-        _write_page(result, cfg.page)
+    if cfg.html:
+        _write_page(result, cfg.html)
     return result
 
 
@@ -133,16 +133,18 @@ def render_replay(result: ReplayResult, console: Console) -> None:
     console.print(_conditions(result), highlight=False)
     for name, more in report.details.items():
         places = " ".join(f"{rate:.2f}" for rate in more["acceptance_by_place"])
-        console.print(f"{name}: accepted at place 1…{result['gamma']}: {places}", highlight=False)
+        console.print(f"{name}: accepted at place 1…{result['num_speculative_tokens']}: {places}", highlight=False)
         histogram = " ".join(str(n) for n in more["passes_by_accepted"])
-        console.print(f"{name}: passes with 0…{result['gamma']} accepted: {histogram}", highlight=False)
+        console.print(
+            f"{name}: passes with 0…{result['num_speculative_tokens']} accepted: {histogram}", highlight=False
+        )
     for group, rates in report.groups.items():
         line = ", ".join(f"{name} {rate_cell(rate)}" for name, rate in rates.items())
         console.print(f"{group}: tokens per pass: {line}", highlight=False)
     for note in report.notes:
         console.print(note, markup=False, highlight=False)
-    if report.page:
-        console.print(str(report.page), markup=False, highlight=False, soft_wrap=True)
+    if report.html:
+        console.print(str(report.html), markup=False, highlight=False, soft_wrap=True)
 
 
 def acceptance_cells(result: ReplayResult, name: str) -> list[str]:
@@ -186,9 +188,9 @@ def _write_page(result: ReplayResult, path: Path) -> None:
         behind=bool(report.behind),
         tables=tables,
         conditions=_conditions(result),
-        notes=[*report.notes, *(f"set aside: {line}" for line in report.quarantined)],
+        notes=[*report.notes, *(f"set aside: {line}" for line in report.rejected)],
     )
-    write_for_people("--page", path, html.encode())
+    write_for_people("--html", path, html.encode())
 
 
 def _label(name: str) -> str:
@@ -197,8 +199,9 @@ def _label(name: str) -> str:
 
 def _conditions(result: ReplayResult) -> str:
     return (
-        f"{result['rows']:,} rows, γ = {result['gamma']}, {result['folds']} folds ({result.report.folds_by}), in "
-        "brackets 95 % over sequences, or over blocks of neighbouring rows where they are not named; * learns from "
+        f"{result['rows']:,} rows, γ = {result['num_speculative_tokens']}, {result['folds']} folds "
+        f"({result.report.folds_by}), in brackets 95 % over sequences, or over blocks of "
+        "neighbouring rows where they are not named; * learns from "
         f"accepted answers. {EXPECTED}"
     )
 
@@ -250,7 +253,7 @@ def _headline(behind: tuple[str, ...]) -> str:
 
 def _notes(cfg: ReplayConfig, files: Sequence[TraceFile], timing: Timing | None) -> list[str]:
     traces = [trace for file in files for trace in file.traces]
-    notes = [f"{path.path}: {len(path.traces):,} rows, {len(path.quarantined)} set aside" for path in files]
+    notes = [f"{path.path}: {len(path.traces):,} rows, {len(path.rejected)} set aside" for path in files]
     if cut_off := sum(file.cut_off for file in files):
         notes.append(
             f"{cut_off:,} answers have no end token {cfg.end_token}: they were recorded up to a length limit."
@@ -272,14 +275,15 @@ def _notes(cfg: ReplayConfig, files: Sequence[TraceFile], timing: Timing | None)
     own = [timing or trace.timing_ms for trace in traces]
     if not any(own):
         notes.append("no times were measured for these rows: no speed-ups; give --timing FILE.")
-    elif unmeasured := sum(times is not None and cfg.gamma not in times.verify for times in own):
+    elif unmeasured := sum(times is not None and cfg.num_speculative_tokens not in times.verify for times in own):
         notes.append(
-            f"verify({cfg.gamma}) was not measured in {unmeasured:,} of {len(traces):,} rows and is taken there as "
-            "one plain step, the least it can cost: speed-ups are upper bounds; give `verify` in --timing FILE."
+            f"verify({cfg.num_speculative_tokens}) was not measured in {unmeasured:,} of {len(traces):,} rows; "
+            "these count it as one plain step, the least it can cost: speed-ups are "
+            "upper bounds; give `verify` in --timing FILE."
         )
     notes.append(
         "EventGPT runs on a device of its own, while the target prefills."
-        if cfg.draft_device == "second"
+        if cfg.draft_device == "separate"
         else "EventGPT runs on the target's device, before its prefill."
     )
     return notes

@@ -1,4 +1,4 @@
-"""The page that `replay --page` writes: the table, and plots of where drafts are accepted and what that is worth."""
+"""The page that `replay --html` writes: the table, and plots of where drafts are accepted and what that is worth."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -34,7 +34,7 @@ class Task:
 
 def file_folds(cfg: ReplayConfig, file: TraceFile) -> list[Fold]:
     """ConfigError: too few rows."""
-    return folds_of([trace.sequence for trace in file.traces], cfg.folds, cfg.gap)
+    return folds_of([trace.sequence for trace in file.traces], cfg.folds, cfg.fold_gap)
 
 
 def fold_of_rows(folds: Sequence[Fold]) -> list[int]:
@@ -47,7 +47,7 @@ def replay_files(cfg: ReplayConfig, files: Sequence[TraceFile], names: list[str]
     """For each drafter and file, the rows in order."""
     folds = [file_folds(cfg, file) for file in files]
     tasks = [Task(n, fold, name) for name in names for n in range(len(files)) for fold in range(len(folds[n]))]
-    gamma, vocabulary, adapter = cfg.gamma, cfg.vocabulary, cfg.adapter and cfg.adapter.absolute()
+    gamma, vocabulary, adapter = cfg.num_speculative_tokens, cfg.vocabulary, cfg.adapter and cfg.adapter.absolute()
     files = [replace(file, path=file.path.absolute()) for file in files]  # workers have a folder of their own
 
     def replay(item: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def replayed_row(
     cost, step_ms, verify_ms, event_step_ms = None, 0.0, 0.0, 0.0
     if times is not None and not (needs_event and (times.draft_prefill is None or times.draft_per_token is None)):
         step_ms = times.target_per_token
-        verify_ms = times.verify.get(cfg.gamma, step_ms)
+        verify_ms = times.verify.get(cfg.num_speculative_tokens, step_ms)
         event_step_ms = (times.draft_per_token or 0.0) if needs_event else 0.0
         measured = StepTimes(
             target_prefill_ms=times.target_prefill,
@@ -103,7 +103,11 @@ def replayed_row(
             event_step_ms=event_step_ms,
         )
         cost = row_cost(
-            replay, measured, gamma=cfg.gamma, num_event_tokens=len(trace.draft_tokens), device=cfg.draft_device
+            replay,
+            measured,
+            gamma=cfg.num_speculative_tokens,
+            num_event_tokens=len(trace.draft_tokens),
+            device=cfg.draft_device,
         )
     return ReplayedRow(
         block=block,

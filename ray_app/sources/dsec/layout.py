@@ -131,8 +131,8 @@ def read_rig(path: Path) -> StereoCalibration:
         for key in (group, *keys):
             if not isinstance(here, dict) or key not in here:
                 raise InputError(
-                    f"{path} has no {'.'.join((group, *keys))}; --align infinite needs the cameras camRect0 (events) "
-                    "and camRect1 (frames), and T_10, R_rect0 and R_rect1"
+                    f"{path} has no {'.'.join((group, *keys))}; --align far-field needs the cameras camRect0 "
+                    "(events) and camRect1 (frames), and T_10, R_rect0 and R_rect1"
                 )
             here = here[key]
         return here

@@ -4,7 +4,7 @@ Windows and their pairs are those of sources/recorded.py. Only what is drawn is 
 task: places come from the file's millisecond index, and parts are drawn piece by piece (sources/sweep.py), so that a
 window of 20 s and 300 million events takes no more memory than one of 50 ms.
 
-With `align: infinite` the frame is drawn as the event camera sees it (events/views.py), and both sides are cut to
+With `align: far-field` the frame is drawn as the event camera sees it (events/views.py), and both sides are cut to
 what both cameras see; with `none`, as in the reference, both stay whole and show different parts of the scene.
 """
 
@@ -24,9 +24,9 @@ from ray_app.sources.dsec.events_file import DsecEvents
 from ray_app.sources.dsec.layout import DsecSequence, find_sequences, sequence_in
 from ray_app.sources.recorded import WindowingConfig, by_middle
 
-Boundaries = Literal["us", "ms_floor"]
-Align = Literal["infinite", "none"]
-AskedAlign = Literal["auto", "infinite", "none"]
+WindowRounding = Literal["us", "ms"]
+Align = Literal["far-field", "none"]
+AskedAlign = Literal["auto", "far-field", "none"]
 FRAMES_KEPT = 4
 """Decoded frames that the next windows may share: up to 5 MB each."""
 
@@ -39,19 +39,19 @@ class DsecSource:
     """Dataset folder."""
     cut: WindowingConfig
     """Window lengths, and what of them is drawn."""
-    boundaries: Boundaries = "us"
-    """`us`: to the microsecond; `ms_floor`: brought down to whole milliseconds of the file's clock, as EventGPT."""
+    window_rounding: WindowRounding = "us"
+    """`us`: to the microsecond; `ms`: brought down to whole milliseconds of the file's clock, as EventGPT."""
     align: AskedAlign = "auto"
-    """`auto`: `infinite` where sequences have a calibration, else `none`."""
+    """`auto`: `far-field` where sequences have a calibration, else `none`."""
 
     name = "dsec"
 
     def __post_init__(self) -> None:
         """ConfigError: settings that do not fit together."""
         for duration_us in self.cut.durations_us:
-            if self.boundaries == "ms_floor" and duration_us % 1000:
+            if self.window_rounding == "ms" and duration_us % 1000:
                 name = format_duration(duration_us)
-                raise ConfigError(f"--durations ({name}) must be whole milliseconds with --boundaries ms_floor")
+                raise ConfigError(f"--durations ({name}) must be whole milliseconds with --window-rounding ms")
 
     def describe(self) -> dict[str, Any]:
         sequences = self._sequences()
@@ -60,10 +60,10 @@ class DsecSource:
         return {
             "root": self.root.name,
             "sequences": [_identity(sequence, align) for sequence in sequences],
-            "boundaries": self.boundaries,
+            "window_rounding": self.window_rounding,
             "align": align,
             **cut,
-            **(_cut_alike(cut) if align == "infinite" else {}),
+            **(_cut_alike(cut) if align == "far-field" else {}),
         }
 
     def durations(self) -> list[str]:
@@ -82,7 +82,7 @@ class DsecSource:
             times_us = sequence.times_us()
             with DsecEvents(sequence.events) as events:  # damaged as a whole: said before hours of work, not after
                 _check_clocks(sequence, events, times_us)
-            if align == "infinite":
+            if align == "far-field":
                 sequence.view()
             spec = {
                 "folder": str(sequence.folder.relative_to(self.root)),
@@ -104,7 +104,7 @@ class DsecSource:
         require_visible(self.root)
         require_visible(self.root / spec["events"])
         sequence = sequence_in(self.root / spec["folder"], spec["sequence"])
-        view = sequence.view() if spec["align"] == "infinite" else None
+        view = sequence.view() if spec["align"] == "far-field" else None
 
         @lru_cache(FRAMES_KEPT)
         def target(number: int) -> NDArray[np.uint8]:
@@ -119,8 +119,8 @@ class DsecSource:
             yield from self.cut.pairs(sequence.name, events, sequence.times_us(), windows, sides)
 
     def _bounded(self, window: Window, t_offset_us: int) -> Window:
-        """The window by `boundaries`; its length stays the same, for it is whole milliseconds where floored."""
-        early_us = (window.t_start_us - t_offset_us) % 1000 if self.boundaries == "ms_floor" else 0
+        """The window by `window_rounding`; its length stays the same, for it is whole milliseconds where floored."""
+        early_us = (window.t_start_us - t_offset_us) % 1000 if self.window_rounding == "ms" else 0
         return Window(window.t_start_us - early_us, window.t_end_us - early_us)
 
     def _sequences(self) -> list[DsecSequence]:
@@ -148,7 +148,7 @@ class DsecSource:
                 f"{len(lacking)} of {len(sequences)} sequences have no calibration/cam_to_cam.yaml, '{lacking[0]}' "
                 "for instance; add it, or take --align none for all"
             )
-        return "infinite"
+        return "far-field"
 
 
 def _identity(sequence: DsecSequence, align: Align) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _identity(sequence: DsecSequence, align: Align) -> dict[str, Any]:
             "t_offset_us": events.t_offset_us,
             "frames": len(sequence.times_us()),
         }
-    if sequence.calibration and align == "infinite":
+    if sequence.calibration and align == "far-field":
         view = sequence.view()
         identity |= {
             "calibration_sha256": file_identity(sequence.calibration)["sha256"],

@@ -40,14 +40,14 @@ class Clip:
         return asdict(self)
 
 
-def image_folder(num_images: int) -> str:
+def image_folder(event_bins: int) -> str:
     """Folder, and key of the JSON, of clips drawn as one image or as five."""
-    return "event_image_1f" if num_images == 1 else "event_image"
+    return "event_image_1f" if event_bins == 1 else "event_image"
 
 
-def found_clips(root: Path, num_images: int) -> list[Clip]:
+def found_clips(root: Path, event_bins: int) -> list[Clip]:
     """Clips that any of the folders knows of, by sequence and number: what one of them lacks is found out later."""
-    kinds = (image_folder(num_images), "event_npy", "video")
+    kinds = (image_folder(event_bins), "event_npy", "video")
     folders = [root / kind for kind in kinds]
     sequences = {p.name for folder in folders if folder.is_dir() for p in folder.iterdir() if p.is_dir()}
     clips = []
@@ -58,11 +58,11 @@ def found_clips(root: Path, num_images: int) -> list[Clip]:
             *(path.stem for path in npy if path.suffix == ".npy"),
             *(path.name for path in video if path.is_dir()),
         }
-        clips += [_clip(sequence, name, num_images) for name in names]
+        clips += [_clip(sequence, name, event_bins) for name in names]
     return _in_order(clips)
 
 
-def listed_clips(path: Path, num_images: int) -> list[Clip]:
+def listed_clips(path: Path, event_bins: int) -> list[Clip]:
     """Clips of an instruction JSON, each once. InputError: not such a file. A flawed entry is a clip with a flaw."""
     try:
         if path.stat().st_size > LARGEST_BYTES:
@@ -76,10 +76,10 @@ def listed_clips(path: Path, num_images: int) -> list[Clip]:
         raise InputError(f"{path} holds a {type(entries).__name__}; an instruction JSON is a list of entries")
     if not entries:
         raise InputError(f"{path} lists no clip")
-    return _in_order({_listed(entry, i, path.name, num_images): None for i, entry in enumerate(entries)})
+    return _in_order({_listed(entry, i, path.name, event_bins): None for i, entry in enumerate(entries)})
 
 
-def _listed(entry: Any, number: int, file: str, num_images: int) -> Clip:
+def _listed(entry: Any, number: int, file: str, event_bins: int) -> Clip:
     where = f"{file}, entry {number}"
     if isinstance(entry, dict) and isinstance(entry.get("id"), str | int):
         where += f" (id {str(entry['id'])[:80]!r})"
@@ -89,13 +89,13 @@ def _listed(entry: Any, number: int, file: str, num_images: int) -> Clip:
         data = PurePosixPath(_path(entry, "event_data"))
         if len(data.parts) < 2:
             raise InputError(f"event_data is '{data}'; it must be <sequence>/<clip>.npy")
-        clip = _clip(str(data.parent), data.stem, num_images)
-        key = image_folder(num_images)
+        clip = _clip(str(data.parent), data.stem, event_bins)
+        key = image_folder(event_bins)
         image, video = clip.image, clip.video
         if images := entry.get(key):
-            if not isinstance(images, list) or len(images) != num_images:
-                raise InputError(f"{key} must list {num_images} images")
-            image = f"{key}/{_path({key: images[num_images // 2]}, key)}"
+            if not isinstance(images, list) or len(images) != event_bins:
+                raise InputError(f"{key} must list {event_bins} images")
+            image = f"{key}/{_path({key: images[event_bins // 2]}, key)}"
         if entry.get("video_data"):
             video = f"video/{_path(entry, 'video_data')}"
         return Clip(clip.sequence, clip.name, f"event_npy/{data}", image, video)
@@ -114,13 +114,13 @@ def _path(entry: dict[str, Any], key: str) -> str:
     return str(path)
 
 
-def _clip(sequence: str, name: str, num_images: int) -> Clip:
+def _clip(sequence: str, name: str, event_bins: int) -> Clip:
     """A clip whose parts lie where the reference puts them."""
     return Clip(
         sequence,
         name,
         npy=f"event_npy/{sequence}/{name}.npy",
-        image=f"{image_folder(num_images)}/{sequence}/{name}_{num_images // 2}.png",
+        image=f"{image_folder(event_bins)}/{sequence}/{name}_{event_bins // 2}.png",
         video=f"video/{sequence}/{name}",
     )
 

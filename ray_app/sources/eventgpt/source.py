@@ -50,7 +50,7 @@ class EventGptSource:
     """Distance between clips, for those whose recording does not tell its times."""
     instructions: Path | None = None
     """The list; None: every clip that is found."""
-    num_images: int = 5
+    event_bins: int = 5
     """Event images of a clip, by equal event count: 5 or 1."""
 
     name = "eventgpt"
@@ -62,13 +62,13 @@ class EventGptSource:
         duration_us: int | None = None,
         step_us: int | None = None,
         instructions: Path | None = None,
-        num_images: int = 5,
+        event_bins: int = 5,
     ) -> Self:
         """What the folder's name (`…_500ms`) and its list tell, where it is not given."""
         duration_us = duration_us or named_duration(root) or 1_000_000
         step_us = step_us or (duration_us if duration_us <= ADJOINING_US else duration_us // 2)
         own = root / INSTRUCTIONS
-        return cls(root, duration_us, step_us, instructions or (own if own.is_file() else None), num_images)
+        return cls(root, duration_us, step_us, instructions or (own if own.is_file() else None), event_bins)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -76,9 +76,9 @@ class EventGptSource:
             "duration": format_duration(self.duration_us),
             "step": format_duration(self.step_us),
             "instructions": file_identity(self.instructions) if self.instructions else None,
-            "num_images": self.num_images,
+            "event_bins": self.event_bins,
             "events": "recorded",
-            "event_image": f"the middle one of {self.num_images} in {image_folder(self.num_images)}; drawn from "
+            "event_image": f"the middle one of {self.event_bins} in {image_folder(self.event_bins)}; drawn from "
             "event_npy where missing",
             "target": "the middle frame",
             "align": "none",
@@ -92,9 +92,9 @@ class EventGptSource:
         if not self.root.is_dir():
             raise InputError(f"{self.root} is not a folder; `prepare eventgpt` wants the dataset's top folder")
         clips = (
-            listed_clips(self.instructions, self.num_images)
+            listed_clips(self.instructions, self.event_bins)
             if self.instructions
-            else found_clips(self.root, self.num_images)
+            else found_clips(self.root, self.event_bins)
         )
         tasks = []
         for sequence, of_sequence in groupby(clips, key=lambda clip: clip.sequence):
@@ -105,7 +105,7 @@ class EventGptSource:
                 tasks.append(SourceTask(f"{file_name(sequence)}-{part:05d}", len(portion), spec))
         if not tasks:
             raise InputError(
-                f"{self.root} holds no clips; it needs {image_folder(self.num_images)}/<seq>/<clip>_0.png … or "
+                f"{self.root} holds no clips; it needs {image_folder(self.event_bins)}/<seq>/<clip>_0.png … or "
                 "event_npy/<seq>/<clip>.npy, and video/<seq>/<clip>/*.png"
             )
         return sorted(tasks, key=lambda task: task.name)
@@ -142,7 +142,7 @@ class EventGptSource:
             raise InputError(f"{image} is missing, and so is {npy}")
         content = read_npy(npy)
         events = events_of(content, *SENSOR, str(npy))
-        middle = event_image(equal_counts(events, self.num_images)[self.num_images // 2])
+        middle = event_image(equal_counts(events, self.event_bins)[self.event_bins // 2])
         first_us, last_us = int(events.t_us[0]), int(events.t_us[-1])
         if last_us - first_us > self.duration_us + SLACK_US:
             raise InputError(
