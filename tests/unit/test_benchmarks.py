@@ -9,7 +9,7 @@ import pytest
 import torch
 from pages import assert_has_words, assert_stands_alone
 
-from benchmarks import provenance
+from benchmarks import provenance, results_tables
 from benchmarks.adapters import comparison, example_comparison, gpu, speed
 from benchmarks.data import dsec_drive, prepare_dsec, simulator_noise
 from benchmarks.serve.all import PARTS, all_of
@@ -283,3 +283,21 @@ def test_one_command_runs_every_script_of_the_endpoint_and_names_what_failed() -
         assert (BENCHMARKS / "serve" / f"{command.split()[0]}.py").is_file()
         if command.startswith("chaos"):
             assert f'"{command.split()[1]}":' in written
+
+
+@pytest.mark.parametrize("page", results_tables.PAGES, ids=lambda page: page.stem)
+def test_the_numbers_of_a_page_are_those_of_the_results(page: Path) -> None:
+    """Written again by `python -m benchmarks.results_tables`."""
+    assert results_tables.filled(page.read_text(), page) == page.read_text()
+
+
+def test_a_number_of_uncommitted_code_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = {"provenance": {"commit": "0123456789ab", "uncommitted_changes": True}, "speed": {"s": 2.5}}
+    monkeypatch.setattr(results_tables, "read", lambda _: result)
+    assert results_tables.facts(("a step", "made_up", "speed/s", "{:.2f} s", "")).rows == [
+        ("a step", "2.50 s †", "–")
+    ]
+    result["provenance"]["uncommitted_changes"] = False
+    assert results_tables.facts(("a step", "made_up", "speed/s", "{:.2f} s", "3 s")).rows == [
+        ("a step", "2.50 s", "3 s")
+    ]

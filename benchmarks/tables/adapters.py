@@ -1,0 +1,108 @@
+"""Tables of docs/results/adapters.md."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.results_tables import Table, facts, percent, points, read, uncommitted
+
+STRATEGIES = {
+    "conv": "`conv`, 12 epochs",
+    "ridge": "`ridge`",
+    "lowrank": "`lowrank`, 60 epochs",
+    "bottleneck": "`bottleneck`, hidden 64",
+    "bottleneck, spectral": "`bottleneck`, `--init pca`",
+    "lightweight_reference": "`lightweight_reference`",
+    "lightweight": "`lightweight`",
+    "lightweight, spectral": "`lightweight`, `--init pca`",
+}
+
+
+TOKEN_KINDS = ("token_bottleneck", "token_multilayer", "token_wide", "token_attention", "token_causal")
+
+
+TOKENS = {
+    **{f"{name}, spectral": f"`{name}`, `--init pca`" for name in TOKEN_KINDS},
+    "token_causal, next": "`token_causal`, `--init pca`, next-position loss",
+    **{f"{name}, cosine": f"`{name}`, cosine alone" for name in TOKEN_KINDS},
+    **{name: f"`{name}`, default losses" for name in TOKEN_KINDS},
+}
+
+
+BASELINES = ("before", "white", "mean_target", "shuffled", "previous_window")
+
+
+def adapters(result: str, names: dict[str, str]) -> Table:
+    """Mean over the seeds whose run was made by committed code; all seeds, marked, where none was."""
+    runs, rows = read(result)["runs"], []
+    for name, label in names.items():
+        if name not in runs:
+            continue
+        committed = [run for run in runs[name].values() if not uncommitted(run["provenance"])]
+        seeds = committed or list(runs[name].values())
+        low, high = (pick(run["lift_interval95"]["0.80"][i] for run in seeds) for i, pick in ((0, min), (1, max)))
+        means = {theta: statistics.mean(run["accept"][theta] for run in seeds) for theta in ("0.80", "0.90")}
+        rows.append(
+            (
+                label + ("" if committed else " †"),
+                f"{seeds[0]['parameters']:,}",
+                str(len(seeds)),
+                percent(means["0.80"]),
+                percent(means["0.90"]),
+                points(statistics.mean(run["lift"]["0.80"] for run in seeds)),
+                points(low),
+                points(high),
+                f"{statistics.mean(run['centred_cos_sim'] for run in seeds):.3f}",
+                percent(statistics.mean(run["retrieval"]["R@1"] for run in seeds)),
+            )
+        )
+    columns = ("adapter", "parameters", "seeds", "accepted, θ 0.80", "θ 0.90", "lift, θ 0.80", "lowest", "highest")
+    return Table((*columns, "centred cosine", "R@1"), rows, [result])
+
+
+def baselines(result: str, name: str) -> Table:
+    """Baselines of one adapter's first committed run."""
+    run = next(run for run in read(result)["runs"][name].values() if not uncommitted(run["provenance"]))
+    rows = [
+        (
+            f"`{key}`",
+            f"{baseline['cos_sim_mean']:.3f}",
+            *(percent(baseline["cosine_accept_rate"][theta]) for theta in ("0.80", "0.90")),
+        )
+        for key, baseline in run["controls"].items()
+        if key in BASELINES
+    ]
+    return Table(("baseline", "mean cos_sim", "accepted, θ 0.80", "θ 0.90"), rows, [result], named=False)
+
+
+def race(key: str) -> Callable[[dict[str, Any]], float]:
+    """Mean over the seeds of one number of the race."""
+    return lambda result: statistics.mean(run[key] for run in result["runs"])
+
+
+def speed_facts() -> Table:
+    return facts(
+        ("one pair on one core: `conv`", "adapter_speed#latency", "conv/median_ms", "{:.1f} ms", ""),
+        ("· `lowrank`", "adapter_speed#latency", "lowrank/median_ms", "{:.0f} ms", ""),
+        ("· `lightweight`", "adapter_speed#latency", "lightweight/median_ms", "{:.0f} ms", ""),
+        (
+            "`conv` to `lightweight`'s acceptance, share of its training time",
+            "adapter_speed#race",
+            race("share"),
+            "{:.3f}",
+            "0.1",
+        ),
+        ("· after its first training steps", "adapter_speed#race", race("share_trained"), "{:.3f}", "0.1"),
+        ("· by the clock, start of the command included", "adapter_speed#race", race("share_wall"), "{:.2f}", "0.1"),
+    )
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "adapters-scenes": lambda: adapters("adapters_scenes", STRATEGIES),
+    "adapters-footage": lambda: adapters("adapters_footage", STRATEGIES),
+    "adapters-tokens": lambda: adapters("adapters_tokens", TOKENS),
+    "baselines-scenes": lambda: baselines("adapters_scenes", "conv"),
+    "baselines-footage": lambda: baselines("adapters_footage", "lowrank"),
+    "baselines-tokens": lambda: baselines("adapters_tokens", "token_bottleneck, spectral"),
+    "adapter-speed": speed_facts,
+}

@@ -1,0 +1,55 @@
+"""The README's three small tables."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.results_tables import Table, facts, percent, points, read
+from benchmarks.tables.adapters import adapters
+from benchmarks.tables.speculative import drafters
+
+DRAFTERS = ("eventgpt", "positional", "previous_window", "hybrid")
+
+
+def adapters_table() -> Table:
+    """Two strategies and the mean target on rendered scenes, and the reference's recipe on its own number of pairs."""
+    table = adapters("adapters_scenes", {"conv": "`conv`", "lowrank": "`lowrank`"})
+    rows = [(row[0], row[1], row[3], *row[5:8]) for row in table.rows]
+    baseline = read("adapters_scenes")["runs"]["conv"]["0"]["controls"]["mean_target"]["cosine_accept_rate"]["0.80"]
+    split = read("reference_job")["splits"]["sequence"]
+    job = split["evaluate"]["result"]
+    lifts = [points(number) for number in (job["lift"], *job["interval95"]["lift"])]
+    parameters = f"{split['train']['result']['parameters']:,}"
+    rows.append(("mean target, a constant", "0", percent(baseline), "0.0", "–", "–"))
+    rows.append(("`lightweight`, on 5,208 pairs", parameters, percent(job["cosine_accept_rate"]["0.80"]), *lifts))
+    columns = ("adapter", "parameters", "accepted, θ 0.80", "lift, points", "95 % from", "to")
+    return Table(columns, rows, ["adapters_scenes", "reference_job"])
+
+
+def system_table() -> Table:
+    drawn = "runs/middle_1_worker/million_events_drawn_per_s_per_core/median"
+
+    def busy(result: dict[str, Any]) -> float:
+        return next(c["pairs_per_s"] for c in result["cells"] if (c["callers"], c["pairs_a_request"]) == (16, 1))
+
+    return facts(
+        ("`train`: a step against a plain PyTorch loop", "train_step", "ratio", "{:.2f} times", "1.05"),
+        ("`prepare dsec`: events drawn a core", "prepare_dsec", drawn, "{:.1f} million/s", "15 million/s"),
+        ("10 nodes killed under `prepare`: pairs lost", "node_kills_prepare", "pairs_lost", "{}", "0"),
+        ("`tune`: steps that ASHA takes of all", "tune_asha", "share_of_steps", percent, "40 %"),
+        ("10 kills of a sweep: trials run twice", "tune_chaos", "trials_run_to_the_end_twice", "{}", "0"),
+        ("`serve`: 16 callers, width 150,528", "serve_load_matrix_150528", busy, "{:,.0f} pairs/s", ""),
+        ("10 replicas killed: failed requests", "serve_kills", "failures", "{}", "0"),
+    )
+
+
+def drafters_table() -> Table:
+    table = drafters()
+    rows = [(row[0], row[1], row[4], row[7]) for row in table.rows if row[0].strip("`") in DRAFTERS]
+    return Table(("drafter", "tokens per target pass", "match rate", "speed-up at most"), rows, ["replay"])
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "readme-adapters": adapters_table,
+    "readme-drafters": drafters_table,
+    "readme-system": system_table,
+}

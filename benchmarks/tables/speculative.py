@@ -1,0 +1,100 @@
+"""Tables of docs/results/speculative.md."""
+
+from collections.abc import Callable
+
+from benchmarks.results_tables import Table, facts, percent, read
+
+LOW = ("none", "eventgpt", "prompt_lookup", "constant", "positional")
+DRAFTERS = (*LOW, "retrieval", "previous_window", "ngram", "hybrid")
+"""In order of tokens per target pass."""
+
+
+def drafters() -> Table:
+    replay = read("replay")
+    rows = []
+    for name in DRAFTERS:
+        of_all = replay["by_gamma"]["8"][name]["all"]
+        low, high = of_all["interval95"]["tokens_per_target_pass"]
+        rows.append(
+            (
+                f"`{name}`",
+                f"{of_all['tokens_per_target_pass']:.2f}",
+                f"{low:.2f}",
+                f"{high:.2f}",
+                percent(of_all["match_rate"]),
+                f"{of_all['accepted_prefix_mean']:.1f}",
+                f"{of_all['one_shot_speedup']:.2f}",
+                f"{of_all['continuous_speedup']:.2f}",
+                percent(of_all["continuous_slower_share"]),
+                f"{replay['overhead']['us_per_token'][name]:.1f}",
+            )
+        )
+    columns = ["drafter", "tokens per target pass", "lowest", "highest", "match rate", "accepted in a row"]
+    columns += ["one-shot speed-up", "continuous speed-up", "slower rows", "µs per token"]
+    return Table(columns, rows, ["replay"])
+
+
+def by_duration() -> Table:
+    rows = [
+        (
+            f"`{name}`",
+            *(
+                f"{read('replay')['by_gamma']['8'][name][duration]['tokens_per_target_pass']:.2f}"
+                for duration in ("1s", "2s", "4s", "5s")
+            ),
+        )
+        for name in DRAFTERS
+    ]
+    return Table(("drafter", "1 s", "2 s", "4 s", "5 s"), rows, ["replay"], named=False)
+
+
+def by_length() -> Table:
+    by_gamma = read("replay")["by_gamma"]
+    rows = [
+        (f"`{name}`", *(f"{by_gamma[gamma][name]['all']['continuous_speedup']:.2f}" for gamma in by_gamma))
+        for name in ("hybrid", "ngram", "previous_window", "positional")
+    ]
+    return Table(("drafter", *(f"γ = {gamma}" for gamma in by_gamma)), rows, ["replay"], named=False)
+
+
+def speculative_facts() -> Table:
+    cost, second = "verify_cost", "second_device"
+    return facts(
+        (
+            "`hybrid`, a pass costs 1.5 steps: speed-up",
+            "replay",
+            f"{cost}/hybrid/1.5/continuous_speedup",
+            "{:.2f}",
+            "",
+        ),
+        ("· 2 steps", "replay", f"{cost}/hybrid/2.0/continuous_speedup", "{:.2f}", ""),
+        ("· nothing gained at", "replay", f"{cost}/hybrid/break_even_steps", "{:.1f} steps", ""),
+        ("`previous_window`, 1.5 steps", "replay", f"{cost}/previous_window/1.5/continuous_speedup", "{:.2f}", ""),
+        ("· 2 steps", "replay", f"{cost}/previous_window/2.0/continuous_speedup", "{:.2f}", ""),
+        ("· nothing gained at", "replay", f"{cost}/previous_window/break_even_steps", "{:.1f} steps", ""),
+        ("EventGPT on a second device, one-shot", "replay", f"{second}/eventgpt/one_shot_speedup", "{:.2f}", ""),
+        ("· continuous", "replay", f"{second}/eventgpt/continuous_speedup", "{:.2f}", ""),
+        (
+            "`retrieval` on a second device, continuous",
+            "replay",
+            f"{second}/retrieval/continuous_speedup",
+            "{:.2f}",
+            "",
+        ),
+        (
+            "tokens verified a second by one core, `ngram`",
+            "replay",
+            "verified_tokens_per_s/ngram",
+            "{:,.0f}",
+            "200,000",
+        ),
+        ("a step of the target", "replay", lambda r: r["overhead"]["target_step_us"] / 1e3, "{:.1f} ms", ""),
+    )
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "drafters": drafters,
+    "drafters-duration": by_duration,
+    "drafters-length": by_length,
+    "speculative": speculative_facts,
+}

@@ -1,0 +1,178 @@
+"""Tables of docs/results/training.md."""
+
+from collections.abc import Callable
+
+from benchmarks.results_tables import Table, facts, percent, points, read
+
+BASELINES = ("before", "white", "mean_target", "shuffled", "previous_window")
+
+
+def step_facts() -> Table:
+    job = "splits/sequence/train/result"
+    return facts(
+        ("step, `ray-app train`, one worker", "train_step", "lower_quartile_ms/ours", "{:.0f} ms", ""),
+        ("· plain PyTorch loop", "train_step", "lower_quartile_ms/plain", "{:.0f} ms", ""),
+        ("· ratio", "train_step", "ratio", "{:.2f}", "1.05"),
+        ("· ratio in one process without Ray", "train_step", "ratio_in_one_process_without_ray", "{:.2f}", ""),
+        (
+            "waiting for data after the first epoch",
+            "train_step",
+            "data_wait_share_after_first_epoch/1",
+            percent,
+            "3 %",
+        ),
+        (
+            "two workers on the same two cores, speed of one",
+            "train_step",
+            "two_workers/speedup_over_one",
+            "{:.2f}",
+            "",
+        ),
+        ("cost of safe checkpoints in 3 epochs", "save_cost", "share_of_three_epoch_run", percent, "5 %"),
+        ("· more than a bare write, a save", "save_cost", "extra_s", "{:.1f} s", ""),
+        (
+            "on an H200, `train --use-gpu`: a step",
+            "reference_job_gpu",
+            f"{job}/step_seconds",
+            lambda s: f"{1e3 * s:.1f} ms",
+            "",
+        ),
+        ("· pairs/s", "reference_job_gpu", f"{job}/pairs_per_second", "{:,.0f}", ""),
+        ("· share of it waiting for pairs", "reference_job_gpu", f"{job}/data_wait_share", percent, ""),
+        ("· the command", "reference_job_gpu", "splits/sequence/train/seconds", "{:.0f} s", ""),
+        ("· of it saving checkpoints", "reference_job_gpu", f"{job}/save_seconds", "{:.0f} s", ""),
+    )
+
+
+def gpu_facts() -> Table:
+    return facts(
+        ("forward and cosine, compiled, pairs/s", "gpu_adapter", "pairs_per_s/compiled", "{:,.0f}", "1,000,000"),
+        ("· as it is", "gpu_adapter", "pairs_per_s/eager", "{:,.0f}", ""),
+        ("· bound by arithmetic", "gpu_adapter", "floors/pairs_per_s_by_operations", "{:,.0f}", ""),
+        ("3 epochs of 4,166 pairs", "gpu_adapter", "training/seconds", "{:.2f} s", "3 s"),
+        ("· bound by bytes", "gpu_adapter", "floors/training_s_by_bytes", "{:.2f} s", ""),
+    )
+
+
+def reference_job() -> Table:
+    splits = read("reference_job")["splits"]
+    test = {by: split["evaluate"]["result"] for by, split in splits.items()}
+    train = {by: split["train"]["result"] for by, split in splits.items()}
+    memory = {by: split["train"]["peak_mib"] for by, split in splits.items()}
+
+    def row(what: str, number: Callable[[str], str]) -> tuple[str, str, str]:
+        return what, number("sequence"), number("window")
+
+    def accepted(by: str, name: str) -> str:
+        return percent(test[by]["controls"][name]["cosine_accept_rate"]["0.80"])
+
+    rows = [
+        row("test pairs", lambda by: f"{test[by]['pairs']:,}"),
+        row(
+            "test windows that overlap a training window",
+            lambda by: percent(splits[by]["inspect"]["test_windows_overlapping_train"]),
+        ),
+        row("mean cos_sim before", lambda by: f"{test[by]['controls']['before']['cos_sim_mean']:.3f}"),
+        row("mean cos_sim of the adapter", lambda by: f"{test[by]['cos_sim_mean']:.3f}"),
+        *(row(f"accepted at θ 0.80: `{name}`", lambda by, name=name: accepted(by, name)) for name in BASELINES),
+        row("accepted at θ 0.80: adapter", lambda by: percent(test[by]["cosine_accept_rate"]["0.80"])),
+        row("lift, points", lambda by: points(test[by]["lift"])),
+        *(
+            row(f"· 95 %, {which}", lambda by, i=i: points(test[by]["interval95"]["lift"][i]))
+            for i, which in enumerate(("lowest", "highest"))
+        ),
+        row("centred cosine", lambda by: f"{test[by]['centered_cos_sim_mean']:.3f}"),
+        row("R@1", lambda by: percent(test[by]["retrieval"]["R@1"])),
+        row("training", lambda by: f"{train[by]['seconds']:.0f} s"),
+        row("a step", lambda by: f"{train[by]['step_seconds']:.2f} s"),
+        row("peak memory of the worker", lambda by: f"{memory[by]['worker_private'] / 1024:.1f} GiB"),
+        row("peak memory of all processes", lambda by: f"{memory[by]['all_private'] / 1024:.1f} GiB"),
+    ]
+    return Table(("", "split by sequence", "split by window"), rows, ["reference_job"])
+
+
+def scaling() -> Table:
+    result = read("scaling")
+    rows = [
+        (
+            f"{count} raylets",
+            f"{run['prepare_pairs_per_s']:.2f}",
+            *(f"{1e3 * run[f'step_s_{size}']:.0f}" for size in ("small", "large")),
+            *(
+                f"{1e3 * result['parts_and_model'][size]['steps'][count][f'of_it_{part}_s']:.0f}"
+                for size in ("small", "large")
+                for part in ("computing", "all_reduce", "waiting")
+            ),
+        )
+        for count, run in result["by_workers"].items()
+    ]
+    parts = ("computing", "all-reduce", "waiting")
+    columns = ("", "prepare, pairs/s", "step, 4.8 M parameters, ms", "step, 19.3 M, ms")
+    return Table(
+        (*columns, *(f"{part}, 4.8 M" for part in parts), *(f"{part}, 19.3 M" for part in parts)), rows, ["scaling"]
+    )
+
+
+def failure_facts() -> Table:
+    return facts(
+        ("processes of a training killed", "chaos", "kills", "{}", ""),
+        (
+            "· runs with the undisturbed run's weights",
+            "chaos",
+            lambda r: sum(x["equal"] for x in r["runs"]),
+            "{}",
+            "4",
+        ),
+        ("· pairs lost or seen twice", "chaos", "pairs_lost_or_seen_twice", "{:.0f}", "0"),
+        ("nodes killed under an elastic training", "train_elastic", "kills", "{}", ""),
+        ("· runs that ended wrong", "train_elastic", "jobs_ended_wrong", "{}", "0"),
+        ("· to the first new step, median", "train_elastic", "seconds_to_go_on/median", "{:.0f} s", ""),
+        ("nodes killed under `prepare`", "node_kills_prepare", "nodes_killed", "{}", ""),
+        ("· pairs lost", "node_kills_prepare", "pairs_lost", "{}", "0"),
+        ("· to the next finished file, median", "node_kills_prepare", "median_s", "{:.0f} s", ""),
+        ("· worst", "node_kills_prepare", "worst_s", "{:.0f} s", ""),
+        ("step over links of 20 Mbit/s", "slow_links", lambda r: 1e3 * r["slow"][0]["step_s"], "{:.0f} ms", ""),
+        ("· over free links", "slow_links", lambda r: 1e3 * r["slow"][0]["step_s_of_a_free_link"], "{:.0f} ms", ""),
+        ("MLflow away: points of a run", "tracking_outage", lambda r: sum(r["rounds"][0]["points"]), "{:,}", ""),
+        ("· missing after `sync`", "tracking_outage", "missing_after_sync", "{}", "0"),
+        ("· step time, server cut off for 60 s", "tracking_outage", "ratio_cut", "{:.2f} times", "1.01"),
+        ("· step time, server never there", "tracking_outage", "ratio_never", "{:.2f} times", "1.01"),
+        ("· a line of the event log", "tracking_outage", "journal_line_us", "{:.0f} µs", ""),
+        ("PostgreSQL killed: points missing after `sync`", "tracking_postgres", "path/missing_after_sync", "{}", "0"),
+        ("`submit -- train`: code sent", "submit_time", "uploaded_mib", "{:.1f} MiB", "5 MiB"),
+        ("· first job to its first step", "submit_time", "cold/seconds_to_first_step_done", "{:.0f} s", ""),
+        ("· of it until the command runs", "submit_time", "cold/seconds_to_driver", "{:.0f} s", ""),
+        ("· a later job", "submit_time", "warm/0/seconds_to_first_step_done", "{:.0f} s", ""),
+    )
+
+
+def links() -> Table:
+    rows = [
+        (
+            f"`{command}`",
+            f"{cut['cut_s']:.0f} s",
+            str(cut["went_on_meanwhile"]),
+            f"{cut['seconds_from_mending_to_progress']:.0f} s",
+            "yes" if cut.get("weights_equal", cut.get("files_equal")) else "no",
+        )
+        for command, cuts in read("link_cuts")["cuts"].items()
+        for cut in cuts
+    ]
+    columns = (
+        "command",
+        "link cut for",
+        "files or steps meanwhile",
+        "from repair to progress",
+        "equal bytes at the end",
+    )
+    return Table(columns, rows, ["link_cuts"])
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "step": step_facts,
+    "gpu": gpu_facts,
+    "reference-job": reference_job,
+    "scaling": scaling,
+    "failures": failure_facts,
+    "links": links,
+}
