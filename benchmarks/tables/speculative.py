@@ -58,7 +58,7 @@ def by_length() -> Table:
 
 
 def speculative_facts() -> Table:
-    cost, second = "verify_cost", "second_device"
+    cost, second, events = "verify_cost", "second_device", "hybrid_with_event_tokens/event_place/5s"
     return facts(
         (
             "`hybrid`, a pass costs 1.5 steps: speed-up",
@@ -81,6 +81,8 @@ def speculative_facts() -> Table:
             "{:.2f}",
             "",
         ),
+        ("`hybrid` with EventGPT's tokens, 5 s rows: change", "replay", f"{events}/difference", "{:+.3f}", ""),
+        ("· 95 %, highest", "replay", f"{events}/interval95/1", "{:+.3f}", ""),
         (
             "tokens verified a second by one core, `ngram`",
             "replay",
