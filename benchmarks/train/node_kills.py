@@ -44,9 +44,9 @@ from ray_app.store.pair_store import PairStore
 RAY_APP = Path(sys.executable).with_name("ray-app")
 SCENES = "--num-pairs 96 --num-sequences 24 --width 160 --height 120"
 SWEEP = {
-    "fixed": {"strategy": "bottleneck", "num_epochs": 80, "batch_size": 8, "early_stop_patience": 80},
+    "base": {"strategy": "bottleneck", "num_epochs": 80, "batch_size": 8, "early_stop_patience": 80},
     "space": {"hidden_dim": [8, 16, 24], "learning_rate": [1.0e-3, 3.0e-3]},
-    "searcher": "grid",
+    "search_alg": "grid",
     "scheduler": "none",
     "max_trials": 6,
 }

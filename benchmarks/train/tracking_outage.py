@@ -62,7 +62,7 @@ def main() -> None:
                     "ratio_cut": round(cut_off / steady, 4),
                     "ratio_never": round(never / steady, 4),
                     "missing_after_sync": sum(result["missing"] for result in synced),
-                    "surplus_after_sync": sum(result["surplus"] for result in synced),
+                    "extra_after_sync": sum(result["extra"] for result in synced),
                     "sent_by_second_sync": sum(result["points_sent"] for result in synced[1::2]),
                     "points": [result["points_in_log"] for result in synced[::2]],
                 }

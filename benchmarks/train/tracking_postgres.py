@@ -195,7 +195,7 @@ def path(folder: Path, store: Path, uri: str, database: Postgres) -> dict[str, A
         "points_in_logs": [one["points_in_log"] for one in synced[:3]],
         "sent_by_sync": [one["points_sent"] for one in synced],
         "missing_after_sync": sum(one["missing"] for one in synced),
-        "surplus_after_sync": sum(one["surplus"] for one in synced),
+        "extra_after_sync": sum(one["extra"] for one in synced),
         "rows_of_runs_in_the_database": int(database.rows("select count(*) from runs")),
         "rows_of_metrics": int(database.rows("select count(*) from metrics")),
         "versions": database.rows("select version from model_versions order by version").split(),

@@ -50,11 +50,11 @@ def main() -> None:
     args.folder.mkdir(parents=True)
     start = started(args.store, args.folder.resolve() / "start")
     fixed = FIXED | {"start": start, "num_epochs": args.epochs, "early_stop_patience": args.epochs}
-    rungs = {"grace_epochs": args.grace, "reduction_factor": 3}
+    rungs = {"grace_period": args.grace, "reduction_factor": 3}
     found = {}
     for scheduler in ("none", "asha"):
         file = args.folder / f"{scheduler}.yaml"
-        sweep = {"fixed": fixed, "space": SPACE, "searcher": "random", "scheduler": scheduler} | rungs
+        sweep = {"base": fixed, "space": SPACE, "search_alg": "random", "scheduler": scheduler} | rungs
         names = {"store": str(args.store.resolve()), "out": str(args.folder.resolve() / scheduler)}
         file.write_text(yaml.safe_dump(names | sweep | {"max_trials": args.trials}))
         found[scheduler] = searched(file)
@@ -64,7 +64,7 @@ def main() -> None:
         "tune_asha",
         {
             "space": SPACE,
-            "fixed": FIXED | {"num_epochs": args.epochs},
+            "base": FIXED | {"num_epochs": args.epochs},
             "rungs": rungs,
             "trials": args.trials,
             "steps": {name: steps(result) for name, result in found.items()},

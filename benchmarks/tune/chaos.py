@@ -32,9 +32,9 @@ from ray_app.store.atomic import sha256_file
 RAY_APP = Path(sys.executable).with_name("ray-app")
 KINDS = ("trial", "driver", "everything")
 SWEEP = {
-    "fixed": {"strategy": "bottleneck", "num_epochs": 8, "batch_size": 8, "early_stop_patience": 8},
+    "base": {"strategy": "bottleneck", "num_epochs": 8, "batch_size": 8, "early_stop_patience": 8},
     "space": {"hidden_dim": [8, 16, 24], "learning_rate": [1.0e-3, 3.0e-3]},
-    "searcher": "grid",
+    "search_alg": "grid",
     "scheduler": "none",
     "max_trials": 6,
 }

@@ -69,8 +69,8 @@ def one_and_four(store: Path, folder: Path, fixed: dict[str, Any]) -> dict[str, 
 def measured(store: Path, folder: Path, concurrent: int, fixed: dict[str, Any]) -> dict[str, Any]:
     """A sweep with so many trials at a time, looked at once a second."""
     file, out = folder / f"{concurrent}.yaml", folder / f"sweep-{concurrent}"
-    sweep = {"fixed": fixed, "space": {"learning_rate": [1.0e-3, 2.0e-3, 3.0e-3, 4.0e-3]}, "searcher": "grid"}
-    more = {"scheduler": "none", "concurrent": concurrent, "cpus_per_worker": 0.5, "max_trials": 4}
+    sweep = {"base": fixed, "space": {"learning_rate": [1.0e-3, 2.0e-3, 3.0e-3, 4.0e-3]}, "search_alg": "grid"}
+    more = {"scheduler": "none", "max_concurrent_trials": concurrent, "cpus_per_worker": 0.5, "max_trials": 4}
     file.write_text(yaml.safe_dump({"store": str(store), "out": str(out)} | sweep | more))
     words = ["tune", str(file), "--no-final", "--yes", "--json", "--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
     process = subprocess.Popen([str(RAY_APP), *words], stdout=subprocess.DEVNULL)

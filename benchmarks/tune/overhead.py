@@ -3,10 +3,10 @@
     python -m benchmarks.tune.overhead --store STORE --folder /tmp/tune-overhead
 
 From the line in the sweep's event log that creates a trial, to the beginning of the first optimizer step of its run;
-one trial at a time, on 2 CPUs. The same sweep runs a second time with `workers: 2` (half a CPU each), which starts a
-`TorchTrainer` in every trial, with fewer trials; and, in processes of their own, with strategies that cost more to
-begin: conv and lowrank, whose means and subspaces the sweep finds once (`before_s`: from the driver's start to the
-first trial), and lightweight of hidden 512. Writes benchmarks/results/tune_overhead.json.
+one trial at a time, on 2 CPUs. The same sweep runs a second time with `num_workers: 2` (half a CPU each), which
+starts a `TorchTrainer` in every trial, with fewer trials; and, in processes of their own, with strategies that cost
+more to begin: conv and lowrank, whose means and subspaces the sweep finds once (`before_s`: from the driver's start
+to the first trial), and lightweight of hidden 512. Writes benchmarks/results/tune_overhead.json.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
     args.folder.mkdir(parents=True)
     store, folder, whole = args.store.resolve(), args.folder.resolve(), {"cpus_per_worker": 2}
     _, own = measured(store, folder / "own", args.trials, whole, {})
-    _, groups = measured(store, folder / "groups", args.groups, {"workers": 2, "cpus_per_worker": 0.5}, {})
+    _, groups = measured(store, folder / "groups", args.groups, {"num_workers": 2, "cpus_per_worker": 0.5}, {})
     others = {name: measured(store, folder / name, args.others, whole, fixed) for name, fixed in OTHERS.items()}
     save(
         "tune_overhead",
@@ -64,8 +64,8 @@ def measured(
 ) -> tuple[float, list[float]]:
     """Seconds before the first trial of a sweep, and of each trial in order."""
     rates = [round(1e-3 * (1 + k / 100), 6) for k in range(trials)]
-    sweep = {"store": str(store), "out": str(out), "fixed": FIXED | fixed, "space": {"learning_rate": rates}}
-    how = {"searcher": "grid", "scheduler": "none", "max_trials": trials, "concurrent": 1}
+    sweep = {"store": str(store), "out": str(out), "base": FIXED | fixed, "space": {"learning_rate": rates}}
+    how = {"search_alg": "grid", "scheduler": "none", "max_trials": trials, "max_concurrent_trials": 1}
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(sweep | how | more))
     words = [

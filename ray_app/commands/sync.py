@@ -36,7 +36,7 @@ def run_sync(cfg: SyncConfig) -> dict[str, Any]:
                 lines = entries(run.path) if (run.path / EVENT_LOG).is_file() else []
                 run.download(*(line["artifacts"] for line in lines[-1:] if line.get("artifacts")))
                 results += synced(cfg, run.metadata()["config"], [run.path], run.shown)
-    totals = ("points_in_log", "points_server", "points_sent", "missing", "surplus")
+    totals = ("points_in_log", "points_server", "points_sent", "missing", "extra")
     return {**{name: sum(result[name] for result in results) for name in totals}, "runs": results}
 
 

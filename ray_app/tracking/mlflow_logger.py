@@ -228,7 +228,7 @@ def sync_run(run: Path, uri: str, name: str = "") -> dict[str, Any]:
         "points_server": there.total(),
         "points_sent": len(rest),
         "missing": missing,
-        "surplus": (there - wanted).total(),
+        "extra": (there - wanted).total(),
     }
 
 

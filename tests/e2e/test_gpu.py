@@ -168,11 +168,11 @@ def test_a_sweep_runs_its_trials_and_its_winner_on_the_gpu(small_store: Path, tm
         "store": str(small_store),
         "out": str(tmp_path / "sweep"),
         "use_gpu": True,
-        "searcher": "grid",
+        "search_alg": "grid",
         "scheduler": "none",
-        "fixed": {"strategy": "lightweight", "num_epochs": 2, "batch_size": 8, "dropout": 0.0},
+        "base": {"strategy": "lightweight", "num_epochs": 2, "batch_size": 8, "dropout": 0.0},
         "space": {"hidden_dim": [8, 16]},
-        "final_seeds": 1,
+        "num_final_seeds": 1,
     }
     path = tmp_path / "sweep.yaml"
     path.write_text(json.dumps(lines))  # JSON is YAML

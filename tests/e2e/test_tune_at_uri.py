@@ -35,8 +35,15 @@ SPACE = {"hidden_dim": [8, 16, 24]}
 
 
 def sweep_file(path: Path, store: Path, out: str, **lines: Any) -> Path:
-    sweep = {"store": str(store), "out": out, "fixed": FIXED, "space": SPACE, "searcher": "grid", "scheduler": "none"}
-    path.write_text(yaml.safe_dump(sweep | {"final_seeds": 1} | lines))
+    sweep = {
+        "store": str(store),
+        "out": out,
+        "base": FIXED,
+        "space": SPACE,
+        "search_alg": "grid",
+        "scheduler": "none",
+    }
+    path.write_text(yaml.safe_dump(sweep | {"num_final_seeds": 1} | lines))
     return path
 
 

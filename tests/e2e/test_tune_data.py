@@ -47,19 +47,19 @@ def test_pairs_beyond_shared_memory_are_streamed_by_trials_that_have_all_cpus(
     memory = ray.cluster_resources()["object_store_memory"]
     monkeypatch.setattr("ray_app.commands.train.shared_dataset.SHARE", (part_bytes(store, split.val) + 1) / memory)
     space = {"strategy": ["lightweight", "lowrank"], "hidden_dim": [8]}
-    lines = {"space": space, "fixed": LOSSES, "also_minimise": "latency_ms"}
+    lines = {"space": space, "base": LOSSES, "secondary_objective": "latency_ms"}
     result = tune(sweep_file(root, small_store, "streamed", **lines))
     assert "every trial streams it from the store" in capfd.readouterr().err
     assert [(trial["status"], trial["reason"]) for trial in result["trials"]] == [("finished", None)] * 2
     assert [len(each) for each in losses(result)] == [2, 2]
     assert {trial["steps"] for trial in result["trials"]} == {2 * -(-len(split.train) // 8)}
     assert all(0 < trial["latency_ms"] < 1000 for trial in result["trials"])
-    assert result["front"]
+    assert result["pareto_front"]
 
 
 def compressed_spec(small_store: Path, tmp_path: Path, **fixed: Any) -> SweepSpec:
     fixed = {"strategy": "lowrank", "space": "compressed", "batch_size": 8} | fixed
-    return read_spec(sweep_file(tmp_path, small_store, "compressed", fixed=fixed, space={"rank": [2, 4, 500]}), {})
+    return read_spec(sweep_file(tmp_path, small_store, "compressed", base=fixed, space={"rank": [2, 4, 500]}), {})
 
 
 def test_what_trials_begin_with_is_found_once_and_seen_without_a_copy(small_store: Path, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_compressed_sweep_is_as_its_trials_at_full_width_are(small_store: Path
     """Fewer parameters are wanted, too; a rank that the pairs do not span fails alone."""
     space = {"space": ["compressed", "full"], "rank": [4, 500]}
     fixed = {key: value for key, value in LOSSES.items() if key != "rank"} | {"strategy": "lowrank", "hidden_dim": 8}
-    lines = {"space": space, "fixed": fixed, "also_minimise": "parameters"}
+    lines = {"space": space, "base": fixed, "secondary_objective": "parameters"}
     result = tune(sweep_file(root, small_store, "both", **lines))
     assert [trial["status"] for trial in result["trials"]] == ["finished"] * 2 + ["failed"] * 2
     assert all(
@@ -107,5 +107,5 @@ def test_a_compressed_sweep_is_as_its_trials_at_full_width_are(small_store: Path
     assert compressed == pytest.approx(full, rel=1e-4)
     folder = SweepDir(Path(result["sweep"]))
     assert not list(folder.path.glob("trials/*/init")), "no trial found its own"
-    assert result["front"] == [result["trials"][0]["id"]]
-    assert json.loads((folder.path / "sweep.json").read_text())["spec"]["also_minimise"] == "parameters"
+    assert result["pareto_front"] == [result["trials"][0]["id"]]
+    assert json.loads((folder.path / "sweep.json").read_text())["spec"]["secondary_objective"] == "parameters"

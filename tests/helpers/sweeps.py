@@ -26,8 +26,8 @@ def sized(tmp_path: Path, store: Path, **lines: Any) -> SweepSpec:
 
 def sweep_file(folder: Path, store: Path, name: str, **lines: Any) -> Path:
     path = folder / f"{name}.yaml"
-    sweep = {"store": str(store), "out": str(folder / name), "fixed": FIXED, "searcher": "grid", "scheduler": "none"}
-    path.write_text(yaml.safe_dump(sweep | {"final_seeds": 2} | lines))
+    sweep = {"store": str(store), "out": str(folder / name), "base": FIXED, "search_alg": "grid", "scheduler": "none"}
+    path.write_text(yaml.safe_dump(sweep | {"num_final_seeds": 2} | lines))
     return path
 
 

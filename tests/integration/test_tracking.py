@@ -108,7 +108,7 @@ def test_a_server_that_is_killed_and_comes_back_gets_every_point_in_one_run(
     assert losses(server.uri) == expected(1200)
     assert capsys.readouterr().err.count("does not answer") == 1
     again = sync_run(run, server.uri)
-    assert (again["points_sent"], again["missing"], again["surplus"]) == (0, 0, 0)
+    assert (again["points_sent"], again["missing"], again["extra"]) == (0, 0, 0)
 
 
 def test_a_run_that_was_never_carried_over_is_brought_by_sync_and_a_second_sync_changes_nothing(
@@ -126,7 +126,7 @@ def test_a_run_that_was_never_carried_over_is_brought_by_sync_and_a_second_sync_
         assert cli.run(["sync", str(run), "--json"]) == 0
         found = json.loads(capfd.readouterr().out)
         assert found["points_in_log"] == found["points_server"] == 1500 * 3
-        assert (found["points_sent"], found["missing"], found["surplus"]) == (sent, 0, 0)
+        assert (found["points_sent"], found["missing"], found["extra"]) == (sent, 0, 0)
     assert losses(str(flags.tracking_uri)) == expected(1500)
     client = MlflowClient(tracking_uri(flags))
     (tracked,) = client.search_runs([client.get_experiment_by_name("alignment").experiment_id])
@@ -144,7 +144,7 @@ def test_what_an_interrupted_sync_left_out_is_brought_by_the_next(flags: Trackin
     run_id = tracking.get_or_create_run(client, tracking_uri(flags), str(run), lines)
     client.log_batch(run_id, metrics=[p for line in lines[2:4] for p in to_metrics(line)])
     found = sync_run(run, tracking_uri(flags))
-    assert (found["points_sent"], found["missing"], found["surplus"]) == (3 * 3, 0, 0)
+    assert (found["points_sent"], found["missing"], found["extra"]) == (3 * 3, 0, 0)
     assert losses(str(flags.tracking_uri)) == expected(5)
 
 

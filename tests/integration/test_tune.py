@@ -177,7 +177,7 @@ def test_a_sweep_can_be_watched_and_synced(swept: dict[str, Any], capfd: pytest.
     synced = json.loads(capfd.readouterr().out)
     assert len(synced["runs"]) == 1 + len(attempts(SweepDir(Path(swept["sweep"]))))
     assert synced["points_in_log"] == synced["points_server"]
-    assert synced["missing"] == synced["surplus"] == 0
+    assert synced["missing"] == synced["extra"] == 0
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_where_all_fail_the_reasons_are_grouped_and_the_exit_code_is_2(
 ) -> None:
     space = {"mse_weight": [0.0, 1.0], "cosine_weight": [0.0]}
     fixed = {key: value for key, value in FIXED.items() if key != "cosine_weight"} | {"learning_rate": 1e38}
-    path = sweep_file(root, small_store, "hopeless", space=space, fixed=fixed)
+    path = sweep_file(root, small_store, "hopeless", space=space, base=fixed)
     words = ["tune", str(path), "--no-final", "--tracking-uri", f"sqlite:///{root / 'mlflow.db'}"]
     assert cli.run(words) == 2
     err = " ".join(capfd.readouterr().err.split())
@@ -228,7 +228,7 @@ def test_an_estimate_above_the_budget_needs_a_word_and_ctrl_c_and_the_budget_end
 ) -> None:
     space = {"hidden_dim": [8, 16, 24, 32]}
     fixed = FIXED | {"num_epochs": 5000, "early_stop_patience": 5000}  # so that no trial comes to its end
-    path, folder = sweep_file(root, small_store, "short", space=space, fixed=fixed), SweepDir(root / "short")
+    path, folder = sweep_file(root, small_store, "short", space=space, base=fixed), SweepDir(root / "short")
     tracking = ["--tracking-uri", f"sqlite:///{root / 'mlflow.db'}"]
     with pytest.raises(ConfigError, match=r"is above max_hours 0.005.*--yes"):
         tune(path, max_hours=0.005)
@@ -250,7 +250,13 @@ def test_an_estimate_above_the_budget_needs_a_word_and_ctrl_c_and_the_budget_end
 @pytest.mark.slow
 def test_asha_stops_what_falls_behind_and_optuna_goes_on_from_the_record(small_store: Path, root: Path) -> None:
     space = {"hidden_dim": [8, 12, 16], "learning_rate": {"log": [1.0e-12, 1.0e-2]}}
-    lines = {"space": space, "searcher": "optuna", "scheduler": "asha", "objective": "lift", "concurrent": 1}
+    lines = {
+        "space": space,
+        "search_alg": "optuna",
+        "scheduler": "asha",
+        "objective": "lift",
+        "max_concurrent_trials": 1,
+    }
     path = sweep_file(root, small_store, "asha", **lines, max_trials=4)
     first = tune(path)
     more = run_tune(
@@ -268,7 +274,7 @@ def test_a_trial_of_two_workers_is_a_ray_train_group_and_ends_as_one_of_one_does
 ) -> None:
     """Batches are the same for any number of workers, so the numbers differ by the order of sums alone."""
     space = {"hidden_dim": [8], "learning_rate": [1e-3]}
-    group = tune(sweep_file(root, small_store, "group", space=space, workers=2, cpus_per_worker=0.5))
+    group = tune(sweep_file(root, small_store, "group", space=space, num_workers=2, cpus_per_worker=0.5))
     assert [trial["status"] for trial in group["trials"]] == ["finished"]
     assert group["trials"][0]["id"] == swept["trials"][0]["id"], "the same setting"
     folders = [SweepDir(Path(each["sweep"])).run(each["trials"][0]["id"]).path for each in (group, swept)]
@@ -300,7 +306,9 @@ def test_a_killed_trial_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes
 ) -> None:
     """Two trials, one after the other, that differ in a patience that neither comes to need: the first is killed."""
     fixed = FIXED | {"hidden_dim": 8, "num_epochs": 20, "early_stop_patience": 20}
-    path = sweep_file(root, small_store, "hurt", space={"plateau_patience": [50, 51]}, fixed=fixed, concurrent=1)
+    path = sweep_file(
+        root, small_store, "hurt", space={"plateau_patience": [50, 51]}, base=fixed, max_concurrent_trials=1
+    )
     folder, killed = SweepDir(root / "hurt"), []
     killer = threading.Thread(target=kill_a_trial, args=(folder, killed))
     killer.start()

@@ -80,16 +80,16 @@ def test_every_strategy_but_the_widest_and_every_loss_is_in_a_shipped_space() ->
         ({"space": {"strategy": ["lightweight", "transformer"]}}, "strategy: .*transformer"),
         ({"space": {"dropout": {"uniform": [0.0, 1.5]}}}, "dropout: .*less than 1"),
         ({"space": {"seed": [1, 2]}}, "luck"),
-        ({"fixed": {"out": "x"}}, "a line of its own"),
-        ({"fixed": {"hidden_dim": 8}}, "under both"),
-        ({"fixed": {"epochs": 8}}, "'epochs' is no setting"),
-        ({"searcher": "grid", "space": {"dropout": {"uniform": [0.0, 0.5]}}}, "needs lists"),
-        ({"searcher": "bohb"}, "searcher: .*'grid', 'random' or 'optuna'"),
-        ({"scheduler": "pbt"}, "hands weights on"),
+        ({"base": {"out": "x"}}, "a line of its own"),
+        ({"base": {"hidden_dim": 8}}, "under both"),
+        ({"base": {"epochs": 8}}, "'epochs' is no setting"),
+        ({"search_alg": "grid", "space": {"dropout": {"uniform": [0.0, 0.5]}}}, "needs lists"),
+        ({"search_alg": "bohb"}, "search_alg: .*'grid', 'random' or 'optuna'"),
+        ({"scheduler": "pbt"}, "scheduler: .*'none' or 'asha'"),
         ({"max_trials": 0}, "max_trials"),
         ({"space": {"rank": [4, 8]}}, "rank changes nothing in lightweight,"),
         ({"space": {"patch": [4, 8], "strategy": ["lightweight", "lowrank"]}}, "patch changes nothing in light"),
-        ({"space": {"depth": [1, 2]}, "fixed": {"strategy": "linear"}}, "depth changes nothing in linear"),
+        ({"space": {"depth": [1, 2]}, "base": {"strategy": "linear"}}, "depth changes nothing in linear"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_one_sentence(lines: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -312,11 +312,11 @@ def test_a_space_beyond_the_memory_is_told_with_its_largest_setting(small_store:
         ResourceError, match=r"hidden_dim 4000000, strategy bottleneck has .* the largest node has 8.0 GiB"
     ):
         max_concurrent(spec, info, {}, most)
-    bases = sized(tmp_path, small_store, space={"rank": [4, 8]}, fixed={"strategy": "lowrank"})
+    bases = sized(tmp_path, small_store, space={"rank": [4, 8]}, base={"strategy": "lowrank"})
     assert largest(bases, PairStore.open(small_store)).beside == 4 * 2 * (768 + 768 * 8 + 8)
     small = MemoryNeed(1000, 0, {"hidden_dim": 8})
     assert max_concurrent(spec, info, {}, small) == 4
-    assert max_concurrent(spec.model_copy(update={"concurrent": 2}), info, {}, small) == 2
+    assert max_concurrent(spec.model_copy(update={"max_concurrent_trials": 2}), info, {}, small) == 2
     assert max_concurrent(spec, info, {}, MemoryNeed(2**28, 0, {})) == 1, "memory for one at a time"
     assert max_concurrent(spec, info, {}, MemoryNeed(0, 3 * 2**30, {})) == 2, (
         "what is held beside parameters counts, too"
@@ -365,7 +365,7 @@ def test_an_estimate_above_a_limit_is_asked_about_on_a_terminal(
 
 def test_hours_and_gpu_hours_end_the_search(tmp_path: Path) -> None:
     """GPU hours are those of all trials, one GPU for each worker; of earlier starts, too."""
-    spec = read_spec(spec_file(tmp_path, max_hours=1.0, max_gpu_hours=2.0, use_gpu=True, workers=2), {})
+    spec = read_spec(spec_file(tmp_path, max_hours=1.0, max_gpu_hours=2.0, use_gpu=True, num_workers=2), {})
     assert Budget(spec, used_s=0.0, trial_s=3590.0).spent is None
     assert "--max-gpu-hours 2 are used up" in (Budget(spec, used_s=0.0, trial_s=3600.0).spent or "")
     assert "--max-hours 1 are used up" in (Budget(spec, used_s=3600.0, trial_s=0.0).spent or "")
@@ -379,7 +379,7 @@ def test_hours_and_gpu_hours_end_the_search(tmp_path: Path) -> None:
 
 def test_what_asha_keeps_by_hand(tmp_path: Path) -> None:
     """Nine epochs, thirds at 1 and 3: 1 + 2/3 + 6/9 of 9."""
-    spec = read_spec(spec_file(tmp_path, fixed={"num_epochs": 9}), {})
+    spec = read_spec(spec_file(tmp_path, base={"num_epochs": 9}), {})
     assert kept_share(spec) == pytest.approx((1 + 2 / 3 + 6 / 9) / 9)
     assert kept_share(spec.model_copy(update={"scheduler": "none"})) == 1.0
 

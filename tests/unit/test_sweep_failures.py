@@ -45,7 +45,7 @@ def test_a_cause_is_the_same_whatever_its_numbers_are(first: str, second: str, s
 def record(small_store: Path, tmp_path: Path) -> SweepState:
     """Of a sweep that has just begun."""
     spec = sized(
-        tmp_path, small_store, out=str(tmp_path / "sweep"), space={"hidden_dim": [8, 16, 24]}, searcher="grid"
+        tmp_path, small_store, out=str(tmp_path / "sweep"), space={"hidden_dim": [8, 16, 24]}, search_alg="grid"
     )
     folder, store = SweepDir(Path(spec.out)), PairStore.open(small_store)
     told = spec.model_dump(mode="json", exclude_unset=True)

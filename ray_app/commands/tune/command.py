@@ -69,9 +69,11 @@ def run_tune(cfg: TuneConfig) -> dict[str, Any]:
         stores = stores_of(spec)
         if cfg.resume:
             require_same_store(folder, stores)
-        info = held.enter_context(cluster(cfg.address, dashboard=spec.workers > 1))
+        info = held.enter_context(cluster(cfg.address, dashboard=spec.num_workers > 1))
         most = largest(spec, next(iter(stores.values())))
-        info = wait_for_autoscaler(info, spec.workers * (spec.concurrent or 1), spec.cpus_per_worker, spec.use_gpu)
+        info = wait_for_autoscaler(
+            info, spec.num_workers * (spec.max_concurrent_trials or 1), spec.cpus_per_worker, spec.use_gpu
+        )
         max_concurrent(spec, info, {}, most)  # a space that is too large is told before anything is read or written
         placed = placed_parts(stores, spec)
         concurrent = max_concurrent(spec, info, placed, most)
@@ -166,10 +168,10 @@ def placed_parts(stores: dict[str, PairStore], spec: SweepSpec) -> dict[str, Sha
                     file=sys.stderr,
                 )
     placed = {key: share_dataset(store, splits[key], min(nodes) / len(stores)) for key, store in stores.items()}
-    if spec.workers > 1 and not all(part.train for part in placed.values()):
+    if spec.num_workers > 1 and not all(part.train for part in placed.values()):
         raise ResourceError(
             "trials of several workers need the training pairs in shared memory, where they do not fit; take "
-            "`workers: 1`, or nodes with more (--object-store-memory of `ray start`)"
+            "`num_workers: 1`, or nodes with more (--object-store-memory of `ray start`)"
         )
     return placed
 
@@ -209,7 +211,7 @@ def log_start(
             key: value if isinstance(value, str | int | float) else json.dumps(value) for key, value in told.items()
         },
         tags={"sweep": about["name"], "dataset_fingerprint": about["store_fingerprint"]},
-        workers=spec.workers,
+        workers=spec.num_workers,
         time=time.time(),
     )
 
@@ -223,7 +225,7 @@ def estimated(spec: SweepSpec, placed: dict[str, SharedDataset], concurrent: int
             configs.append(train_config(spec, setting, spec.out))
         except ConfigError:  # such a trial fails at once
             continue
-    trials = len(settings) if spec.searcher == "grid" else spec.max_trials
+    trials = len(settings) if spec.search_alg == "grid" else spec.max_trials
     return estimate(spec, placed, configs, trials, concurrent)
 
 
@@ -231,7 +233,9 @@ def confirm_estimate(cfg: TuneConfig, spec: SweepSpec, told: Estimate) -> None:
     """Prints the estimate; where it is above a limit, asks. ConfigError: no, or nobody is there to ask."""
     most = f" (at most {told.hours:.2g} h)" if told.hours_expected < told.hours else ""
     gpus = f", {told.gpu_hours:.2g} GPU hours at most" if told.gpu_hours else ""
-    final = f", then about {told.final_hours:.2g} h for {spec.final_seeds} seeds of the winner" if cfg.final else ""
+    final = (
+        f", then about {told.final_hours:.2g} h for {spec.num_final_seeds} seeds of the winner" if cfg.final else ""
+    )
     print(
         f"about {told.hours_expected:.2g} h{most}{gpus} for {told.trials} trials, {told.concurrent} at a time"
         f"{final}; {told.measured}",
@@ -264,26 +268,23 @@ def search(record: SweepState, placed: dict[str, SharedDataset], concurrent: int
         return
     placed = with_starts(spec, placed, folder.path / INIT)
     run, resources = run_trial, {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
-    if spec.workers > 1:
+    if spec.num_workers > 1:
         run, resources = run_group_trial, RESOURCES
     trainable = tune.with_resources(tune.with_parameters(run, placed=placed), resources)
-    # Tune wants all of a population from the start; its members take turns where the CPUs are not enough.
-    population = members(record) if spec.scheduler == "pbt" else []
     with SweepProgress(record) as progress, stop_on_signal(budget):
         record.on_change = progress.ended
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=None if population else ReplaySearcher(record),
+                search_alg=ReplaySearcher(record),
                 scheduler=scheduler_of(spec, record),
-                num_samples=1 if population else left,
-                max_concurrent_trials=None if population else concurrent,
+                num_samples=left,
+                max_concurrent_trials=concurrent,
                 reuse_actors=True,
             ),
-            param_space={"trial": tune.grid_search(population)} if population else None,
             run_config=tune.RunConfig(
                 name=f"{int(time.time() * 1000)}",
-                storage_path=folder.shown(folder.path / "ray") if population else str(folder.path / "ray"),
+                storage_path=str(folder.path / "ray"),
                 stop=budget,
                 callbacks=[SweepCallback(record, budget)],
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
@@ -298,11 +299,6 @@ def search(record: SweepState, placed: dict[str, SharedDataset], concurrent: int
             f"{folder.resume} and a larger budget",
             file=sys.stderr,
         )
-
-
-def members(record: SweepState) -> list[dict[str, Any]]:
-    """Every member of a population, as `run_trial` is told."""
-    return [record.trial_config(trial) for trial in iter(record.next_trial, None)]
 
 
 @contextmanager
@@ -359,7 +355,9 @@ def summary(folder: SweepDir) -> dict[str, Any]:
             "parameters": best.parameters,
             "checkpoint": checkpoint_of(folder.run(best.name)),
         },
-        "front": [trial.name for trial in pareto_front(trials, folder.spec.also_minimise or "parameters")],
+        "pareto_front": [
+            trial.name for trial in pareto_front(trials, folder.spec.secondary_objective or "parameters")
+        ],
         "trials": [
             {
                 "id": trial.name,

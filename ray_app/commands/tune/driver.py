@@ -17,7 +17,6 @@ from ray.tune.search import Searcher
 
 from ray_app.commands.train.command import persisted_config
 from ray_app.commands.train.state import parameters
-from ray_app.commands.tune.pbt import Population
 from ray_app.commands.tune.searchers import Direction, TrialRecord, propose
 from ray_app.commands.tune.spec import Setting, SweepSpec, space_of, train_config
 from ray_app.commands.tune.sweep_dir import SweepDir, Trial, trial_name
@@ -53,19 +52,19 @@ class SweepState:
     @property
     def left(self) -> int:
         """Trials that may still be proposed."""
-        return max(self.spec.max_trials - len({trial.index for trial in self.trials.values()}), 0)
+        return max(self.spec.max_trials - len(self.trials), 0)
 
     @property
     def directions(self) -> tuple[Direction, ...]:
-        return ("maximize", "minimize") if self.spec.also_minimise else ("maximize",)
+        return ("maximize", "minimize") if self.spec.secondary_objective else ("maximize",)
 
     def next_trial(self) -> Trial | None:
         """One that has not ended yet, else a new one; None where there is none."""
         while self.queue:
             return self.log_start(self.trials[self.queue.pop(0)])
         while self.left:
-            tried = [self.tried(trial) for trial in self.trials.values() if trial.origin is None]
-            setting = propose(self.spec.searcher, self.space, self.spec.seed, tried, self.directions)
+            tried = [self.tried(trial) for trial in self.trials.values()]
+            setting = propose(self.spec.search_alg, self.space, self.spec.seed, tried, self.directions)
             if setting is None:
                 return None
             if trial := self.add(setting):
@@ -75,10 +74,10 @@ class SweepState:
     def tried(self, trial: Trial) -> TrialRecord:
         """A trial as the searcher knows it."""
         values: tuple[float, ...] = ()
-        second = getattr(trial, self.spec.also_minimise) if self.spec.also_minimise else None
+        second = getattr(trial, self.spec.secondary_objective) if self.spec.secondary_objective else None
         if trial.objective is not None:
             values = (trial.objective,)
-            if self.spec.also_minimise:
+            if self.spec.secondary_objective:
                 values = (trial.objective, float(second)) if second is not None else ()
         state = trial.status if trial.ended_at is not None else "running"
         return TrialRecord(trial.setting, state, values, trial.epochs)  # type: ignore[arg-type]  # waiting ends with ended_at
@@ -97,17 +96,10 @@ class SweepState:
 
     def write(self, trial: Trial) -> Trial:
         """A trial that is tried from now on."""
-        told = {key: getattr(trial, key) for key in ("index", "name", "setting", "parameters", "origin")}
+        told = {key: getattr(trial, key) for key in ("index", "name", "setting", "parameters")}
         self.log.write("trial_created", **told, time=time.time())
         self.trials[trial.name] = trial
         return trial
-
-    def go_on(self, member: str, donor: str, setting: Setting) -> dict[str, Any]:
-        """A population's member ends, a new trial of its number takes another's weights. Returns its config."""
-        old, other = self.trials[member], self.trial_status(donor)
-        name = trial_name(old.index, setting, donor, other.epochs, member)
-        self.stopped(member)
-        return self.trial_config(self.log_start(self.write(Trial(old.index, name, setting, old.parameters, donor))))
 
     def trial_config(self, trial: Trial) -> dict[str, Any]:
         """What `run_trial` is told."""
@@ -115,12 +107,10 @@ class SweepState:
         return {
             "name": trial.name,
             "setting": trial.setting,
-            "origin": str(self.folder.run(trial.origin)) if trial.origin else None,
             "train": flat(cfg),
             "data": data_key(cfg),
             "objective": self.spec.objective,
-            "population": self.spec.scheduler == "pbt",
-            "latency": self.spec.also_minimise == "latency_ms",
+            "latency": self.spec.secondary_objective == "latency_ms",
             "threads": max(int(self.spec.cpus_per_worker), 1),
             "provenance": {**self.provenance, "run": about["name"], "run_key": about["key"]},
         }
@@ -167,7 +157,7 @@ class SweepState:
         trial = self.trial_status(name)
         if trial.ended_at is None:
             run = self.folder.run(name)
-            if self.spec.workers > 1:
+            if self.spec.num_workers > 1:
                 run.request_stop()  # its workers may be at work: they save, end, and let the event log go
             with run.event_log() as log:
                 log.write("run_ended", status="KILLED", artifacts=None, time=time.time())
@@ -190,7 +180,7 @@ class SweepState:
             trial = replace(trial, reason=f"{trial.reason} (the last time: {deaths[-1]})")
         self.trials[trial.name] = trial
         self.folder.end_trial(self.log, trial)
-        self.folder.prune_checkpoints(list(self.trials.values()), self.spec.keep_checkpoints)
+        self.folder.prune_checkpoints(list(self.trials.values()), self.spec.num_to_keep)
         self.on_change(trial)
 
     def deaths(self, name: str) -> Iterable[dict[str, Any]]:
@@ -286,7 +276,7 @@ class Budget(NotPickled, tune.Stopper):
     def used_gpu_hours(self) -> float:
         """Of all trials."""
         running = sum(time.monotonic() - began for began in self._running.values())
-        return (self._trial_s + running) / 3600 * (self._spec.workers if self._spec.use_gpu else 0)
+        return (self._trial_s + running) / 3600 * (self._spec.num_workers if self._spec.use_gpu else 0)
 
     @property
     def spent(self) -> str | None:
@@ -300,7 +290,6 @@ class Budget(NotPickled, tune.Stopper):
         return None
 
     def started(self, trial_id: str) -> None:
-        self.ended(trial_id)  # of a member that had paused
         self._running[trial_id] = time.monotonic()
 
     def ended(self, trial_id: str) -> None:
@@ -317,8 +306,6 @@ def scheduler_of(spec: SweepSpec, record: SweepState) -> TrialScheduler:
     """Tune's scheduler; one that compares is told of the trials that ended under earlier drivers."""
     if spec.scheduler == "none":
         return FIFOScheduler()
-    if spec.scheduler == "pbt":
-        return Population(record.space, spec.grace_epochs, spec.num_epochs, record.go_on)
     scheduler = asha_of(spec)
     for trial in record.trials.values():
         if trial.ended_at is not None:
@@ -333,7 +320,7 @@ def asha_of(spec: SweepSpec) -> ASHAScheduler:
         metric="compared",
         mode="max",
         max_t=spec.num_epochs,
-        grace_period=min(spec.grace_epochs, spec.num_epochs),
+        grace_period=min(spec.grace_period, spec.num_epochs),
         reduction_factor=spec.reduction_factor,
         stop_last_trials=False,
     )

@@ -78,7 +78,7 @@ class MemoryNeed:
 def candidates(spec: SweepSpec) -> list[Setting]:
     """Settings that stand for the space: all of a grid, else random ones."""
     space = space_of(spec)
-    if spec.searcher == "grid":
+    if spec.search_alg == "grid":
         return grid(space)[: spec.max_trials]
     return [setting for k in range(SAMPLES) if (setting := sample_random(space, spec.seed + k, [])) is not None]
 
@@ -107,7 +107,7 @@ def largest(spec: SweepSpec, store: PairStore) -> MemoryNeed:
         except ConfigError:  # a combination that is never run
             continue
     if not needs:
-        raise ConfigError("`train` refuses every combination of this space; change `space` or `fixed`")
+        raise ConfigError("`train` refuses every combination of this space; change `space` or `base`")
     return max(needs, key=lambda need: need.num_bytes)
 
 
@@ -116,32 +116,32 @@ def max_concurrent(spec: SweepSpec, info: ClusterInfo, placed: dict[str, SharedD
 
     ResourceError, with the setting, where not one of it fits: each worker must lie on one node.
     """
-    if spec.use_gpu and info.gpus < spec.workers:
+    if spec.use_gpu and info.gpus < spec.num_workers:
         raise ResourceError(
-            f"a trial wants {spec.workers} GPUs, the cluster has {info.gpus:g}; take `use_gpu: false` or "
-            "fewer `workers`"
+            f"a trial wants {spec.num_workers} GPUs, the cluster has {info.gpus:g}; take `use_gpu: false` or "
+            "fewer `num_workers`"
         )
-    if info.max_workers(spec.cpus_per_worker) < spec.workers:
+    if info.max_workers(spec.cpus_per_worker) < spec.num_workers:
         raise ResourceError(
-            f"a trial wants {spec.workers} workers of {spec.cpus_per_worker:g} CPUs, the cluster has {info.cpus:g} "
-            "CPUs in all; take fewer `workers` or `cpus_per_worker`"
+            f"a trial wants {spec.num_workers} workers of {spec.cpus_per_worker:g} CPUs, the cluster has "
+            f"{info.cpus:g} CPUs in all; take fewer `num_workers` or `cpus_per_worker`"
         )
     memory = info.node_memory_bytes or (info.memory_bytes,) * len(info.node_cpus)
     workers = sum(
         min(int(cpus / spec.cpus_per_worker + 1e-9), int(num_bytes // most.num_bytes))
         for cpus, num_bytes in zip(info.node_cpus, memory, strict=True)
     )
-    if workers < spec.workers:
+    if workers < spec.num_workers:
         shared = sum(part.num_bytes for part in placed.values()) / 2**30
         beside = f" and {most.beside / 2**30:.1f} GiB beside them" if most.beside else ""
         raise ResourceError(
             f"the space cannot fit the memory: {describe(most.setting)} has {most.parameters:,} parameters{beside}, "
-            f"which take {most.num_bytes / 2**30:.1f} GiB in each of {spec.workers} workers, beside {shared:.1f} GiB "
-            f"of shared pairs; the largest node has {max(memory) / 2**30:.1f} GiB for it. Take a smaller "
-            "`hidden_dim` or `rank`, or another `strategy`."
+            f"which take {most.num_bytes / 2**30:.1f} GiB in each of {spec.num_workers} workers, with "
+            f"{shared:.1f} GiB of shared pairs; the largest node has {max(memory) / 2**30:.1f} GiB for it. "
+            "Take a smaller `hidden_dim` or `rank`, or another `strategy`."
         )
-    fit = min([workers // spec.workers, *([int(info.gpus // spec.workers)] if spec.use_gpu else [])])
-    return min(fit, spec.concurrent) if spec.concurrent else fit
+    fit = min([workers // spec.num_workers, *([int(info.gpus // spec.num_workers)] if spec.use_gpu else [])])
+    return min(fit, spec.max_concurrent_trials) if spec.max_concurrent_trials else fit
 
 
 def estimate(
@@ -173,8 +173,8 @@ def estimate(
         concurrent=concurrent,
         hours=hours,
         hours_expected=hours * kept_share(spec),
-        gpu_hours=whole * trials / 3600 * spec.workers if spec.use_gpu else 0.0,
-        final_hours=whole * more_pairs * spec.final_seeds / 3600,
+        gpu_hours=whole * trials / 3600 * spec.num_workers if spec.use_gpu else 0.0,
+        final_hours=whole * more_pairs * spec.num_final_seeds / 3600,
         measured=f"a step took, measured here: {told}; the rest is in proportion",
     )
 
@@ -184,7 +184,7 @@ def kept_share(spec: SweepSpec) -> float:
     if spec.scheduler != "asha":
         return 1.0
     epochs, going, at = 0.0, 1.0, 0.0
-    rung = float(min(spec.grace_epochs, spec.num_epochs))
+    rung = float(min(spec.grace_period, spec.num_epochs))
     while at < spec.num_epochs:
         epochs += going * (min(rung, spec.num_epochs) - at)
         at, rung, going = min(rung, spec.num_epochs), rung * spec.reduction_factor, going / spec.reduction_factor

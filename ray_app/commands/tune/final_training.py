@@ -31,7 +31,7 @@ def run_final(cfg: TuneConfig, folder: SweepDir, log: EventLog, best: Trial) -> 
     """Trains and judges what has not been yet; each seed is written down as it is judged."""
     spec = folder.spec
     done = {line["seed"] for line in folder.entries() if line["kind"] == "final_seed" and line["trial"] == best.name}
-    for seed in range(spec.final_seeds):
+    for seed in range(spec.num_final_seeds):
         if seed in done:
             continue
         run = folder.final(best.name, seed)
@@ -84,7 +84,7 @@ def evaluation_config(cfg: TuneConfig, spec: SweepSpec, best: Trial, checkpoint:
 def shared_flags(cfg: TuneConfig, spec: SweepSpec, best: Trial) -> dict[str, Any]:
     """Split, cluster and tracking server, for the commands that judge."""
     split = {name: getattr(spec, name) for name in ("split", "split_seed", "test_share", "val_share")}
-    durations = best.setting.get("durations", spec.fixed.get("durations", spec.durations))
+    durations = best.setting.get("durations", spec.base.get("durations", spec.durations))
     tracking = {name: getattr(cfg, name) for name in ("tracking_uri", "experiment", "model_name", "address")}
     return {**split, "durations": tuple(durations), "use_gpu": spec.use_gpu, **tracking}
 

@@ -30,7 +30,7 @@ def render_page(folder: SweepDir) -> str:
     best = best_of(trials)
     finals = [line for line in lines if line["kind"] == "final_seed" and best and line["trial"] == best.name]
     final = judgement_of(finals, folder) if finals else None
-    second = spec.also_minimise or "parameters"
+    second = spec.secondary_objective or "parameters"
     baselines = {key: max(part["baselines"].values()) for key, part in about["data"].items()}
     if spec.objective == "lift":
         baselines = dict.fromkeys(baselines, 0.0)
@@ -42,7 +42,7 @@ def render_page(folder: SweepDir) -> str:
         notes=notes(about, trials, best),
         figures=list(figures(folder, spec, trials, baselines, second)) if best else [],
         trials=[row(folder, trial) for trial in ranked(trials)],
-        second=second if spec.also_minimise else None,
+        second=second if spec.secondary_objective else None,
         finals=finals,
         facts=list(facts(about, spec, lines)),
         data=[{"key": key, **part} for key, part in about["data"].items()],
@@ -184,9 +184,9 @@ def facts(about: dict[str, Any], spec: SweepSpec, lines: list[dict[str, Any]]) -
     """What the sweep was, line by line."""
     starts = sum(line["kind"] == "run_started" for line in lines)
     yield "searched", "\n".join(f"{name}: {value}" for name, value in spec.space.items())
-    yield "fixed", "\n".join(f"{name}: {value}" for name, value in spec.fixed.items()) or "nothing"
+    yield "base", "\n".join(f"{name}: {value}" for name, value in spec.base.items()) or "nothing"
     yield "objective", f"{spec.objective} on the validation part, at the checkpoint of the lowest validation loss"
-    yield "searcher, scheduler", f"{spec.searcher} (seed {spec.seed}), {spec.scheduler}"
+    yield "search algorithm, scheduler", f"{spec.search_alg} (seed {spec.seed}), {spec.scheduler}"
     limits = ", ".join(
         f"{n} {getattr(spec, n)}" for n in ("max_trials", "max_hours", "max_gpu_hours") if getattr(spec, n)
     )

@@ -1,6 +1,6 @@
-"""A sweep as its YAML file tells it: what is fixed, what is searched, how, and how much it may cost.
+"""A sweep as its YAML file has it: what all trials share, what is searched, how, and how much it may cost.
 
-A setting of `ray-app train` may stand under `fixed` or under `space`, whatever it is; what names the data, the place
+A setting of `ray-app train` may stand under `base` or under `space`, whatever it is; what names the data, the place
 or the machine has a line of its own. In `space`, a list is a choice, and a span is one of
 
     {uniform: [low, high]}    {log: [low, high]}    either with step: …
@@ -28,10 +28,10 @@ RESERVED: dict[str, str] = {
     "store": "it has a line of its own",
     "out": "it has a line of its own",
     "resume": "use `ray-app tune --resume SWEEP`",
-    "seed": "searching for a lucky seed finds luck; the last training takes several (`final_seeds`)",
+    "seed": "searching for a lucky seed finds luck; the last training takes several (`num_final_seeds`)",
     "fit_on": "the validation part is what trials are compared on",
     **dict.fromkeys(("split", "split_seed", "test_share", "val_share"), "it has a line of its own"),
-    **dict.fromkeys(("num_workers", "use_gpu", "cpus_per_worker"), "see `workers`, `use_gpu` and `cpus_per_worker`"),
+    **dict.fromkeys(("num_workers", "use_gpu", "cpus_per_worker"), "it has a line of its own"),
     **dict.fromkeys(("address", "tracking_uri", "experiment", "model_name"), "it is a flag of `ray-app tune`"),
 }
 """Settings of `train` that a sweep neither fixes nor searches, and why."""
@@ -44,41 +44,40 @@ class SweepSpec(SplitFlags):
     """Pair store: a folder, or a URI such as s3://bucket/store."""
     out: StorePlace
     """Folder of the sweep, or a URI such as s3://bucket/sweep."""
-    fixed: dict[str, Any] = Field(default_factory=dict)
+    base: dict[str, Any] = Field(default_factory=dict)
     """Settings of `train` that all trials share."""
     space: dict[str, Any]
     """Settings of `train` that are searched."""
     objective: Literal["cosine_accept_rate_0.80", "lift"] = "cosine_accept_rate_0.80"
     """On the validation part, of a trial's best checkpoint (lowest validation loss). Of equals the one with fewer
     parameters wins."""
-    also_minimise: Literal["parameters", "latency_ms"] | None = None
+    secondary_objective: Literal["parameters", "latency_ms"] | None = None
     """A second objective: the result is then a front, and `optuna` searches for both."""
-    searcher: Literal["grid", "random", "optuna"] = "optuna"
+    search_alg: Literal["grid", "random", "optuna"] = "optuna"
     """`grid`: every combination of choices. `optuna`: a tree-structured Parzen estimator."""
-    scheduler: Literal["none", "asha", "pbt"] = "asha"
-    """`asha` stops what falls behind. `pbt`: population-based training, where what falls behind goes on from the
-    weights of what leads, with changed settings."""
-    grace_epochs: Positive = 1
-    """Epochs before `asha` may stop a trial; between two exchanges of `pbt`."""
+    scheduler: Literal["none", "asha"] = "asha"
+    """`asha` stops trials that fall behind."""
+    grace_period: Positive = 1
+    """Epochs before `asha` may stop a trial."""
     reduction_factor: float = Field(default=3.0, gt=1.0)
     """`asha` lets one in so many go on at each rung."""
     max_trials: Positive = 16
-    """Most trials; with `pbt` the size of the population."""
+    """Most trials."""
     max_hours: float | None = Field(default=None, gt=0.0)
     """Most hours of search."""
     max_gpu_hours: float | None = Field(default=None, gt=0.0)
     """Most GPU hours of search."""
-    concurrent: int = Field(default=0, ge=0)
+    max_concurrent_trials: int = Field(default=0, ge=0)
     """Trials at a time; 0: as many as the cluster has room for."""
-    workers: Positive = 1
+    num_workers: Positive = 1
     """Workers of one trial. One runs in the trial's own process; several are a Ray Train group of their own."""
     cpus_per_worker: float = Field(default=1.0, gt=0.0)
     """CPUs of each worker."""
     use_gpu: bool = False
     """One GPU for each worker."""
-    keep_checkpoints: int = Field(default=5, ge=0)
+    num_to_keep: int = Field(default=5, ge=0)
     """Weights of so many best trials stay; of the others, their event logs alone. 0: all stay."""
-    final_seeds: Positive = 3
+    num_final_seeds: Positive = 3
     """Seeds that the best setting is trained with once more."""
     final_workers: Positive = 1
     """Data-parallel workers of that training."""
@@ -88,7 +87,7 @@ class SweepSpec(SplitFlags):
     @property
     def num_epochs(self) -> int:
         """Most epochs of a trial."""
-        return int(self.fixed.get("num_epochs", TrainConfig.model_fields["num_epochs"].default))
+        return int(self.base.get("num_epochs", TrainConfig.model_fields["num_epochs"].default))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +146,8 @@ def read_spec(path: Path, changes: Mapping[str, Any]) -> SweepSpec:
         spec = SweepSpec.model_validate(lines)
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_problem(error)}") from error
-    fixed = {**spec.fixed, **({"start": Path(spec.fixed["start"]).absolute()} if "start" in spec.fixed else {})}
-    spec = spec.model_copy(update={"store": absolute(spec.store), "out": absolute(spec.out), "fixed": fixed})
+    base = {**spec.base, **({"start": Path(spec.base["start"]).absolute()} if "start" in spec.base else {})}
+    spec = spec.model_copy(update={"store": absolute(spec.store), "out": absolute(spec.out), "base": base})
     check(spec)
     return spec
 
@@ -162,28 +161,26 @@ def first_problem(error: ValidationError) -> str:
 def check(spec: SweepSpec) -> None:
     """ConfigError if the space is empty, or holds what `train` would refuse."""
     space = space_of(spec)
-    if both := set(space) & set(spec.fixed):
-        raise ConfigError(f"'{min(both)}' stands under both `fixed` and `space`; take one away")
+    if both := set(space) & set(spec.base):
+        raise ConfigError(f"'{min(both)}' stands under both `base` and `space`; take one away")
     train_config(spec, {}, spec.out)
     for name, dimension in space.items():
         for value in dimension.bounds:
             train_config(spec, {name: value}, spec.out)
     check_used(spec, space)
-    if spec.searcher == "grid" and (spans := [name for name, d in space.items() if isinstance(d, Range)]):
-        raise ConfigError(f"`searcher: grid` needs lists, but {spans[0]} is a span; list its values, or take random")
-    if spec.also_minimise == "latency_ms" and spec.workers > 1:
-        raise ConfigError("latency_ms is measured in a trial's own process; it needs `workers: 1`")
-    if spec.scheduler == "pbt":
-        check_population(spec, space)
+    if spec.search_alg == "grid" and (spans := [name for name, d in space.items() if isinstance(d, Range)]):
+        raise ConfigError(
+            f"`search_alg: grid` needs lists, but {spans[0]} is a span; list its values, or take random"
+        )
+    if spec.secondary_objective == "latency_ms" and spec.num_workers > 1:
+        raise ConfigError("latency_ms is measured in a trial's own process; it needs `num_workers: 1`")
 
 
 def check_used(spec: SweepSpec, space: Space) -> None:
     """ConfigError if a searched setting changes no adapter of the space: trials would differ by nothing."""
 
     def values(name: str) -> tuple[Any, ...]:
-        return (
-            space[name].bounds if name in space else (spec.fixed.get(name, TrainConfig.model_fields[name].default),)
-        )
+        return space[name].bounds if name in space else (spec.base.get(name, TrainConfig.model_fields[name].default),)
 
     kinds = {name: STRATEGIES[name] for name in values("strategy")}
     used = frozenset[str]().union(*(kind.SETTINGS for kind in kinds.values()))
@@ -195,19 +192,6 @@ def check_used(spec: SweepSpec, space: Space) -> None:
                 f"space: {name} changes nothing in {', '.join(kinds)}, so trials would differ by nothing; leave it "
                 "out, or take another `strategy`"
             )
-
-
-def check_population(spec: SweepSpec, space: Space) -> None:
-    """ConfigError if population-based training cannot carry weights from one setting to another."""
-    carried = {"learning_rate", "weight_decay", "dropout", "mse_weight", "cosine_weight", "contrastive_weight"}
-    if fixed := set(space) - carried:
-        raise ConfigError(
-            f"`scheduler: pbt` hands weights on, so it can search {', '.join(sorted(carried))}; not {min(fixed)}"
-        )
-    if "contrastive_weight" in space and 0 in (float(value) for value in space["contrastive_weight"].bounds):
-        raise ConfigError("with `scheduler: pbt` contrastive_weight must be above 0: it has a weight of its own")
-    if spec.workers > 1 or spec.max_trials < 2:
-        raise ConfigError("`scheduler: pbt` needs `workers: 1` and a population, `max_trials`, of 2 or more")
 
 
 def space_of(spec: SweepSpec) -> Space:
@@ -224,13 +208,13 @@ def dimension(name: str, value: Any) -> Dimension:
     allowed(name)
     if isinstance(value, list):
         if not value:
-            raise ConfigError(f"space: {name} has no values; list some, or move it to `fixed`")
+            raise ConfigError(f"space: {name} has no values; list some, or move it to `base`")
         return Choice(tuple(value))
     kinds = [kind for kind in ("uniform", "log") if isinstance(value, dict) and kind in value]
     if len(kinds) != 1 or set(value) - {"uniform", "log", "step"}:
         raise ConfigError(
             f"space: {name} must be a list of values, {{uniform: [low, high]}} or {{log: [low, high]}}, with a step "
-            f"if you like; found {value!r}. One fixed value belongs under `fixed`."
+            f"if you like; found {value!r}. One fixed value belongs under `base`."
         )
     ends, step = value[kinds[0]], value.get("step")
     numbers = isinstance(ends, list) and len(ends) == 2 and all(type(end) in (int, float) for end in ends)
@@ -247,7 +231,7 @@ def dimension(name: str, value: Any) -> Dimension:
 def allowed(name: str) -> None:
     """ConfigError unless this is a setting of `train` that a sweep may name."""
     if name in RESERVED:
-        raise ConfigError(f"'{name}' cannot be fixed or searched: {RESERVED[name]}")
+        raise ConfigError(f"'{name}' cannot be set or searched: {RESERVED[name]}")
     if name not in TrainConfig.model_fields:
         known = ", ".join(sorted(set(TrainConfig.model_fields) - set(RESERVED)))
         raise ConfigError(f"'{name}' is no setting of `ray-app train`; known are: {known}")
@@ -255,15 +239,15 @@ def allowed(name: str) -> None:
 
 def train_config(spec: SweepSpec, setting: Setting, out: str, **more: Any) -> TrainConfig:
     """The settings of a training run. ConfigError: `train` refuses a value, or several together."""
-    for name in spec.fixed:
+    for name in spec.base:
         allowed(name)
     values = {
         **{name: getattr(spec, name) for name in SplitFlags.model_fields},
-        "num_workers": spec.workers,
+        "num_workers": spec.num_workers,
         "use_gpu": spec.use_gpu,
         "cpus_per_worker": spec.cpus_per_worker,
         "seed": spec.seed,
-        **spec.fixed,
+        **spec.base,
         **setting,
         **more,
     }

@@ -50,8 +50,6 @@ class Trial:
     """What is tried."""
     parameters: int
     """Trained numbers of its adapter."""
-    origin: str | None = None
-    """The trial whose weights it began with, where a population exchanged them."""
     status: Status = "waiting"
     """How it stands."""
     objective: float | None = None
@@ -227,9 +225,7 @@ class SweepDir:
         found: dict[str, Trial] = {}
         for line in self.entries():
             if line["kind"] == "trial_created":
-                found[line["name"]] = Trial(
-                    *(line[key] for key in ("index", "name", "setting", "parameters", "origin"))
-                )
+                found[line["name"]] = Trial(*(line[key] for key in ("index", "name", "setting", "parameters")))
             elif line["kind"] == "trial_ended":
                 found[line["name"]] = Trial(**{key: line[key] for key in Trial.__dataclass_fields__})
         return [
@@ -263,8 +259,6 @@ class SweepDir:
     def end_trial(self, log: EventLog, trial: Trial) -> None:
         """Tells how a trial ended, and lets go of what only going on would need."""
         log.write("trial_ended", **asdict(trial))
-        if self.spec.scheduler == "pbt":
-            return  # another member may go on from it
         run = self.run(trial.name)
         best = run.best_on_disk
         for kind in (STATES, CHECKPOINTS):
@@ -278,9 +272,9 @@ class SweepDir:
                 self.run(trial.name).delete_checkpoints(CHECKPOINTS)
 
 
-def trial_name(index: int, setting: Setting, *origin: Any) -> str:
-    """Number and hash of the setting, and of what it goes on from."""
-    digest = hashlib.sha256(json.dumps([setting, *origin], sort_keys=True).encode()).hexdigest()
+def trial_name(index: int, setting: Setting) -> str:
+    """Number and hash of the setting."""
+    digest = hashlib.sha256(json.dumps([setting], sort_keys=True).encode()).hexdigest()
     return f"trial_{index:04d}-{digest[:8]}"
 
 

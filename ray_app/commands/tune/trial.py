@@ -7,7 +7,6 @@ process that works for it, those of the ones before too, so that a scheduler tha
 import re
 import time
 from collections.abc import Set
-from contextlib import nullcontext
 from typing import Any
 
 import ray
@@ -18,7 +17,6 @@ from ray_app.cluster.reachability import node_is_alive
 from ray_app.commands.train.loop import WorkerContext, is_finished, train_epochs
 from ray_app.commands.train.shared_dataset import SharedDataset, pairs_of, start_of
 from ray_app.commands.train.state import TrainState
-from ray_app.commands.tune.pbt import adopt, mark
 from ray_app.commands.tune.sweep_dir import scheduler_metric, scores
 from ray_app.config.train import TrainConfig
 from ray_app.core.metrics import THETA, rate_key
@@ -33,8 +31,7 @@ TIMED_PASSES = 30
 
 def run_trial(config: dict[str, Any], placed: dict[str, SharedDataset]) -> None:
     """A trainable of Ray Tune. `config["trial"]`: `train` (a TrainConfig), `data` (a key of `placed`), `objective`,
-    `latency`, `threads`, `provenance`, `population` (weights are exchanged),
-    `origin` (run folder of the weights to begin with).
+    `latency`, `threads`, `provenance`.
 
     A failure that would come again is told in the event log, and the trial ends. Any other error is raised, so that
     Tune starts the trial again; the second time for the same cause it ends, too.
@@ -46,7 +43,7 @@ def run_trial(config: dict[str, Any], placed: dict[str, SharedDataset]) -> None:
         cfg = cfg.at(run.path)
         trial = TrialReporter(cfg, run, log, config)
         if entries(cfg.folder)[-1]["kind"] == "run_ended":
-            return  # a member of a population that had paused at its end
+            return  # killed between its last line and its last word to Tune
         told = entries_since_start(cfg.folder)
         if reason := give_up_reason(
             told, dead_nodes({line["node"] for line in told if line["kind"] == "workers_started"})
@@ -55,11 +52,7 @@ def run_trial(config: dict[str, Any], placed: dict[str, SharedDataset]) -> None:
             return
         log.write("workers_started", node=ray.get_runtime_context().get_node_id(), time=time.time())
         try:
-            if config["origin"]:
-                with open_run(config["origin"]) as donor:
-                    adopt(donor, run, cfg, config["provenance"])
-            if not config["population"]:  # it compares the present alone
-                trial.tell_past_epochs()
+            trial.tell_past_epochs()
             data = placed[config["data"]]
             device = torch.device("cuda" if cfg.use_gpu else "cpu")
             worker = WorkerContext(cfg, data.store, 0, 1, device, start_of(data, cfg))
@@ -97,11 +90,8 @@ class TrialReporter:
     def tell(self, lines: list[dict[str, Any]], epoch: int) -> None:
         """To Tune, which answers by going on, or never. The driver may end the event log meanwhile."""
         metrics = metrics_of(lines, epoch, self.config["objective"])
-        with (
-            self.run.released(self.log),
-            mark(self.run) if self.config["population"] else nullcontext() as checkpoint,
-        ):
-            tune.report(metrics, checkpoint=checkpoint)
+        with self.run.released(self.log):
+            tune.report(metrics)
 
     def end(self, status: str) -> None:
         """The last line. No artifacts: of a trial's weights only the best of a sweep are kept, and in its folder."""
