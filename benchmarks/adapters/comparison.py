@@ -35,7 +35,7 @@ from ray_app.store.manifest import MANIFEST, Features, FeatureSpec
 from ray_app.store.pair_store import Pair, PairStore, publish, write_part
 from ray_app.store.split import split_pairs
 
-COMPRESSED = {"space": "compressed", "num_epochs": 60, "early_stop_patience": 60, "schedule": "cosine"}
+LOWRANK = {"strategy": "lowrank", "num_epochs": 60, "early_stop_patience": 60, "schedule": "cosine"}
 SWEPT = {
     "num_epochs": 12,
     "hidden_dim": 512,
@@ -45,13 +45,12 @@ SWEPT = {
     "cosine_weight": 0.31,
     "accept_weight": 0.5,
 }
-"""Of the best of 32 trials of tune_configs/compressed.yaml on the validation part of 1,020 pairs of scenes."""
+"""Best of 32 settings on the validation part of 1,020 pairs of scenes."""
 REFERENCE = {"num_epochs": 3}
 SETTINGS: dict[str, dict[str, Any]] = {
     "conv": {"strategy": "conv", "num_epochs": 12, "early_stop_patience": 12, **RECIPE},
-    "lowrank": {"strategy": "lowrank", **COMPRESSED},
-    "lowrank, swept": {"strategy": "lowrank", **COMPRESSED, **SWEPT},
-    "lightweight_subspace": {"strategy": "lightweight_subspace", **COMPRESSED},
+    "lowrank": {**LOWRANK},
+    "lowrank, swept": {**LOWRANK, **SWEPT},
     "ridge": {"strategy": "ridge"},
     "bottleneck": {"strategy": "bottleneck", "hidden_dim": 64, **REFERENCE},
     "bottleneck, spectral": {"strategy": "bottleneck", "hidden_dim": 64, "init": "spectral", **REFERENCE},
@@ -86,7 +85,9 @@ def measured(store: Path, folder: Path, name: str, seed: int, *, use_gpu: bool) 
     settings: dict[str, Any] = {"out": run, "seed": seed, **common, **(SETTINGS | TOKENS)[name]}
     if (run / "run.json").is_file():
         settings = {**RunDir(run).metadata()["config"], "out": run, "resume": run}
-    elif (subspaces := folder / "lowrank-0" / "init").is_dir() and {"init", "space"} & set(settings):
+    elif (subspaces := folder / "lowrank-0" / "init").is_dir() and (
+        "init" in settings or settings["strategy"] == "lowrank"
+    ):
         settings["start"] = subspaces  # those of the first run: they are the pairs', not the seed's
     trained = run_train(TrainConfig.model_validate(settings))
     report = run.with_name(f"{run.name}-report")

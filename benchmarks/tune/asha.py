@@ -2,8 +2,8 @@
 
     python -m benchmarks.tune.asha --store STORE --folder /tmp/tune-asha
 
-Settings are random draws, which do not depend on results: both sweeps try the same ones. They train `lowrank` in the
-compressed space, where a trial takes seconds; its subspaces are found once, by a run before. What ASHA stops depends
+Settings are random draws, which do not depend on results: both sweeps try the same ones. They train
+`lowrank`, whose subspaces are found once, by a run before. What ASHA stops depends
 on the order in which trials reach a rung, so the curves of the whole trials are also shown to it in many other
 orders, one trial after the other; and there once more by the objective alone, with nothing to decide between equals.
 Writes benchmarks/results/tune_asha.json.
@@ -27,7 +27,7 @@ from ray_app.commands.tune.sweep_dir import SweepDir, scores
 from ray_app.runs.event_log import entries
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
-FIXED = {"strategy": "lowrank", "space": "compressed", "rank": 32, "batch_size": 32}
+FIXED = {"strategy": "lowrank", "rank": 32, "batch_size": 32}
 SPACE = {
     "hidden_dim": [32, 128, 512],
     "learning_rate": {"log": [1.0e-4, 1.0e-2]},

@@ -4,7 +4,7 @@
 
 Counted is what is resident of Ray's shared memory, each page once however many processes have it (PSS of the mappings
 of /dev/shm, summed over the sweep's processes), while trials train; beside it what one trial's process has for itself
-alone. With --compressed the same of trials in the compressed space, whose bases and coordinates are shared as well.
+alone. With --lowrank the same of trials of `lowrank`, whose means and bases are shared as well.
 Writes benchmarks/results/tune_memory.json.
 """
 
@@ -27,8 +27,8 @@ from ray_app.store.split import split_pairs
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
 FIXED = {"strategy": "bottleneck", "hidden_dim": 8, "num_epochs": 6, "early_stop_patience": 6}
-COMPRESSED = {"strategy": "lowrank", "space": "compressed", "rank": 64, "hidden_dim": 64}
-"""Other settings of --compressed; an epoch is over in no time but for its checkpoint, so there are more of them."""
+LOWRANK = {"strategy": "lowrank", "rank": 64, "hidden_dim": 64}
+"""Other settings of --lowrank."""
 LONG = {"num_epochs": 30, "early_stop_patience": 30}
 SAMPLE_S = 1.0
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="new folder for the sweeps")
-    parser.add_argument("--compressed", action="store_true", help="measure trials in the compressed space, too")
+    parser.add_argument("--lowrank", action="store_true", help="measure trials of lowrank, too")
     args = parser.parse_args()
     args.folder.mkdir(parents=True)
     store = PairStore.open(args.store)
@@ -45,7 +45,7 @@ def main() -> None:
     width = store.feature("event").num_bytes + store.feature("target").num_bytes
     at, kinds = (
         args.folder.resolve(),
-        {"full": FIXED} | ({"compressed": COMPRESSED | LONG} if args.compressed else {}),
+        {"full": FIXED} | ({"lowrank": LOWRANK | LONG} if args.lowrank else {}),
     )
     found = {kind: one_and_four(args.store.resolve(), at / kind, fixed) for kind, fixed in kinds.items()}
     save(

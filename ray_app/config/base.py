@@ -13,7 +13,6 @@ from ray_app.errors import ConfigError
 Strategy = Literal[
     "lightweight",
     "lightweight_reference",
-    "lightweight_subspace",
     "linear",
     "bottleneck",
     "conv",

@@ -21,24 +21,21 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     only where and how it runs may be given anew, such as --num-workers."""
     strategy: Strategy = "lightweight"
     """Adapter. The reference's: lightweight (its diagram), lightweight_reference (its code). For images: conv.
-    Between principal subspaces: lowrank, lightweight_subspace. Plain: linear, bottleneck. Solved: ridge.
+    Between principal subspaces: lowrank. Plain: linear, bottleneck. Solved: ridge.
     For sequences of hidden states: token_bottleneck, token_multilayer, token_wide, token_attention, token_causal."""
     hidden_dim: Positive | None = None
     """Width of the hidden layers, channels of conv; default: the strategy's own (lightweight 512, conv 64, lowrank
     256)."""
     depth: Positive | None = None
     """Blocks of conv (default 3) and lowrank (1); hidden layers of lightweight_reference, bottleneck (1) and, after
-    their first, of lightweight, lightweight_subspace (1)."""
+    their first, of lightweight (1)."""
     patch: Positive = 16
     """Side of a patch of conv, in pixels."""
     rank: Positive = 64
-    """Dimensions of the principal subspaces of lowrank, lightweight_subspace and --init spectral."""
+    """Dimensions of the principal subspaces of lowrank and --init spectral."""
     init: Literal["random", "spectral"] = "random"
     """spectral: full-width layers begin at the mean training target and the principal subspaces; for sequences each
-    position begins at its own mean training target. conv, lowrank and lightweight_subspace begin there anyway."""
-    space: Literal["full", "compressed"] = "full"
-    """compressed: lowrank and lightweight_subspace are trained on coordinates in the subspaces, with losses and
-    metrics that equal those at full width; what is saved is the full-width adapter."""
+    position begins at its own mean training target. conv and lowrank begin there anyway."""
     start: Path | None = None
     """Means and subspaces that another run found on the same training pairs, RUN/init; default: computed here."""
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
@@ -133,8 +130,6 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
             )
         if self.accept_weight and not self.accept_thetas:
             raise ConfigError("--accept-weight needs a θ: --accept-thetas 0.8")
-        if self.space == "compressed":
-            self._fits_in_subspaces()
         return self
 
     @property
@@ -160,19 +155,3 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     def elastic(self) -> bool:
         """The number of workers follows the cluster."""
         return ":" in self.num_workers
-
-    def _fits_in_subspaces(self) -> None:
-        if self.strategy not in ("lowrank", "lightweight_subspace"):
-            raise ConfigError(
-                "--space compressed is for lowrank and lightweight_subspace, which work between subspaces; "
-                f"{self.strategy} does not: leave it out"
-            )
-        if self.contrastive_weight and self.strategy == "lightweight_subspace":
-            raise ConfigError(
-                "--contrastive-weight compares each pair with the others, whose events the compressed space does not "
-                "hold; lightweight_subspace adds them: use --space full, or lowrank"
-            )
-        if self.flip or self.shift or self.event_dropout or self.event_noise:
-            raise ConfigError(
-                "augmentation changes pixels, which the compressed space does not hold: use --space full"
-            )

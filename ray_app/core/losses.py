@@ -9,8 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ray_app.core.adapters.compressed_space import MeanProducts, products, similarity
-from ray_app.core.adapters.lowrank import SubspaceAdapter
 from ray_app.core.adapters.registry import Adapter
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.adapters.sequences import next_position_cosine, sequence_cosine, sequence_mse
@@ -73,20 +71,6 @@ def contrastive_per_pair(cos_BB: Tensor, log_temperature: Tensor) -> Tensor:
     return (logits_BB.logsumexp(dim=1) + logits_BB.logsumexp(dim=0)) / 2 - own_B
 
 
-@dataclass(frozen=True, slots=True)
-class LossTerms:
-    """What all losses are made of."""
-
-    mse: Tensor
-    """Mean squared difference of each pair, (B,)."""
-    cos: Tensor
-    """Cosine of each pair, (B,)."""
-    centred: Tensor | None
-    """Centred cosine of each pair, (B,), if weighted."""
-    cos_BB: Tensor | None
-    """Cosine of each aligned feature with each target, if the contrastive loss is weighted."""
-
-
 class AlignmentObjective(nn.Module):
     """An adapter with its losses: what is trained, and what DDP wraps."""
 
@@ -113,13 +97,9 @@ class AlignmentObjective(nn.Module):
         if self.training and self.augmentation is not None:
             assert noise is not None, "augmentation has its noise passed in"
             event_BE, target_BD = self.augmentation(event_BE, target_BD, noise)
-        aligned_BD = self.align(event_BE, noise)
+        aligned_BD = self.adapter(event_BE, noise)
         with torch.autocast(aligned_BD.device.type, enabled=False):
             return self.losses(aligned_BD.float(), target_BD.float())
-
-    def align(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
-        """What `losses` and `cosine` take as aligned."""
-        return self.adapter(event_BE, noise)
 
     def cosine(self, aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
         """Cosine of each pair, shape (B,); of sequences the mean over the target's tokens."""
@@ -127,81 +107,38 @@ class AlignmentObjective(nn.Module):
             return sequence_cosine(aligned_BD, target_BD, self.token_width)
         return cosine_per_pair(aligned_BD, target_BD)
 
-    def measure(self, aligned_BD: Tensor, target_BD: Tensor) -> LossTerms:
-        """All that the weighted losses need."""
-        weights, width, centred_B, cos_BB = self.weights, self.token_width, None, None
-        if weights.centred:
-            assert self.mean_target is not None
-            assert not width, "the mean target of sequences is not that of a start"
-            centred_B = cosine_per_pair(aligned_BD - self.mean_target, target_BD - self.mean_target)
-        if self.log_temperature is not None:
-            unit = nn.functional.normalize
-            cos_BB = unit(aligned_BD, dim=1, eps=EPSILON) @ unit(target_BD, dim=1, eps=EPSILON).T
-        mse_B = sequence_mse(aligned_BD, target_BD, width) if width else mse_per_pair(aligned_BD, target_BD)
-        return LossTerms(mse_B, self.cosine(aligned_BD, target_BD), centred_B, cos_BB)
-
     def losses(self, aligned_BD: Tensor, target_BD: Tensor) -> dict[str, Tensor]:
-        """The same of aligned features."""
-        weights, found = self.weights, self.measure(aligned_BD, target_BD)
-        mse_B = found.mse
+        """Losses of aligned features, with the keys of `forward`."""
+        # The order of these four decides the order in which autograd adds their gradients, and so the last bits.
+        weights, width = self.weights, self.token_width
+        centred_B = self._centred_cosine(aligned_BD, target_BD) if weights.centred else None
+        cos_BB = self._cosine_matrix(aligned_BD, target_BD) if self.log_temperature is not None else None
+        mse_B = sequence_mse(aligned_BD, target_BD, width) if width else mse_per_pair(aligned_BD, target_BD)
+        cos_B = self.cosine(aligned_BD, target_BD)
         if weights.mse_space == "unit":  # |a/|a| − b/|b||² / D = 2 (1 − cos) / D
-            mse_B = 2.0 * (1.0 - found.cos) / self.adapter.config.target_dim
-        loss_B = weights.mse * mse_B + weights.cosine * (1.0 - found.cos)
-        parts = {"mse": mse_B.detach(), "cos_sim": found.cos.detach()}
+            mse_B = 2.0 * (1.0 - cos_B) / self.adapter.config.target_dim
+        loss_B = weights.mse * mse_B + weights.cosine * (1.0 - cos_B)
+        parts = {"mse": mse_B.detach(), "cos_sim": cos_B.detach()}
         if weights.accept:
-            rejected_B = rejection_per_pair(found.cos, weights.accept_thetas, weights.accept_temperature)
+            rejected_B = rejection_per_pair(cos_B, weights.accept_thetas, weights.accept_temperature)
             loss_B = loss_B + weights.accept * rejected_B
-        if found.centred is not None:
-            loss_B = loss_B + weights.centred * (1.0 - found.centred)
+        if centred_B is not None:
+            loss_B = loss_B + weights.centred * (1.0 - centred_B)
         if weights.next_position:
-            assert self.token_width, "only sequences have a next position"
-            next_B = next_position_cosine(aligned_BD, target_BD, self.token_width)
-            loss_B = loss_B + weights.next_position * (1.0 - next_B)
-        if found.cos_BB is not None and self.log_temperature is not None:
-            contrastive_B = contrastive_per_pair(found.cos_BB, self.log_temperature)
+            assert width, "only sequences have a next position"
+            loss_B = loss_B + weights.next_position * (1.0 - next_position_cosine(aligned_BD, target_BD, width))
+        if cos_BB is not None and self.log_temperature is not None:
+            contrastive_B = contrastive_per_pair(cos_BB, self.log_temperature)
             loss_B = loss_B + weights.contrastive * contrastive_B
             parts["contrastive"] = contrastive_B.detach()
         return {"loss": loss_B, **parts}
 
+    def _centred_cosine(self, aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
+        assert self.mean_target is not None
+        assert not self.token_width, "sequences have no mean target of their own"
+        return cosine_per_pair(aligned_BD - self.mean_target, target_BD - self.mean_target)
 
-class CompressedObjective(AlignmentObjective):
-    """The same of pairs in a few numbers (`compressed_space.py`): equal losses, without touching the full width.
-
-    Takes event coordinates for features, records for targets, and gives core outputs for aligned features.
-    """
-
-    adapter: SubspaceAdapter
-    _mean: MeanProducts | None = None
-
-    def mean(self) -> MeanProducts:
-        """Taken at the first pair: the adapter's mean and basis are loaded by then, and on their device."""
-        if self._mean is None:
-            self._mean = MeanProducts.of(self.adapter)
-        return self._mean
-
-    def align(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
-        return self.adapter.core(event_BE, noise)
-
-    def cosine(self, aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
-        found = products(self.adapter, self.mean(), aligned_BD, target_BD)
-        return _ratio(found.dot, found.aligned_sq, found.target_sq)
-
-    def measure(self, aligned_BD: Tensor, target_BD: Tensor) -> LossTerms:
-        found = products(self.adapter, self.mean(), aligned_BD, target_BD)
-        centred_B = cos_BB = None
-        if self.weights.centred:
-            centred_B = _ratio(found.centred_dot, found.centred_aligned_sq, found.centred_target_sq)
-        if self.log_temperature is not None:
-            cos_BB = similarity(self.adapter, self.mean(), aligned_BD, target_BD)
-        difference_sq = found.aligned_sq - 2 * found.dot + found.target_sq
-        return LossTerms(
-            difference_sq / self.adapter.config.target_dim,
-            _ratio(found.dot, found.aligned_sq, found.target_sq),
-            centred_B,
-            cos_BB,
-        )
-
-
-def _ratio(dot_B: Tensor, a_sq_B: Tensor, b_sq_B: Tensor) -> Tensor:
-    """dot / (|a| |b|), safe to differentiate at zero vectors."""
-    return dot_B / (a_sq_B.clamp(min=EPSILON**2).sqrt() * b_sq_B.clamp(min=EPSILON**2).sqrt())
+    def _cosine_matrix(self, aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
+        """Cosine of each aligned feature (row) with each target (column), (B, B)."""
+        unit = nn.functional.normalize
+        return unit(aligned_BD, dim=1, eps=EPSILON) @ unit(target_BD, dim=1, eps=EPSILON).T

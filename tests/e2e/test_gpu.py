@@ -104,7 +104,7 @@ def config(store: Path, out: Path, **settings: Any) -> TrainConfig:
     [
         {"strategy": "lightweight", "use_gpu": True},
         {"strategy": "conv", "use_gpu": True, "flip": 0.5},
-        {"strategy": "lowrank", "use_gpu": True, "space": "compressed"},
+        {"strategy": "lowrank", "use_gpu": True},
         {"strategy": "bottleneck", "use_gpu": True, "init": "spectral", "precision": "bf16", "bf16_gradients": True},
         {"strategy": "ridge", "use_gpu": True},
     ],

@@ -57,19 +57,19 @@ def test_pairs_beyond_shared_memory_are_streamed_by_trials_that_have_all_cpus(
     assert result["pareto_front"]
 
 
-def compressed_spec(small_store: Path, tmp_path: Path, **fixed: Any) -> SweepSpec:
-    fixed = {"strategy": "lowrank", "space": "compressed", "batch_size": 8} | fixed
-    return read_spec(sweep_file(tmp_path, small_store, "compressed", base=fixed, space={"rank": [2, 4, 500]}), {})
+def lowrank_spec(small_store: Path, tmp_path: Path) -> SweepSpec:
+    fixed = {"strategy": "lowrank", "batch_size": 8}
+    return read_spec(sweep_file(tmp_path, small_store, "lowrank", base=fixed, space={"rank": [2, 4, 500]}), {})
 
 
 def test_what_trials_begin_with_is_found_once_and_seen_without_a_copy(small_store: Path, tmp_path: Path) -> None:
     """Of the largest rank that can be had; others are its first directions. A run alone finds the same."""
-    spec = compressed_spec(small_store, tmp_path)
+    spec = lowrank_spec(small_store, tmp_path)
     store = PairStore.open(small_store)
     part = share_dataset(store, split_pairs(store.index, spec.split_config), 2**30)
     placed = with_starts(spec, {"all": part}, tmp_path / "starts")["all"]
     out = str(tmp_path / "run")
-    cfg = TrainConfig(store=str(small_store), out=out, strategy="lowrank", space="compressed", rank=4)
+    cfg = TrainConfig(store=str(small_store), out=out, strategy="lowrank", rank=4)
     found = start_of(placed, cfg)
     assert found is not None
     assert part.train
@@ -79,7 +79,7 @@ def test_what_trials_begin_with_is_found_once_and_seen_without_a_copy(small_stor
     assert all(found[name].equal(alone[name]) for name in alone)
     pairs = pairs_of(placed, WorkerContext(cfg, store, 0, 1, found["target_mean"].device, found))
     assert pairs.validation is not None
-    assert pairs.validation.target_BD.data_ptr() == found["val_records"].data_ptr()
+    assert pairs.validation.target_BD.data_ptr() == shared(placed.val).target_BD.data_ptr()
     again = start_of(placed, cfg)
     assert again is not None
     assert again["event_basis"].data_ptr() == found["event_basis"].data_ptr(), "the very bytes of shared memory"
@@ -93,19 +93,17 @@ def test_what_trials_begin_with_is_found_once_and_seen_without_a_copy(small_stor
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "starts").rglob("*")} == before
 
 
-def test_a_compressed_sweep_is_as_its_trials_at_full_width_are(small_store: Path, root: Path) -> None:
-    """Fewer parameters are wanted, too; a rank that the pairs do not span fails alone."""
-    space = {"space": ["compressed", "full"], "rank": [4, 500]}
+def test_a_sweep_over_ranks_finds_subspaces_once_and_a_rank_that_pairs_do_not_span_fails_by_itself(
+    small_store: Path, root: Path
+) -> None:
+    """With fewer parameters as the second objective."""
     fixed = {key: value for key, value in LOSSES.items() if key != "rank"} | {"strategy": "lowrank", "hidden_dim": 8}
-    lines = {"space": space, "base": fixed, "secondary_objective": "parameters"}
+    lines = {"space": {"rank": [4, 500]}, "base": fixed, "secondary_objective": "parameters"}
     result = tune(sweep_file(root, small_store, "both", **lines))
-    assert [trial["status"] for trial in result["trials"]] == ["finished"] * 2 + ["failed"] * 2
-    assert all(
-        trial["reason"].startswith("twice the same: ConfigError: --rank (500)") for trial in result["trials"][2:]
-    )
-    compressed, full, *_ = losses(result)
-    assert compressed == pytest.approx(full, rel=1e-4)
+    finished, failed = result["trials"]
+    assert (finished["status"], failed["status"]) == ("finished", "failed")
+    assert failed["reason"].startswith("twice the same: ConfigError: --rank (500)")
     folder = SweepDir(Path(result["sweep"]))
     assert not list(folder.path.glob("trials/*/init")), "no trial found its own"
-    assert result["pareto_front"] == [result["trials"][0]["id"]]
+    assert result["pareto_front"] == [finished["id"]]
     assert json.loads((folder.path / "sweep.json").read_text())["spec"]["secondary_objective"] == "parameters"

@@ -13,7 +13,6 @@ from ray_app.commands.train.state import training_split
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.initialization import GRID
 from ray_app.core.evaluation import AlignmentEvaluator
-from ray_app.core.optimizer_step import decode
 from ray_app.data.pair_tensors import PairTensors
 from ray_app.errors import CheckpointError, ConfigError
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
@@ -38,16 +37,16 @@ def judged(store: PairStore, checkpoint: Path, rows: np.ndarray) -> torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def compressed(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("start") / "compressed"
-    cfg = config(small_store, out, "lowrank", space="compressed", num_workers=2, centred_weight=0.2)
+def lowrank(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("start") / "lowrank"
+    cfg = config(small_store, out, "lowrank", num_workers=2, centred_weight=0.2)
     return cfg, run_train(cfg)
 
 
-def test_a_run_in_the_compressed_space_leaves_a_full_width_adapter_with_the_same_metrics(
-    compressed: tuple[TrainConfig, dict[str, Any]],
+def test_a_lowrank_run_validates_as_the_evaluator_does(
+    lowrank: tuple[TrainConfig, dict[str, Any]],
 ) -> None:
-    cfg, result = compressed
+    cfg, result = lowrank
     store = PairStore.open(cfg.store)
     cos = judged(store, Path(result["checkpoint"]), split_pairs(store.index, cfg.split_config).val)
     assert result["val"]["cos_sim_mean"] == pytest.approx(float(cos.mean()), abs=1e-5)
@@ -55,9 +54,9 @@ def test_a_run_in_the_compressed_space_leaves_a_full_width_adapter_with_the_same
 
 
 def test_a_start_through_ray_data_is_that_of_a_singular_value_decomposition(
-    compressed: tuple[TrainConfig, dict[str, Any]],
+    lowrank: tuple[TrainConfig, dict[str, Any]],
 ) -> None:
-    cfg, _ = compressed
+    cfg, _ = lowrank
     store = PairStore.open(cfg.store)
     split = split_pairs(store.index, cfg.split_config)
     start, about = load_training_state(cfg.folder / "init")
@@ -70,20 +69,20 @@ def test_a_start_through_ray_data_is_that_of_a_singular_value_decomposition(
         np.testing.assert_allclose(start[f"{side}_scale"], s[:6] / len(x) ** 0.5, rtol=1e-3)
         overlap = np.abs(np.sum(start[f"{side}_basis"].numpy() * vt[:6].T, axis=0))
         np.testing.assert_allclose(overlap[:3], 1.0, atol=1e-3)
-    coordinates = decode(torch.tensor(event), 1 / 255, torch.device("cpu")) - start["event_mean"]
-    torch.testing.assert_close(start["train_coordinates"], coordinates @ start["event_basis"], atol=1e-4, rtol=1e-4)
 
 
 def test_another_run_takes_a_start_over_and_one_of_other_pairs_is_refused(
-    compressed: tuple[TrainConfig, dict[str, Any]], tmp_path: Path
+    lowrank: tuple[TrainConfig, dict[str, Any]], tmp_path: Path
 ) -> None:
-    cfg, _ = compressed
+    cfg, _ = lowrank
     store = PairStore.open(cfg.store)
     given = {"start": cfg.folder / "init"}
-    lower = config(cfg.store, tmp_path / "run", "lowrank", space="compressed", rank=4, **given)
-    held = starts.load_compressed_pairs(lower, store, "train", np.arange(5))
-    assert held.event_BE.shape == (5, 4)
-    assert held.target_BD.shape == (5, 2 * 4 + 5)
+    whole, lower = (
+        starts.load_start(config(cfg.store, tmp_path / "run", "lowrank", rank=n, **given), store) for n in (6, 4)
+    )
+    for side in ("event", "target"):
+        assert lower[f"{side}_basis"].equal(whole[f"{side}_basis"][:, :4])
+        assert lower[f"{side}_scale"].equal(whole[f"{side}_scale"][:4])
     for changes, words in (
         ({"rank": 7}, r"rank 6, --rank is 7"),
         ({"split_seed": 1}, "other training pairs"),
@@ -178,12 +177,6 @@ def test_what_cannot_be_trained_is_told_before_anything_is_written(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"strategy": "conv", "space": "compressed"}, "is for lowrank and lightweight_subspace"),
-        ({"strategy": "lowrank", "space": "compressed", "flip": 0.5}, "augmentation changes pixels"),
-        (
-            {"strategy": "lightweight_subspace", "space": "compressed", "contrastive_weight": 0.1},
-            "--contrastive-weight compares",
-        ),
         ({"mse_weight": 0, "cosine_weight": 0}, "--centred-weight, .*are all 0"),
         ({"accept_weight": 1.0, "accept_thetas": ()}, "needs a θ"),
     ],

@@ -1,4 +1,4 @@
-"""Strategies beside the reference's: what they compute, where they begin, and that compressed equals full width."""
+"""Strategies other than the reference's: what they compute and where they start."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +9,11 @@ import torch
 from small_adapters import PAIRS, VAL, in_batches, perturbed, small_adapter, small_pairs, small_start
 
 from ray_app.core.adapters.base import NoisyDropout
-from ray_app.core.adapters.compressed_space import compress
 from ray_app.core.adapters.initialization import GRID, find_start
-from ray_app.core.adapters.lowrank import LightweightSubspace, SubspaceAdapter
 from ray_app.core.adapters.registry import STRATEGIES, AdapterConfig, build_adapter, num_parameters
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.augmentation import Augmentation
-from ray_app.core.losses import AlignmentObjective, CompressedObjective, LossWeights
+from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.core.metrics import cos_sim
 from ray_app.core.optimizer_step import CosineByEpoch, make_optimizer
 from ray_app.errors import ConfigError
@@ -60,36 +58,6 @@ def test_what_cannot_give_a_start_is_told() -> None:
         find_start(in_batches(event, torch.zeros_like(target)), "means", 4, PAIRS, seed=0)
     with pytest.raises(ConfigError, match=r"--rank \(64\) is above the width"):
         AdapterConfig("lowrank", 48, 48)
-
-
-@pytest.mark.parametrize("strategy", ["lowrank", "lightweight_subspace"])
-def test_losses_and_gradients_in_the_compressed_space_are_those_at_full_width(strategy: str) -> None:
-    event, target = small_pairs()
-    adapter = perturbed(small_adapter(strategy)).eval()
-    assert isinstance(adapter, SubspaceAdapter)
-    start = small_start(strategy, event, target, 5)
-    contrastive = 0.2 if strategy == "lowrank" else 0.0
-    weights = LossWeights(contrastive=contrastive, accept=0.3, accept_thetas=(0.8, 0.97), centred=0.4)
-    mean = start["target_mean"]
-    coordinates, records = compress(event, target, start)
-    assert records.shape == (PAIRS, 2 * 5 + 5)
-    full = AlignmentObjective(adapter, weights, mean_target_D=mean)(event, target)
-    gradients = torch.autograd.grad(full["loss"].sum(), list(adapter.parameters()), allow_unused=True)
-    short = CompressedObjective(adapter, weights, mean_target_D=mean)(coordinates, records)
-    for key in full:
-        torch.testing.assert_close(short[key], full[key], atol=1e-5, rtol=1e-5)
-    found = torch.autograd.grad(short["loss"].sum(), list(adapter.parameters()), allow_unused=True)
-    for a, b in zip(gradients, found, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-
-
-def test_lightweight_between_subspaces_is_a_lightweight_adapter_of_the_same_function() -> None:
-    event, _ = small_pairs()
-    narrow = perturbed(small_adapter("lightweight_subspace")).eval()
-    assert isinstance(narrow, LightweightSubspace)
-    wide = small_adapter("lightweight").eval()
-    wide.load_state_dict(narrow.widened())
-    torch.testing.assert_close(narrow(event), wide(event), atol=1e-5, rtol=1e-5)
 
 
 def test_ridge_is_the_closed_form_with_the_best_of_its_grid() -> None:
@@ -216,7 +184,7 @@ def test_an_untrained_adapter_is_no_nearer_to_its_target_than_its_event_by_more_
         return
     mean = small_pairs()[1][:-VAL].mean(0).expand_as(true)
     assert surely_nearer(mean, event, true), "so that it makes a difference which of the two is the bound"
-    at_the_mean = {"conv", "lowrank", "lightweight_subspace"}
+    at_the_mean = {"conv", "lowrank"}
     assert not surely_nearer(aligned, mean if strategy in at_the_mean else event, true)
 
 
@@ -308,7 +276,7 @@ def test_an_adapter_names_the_settings_that_change_it(strategy: str) -> None:
     assert used - ({"rank"} if strategy == "ridge" else set()) == STRATEGIES[strategy].SETTINGS
 
 
-@pytest.mark.parametrize("strategy", ["lightweight", "lightweight_reference", "bottleneck", "lightweight_subspace"])
+@pytest.mark.parametrize("strategy", ["lightweight", "lightweight_reference", "bottleneck"])
 def test_a_deeper_adapter_has_that_many_hidden_layers_more(strategy: str) -> None:
     shallow = small_adapter(strategy)
     deep = build_adapter(replace(shallow.config, depth=3), 0)
@@ -316,7 +284,7 @@ def test_a_deeper_adapter_has_that_many_hidden_layers_more(strategy: str) -> Non
     assert num_parameters(deep) - num_parameters(shallow) == 2 * (hidden * hidden + 3 * hidden)
     assert not any(name.startswith("deeper") for name in shallow.state_dict())
     event, target = small_pairs()
-    deep.initialize_from(small_start(strategy, event, target, 5), spectral=strategy != "lightweight_subspace")
+    deep.initialize_from(small_start(strategy, event, target, 5), spectral=True)
     deep = perturbed(deep).eval()
     answers = deep(event)
     weights = {name: value for name, value in deep.state_dict().items() if name.startswith("deeper")}
@@ -333,14 +301,3 @@ def test_a_deeper_adapter_has_that_many_hidden_layers_more(strategy: str) -> Non
     with torch.no_grad():
         deep.deeper[1].linear.weight.zero_()
     assert not deep(event).allclose(answers), "its answers go through them"
-
-
-def test_a_deep_adapter_of_the_subspaces_is_a_deep_one_at_full_width() -> None:
-    narrow = build_adapter(replace(small_adapter("lightweight_subspace").config, depth=3), 0)
-    assert isinstance(narrow, LightweightSubspace)
-    event, target = small_pairs()
-    narrow.initialize_from(small_start("lightweight_subspace", event, target, 5), spectral=False)
-    perturbed(narrow).eval()
-    wide = build_adapter(replace(narrow.config, strategy="lightweight"), 1).eval()
-    wide.load_state_dict(narrow.widened())
-    torch.testing.assert_close(wide(event), narrow(event), rtol=1e-4, atol=1e-4)

@@ -10,12 +10,10 @@ import torch
 from pages import assert_has_words, assert_stands_alone
 
 from benchmarks import provenance, results_tables
-from benchmarks.adapters import comparison, example_comparison, gpu, speed
+from benchmarks.adapters import comparison, example_comparison, gpu
 from benchmarks.data import dsec_drive, prepare_dsec, simulator_noise
 from benchmarks.serve.all import PARTS, all_of
 from benchmarks.speculative import replay
-from ray_app.commands.tune.final_training import judgement_of
-from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.registry import STRATEGIES, AdapterConfig, build_adapter
 from ray_app.core.metrics import cos_sim
@@ -55,34 +53,6 @@ def test_every_setting_of_the_comparison_is_one_of_training_and_one_has_the_loss
     assert own == ["token_causal, next"]
     plain = runs["token_causal, spectral"].model_dump(exclude={"next_position_weight"})
     assert runs["token_causal, next"].model_dump(exclude={"next_position_weight"}) == plain
-
-
-def test_epochs_in_both_spaces_are_timed_in_turn_and_their_numbers_agree(small_store: Path) -> None:
-    found = speed.space(small_store, rank=6, rounds=2)
-    assert (found["width"], found["rank"]) == (768, 6)
-    for strategy in ("lowrank", "lightweight_subspace"):
-        for times in found[strategy]["epoch_seconds"].values():
-            assert len(times) == 2
-            assert min(times) > 0
-        off_by = found[strategy]["off_by"]
-        assert off_by.pop("pairs_accepted_otherwise") == 0
-        assert {"loss_relative", "mse_relative", "cos_sim", "cos_sim_mean"} <= set(off_by)
-        assert ("contrastive_relative" in off_by) == (strategy == "lowrank")
-        assert max(off_by.values()) < 1e-5
-
-
-def test_a_sweep_run_to_its_end_tells_what_the_published_one_does(tmp_path: Path) -> None:
-    published = json.loads((BENCHMARKS / "results" / "adapter_speed.json").read_text())["sweep"]
-    (seed,) = published["at_full_width"]
-    line = {"seed": 0, "run": "final/seed_0", "test": {key: each for key, each in seed.items() if key != "seed"}}
-    best = {"trial": "trial_0", "config": {"rank": 64}, "objective": 0.79, "lift": 0.1, "parameters": 12_608}
-    result = {"best": best, "trials": [{}] * 32, "final": judgement_of([line], SweepDir(tmp_path))}
-    found = speed.swept(413.0, 100.0, 410.0, {"seconds": 99.0, "result": result})
-    assert set(published) - {"provenance", "note"} <= set(found)
-    assert set(found["best"]) == set(published["best"])
-    assert found["at_full_width"] == published["at_full_width"]
-    for key in ("full_width_training_seconds", "subspaces_and_search_seconds", "of_two_full_width_trainings"):
-        assert found[key] == published[key]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the script would run in full")

@@ -21,7 +21,6 @@ from ray.data import Dataset
 
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.base import InitRequirement, InitStats
-from ray_app.core.adapters.compressed_space import compress
 from ray_app.core.adapters.initialization import Part, Sums, find_start, solve_ridge
 from ray_app.core.adapters.registry import STRATEGIES
 from ray_app.core.optimizer_step import decode
@@ -75,10 +74,6 @@ def load_start(cfg: TrainConfig, store: PairStore) -> InitStats:
         raise ConfigError(
             f"--start {folder} holds subspaces of rank {found}, --rank is {cfg.rank}; leave --start out"
         )
-    if cfg.space == "compressed" and "train_records" not in start:
-        raise ConfigError(
-            f"--start {folder} holds no compressed pairs; leave it out, or compute it with --space compressed"
-        )
     return truncate_rank(start, cfg.rank)
 
 
@@ -89,21 +84,14 @@ def origin(cfg: TrainConfig, store: PairStore) -> dict[str, Any]:
 
 
 def truncate_rank(start: InitStats, rank: int) -> InitStats:
-    """The first directions of subspaces of this rank or a higher one, and what is recorded in them."""
+    """The first directions of subspaces of this rank or a higher one."""
     found = start["event_basis"].shape[1]
     if rank == found:
         return start
-    first = {
-        key: value[..., :rank].contiguous()
+    return {
+        key: value[..., :rank].contiguous() if key.endswith(("_basis", "_scale")) else value
         for key, value in start.items()
-        if key.endswith(("_basis", "_scale", "_coordinates"))
     }
-    records = {
-        key: torch.cat([value[:, :rank], value[:, found : found + rank], value[:, 2 * found :]], dim=1)
-        for key, value in start.items()
-        if key.endswith("_records")
-    }
-    return {**start, **first, **records}
 
 
 class TrainingPairs(Protocol):
@@ -114,9 +102,6 @@ class TrainingPairs(Protocol):
 
     def held(self, part: str) -> PairTensors:
         """All pairs of `train` or `val` in memory."""
-
-    def compress_pairs(self, part: str, start: InitStats) -> tuple[torch.Tensor, torch.Tensor]:
-        """`compress` of all pairs of `train` or `val`, in the order of the part."""
 
 
 def make_start(cfg: TrainConfig, store: PairStore, split: Split, pairs: TrainingPairs) -> None:
@@ -131,10 +116,6 @@ def make_start(cfg: TrainConfig, store: PairStore, split: Split, pairs: Training
     if level == "pairs":
         start, cosines = solve_ridge_init(cfg, store, split, pairs, start)
         chosen = {"mean_cosine_on_validation": {f"{relative:g}": cos for relative, cos in cosines.items()}}
-    if cfg.space == "compressed":
-        for part in ("train", "val") if len(split.val) else ("train",):
-            found = dict(zip(("coordinates", "records"), pairs.compress_pairs(part, start), strict=True))
-            start = {**start, **{f"{part}_{name}": value for name, value in found.items()}}
     seconds = round(time.perf_counter() - began, 3)
     save_training_state(folder, start, {**origin(cfg, store), **chosen, "seconds": seconds})
 
@@ -170,12 +151,6 @@ def solve_ridge_init(
     return whole, cosines
 
 
-def load_compressed_pairs(cfg: TrainConfig, store: PairStore, part: str, wanted: NDArray[np.int64]) -> PairTensors:
-    """Some pairs of a part, in the few numbers that stand for them."""
-    start = load_start(cfg, store)
-    return PairTensors(wanted, start[f"{part}_coordinates"][wanted], start[f"{part}_records"][wanted])
-
-
 @dataclass(frozen=True, slots=True)
 class PairsInMemory:
     """Of a process that holds them: a trial of a sweep."""
@@ -192,10 +167,6 @@ class PairsInMemory:
 
     def held(self, part: str) -> PairTensors:
         return {"train": self.train, "val": self.val}[part]
-
-    def compress_pairs(self, part: str, start: InitStats) -> tuple[torch.Tensor, torch.Tensor]:
-        found = [compress(*batch, start) for batch in self._batches(self.held(part))]
-        return torch.cat([coordinates for coordinates, _ in found]), torch.cat([records for _, records in found])
 
     def _batches(self, held: PairTensors) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for event_BE, target_BD in zip(held.event_BE.split(BATCH), held.target_BD.split(BATCH), strict=True):
@@ -223,17 +194,6 @@ class PairsThroughRay:
         rows = getattr(self.split, part)
         return load_pair_tensors(self.datasets[part], self.store, rows, np.arange(len(rows)))
 
-    def compress_pairs(self, part: str, start: InitStats) -> tuple[torch.Tensor, torch.Tensor]:
-        done = self._batches(part, functools.partial(records_of, self.store, ray.put(start)))
-        found = list(done.iter_batches(batch_size=None, batch_format="numpy"))
-        order = np.argsort(np.concatenate([batch["position"] for batch in found]))
-        assert len(order) == len(getattr(self.split, part))
-        coordinates, records = (
-            torch.from_numpy(np.concatenate([batch[name] for batch in found])[order])
-            for name in ("coordinates", "records")
-        )
-        return coordinates, records
-
     def _batches(self, part: str, task: Callable[[pa.Table], dict[str, NDArray[Any]]]) -> Dataset:
         dataset = self.datasets[part]
         dataset.context.execution_options.preserve_order = True
@@ -245,13 +205,6 @@ def sums_of(store: PairStore, part: ray.ObjectRef, batch: pa.Table) -> dict[str,
     _, *sides = to_arrays(batch, store)
     sums: Sums = ray.get(part)(*decode_pair(store, *map(torch.tensor, sides)))
     return {name: value.numpy()[None] for name, value in sums.items()}
-
-
-def records_of(store: PairStore, start: ray.ObjectRef, batch: pa.Table) -> dict[str, NDArray[Any]]:
-    """A row for each pair of a batch: its position, coordinates and record."""
-    position_B, *sides = to_arrays(batch, store)
-    coordinates_BR, records = compress(*decode_pair(store, *map(torch.tensor, sides)), ray.get(start))
-    return {"position": position_B, "coordinates": coordinates_BR.numpy(), "records": records.numpy()}
 
 
 def decode_pair(

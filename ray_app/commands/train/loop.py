@@ -137,9 +137,7 @@ class WorkerContext:
     """What it begins with, where that is in memory; else it is read from RUN/init."""
 
     def decode_pair(self, event_BE: torch.Tensor, target_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stored features as float32 on the device; coordinates are so already."""
-        if self.cfg.space == "compressed":
-            return event_BE.to(self.device), target_BD.to(self.device)
+        """Stored features as float32 on the device."""
         event, target = self.store.feature("event"), self.store.feature("target")
         return decode(event_BE, event.scale, self.device), decode(target_BD, target.scale, self.device)
 
@@ -262,7 +260,7 @@ def validate(
     cos, shuffled, loss_sum = [], [], 0.0
     for positions in np.array_split(mine.positions, -(-len(mine.positions) // worker.cfg.batch_size) or 1):
         event_BE, target_BD = worker.decode_pair(*mine.take(positions))
-        aligned_BD = objective.align(event_BE)
+        aligned_BD = objective.adapter(event_BE)
         losses = objective.losses(aligned_BD, target_BD)
         cos.append(losses["cos_sim"])
         loss_sum += float(losses["loss"].sum())

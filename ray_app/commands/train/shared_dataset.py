@@ -38,8 +38,8 @@ CHUNK = 128
 
 Side = Any
 """Reference to an array (N, width) in shared memory."""
-Kind = tuple[str, str, str]
-"""Whose start, how much of one, in which space."""
+Kind = tuple[str, str]
+"""Whose start, and how much of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +150,7 @@ def baselines_of(
 def pairs_of(placed: SharedDataset, worker: WorkerContext) -> WorkerData:
     """A worker's pairs as views of shared memory; its training pairs streamed where they are not there."""
     cfg, store, split = worker.cfg, placed.store, placed.split
-    train: PairTensors | None
-    if cfg.space == "compressed":
-        train, everyone = (compressed(worker.start or {}, part) for part in ("train", "val"))
-    else:
-        train, everyone = shared(placed.train) if placed.train else None, shared(placed.val)
+    train, everyone = shared(placed.train) if placed.train else None, shared(placed.val)
     mine = np.arange(worker.rank, len(split.val), worker.world)
     validation = everyone if worker.world == 1 else PairTensors(mine, *everyone.take(mine))
     rest_of_epoch: Callable[[TrainState], Batches]
@@ -177,7 +173,7 @@ def pairs_of(placed: SharedDataset, worker: WorkerContext) -> WorkerData:
 
 def init_key(cfg: TrainConfig) -> Kind:
     """What settings have in common that begin with one start, whatever their rank."""
-    return str(external_init_dir(cfg) or ""), init_requirement(cfg), cfg.space
+    return str(external_init_dir(cfg) or ""), init_requirement(cfg)
 
 
 def start_of(placed: SharedDataset, cfg: TrainConfig) -> InitStats | None:
@@ -196,12 +192,6 @@ def start_of(placed: SharedDataset, cfg: TrainConfig) -> InitStats | None:
         held = shared(placed.train)
         start |= {"event_pairs": held.event_BE, "target_pairs": held.target_BD}
     return truncate_rank(start, cfg.rank) if init_requirement(cfg) == "subspaces" else start
-
-
-def compressed(start: InitStats, part: str) -> PairTensors:
-    """All pairs of a part, in the few numbers that stand for them."""
-    coordinates, records = start[f"{part}_coordinates"], start[f"{part}_records"]
-    return PairTensors(np.arange(len(records)), coordinates, records)
 
 
 def shared(sides: tuple[Side, Side]) -> PairTensors:

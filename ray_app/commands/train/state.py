@@ -17,7 +17,7 @@ from ray_app.core.adapters.base import InitStats
 from ray_app.core.adapters.registry import STRATEGIES, Adapter, AdapterConfig, build_adapter, num_parameters
 from ray_app.core.adapters.token import TokenAdapter
 from ray_app.core.augmentation import Augmentation
-from ray_app.core.losses import AlignmentObjective, CompressedObjective, LossWeights
+from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.core.optimizer_step import CosineByEpoch, StepResult, make_optimizer
 from ray_app.errors import ConfigError
 from ray_app.runs.event_log import EventLog
@@ -193,8 +193,8 @@ def make_objective(cfg: TrainConfig, store: PairStore, adapter: Adapter, start: 
         centred=cfg.centred_weight,
         next_position=cfg.next_position_weight,
     )
-    kind = CompressedObjective if cfg.space == "compressed" else AlignmentObjective
-    return kind(adapter, weights, augmentation(cfg, store), start["target_mean"] if cfg.centred_weight else None)
+    mean_target = start["target_mean"] if cfg.centred_weight else None
+    return AlignmentObjective(adapter, weights, augmentation(cfg, store), mean_target)
 
 
 def augmentation(cfg: TrainConfig, store: PairStore) -> Augmentation | None:

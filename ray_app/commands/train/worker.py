@@ -10,7 +10,7 @@ import torch
 from ray.train.torch import get_device
 
 from ray_app.commands.train import shared_dataset as sweep_data
-from ray_app.commands.train.initialization import INIT, load_compressed_pairs
+from ray_app.commands.train.initialization import INIT
 from ray_app.commands.train.loop import (
     Batches,
     WorkerContext,
@@ -57,10 +57,6 @@ def pairs_of(worker: WorkerContext, *, held: bool) -> WorkerData:
     split = training_split(cfg, store)
     lanes = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
     rows = np.arange(rank, len(split.val), world)
-    if cfg.space == "compressed":
-        coordinates = load_compressed_pairs(cfg, store, "train", lanes.held(rank, world)).on(worker.device)
-        judged = load_compressed_pairs(cfg, store, "val", rows).on(worker.device) if len(split.val) else None
-        return WorkerData(lambda state: held_batches(coordinates, lanes, state, worker), True, judged)
     shard = ray.train.get_dataset_shard("train")
     mine = load_pair_tensors(shard, store, split.train, lanes.held(rank, world)).on(worker.device) if held else None
 

@@ -19,7 +19,6 @@ from ray_app.commands.train.state import adapter_config, beside_bytes, make_obje
 from ray_app.commands.tune.searchers import grid, sample_random
 from ray_app.commands.tune.spec import Choice, Setting, Space, SweepSpec, describe, space_of, train_config
 from ray_app.config.train import TrainConfig
-from ray_app.core.adapters.compressed_space import SCALARS
 from ray_app.core.adapters.registry import build_adapter
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.optimizer_step import make_optimizer, training_step
@@ -154,20 +153,20 @@ def estimate(
     """
     data = next(iter(placed.values()))
     sized = sorted(((parameters(cfg, data.store) or 1, cfg) for cfg in configs), key=lambda each: each[0])
-    smallest = {(cfg.strategy, cfg.space): (size, cfg) for size, cfg in reversed(sized)}
+    smallest = {cfg.strategy: (size, cfg) for size, cfg in reversed(sized)}
     task = ray.remote(step_seconds).options(num_cpus=spec.cpus_per_worker, num_gpus=int(spec.use_gpu))
     threads = max(int(spec.cpus_per_worker), 1)
     seconds = {kind: ray.get(task.remote(cfg, data.store, threads)) for kind, (_, cfg) in smallest.items()}
     train, val = len(data.split.train), len(data.split.val)
     epoch_s = []
     for size, cfg in sized:
-        measured_size, measured = smallest[cfg.strategy, cfg.space]
-        pair_s = seconds[cfg.strategy, cfg.space] / measured.batch_size * size / measured_size
+        measured_size, measured = smallest[cfg.strategy]
+        pair_s = seconds[cfg.strategy] / measured.batch_size * size / measured_size
         epoch_s.append(pair_s * (train + val / 3) + size * 12 / SAVED_BYTES_PER_S)
     whole = float(np.mean(epoch_s)) * spec.num_epochs
     more_pairs = (train + val + len(data.split.test) / 3) / (train + val / 3)
     hours = whole * trials / concurrent / 3600
-    told = ", ".join(f"{kind[0]} of {smallest[kind][0]:,} parameters {1e3 * s:.0f} ms" for kind, s in seconds.items())
+    told = ", ".join(f"{kind} of {smallest[kind][0]:,} parameters {1e3 * s:.0f} ms" for kind, s in seconds.items())
     return Estimate(
         trials=trials,
         concurrent=concurrent,
@@ -200,8 +199,6 @@ def step_seconds(cfg: TrainConfig, store: PairStore, threads: int) -> float:
     objective = make_objective(cfg, store, adapter, means).to(device).train()
     optimizer = make_optimizer(objective, LEARNING_RATE, cfg.weight_decay)
     widths = store.feature("event").width, store.feature("target").width
-    if cfg.space == "compressed":
-        widths = cfg.rank, 2 * cfg.rank + SCALARS
     event_BE, target_BD = (torch.rand(cfg.batch_size, width, device=device) for width in widths)
     seconds = []
     for step in range(STEPS + 1):

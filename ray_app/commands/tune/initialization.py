@@ -42,7 +42,7 @@ def with_starts(spec: SweepSpec, placed: dict[str, SharedDataset], folder: Path)
     starts: dict[str, dict[Kind, SharedInit]] = {key: {} for key in placed}
     for (key, kind), cfg in wanted.items():
         ranks = sorted(map(int, space["rank"].bounds), reverse=True) if "rank" in space else [cfg.rank]
-        at = folder / f"{key}-{kind[1]}-{kind[2]}"
+        at = folder / f"{key}-{kind[1]}"
         starts[key][kind] = found(cfg.at(at), ranks, placed[key])
     return {key: replace(part, starts=starts[key]) for key, part in placed.items()}
 

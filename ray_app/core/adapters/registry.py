@@ -12,7 +12,7 @@ from torch import nn
 
 from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.conv import Conv
-from ray_app.core.adapters.lowrank import LightweightSubspace, LowRank
+from ray_app.core.adapters.lowrank import LowRank
 from ray_app.core.adapters.mlp import Bottleneck, LightweightAlignmentModule, LightweightReference, Linear
 from ray_app.core.adapters.ridge import Ridge
 from ray_app.core.adapters.token import (
@@ -27,7 +27,6 @@ from ray_app.errors import ConfigError
 STRATEGIES: dict[str, type[Adapter]] = {
     "lightweight": LightweightAlignmentModule,
     "lightweight_reference": LightweightReference,
-    "lightweight_subspace": LightweightSubspace,
     "linear": Linear,
     "bottleneck": Bottleneck,
     "conv": Conv,
