@@ -53,9 +53,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lowrank, swept": {**LOWRANK, **SWEPT},
     "ridge": {"strategy": "ridge"},
     "bottleneck": {"strategy": "bottleneck", "hidden_dim": 64, **REFERENCE},
-    "bottleneck, spectral": {"strategy": "bottleneck", "hidden_dim": 64, "init": "spectral", **REFERENCE},
+    "bottleneck, spectral": {"strategy": "bottleneck", "hidden_dim": 64, "init": "pca", **REFERENCE},
     "lightweight": {"strategy": "lightweight", **REFERENCE},
-    "lightweight, spectral": {"strategy": "lightweight", "init": "spectral", **REFERENCE},
+    "lightweight, spectral": {"strategy": "lightweight", "init": "pca", **REFERENCE},
     "lightweight_reference": {"strategy": "lightweight_reference", **REFERENCE},
 }
 """`lightweight` is the reference's recipe: its diagram, hidden 512, batch 32, learning rate 1e-3, 3 epochs."""
@@ -66,8 +66,8 @@ BY_TOKENS = {
 }
 TOKENS: dict[str, dict[str, Any]] = {
     **{f"{name}, cosine": {**settings, "mse_weight": 0.0} for name, settings in BY_TOKENS.items()},
-    **{f"{name}, spectral": {**settings, "init": "spectral"} for name, settings in BY_TOKENS.items()},
-    "token_causal, next": {**BY_TOKENS["token_causal"], "init": "spectral", "next_position_weight": 0.5},
+    **{f"{name}, spectral": {**settings, "init": "pca"} for name, settings in BY_TOKENS.items()},
+    "token_causal, next": {**BY_TOKENS["token_causal"], "init": "pca", "next_position_weight": 0.5},
     **BY_TOKENS,
 }
 """Without the squared error, from the mean target on, and as they are by default: an event patch is five times as
@@ -88,7 +88,7 @@ def measured(store: Path, folder: Path, name: str, seed: int, *, use_gpu: bool) 
     elif (subspaces := folder / "lowrank-0" / "init").is_dir() and (
         "init" in settings or settings["strategy"] == "lowrank"
     ):
-        settings["start"] = subspaces  # those of the first run: they are the pairs', not the seed's
+        settings["init_from"] = subspaces  # those of the first run: they are the pairs', not the seed's
     trained = run_train(TrainConfig.model_validate(settings))
     report = run.with_name(f"{run.name}-report")
     result = run_evaluate(EvaluateConfig(checkpoint=str(run), out=report, **common))

@@ -77,7 +77,7 @@ def race(store: Path, folder: Path, seeds: list[int]) -> dict[str, Any]:
     common = {"store": str(store), "tracking_uri": f"sqlite:///{folder}/mlflow.db", "num_epochs": 3}
     rivals: dict[str, dict[str, Any]] = {
         "lightweight": {"strategy": "lightweight"},
-        "conv": {"strategy": "conv", "validate_every": 2, **RECIPE},
+        "conv": {"strategy": "conv", "val_every_steps": 2, **RECIPE},
     }
     wanted = {folder / f"{name}-{seed}": (seed, settings) for seed in seeds for name, settings in rivals.items()}
     with nullcontext() if all(out.exists() for out in wanted) else cluster(None):

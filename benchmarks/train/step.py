@@ -156,10 +156,10 @@ def main() -> None:
             "lower_quartile_ms": {"plain": round(1e3 * plain_s, 1), "ours": round(1e3 * ours_s, 1)},
             "ratio": round(ours_s / plain_s, 3),
             "ratio_in_one_process_without_ray": round(core_s / plain_s, 3),
-            "data_wait_share_after_first_epoch": [round(a["wait_share"], 4) for a in alone],
+            "data_wait_fraction_after_first_epoch": [round(a["wait_share"], 4) for a in alone],
             "two_workers": {
                 "step_ms": round(1e3 * statistics.median(two["steps"]), 1),
-                "data_wait_share": round(two["wait_share"], 4),
+                "data_wait_fraction": round(two["wait_share"], 4),
                 "speedup_over_one": round(ours_s / lower_quartile(two["steps"]), 3),
             },
         },

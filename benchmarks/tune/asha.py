@@ -49,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True)
     start = started(args.store, args.folder.resolve() / "start")
-    fixed = FIXED | {"start": start, "num_epochs": args.epochs, "early_stop_patience": args.epochs}
+    fixed = FIXED | {"init_from": start, "num_epochs": args.epochs, "early_stop_patience": args.epochs}
     rungs = {"grace_period": args.grace, "reduction_factor": 3}
     found = {}
     for scheduler in ("none", "asha"):

@@ -32,12 +32,13 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     patch: Positive = 16
     """Side of a patch of conv, in pixels."""
     rank: Positive = 64
-    """Dimensions of the principal subspaces of lowrank and --init spectral."""
-    init: Literal["random", "spectral"] = "random"
-    """spectral: full-width layers begin at the mean training target and the principal subspaces; for sequences each
-    position begins at its own mean training target. conv and lowrank begin there anyway."""
-    start: Path | None = None
-    """Means and subspaces that another run found on the same training pairs, RUN/init; default: computed here."""
+    """Dimensions of the principal subspaces of lowrank and --init pca."""
+    init: Literal["random", "pca"] = "random"
+    """pca: full-width layers start at the mean training target and the principal subspaces; for sequences each
+    position starts at its own mean training target. conv and lowrank start there anyway."""
+    init_from: Path | None = None
+    """Means and subspaces that another run computed from the same training pairs, RUN/init; default: computed
+    here."""
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout probability, where the adapter has dropout."""
     num_epochs: Positive = 20
@@ -78,14 +79,14 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Augmentation: up to this share of an image's pixels becomes red or blue."""
     schedule: Literal["plateau", "cosine"] = "plateau"
     """Learning rate: halved where validation stands still, or a half cosine over --num-epochs, epoch by epoch."""
-    fit_on: Literal["train", "train+val"] = "train"
-    """train+val: the validation part trains too, for a last run of settings that are chosen already. Nothing stops
-    early then, the learning rate goes by the training loss, and the last epoch's checkpoint is the result."""
+    train_on_val: bool = False
+    """The validation part trains too, for a last run of settings that are chosen already. Nothing stops early then,
+    the learning rate follows the training loss, and the last epoch's checkpoint is the result."""
     plateau_patience: int = Field(default=2, ge=0)
     """Epochs without a better validation loss before the learning rate is halved."""
     early_stop_patience: int = Field(default=5, ge=1)
     """Epochs without a better validation loss before training ends."""
-    validate_every: int = Field(default=0, ge=0)
+    val_every_steps: int = Field(default=0, ge=0)
     """Also validate before the first step and, within each epoch, after every so many steps, for a finer curve; the
     best checkpoint is still that of an epoch's end. 0: only there."""
     seed: int = 0
@@ -94,8 +95,8 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Data-parallel workers: a number, or MIN:MAX such as 1:8. Then as many train as the cluster has room for: fewer
     go on when nodes go, more when nodes come, with the same global batches; a node that goes costs the steps since
     the last save (see --checkpoint-every)."""
-    resize_seconds: float = Field(default=60.0, gt=0.0)
-    """With MIN:MAX: seconds between two looks for room for more workers; each change costs a start of all workers."""
+    elastic_check_interval_s: float = Field(default=60.0, gt=0.0)
+    """With MIN:MAX: seconds between two checks for room for more workers; each change restarts all workers."""
     use_gpu: bool = False
     """One GPU for each worker, NCCL instead of gloo."""
     cpus_per_worker: float | None = Field(default=None, gt=0.0)

@@ -40,7 +40,7 @@ pytestmark = [
     pytest.mark.usefixtures("ray_cluster"),
 ]
 WEIGHTS = LossWeights(mse=1.0, cosine=0.5, contrastive=0.1, accept=0.1, centred=0.1)
-TRAINED = [name for name, adapter in STRATEGIES.items() if adapter.NEEDS != "pairs"]
+TRAINED = [name for name, adapter in STRATEGIES.items() if adapter.REQUIRES != "pairs"]
 
 
 # --- the core ---
@@ -105,7 +105,7 @@ def config(store: Path, out: Path, **settings: Any) -> TrainConfig:
         {"strategy": "lightweight", "use_gpu": True},
         {"strategy": "conv", "use_gpu": True, "flip": 0.5},
         {"strategy": "lowrank", "use_gpu": True},
-        {"strategy": "bottleneck", "use_gpu": True, "init": "spectral", "precision": "bf16", "bf16_gradients": True},
+        {"strategy": "bottleneck", "use_gpu": True, "init": "pca", "precision": "bf16", "bf16_gradients": True},
         {"strategy": "ridge", "use_gpu": True},
     ],
     ids=lambda settings: str(settings["strategy"]),

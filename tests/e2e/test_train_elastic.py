@@ -13,7 +13,7 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
-from ray_app.commands.train.command import world_sizes
+from ray_app.commands.train.command import worker_counts
 from ray_app.commands.train.loop import WorkerContext, WorkerData, held_batches, train_epochs
 from ray_app.config.train import TrainConfig
 from ray_app.data.batch_order import ShardedBatchOrder
@@ -79,7 +79,9 @@ def test_a_node_goes_and_one_comes_and_every_epoch_is_that_of_one_worker(
 ) -> None:
     """Eight pairs a batch on three, two and three workers. Float32 sums in another order: 1e-5, weights 1e-4."""
     run = tmp_path / "elastic"
-    words = f"train --store {small_store} --out {run} --num-workers 1:3 --resize-seconds 1 --checkpoint-every 3"
+    words = (
+        f"train --store {small_store} --out {run} --num-workers 1:3 --elastic-check-interval-s 1 --checkpoint-every 3"
+    )
     words += f" --num-epochs 5000 --tracking-uri sqlite:///{tmp_path}/mlflow.db --address {three_raylets.address}"
     for name, value in SETTINGS.items():
         words += f" --{name.replace('_', '-')} {value}"
@@ -94,7 +96,7 @@ def test_a_node_goes_and_one_comes_and_every_epoch_is_that_of_one_worker(
     assert process.returncode == 128 + signal.SIGTERM, told
     assert "on: 2 workers" in told
     steps, epochs = of_kind(run, "step"), of_kind(run, "epoch")
-    assert [size["workers"] for size in world_sizes(steps)] == [3, 2, 3]
+    assert [size["workers"] for size in worker_counts(steps)] == [3, 2, 3]
     assert [step["global_step"] for step in steps] == list(range(1, len(steps) + 1)), "each step is told once"
     best = RunDir(run).best()
     assert best is not None

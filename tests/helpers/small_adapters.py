@@ -35,12 +35,12 @@ def small_start(strategy: str, event: Tensor, target: Tensor, rank: int) -> Init
     """All that a strategy may need of these pairs; the last few validate."""
     train = event[:-VAL], target[:-VAL]
     start = find_start(in_batches(*train), "subspaces", rank, len(train[0]), seed=0)
-    if STRATEGIES[strategy].NEEDS == "pairs":
+    if STRATEGIES[strategy].REQUIRES == "pairs":
         start, _ = solve_ridge(start, (train[0], event[-VAL:]), (train[1], target[-VAL:]), (1.0, 1.0))
     return start
 
 
-def small_adapter(strategy: str, seed: int = 0, *, width: int = 48, spectral: bool = False) -> Adapter:
+def small_adapter(strategy: str, seed: int = 0, *, width: int = 48, pca: bool = False) -> Adapter:
     """A begun adapter for features of shape (3, width / 12, 4), or for sequences (width / 8, 8)."""
     event, target = small_pairs(width)
     shape = (width // 8, 8) if strategy.startswith("token_") else (3, width // 12, 4)
@@ -52,11 +52,11 @@ def small_adapter(strategy: str, seed: int = 0, *, width: int = 48, spectral: bo
         event_shape=shape,
         target_shape=shape,
         patch=2,
-        rank=PAIRS - VAL if STRATEGIES[strategy].NEEDS == "pairs" else 5,
+        rank=PAIRS - VAL if STRATEGIES[strategy].REQUIRES == "pairs" else 5,
     )
     adapter = build_adapter(config, seed)
-    if spectral or adapter.NEEDS != "nothing":
-        adapter.initialize_from(small_start(strategy, event, target, 5), spectral=spectral)
+    if pca or adapter.REQUIRES != "nothing":
+        adapter.initialize_from(small_start(strategy, event, target, 5), pca=pca)
     return adapter
 
 

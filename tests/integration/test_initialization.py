@@ -76,7 +76,7 @@ def test_another_run_takes_a_start_over_and_one_of_other_pairs_is_refused(
 ) -> None:
     cfg, _ = lowrank
     store = PairStore.open(cfg.store)
-    given = {"start": cfg.folder / "init"}
+    given = {"init_from": cfg.folder / "init"}
     whole, lower = (
         starts.load_start(config(cfg.store, tmp_path / "run", "lowrank", rank=n, **given), store) for n in (6, 4)
     )
@@ -89,7 +89,7 @@ def test_another_run_takes_a_start_over_and_one_of_other_pairs_is_refused(
     ):
         with pytest.raises(ConfigError, match=words):
             starts.load_start(config(cfg.store, tmp_path / "run", "lowrank", **given, **changes), store)
-    nothing = config(cfg.store, tmp_path / "run", "lowrank", start=tmp_path / "nothing")
+    nothing = config(cfg.store, tmp_path / "run", "lowrank", init_from=tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="nothing"):
         starts.load_start(nothing, store)
 
@@ -114,7 +114,7 @@ def test_a_last_ridge_holds_all_pairs_at_the_regularisation_that_validation_chos
     small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = config(small_store, tmp_path / "first", "ridge")
-    last = config(small_store, tmp_path / "last", "ridge", fit_on="train+val")
+    last = config(small_store, tmp_path / "last", "ridge", train_on_val=True)
     store = PairStore.open(small_store)
 
     def begin(cfg: TrainConfig) -> np.ndarray:
@@ -159,8 +159,8 @@ def test_conv_learns_with_augmentation_on_two_workers(small_store: Path, tmp_pat
 @pytest.mark.parametrize(
     ("strategy", "settings", "words"),
     [
-        ("conv", {"init": "spectral"}, "--init spectral sets full-width layers, and conv has none"),
-        ("ridge", {"init": "spectral"}, "one of: lightweight, lightweight_reference"),
+        ("conv", {"init": "pca"}, "--init pca sets full-width layers, and conv has none"),
+        ("ridge", {"init": "pca"}, "one of: lightweight, lightweight_reference"),
         ("lowrank", {"rank": 700}, r"--rank \(700\) is not below the number of training pairs"),
         ("conv", {"patch": 5}, r"--patch \(5\) must divide"),
         ("token_wide", {}, r"token_wide works on sequences .* shape \[3, 16, 16\]"),

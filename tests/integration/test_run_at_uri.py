@@ -312,7 +312,7 @@ def test_where_only_a_disk_will_do_a_uri_is_refused() -> None:
     for words in (
         ["import-checkpoint", "reference.pt", "--out", "s3://bucket/checkpoint"],
         ["evaluate", "--store", "s", "--checkpoint", "c", "--out", "s3://bucket/report"],
-        ["train", "--store", "s", "--out", "o", "--start", "s3://bucket/run/init"],
+        ["train", "--store", "s", "--out", "o", "--init-from", "s3://bucket/run/init"],
     ):
         with pytest.raises(ConfigError, match=r"s3:/… is a URI; name one on a disk"):
             cli.parse(words[0], cli.COMMANDS[words[0]], None, words[1:])

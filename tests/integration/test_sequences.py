@@ -206,7 +206,7 @@ def test_features_of_a_sequence_that_no_store_can_hold_are_refused(tmp_path: Pat
 @pytest.mark.parametrize("strategy", TOKENS)
 def test_with_a_mean_start_every_position_begins_at_its_mean_training_target(strategy: str, tmp_path: Path) -> None:
     store = PairStore.open(build_store(tmp_path / "store"))
-    cfg = TrainConfig(store=tmp_path / "store", out=tmp_path, strategy=strategy, hidden_dim=8, init="spectral")
+    cfg = TrainConfig(store=tmp_path / "store", out=tmp_path, strategy=strategy, hidden_dim=8, init="pca")
     split = split_pairs(store.index, cfg.split_config)
     train, val = (
         PairTensors(rows, *(torch.tensor(side) for side in store.read_rows(rows)))
@@ -250,7 +250,7 @@ def test_a_run_on_sequences_learns_and_is_judged_by_its_tokens(tmp_path: Path) -
     for changes, words in (
         ({"centred_weight": 0.1}, "sequences differ in length"),
         ({"strategy": "lowrank", "rank": 4}, "lowrank takes whole features.* token_bottleneck, "),
-        ({"strategy": "bottleneck", "init": "spectral"}, "bottleneck takes whole features"),
+        ({"strategy": "bottleneck", "init": "pca"}, "bottleneck takes whole features"),
         ({"flip": 0.5}, "augmentation moves images"),
         ({"strategy": "lightweight"}, "lightweight takes whole features.* sequences of different lengths"),
     ):

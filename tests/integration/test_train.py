@@ -115,9 +115,9 @@ def test_three_workers_on_batches_of_eight_equal_one(
     """Dropout included, and validating within epochs, which changes nothing. Float32 sums in another order: weights
     agree to 1e-5, metrics to 1e-6."""
     alone = one_worker[1]
-    cfg = config("three", num_workers=3, validate_every=2)
+    cfg = config("three", num_workers=3, val_every_steps=2)
     both = run_train(cfg)
-    assert both["world_sizes"] == [{"workers": 3, "steps": alone["steps"]}]
+    assert both["worker_counts"] == [{"workers": 3, "steps": alone["steps"]}]
     assert both["steps"] == alone["steps"]
     assert both["val"]["pairs"] == alone["val"]["pairs"]
     assert both["val"]["cosine_accept_rate"] == alone["val"]["cosine_accept_rate"]
@@ -262,7 +262,7 @@ def test_a_shard_too_large_to_hold_is_streamed_in_bf16_too(config: Callable[...,
     streamed = {"shard_memory_gib": 1e-6}
     narrow = {"precision": "bf16", "bf16_gradients": True}
     result = run_train(config("streamed", num_workers=2, num_epochs=2, **streamed, **narrow))
-    assert not result["held_in_memory"]
+    assert not result["in_memory"]
     assert result["train"]["pairs"] == result["split"]["train"]
     assert result["val"]["pairs"] == result["split"]["val"]
 

@@ -96,9 +96,9 @@ def test_training_begins_at_the_mean_target_exactly(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["lightweight", "lightweight_reference", "bottleneck"])
-def test_a_spectral_start_is_near_the_mean_target_and_reads_the_subspace(strategy: str) -> None:
+def test_a_pca_start_is_near_the_mean_target_and_reads_the_subspace(strategy: str) -> None:
     event, target = small_pairs()
-    adapter = small_adapter(strategy, spectral=True).eval()
+    adapter = small_adapter(strategy, pca=True).eval()
     residual = {"lightweight": 1.0, "lightweight_reference": 0.1}.get(strategy, 0.0)
     expected = target[:-VAL].mean(0) + residual * (event - event[:-VAL].mean(0))
     assert float((adapter(event) - expected).detach().abs().max()) < 0.02
@@ -111,15 +111,15 @@ def test_a_spectral_start_is_near_the_mean_target_and_reads_the_subspace(strateg
     torch.testing.assert_close(directions, start["target_basis"], atol=1e-5, rtol=1e-4)
 
 
-def test_every_strategy_of_full_width_layers_has_a_spectral_start() -> None:
-    spectral = {name for name, kind in STRATEGIES.items() if kind.SPECTRAL == "subspaces"}
-    assert spectral == {"lightweight", "lightweight_reference", "bottleneck", "linear"}
+def test_every_strategy_of_full_width_layers_has_a_pca_start() -> None:
+    with_pca = {name for name, kind in STRATEGIES.items() if kind.PCA_REQUIRES == "subspaces"}
+    assert with_pca == {"lightweight", "lightweight_reference", "bottleneck", "linear"}
 
 
-def test_a_linear_map_with_a_spectral_start_says_a_thousandth_of_the_mean_target_s_directions() -> None:
+def test_a_linear_map_with_a_pca_start_says_a_thousandth_of_the_mean_target_s_directions() -> None:
     """Of events as many standard deviations off their mean, targets are a thousandth of as many off theirs."""
     event, target = small_pairs()
-    adapter = small_adapter("linear", spectral=True).eval()
+    adapter = small_adapter("linear", pca=True).eval()
     x, y = event[:-VAL].double().numpy(), target[:-VAL].double().numpy()
     (u, _, _), (_, s, vt) = (np.linalg.svd(side - side.mean(0), full_matrices=False) for side in (x, y))
     along = (adapter(event[:-VAL]).detach().double().numpy() - y.mean(0)) @ vt.T
@@ -284,7 +284,7 @@ def test_a_deeper_adapter_has_that_many_hidden_layers_more(strategy: str) -> Non
     assert num_parameters(deep) - num_parameters(shallow) == 2 * (hidden * hidden + 3 * hidden)
     assert not any(name.startswith("deeper") for name in shallow.state_dict())
     event, target = small_pairs()
-    deep.initialize_from(small_start(strategy, event, target, 5), spectral=True)
+    deep.initialize_from(small_start(strategy, event, target, 5), pca=True)
     deep = perturbed(deep).eval()
     answers = deep(event)
     weights = {name: value for name, value in deep.state_dict().items() if name.startswith("deeper")}

@@ -165,7 +165,7 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
     event, target = (torch.tensor(side) for side in store.read_rows(np.arange(50)))
     held = PairTensors(np.arange(50), event, target)
     lanes = ShardedBatchOrder(50, cfg.batch_size, cfg.seed)
-    worker = WorkerContext(cfg.model_copy(update={"checkpoint_every": 2, "validate_every": 3}), store, 0, 1, CPU)
+    worker = WorkerContext(cfg.model_copy(update={"checkpoint_every": 2, "val_every_steps": 3}), store, 0, 1, CPU)
     seen: list[int] = []
 
     def run(state: TrainState, keep: Checkpointer | None, die_after: int = 99, stop_after: int = 99) -> bool:

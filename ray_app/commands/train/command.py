@@ -60,7 +60,7 @@ NUMERICS_CHANGING = {"num_workers", "use_gpu", "cpus_per_worker", "shard_memory_
 """Settings that a resumed run may change at the price of byte-identity: another order of sums, or other kernels."""
 RESUME_OVERRIDABLE = NUMERICS_CHANGING | {
     *("resume", "address", "tracking_uri", "model_name", "max_failures"),
-    *("checkpoint_every", "validate_every", "resize_seconds"),
+    *("checkpoint_every", "val_every_steps", "elastic_check_interval_s"),
 }
 """All that a resumed run may change."""
 
@@ -89,15 +89,19 @@ def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]
 
     RunStopped: SIGTERM came, the run is saved and can go on. ConfigError: a setting that may not change on the way.
     """
-    places = {"store": absolute(cfg.store), "out": absolute(cfg.out), "start": cfg.start and cfg.start.absolute()}
-    solved = {"num_epochs": 1} if STRATEGIES[cfg.strategy].NEEDS == "pairs" else {}
+    places = {
+        "store": absolute(cfg.store),
+        "out": absolute(cfg.out),
+        "init_from": cfg.init_from and cfg.init_from.absolute(),
+    }
+    solved = {"num_epochs": 1} if STRATEGIES[cfg.strategy].REQUIRES == "pairs" else {}
     cfg = cfg.model_copy(update=places | solved)
     tracking_uri(cfg)  # a mistake in it is told before anything is read or written
     store = PairStore.open(cfg.store, cfg.durations)
     if cfg.resume:
         check_resume_compatible(cfg, store, run_metadata(open_storage(cfg.out)))
     split = training_split(cfg, store)
-    for part in ("train", "val") if cfg.fit_on == "train" else ("train",):
+    for part in ("train", "val") if not cfg.train_on_val else ("train",):
         if not len(getattr(split, part)):
             raise StoreError(
                 f"{cfg.store} has too few pairs: its {part} part is empty; prepare more, or change the shares"
@@ -353,7 +357,7 @@ def run_worker_group(
         scaling_config=ScalingConfig(
             # Typed as the classes of before Train V2, here and below.
             num_workers=(cfg.min_workers, cfg.max_workers) if cfg.elastic else cfg.max_workers,  # type: ignore[arg-type]
-            elastic_resize_monitor_interval_s=cfg.resize_seconds,  # type: ignore[call-arg]
+            elastic_resize_monitor_interval_s=cfg.elastic_check_interval_s,  # type: ignore[call-arg]
             use_gpu=cfg.use_gpu,
             resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if cfg.use_gpu else {})},
         ),
@@ -395,8 +399,8 @@ def summary(
         "steps": last["global_step"],
         "parameters": plan.parameters,
         "workers": last_group["workers"],
-        "world_sizes": world_sizes(lines),
-        "held_in_memory": plan.held,
+        "worker_counts": worker_counts(lines),
+        "in_memory": plan.held,
         "resumed_from_step": resumes[-1]["global_step"] if resumes else None,
         "restarts": len(resumes),
         "val": chosen["val"],
@@ -412,12 +416,13 @@ def summary(
         "seconds": round(seconds, 3),
         "pairs_per_second": sum(line["train"]["pairs"] for line in epochs.values()) / max(trained_s, 1e-9),
         "step_seconds": trained_s / last["global_step"],
-        "data_wait_share": sum(line["train"]["data_wait_seconds"] for line in epochs.values()) / max(trained_s, 1e-9),
+        "data_wait_fraction": sum(line["train"]["data_wait_seconds"] for line in epochs.values())
+        / max(trained_s, 1e-9),
         "save_seconds": sum(line["save_seconds"] for line in epochs.values()),
     }
 
 
-def world_sizes(lines: list[dict[str, Any]]) -> list[dict[str, int]]:
+def worker_counts(lines: list[dict[str, Any]]) -> list[dict[str, int]]:
     """How many workers took how many steps in a row."""
     steps = (line.get("workers", 1) for line in lines if line["kind"] == "step")
     return [{"workers": workers, "steps": len(list(taken))} for workers, taken in groupby(steps)]
@@ -437,7 +442,7 @@ def render_train(result: dict[str, Any], console: Console) -> None:
             f"cos_sim {val['cos_sim_mean']:.4f}, accepted at 0.80 {val['cosine_accept_rate']['0.80']:.1%} "
             f"of {val['pairs']} pairs",
         )
-    sizes = " then ".join(str(size["workers"]) for size in result["world_sizes"])
+    sizes = " then ".join(str(size["workers"]) for size in result["worker_counts"])
     table.add_row(
         "speed",
         f"{result['pairs_per_second']:.1f} pairs/s on {sizes} workers, {result['seconds']:.0f} s in all",

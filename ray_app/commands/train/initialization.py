@@ -38,22 +38,22 @@ CPU = torch.device("cpu")
 
 
 def init_requirement(cfg: TrainConfig) -> InitRequirement:
-    """How much of a start a run needs. ConfigError: a spectral start of a strategy that has no layers for it."""
+    """How much of a start a run needs. ConfigError: a PCA start of a strategy that has no layers for it."""
     strategy = STRATEGIES[cfg.strategy]
-    if cfg.init == "spectral" and strategy.NEEDS != "subspaces":
-        if strategy.SPECTRAL == "nothing":
-            can = [name for name, each in STRATEGIES.items() if "subspaces" in (each.SPECTRAL, each.NEEDS)]
+    if cfg.init == "pca" and strategy.REQUIRES != "subspaces":
+        if strategy.PCA_REQUIRES == "nothing":
+            can = [name for name, each in STRATEGIES.items() if "subspaces" in (each.PCA_REQUIRES, each.REQUIRES)]
             raise ConfigError(
-                f"--init spectral sets full-width layers, and {cfg.strategy} has none to set; leave it out, or use "
+                f"--init pca sets full-width layers, and {cfg.strategy} has none to set; leave it out, or use "
                 f"one of: {', '.join(can)}"
             )
-        return strategy.SPECTRAL
-    return "means" if strategy.NEEDS == "nothing" and cfg.centred_weight else strategy.NEEDS
+        return strategy.PCA_REQUIRES
+    return "means" if strategy.REQUIRES == "nothing" and cfg.centred_weight else strategy.REQUIRES
 
 
 def external_init_dir(cfg: TrainConfig) -> Path | None:
     """The start of another run, if it is of use: not to a last run, whose validation part trains too."""
-    return cfg.start if cfg.fit_on == "train" else None
+    return cfg.init_from if not cfg.train_on_val else None
 
 
 def init_dir(cfg: TrainConfig) -> Path:
@@ -66,20 +66,22 @@ def load_start(cfg: TrainConfig, store: PairStore) -> InitStats:
     folder = init_dir(cfg)
     start, about = load_training_state(folder)
     if {key: about.get(key) for key in origin(cfg, store)} != origin(cfg, store):
-        raise ConfigError(f"--start {folder} was computed from other training pairs than this run's; leave it out")
+        raise ConfigError(
+            f"--init-from {folder} was computed from other training pairs than this run's; leave it out"
+        )
     if init_requirement(cfg) != "subspaces":
         return start
     found = start["event_basis"].shape[1] if "event_basis" in start else 0
     if found < cfg.rank:
         raise ConfigError(
-            f"--start {folder} holds subspaces of rank {found}, --rank is {cfg.rank}; leave --start out"
+            f"--init-from {folder} holds subspaces of rank {found}, --rank is {cfg.rank}; leave --init-from out"
         )
     return truncate_rank(start, cfg.rank)
 
 
 def origin(cfg: TrainConfig, store: PairStore) -> dict[str, Any]:
     """What a start is computed from."""
-    split = {name: getattr(cfg, name) for name in ("split", "split_seed", "test_share", "val_share", "fit_on")}
+    split = {name: getattr(cfg, name) for name in ("split", "split_seed", "test_share", "val_share", "train_on_val")}
     return {"store": store.fingerprint, "durations": list(cfg.durations), **split}
 
 

@@ -89,7 +89,7 @@ def train_epochs(
     while not is_finished(state, cfg):
         try:
             batches = pairs.rest_of_epoch(state)
-            between = pairs.validation if cfg.validate_every else None
+            between = pairs.validation if cfg.val_every_steps else None
             if not train_epoch(model, state, batches, worker, keeper, resumable=pairs.resumable, between=between):
                 return
             train, val = state.sums.means(), {}
@@ -199,7 +199,7 @@ def train_epoch(
     began = mark = time.perf_counter()
     for batch, event_BE, target_BD in batches:
         sums.data_wait_seconds += time.perf_counter() - mark
-        if between and state.step % cfg.validate_every == 0 and (sums.batches or not state.step):
+        if between and state.step % cfg.val_every_steps == 0 and (sums.batches or not state.step):
             began += validate_between(state, between, worker, keeper)
         done = training_step(
             model,

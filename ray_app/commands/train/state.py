@@ -144,7 +144,7 @@ class TrainState:
 def training_split(cfg: TrainConfig, store: PairStore) -> Split:
     """The split of a run: its validation part is empty where that trains too."""
     split = split_pairs(store.index, cfg.split_config)
-    return split.without_validation() if cfg.fit_on == "train+val" else split
+    return split.without_validation() if cfg.train_on_val else split
 
 
 def adapter_config(cfg: TrainConfig, store: PairStore) -> AdapterConfig:
@@ -175,8 +175,8 @@ def adapter_config(cfg: TrainConfig, store: PairStore) -> AdapterConfig:
         target_shape=target.shape,
         depth=cfg.depth or strategy.DEPTH,
         patch=cfg.patch,
-        rank=len(training_split(cfg, store).train) if strategy.NEEDS == "pairs" else cfg.rank,
-        mean_start=cfg.init == "spectral" and strategy.SPECTRAL == "means",
+        rank=len(training_split(cfg, store).train) if strategy.REQUIRES == "pairs" else cfg.rank,
+        mean_start=cfg.init == "pca" and strategy.PCA_REQUIRES == "means",
     )
 
 
@@ -232,7 +232,7 @@ def resume_or_init(
     if name is None:
         adapter = build_adapter(adapter_config(cfg, store), cfg.seed)
         if start:
-            adapter.initialize_from(start, spectral=cfg.init == "spectral")
+            adapter.initialize_from(start, pca=cfg.init == "pca")
     else:
         adapter = load_checkpoint(run.checkpoint(name)).adapter
     objective = make_objective(cfg, store, adapter, start).to(device)

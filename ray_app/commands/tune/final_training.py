@@ -67,7 +67,7 @@ def final_config(cfg: TuneConfig, spec: SweepSpec, best: Trial, seed: int, run: 
         address=cfg.address,
     )
     changed = {
-        "fit_on": "train+val",
+        "train_on_val": True,
         "num_epochs": best.best_epoch,
         "seed": seed,
         "num_workers": spec.final_workers,

@@ -29,7 +29,7 @@ RESERVED: dict[str, str] = {
     "out": "it has a line of its own",
     "resume": "use `ray-app tune --resume SWEEP`",
     "seed": "searching for a lucky seed finds luck; the last training takes several (`num_final_seeds`)",
-    "fit_on": "the validation part is what trials are compared on",
+    "train_on_val": "the validation part is what trials are compared on",
     **dict.fromkeys(("split", "split_seed", "test_share", "val_share"), "it has a line of its own"),
     **dict.fromkeys(("num_workers", "use_gpu", "cpus_per_worker"), "it has a line of its own"),
     **dict.fromkeys(("address", "tracking_uri", "experiment", "model_name"), "it is a flag of `ray-app tune`"),
@@ -146,7 +146,9 @@ def read_spec(path: Path, changes: Mapping[str, Any]) -> SweepSpec:
         spec = SweepSpec.model_validate(lines)
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_problem(error)}") from error
-    base = {**spec.base, **({"start": Path(spec.base["start"]).absolute()} if "start" in spec.base else {})}
+    base = dict(spec.base)
+    if "init_from" in base:
+        base["init_from"] = Path(base["init_from"]).absolute()
     spec = spec.model_copy(update={"store": absolute(spec.store), "out": absolute(spec.out), "base": base})
     check(spec)
     return spec
@@ -184,7 +186,7 @@ def check_used(spec: SweepSpec, space: Space) -> None:
 
     kinds = {name: STRATEGIES[name] for name in values("strategy")}
     used = frozenset[str]().union(*(kind.SETTINGS for kind in kinds.values()))
-    if "spectral" in values("init") and any(kind.SPECTRAL == "subspaces" for kind in kinds.values()):
+    if "pca" in values("init") and any(kind.PCA_REQUIRES == "subspaces" for kind in kinds.values()):
         used |= {"rank"}
     for name in ("hidden_dim", "depth", "patch", "rank", "dropout"):
         if name in space and name not in used:

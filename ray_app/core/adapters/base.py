@@ -21,7 +21,7 @@ InitStats = Mapping[str, Tensor]
 InitRequirement = Literal["nothing", "means", "subspaces", "pairs"]
 """How much of a start a strategy cannot do without; each includes the ones before it."""
 OUTPUT_INIT_SCALE = 1e-3
-"""Share of a principal direction's spread that an output layer with a spectral start begins with."""
+"""Share of a principal direction's spread that an output layer with a PCA start begins with."""
 
 
 class Adapter(nn.Module):
@@ -33,10 +33,10 @@ class Adapter(nn.Module):
     """Blocks or hidden layers where none are asked for."""
     SETTINGS: ClassVar[frozenset[str]] = frozenset({"hidden_dim", "depth", "dropout"})
     """Of an `AdapterConfig` what changes it, beside its features."""
-    NEEDS: ClassVar[InitRequirement] = "nothing"
+    REQUIRES: ClassVar[InitRequirement] = "nothing"
     """What `begin` must be given."""
-    SPECTRAL: ClassVar[InitRequirement] = "nothing"
-    """What `begin` must be given for a spectral start, where the strategy has one."""
+    PCA_REQUIRES: ClassVar[InitRequirement] = "nothing"
+    """What `begin` must be given for a PCA start, where the strategy has one."""
 
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__()
@@ -50,8 +50,8 @@ class Adapter(nn.Module):
     def forward(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
         """Aligned features (B, D). `noise` is needed in training mode where there is dropout."""
 
-    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:
-        """Takes over what the training part gives; `spectral`: layers at the principal subspaces too."""
+    def initialize_from(self, start: InitStats, *, pca: bool) -> None:
+        """Takes over what the training part gives; `pca`: layers at the principal subspaces too."""
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Weights as torch initialises them, from this generator: uniform within ± 1/√(inputs)."""

@@ -51,7 +51,7 @@ class Conv(Adapter):
     HIDDEN_DIM = 64
     DEPTH = 3
     SETTINGS = frozenset({"hidden_dim", "depth", "patch"})
-    NEEDS = "means"
+    REQUIRES = "means"
 
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__(config)
@@ -115,5 +115,5 @@ class Conv(Adapter):
             nn.init.constant_(block.gain, SMALL)
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:  # noqa: ARG002
+    def initialize_from(self, start: InitStats, *, pca: bool) -> None:  # noqa: ARG002
         self.mean_target.copy_(start["target_mean"])

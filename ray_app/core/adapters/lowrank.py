@@ -28,7 +28,7 @@ class LowRank(Adapter):
     HIDDEN_DIM = 256
     DEPTH = 1
     SETTINGS = Adapter.SETTINGS | {"rank"}
-    NEEDS = "subspaces"
+    REQUIRES = "subspaces"
 
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__(config)
@@ -74,6 +74,6 @@ class LowRank(Adapter):
         nn.init.zeros_(self.output.bias)
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:  # noqa: ARG002
+    def initialize_from(self, start: InitStats, *, pca: bool) -> None:  # noqa: ARG002
         for name in BUFFERS:  # without a copy: nothing writes to them
             setattr(self, name, start[name])

@@ -30,7 +30,7 @@ class LightweightAlignmentModule(Adapter):
     and the residual connection is off. `depth`: hidden layers after the first.
     """
 
-    SPECTRAL = "subspaces"
+    PCA_REQUIRES = "subspaces"
 
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__(config)
@@ -51,8 +51,8 @@ class LightweightAlignmentModule(Adapter):
         return aligned_BD + event_BE if self.residual else aligned_BD
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:
-        if spectral:
+    def initialize_from(self, start: InitStats, *, pca: bool) -> None:
+        if pca:
             init_input_layer(self.input, start)
             init_output_layer(self.output, start, float(self.residual))
 
@@ -65,7 +65,7 @@ class LightweightReference(Adapter):
     """
 
     RESIDUAL: ClassVar[float] = 0.1
-    SPECTRAL = "subspaces"
+    PCA_REQUIRES = "subspaces"
 
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__(config)
@@ -87,8 +87,8 @@ class LightweightReference(Adapter):
         nn.init.ones_(self.scale)
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:
-        if spectral:
+    def initialize_from(self, start: InitStats, *, pca: bool) -> None:
+        if pca:
             init_input_layer(self.input, start)
             init_output_layer(self.output, start, self.RESIDUAL * self.residual)
 
@@ -96,7 +96,7 @@ class LightweightReference(Adapter):
 class Linear(Adapter):
     """One linear map E → D. At full width it would have 22.7 billion weights: for narrow features."""
 
-    SPECTRAL = "subspaces"
+    PCA_REQUIRES = "subspaces"
     SETTINGS = frozenset()
 
     def __init__(self, config: "AdapterConfig") -> None:
@@ -107,9 +107,9 @@ class Linear(Adapter):
         return self.output(event_BE)
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:
+    def initialize_from(self, start: InitStats, *, pca: bool) -> None:
         """`begin_input` and `begin_output` in one matrix: whitened event coordinates speak along the target's."""
-        if spectral:
+        if pca:
             rank = self.config.rank
             read_RE = (start["event_basis"] / start["event_scale"])[:, :rank].T
             self.output.weight.copy_(
@@ -121,7 +121,7 @@ class Linear(Adapter):
 class Bottleneck(Adapter):
     """E → H → D without a residual connection: what passes, passes through H numbers. `depth`: hidden layers."""
 
-    SPECTRAL = "subspaces"
+    PCA_REQUIRES = "subspaces"
 
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__(config)
@@ -136,7 +136,7 @@ class Bottleneck(Adapter):
         return self.output(self.deeper(h_BH))
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:
-        if spectral:
+    def initialize_from(self, start: InitStats, *, pca: bool) -> None:
+        if pca:
             init_input_layer(self.input, start)
             init_output_layer(self.output, start, 0.0)

@@ -27,7 +27,7 @@ class Ridge(Adapter):
     """Its `rank` is the number of training pairs."""
 
     SETTINGS = frozenset()
-    NEEDS = "pairs"
+    REQUIRES = "pairs"
 
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__(config)
@@ -64,6 +64,6 @@ class Ridge(Adapter):
             torch.nn.init.constant_(getattr(self, name), float(name.endswith("unit")))
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:  # noqa: ARG002
+    def initialize_from(self, start: InitStats, *, pca: bool) -> None:  # noqa: ARG002
         for name in BUFFERS:
             setattr(self, name, start[name])

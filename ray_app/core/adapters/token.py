@@ -38,7 +38,7 @@ class TokenAdapter(Adapter):
 
     HIDDEN_DIM = 256
     SETTINGS = frozenset({"hidden_dim", "dropout"})
-    SPECTRAL = "means"
+    PCA_REQUIRES = "means"
 
     def __init__(self, config: "AdapterConfig") -> None:
         super().__init__(config)
@@ -85,8 +85,8 @@ class TokenAdapter(Adapter):
             nn.init.zeros_(self.mean_target)
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, spectral: bool) -> None:
-        if spectral:
+    def initialize_from(self, start: InitStats, *, pca: bool) -> None:
+        if pca:
             self.mean_target.copy_(start["target_mean"].view_as(self.mean_target))
 
 
