@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.provenance import require_commit, save
-from ray_app.core.adapters.registry import Adapter, AdapterConfig, build_adapter, num_parameters
+from ray_app.core.adapters.base import Adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import build_adapter, num_parameters
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.core.optimizer_step import decode, make_optimizer, training_step

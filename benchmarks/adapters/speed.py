@@ -24,7 +24,8 @@ from ray_app.cluster.connection import cluster
 from ray_app.commands.quickstart import RECIPE
 from ray_app.commands.train.command import run_train
 from ray_app.config.train import TrainConfig
-from ray_app.core.adapters.registry import STRATEGIES, AdapterConfig, build_adapter, num_parameters
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import STRATEGIES, build_adapter, num_parameters
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.runs.event_log import entries
 from ray_app.store.checkpoint import load_training_state

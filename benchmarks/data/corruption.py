@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from benchmarks.provenance import require_commit, save
-from ray_app.core.adapters.registry import AdapterConfig, build_adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import build_adapter
 from ray_app.errors import RayAppError
 from ray_app.runs.event_log import EVENT_LOG, EventLog, entries
 from ray_app.store.checkpoint import load_checkpoint, load_training_state, save_checkpoint, save_training_state

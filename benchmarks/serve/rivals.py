@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.provenance import ROOT
-from ray_app.core.adapters.registry import Adapter
+from ray_app.core.adapters.base import Adapter
 from ray_app.store.checkpoint import load_checkpoint
 
 SCALE = 1 / 255

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from benchmarks.provenance import RESULTS, require_commit, save
 from ray_app.commands.train.state import TrainState
-from ray_app.core.adapters.registry import AdapterConfig, build_adapter, num_parameters
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import build_adapter, num_parameters
 from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.core.optimizer_step import make_optimizer
 from ray_app.runs.run_dir import RunDir, checkpoint_name

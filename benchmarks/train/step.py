@@ -25,7 +25,8 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.provenance import require_commit, save
-from ray_app.core.adapters.registry import AdapterConfig, build_adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import build_adapter
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.core.optimizer_step import decode, make_optimizer, training_step

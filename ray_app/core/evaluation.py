@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ray_app.core.adapters.registry import Adapter
+from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.sequences import masked, sequence_cosine
 from ray_app.core.bootstrap import RESAMPLES, interval95, resampled_means, resampled_units
 from ray_app.core.metrics import THETA, THETAS, AlignmentCounts, cos_sim, rate_key, retrieval

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ray_app.core.adapters.registry import Adapter
+from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.adapters.sequences import next_position_cosine, sequence_cosine, sequence_mse
 from ray_app.core.augmentation import Augmentation

@@ -49,6 +49,14 @@ def pairs_dataset(store: PairStore, rows: Rows, *, read_cpus: float = 1.0) -> Da
     return blocks.map_batches(read, batch_size=1, batch_format="numpy", num_cpus=read_cpus)
 
 
+def ordered_pairs(store: PairStore, rows: Rows) -> Dataset:
+    """`pairs_dataset` in the order of the store's files; errors of the store are raised as themselves."""
+    dataset = pairs_dataset(store, rows)
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.raise_original_map_exception = True
+    return dataset
+
+
 def to_arrays(batch: pa.Table, store: PairStore) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:
     """(positions (B,), events (B, E), targets (B, D)) as stored; views of the batch, not to be written to."""
     return (

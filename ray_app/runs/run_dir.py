@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ray_app.core.adapters.registry import Adapter
+from ray_app.core.adapters.base import Adapter
 from ray_app.errors import CheckpointError, StoreError
 from ray_app.runs.event_log import EventLog
 from ray_app.store.atomic import disk_errors, partial_file, write_file

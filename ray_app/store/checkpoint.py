@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ray_app.core.adapters.registry import STRATEGIES, Adapter, AdapterConfig
+from ray_app.core.adapters.base import Adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import meta_adapter
 from ray_app.errors import CheckpointError, ConfigError
 from ray_app.store.atomic import sha256_bytes, sha256_file, staged_folder
 from ray_app.store.golden import TOLERANCE, assembled, golden_answers, relative_errors, run_golden
@@ -95,11 +96,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder / 'config.json'}: format {config_json.get('format')!r}, not {FORMAT!r}.")
     try:
         config = AdapterConfig.from_dict(config_json["adapter"])
+        empty = meta_adapter(config)
         features = Features.model_validate(config_json["features"])
     except (KeyError, ConfigError, ValidationError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}") from error
     return Checkpoint(
-        adapter=_adapter_from(folder / MODEL, config),
+        adapter=_adapter_from(folder / MODEL, empty),
         config=config,
         metrics=_read_json(folder / "metrics.json"),
         provenance=_read_json(folder / "provenance.json"),
@@ -209,15 +211,14 @@ def _save(
     return sha256_bytes(sums)
 
 
-def _adapter_from(path: Path, config: AdapterConfig) -> Adapter:
-    with torch.device("meta"):
-        expected = {key: tuple(t.shape) for key, t in STRATEGIES[config.strategy](config).state_dict().items()}
+def _adapter_from(path: Path, empty: Adapter) -> Adapter:
+    expected = {key: tuple(tensor.shape) for key, tensor in empty.state_dict().items()}
     tensors = load_file(path, backend="pread")
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if expected != found:
         differing = sorted(k for k in expected | found if expected.get(k) != found.get(k))
         raise CheckpointError(f"{path} does not fit its config.json: {', '.join(differing)} differ.")
-    return assembled(config, tensors)
+    return assembled(empty.config, tensors)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,9 @@ Shapes: G = golden rows, E = event width, D = target width.
 import torch
 from torch import Tensor
 
-from ray_app.core.adapters.registry import STRATEGIES, Adapter, AdapterConfig
+from ray_app.core.adapters.base import Adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import meta_adapter
 from ray_app.store.manifest import FeatureSpec
 
 NUM_ROWS = 2
@@ -28,8 +30,7 @@ Threads, kernels, batch sizes and float64 differ by 5e-6 at full width (150,528 
 
 def assembled(config: AdapterConfig, tensors: dict[str, Tensor]) -> Adapter:
     """An adapter in evaluation mode whose weights are these very tensors: no memory of its own."""
-    with torch.device("meta"):
-        adapter = STRATEGIES[config.strategy](config)
+    adapter = meta_adapter(config)
     adapter.load_state_dict(tensors, assign=True)
     return adapter.eval()
 

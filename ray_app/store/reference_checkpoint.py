@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_app.core.adapters.registry import STRATEGIES, Adapter, AdapterConfig
+from ray_app.core.adapters.base import Adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import meta_adapter
 from ray_app.errors import CheckpointError, ConfigError
 from ray_app.store.atomic import sha256_file
 from ray_app.store.manifest import PIXELS, Features, FeatureSpec
@@ -99,8 +101,7 @@ def read_reference_checkpoint(path: Path) -> ReferenceCheckpoint:
             )
     settings = _settings(path, document["config"])
     config = _adapter_config(path, settings)
-    with torch.device("meta"):
-        adapter = STRATEGIES[STRATEGY](config)
+    adapter = meta_adapter(config)
     weights = _weights(path, document["model_state_dict"], adapter)
     adapter.load_state_dict(weights, assign=True)
     return ReferenceCheckpoint(

@@ -12,7 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ray_app.core.adapters.registry import Adapter, AdapterConfig, num_parameters
+from ray_app.core.adapters.base import Adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import num_parameters
 from ray_app.errors import CheckpointError
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint, replay_golden
 from ray_app.store.golden import TOLERANCE, golden_answers, relative_errors

@@ -18,7 +18,8 @@ import uvicorn
 from mlflow_process import free_port
 
 from ray_app.config.serve import EndpointConfig
-from ray_app.core.adapters.registry import AdapterConfig, build_adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import build_adapter
 from ray_app.store.checkpoint import save_checkpoint
 from ray_app.store.manifest import Features, FeatureSpec
 from serve.http.asgi import AsgiApp

@@ -5,9 +5,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ray_app.core.adapters.base import InitStats
+from ray_app.core.adapters.base import Adapter, InitStats
+from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.initialization import Part, Passes, Sums, find_start, solve_ridge
-from ray_app.core.adapters.registry import STRATEGIES, Adapter, AdapterConfig, build_adapter
+from ray_app.core.adapters.registry import STRATEGIES, build_adapter
 
 PAIRS, VAL = 24, 6
 

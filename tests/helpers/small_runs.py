@@ -8,7 +8,8 @@ import torch
 
 from ray_app.config.base import SplitConfig, flat
 from ray_app.config.train import TrainConfig
-from ray_app.core.adapters.registry import AdapterConfig, build_adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import build_adapter
 from ray_app.store.checkpoint import save_checkpoint
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs

@@ -2,7 +2,8 @@
 
 import torch
 
-from ray_app.core.adapters.registry import AdapterConfig, build_adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import build_adapter
 from ray_app.runs.run_dir import RunDir, checkpoint_name
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
 from ray_app.store.manifest import Features, FeatureSpec

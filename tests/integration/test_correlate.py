@@ -13,7 +13,8 @@ from ray_app.commands.evaluate.command import token_report_link
 from ray_app.commands.replay.command import run_replay
 from ray_app.config.evaluate import EvaluateConfig
 from ray_app.config.speculative import CorrelateConfig, ReplayConfig
-from ray_app.core.adapters.registry import AdapterConfig, build_adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import build_adapter
 from ray_app.core.speculative.correlation import Places, cosines, judge, rank_correlation, spearman
 from ray_app.drafters.base import AnsweredPrompt, Prompt
 from ray_app.drafters.hidden_states import AdapterDrafter, HiddenStateDrafter

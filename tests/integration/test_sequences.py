@@ -12,7 +12,9 @@ from ray_app.commands.train.initialization import PairsInMemory, make_start
 from ray_app.commands.train.state import resume_or_init
 from ray_app.config.evaluate import EvaluateConfig
 from ray_app.config.train import TrainConfig
-from ray_app.core.adapters.registry import STRATEGIES, Adapter, AdapterConfig, build_adapter, num_parameters
+from ray_app.core.adapters.base import Adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import STRATEGIES, build_adapter, meta_adapter, num_parameters
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.adapters.sequences import mask_of, next_position_cosine, padded, sequence_mse
 from ray_app.core.evaluation import TrainingMeans, pair_cosine
@@ -153,9 +155,9 @@ def test_sequences_that_do_not_fit_are_told() -> None:
     with pytest.raises(ConfigError, match="sequences of 7 tokens of 16 were given, the adapter's limit is 5"):
         adapter(torch.randn(2, 7 * WIDTH))
     with pytest.raises(ConfigError, match=r"token_wide works on sequences .* shape \[3, 4, 4\]"):
-        AdapterConfig("token_wide", 48, 48, event_shape=(3, 4, 4), target_shape=(3, 4, 4))
+        meta_adapter(AdapterConfig("token_wide", 48, 48, event_shape=(3, 4, 4), target_shape=(3, 4, 4)))
     with pytest.raises(ConfigError, match="multiple of the 8 heads"):
-        AdapterConfig("token_attention", 24, 24, event_shape=(2, 12), target_shape=(2, 12))
+        meta_adapter(AdapterConfig("token_attention", 24, 24, event_shape=(2, 12), target_shape=(2, 12)))
 
 
 def as_bf16(tokens_LW: torch.Tensor) -> bytes:

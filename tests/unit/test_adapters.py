@@ -9,8 +9,9 @@ import torch
 from small_adapters import PAIRS, VAL, in_batches, perturbed, small_adapter, small_pairs, small_start
 
 from ray_app.core.adapters.base import NoisyDropout
+from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.initialization import GRID, find_start
-from ray_app.core.adapters.registry import STRATEGIES, AdapterConfig, build_adapter, num_parameters
+from ray_app.core.adapters.registry import STRATEGIES, build_adapter, meta_adapter, num_parameters
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.augmentation import Augmentation
 from ray_app.core.losses import AlignmentObjective, LossWeights
@@ -57,7 +58,7 @@ def test_what_cannot_give_a_start_is_told() -> None:
     with pytest.raises(ConfigError, match="mean training target is zero"):
         find_start(in_batches(event, torch.zeros_like(target)), "means", 4, PAIRS, seed=0)
     with pytest.raises(ConfigError, match=r"--rank \(64\) is above the width"):
-        AdapterConfig("lowrank", 48, 48)
+        meta_adapter(AdapterConfig("lowrank", 48, 48))
 
 
 def test_ridge_is_the_closed_form_with_the_best_of_its_grid() -> None:
@@ -165,7 +166,7 @@ def test_a_changed_patch_of_events_moves_the_whole_answer_through_the_context() 
 )
 def test_features_that_conv_cannot_take_are_told(changes: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        conv_config(**changes)
+        meta_adapter(conv_config(**changes))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -76,7 +76,6 @@ PURE = {"core", "events", "scenes"}
 
 EXCEPTIONS = {
     ("ray_app/store/traces.py", "ray_app.drafters.base"),
-    ("ray_app/commands/train/shared_dataset.py", "ray_app.commands.evaluate.evaluator"),
     ("ray_app/cluster/node_address.py", "ray.train.torch.config._TorchBackend"),
     ("ray_app/commands/train/elastic.py", "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator"),
     ("ray_app/commands/train/elastic.py", "ray.train.v2._internal.execution.callback"),

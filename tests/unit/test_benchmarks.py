@@ -15,7 +15,8 @@ from benchmarks.data import dsec_drive, prepare_dsec, simulator_noise
 from benchmarks.serve.all import PARTS, all_of
 from benchmarks.speculative import replay
 from ray_app.config.train import TrainConfig
-from ray_app.core.adapters.registry import STRATEGIES, AdapterConfig, build_adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import STRATEGIES, build_adapter
 from ray_app.core.metrics import cos_sim
 from ray_app.reports.html import picture
 

@@ -9,7 +9,8 @@ import torch
 from small_adapters import small_adapter
 
 from ray_app.config.base import Strategy
-from ray_app.core.adapters.registry import STRATEGIES, AdapterConfig, build_adapter, num_parameters
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import STRATEGIES, build_adapter, meta_adapter, num_parameters
 from ray_app.core.adapters.seeded_noise import BatchNoise, derive_seed
 from ray_app.errors import ConfigError
 
@@ -107,4 +108,4 @@ def test_a_config_survives_json_and_refuses_what_it_does_not_know() -> None:
     with pytest.raises(ConfigError, match="incomplete"):
         AdapterConfig.from_dict({"strategy": "linear"})
     with pytest.raises(ConfigError, match="no strategy 'nothing'"):
-        AdapterConfig("nothing", 1, 1)
+        meta_adapter(AdapterConfig("nothing", 1, 1))

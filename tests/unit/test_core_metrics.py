@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ray_app.core.adapters.registry import AdapterConfig, build_adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import build_adapter
 from ray_app.core.evaluation import BASELINES, AlignmentEvaluation, AlignmentEvaluator, TrainingMeans, derangement
 from ray_app.core.metrics import BIN_WIDTH, PERCENTILES, THETAS, AlignmentCounts, cos_sim, rate_key, retrieval
 from ray_app.core.promotion_policy import accept, promotion_verdict

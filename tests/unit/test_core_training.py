@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ray_app.core.adapters.registry import AdapterConfig, build_adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import build_adapter
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.losses import (
     AlignmentObjective,

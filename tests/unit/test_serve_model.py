@@ -9,7 +9,8 @@ import torch
 from endpoints import WIDTH, make_checkpoint
 
 import serve.model.loaded_model
-from ray_app.core.adapters.registry import AdapterConfig, build_adapter
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import build_adapter
 from ray_app.errors import CheckpointError
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
 from serve.model.loaded_model import (

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save
 from small_adapters import small_adapter
 
-from ray_app.core.adapters.registry import STRATEGIES, Adapter
+from ray_app.core.adapters.base import Adapter
+from ray_app.core.adapters.registry import STRATEGIES
 from ray_app.errors import CheckpointError, StoreError
 from ray_app.store import atomic as durable
 from ray_app.store.checkpoint import (

@@ -15,12 +15,13 @@ from rich.table import Table
 
 from ray_app.cluster.connection import cluster
 from ray_app.commands.evaluate.command import about, as_json, claim_report_folder, settings, suffix
-from ray_app.commands.evaluate.evaluator import WARM_UP, EvaluatorHandle, mean_target, require_device, selected
+from ray_app.commands.evaluate.evaluator import WARM_UP, EvaluatorHandle, require_device, selected
 from ray_app.commands.evaluate.reference_files import benchmark_adapter_full
 from ray_app.commands.evaluate.report import results_table, standing_notes
 from ray_app.config.evaluate import BenchmarkConfig
 from ray_app.core.evaluation import BASELINES, AlignmentEvaluation
 from ray_app.core.metrics import THETA, THETAS, AlignmentCounts, rate_key
+from ray_app.data.training_means import mean_target
 from ray_app.store.atomic import write_file
 from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.pair_store import PairStore

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from ray_app.cluster.connection import cluster
-from ray_app.commands.evaluate.evaluator import EvaluatorHandle, mean_target, require_device
+from ray_app.commands.evaluate.evaluator import EvaluatorHandle, require_device
 from ray_app.commands.evaluate.reference_files import alignment_metrics
 from ray_app.commands.evaluate.report import PairPicture, notes, render_html, results_table, verdict_sentence
 from ray_app.config.base import SplitConfig, flat
@@ -24,6 +24,7 @@ from ray_app.config.evaluate import EvaluateConfig, JudgeFlags
 from ray_app.config.train import TrainConfig
 from ray_app.core.evaluation import AlignmentEvaluation
 from ray_app.core.metrics import AlignmentCounts
+from ray_app.data.training_means import mean_target
 from ray_app.errors import InputError, StoreError
 from ray_app.events.windows import duration_suffix
 from ray_app.runs.run_dir import RUN

@@ -16,13 +16,14 @@ from rich.table import Table
 
 from ray_app.cluster.connection import cluster
 from ray_app.commands.evaluate.command import about, as_image, as_json, claim_report_folder, judgement
-from ray_app.commands.evaluate.evaluator import EvaluatorHandle, mean_target, require_device
+from ray_app.commands.evaluate.evaluator import EvaluatorHandle, require_device
 from ray_app.commands.evaluate.report import outcome, standing_notes, verdict_sentence
 from ray_app.config.base import flat
 from ray_app.config.evaluate import CompareConfig
 from ray_app.core.adapters.registry import num_parameters
 from ray_app.core.evaluation import BASELINES
 from ray_app.core.metrics import THETA, rate_key
+from ray_app.data.training_means import mean_target
 from ray_app.reports.figures import INK, PALETTE, log_scale, svg
 from ray_app.reports.html import page, picture
 from ray_app.store.atomic import write_file

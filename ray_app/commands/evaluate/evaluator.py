@@ -1,9 +1,8 @@
-"""The Ray side of the one evaluator: an adapter in an actor, pairs through Ray Data, means by partial sums.
+"""The Ray side of the one evaluator: an adapter in an actor, pairs through Ray Data.
 
 Shapes: B = pairs of a batch, N = pairs judged, E = event width, D = target width.
 """
 
-import functools
 import time
 import warnings
 from collections.abc import Iterator
@@ -11,19 +10,18 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.data import Dataset
 from rich.console import Console
 from rich.progress import Progress
 
 from ray_app.cluster.connection import BUSY_HINT, unwrap_user_errors
-from ray_app.core.adapters.registry import STRATEGIES, AdapterConfig
-from ray_app.core.evaluation import AlignmentEvaluation, AlignmentEvaluator, TrainingMeans
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import meta_adapter
+from ray_app.core.evaluation import AlignmentEvaluation, AlignmentEvaluator
 from ray_app.core.optimizer_step import decode
-from ray_app.data.pairs_dataset import pairs_dataset, to_arrays
+from ray_app.data.pairs_dataset import ordered_pairs, to_arrays
 from ray_app.errors import ResourceError, StoreError
 from ray_app.store.checkpoint import Checkpoint
 from ray_app.store.pair_store import PairStore, previous_window
@@ -35,8 +33,6 @@ TIMED = 20
 """Forward passes of one pair, of which the median is the latency."""
 START_S = 300.0
 """How long the actor may wait for CPUs or a GPU, in seconds."""
-SUM_ROWS = 256
-"""Pairs that are added up in one Ray Data task."""
 
 
 def require_device(use_gpu: bool) -> None:
@@ -45,51 +41,13 @@ def require_device(use_gpu: bool) -> None:
         raise ResourceError("--use-gpu needs a GPU and this cluster has none; leave the flag out.")
 
 
-def mean_target(store: PairStore, train: Rows) -> torch.Tensor:
-    """Mean training target, shape (D,). StoreError if there is no training pair."""
-    if not len(train):
-        raise StoreError(f"{store.folder} has too few pairs: its train part is empty; prepare more.")
-    return training_means(store, train).mean_target(store.feature("target").scale)
-
-
-def training_means(store: PairStore, rows: Rows) -> TrainingMeans:
-    """Sums of the training targets, added up where they are read. Sums of uint8 are exact: any order will do."""
-    parts = ordered_pairs(store, rows).map_batches(
-        functools.partial(partial_sums, store), batch_size=SUM_ROWS, batch_format="pyarrow"
-    )
-    target = store.feature("target")
-    total = TrainingMeans(0, np.zeros(target.width))
-    for batch in parts.iter_batches(batch_size=None, batch_format="numpy"):
-        for n, pairs in enumerate(batch["pairs"]):
-            tokens_T = np.asarray(batch["tokens"][n], np.int64) if target.token_width else None
-            total += TrainingMeans(int(pairs), np.asarray(batch["target_sum"][n], np.float64), tokens_T)
-    assert total.pairs == len(rows)
-    return total
-
-
-def ordered_pairs(store: PairStore, rows: Rows) -> Dataset:
-    """The pairs in the order of the store's files, and with the store's own errors."""
-    dataset = pairs_dataset(store, rows)
-    dataset.context.execution_options.preserve_order = True
-    dataset.context.raise_original_map_exception = True
-    return dataset
-
-
-def partial_sums(store: PairStore, batch: pa.Table) -> dict[str, NDArray[Any]]:
-    """One row with the sums of a batch."""
-    sums = TrainingMeans.of(to_arrays(batch, store)[2], store.feature("target").token_width)
-    tokens = {} if sums.tokens_T is None else {"tokens": sums.tokens_T[None]}
-    return {"pairs": np.array([sums.pairs]), "target_sum": sums.target_sum_D[None], **tokens}
-
-
 class EvaluatorActor:
     """An adapter on a device, which pairs are streamed through; each forward pass is timed. Run as a Ray actor."""
 
     def __init__(self, config: AdapterConfig, weights: dict[str, NDArray[Any]], device: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self.device = torch.device(device)
-        with torch.device("meta"):
-            adapter = STRATEGIES[config.strategy](config)
+        adapter = meta_adapter(config)
         with warnings.catch_warnings():  # read-only views of the object store: nothing here writes a weight
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             tensors = {name: torch.from_numpy(array) for name, array in weights.items()}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ray_app.core.adapters.registry import Adapter
+from ray_app.core.adapters.base import Adapter
 from ray_app.core.metrics import THETA, rate_key
 
 ALIGNMENT_UNITS = (

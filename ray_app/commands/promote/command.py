@@ -17,7 +17,7 @@ from mlflow.entities.model_registry import ModelVersion
 from rich.console import Console
 
 from ray_app.cluster.connection import cluster
-from ray_app.commands.evaluate.evaluator import mean_target, require_device
+from ray_app.commands.evaluate.evaluator import require_device
 from ray_app.commands.evaluate.report import results_table
 from ray_app.commands.promote.champion_history import CHAMPION, move, reconcile
 from ray_app.commands.promote.judging import (
@@ -32,6 +32,7 @@ from ray_app.commands.promote.rollback import RATE, list_champions, render_list,
 from ray_app.config.evaluate import PromoteConfig
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.core.promotion_policy import InvalidCheckpoint, Verdict, promotion_verdict
+from ray_app.data.training_means import mean_target
 from ray_app.errors import CheckpointError
 from ray_app.store.atomic import sha256_file
 from ray_app.store.checkpoint import MODEL, Checkpoint, load_checkpoint, replay_golden, verify_folder

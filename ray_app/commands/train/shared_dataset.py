@@ -27,6 +27,7 @@ from ray_app.core.metrics import AlignmentCounts
 from ray_app.core.optimizer_step import decode
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pair_tensors import PairTensors
+from ray_app.data.training_means import training_means
 from ray_app.errors import ConfigError, ResourceError, StoreError
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import Split
@@ -116,8 +117,6 @@ def share_dataset(store: PairStore, split: Split, free_bytes: float) -> SharedDa
         train = (ray.put(event_NE), ray.put(target_ND))
         del event_NE, target_ND
     else:
-        from ray_app.commands.evaluate.evaluator import training_means
-
         print(
             f"the training part has {train_bytes / 2**30:.1f} GiB and does not fit the shared memory of a node "
             f"({room / 2**30:.1f} GiB for it): every trial streams it from the store",

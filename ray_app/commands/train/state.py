@@ -13,8 +13,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ray_app.commands.train.initialization import init_requirement, load_start
 from ray_app.config.train import TrainConfig
-from ray_app.core.adapters.base import InitStats
-from ray_app.core.adapters.registry import STRATEGIES, Adapter, AdapterConfig, build_adapter, num_parameters
+from ray_app.core.adapters.base import Adapter, InitStats
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.registry import STRATEGIES, build_adapter, num_parameters
 from ray_app.core.adapters.token import TokenAdapter
 from ray_app.core.augmentation import Augmentation
 from ray_app.core.losses import AlignmentObjective, LossWeights

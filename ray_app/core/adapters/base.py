@@ -6,15 +6,13 @@ Shapes: B = pairs, E = event width, D = target width, H = hidden width, R = subs
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.seeded_noise import BatchNoise
-
-if TYPE_CHECKING:
-    from ray_app.core.adapters.registry import AdapterConfig
 
 InitStats = Mapping[str, Tensor]
 """What the training part gives before the first step, by name: see `ray_app.core.adapters.initialization`."""
@@ -38,12 +36,12 @@ class Adapter(nn.Module):
     PCA_REQUIRES: ClassVar[InitRequirement] = "nothing"
     """What `begin` must be given for a PCA start, where the strategy has one."""
 
-    def __init__(self, config: "AdapterConfig") -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
         self.config = config
 
     @classmethod
-    def check(cls, config: "AdapterConfig") -> None:
+    def check(cls, config: AdapterConfig) -> None:
         """ConfigError where the features are not what this strategy works on."""
 
     @abstractmethod
@@ -92,7 +90,7 @@ class HiddenLayer(nn.Module):
         return self.activation(self.norm(self.linear(x_BH)))
 
 
-def hidden_layers(config: "AdapterConfig", activation: Callable[[Tensor], Tensor]) -> nn.Sequential:
+def hidden_layers(config: AdapterConfig, activation: Callable[[Tensor], Tensor]) -> nn.Sequential:
     """Those beyond the first; without parameters at the default depth of 1."""
     return nn.Sequential(*(HiddenLayer(config.hidden_dim, activation) for _ in range(config.depth - 1)))
 

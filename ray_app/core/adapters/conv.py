@@ -4,17 +4,13 @@ Shapes: B = pairs, E, D = widths of event and target feature, G, K = rows and co
 C = channels.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from ray_app.core.adapters.base import Adapter, InitStats
+from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.errors import ConfigError
-
-if TYPE_CHECKING:
-    from ray_app.core.adapters.registry import AdapterConfig
 
 KERNEL = 7
 """Side of a depthwise kernel, in patches: half of a 14 × 14 grid lies within one."""
@@ -53,7 +49,7 @@ class Conv(Adapter):
     SETTINGS = frozenset({"hidden_dim", "depth", "patch"})
     REQUIRES = "means"
 
-    def __init__(self, config: "AdapterConfig") -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
         channels, patch = config.hidden_dim, config.patch
         self.event_shape, self.target_shape = config.event_shape, config.target_shape
@@ -68,7 +64,7 @@ class Conv(Adapter):
         self.register_buffer("mean_target", torch.zeros(config.target_dim))
 
     @classmethod
-    def check(cls, config: "AdapterConfig") -> None:
+    def check(cls, config: AdapterConfig) -> None:
         for side in ("event", "target"):
             shape = getattr(config, f"{side}_shape")
             if len(shape) != 3:

@@ -6,17 +6,13 @@ part and are buffers: saved, not trained.
 Shapes: B = pairs, E = event width, D = target width, R = rank of both subspaces, H = hidden width.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from ray_app.core.adapters.base import Adapter, InitStats, NoisyDropout
+from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.errors import ConfigError
-
-if TYPE_CHECKING:
-    from ray_app.core.adapters.registry import AdapterConfig
 
 BUFFERS = ("target_mean", "target_basis", "target_scale", "event_mean", "event_basis", "event_scale")
 """Names of the statistics in `InitStats`; scales are standard deviations along the basis vectors."""
@@ -30,7 +26,7 @@ class LowRank(Adapter):
     SETTINGS = Adapter.SETTINGS | {"rank"}
     REQUIRES = "subspaces"
 
-    def __init__(self, config: "AdapterConfig") -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
         rank, hidden = config.rank, config.hidden_dim
         self.target_mean: Tensor
@@ -50,7 +46,7 @@ class LowRank(Adapter):
         self.output = nn.Linear(hidden, rank)
 
     @classmethod
-    def check(cls, config: "AdapterConfig") -> None:
+    def check(cls, config: AdapterConfig) -> None:
         if config.rank > (most := min(config.event_dim, config.target_dim)):
             raise ConfigError(f"--rank ({config.rank}) is above the width of a feature ({most}); try {most}")
 

@@ -3,7 +3,7 @@
 Shapes: B = pairs, E = event width, D = target width, H = hidden width.
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,8 @@ from ray_app.core.adapters.base import (
     init_input_layer,
     init_output_layer,
 )
+from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.seeded_noise import BatchNoise
-
-if TYPE_CHECKING:
-    from ray_app.core.adapters.registry import AdapterConfig
 
 
 class LightweightAlignmentModule(Adapter):
@@ -32,7 +30,7 @@ class LightweightAlignmentModule(Adapter):
 
     PCA_REQUIRES = "subspaces"
 
-    def __init__(self, config: "AdapterConfig") -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
         hidden = config.hidden_dim
         self.input = nn.Linear(config.event_dim, hidden)
@@ -67,7 +65,7 @@ class LightweightReference(Adapter):
     RESIDUAL: ClassVar[float] = 0.1
     PCA_REQUIRES = "subspaces"
 
-    def __init__(self, config: "AdapterConfig") -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
         self.input = nn.Linear(config.event_dim, config.hidden_dim)
         self.norm = nn.LayerNorm(config.hidden_dim)
@@ -99,7 +97,7 @@ class Linear(Adapter):
     PCA_REQUIRES = "subspaces"
     SETTINGS = frozenset()
 
-    def __init__(self, config: "AdapterConfig") -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
         self.output = nn.Linear(config.event_dim, config.target_dim)
 
@@ -123,7 +121,7 @@ class Bottleneck(Adapter):
 
     PCA_REQUIRES = "subspaces"
 
-    def __init__(self, config: "AdapterConfig") -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
         self.input = nn.Linear(config.event_dim, config.hidden_dim)
         self.norm = nn.LayerNorm(config.hidden_dim)

@@ -7,16 +7,12 @@ on the validation part. Both sides of the training part are kept as stored, sinc
 Shapes: B = pairs, N = training pairs, E = event width, D = target width.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ray_app.core.adapters.base import Adapter, InitStats
+from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.seeded_noise import BatchNoise
-
-if TYPE_CHECKING:
-    from ray_app.core.adapters.registry import AdapterConfig
 
 CHUNK = 256
 """Training pairs that are widened to float32 at a time."""
@@ -29,7 +25,7 @@ class Ridge(Adapter):
     SETTINGS = frozenset()
     REQUIRES = "pairs"
 
-    def __init__(self, config: "AdapterConfig") -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
         n = config.rank
         self.target_mean: Tensor

@@ -14,18 +14,16 @@ Shapes: B = pairs, T = positions, W = token width, D = T · W, H = hidden width,
 """
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ray_app.core.adapters.base import Adapter, InitStats, NoisyDropout
+from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.adapters.sequences import mask_of
 from ray_app.errors import ConfigError
-
-if TYPE_CHECKING:
-    from ray_app.core.adapters.registry import AdapterConfig
 
 SCALE = 0.1
 """Where the learned scales start."""
@@ -40,7 +38,7 @@ class TokenAdapter(Adapter):
     SETTINGS = frozenset({"hidden_dim", "dropout"})
     PCA_REQUIRES = "means"
 
-    def __init__(self, config: "AdapterConfig") -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
         self.limit, self.width = config.event_shape
         self.mean_target: Tensor
@@ -48,7 +46,7 @@ class TokenAdapter(Adapter):
             self.register_buffer("mean_target", torch.zeros(self.limit, self.width))
 
     @classmethod
-    def check(cls, config: "AdapterConfig") -> None:
+    def check(cls, config: AdapterConfig) -> None:
         for side in ("event", "target"):
             if len(shape := getattr(config, f"{side}_shape")) != 2:
                 raise ConfigError(
@@ -117,7 +115,7 @@ class TokenBottleneck(TokenAdapter):
 
     BLOCKS: ClassVar[int] = 1
 
-    def __init__(self, config: "AdapterConfig") -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
         self.blocks = nn.ModuleList(
             TokenBlock(self.width, config.hidden_dim, config.dropout, layer) for layer in range(self.BLOCKS)
@@ -154,7 +152,7 @@ class TokenAttention(TokenAdapter):
     HIDDEN_DIM = 2048
     CAUSAL: ClassVar[bool] = False
 
-    def __init__(self, config: "AdapterConfig") -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
         width = self.width
         self.attention_norm = nn.LayerNorm(width)
@@ -164,7 +162,7 @@ class TokenAttention(TokenAdapter):
         self.scale = nn.Parameter(torch.full((1,), SCALE))
 
     @classmethod
-    def check(cls, config: "AdapterConfig") -> None:
+    def check(cls, config: AdapterConfig) -> None:
         super().check(config)
         if config.event_shape[1] % HEADS:
             raise ConfigError(f"the token width ({config.event_shape[1]}) must be a multiple of the {HEADS} heads")

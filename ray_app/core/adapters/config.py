@@ -1,0 +1,63 @@
+"""The settings of an adapter, as every checkpoint holds them.
+
+Shapes: E = event width, D = target width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ray_app.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """All that is needed to build an adapter; a missing key of a checkpoint has its default here."""
+
+    strategy: str
+    """Name of the adapter, a key of `ray_app.core.adapters.registry.STRATEGIES`."""
+    event_dim: int
+    """Width of an event feature, E."""
+    target_dim: int
+    """Width of a target feature, D."""
+    hidden_dim: int = 512
+    """Width of the hidden layers, channels of `conv`; `linear` has none."""
+    dropout: float = 0.1
+    """Dropout probability, where the strategy has dropout."""
+    event_shape: tuple[int, ...] = ()
+    """Shape of an event feature, where the strategy works on images or sequences."""
+    target_shape: tuple[int, ...] = ()
+    """Shape of a target feature, where the strategy works on images or sequences."""
+    depth: int = 1
+    """Number of blocks or hidden layers, where the strategy has them."""
+    patch: int = 16
+    """Side of a patch of `conv`, in pixels."""
+    rank: int = 64
+    """Number of dimensions of the subspaces; for `ridge` the number of training pairs."""
+    mean_start: bool = False
+    """Adapters of sequences add to the mean training target of each position instead of their input."""
+
+    def __post_init__(self) -> None:
+        for name in ("event_dim", "target_dim", "hidden_dim", "depth", "patch", "rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout ({self.dropout}) must be in [0, 1)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "AdapterConfig":
+        """Invert `to_dict`. ConfigError: an unknown or missing key."""
+        known = {field.name for field in fields(cls)}
+        if unknown := set(values) - known:
+            raise ConfigError(
+                f"unknown adapter setting {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
+            )
+        try:
+            shapes = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+            return cls(**{**values, **shapes})
+        except TypeError as error:
+            raise ConfigError(f"adapter settings are incomplete: {error}") from error
