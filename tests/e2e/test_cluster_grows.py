@@ -30,7 +30,7 @@ def test_a_command_waits_for_the_nodes_that_it_asks_for(tmp_path: Path) -> None:
         told = next((line for line in process.stderr if "waiting" in line), "")
         assert "up to 100 s for nodes with 2 CPUs" in told
         nodes.add_node(num_cpus=2, **NODE)
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=400)
     finally:
         process.kill()
         nodes.shutdown()

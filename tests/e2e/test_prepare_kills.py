@@ -23,7 +23,7 @@ from ray_app.store.atomic import sha256_file
 from ray_app.store.pair_store import PairStore
 
 NUM_PAIRS, NUM_TASKS = 7, 7
-PATIENCE_S = 120.0
+PATIENCE_S = 400.0
 
 
 def scenes(out: Path) -> PrepareScenes:

@@ -67,7 +67,7 @@ def of_kind(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def wait_until(run: Path, process: "subprocess.Popen[str]", holds: Callable[[list[dict[str, Any]]], bool]) -> None:
     """Until the event log's steps say so."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 400
     while not holds(steps := of_kind(run, "step")):
         assert process.poll() is None, "it ended before"
         assert time.monotonic() < deadline, steps[-1:]
@@ -92,7 +92,7 @@ def test_a_node_goes_and_one_comes_and_every_epoch_is_that_of_one_worker(
     three_raylets.add_node(**NODE)
     wait_until(run, process, lambda steps: len(steps) > 8 and {step["workers"] for step in steps[-8:]} == {3})
     process.send_signal(signal.SIGTERM)
-    told = process.communicate(timeout=60)[1]
+    told = process.communicate(timeout=400)[1]
     assert process.returncode == 128 + signal.SIGTERM, told
     assert "on: 2 workers" in told
     steps, epochs = of_kind(run, "step"), of_kind(run, "epoch")

@@ -19,7 +19,7 @@ from ray_app.commands.serve.command import environment
 from ray_app.commands.serve.haproxy_watchdog import watched
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = 120.0
+START_S = 400.0
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from serve.replica_state import ReplicaState
 SHAPE = (3, 16, 16)
 WIDTH = 768
 INFER = "/v2/models/alignment-adapter/infer"
-START_S = 120.0
+START_S = 400.0
 
 
 def make_checkpoint(folder: Path, seed: int = 0, shape: tuple[int, ...] = SHAPE, metrics: Any = None) -> Path:
@@ -118,7 +118,7 @@ class LocalServer(Server):
             time.sleep(0.01)
         yield self
         self._uvicorn.should_exit = True
-        self._thread.join(10)
+        self._thread.join(START_S)
 
 
 @contextmanager
@@ -157,12 +157,12 @@ class RayServer(Server):
     def stop(self) -> int:
         """SIGTERM; its exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(90)
+        return self.process.wait(START_S)
 
 
 def wait_for(true: Callable[[], object]) -> None:
     """Until it is so, at most 20 s."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + START_S
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.01)

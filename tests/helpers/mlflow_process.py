@@ -9,7 +9,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-START_S = 90.0
+START_S = 400.0
 
 
 def free_port() -> int:

@@ -264,7 +264,7 @@ def test_a_killed_capture_goes_on_where_it_was(models: Path, footage: Path, capt
         [sys.executable, "-m", "ray_app", *words], env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE
     )
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 400
         while not any(out.glob("shards/*.sha256")):
             assert run.poll() is None, run.stderr.read().decode()  # type: ignore[union-attr]
             assert time.monotonic() < until

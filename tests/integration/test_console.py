@@ -80,7 +80,7 @@ def opened(browser: Any, server: LocalServer, width: int = 1400, height: int = 1
     page.on("console", lambda said: page.complaints.append(said.text) if said.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: page.complaints.append(str(error)))
     page.goto(f"http://{server.url}/")
-    page.get_by_text("serving version").wait_for(timeout=10_000)
+    page.get_by_text("serving version").wait_for(timeout=120_000)
     return page
 
 
@@ -259,7 +259,7 @@ def test_a_token_is_asked_for_and_forgotten(browser: Any, tmp_path: Path) -> Non
     tokens = tmp_path / "tokens"
     tokens.write_text(f"me:infer:{hashlib.sha256(b'secret').hexdigest()}\n")
     tokens.chmod(0o600)
-    with local_server(make_checkpoint(tmp_path / "checkpoint"), tokens=tokens) as server:
+    with local_server(make_checkpoint(tmp_path / "checkpoint"), token_file=tokens) as server:
         page = browser.new_page(viewport={"width": 1000, "height": 800})
         page.goto(f"http://{server.url}/")
         field = page.get_by_label("This endpoint asks for a token")
@@ -285,5 +285,5 @@ def test_a_token_is_asked_for_and_forgotten(browser: Any, tmp_path: Path) -> Non
 def test_an_endpoint_that_goes_away_is_noticed(browser: Any, tmp_path: Path) -> None:
     with local_server(make_checkpoint(tmp_path / "checkpoint")) as server:
         page = opened(browser, server)
-    page.get_by_text("the endpoint does not answer").wait_for(timeout=8000)
+    page.get_by_text("the endpoint does not answer").wait_for(timeout=120_000)
     page.close()

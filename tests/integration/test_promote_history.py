@@ -273,7 +273,7 @@ def test_two_processes_on_one_database_take_turns(registry: str, tmp_path: Path)
     while other.is_alive() and not tickets(client, f"{name}.lock"):
         time.sleep(0.02)  # it has been imported and takes its first turn
     add_in_turns(registry, name, run_id, 3)
-    other.join(60)
+    other.join(400)
     assert other.exitcode == 0
     assert client.get_registered_model(name).tags["number"] == "12"
     assert not tickets(client, f"{name}.lock")
@@ -306,7 +306,7 @@ def test_two_clients_of_a_real_server_take_turns_and_roll_back(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(400)
     assert not failed
     assert client.get_registered_model(name).tags["number"] == "8"
     champion_moves(client, name, run_id, "1", "2")

@@ -132,7 +132,7 @@ def test_three_workers_on_batches_of_eight_equal_one(
 
 
 def kill_a_worker_after(run: Path, epoch: int, killed: list[int]) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if (run / "events.jsonl").is_file() and any(
             line["kind"] == "epoch" and line["epoch"] >= epoch for line in entries(run)
@@ -176,7 +176,7 @@ def test_a_killed_worker_goes_on_and_ends_with_the_same_bytes(
 def in_a_process(words: list[str], run: Path, until_step: int, send: signal.Signals) -> int:
     """Runs `ray-app WORDS` with a cluster of its own; signals it after a step. SIGKILL goes to all its processes."""
     process = subprocess.Popen([sys.executable, "-m", "ray_app", *words], start_new_session=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while True:
         told = entries(run) if (run / "events.jsonl").is_file() else []
         if any(line["kind"] == "step" and line["global_step"] >= until_step for line in told):
@@ -188,7 +188,7 @@ def in_a_process(words: list[str], run: Path, until_step: int, send: signal.Sign
     for pid in tree if send == signal.SIGKILL else tree[:1]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, send)
-    return process.wait(timeout=60)
+    return process.wait(timeout=400)
 
 
 @pytest.mark.slow

@@ -214,7 +214,7 @@ def test_where_all_fail_the_reasons_are_grouped_and_the_exit_code_is_2(
 
 def interrupt(folder: SweepDir) -> None:
     """Ctrl-C once two epochs are told; or late, so that it ends in any case."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if sum(line["kind"] == "epoch" for run in folder.runs("trials/*") for line in entries(run)) >= 2:
             break
@@ -288,7 +288,7 @@ def test_a_trial_of_two_workers_is_a_ray_train_group_and_ends_as_one_of_one_does
 
 def kill_a_trial(folder: SweepDir, killed: list[int]) -> None:
     """SIGKILL to one trial's process after a step of it."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         for run in (folder.path / "trials").glob("*/events.jsonl"):
             if any(line["kind"] == "epoch" for line in entries(run.parent)):
@@ -340,7 +340,7 @@ def test_the_shipped_smoke_sweep_all_of_it_killed_goes_on_and_the_winner_is_judg
     words = [sys.executable, "-m", "ray_app", "tune", str(path), *tracking]
     words += ["--store", str(small_store), "--out", str(folder.path), "--yes"]
     process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not (
         (folder.path / "events.jsonl").is_file() and any(x["kind"] == "trial_ended" for x in folder.entries())
     ):
@@ -350,7 +350,7 @@ def test_the_shipped_smoke_sweep_all_of_it_killed_goes_on_and_the_winner_is_judg
     for pid in [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    process.wait(timeout=60)
+    process.wait(timeout=400)
     done = {trial.name for trial in folder.trials() if trial.ended_at is not None}
     before = attempts(folder)
     assert cli.run(["tune", "--resume", str(folder.path), *tracking, "--json"]) == 0

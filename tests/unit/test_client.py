@@ -6,7 +6,6 @@ import io
 import pickle
 import re
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,7 +129,7 @@ def test_a_token_is_sent_and_never_shown(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text(f"loop:infer:{hashlib.sha256(b'secret').hexdigest()}\n")
     tokens.chmod(0o600)
-    with local_server(make_checkpoint(tmp_path / "checkpoint"), tokens=tokens) as server:
+    with local_server(make_checkpoint(tmp_path / "checkpoint"), token_file=tokens) as server:
         with AlignmentClient(f"http://{server.url}", token="secret") as client:
             assert client.align(EVENT).aligned_BD is not None
             assert "secret" not in repr(client)
@@ -153,7 +152,6 @@ def test_a_lost_request_is_sent_again(server: LocalServer, fates: tuple[Fate, ..
 
 
 def test_the_time_limit_spans_all_attempts(server: LocalServer) -> None:
-    began = time.monotonic()
     with AlignmentClient(f"http://127.0.0.1:{free_port()}", timeout_s=0.6) as client:
         with pytest.raises(EndpointUnreachable, match=r"within 0\.6 s; the last attempt: ConnectionRefusedError"):
             client.align(EVENT)
@@ -164,7 +162,7 @@ def test_the_time_limit_spans_all_attempts(server: LocalServer) -> None:
         pytest.raises(EndpointUnreachable, match="TimeoutError"),
     ):
         client.align(EVENT)
-    assert time.monotonic() - began < 2.5
+    assert network.connections == 1, "the first attempt used up the time"
 
 
 def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
@@ -175,20 +173,29 @@ def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(25)
+            thread.join(400)
         refused = server.metric("align_rejected_total", reason="busy")
         assert refused == sum(client.retries for client in clients) > 0
         assert server.metric("align_requests_total", code="200", route="/v2/models/{model}/infer") == 6
 
 
 def test_a_queue_that_stays_full_is_told_when_the_time_is_over(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "checkpoint")
-    with local_server(checkpoint, max_batch=3, max_queue=2, batch_wait_timeout_ms=500) as server:
-        url = f"http://{server.url}"
-        first = threading.Thread(target=AlignmentClient(url).align, args=(EVENT[:2],))
-        first.start()
-        while not server.endpoint.batcher.queued_rows:
-            assert first.is_alive()
+    with local_server(make_checkpoint(tmp_path / "checkpoint"), max_batch=3, max_queue=2) as server:
+        url, batcher = f"http://{server.url}", server.endpoint.batcher
+        predict, started, release = batcher._predict, threading.Event(), threading.Event()
+
+        def held_back(works: Any) -> Any:
+            started.set()
+            assert release.wait(60)
+            return predict(works)
+
+        batcher._predict = held_back  # type: ignore[method-assign]
+        threads = [threading.Thread(target=AlignmentClient(url, timeout_s=60).align, args=(EVENT[:2],)) for _ in "12"]
+        threads[0].start()
+        assert started.wait(60)
+        threads[1].start()
+        while batcher.queued_rows < 2:
+            assert threads[1].is_alive()
         with (
             AlignmentClient(url, timeout_s=0.9) as hasty,  # a second is what Retry-After says
             pytest.raises(
@@ -196,7 +203,9 @@ def test_a_queue_that_stays_full_is_told_when_the_time_is_over(tmp_path: Path) -
             ),
         ):
             hasty.align(EVENT[:2])
-        first.join(10)
+        release.set()
+        for thread in threads:
+            thread.join(400)
 
 
 def test_tls_is_spoken_and_verified(server: LocalServer, tmp_path: Path) -> None:
@@ -223,5 +232,5 @@ def test_threads_share_a_client(server: LocalServer, client: AlignmentClient) ->
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(400)
     assert not wrong

@@ -103,7 +103,7 @@ def test_the_command_and_the_endpoint_start_from_what_it_holds(image: Path) -> N
         ["-c", "import serve.app, ray_app; print(serve.app.__file__, ray_app)"],
     ):
         done = subprocess.run(
-            [sys.executable, *words], cwd=image.parent, env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, *words], cwd=image.parent, env=environment, capture_output=True, text=True, timeout=400
         )
         assert done.returncode == 0, done.stderr
         assert "submit" in done.stdout if "--help" in words else done.stdout.count(str(image)) == 2

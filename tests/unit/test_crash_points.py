@@ -70,7 +70,7 @@ def killed_while_it_recovers(folder: Path, before: RunDir) -> list[int]:
 def test_a_save_killed_at_any_call_leaves_a_whole_epoch_and_the_next_save_works(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, __file__, str(tmp_path)],
-        timeout=120,
+        timeout=400,
         capture_output=True,
         text=True,
         check=False,

@@ -1,6 +1,7 @@
 """The queue before the forward pass: what goes into one pass, who is let in, and whose work is not done."""
 
 import asyncio
+import threading
 import time
 from typing import Any
 
@@ -21,14 +22,14 @@ async def drive(batcher: Batcher, works: list[InferenceRequest], timeout_s: floa
 
 
 def test_bodies_on_their_way_count_as_waiting_for_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.model.batcher.ARRIVAL_S", 0.05)
+    monkeypatch.setattr("serve.model.batcher.ARRIVAL_S", 3600.0)
     batcher = Batcher(list, max_rows=4, max_queued_rows=4)
     with batcher.reserve_slot(), batcher.reserve_slot(), batcher.reserve_slot():
         assert not batcher.full()
         with batcher.reserve_slot():
             assert batcher.full()
             assert "0 pairs wait and 4 requests arrive, the limit is 4" in batcher.queue_full_error().detail
-            time.sleep(0.06)
+            monkeypatch.setattr("serve.model.batcher.ARRIVAL_S", 0.0)
             assert not batcher.full(), "who sends a byte now and then keeps no place"
     assert not batcher.full()
 
@@ -101,20 +102,23 @@ def test_a_full_queue_refuses_with_a_time_that_grows_with_it() -> None:
 
 
 def test_work_whose_caller_is_late_or_gone_is_not_done() -> None:
-    done = []
+    done: list[Any] = []
+    started, release = threading.Event(), threading.Event()
 
     def predict(works: Any) -> Any:
-        time.sleep(0.05)
+        started.set()
+        assert release.wait(60)
         done.extend(works)
         return list(works)
 
     async def impatient() -> list[Any]:
-        first = asyncio.create_task(batcher.answer(work(), 5.0))
-        await asyncio.sleep(0.01)
+        first = asyncio.create_task(batcher.answer(work(), 60.0))
+        await asyncio.to_thread(started.wait)
         late = asyncio.create_task(batcher.answer(work(), 0.01))
-        gone = asyncio.create_task(batcher.answer(work(), 5.0))
-        await asyncio.sleep(0.01)
+        gone = asyncio.create_task(batcher.answer(work(), 60.0))
+        await asyncio.sleep(0.02)
         gone.cancel()
+        release.set()
         return await asyncio.gather(first, late, gone, return_exceptions=True)
 
     batcher = Batcher(predict, max_rows=1, max_queued_rows=8)

@@ -377,5 +377,5 @@ def test_a_body_in_many_small_chunks_is_read(server: LocalServer) -> None:
 
     thread = threading.Thread(target=slow)
     thread.start()
-    thread.join(60)
+    thread.join(400)
     assert status == [200]

@@ -42,7 +42,7 @@ def test_a_sweep_that_is_driven_is_watched_to_its_end(folder: SweepDir, capfd: p
         watcher.join(1.5)
         assert watcher.is_alive(), "three times as long as a sweep may be without a driver"
         log.write("run_ended", status="FINISHED", artifacts=None, time=time.time())
-    watcher.join(30)
+    watcher.join(400)
     assert not watcher.is_alive()
     told = capfd.readouterr().err
     assert "ended" in told
@@ -60,7 +60,7 @@ def test_the_watch_ends_where_the_driver_was_killed(folder: SweepDir, capfd: pyt
     assert watcher.is_alive()
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    watcher.join(30)
+    watcher.join(400)
     assert not watcher.is_alive()
     told = " ".join(capfd.readouterr().err.split())
     assert f"no driver is at work; go on with: ray-app tune --resume {folder.path}" in told
