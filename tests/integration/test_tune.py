@@ -305,9 +305,9 @@ def test_a_killed_trial_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes
     small_store: Path, root: Path
 ) -> None:
     """Two trials, one after the other, that differ in a patience that neither comes to need: the first is killed."""
-    fixed = FIXED | {"hidden_dim": 8, "num_epochs": 20, "early_stop_patience": 20}
+    fixed = FIXED | {"hidden_dim": 8, "num_epochs": 100, "early_stop_patience": 100}
     path = sweep_file(
-        root, small_store, "hurt", space={"plateau_patience": [50, 51]}, base=fixed, max_concurrent_trials=1
+        root, small_store, "hurt", space={"plateau_patience": [200, 201]}, base=fixed, max_concurrent_trials=1
     )
     folder, killed = SweepDir(root / "hurt"), []
     killer = threading.Thread(target=kill_a_trial, args=(folder, killed))
@@ -320,7 +320,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes
     assert any(line["kind"] == "resumed" for line in entries(folder.run(hurt["id"]).path))
     (died,) = [line for line in folder.entries() if line["kind"] == "trial_process_died"]
     assert died["name"] == hurt["id"]
-    assert hurt["steps"] == clean["steps"] > 20
+    assert hurt["steps"] == clean["steps"] > 100
     assert hurt["objective"] == clean["objective"]
     bests = [folder.run(trial["id"]).best() for trial in (hurt, clean)]
     weights = [sha256_file(best / "model.safetensors") for best in bests if best]
