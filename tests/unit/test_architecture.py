@@ -25,6 +25,7 @@ LAYERS = (
     {"commands.tune"},
     {"commands"},
     {"command_table"},
+    {"cli_settings"},
     {"cli"},
     {"__main__", "__init__"},
 )
@@ -65,7 +66,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "commands.doctor": {"mlflow", "packaging", "yaml", "psutil", "sqlalchemy"},
     "commands.serve": {"serve", "yaml", "psutil"},
     "command_table": set(),
-    "cli": {"tyro", "yaml", "rich", "pydantic"},
+    "cli_settings": {"tyro", "yaml", "pydantic"},
+    "cli": {"rich"},
     "serve": {"ray", "fastapi", "starlette", "uvicorn", "pydantic", "torch", "numpy", "PIL", "mlflow", "sqlalchemy"}
     | {"prometheus_client", "opentelemetry"},
 }

@@ -1,4 +1,4 @@
-"""The command line: YAML below flags, errors that name the mend, one JSON object and nothing else."""
+"""The command line: YAML below flags, errors that name the fix, one JSON object and nothing else."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ray_app import cli
+from ray_app.command_table import GROUPS
 from ray_app.config.base import Config
 from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError
@@ -39,8 +40,29 @@ def test_the_flags_of_the_reference_are_understood() -> None:
 def test_an_unknown_key_in_a_file_is_named(tmp_path: Path) -> None:
     settings = tmp_path / "train.yaml"
     settings.write_text("num_epoch: 7\n")
-    with pytest.raises(ConfigError, match=r"unknown key 'num_epoch'.*num_epochs"):
+    with pytest.raises(ConfigError, match=r"unknown key 'num_epoch'; did you mean num_epochs"):
         parse("train", "--config", str(settings))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("num_epochs: 0", r"train.yaml: num_epochs \(0\): "),
+        ("split: {by: window}", "'split' must be one value or a list"),
+    ],
+)
+def test_a_wrong_value_in_a_file_is_named_with_its_key(line: str, words: str, tmp_path: Path) -> None:
+    settings = tmp_path / "train.yaml"
+    settings.write_text(f"store: S\nout: R\n{line}\n")
+    with pytest.raises(ConfigError, match=words):
+        parse("train", "--config", str(settings))
+
+
+def test_every_value_that_a_file_can_hold_has_the_type_of_its_field(tmp_path: Path) -> None:
+    settings = tmp_path / "train.yaml"
+    settings.write_text("store: 5\nout: R\nlearning_rate: 1e-3\ndurations: 1s\nhidden_dim: null\ninit_from: runs/a\n")
+    cfg = parse("train", "--config", str(settings))
+    assert cfg == TrainConfig(store="5", out="R", learning_rate=1e-3, durations=("1s",), init_from=Path("runs/a"))
 
 
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
@@ -51,7 +73,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", ["0", "3:2", "0:2", "1:", ":2", "1:2:3", "many", "-1", "1.5"])
-def test_a_number_of_workers_that_is_none_is_told_what_is_one(workers: str) -> None:
+def test_a_number_of_workers_that_is_not_one_is_refused_with_the_form(workers: str) -> None:
     with pytest.raises(ConfigError, match="a number from 1 on, or MIN:MAX with 1 ≤ MIN ≤ MAX"):
         parse("train", "--store", "S", "--out", "R", f"--num-workers={workers}")
 
@@ -77,18 +99,50 @@ def test_workers_in_a_file_are_those_of_the_flag_and_not_a_number_in_base_60(
 def test_leading_words_are_the_commands_subject() -> None:
     cfg = parse("prepare video", "a.mp4", "b.mp4", "--out", "S")
     assert cfg.model_dump()["files"] == (Path("a.mp4"), Path("b.mp4"))
+    assert parse("inspect", "S") == parse("inspect", "--store", "S")
+
+
+def test_words_after_two_dashes_are_a_command_of_their_own() -> None:
+    argv = ["--env", "A", "--", "train", "--store", "S", "--out", "R"]
+    own, trailing = cli.split_trailing(cli.COMMANDS["submit"], argv)
+    cfg = cli.parse("submit", cli.COMMANDS["submit"], None, own, trailing)
+    assert (cfg.model_dump()["command"], cfg.model_dump()["env"]) == (tuple(argv[3:]), ("A",))
+    with pytest.raises(ConfigError, match="train has no flag --stor"):
+        cli.split_trailing(cli.COMMANDS["submit"], ["--", "train", "--stor", "S"])
+
+
+def test_help_and_mistakes_import_neither_ray_nor_torch_nor_mlflow() -> None:
+    code = (
+        "import sys\nfrom ray_app import cli\n"
+        "for words in ('--help', '--version', 'nonsense', 'prepare --help', 'train --help', 'train --x'):\n"
+        "    try:\n        cli.run(words.split())\n    except SystemExit:\n        pass\n"
+        "sys.exit(', '.join({'ray', 'torch', 'mlflow'} & sys.modules.keys()) or 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_name_of_a_help_group_is_a_setting_of_a_command() -> None:
+    known = {name for command in cli.COMMANDS.values() for name in command.config.model_fields}
+    names = [name for group in GROUPS.values() for name in group]
+    assert set(names) <= known
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["nonsense"], ["there is no command 'nonsense'", "train"]),
+        (["nonsense"], ["error: there is no command 'nonsense'", "train"]),
+        (["trian"], ["error: there is no command 'trian'; did you mean train?"]),
+        (["prepare", "vidoe"], ["there is no command 'prepare vidoe'; did you mean video?"]),
+        (["train", "--num-epoch", "3"], ["train has no flag --num-epoch; did you mean --num-epochs"]),
+        (["train", "--store", "S", "--out", "R", "--num-epochs", "0"], ["error: --num-epochs (0): ", "equal to 1"]),
         (["prepare"], ["needs one of: scenes, video, eventgpt"]),
         (["inspect", "/does/not/exist"], ["/does/not/exist"]),
         (["train", "--config", "/does/not/exist.yaml"], ["cannot be read as YAML"]),
     ],
 )
-def test_what_the_user_can_mend_is_one_sentence_and_code_2(
+def test_what_the_user_can_fix_is_one_sentence_and_code_2(
     argv: list[str], words: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(argv) == 2
@@ -113,6 +167,8 @@ def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:
 
 
 def test_every_command_teaches_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("ray-app ")
     assert cli.run(["--help"]) == 0
     overview = capsys.readouterr().out
     for name, command in cli.COMMANDS.items():

@@ -1,0 +1,167 @@
+"""Settings of one command from four sources, the later over the earlier: defaults, `--resume`, `--config`, flags.
+
+Values of a run or a YAML file become typed defaults of tyro's parser, in groups of fields, so that nothing is written
+as words and parsed again. The command's frozen pydantic model then checks the whole once.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import field, fields, make_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, get_origin
+
+import tyro
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from ray_app.command_table import GROUPS, Command
+from ray_app.config.base import Config
+from ray_app.config.train import TrainConfig
+from ray_app.errors import ConfigError
+
+COMMON = """\
+Every command also takes
+  --config FILE   settings from a YAML file; flags override it, an unknown key is an error
+  --json          one JSON object on standard output, and nothing else there
+  --help          its settings, with their defaults
+"""
+
+
+def parse(
+    name: str, command: Command, config_file: Path | None, argv: Sequence[str], trailing: Sequence[str] = ()
+) -> Config:
+    """Return the command's settings. ConfigError: an unknown key or flag, or a value out of range.
+
+    A flag that is missing or has a value of another type ends the process with code 2 and tyro's words.
+    """
+    known = command.config.model_fields
+    refuse_unknown_flags(name, known, argv)
+    given: dict[str, Any] = {}
+    if command.config is TrainConfig and (run := value_of("--resume", argv)):
+        from ray_app.runs.remote_run import settings_of_run
+
+        kept = {key: value for key, value in settings_of_run(run).items() if value not in (None, [])}
+        given |= typed(kept, known, run)
+    if config_file:
+        given |= typed(read_yaml(config_file), known, str(config_file))
+    hidden = {command.trailing} if command.trailing else set()
+    form = grouped_form({key: info for key, info in known.items() if key not in hidden}, given)
+    parsed: Any = tyro.cli(
+        form,
+        prog=f"ray-app {name}",
+        description=f"{command.config.__doc__}\n\nusage: ray-app {command.usage}\n\n{COMMON}",
+        args=with_subject(command, argv),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+    )
+    values = {key: given[key] for key in hidden & given.keys()}
+    for group in fields(parsed):
+        part = getattr(parsed, group.name)
+        values |= {each.name: getattr(part, each.name) for each in fields(part)}
+    if trailing:
+        values[str(command.trailing)] = tuple(trailing)
+    return checked(lambda: command.config.model_validate(values), lambda key: f"--{key.replace('_', '-')}")
+
+
+def grouped_form(known: Mapping[str, FieldInfo], given: Mapping[str, Any]) -> type:
+    """Return a dataclass of one dataclass for each group of fields, with `given` over the fields' own defaults."""
+    groups: dict[str, list[Any]] = {}
+    for key, info in known.items():
+        title = next((title for title, names in GROUPS.items() if key in names), "")
+        annotation: Any = Annotated[info.annotation, tyro.conf.arg(help=" ".join((info.description or "").split()))]
+        required = info.is_required() and key not in given
+        default = field() if required else field(default=given.get(key, info.get_default()))
+        groups.setdefault(title, []).append((key, annotation, default))
+    parts = []
+    for title in ("", *GROUPS):
+        if title in groups:
+            parts.append((title or "command", make_dataclass(title or "command", groups[title], kw_only=True)))
+    return make_dataclass("Settings", parts, kw_only=True)
+
+
+def refuse_unknown_flags(name: str, known: Mapping[str, FieldInfo], argv: Sequence[str]) -> None:
+    """ConfigError names a flag that the command does not have, and those that are similar."""
+    flags = {f"--{key.replace('_', '-')}" for key in known} | {"--help"}
+    flags |= {f"--no-{key.replace('_', '-')}" for key, info in known.items() if info.annotation is bool}
+    for word in argv:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in flags:
+            near = suggestion(flag, flags, f"; ray-app {name} --help lists them")
+            raise ConfigError(f"ray-app {name} has no flag {flag}{near}")
+
+
+def with_subject(command: Command, argv: Sequence[str]) -> list[str]:
+    """Name the field that leading words without a dash are for: `inspect STORE` is `inspect --store STORE`."""
+    count = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
+    if not command.positional or not count:
+        return list(argv)
+    return [f"--{command.positional.replace('_', '-')}", *argv]
+
+
+def typed(settings: Mapping[str, Any], known: Mapping[str, FieldInfo], source: str) -> dict[str, Any]:
+    """Return settings by field name, typed as their fields. ConfigError: an unknown key or a wrong value."""
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"{source}: unknown key '{key}'{suggestion(name, known)}")
+        if isinstance(value, dict):
+            raise ConfigError(f"{source}: '{name}' must be one value or a list, not a mapping")
+        info = known[name]
+        if get_origin(info.annotation) is tuple and not isinstance(value, list):
+            value = [value]
+        elif info.annotation in (str, str | None) and isinstance(value, int | float):
+            value = str(value)  # YAML reads `num_workers: 4` as a number where the setting is text
+        kind: Any = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
+        adapter: TypeAdapter[Any] = TypeAdapter(kind)
+        values[name] = checked(lambda: adapter.validate_python(value), lambda _: f"{source}: {name}")  # noqa: B023
+    return values
+
+
+def checked(validate: Callable[[], Any], label: Callable[[str], str]) -> Any:
+    """Return what `validate` returns; its first ValidationError as a ConfigError with the label of the field."""
+    try:
+        return validate()
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = label(str(first["loc"][0]) if first["loc"] else "")  # an element of a list is named by its list
+        words = first["msg"][:1].lower() + first["msg"][1:]
+        raise ConfigError(f"{place} ({first['input']}): {words}") from error
+
+
+def suggestion(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return "; did you mean …?" with the nearest known words; where none is near, `otherwise` or all."""
+    names = sorted(known)
+    near = get_close_matches(word, names, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else otherwise or f"; known are: {', '.join(names)}"
+
+
+def value_of(option: str, argv: Sequence[str]) -> str:
+    """Return the value of a flag, before the command line is parsed; empty without it."""
+    for place, word in enumerate(argv):
+        name, _, value = word.partition("=")
+        if name == option:
+            return value or " ".join(argv[place + 1 : place + 2])
+    return ""
+
+
+class SettingsLoader(yaml.SafeLoader):
+    """Read 1:8 as text, not as 68: YAML 1.1 reads it in base 60."""
+
+
+SettingsLoader.yaml_implicit_resolvers = yaml.SafeLoader.yaml_implicit_resolvers | {
+    digit: [("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$")), *yaml.SafeLoader.yaml_implicit_resolvers[digit]]
+    for digit in "0123456789"
+}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return a file of `key: value` lines. ConfigError: it cannot be read, or holds something else."""
+    try:
+        settings = yaml.load(path.read_text(), SettingsLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, such as `num_epochs: 3`")
+    return settings
