@@ -52,9 +52,9 @@ def synced(
     cfg: SyncConfig, about: dict[str, Any], runs: list[Path], shown: Callable[[Path], str]
 ) -> list[dict[str, Any]]:
     """Each of some runs that began with one tracking server."""
-    flags = TrackingFlags(tracking_uri=cfg.tracking_uri or about["tracking_uri"])
-    with registry_errors(flags):
-        return [sync_run(path, tracking_uri(flags), shown(path)) for path in runs]
+    uri = tracking_uri(TrackingFlags(tracking_uri=cfg.tracking_uri or about["tracking_uri"]))
+    with registry_errors(uri):
+        return [sync_run(path, uri, shown(path)) for path in runs]
 
 
 def render_sync(result: dict[str, Any], console: Console) -> None:

@@ -9,8 +9,17 @@ from ray_app.config.base import ClusterFlags, Positive, SplitFlags, StorePlace, 
 from ray_app.errors import ConfigError
 
 
-class JudgeFlags(SplitFlags, ClusterFlags, TrackingFlags):
-    """What `evaluate` and `benchmark` share."""
+class EvaluationFlags(SplitFlags, ClusterFlags, TrackingFlags):
+    """Flags of every command that evaluates a checkpoint."""
+
+    batch_size: Positive = 32
+    """Pairs per forward pass."""
+    use_gpu: bool = False
+    """Evaluate on a GPU."""
+
+
+class ReportFlags(EvaluationFlags):
+    """Flags of `evaluate` and `benchmark`."""
 
     store: StorePlace
     """Pair store: a folder, or a URI such as s3://bucket/store."""
@@ -19,20 +28,16 @@ class JudgeFlags(SplitFlags, ClusterFlags, TrackingFlags):
     models:/alignment-adapter@champion."""
     out: Path
     """Folder for alignment_metrics_<S>.json and report.html; files of these names are replaced."""
-    batch_size: Positive = 32
-    """Pairs per forward pass."""
-    use_gpu: bool = False
-    """Evaluate on a GPU."""
 
 
-class EvaluateConfig(JudgeFlags):
-    """Alignment metrics of a checkpoint on the test part, beside every baseline, and report.html."""
+class EvaluateConfig(ReportFlags):
+    """Alignment metrics of a checkpoint on the test part, next to every baseline, and report.html."""
 
     token_report: Path | None = None
     """HTML page of `ray-app correlate` (what cosine acceptance predicts about tokens), linked from report.html."""
 
 
-class CompareConfig(SplitFlags, ClusterFlags, TrackingFlags):
+class CompareConfig(EvaluationFlags):
     """Several checkpoints on the same test pairs: acceptance, size, latency and pictures side by side."""
 
     checkpoints: tuple[str, ...]
@@ -42,17 +47,13 @@ class CompareConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Pair store: a folder, or a URI such as s3://bucket/store."""
     out: Path
     """Folder for comparison.json and comparison.html; files of these names are replaced."""
-    batch_size: Positive = 32
-    """Pairs per forward pass."""
-    use_gpu: bool = False
-    """Evaluate on a GPU."""
 
 
-class BenchmarkConfig(JudgeFlags):
-    """The whole store through a checkpoint: benchmark_adapter_full_<S>.json with throughput."""
+class BenchmarkConfig(ReportFlags):
+    """Every pair of a store through a checkpoint: benchmark_adapter_full_<S>.json with throughput."""
 
 
-class PromoteConfig(SplitFlags, ClusterFlags, TrackingFlags):
+class PromoteConfig(EvaluationFlags):
     """Register a checkpoint and make it champion if it beats the champion and every baseline.
 
     Or, instead of a run: --rollback or --list.
@@ -61,23 +62,19 @@ class PromoteConfig(SplitFlags, ClusterFlags, TrackingFlags):
     run: str | None = None
     """Run or checkpoint: a folder, or a URI such as s3://bucket/run."""
     rollback: bool = False
-    """Instead of a run: the alias goes back to who was champion before; again, one further back."""
+    """Instead of a run: move the alias back to the champion before this one; again, one further back."""
     list: bool = False
-    """Instead of a run: the versions with their metrics, who is champion, who was, when and why."""
+    """Instead of a run: list the versions with their metrics, and past and present champions."""
     store: StorePlace | None = None
-    """Pair store to judge on, a folder or a URI; default: the one the checkpoint was trained on."""
+    """Pair store to evaluate on, a folder or a URI; default: the one the checkpoint was trained on."""
     min_gain: float = Field(default=0.0, ge=0.0)
     """How much cosine_accept_rate_0.80 must gain over the present champion."""
     force: bool = False
     """Move the alias whatever the verdict; recorded."""
-    batch_size: Positive = 32
-    """Pairs per forward pass."""
-    use_gpu: bool = False
-    """Evaluate on a GPU."""
 
     @model_validator(mode="after")
     def _one_task(self) -> Self:
         require_one({"RUN": self.run, "--rollback": self.rollback, "--list": self.list}, "ray-app promote runs/drive")
         if self.rollback and self.force:
-            raise ConfigError("--force is for RUN; --rollback asks nobody.")
+            raise ConfigError("--force goes with RUN; --rollback moves the alias without a verdict.")
         return self

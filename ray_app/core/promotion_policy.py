@@ -1,4 +1,4 @@
-"""Verdicts, as pure functions: is a pair accepted, is a challenger promoted.
+"""Verdicts as pure functions: is a pair accepted, is a challenger promoted.
 
 Shapes: B = pairs.
 """
@@ -13,7 +13,7 @@ from ray_app.core.metrics import THETA, rate_key
 
 
 def accept(cos_B: Tensor, theta: float = THETA) -> Tensor:
-    """Which pairs come close enough, shape (B,), bool: cos_sim > θ, strictly."""
+    """True where cos_sim > θ, strictly: shape (B,), bool."""
     return cos_B > theta
 
 
@@ -33,7 +33,7 @@ VerdictCode = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether the challenger is champion now, and why."""
+    """Outcome of a promotion, with its reason."""
 
     code: VerdictCode
     """For programs."""
@@ -42,21 +42,21 @@ class Verdict:
 
     @property
     def promoted(self) -> bool:
-        """The challenger is champion now."""
+        """True if the challenger is champion now."""
         return self.code in ("first", "promoted", "forced", "already_champion")
 
     @property
     def forced(self) -> bool:
-        """It is only because it was asked to."""
+        """True if it is champion only because of --force."""
         return self.code == "forced"
 
 
 @dataclass(frozen=True, slots=True)
 class InvalidCheckpoint:
-    """A challenger that is not what was saved."""
+    """A challenger that is damaged or answers differently from when it was saved."""
 
     code: Literal["checksum_failed", "golden_failed"]
-    """Its bytes have changed, or it no longer answers as it did."""
+    """`checksum_failed`: its bytes changed; `golden_failed`: its outputs changed."""
     reason: str
     """One sentence with the file or the row."""
 
@@ -69,28 +69,32 @@ def promotion_verdict(
     force: bool = False,
     is_champion: bool = False,
 ) -> Verdict:
-    """Compares two evaluations: `AlignmentEvaluation.metrics()` with a `test_fingerprint` each.
+    """Compare two evaluations: `AlignmentEvaluation.metrics()` with a `test_fingerprint` each.
 
-    Without a champion the first version is promoted in any case, labelled with its lift. Otherwise it must
-    gain more than `min_gain` over the champion at θ = 0.80, and have lift. `force` overrules that, on record;
-    it does not overrule that a challenger is broken. `is_champion`: the two are the same version.
+    Without a champion the first version is promoted in any case, labelled with its lift. Otherwise it must have lift,
+    and gain more than `min_gain` over the champion at θ = 0.80. `force` overrides that verdict and is recorded; it
+    never promotes an invalid checkpoint. `is_champion`: both are the same version.
     """
     if isinstance(challenger, InvalidCheckpoint):
         return Verdict(challenger.code, challenger.reason)
     lift, baseline = challenger["lift"], challenger["best_baseline"]
-    judged = f"lift {lift:+.4f} over the best baseline ({baseline})"
+    lift_words = f"lift {lift:+.4f} over the best baseline ({baseline})"
     if is_champion:
-        return Verdict("already_champion", f"it is the champion already: {judged}")
+        return Verdict("already_champion", f"it is the champion already: {lift_words}")
     if champion is None:
-        note = "" if lift > 0 else "; it does not beat that baseline, and is champion only for want of another"
-        return Verdict("first", f"first version: {judged}{note}")
+        note = (
+            ""
+            if lift > 0
+            else "; it does not beat that baseline, and is promoted only because there is no champion yet"
+        )
+        return Verdict("first", f"first version: {lift_words}{note if lift <= 0 else ''}")
     rate, best = (m["cosine_accept_rate"][rate_key(THETA)] for m in (challenger, champion))
     compared = f"cosine_accept_rate_0.80 {rate:.4f} against the champion's {best:.4f}"
-    verdict = Verdict("promoted", f"{compared}; {judged}")
+    verdict = Verdict("promoted", f"{compared}; {lift_words}")
     if challenger["test_fingerprint"] != champion["test_fingerprint"]:
-        verdict = Verdict("other_test_set", "the champion was judged on other test pairs")
+        verdict = Verdict("other_test_set", "the champion was evaluated on other test pairs")
     elif lift <= 0:
-        verdict = Verdict("beaten_by_baseline", f"does not beat the best baseline: {judged}")
+        verdict = Verdict("beaten_by_baseline", f"does not beat the best baseline: {lift_words}")
     elif rate - best <= min_gain:
         verdict = Verdict("no_gain", f"not better than the champion by more than {min_gain:.4f}: {compared}")
     if force and not verdict.promoted:

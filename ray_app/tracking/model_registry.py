@@ -1,9 +1,11 @@
-"""Where checkpoints are found, and where they are kept: a folder, a run's best, a version in the model registry."""
+"""Checkpoints by name: a folder, a run's best checkpoint, or a version in MLflow's model registry."""
 
+import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
@@ -25,28 +27,25 @@ from ray_app.tracking.mlflow_logger import (
     tracking_uri,
 )
 
+CHAMPION = "champion"
+"""Alias of the version that the endpoint serves."""
+
 
 @contextmanager
 def checkpoint_folder(checkpoint: str, cfg: TrackingFlags) -> Iterator[Path]:
-    """The folder of a checkpoint argument; one that had to be downloaded is there until the block ends.
+    """Folder of a checkpoint argument; a downloaded copy is removed when the block ends.
 
-    `models:/NAME@ALIAS` and `models:/NAME/VERSION` are looked up at the tracking server (RegistryError), all else
-    is the place of a checkpoint or of a run, whose best checkpoint is meant (CheckpointError).
+    `models:/NAME@ALIAS` and `models:/NAME/VERSION` are looked up at the tracking server (RegistryError). Anything
+    else is the folder or URI of a checkpoint, or of a run, whose best checkpoint is taken (CheckpointError).
     """
     if checkpoint.startswith("models:"):
-        match = MODEL_URI.fullmatch(checkpoint)
-        if match is None:
-            raise RegistryError(
-                f"'{checkpoint}' is no model; write models:/NAME@ALIAS or models:/NAME/VERSION, for instance "
-                "models:/alignment-adapter@champion."
-            )
-        with registry_errors(cfg):
-            client = MlflowClient(tracking_uri(cfg))
-            if match["alias"]:
-                version = client.get_model_version_by_alias(match["name"], match["alias"])
-            else:
-                version = client.get_model_version(match["name"], match["version"])
-        with downloaded(client, str(version.source), cfg) as folder:
+        uri = tracking_uri(cfg)
+        with registry_errors(uri):
+            client = MlflowClient(uri)
+            version = find_version(client, checkpoint)
+        with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
+            with registry_errors(uri):
+                folder = download_checkpoint(client, *artifact_path(version), scratch)
             yield folder
     else:
         with local_folder(best_of_run(checkpoint)) as folder:
@@ -54,92 +53,203 @@ def checkpoint_folder(checkpoint: str, cfg: TrackingFlags) -> Iterator[Path]:
 
 
 def best_of_run(where: str) -> str:
-    """The place of a run's best checkpoint; any other as it is. CheckpointError: nothing is there."""
-    there = open_storage(where)
+    """Path of a run's best checkpoint; any other path unchanged. CheckpointError: there is no such folder."""
+    storage = open_storage(where)
     try:
-        names = there.listdir()
+        names = storage.listdir()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{there} is not a folder; name a checkpoint, or the folder of a run.") from error
+        raise CheckpointError(f"{storage} is not a folder; name a checkpoint, or the folder of a run.") from error
     if RUN not in names:
         return where
-    best = best_name(there)
+    best = best_name(storage)
     if best is None:
-        raise CheckpointError(f"{there} is a run without a finished epoch: it has no checkpoint yet.")
-    return there.uri_of(best)
+        raise CheckpointError(f"{storage} is a run without a finished epoch: it has no checkpoint yet.")
+    return storage.uri_of(best)
 
 
-@contextmanager
-def downloaded(client: MlflowClient, source: str, cfg: TrackingFlags) -> Iterator[Path]:
-    """A copy of the artifact folder `runs:/RUN/PATH`, removed when the block ends."""
+def find_version(client: MlflowClient, uri: str) -> ModelVersion:
+    """Return the version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names. RegistryError: another form."""
+    match = MODEL_URI.fullmatch(uri)
+    if match is None:
+        raise RegistryError(
+            f"'{uri}' is not a model; write models:/NAME@ALIAS or models:/NAME/VERSION, for instance "
+            "models:/alignment-adapter@champion."
+        )
+    if match["alias"]:
+        return client.get_model_version_by_alias(match["name"], match["alias"])
+    return client.get_model_version(match["name"], match["version"])
+
+
+def artifact_path(version: ModelVersion) -> tuple[str, str]:
+    """(run id, path below its artifacts) of a version's checkpoint. CheckpointError: it is stored anywhere else."""
+    source = str(version.source)
     run_id, _, path = source.removeprefix("runs:/").partition("/")
-    with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
-        with registry_errors(cfg):
-            folder = Path(client.download_artifacts(run_id, path, scratch))
-        yield folder
+    if not source.startswith("runs:/") or not path or ".." in path.split("/"):
+        raise CheckpointError(
+            f"{version.name} version {version.version} is stored at {source}, not in the artifacts of a run; "
+            "register it with `ray-app promote`."
+        )
+    return run_id, path
+
+
+def download_checkpoint(client: MlflowClient, run_id: str, path: str, folder: str) -> Path:
+    """Copy a run's artifact folder `path` into `folder`; returns the copy. CheckpointError: not only plain files."""
+    copy = Path(client.download_artifacts(run_id, path, folder))
+    if irregular := [str(item) for item in copy.iterdir() if item.is_symlink() or not item.is_file()]:
+        raise CheckpointError(
+            f"runs:/{run_id}/{path}: {irregular[0]} is not a plain file; a checkpoint holds only such."
+        )
+    return copy
 
 
 @contextmanager
-def registry_errors(cfg: TrackingFlags) -> Iterator[None]:
-    """What MLflow refuses, and that it does not answer, as RegistryError with the server's name."""
+def registry_errors(uri: str) -> Iterator[None]:
+    """Turn what MLflow refuses, or its silence, into a RegistryError that names the server."""
     try:
         yield
     except TRACKING_ERRORS as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise RegistryError(
-            f"{redact_password(str(error).splitlines()[0])} "
-            f"(tracking server: {redact_password(tracking_uri(cfg))}; --tracking-uri chooses another)"
+            f"{redact_password(first_line)} (tracking server: {redact_password(uri)}; --tracking-uri chooses another)"
         ) from error
 
 
-def registered_versions(client: MlflowClient, model: str) -> list[ModelVersion]:
-    """The versions of a model by number; none where there is no such model."""
-    return sorted(client.search_model_versions(f"name='{model}'"), key=lambda version: int(version.version))
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def version_of(client: MlflowClient, model: str, model_sha256: str) -> ModelVersion | None:
-    """The version with these weights, or None."""
-    same = (v for v in registered_versions(client, model) if v.tags.get("model_sha256") == model_sha256)
-    return next(same, None)
+def _answered(method: Callable[Concatenate["ModelRegistry", P], R]) -> Callable[Concatenate["ModelRegistry", P], R]:
+    """Wrap a method in `registry_errors`."""
+
+    @functools.wraps(method)
+    def call(self: "ModelRegistry", *args: P.args, **kwargs: P.kwargs) -> R:
+        with registry_errors(self.uri):
+            return method(self, *args, **kwargs)
+
+    return call
 
 
-def ensure_uploaded(cfg: TrackingFlags, client: MlflowClient, checkpoint: Checkpoint) -> str:
-    """The run whose artifacts are this checkpoint, made where there is none.
+class ModelRegistry:
+    """One registered model at one tracking server. Every method: RegistryError if the server refuses or is away."""
 
-    RegistryError if what comes back from there is not what was sent.
-    """
-    run_id = find_source_run(client, checkpoint)
-    if run_id is None:
-        name = f"promote-{checkpoint.sha256[:10]}"
-        run_id = str(client.create_run(experiment_id(client, cfg), run_name=name).info.run_id)
-        client.log_artifacts(run_id, str(checkpoint.folder), ARTIFACTS)
-        client.set_terminated(run_id)
-    source = source_of(run_id)
-    with downloaded(client, source, cfg) as folder:
-        if verify_folder(folder) != checkpoint.sha256:
-            raise RegistryError(f"{source} is another checkpoint than {checkpoint.folder}; promote it again.")
-    return run_id
+    def __init__(self, uri: str, model: str, experiment: str) -> None:
+        """`experiment`: of the runs that hold checkpoints which have no run of their own."""
+        self.uri, self.model, self.experiment = uri, model, experiment
 
+    @functools.cached_property
+    def client(self) -> MlflowClient:
+        """MLflow's client; a database is created when it is first used."""
+        return MlflowClient(self.uri)
 
-def source_of(run_id: str) -> str:
-    """Where a run's checkpoint lies, as a version names it."""
-    return f"runs:/{run_id}/{ARTIFACTS}"
+    @property
+    def address(self) -> str:
+        """Tracking URI without its password."""
+        return redact_password(self.uri)
 
-
-def all_experiments(client: MlflowClient) -> list[str]:
-    """Ids of the experiments that are not deleted."""
-    return [experiment.experiment_id for experiment in client.search_experiments()]
-
-
-def find_source_run(client: MlflowClient, checkpoint: Checkpoint) -> str | None:
-    """The checkpoint's own run, if this server knows it and its artifacts are this very checkpoint."""
-    key = checkpoint.provenance.get("run_key")
-    run_id = run_of_key(client, key, all_experiments(client)) if key else None
-    if run_id is None:
-        return None
-    with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
+    @_answered
+    def champion(self) -> str | None:
+        """Number of the version that has the alias now; None: no version, or no such model."""
         try:
-            sums = client.download_artifacts(run_id, f"{ARTIFACTS}/{CHECKSUMS_FILE}", scratch)
+            number = self.client.get_registered_model(self.model).aliases.get(CHAMPION)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
             raise
-        return run_id if sha256_file(Path(sums)) == checkpoint.sha256 else None
+        return None if number is None else str(number)  # MLflow returns a number or a text
+
+    @_answered
+    def versions(self) -> list[ModelVersion]:
+        """Versions in the order of their numbers; none where there is no such model."""
+        found = self.client.search_model_versions(f"name='{self.model}'")
+        return sorted(found, key=lambda version: int(version.version))
+
+    @_answered
+    def tags(self, number: str) -> dict[str, str]:
+        """Tags of a version."""
+        return dict(self.client.get_model_version(self.model, number).tags)
+
+    def version_of(self, model_sha256: str) -> ModelVersion | None:
+        """The version with these weights, or None."""
+        return next((v for v in self.versions() if v.tags.get("model_sha256") == model_sha256), None)
+
+    @contextmanager
+    def download(self, number: str) -> Iterator[Path]:
+        """A copy of a version's checkpoint, removed when the block ends."""
+        with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
+            with registry_errors(self.uri):
+                version = self.client.get_model_version(self.model, number)
+                folder = download_checkpoint(self.client, *artifact_path(version), scratch)
+            yield folder
+
+    @_answered
+    def write_version(self, version: ModelVersion | None, run_id: str, tags: Mapping[str, str]) -> str:
+        """Register a version with all its tags in one request, or rewrite an old one's tags. Returns its number.
+
+        An old one has no test fingerprint while its tags change, so half of them are never compared with.
+        """
+        if version is None:
+            self.create_model()
+            created = self.client.create_model_version(
+                self.model, f"runs:/{run_id}/{ARTIFACTS}", run_id, tags=dict(tags), await_creation_for=0
+            )
+            return str(created.version)
+        number = str(version.version)
+        last = "test_fingerprint"
+        for key, value in [(last, ""), *sorted(tags.items(), key=lambda item: item[0] == last)]:
+            self.tag_version(number, key, value)
+        return number
+
+    def create_model(self) -> None:
+        """Create the registered model if it is missing."""
+        try:
+            self.client.create_registered_model(self.model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    @_answered
+    def tag_version(self, number: str, key: str, value: str) -> None:
+        """Set one tag of a version."""
+        self.client.set_model_version_tag(self.model, number, key, value)
+
+    @_answered
+    def move_alias(self, number: str) -> None:
+        """Make a version champion: one row in the registry's database."""
+        self.client.set_registered_model_alias(self.model, CHAMPION, number)
+
+    @_answered
+    def ensure_uploaded(self, checkpoint: Checkpoint) -> str:
+        """Id of the run whose artifacts are this checkpoint; uploaded to a new run if there is none.
+
+        RegistryError: what the server returns is not what was sent.
+        """
+        run_id = self.find_source_run(checkpoint)
+        if run_id is None:
+            flags = TrackingFlags(tracking_uri=self.uri, experiment=self.experiment)
+            name = f"promote-{checkpoint.sha256[:10]}"
+            run_id = str(self.client.create_run(experiment_id(self.client, flags), run_name=name).info.run_id)
+            self.client.log_artifacts(run_id, str(checkpoint.folder), ARTIFACTS)
+            self.client.set_terminated(run_id)
+        with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
+            copy = download_checkpoint(self.client, run_id, ARTIFACTS, scratch)
+            if verify_folder(copy) != checkpoint.sha256:
+                raise RegistryError(
+                    f"runs:/{run_id}/{ARTIFACTS} is another checkpoint than {checkpoint.folder}; promote it again."
+                )
+        return run_id
+
+    def find_source_run(self, checkpoint: Checkpoint) -> str | None:
+        """Id of the checkpoint's own run, if this server has it and its artifacts are this very checkpoint."""
+        key = checkpoint.provenance.get("run_key")
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        run_id = run_of_key(self.client, key, experiments) if key else None
+        if run_id is None:
+            return None
+        with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
+            try:
+                sums = self.client.download_artifacts(run_id, f"{ARTIFACTS}/{CHECKSUMS_FILE}", scratch)
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return None
+                raise
+            return run_id if sha256_file(Path(sums)) == checkpoint.sha256 else None

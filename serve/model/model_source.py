@@ -1,7 +1,7 @@
-"""Where models come from: an alias or version in MLflow's registry, or a checkpoint in a folder or at a URI.
+"""Sources of the served model: an alias or version in MLflow's registry, or a checkpoint in a folder or at a URI.
 
-Only plain artifacts are taken (safetensors, JSON), by the digest that was noted at promotion. Nothing that the
-registry holds is run or unpickled.
+Only plain artifacts are loaded (safetensors, JSON), by the digest recorded at promotion. Nothing in the registry is
+executed or unpickled.
 """
 
 import tempfile
@@ -10,8 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ray_app.config.base import MODEL_URI
-from ray_app.errors import CheckpointError, RegistryError
+from ray_app.errors import CheckpointError
 from ray_app.store.atomic import sha256_bytes
 from ray_app.store.checkpoint import CHECKSUMS_FILE
 from ray_app.store.checkpoint_transfer import local_folder
@@ -54,70 +53,49 @@ class RegistrySource:
     """`models:/NAME@ALIAS`, which may move, or `models:/NAME/VERSION`, which does not."""
 
     def __init__(self, uri: str, tracking_uri: str) -> None:
-        match = MODEL_URI.fullmatch(uri)
-        assert match is not None, "checked by EndpointConfig"
         self.uri, self._tracking_uri = uri, tracking_uri
-        self._name, self._alias, self._version = match["name"], match["alias"], match["version"]
         self._client: Any = None
 
     def current(self) -> Identity:
-        with self._answers():
-            if self._alias:
-                version = self._registry().get_model_version_by_alias(self._name, self._alias)
-            else:
-                version = self._registry().get_model_version(self._name, self._version)
-        tags = dict(version.tags)
-        if "checkpoint_sha256" not in tags:
+        from ray_app.tracking.model_registry import artifact_path, find_version
+
+        with self._registry() as client:
+            version = find_version(client, self.uri)
+        run_id, path = artifact_path(version)
+        if "checkpoint_sha256" not in version.tags:
             raise CheckpointError(
-                f"{self._name} version {version.version} does not tell which checkpoint it is (tag "
+                f"{version.name} version {version.version} does not say which checkpoint it is (tag "
                 "checkpoint_sha256); register it with `ray-app promote`."
-            )
-        run_id, _, path = str(version.source).removeprefix("runs:/").partition("/")
-        if not str(version.source).startswith("runs:/") or not path or ".." in path.split("/"):
-            raise CheckpointError(
-                f"{self._name} version {version.version} lies at {version.source}, not in the artifacts of a run; "
-                "register it with `ray-app promote`."
             )
         return Identity(
             version=str(version.version),
-            digest=tags["checkpoint_sha256"],
+            digest=version.tags["checkpoint_sha256"],
             source=self.uri,
             run_id=run_id,
-            tags={**tags, "artifact_path": path},
+            tags={**version.tags, "artifact_path": path},
         )
 
     @contextmanager
     def files(self, identity: Identity) -> Iterator[Path]:
+        from ray_app.tracking.model_registry import download_checkpoint
+
         assert identity.run_id
         assert identity.tags
         with tempfile.TemporaryDirectory(prefix="ray-app-serve-") as scratch:
-            with self._answers():
-                path = self._registry().download_artifacts(identity.run_id, identity.tags["artifact_path"], scratch)
-            folder = Path(path)
-            if irregular := [str(item) for item in folder.iterdir() if item.is_symlink() or not item.is_file()]:
-                raise CheckpointError(
-                    f"{identity.source}: {irregular[0]} is no plain file; a checkpoint has no other."
-                )
+            with self._registry() as client:
+                folder = download_checkpoint(client, identity.run_id, identity.tags["artifact_path"], scratch)
             yield folder
 
-    def _registry(self) -> Any:
-        if self._client is None:
-            from mlflow import MlflowClient
-
-            self._client = MlflowClient(self._tracking_uri)
-        return self._client
-
     @contextmanager
-    def _answers(self) -> Iterator[None]:
-        """What MLflow refuses, or that it does not answer, as RegistryError."""
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
+    def _registry(self) -> Iterator[Any]:
+        """MLflow's client. Its errors, and its silence, become RegistryError."""
+        from mlflow import MlflowClient  # not for a checkpoint in a folder: MLflow takes seconds to import
 
-        try:
-            yield
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RegistryError(f"{self.uri}: {first}") from error
+        from ray_app.tracking.model_registry import registry_errors
+
+        with registry_errors(self._tracking_uri):
+            self._client = self._client or MlflowClient(self._tracking_uri)
+            yield self._client
 
 
 def source_of(checkpoint: str, tracking_uri: str | None) -> Source:

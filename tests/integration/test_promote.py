@@ -4,9 +4,6 @@ import hashlib
 import io
 import json
 import shutil
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,10 @@ from small_runs import make_run
 
 from ray_app import cli
 from ray_app.commands.evaluate.command import run_evaluate
-from ray_app.commands.promote import command as promote_module
 from ray_app.commands.promote.command import render_promote, run_promote
-from ray_app.commands.promote.judging import ChampionComparison
 from ray_app.config.evaluate import EvaluateConfig, PromoteConfig
 from ray_app.errors import CheckpointError, ConfigError, RegistryError
-from ray_app.tracking.model_registry import best_of_run
+from ray_app.tracking.model_registry import ModelRegistry, best_of_run
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -88,7 +83,7 @@ def test_the_alias_goes_to_the_first_version_and_then_only_to_one_that_earns_it(
     assert (first["promoted"], first["forced"], first["champion_before"]) == (True, False, None)
     assert first["verdict_code"] == "first"
     assert first["lift"] <= 0
-    assert "only for want of another" in first["reason"]
+    assert "only because there is no champion yet" in first["reason"]
     assert champion(tracking) == first["version"]
 
     weak = promote(runs["weak"], tracking)
@@ -101,16 +96,16 @@ def test_the_alias_goes_to_the_first_version_and_then_only_to_one_that_earns_it(
     forced = promote(runs["weak"], tracking, force=True)
     assert (forced["promoted"], forced["forced"], forced["new_version"]) == (True, True, False)
     assert forced["version"] == weak["version"] == champion(tracking)
-    assert "was there already" in printed(forced)
+    assert "already there" in printed(forced)
 
     tags = versions(tracking)
     assert sorted(tags) == [first["version"], weak["version"]]
     assert float(tags[first["version"]]["lift"]) == first["lift"]
-    told = tags[weak["version"]]
-    assert (told["verdict_code"], told["reason"]) == ("forced", forced["reason"])
-    assert float(told["cosine_accept_rate_0.80"]) == weak["metrics"]["cosine_accept_rate"]["0.80"]
-    assert told["fingerprint"] == weak["metrics"]["fingerprint"]
-    assert told["test_fingerprint"] == weak["metrics"]["test_fingerprint"]
+    weak_tags = tags[weak["version"]]
+    assert (weak_tags["verdict_code"], weak_tags["reason"]) == ("forced", forced["reason"])
+    assert float(weak_tags["cosine_accept_rate_0.80"]) == weak["metrics"]["cosine_accept_rate"]["0.80"]
+    assert weak_tags["fingerprint"] == weak["metrics"]["fingerprint"]
+    assert weak_tags["test_fingerprint"] == weak["metrics"]["test_fingerprint"]
 
     again = promote(runs["weak"], tracking)
     assert (again["verdict_code"], again["promoted"], again["champion"]) == (
@@ -127,7 +122,7 @@ def test_the_alias_goes_to_the_first_version_and_then_only_to_one_that_earns_it(
     assert row["pairs"] == str(weak["metrics"]["pairs"])
     text = printed(listed)
     assert any(line.split()[:2] == ["→", "2"] for line in text.splitlines())
-    for word in (row["best_baseline"], "1 → 2", "--rollback goes back to it", forced["reason"][:40]):
+    for word in (row["best_baseline"], "1 → 2", "--rollback moves the alias back", forced["reason"][:40]):
         assert word in text
 
     # What an endpoint would load by the alias is what was judged.
@@ -141,7 +136,7 @@ def test_the_alias_goes_to_the_first_version_and_then_only_to_one_that_earns_it(
     assert "version 1, instead of version 2" in printed(back)
 
 
-def test_a_champion_of_other_test_pairs_is_judged_anew_and_a_run_keeps_its_own_artifacts(
+def test_a_champion_of_other_test_pairs_is_evaluated_again_and_a_run_keeps_its_own_artifacts(
     runs: dict[str, Path], tracking: dict[str, str], tmp_path: Path, small_store: Path
 ) -> None:
     client = MlflowClient(tracking["tracking_uri"])
@@ -154,11 +149,11 @@ def test_a_champion_of_other_test_pairs_is_judged_anew_and_a_run_keeps_its_own_a
 
     second = promote(runs["elsewhere"], tracking, split_seed=7)
     assert second["metrics"]["test_fingerprint"] != first["metrics"]["test_fingerprint"]
-    anew = second["champion_before_metrics"]
-    assert anew["test_fingerprint"] == second["metrics"]["test_fingerprint"]
-    better = second["metrics"]["cosine_accept_rate"]["0.80"] > anew["cosine_accept_rate"]["0.80"]
+    again = second["champion_before_metrics"]
+    assert again["test_fingerprint"] == second["metrics"]["test_fingerprint"]
+    better = second["metrics"]["cosine_accept_rate"]["0.80"] > again["cosine_accept_rate"]["0.80"]
     assert second["promoted"] == (better and second["lift"] > 0)
-    assert f"{anew['cosine_accept_rate']['0.80']:.4f}" in second["reason"] or second["lift"] <= 0
+    assert f"{again['cosine_accept_rate']['0.80']:.4f}" in second["reason"] or second["lift"] <= 0
 
 
 def test_a_champion_that_cannot_be_judged_keeps_its_place_and_the_reason_says_why(
@@ -174,7 +169,7 @@ def test_a_champion_that_cannot_be_judged_keeps_its_place_and_the_reason_says_wh
     result = promote(runs["weak"], tracking)
     assert not result["promoted"]
     assert result["champion"] == champion(tracking) == str(stranger.version)
-    assert "cannot be judged" in result["reason"]
+    assert "cannot be evaluated" in result["reason"]
     assert "MANIFEST.sha256" in result["reason"]
 
 
@@ -222,68 +217,27 @@ def test_a_checkpoint_that_is_not_what_was_saved_is_not_registered_even_by_force
     assert not versions(tracking)
 
 
-def test_a_challenger_whose_champion_changed_while_it_was_judged_is_compared_with_the_new_one(
+def test_a_challenger_whose_champion_changed_while_it_was_evaluated_is_compared_with_the_new_one(
     runs: dict[str, Path], tracking: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turn, rivals = promote_module.turn, ["untrained"]
+    write, rivals = ModelRegistry.write_version, ["untrained"]
 
-    @contextmanager
-    def late(*args: Any, **settings: Any) -> Iterator[Any]:
-        if rivals:  # another promotion gets its turn first
+    def late(registry: ModelRegistry, *args: Any) -> str:
+        number = write(registry, *args)
+        if rivals:  # another promotion is quicker, between this one's version and its last look at the alias
             first = promote(runs[rivals.pop()], tracking)
             assert first["verdict_code"] == "first"
-        with turn(*args, **settings) as mine:
-            yield mine
+        return number
 
-    monkeypatch.setattr(promote_module, "turn", late)
+    monkeypatch.setattr(ModelRegistry, "write_version", late)
     result = promote(runs["weak"], tracking)
-    assert (result["verdict_code"], result["champion_before"]) == ("beaten_by_baseline", "1")
+    assert (result["verdict_code"], result["champion_before"]) == ("beaten_by_baseline", "2")
+    assert (result["version"], result["new_version"]) == ("1", False)
     assert result["champion_before_metrics"] is not None
-    assert champion(tracking) == "1"
+    assert champion(tracking) == "2"
     assert sorted(versions(tracking)) == ["1", "2"]
-
-
-def test_of_two_promotions_at_once_one_is_first_and_the_other_is_judged_against_it(
-    runs: dict[str, Path], tracking: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results: list[dict[str, Any]] = []
-    judging, both = threading.Lock(), threading.Barrier(2)
-    waited: list[threading.Thread] = []
-    judged, mean_target, turn = ChampionComparison.judged, promote_module.mean_target, promote_module.turn
-
-    def judged_alone(
-        bench: ChampionComparison, checkpoint: Any
-    ) -> dict[str, Any]:  # two at once want more than two CPUs
-        with judging:
-            return judged(bench, checkpoint)
-
-    def mean_target_alone(*args: Any) -> Any:
-        with judging:
-            return mean_target(*args)
-
-    def together(*args: Any) -> Any:
-        if threading.current_thread() not in waited:
-            waited.append(threading.current_thread())
-            both.wait(120)
-        return turn(*args)
-
-    monkeypatch.setattr(ChampionComparison, "judged", judged_alone)
-    monkeypatch.setattr(promote_module, "mean_target", mean_target_alone)
-    monkeypatch.setattr(promote_module, "turn", together)
-
-    def run(name: str) -> None:
-        results.append(promote(runs[name], tracking))
-
-    threads = [threading.Thread(target=run, args=(name,)) for name in ("untrained", "weak")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    first, second = sorted(results, key=lambda result: result["version"])
-    assert (first["verdict_code"], second["verdict_code"]) == ("first", "beaten_by_baseline")
-    assert champion(tracking) == first["version"] == second["champion_before"]
     listed = ask(tracking, "list")
-    assert [entry["version"] for entry in listed["history"]] == [first["version"]]
+    assert [move["version"] for move in listed["history"]] == ["2"]
     assert not listed["warnings"]
 
 
@@ -301,7 +255,7 @@ def test_the_command_line_lists_as_one_json_object(
     assert "exactly one of RUN, --rollback and --list" in capfd.readouterr().err.replace("\n", " ")
 
 
-def test_a_tracking_server_that_is_away_is_named_before_anything_is_judged(
+def test_a_tracking_server_that_is_away_is_named_before_anything_is_evaluated(
     runs: dict[str, Path], tracking: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -311,7 +265,7 @@ def test_a_tracking_server_that_is_away_is_named_before_anything_is_judged(
     assert "secret" not in str(caught.value)
 
 
-def test_a_checkpoint_that_tells_nothing_of_its_store_needs_one(
+def test_a_checkpoint_that_does_not_record_its_store_needs_one(
     runs: dict[str, Path], tracking: dict[str, str], tmp_path: Path
 ) -> None:
     shutil.copytree(runs["weak"] / "checkpoints" / "epoch_0001", tmp_path / "alone")

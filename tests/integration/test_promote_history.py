@@ -1,92 +1,96 @@
-"""The log of champions tells what happened whatever was cut short, and two promotions never write at once."""
+"""The record of champions says what happened whatever was interrupted; rollback and --list follow it."""
 
 import json
-import multiprocessing
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from mlflow_process import MlflowServer
 
-from ray_app.commands.promote import registry_lock as turn_module
-from ray_app.commands.promote.champion_history import (
-    AliasMove,
-    ChampionLog,
-    champion_stack,
-    move,
-    predecessor,
-    read_log,
-    reconcile,
-)
-from ray_app.commands.promote.registry_lock import tickets, turn
+from ray_app.commands.promote import command as promote_module
+from ray_app.commands.promote.champions import alias_moves, predecessor, registry_warnings
+from ray_app.commands.promote.command import Challenger, register
 from ray_app.commands.promote.rollback import list_champions, roll_back
 from ray_app.config.evaluate import PromoteConfig
 from ray_app.errors import ConfigError, RegistryError
+from ray_app.tracking.model_registry import ModelRegistry
 
-AT = "2027-01-01T00:00:00+00:00"
+RATES = ("0.50", "0.60", "0.70", "0.80", "0.85", "0.90", "0.95")
 
 
-def log_of(*moves: tuple[str | None, str]) -> list[AliasMove]:
-    """A log of (version, code), each from the one before."""
-    before = [None, *(version for version, _ in moves)]
-    return [
-        AliasMove(number, version, before[number - 1], AT, code, "because")
-        for number, (version, code) in enumerate(moves, 1)
-    ]
+def versions_after(*moves: tuple[str, str], deleted: tuple[str, ...] = ()) -> tuple[str | None, list[Any]]:
+    """Champion and versions after some moves (`promote` or `rollback` or `by hand`, version)."""
+    tags: dict[str, dict[str, str]] = {}
+    champion: str | None = None
+    for hour, (what, number) in enumerate(moves):
+        at = f"2027-01-01T{hour:02}:00:00.000+00:00"
+        if what == "promote":
+            tags[number] = tags.get(number, {}) | {"promoted_at": at, "previous_champion": champion or ""}
+            tags[number] |= {"verdict_code": "promoted", "reason": "earned"}
+        elif what == "rollback":
+            assert champion
+            tags[champion] |= {"rolled_back_to": number, "rolled_back_at": at}
+        tags.setdefault(number, {})
+        champion = number
+    return champion, [SimpleNamespace(version=v, tags=t) for v, t in tags.items() if v not in deleted]
+
+
+P, R, H = "promote", "rollback", "by hand"
 
 
 @pytest.mark.parametrize(
-    ("moves", "stack", "previous"),
+    ("moves", "deleted", "wanted"),
     [
-        ([], [], None),
-        ([("1", "first")], ["1"], None),
-        ([("1", "first"), ("2", "promoted"), ("3", "forced")], ["1", "2", "3"], "2"),
-        ([("1", "first"), ("2", "promoted"), ("3", "promoted"), ("2", "rollback")], ["1", "2"], "1"),
+        ([], (), None),
+        ([(P, "1")], (), None),
+        ([(P, "1"), (P, "2"), (P, "3")], (), "2"),
+        ([(P, "1"), (P, "2"), (P, "3"), (R, "2")], (), "1"),
         # Two rollbacks go two back, not back and forth.
-        ([("1", "first"), ("2", "promoted"), ("3", "promoted"), ("2", "rollback"), ("1", "rollback")], ["1"], None),
-        ([("1", "first"), ("2", "promoted"), ("1", "rollback"), ("3", "promoted")], ["1", "3"], "1"),
-        ([("1", "first"), ("2", "promoted"), ("1", "forced"), ("2", "rollback")], ["1", "2"], "1"),
-        ([("1", "first"), ("2", "found"), ("3", "promoted")], ["1", "2", "3"], "2"),
-        ([("1", "first"), ("2", "promoted"), (None, "found")], ["1", "2", None], "2"),
-        ([("1", "first"), ("8", "promoted"), ("3", "promoted")], ["1", "8", "3"], "1"),  # 8 was deleted
-        ([("1", "first"), ("8", "promoted"), ("3", "promoted"), ("1", "rollback")], ["1"], None),
-        ([("2", "rollback")], ["2"], None),  # what lay before it was lost
+        ([(P, "1"), (P, "2"), (P, "3"), (R, "2"), (R, "1")], (), None),
+        ([(P, "1"), (P, "2"), (R, "1"), (P, "3")], (), "1"),
+        ([(P, "1"), (P, "2"), (P, "3"), (P, "2"), (R, "3")], (), "1"),
+        # A version has one record: that 1 was champion before 2 is lost when 1 is promoted again and rolled back.
+        ([(P, "1"), (P, "2"), (P, "1"), (R, "2")], (), None),
+        ([(P, "1"), (P, "2"), (R, "1"), (P, "2")], (), "1"),  # promoted again after it was rolled back
+        ([(P, "1"), (H, "2"), (P, "3")], (), "2"),
+        ([(P, "1"), (P, "2"), (H, "3")], (), "2"),
+        ([(P, "1"), (P, "2"), (H, "3")], ("2",), "1"),
+        ([(P, "1"), (P, "8"), (P, "3")], ("8",), "1"),
+        ([(P, "1"), (P, "8"), (P, "3"), (R, "1")], ("8",), None),
     ],
 )
-def test_a_rollback_takes_the_top_off_the_stack_of_champions(
-    moves: list[tuple[str | None, str]], stack: list[str | None], previous: str | None
+def test_a_rollback_goes_to_the_champion_before(
+    moves: list[tuple[str, str]], deleted: tuple[str, ...], wanted: str | None
 ) -> None:
-    entries = log_of(*moves)
-    assert [entry.version for entry in champion_stack(entries)] == stack
-    found = predecessor(entries, {"1", "2", "3"})
-    assert (found.version if found else None) == previous
+    champion, versions = versions_after(*moves, deleted=deleted)
+    assert predecessor(champion, versions) == wanted
+    by_hand = any(what == H for what, _ in moves[-1:])
+    assert bool(registry_warnings(champion, versions)) == by_hand
 
 
-def test_a_log_that_disagrees_with_the_alias_says_so_and_is_settled_by_an_entry() -> None:
-    entries = tuple(log_of(("1", "first"), ("2", "promoted")))
-    assert ChampionLog("2", entries).flaws() == []
-    assert ChampionLog(None).flaws() == []
-    assert ChampionLog("2", entries).settled(AT) == ChampionLog("2", entries)
-    by_hand = ChampionLog("1", entries)
-    assert "alias is at version 1, but the log's last champion is version 2" in by_hand.flaws()[0]
-    found = by_hand.settled(AT).last
-    assert found
-    assert (found.number, found.version, found.before, found.code) == (3, "1", "2", "found")
-    assert "the log is empty" in ChampionLog("7").flaws()[0]
-    assert "the alias is nowhere" in ChampionLog(None, entries).flaws()[0]
+def test_a_rollback_without_a_champion_goes_to_the_last_promotion() -> None:
+    _, versions = versions_after((P, "1"), (P, "2"))
+    assert predecessor(None, versions) == "2"
+    (warning,) = registry_warnings(None, versions)
+    assert "no version has the alias, but the last recorded move was to version 2" in warning
 
 
-def test_a_tag_that_is_no_entry_is_named() -> None:
-    with pytest.raises(RegistryError, match=r"champion\.0001.*mend it"):
-        ChampionLog.of({}, {"champion.0001": "{}"})
-    entry = log_of(("1", "first"))[0]
-    assert AliasMove.from_tag("champion.0001", entry.to_tag()) == entry
-    assert len(replace(entry, reason="x" * 9_000).to_tag()) < 5_000
+def test_moves_are_listed_in_order_with_where_from_and_why() -> None:
+    _, versions = versions_after((P, "1"), (P, "2"), (P, "3"), (R, "2"))
+    moves = alias_moves(versions)
+    assert [(move.before, move.version, move.code) for move in moves] == [
+        (None, "1", "promoted"),
+        ("1", "2", "promoted"),
+        ("2", "3", "promoted"),
+        ("3", "2", "rollback"),
+    ]
+    assert moves[-1].reason == "back to version 2 from version 3"
+    assert moves[0].to_dict() == {
+        "version": "1", "from": None, "at": "2027-01-01T00:00:00.000+00:00", "code": "promoted", "reason": "earned",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -107,83 +111,82 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
     return uri
 
 
-def model_of(client: MlflowClient, name: str, versions: int) -> str:
-    """A model with so many versions; the id of a run."""
-    run_id = client.create_run(client.create_experiment(name)).info.run_id
-    client.create_registered_model(name)
-    for _ in range(versions):
-        client.create_model_version(name, f"runs:/{run_id}/checkpoint", run_id)
-    return run_id
+class Contest:
+    """A model whose challengers are made up: each has a name, and an acceptance that decides."""
+
+    def __init__(self, uri: str, name: str) -> None:
+        self.registry = ModelRegistry(uri, name, name)
+        client = self.registry.client
+        self.run_id = client.create_run(client.create_experiment(name)).info.run_id
+
+    def promote(self, name: str, rate: float, against: str | None, registry: ModelRegistry | None = None) -> Any:
+        """`register` of the challenger against a champion that accepts as its tag says; None: compare again."""
+        registry = registry or self.registry
+        key = "cosine_accept_rate_0.80"
+        opponent = None
+        if against is not None:
+            opponent = {"cosine_accept_rate": {"0.80": float(self.registry.tags(against)[key])}}
+            opponent["test_fingerprint"] = "f" * 64  # type: ignore[assignment]
+        checkpoint: Any = SimpleNamespace(sha256="c" * 64, folder=name)
+        challenger = Challenger(checkpoint, f"weights of {name}", self.run_id, metrics_of(rate))
+        return register(registry, challenger, against, opponent, 0.0, False)
 
 
-def settings_of(uri: str, name: str, **task: bool) -> PromoteConfig:
-    return PromoteConfig(tracking_uri=uri, model_name=name, experiment=name, **task)
+def metrics_of(rate: float) -> dict[str, Any]:
+    rates = dict.fromkeys(RATES, rate)
+    baseline = {"cos_sim_mean": 0.5, "cosine_accept_rate": dict.fromkeys(RATES, 0.0)}
+    return {
+        "cosine_accept_rate": rates, "cos_sim_mean": 0.9, "cos_sim_std": 0.1, "lift": rate, "percentiles": {},
+        "interval95": {"lift": [0.0, 1.0]}, "best_baseline": "white", "previous_window_better": False,
+        "centered_cos_sim_mean": 0.1, "pairs": 10, "fingerprint": "s" * 64, "test_fingerprint": "f" * 64,
+        "split": {"label": "by sequence"}, "data": {"source": "npy", "events": "real"}, "verdict": "It is.",
+        "baselines": {"white": baseline},
+    }  # fmt: skip
 
 
-def champion_moves(client: MlflowClient, name: str, run_id: str, *versions: str) -> None:
-    for version in versions:
-        with turn(client, name, run_id, stale_s=0.0) as mine:
-            move(mine, name, reconcile(mine, name, AT), version, code="promoted", reason="earned", at=AT)
+@pytest.fixture
+def contest(registry: str, tmp_path: Path) -> Contest:
+    return Contest(registry, tmp_path.name)
 
 
-def test_rollback_goes_back_again_and_again_and_the_list_tells_who_when_and_why(
-    registry: str, tmp_path: Path
-) -> None:
-    client, name = MlflowClient(registry), tmp_path.name
-    run_id = model_of(client, name, 3)
-    champion_moves(client, name, run_id, "1", "2", "3")
-    assert roll_back(settings_of(registry, name, rollback=True))["champion"] == "2"
-    result = roll_back(settings_of(registry, name, rollback=True))
+def test_rollback_goes_back_again_and_again_and_the_list_says_who_when_and_why(contest: Contest) -> None:
+    for number, against in enumerate((None, "1", "2"), 1):
+        assert contest.promote(f"run {number}", number / 10, against)["champion"] == str(number)
+    assert roll_back(contest.registry)["champion"] == "2"
+    result = roll_back(contest.registry)
     assert (result["champion"], result["champion_before"]) == ("1", "2")
-    listed = list_champions(settings_of(registry, name, list=True))
+    listed = list_champions(contest.registry)
     json.dumps(listed, allow_nan=False)
     assert (listed["champion"], listed["champion_before"], listed["code"]) == ("1", None, "rollback")
     assert "back to version 1" in listed["reason"]
-    assert listed["since"]
-    assert [(e["from"], e["version"]) for e in listed["history"]] == [
-        (None, "1"),
-        ("1", "2"),
-        ("2", "3"),
-        ("3", "2"),
-        ("2", "1"),
-    ]
+    assert listed["since"] == result["at"]
+    moves = [(None, "1"), ("1", "2"), ("2", "3"), ("3", "2"), ("2", "1")]
+    assert [(move["from"], move["version"]) for move in listed["history"]] == moves
     assert not listed["warnings"]
-    with pytest.raises(RegistryError, match="champion is version 1, and the log knows of nobody before"):
-        roll_back(settings_of(registry, name, rollback=True))
-    assert not tickets(client, f"{name}.lock")
+    with pytest.raises(RegistryError, match="champion is version 1, and no champion before it is recorded"):
+        roll_back(contest.registry)
 
 
-def test_an_alias_moved_by_hand_is_told_and_is_where_a_rollback_starts(registry: str, tmp_path: Path) -> None:
-    client, name = MlflowClient(registry), tmp_path.name
-    run_id = model_of(client, name, 3)
-    champion_moves(client, name, run_id, "1", "2")
-    client.set_registered_model_alias(name, "champion", "3")
-    listed = list_champions(settings_of(registry, name, list=True))
+def test_an_alias_moved_by_hand_is_reported_and_a_rollback_starts_there(contest: Contest) -> None:
+    contest.promote("first", 0.1, None)
+    contest.promote("second", 0.2, "1")
+    assert contest.promote("third", 0.1, "2")["verdict_code"] == "no_gain"
+    contest.registry.move_alias("3")
+    listed = list_champions(contest.registry)
     assert (listed["champion"], listed["champion_before"], listed["since"]) == ("3", "2", None)
     assert "moved by other means" in listed["warnings"][0]
-    client.delete_model_version(name, "2")
-    result = roll_back(settings_of(registry, name, rollback=True))
-    assert (result["champion"], result["champion_before"]) == ("1", "3")  # 2 is no more
-    log = read_log(client, name)
-    assert log
-    assert [entry.code for entry in log.entries] == ["promoted", "promoted", "found", "rollback"]
-    assert not log.flaws()
-
-
-def test_a_version_whose_promotion_was_killed_before_the_alias_moved_is_told(registry: str, tmp_path: Path) -> None:
-    client, name = MlflowClient(registry), tmp_path.name
-    run_id = model_of(client, name, 2)
-    for version in ("1", "2"):
-        client.set_model_version_tag(name, version, "verdict_code", "promoted")
-    champion_moves(client, name, run_id, "1")
-    (note,) = list_champions(settings_of(registry, name, list=True))["warnings"]
-    assert "version 2 earned the alias and never had it" in note
+    contest.registry.client.delete_model_version(contest.registry.model, "2")
+    result = roll_back(contest.registry)
+    assert (result["champion"], result["champion_before"]) == ("1", "3")  # 2 is deleted
+    listed = list_champions(contest.registry)
+    assert [move["code"] for move in listed["history"]] == ["first", "rollback"]
+    assert not listed["warnings"]
 
 
 def test_a_model_that_is_not_there_is_named(registry: str) -> None:
-    for ask, task in ((list_champions, "list"), (roll_back, "rollback")):
+    for action in (list_champions, roll_back):
         with pytest.raises(RegistryError, match=r"no model 'nowhere'.*promote RUN"):
-            ask(settings_of(registry, "nowhere", **{task: True}))
+            action(ModelRegistry(registry, "nowhere", "nowhere"))
 
 
 class Mortal:
@@ -203,113 +206,95 @@ class Mortal:
         return call
 
 
-@pytest.mark.parametrize("writes", range(8))
-def test_a_move_that_is_killed_before_any_of_its_writes_happened_wholly_or_not_at_all(
-    writes: int, registry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def killed_after(contest: Contest, writes: int) -> ModelRegistry:
+    """The contest's registry in a process that is killed before its next write but so many."""
+    mortal = ModelRegistry(contest.registry.uri, contest.registry.model, contest.registry.experiment)
+    mortal.__dict__["client"] = Mortal(contest.registry.client, writes)
+    return mortal
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_a_promotion_killed_before_any_of_its_writes_is_listed_as_it_is_and_completed_by_the_next(
+    writes: int, contest: Contest
 ) -> None:
-    client, name = MlflowClient(registry), f"{tmp_path.name}-{writes}"
-    run_id = model_of(client, name, 2)
-    champion_moves(client, name, run_id, "1")
-    mortal: Any = Mortal(client, writes)
-    try:
-        champion_moves(mortal, name, run_id, "2")
-        ended = True
-    except ConnectionError:
-        ended = False
-    assert ended == (writes >= 6)  # queue and ticket, then four writes; giving the ticket back may fail
-    listed = list_champions(settings_of(registry, name, list=True))
-    moved = listed["champion"] == "2"
-    assert moved == (writes >= 4)
+    contest.promote("first", 0.1, None)
+    with pytest.raises(RegistryError, match="killed"):  # writes: model, version, alias, promoted_at
+        contest.promote("second", 0.2, "1", killed_after(contest, writes))
+    listed = list_champions(contest.registry)
+    moved = writes >= 3
+    assert listed["champion"] == contest.registry.champion() == ("2" if moved else "1")
     assert listed["champion_before"] == ("1" if moved else None)
+    expected = {2: "version 2 earned the alias and never had it", 3: "version 2 has the alias, but its promotion"}
+    assert [warning.startswith(expected.get(writes, "none")) for warning in listed["warnings"]] == [True] * (
+        writes >= 2
+    )
+    again = contest.promote("second", 0.2, listed["champion"])
+    assert (again["champion"], again["version"], again["warnings"]) == ("2", "2", [])
+    listed = list_champions(contest.registry)
+    assert (listed["champion"], listed["champion_before"], listed["warnings"]) == ("2", "1", [])
     assert listed["code"] == "promoted"
-    assert bool(listed["warnings"]) == (writes in (3, 4))  # announced and not done, or done and not in the log
-    with turn(client, name, run_id, stale_s=0.0) as mine:
-        settled = reconcile(mine, name, AT)
-    again = read_log(client, name)
-    assert again == settled
-    assert again.flaws() == []
-    assert [entry.version for entry in again.entries] == (["1", "2"] if moved else ["1"])
-    assert ("taking over" in capsys.readouterr().err) == (2 <= writes <= 6)
-    assert not tickets(client, f"{name}.lock")
+    assert roll_back(contest.registry)["champion"] == "1"
 
 
-def test_waiting_is_told_and_ends_with_who_has_the_turn(
-    registry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("writes", range(3))
+def test_a_rollback_killed_before_any_of_its_writes_is_listed_as_it_is(writes: int, contest: Contest) -> None:
+    contest.promote("first", 0.1, None)
+    contest.promote("second", 0.2, "1")
+    with pytest.raises(RegistryError, match="killed"):  # writes: alias, where to, when
+        roll_back(killed_after(contest, writes))
+    listed = list_champions(contest.registry)
+    assert listed["champion"] == ("2" if writes == 0 else "1")
+    assert [("rollback was interrupted" in warning) for warning in listed["warnings"]] == [True] * (writes > 0)
+
+
+def test_a_version_that_was_interrupted_shows_in_the_next_promotion(contest: Contest) -> None:
+    contest.promote("first", 0.1, None)
+    with pytest.raises(RegistryError, match="killed"):
+        contest.promote("second", 0.2, "1", killed_after(contest, 2))
+    result = contest.promote("third", 0.3, "1")
+    (warning,) = result["warnings"]
+    assert "version 2 earned the alias and never had it" in warning
+    lost = contest.promote("second", 0.2, "3")  # judged again, and not better than the champion of today
+    assert (lost["verdict_code"], lost["warnings"]) == ("no_gain", [])
+
+
+def test_of_two_promotions_at_once_the_later_one_sees_that_the_champion_changed(contest: Contest) -> None:
+    contest.promote("first", 0.1, None)
+    assert contest.promote("second", 0.2, "1")["champion"] == "2"
+    late = contest.promote("third", 0.15, "1")  # compared with version 1 before version 2 was promoted
+    assert late is None
+    assert contest.registry.champion() == "2"
+    again = contest.promote("third", 0.15, "2")
+    assert (again["verdict_code"], again["champion"]) == ("no_gain", "2")
+    assert (again["version"], again["new_version"], again["warnings"]) == ("3", False, [])
+
+
+def test_a_promoted_version_keeps_the_reason_of_its_promotion(
+    contest: Contest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turn_module, "POLL_S", 0.02)
-    client, name = MlflowClient(registry), tmp_path.name
-    run_id = model_of(client, name, 1)
-    with turn(client, name, run_id) as first:
-        second = turn(MlflowClient(registry), name, run_id, wait_s=0.2)
-        with pytest.raises(RegistryError, match=r"process \d+ on .* is promoting to the same model; waited 0 s"):
-            second.__enter__()
-        assert "waiting: process" in capsys.readouterr().err
-        first.require()
-        with turn(MlflowClient(registry), name, run_id, stale_s=0.2):
-            assert "taking over" in capsys.readouterr().err
-            with pytest.raises(RegistryError, match="lost its turn"):
-                move(first, name, ChampionLog(None), "1", code="first", reason="", at=AT)
-    log = read_log(client, name)
-    assert log == ChampionLog(None)
+    monkeypatch.setattr(promote_module, "timestamp", lambda: "2027-01-01T00:00:00.000+00:00")
+    contest.promote("first", 0.1, None)
+    contest.promote("second", 0.2, "1")
+    assert contest.promote("second", 0.2, "2")["verdict_code"] == "already_champion"
+    assert contest.promote("first", 0.1, "2")["verdict_code"] == "no_gain"
+    codes = [version.tags["verdict_code"] for version in contest.registry.versions()]
+    assert codes == ["first", "promoted"]
 
 
-def add_in_turns(uri: str, name: str, run_id: str, times: int) -> None:
-    """Adds to a number that loses additions unless reading and writing it are undisturbed."""
-    turn_module.POLL_S = 0.02
-    client = MlflowClient(uri)
-    for _ in range(times):
-        with turn(client, name, run_id) as mine:
-            number = int(client.get_registered_model(name).tags.get("number", 0))
-            mine.require()
-            client.set_registered_model_tag(name, "number", str(number + 1))
-
-
-def test_two_processes_on_one_database_take_turns(registry: str, tmp_path: Path) -> None:
-    client, name = MlflowClient(registry), tmp_path.name
-    run_id = model_of(client, name, 1)
-    other = multiprocessing.get_context("spawn").Process(target=add_in_turns, args=(registry, name, run_id, 6))
-    other.start()
-    add_in_turns(registry, name, run_id, 3)
-    while other.is_alive() and not tickets(client, f"{name}.lock"):
-        time.sleep(0.02)  # it has been imported and takes its first turn
-    add_in_turns(registry, name, run_id, 3)
-    other.join(400)
-    assert other.exitcode == 0
-    assert client.get_registered_model(name).tags["number"] == "12"
-    assert not tickets(client, f"{name}.lock")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def test_a_real_server_promotes_and_rolls_back(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     server = MlflowServer(tmp_path_factory.mktemp("server"))
     server.start()
-    yield server.uri
-    server.kill()
-
-
-def test_two_clients_of_a_real_server_take_turns_and_roll_back(
-    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    client, name = MlflowClient(server), tmp_path.name
-    run_id = model_of(client, name, 2)
-    failed: list[BaseException] = []
-
-    def add() -> None:
-        try:
-            add_in_turns(server, name, run_id, 4)
-        except BaseException as error:
-            failed.append(error)
-            raise
-
-    threads = [threading.Thread(target=add) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(400)
-    assert not failed
-    assert client.get_registered_model(name).tags["number"] == "8"
-    champion_moves(client, name, run_id, "1", "2")
-    assert roll_back(settings_of(server, name, rollback=True))["champion"] == "1"
-    assert client.get_model_version_by_alias(name, "champion").version == "1"
-    assert list_champions(settings_of(server, name, list=True))["warnings"] == []
+    try:
+        contest = Contest(server.uri, tmp_path.name)
+        contest.promote("first", 0.1, None)
+        contest.promote("second", 0.2, "1")
+        assert contest.promote("third", 0.15, "1") is None
+        assert roll_back(contest.registry)["champion"] == contest.registry.champion() == "1"
+        # The third was interrupted, so to say: it was not compared again.
+        (warning,) = list_champions(contest.registry)["warnings"]
+        assert warning.startswith("version 3 earned the alias and never had it")
+    finally:
+        server.kill()

@@ -1,7 +1,7 @@
-"""`ray-app benchmark`: every pair of a store through a checkpoint, timed; which part was training data is told.
+"""`ray-app benchmark`: run every pair of a store through a checkpoint, timed; says which parts were training data.
 
-Pairs are judged in runs of at most 1,024 in canonical order, so that memory is bounded whatever the store's size;
-`shuffled` and `previous_window` look no further than their run.
+Pairs are evaluated in runs of at most 1,024 in canonical order, so that memory is bounded whatever the store's size;
+`shuffled` and `previous_window` look only within their run.
 """
 
 import sys
@@ -14,50 +14,46 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_app.cluster.connection import cluster
-from ray_app.commands.evaluate.command import about, as_json, claim_report_folder, settings, suffix
-from ray_app.commands.evaluate.evaluator import WARM_UP, EvaluatorHandle, require_device, selected
+from ray_app.commands.evaluate.command import as_json, claim_report_folder, settings
+from ray_app.commands.evaluate.context import EvaluationContext
+from ray_app.commands.evaluate.evaluator import WARM_UP, selected
 from ray_app.commands.evaluate.reference_files import benchmark_adapter_full
-from ray_app.commands.evaluate.report import results_table, standing_notes
+from ray_app.commands.evaluate.report import data_warnings, print_warnings, results_table
 from ray_app.config.evaluate import BenchmarkConfig
 from ray_app.core.evaluation import BASELINES, AlignmentEvaluation
 from ray_app.core.metrics import THETA, THETAS, AlignmentCounts, rate_key
-from ray_app.data.training_means import mean_target
 from ray_app.store.atomic import write_file
 from ray_app.store.checkpoint import load_checkpoint
-from ray_app.store.pair_store import PairStore
 from ray_app.store.provenance import provenance
-from ray_app.store.split import Rows, Split, split_pairs
+from ray_app.store.split import Rows, Split
 from ray_app.tracking.model_registry import checkpoint_folder
 
 RUN_PAIRS = 1024
-"""Pairs judged at a time: 0.5 GB at 150,528 wide."""
+"""Pairs evaluated at a time: 0.5 GB at 150,528 wide."""
 NUM_SAMPLES = 100
 """Pairs that are listed one by one, as in the reference."""
 
 
 def run_benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
-    """Judges and times the checkpoint on all pairs. Errors as for `evaluate`."""
+    """Evaluate and time the checkpoint on all pairs. Errors as for `evaluate`."""
     claim_report_folder(cfg.out)
-    store = PairStore.open(cfg.store, cfg.durations)
-    split = split_pairs(store.index, cfg.split_config)
-    begun = provenance(sys.argv, store.fingerprint, config=settings(cfg))
-    rows = np.arange(len(store.index))
+    context = EvaluationContext.open(cfg, cfg.store)
+    record = provenance(sys.argv, context.store.fingerprint, config=settings(cfg))
+    rows = np.arange(len(context.store.index))
     runs = np.array_split(rows, -(-len(rows) // RUN_PAIRS))
     with cluster(cfg.address), checkpoint_folder(cfg.checkpoint, cfg) as folder:
-        require_device(cfg.use_gpu)
         checkpoint = load_checkpoint(folder)
-        described = about(checkpoint, store, split, cfg.split_config)
-        checkpoint.require(store.manifest.features)
-        means = mean_target(store, split.train)
-        with closing(EvaluatorHandle(checkpoint, store, means, use_gpu=cfg.use_gpu)) as judge:
-            judge.warm_up(cfg.batch_size)
+        checkpoint.require(context.store.manifest.features)
+        with closing(context.evaluator(checkpoint, context.mean_target())) as evaluator:
+            evaluator.warm_up(cfg.batch_size)
             evaluated = [
-                judge.evaluate(run, cfg.batch_size, f"pairs, run {number} of {len(runs)}")
+                evaluator.evaluate(run, cfg.batch_size, f"pairs, run {number} of {len(runs)}")
                 for number, run in enumerate(runs, 1)
             ]
-            passes = judge.timing()
+            passes = evaluator.timing()
+        described = context.describe(checkpoint)
     everything = joined(evaluated)
-    parts = {name: of_part for name, of_part in parts_of(split, rows).items() if len(of_part)}
+    parts = {name: of_part for name, of_part in parts_of(context.split, rows).items() if len(of_part)}
     result: dict[str, Any] = {
         **measured(everything),
         **described,
@@ -67,21 +63,21 @@ def run_benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
             for name, of_part in parts.items()
         },
         "timing": timing(passes, len(rows), cfg.batch_size),
-        "provenance": {**begun, "checkpoint": checkpoint.provenance},
+        "provenance": {**record, "checkpoint": checkpoint.provenance},
     }
-    result["warnings"] = [note["text"] for note in standing_notes(result)]
-    samples = zip(store.index.sample_id, everything.baselines["before"], everything.after, strict=True)
+    result["warnings"] = [line["text"] for line in data_warnings(result)]
+    samples = zip(context.store.index.sample_id, everything.baselines["before"], everything.after, strict=True)
     document = benchmark_adapter_full(
         result, [(str(name), float(a), float(b)) for name, a, b in list(samples)[:NUM_SAMPLES]]
     )
-    path = cfg.out / f"benchmark_adapter_full_{suffix(store)}.json"
+    path = cfg.out / f"benchmark_adapter_full_{context.suffix}.json"
     cfg.out.mkdir(parents=True, exist_ok=True)
     write_file(path, as_json(document))
     return {**result, "files": [str(path)]}
 
 
 def render_benchmark(result: dict[str, Any], console: Console) -> None:
-    """The results table of all pairs, a line for each part, throughput and the file."""
+    """Print the results table of all pairs, a line for each part, throughput and the file."""
     console.print(results_table(result, f"all {result['pairs']:,} pairs, training data included"))
     table = Table(title="by part", title_justify="left")
     for column in (
@@ -108,30 +104,29 @@ def render_benchmark(result: dict[str, Any], console: Console) -> None:
     time = result["timing"]
     console.print(
         f"adapter: {time['samples_per_second']:,.0f} pairs/s, {time['avg_adapter_time_per_batch']:.4f} s for each "
-        f"batch of {time['batch_size']} on {time['device']} (forward pass alone)",
+        f"batch of {time['batch_size']} on {time['device']} (forward pass only)",
         highlight=False,
     )
-    for note in result["warnings"]:
-        console.print(f"- {note}", style="dim", markup=False)
+    print_warnings(data_warnings(result), console)
     for path in result["files"]:
         console.print(path, soft_wrap=True, markup=False)
 
 
 def parts_of(split: Split, rows: Rows) -> dict[str, Rows]:
-    """Rows of each part; `left_out` lie in the gap beside a block."""
+    """Rows of each part; `left_out` are those in the gap next to a block."""
     parts = {"train": split.train, "val": split.val, "test": split.test}
     return {**parts, "left_out": np.setdiff1d(rows, np.concatenate(list(parts.values())))}
 
 
 def joined(evaluations: list[AlignmentEvaluation]) -> AlignmentEvaluation:
-    """All runs' pairs one after the other. Retrieval and centred means are of a run, and left out."""
+    """Pairs of all runs, concatenated. Retrieval and centred means hold within a run and are left out."""
     return replace(
         evaluations[0],
-        sequences=tuple(name for each in evaluations for name in each.sequences),
-        after=np.concatenate([each.after for each in evaluations]),
-        baselines={name: np.concatenate([each.baselines[name] for each in evaluations]) for name in BASELINES},
-        previous_window=np.concatenate([each.previous_window for each in evaluations]),
-        light=tuple(name for each in evaluations for name in each.light),
+        sequences=tuple(name for run in evaluations for name in run.sequences),
+        after=np.concatenate([run.after for run in evaluations]),
+        baselines={name: np.concatenate([run.baselines[name] for run in evaluations]) for name in BASELINES},
+        previous_window=np.concatenate([run.previous_window for run in evaluations]),
+        light=tuple(name for run in evaluations for name in run.light),
         centered={},
         retrieval={},
     )
@@ -151,7 +146,7 @@ def measured(evaluation: AlignmentEvaluation) -> dict[str, Any]:
 
 
 def timing(passes: dict[str, Any], pairs: int, batch_size: int) -> dict[str, Any]:
-    """The reference's keys, and what was measured on what."""
+    """Timing under the reference's keys, with the device it was measured on."""
     seconds = passes["seconds"]
     return {
         "avg_adapter_time_per_batch": sum(seconds) / len(seconds),
@@ -163,5 +158,5 @@ def timing(passes: dict[str, Any], pairs: int, batch_size: int) -> dict[str, Any
         "warm_up_batches": WARM_UP,
         "device": passes["device"],
         "threads": passes["threads"],
-        "measured": "forward pass of the adapter alone, while Ray Data reads the next pairs",
+        "measured": "only the forward pass of the adapter, while Ray Data reads the next pairs",
     }

@@ -1,4 +1,4 @@
-"""`ray-app evaluate`: what a checkpoint does on the test part, beside every baseline; JSON and report.html.
+"""`ray-app evaluate`: what a checkpoint does on the test part, next to every baseline; JSON and report.html.
 
 Rates are fractions in [0, 1], but percent under the reference's own keys of alignment_metrics_<S>.json.
 """
@@ -16,25 +16,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from ray_app.cluster.connection import cluster
-from ray_app.commands.evaluate.evaluator import EvaluatorHandle, require_device
+from ray_app.commands.evaluate.context import EvaluationContext
+from ray_app.commands.evaluate.evaluator import EvaluatorHandle
 from ray_app.commands.evaluate.reference_files import alignment_metrics
-from ray_app.commands.evaluate.report import PairPicture, notes, render_html, results_table, verdict_sentence
-from ray_app.config.base import SplitConfig, flat
-from ray_app.config.evaluate import EvaluateConfig, JudgeFlags
-from ray_app.config.train import TrainConfig
+from ray_app.commands.evaluate.report import PairPicture, print_warnings, render_html, report_warnings, results_table
+from ray_app.config.base import flat
+from ray_app.config.evaluate import EvaluateConfig, EvaluationFlags
 from ray_app.core.evaluation import AlignmentEvaluation
 from ray_app.core.metrics import AlignmentCounts
-from ray_app.data.training_means import mean_target
 from ray_app.errors import InputError, StoreError
-from ray_app.events.windows import duration_suffix
-from ray_app.runs.run_dir import RUN
 from ray_app.store.atomic import write_file
-from ray_app.store.checkpoint import Checkpoint, load_checkpoint
-from ray_app.store.filesystem import open_storage
-from ray_app.store.manifest import MANIFEST, FeatureSpec
-from ray_app.store.pair_store import PairStore
+from ray_app.store.checkpoint import load_checkpoint
+from ray_app.store.manifest import FeatureSpec
 from ray_app.store.provenance import provenance
-from ray_app.store.split import Rows, Split, split_pairs, test_fingerprint
 from ray_app.tracking.mlflow_logger import redact_password
 from ray_app.tracking.model_registry import checkpoint_folder
 
@@ -43,33 +37,30 @@ REPORT_FILES = ("alignment_metrics_*.json", "benchmark_adapter_full_*.json", "re
 
 
 def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
-    """Judges the checkpoint on the test part alone; the training part gives its mean target.
+    """Evaluate the checkpoint on the test part; the training part gives only its mean target.
 
-    StoreError: a damaged store, or an --out that holds other things. InputError: no page at --token-report.
+    StoreError: a damaged store, or an --out that holds other files. InputError: no page at --token-report.
     CheckpointError: a checkpoint that does not verify or fit. RegistryError: no such model.
     """
     claim_report_folder(cfg.out)
     token_report = token_report_link(cfg)
-    store = PairStore.open(cfg.store, cfg.durations)
-    split = split_pairs(store.index, cfg.split_config)
-    begun = provenance(sys.argv, store.fingerprint, config=settings(cfg))
+    context = EvaluationContext.open(cfg, cfg.store)
+    record = provenance(sys.argv, context.store.fingerprint, config=settings(cfg))
     with cluster(cfg.address), checkpoint_folder(cfg.checkpoint, cfg) as folder:
-        require_device(cfg.use_gpu)
         checkpoint = load_checkpoint(folder)
-        checkpoint.require(store.manifest.features)
-        means = mean_target(store, split.train)
-        with closing(EvaluatorHandle(checkpoint, store, means, use_gpu=cfg.use_gpu)) as judge:
-            evaluation = judge.evaluate(split.test, cfg.batch_size, "test pairs")
-            best, worst = best_and_worst(judge, store, split.test, evaluation)
+        checkpoint.require(context.store.manifest.features)
+        with closing(context.evaluator(checkpoint, context.mean_target())) as evaluator:
+            evaluation = evaluator.evaluate(context.split.test, cfg.batch_size, "test pairs")
+            best, worst = best_and_worst(evaluator, context, evaluation)
     result = {
-        **judgement(evaluation, about(checkpoint, store, split, cfg.split_config)),
+        **context.result(evaluation, checkpoint),
         "checkpoint": cfg.checkpoint,
-        "provenance": {**begun, "checkpoint": checkpoint.provenance},
+        "provenance": {**record, "checkpoint": checkpoint.provenance},
     }
     before = AlignmentCounts.of(evaluation.baselines["before"]).means()
     metrics = alignment_metrics(result, before, checkpoint.adapter)
     files = {
-        cfg.out / f"alignment_metrics_{suffix(store)}.json": as_json(metrics),
+        cfg.out / f"alignment_metrics_{context.suffix}.json": as_json(metrics),
         cfg.out / "report.html": render_html(result, curves(evaluation), best, worst, token_report).encode(),
     }
     cfg.out.mkdir(parents=True, exist_ok=True)
@@ -79,11 +70,10 @@ def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
 
 
 def render_evaluate(result: dict[str, Any], console: Console) -> None:
-    """The results table, the plain sentence, what to know beside it, and the files."""
+    """Print the results table, the verdict, the warnings and the files."""
     console.print(results_table(result, f"{result['pairs']:,} test pairs; split: {result['split']['label']}"))
     console.print(result["verdict"], style="bold", highlight=False, markup=False)
-    for note in notes(result):
-        console.print(f"- {note['text']}", style="yellow" if note["warning"] else "dim", markup=False)
+    print_warnings(report_warnings(result), console)
     for path in result["files"]:
         console.print(path, soft_wrap=True, markup=False)
 
@@ -100,103 +90,30 @@ def token_report_link(cfg: EvaluateConfig) -> str | None:
 
 
 def claim_report_folder(folder: Path, files: tuple[str, ...] = REPORT_FILES) -> None:
-    """StoreError unless `folder` is new or holds nothing but `files`: what evaluate and benchmark write."""
+    """StoreError unless `folder` is new or holds only `files`: what evaluate and benchmark write."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file; --out names the folder for the report.")
     if folder.is_dir():
         for path in sorted(folder.iterdir()):
             if not any(path.match(pattern) for pattern in files):
                 raise StoreError(
-                    f"{folder} already holds something else ({path.name}); nothing is deleted or mixed in. "
+                    f"{folder} already holds another file ({path.name}); nothing is deleted or mixed in. "
                     f"Name another folder, for instance --out {folder.with_name(folder.name + '-report')}."
                 )
 
 
-def judgement(evaluation: AlignmentEvaluation, described: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of some pairs with all that a reader needs beside them, as JSON values."""
-    metrics = evaluation.metrics()
-    if "previous_window" in metrics["baselines"]:
-        same = ~np.isnan(evaluation.previous_window)
-        metrics["baselines"]["previous_window"]["adapter_cosine_accept_rate"] = {
-            theta: float((evaluation.after[same] > float(theta)).mean()) for theta in metrics["cosine_accept_rate"]
-        }
-    result = {**metrics, **described}
-    result["verdict"] = verdict_sentence(result)
-    result["warnings"] = [note["text"] for note in notes(result)]
-    return result
-
-
-def about(checkpoint: Checkpoint, store: PairStore, split: Split, split_config: SplitConfig) -> dict[str, Any]:
-    """Which pairs are judged and what they are to the checkpoint, as JSON values."""
-    return {
-        "dataset": "+".join(durations(store)),
-        "fingerprint": store.fingerprint,
-        "test_fingerprint": test_fingerprint(store.index, split.test),
-        "checkpoint_sha256": checkpoint.sha256,
-        "split": {
-            "by": split.by,
-            "label": split.label,
-            "seed": split_config.seed,
-            "train": len(split.train),
-            "val": len(split.val),
-            "test": len(split.test),
-            "test_windows_overlapping_train": split.test_windows_overlapping_train,
-            "test_pairs_trained_on": trained_on(checkpoint, store, split.test),
-        },
-        "data": {
-            "source": store.manifest.source.get("name", "unknown"),
-            "events": store.manifest.source.get("events", "unknown"),
-        },
-    }
-
-
 def as_json(document: dict[str, Any]) -> bytes:
+    """A JSON file's bytes."""
     return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
 
 
-def trained_on(checkpoint: Checkpoint, store: PairStore, rows: Rows) -> int | None:
-    """How many of `rows` the checkpoint was fitted or chosen on; None where its record does not tell."""
-    config = training_config(checkpoint)
-    if config is None:
-        return None
-    fingerprint = checkpoint.provenance.get("dataset_fingerprint")
-    folder = store.folder if store.fingerprint == fingerprint else open_storage(config.store)
-    if not folder.exists() or MANIFEST not in folder.listdir():
-        return None
-    theirs = PairStore.open(folder, config.durations)
-    if theirs.fingerprint != fingerprint:
-        return None
-    split = split_pairs(theirs.index, config.split_config)
-    seen = theirs.index.sample_id[np.concatenate([split.train, split.val])]
-    return int(np.isin(store.index.sample_id[rows], seen).sum())
-
-
-def training_config(checkpoint: Checkpoint) -> TrainConfig | None:
-    """The settings that the checkpoint was trained with, from its provenance or its run's folder."""
-    config = checkpoint.provenance.get("config")
-    run = checkpoint.folder.parent.parent / RUN
-    if config is None and run.is_file():
-        config = json.loads(run.read_text())["config"]
-    return TrainConfig.model_validate(config) if config else None
-
-
-def settings(cfg: JudgeFlags) -> dict[str, Any]:
+def settings(cfg: EvaluationFlags) -> dict[str, Any]:
     """A command's settings as JSON values, without the tracking server's password."""
     return {**flat(cfg), "tracking_uri": cfg.tracking_uri and redact_password(cfg.tracking_uri)}
 
 
-def durations(store: PairStore) -> list[str]:
-    """Window lengths in use, such as `1s`."""
-    return sorted(set(store.index.duration.tolist()))
-
-
-def suffix(store: PairStore) -> str:
-    """The mark of the window lengths in file names, such as `S1`."""
-    return "_".join(duration_suffix(name) for name in durations(store))
-
-
 def curves(evaluation: AlignmentEvaluation) -> dict[str, NDArray[np.float64]]:
-    """Cosines of the pairs by name, as reports and figures use them."""
+    """Cosines of the pairs by name, as the report's figures take them."""
     return {
         "adapter": evaluation.after,
         **evaluation.baselines,
@@ -205,22 +122,23 @@ def curves(evaluation: AlignmentEvaluation) -> dict[str, NDArray[np.float64]]:
 
 
 def best_and_worst(
-    judge: EvaluatorHandle, store: PairStore, rows: Rows, evaluation: AlignmentEvaluation
+    evaluator: EvaluatorHandle, context: EvaluationContext, evaluation: AlignmentEvaluation
 ) -> tuple[list[PairPicture], list[PairPicture]]:
-    """Pictures of the pairs with the highest and the lowest cosine; none where features are no images."""
-    specs = [store.feature("event"), store.feature("target")]
+    """Pictures of the test pairs with the highest and the lowest cosine; none if features are not images."""
+    index, rows = context.store.index, context.split.test
+    specs = [context.store.feature("event"), context.store.feature("target")]
     if not all(len(spec.shape) == 3 and spec.shape[0] == 3 for spec in specs):
         return [], []
     order = np.argsort(evaluation.after, kind="stable")
-    worst, best = (varied(each, store.index.sequence[rows]) for each in (order, order[::-1]))
+    worst, best = (varied(places, index.sequence[rows]) for places in (order, order[::-1]))
     places = np.concatenate([best, worst])
-    event_ND, target_ND = store.read_rows(rows[places])
-    aligned_ND = judge.align(event_ND)
-    made = [
+    event_ND, target_ND = context.store.read_rows(rows[places])
+    aligned_ND = evaluator.align(event_ND)
+    pictures = [
         PairPicture(
-            sequence=str(store.index.sequence[rows[place]]),
-            t_start_us=int(store.index.t_start_us[rows[place]]),
-            t_end_us=int(store.index.t_end_us[rows[place]]),
+            sequence=str(index.sequence[rows[place]]),
+            t_start_us=int(index.t_start_us[rows[place]]),
+            t_end_us=int(index.t_end_us[rows[place]]),
             before=float(evaluation.baselines["before"][place]),
             after=float(evaluation.after[place]),
             event=as_image(event * specs[0].scale, specs[0]),
@@ -229,11 +147,11 @@ def best_and_worst(
         )
         for place, event, target, aligned in zip(places, event_ND, target_ND, aligned_ND, strict=True)
     ]
-    return made[: len(best)], made[len(best) :]
+    return pictures[: len(best)], pictures[len(best) :]
 
 
 def varied(order: NDArray[np.int64], sequences: NDArray[np.str_]) -> NDArray[np.int64]:
-    """The first few places of `order`, of different sequences where there are enough: one drive looks alike."""
+    """The first few of `order`, from different sequences where there are enough: one drive's windows look alike."""
     first = np.sort(np.unique(sequences[order], return_index=True)[1])
     others = np.setdiff1d(np.arange(len(order)), first)
     count = min(NUM_PICTURES, len(order) // 2)
@@ -241,6 +159,6 @@ def varied(order: NDArray[np.int64], sequences: NDArray[np.str_]) -> NDArray[np.
 
 
 def as_image(feature_D: NDArray[Any], spec: FeatureSpec) -> NDArray[np.uint8]:
-    """A feature of values in [0, 1] as an image (H, W, 3); what lies outside is limited to it."""
+    """A feature of values in [0, 1] as an image (H, W, 3); values outside are clipped."""
     pixels_CHW = (np.clip(feature_D, 0.0, 1.0) * 255).round().astype(np.uint8).reshape(spec.shape)
     return np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0))

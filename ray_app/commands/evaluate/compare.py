@@ -1,4 +1,4 @@
-"""`ray-app compare`: several checkpoints on the same test pairs, by the one evaluator; JSON and one page."""
+"""`ray-app compare`: several checkpoints on the same test pairs; JSON and one page."""
 
 import sys
 from collections import Counter
@@ -15,22 +15,20 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_app.cluster.connection import cluster
-from ray_app.commands.evaluate.command import about, as_image, as_json, claim_report_folder, judgement
-from ray_app.commands.evaluate.evaluator import EvaluatorHandle, require_device
-from ray_app.commands.evaluate.report import outcome, standing_notes, verdict_sentence
-from ray_app.config.base import flat
+from ray_app.commands.evaluate.command import as_image, as_json, claim_report_folder, settings
+from ray_app.commands.evaluate.context import EvaluationContext
+from ray_app.commands.evaluate.evaluator import EvaluatorHandle
+from ray_app.commands.evaluate.report import data_warnings, outcome, print_warnings, verdict_sentence
 from ray_app.config.evaluate import CompareConfig
 from ray_app.core.adapters.registry import num_parameters
 from ray_app.core.evaluation import BASELINES
 from ray_app.core.metrics import THETA, rate_key
-from ray_app.data.training_means import mean_target
 from ray_app.reports.figures import INK, PALETTE, log_scale, svg
 from ray_app.reports.html import page, picture
 from ray_app.store.atomic import write_file
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
 from ray_app.store.pair_store import PairStore
 from ray_app.store.provenance import provenance
-from ray_app.store.split import Split, split_pairs
 from ray_app.tracking.model_registry import checkpoint_folder
 
 NUM_PICTURES = 4
@@ -41,42 +39,41 @@ KEY, HIGH = rate_key(THETA), "0.90"
 
 @dataclass(frozen=True, slots=True)
 class CandidateResult:
-    """One checkpoint."""
+    """One checkpoint of a comparison."""
 
     name: str
-    """What it was given as."""
+    """The argument that named it."""
     result: dict[str, Any]
-    """Its metrics on the test part, its size and its latency."""
+    """Metrics on the test part, size and latency."""
     aligned_PD: NDArray[np.float32]
-    """Its answers on the pairs that are drawn."""
+    """Outputs on the pairs that are drawn, shape (P, D)."""
 
 
 def run_compare(cfg: CompareConfig) -> dict[str, Any]:
-    """Judges them one after the other. StoreError, CheckpointError, RegistryError: as of `evaluate`."""
+    """Evaluate the checkpoints one after the other. StoreError, CheckpointError, RegistryError: as of `evaluate`."""
     claim_report_folder(cfg.out, FILES)
-    store = PairStore.open(cfg.store, cfg.durations)
-    split = split_pairs(store.index, cfg.split_config)
-    begun = provenance(sys.argv, store.fingerprint, config=flat(cfg))
-    drawn = split.test[pictured(store.index.sequence[split.test])] if images(store) else split.test[:0]
+    context = EvaluationContext.open(cfg, cfg.store)
+    store, test = context.store, context.split.test
+    record = provenance(sys.argv, store.fingerprint, config=settings(cfg))
+    drawn = test[pictured(store.index.sequence[test])] if has_images(store) else test[:0]
     event_PE, target_PD = store.read_rows(drawn)
-    judged = []
+    candidates = []
     with cluster(cfg.address):
-        require_device(cfg.use_gpu)
-        means = mean_target(store, split.train)
+        mean_target_D = context.mean_target()
         for name in cfg.checkpoints:
             with checkpoint_folder(name, cfg) as folder:
                 checkpoint = load_checkpoint(folder)
-                with closing(EvaluatorHandle(checkpoint, store, means, use_gpu=cfg.use_gpu)) as judge:
-                    judged.append(judge_one(cfg, name, checkpoint, judge, store, split, event_PE))
-    adapters = named(judged)
-    best = max(judged, key=lambda each: each.result["lift"])
+                with closing(context.evaluator(checkpoint, mean_target_D)) as evaluator:
+                    candidates.append(evaluate_candidate(name, checkpoint, evaluator, context, event_PE))
+    adapters = labelled(candidates)
+    best = max(candidates, key=lambda candidate: candidate.result["lift"])
     result = {
         "verdict": verdict_sentence(best.result).replace("The adapter", label_of(adapters, best), 1),
-        "adapters": {label: each.result for label, each in adapters.items()},
+        "adapters": {label: candidate.result for label, candidate in adapters.items()},
         "baselines": {
             name: best.result["baselines"][name] for name in best.result["baselines"] if name != "shuffled"
         },
-        "provenance": begun,
+        "provenance": record,
     }
     drawings = pictures(store, drawn, event_PE, target_PD, adapters)
     files = dict(zip(FILES[:2], (as_json(result), render_html(result, best, drawings).encode()), strict=True))
@@ -86,51 +83,46 @@ def run_compare(cfg: CompareConfig) -> dict[str, Any]:
     return {**result, "files": [str(cfg.out / file) for file in files]}
 
 
-def judge_one(
-    cfg: CompareConfig,
-    name: str,
-    checkpoint: Checkpoint,
-    judge: EvaluatorHandle,
-    store: PairStore,
-    split: Split,
-    event_PE: NDArray[Any],
+def evaluate_candidate(
+    name: str, checkpoint: Checkpoint, evaluator: EvaluatorHandle, context: EvaluationContext, event_PE: NDArray[Any]
 ) -> CandidateResult:
-    """One checkpoint on the test part."""
-    evaluation = judge.evaluate(split.test, cfg.batch_size, f"test pairs, {checkpoint.config.strategy}")
+    """Metrics, size and latency of one checkpoint, with its answers on the pairs that are drawn."""
+    label = f"test pairs, {checkpoint.config.strategy}"
+    evaluation = evaluator.evaluate(context.split.test, context.batch_size, label)
     size = {
         "checkpoint": name,
         "strategy": checkpoint.config.strategy,
         "parameters": num_parameters(checkpoint.adapter),
         "checkpoint_bytes": sum(file.stat().st_size for file in checkpoint.folder.iterdir()),
-        "latency_ms": judge.latency_ms(),
+        "latency_ms": evaluator.latency_ms(),
     }
-    result = {**judgement(evaluation, about(checkpoint, store, split, cfg.split_config)), **size}
-    return CandidateResult(name, result, judge.align(event_PE) if len(event_PE) else np.zeros((0, 1), np.float32))
+    aligned_PD = evaluator.align(event_PE) if len(event_PE) else np.zeros((0, 1), np.float32)
+    return CandidateResult(name, {**context.result(evaluation, checkpoint), **size}, aligned_PD)
 
 
-def named(judged: list[CandidateResult]) -> dict[str, CandidateResult]:
-    """By strategy, and by folder too where a strategy comes twice."""
-    twice = Counter(each.result["strategy"] for each in judged)
-    found: dict[str, CandidateResult] = {}
-    for each in judged:
-        strategy = each.result["strategy"]
-        label = strategy if twice[strategy] == 1 else f"{strategy} ({Path(each.name).name})"
-        found[label if label not in found else f"{label} {len(found) + 1}"] = each
-    return found
+def labelled(candidates: list[CandidateResult]) -> dict[str, CandidateResult]:
+    """Candidates by strategy; by folder too where a strategy comes twice."""
+    count = Counter(candidate.result["strategy"] for candidate in candidates)
+    labels: dict[str, CandidateResult] = {}
+    for candidate in candidates:
+        strategy = candidate.result["strategy"]
+        label = strategy if count[strategy] == 1 else f"{strategy} ({Path(candidate.name).name})"
+        labels[label if label not in labels else f"{label} {len(labels) + 1}"] = candidate
+    return labels
 
 
-def label_of(adapters: dict[str, CandidateResult], judged: CandidateResult) -> str:
-    """Its name in the table."""
-    return next(label for label, each in adapters.items() if each is judged)
+def label_of(adapters: dict[str, CandidateResult], wanted: CandidateResult) -> str:
+    """Label of a candidate in the table."""
+    return next(label for label, candidate in adapters.items() if candidate is wanted)
 
 
-def images(store: PairStore) -> bool:
-    """Both features can be drawn."""
+def has_images(store: PairStore) -> bool:
+    """True if both features can be drawn."""
     return all(len(shape) == 3 and shape[0] == 3 for shape in (store.feature(s).shape for s in ("event", "target")))
 
 
 def pictured(sequences: NDArray[np.str_]) -> NDArray[np.int64]:
-    """Places of the pairs that are drawn: the middle one of sequences spread over all."""
+    """Positions of the pairs that are drawn: the middle one of sequences spread over all."""
     names = np.unique(sequences)
     chosen = names[np.linspace(0, len(names) - 1, min(NUM_PICTURES, len(names))).astype(int)]
     places = [np.flatnonzero(sequences == name) for name in chosen]
@@ -146,7 +138,7 @@ def pictures(
     target_PD: NDArray[Any],
     adapters: dict[str, CandidateResult],
 ) -> list[dict[str, Any]]:
-    """The template's view of each drawn pair: event, target, and what each adapter makes of it."""
+    """Each drawn pair for the page: event, target, and each adapter's output."""
     event, target = store.feature("event"), store.feature("target")
     drawn = []
     for n, row in enumerate(rows):
@@ -155,24 +147,24 @@ def pictures(
             "event image": as_image(event_PE[n] * event.scale, event),
             "target": as_image(target_PD[n] * target.scale, target),
         }
-        wanted = target_PD[n] * target.scale
-        for label, each in adapters.items():
-            aligned = each.aligned_PD[n]
-            cos = float(aligned @ wanted / np.linalg.norm(aligned) / np.linalg.norm(wanted))
-            sides[f"{label}: {cos:.3f}"] = as_image(aligned, target)
+        target_D = target_PD[n] * target.scale
+        for label, candidate in adapters.items():
+            aligned_D = candidate.aligned_PD[n]
+            cos = float(aligned_D @ target_D / np.linalg.norm(aligned_D) / np.linalg.norm(target_D))
+            sides[f"{label}: {cos:.3f}"] = as_image(aligned_D, target)
         shown = [picture(name, f"{name} of the pair {where}", pixels) for name, pixels in sides.items()]
         drawn.append({"where": where, "pictures": shown})
     return drawn
 
 
 def lines(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table: each baseline, and each adapter from the highest lift on."""
-    found = []
+    """Lines of the results table: each baseline, then the adapters by falling lift."""
+    rows = []
     for name, baseline in result["baselines"].items():
         rates = baseline["cosine_accept_rate"]
         kind = "baseline" if name in BASELINES else "context"
         cells = [f"{baseline['cos_sim_mean']:.4f}", f"{100 * rates[KEY]:.1f} %", f"{100 * rates[HIGH]:.1f} %"]
-        found.append({"name": name, "kind": kind, "cells": cells + [""] * (len(HEADS) - 4)})
+        rows.append({"name": name, "kind": kind, "cells": cells + [""] * (len(HEADS) - 4)})
     for name, each in ranked(result):
         rates, retrieval = each["cosine_accept_rate"], each["retrieval"]
         low, high = (100 * bound for bound in each["interval95"]["lift"])
@@ -184,12 +176,12 @@ def lines(result: dict[str, Any]) -> list[dict[str, Any]]:
             f"{each['centered_cos_sim_mean']:.3f}",
             "/".join(f"{100 * retrieval[f'R@{k}']:.1f}" for k in (1, 5, 10)),
         ]
-        found.append({"name": name, "kind": "adapter", "cells": cells})
-    return found
+        rows.append({"name": name, "kind": "adapter", "cells": cells})
+    return rows
 
 
 def costs(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each adapter costs, in the same order."""
+    """Lines of the cost table, in the same order."""
     return [
         {
             "name": name,
@@ -205,7 +197,7 @@ def costs(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def ranked(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Adapters with their names, from the highest lift on."""
+    """Adapters with their names, by falling lift."""
     return sorted(result["adapters"].items(), key=lambda item: -item[1]["lift"])
 
 
@@ -222,7 +214,7 @@ def render_html(result: dict[str, Any], best: CandidateResult, drawings: list[di
         "comparison.html.j2",
         verdict=result["verdict"],
         outcome=outcome(best.result),
-        notes=standing_notes(best.result),
+        warnings=data_warnings(best.result),
         pairs=best.result["pairs"],
         split=best.result["split"]["label"],
         heads=HEADS,
@@ -237,7 +229,7 @@ def render_html(result: dict[str, Any], best: CandidateResult, drawings: list[di
 
 
 MARKERS = "osD^vP*X<>"
-"""One for each adapter in the picture, beside its colour."""
+"""One for each adapter in the figure, next to its colour."""
 
 
 def cost_figure(result: dict[str, Any]) -> str:
@@ -248,7 +240,7 @@ def cost_figure(result: dict[str, Any]) -> str:
     adapters = ranked(result)
     counts = [each["parameters"] for _, each in adapters]
     latencies = [max(each["latency_ms"], 1e-3) for _, each in adapters]
-    none_trained = min(filter(None, counts), default=10) / 10  # where a solved one stands, on an axis that has no 0
+    none_trained = min(filter(None, counts), default=10) / 10  # x of a solved adapter: a log axis has no 0
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
@@ -272,26 +264,25 @@ def cost_figure(result: dict[str, Any]) -> str:
 
 
 def render_compare(result: dict[str, Any], console: Console) -> None:
-    """Two tables that fit a terminal, the sentence, and what to know beside them."""
+    """Print two tables that fit a terminal, the verdict, the warnings and the files."""
     first = next(iter(result["adapters"].values()))
     title = f"{first['pairs']:,} test pairs; split: {first['split']['label']}"
-    told = lines(result)
-    console.print(terminal_table(HEADS[:6], [{**line, "cells": line["cells"][:5]} for line in told], title))
-    further = {line["name"]: line["cells"][5:] for line in told}
+    rows = lines(result)
+    console.print(terminal_table(HEADS[:6], [{**line, "cells": line["cells"][:5]} for line in rows], title))
+    further = {line["name"]: line["cells"][5:] for line in rows}
     whole = [{**line, "cells": further[line["name"]] + line["cells"]} for line in costs(result)]
     console.print(terminal_table([COST_HEADS[0], *HEADS[6:], *COST_HEADS[1:]], whole))
     console.print(result["verdict"], style="bold", highlight=False, markup=False)
-    for note in standing_notes(first):
-        console.print(f"- {note['text']}", style="yellow" if note["warning"] else "dim", markup=False)
+    print_warnings(data_warnings(first), console)
     for path in result["files"]:
         console.print(path, soft_wrap=True, markup=False)
 
 
-def terminal_table(heads: list[str], told: list[dict[str, Any]], title: str | None = None) -> Table:
-    """Some of the lines, names to the left and numbers to the right."""
+def terminal_table(heads: list[str], rows: list[dict[str, Any]], title: str | None = None) -> Table:
+    """A table for the terminal: names on the left, numbers on the right."""
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 1))
     for n, head in enumerate(heads):
         table.add_column(head, justify="right" if n else "left", no_wrap=True)
-    for line in told:
+    for line in rows:
         table.add_row(line["name"], *line["cells"], style={"adapter": "bold", "context": "dim"}.get(line["kind"]))
     return table

@@ -1,6 +1,6 @@
-"""The Ray side of the one evaluator: an adapter in an actor, pairs through Ray Data.
+"""Ray side of the evaluator: an adapter in an actor, pairs through Ray Data.
 
-Shapes: B = pairs of a batch, N = pairs judged, E = event width, D = target width.
+Shapes: B = pairs of a batch, N = pairs evaluated, E = event width, D = target width.
 """
 
 import time
@@ -32,17 +32,11 @@ WARM_UP = 2
 TIMED = 20
 """Forward passes of one pair, of which the median is the latency."""
 START_S = 300.0
-"""How long the actor may wait for CPUs or a GPU, in seconds."""
-
-
-def require_device(use_gpu: bool) -> None:
-    """ResourceError where a GPU is wanted and the connected cluster has none: the actor would wait for ever."""
-    if use_gpu and not ray.cluster_resources().get("GPU"):
-        raise ResourceError("--use-gpu needs a GPU and this cluster has none; leave the flag out.")
+"""Seconds that the actor may wait for CPUs or a GPU."""
 
 
 class EvaluatorActor:
-    """An adapter on a device, which pairs are streamed through; each forward pass is timed. Run as a Ray actor."""
+    """Ray actor: an adapter on a device that pairs are streamed through; each forward pass is timed."""
 
     def __init__(self, config: AdapterConfig, weights: dict[str, NDArray[Any]], device: str, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -60,7 +54,7 @@ class EvaluatorActor:
     def evaluate(
         self, store: PairStore, rows: Rows, mean_target_D: torch.Tensor, batch_size: int, seed: int
     ) -> Iterator[int | AlignmentEvaluation]:
-        """The number of pairs done, again and again, and last the evaluation, in the order of `rows`."""
+        """Yield the number of pairs done after each batch, and last the evaluation, in the order of `rows`."""
         evaluator = AlignmentEvaluator(
             self.adapter,
             mean_target_D,
@@ -72,7 +66,7 @@ class EvaluatorActor:
         )
         seen = [np.zeros(0, np.int64)]
         done = 0
-        with unwrap_user_errors():  # here, since a second way through Ray loses the causes of an error
+        with unwrap_user_errors():  # here, since a second pass through Ray loses the causes of an error
             for batch in ordered_pairs(store, rows).iter_batches(batch_size=batch_size, batch_format="pyarrow"):
                 position_B, event_BE, target_BD = to_arrays(batch, store)
                 evaluator.add(torch.tensor(event_BE), torch.tensor(target_BD))
@@ -86,14 +80,14 @@ class EvaluatorActor:
         yield selected(evaluation, np.argsort(positions))
 
     def warm_up(self, batch_size: int) -> None:
-        """First passes are slow and are not counted: the timing starts anew after them."""
+        """Run the slow first passes; timing starts again after them."""
         with torch.no_grad():
             for _ in range(WARM_UP):
                 self.adapter(torch.zeros(batch_size, self.adapter.config.event_dim, device=self.device))
         self.forward_s.clear()
 
     def timing(self) -> dict[str, Any]:
-        """Seconds of each forward pass since the warm-up, and with what."""
+        """Seconds of each forward pass since the warm-up, with the device and the threads."""
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         return {"seconds": self.forward_s, "device": device, "threads": torch.get_num_threads()}
 
@@ -131,11 +125,11 @@ class EvaluatorActor:
 
 
 class EvaluatorHandle:
-    """A checkpoint at work on a cluster: start it, evaluate parts of a store, `close` it.
+    """Driver side of an EvaluatorActor: start it, evaluate parts of a store, `close` it.
 
     CPU: the actor takes all CPUs of one node but one, which is left for Ray Data to read with; it computes with
-    as many threads as the node has CPUs. `use_gpu`: one GPU and one CPU. ResourceError if there is no room for it
-    within a few minutes.
+    as many threads as the node has CPUs. `use_gpu`: one GPU and one CPU. ResourceError if the cluster cannot start
+    it within a few minutes.
     """
 
     def __init__(
@@ -157,7 +151,7 @@ class EvaluatorHandle:
             )
 
     def warm_up(self, batch_size: int) -> None:
-        """Run the adapter a few times and start its timing anew."""
+        """Run the adapter a few times and restart its timing."""
         ray.get(self.worker.warm_up.remote(batch_size))
 
     def evaluate(self, rows: Rows, batch_size: int, label: str, seed: int = 0) -> AlignmentEvaluation:
@@ -171,10 +165,10 @@ class EvaluatorHandle:
         with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
             bar = progress.add_task(label, total=len(rows))
             for item in stream:
-                got = ray.get(item)
-                if isinstance(got, AlignmentEvaluation):
-                    return got
-                progress.update(bar, completed=got)
+                report = ray.get(item)
+                if isinstance(report, AlignmentEvaluation):
+                    return report
+                progress.update(bar, completed=report)
         raise AssertionError("the last item of the stream is the evaluation")
 
     def align(self, event_BE: NDArray[Any]) -> NDArray[np.float32]:
@@ -186,7 +180,7 @@ class EvaluatorHandle:
         return ray.get(self.worker.latency_ms.remote(self.store.feature("event").scale))
 
     def timing(self) -> dict[str, Any]:
-        """Seconds of each forward pass since the warm-up, and with what."""
+        """Seconds of each forward pass since the warm-up, with the device and the threads."""
         return ray.get(self.worker.timing.remote())
 
     def close(self) -> None:

@@ -1,6 +1,5 @@
-"""What an evaluation says to people: one plain sentence, one table, and a report that is one HTML file.
+"""An evaluation for people: one sentence, one table, and report.html.
 
-The report refers to nothing outside itself: figures are inline SVG, pictures are PNG inside the page.
 Rates are fractions in the result and percent on the page; a lift is given in percentage points.
 """
 
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +20,7 @@ from ray_app.reports.html import page, picture
 
 KEY = rate_key(THETA)
 TOKEN_NOTE = (
-    "Cosine acceptance is not token acceptance: it says how close features come, not how many drafted tokens "
+    "Cosine acceptance is not token acceptance: it measures how close features are, not how many drafted tokens "
     "the target model would keep."
 )
 
@@ -42,52 +42,52 @@ class PairPicture:
 
 
 def outcome(result: Mapping[str, Any]) -> str:
-    """`beats`, `unsure` (ahead, but the 95 % interval of the lift reaches 0) or `loses`."""
+    """`beats`, `unsure` (better, but the 95 % interval of the lift reaches 0) or `loses`."""
     if result["lift"] <= 0:
         return "loses"
     return "beats" if result["interval95"]["lift"][0] > 0 else "unsure"
 
 
 def verdict_sentence(result: Mapping[str, Any]) -> str:
-    """Whether the adapter beats the best baseline, by how much at theta 0.80, and how sure that is."""
+    """One sentence: does the adapter beat the best baseline at θ 0.80, by how much, and how certain is that."""
     best = result["best_baseline"]
     lift = 100 * result["lift"]
     low, high = (100 * bound for bound in result["interval95"]["lift"])
     unit = result["interval95"]["unit"]
-    says = {
+    comparison = {
         "beats": f"beats the best baseline ({best}) by {lift:.1f} percentage points",
-        "unsure": f"beats the best baseline ({best}) by {lift:.1f} percentage points, but not surely",
-        "loses": f"does not beat the best baseline ({best}): it is {-lift:.1f} percentage points behind"
+        "unsure": f"beats the best baseline ({best}) by {lift:.1f} percentage points, but not with certainty",
+        "loses": f"does not beat the best baseline ({best}): it is {-lift:.1f} percentage points worse"
         if lift < 0
-        else f"does not beat the best baseline ({best}): the two are equal",
+        else f"does not beat the best baseline ({best}): both are equal",
     }[outcome(result)]
     return (
-        f"The adapter {says} at θ {KEY}: cosine_accept_rate {100 * result['cosine_accept_rate'][KEY]:.1f} % "
+        f"The adapter {comparison} at θ {KEY}: cosine_accept_rate {100 * result['cosine_accept_rate'][KEY]:.1f} % "
         f"against {100 * result['baselines'][best]['cosine_accept_rate'][KEY]:.1f} % "
         f"(95 % interval of the lift {low:+.1f} to {high:+.1f}, by bootstrap over {unit}s)."
     )
 
 
-def notes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a reader must know beside the numbers of a test part, warnings first: `text` and `warning`."""
-    ahead = []
+def report_warnings(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Lines to read with the numbers of a test part, warnings first: `text` and `warning` (False: context)."""
+    lines = []
     if result["previous_window_better"]:
         same = result["baselines"]["previous_window"]
-        ahead.append(
-            f"previous_window is ahead: the preceding window's target alone is accepted for "
+        lines.append(
+            f"previous_window is better: the preceding window's target is accepted for "
             f"{100 * same['cosine_accept_rate'][KEY]:.1f} % of the {same['pairs']} pairs that have one, the "
             f"adapter for {100 * same['adapter_cosine_accept_rate'][KEY]:.1f} % of the same pairs."
         )
-    return [{"text": text, "warning": True} for text in ahead] + standing_notes(result)
+    return [{"text": text, "warning": True} for text in lines] + data_warnings(result)
 
 
-def standing_notes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the data and the split mean for every number, warnings first: `text` and `warning`."""
+def data_warnings(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Consequences of data and split for every number, warnings first: `text` and `warning`."""
     split, data = result["split"], result["data"]
     warnings: list[str] = []
     context: list[str] = []
     if split["test_pairs_trained_on"] is None:
-        context.append("What this checkpoint was trained on is not recorded: test pairs may be among it.")
+        context.append("What this checkpoint was trained on is not recorded: it may have seen test pairs.")
     elif split["test_pairs_trained_on"]:
         warnings.append(
             f"This checkpoint was trained on {split['test_pairs_trained_on']} of the {split['test']} test pairs: "
@@ -96,10 +96,12 @@ def standing_notes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     if split["test_windows_overlapping_train"] > 0:
         warnings.append(
             f"This split leaks: {100 * split['test_windows_overlapping_train']:.0f} % of the test windows overlap "
-            "a training window of the same sequence, so test numbers are too high for new drives."
+            "a training window of the same sequence, so the test numbers are too high for new drives."
         )
     if split["by"] == "block":
-        context.append("One sequence only: the test part is a contiguous block, apart by a gap of one window.")
+        context.append(
+            "One sequence only: the test part is a contiguous block, one window apart from the training part."
+        )
     if data["source"] == "scenes":
         context.append("The pairs are rendered scenes, not recordings: both sides come from a simulation.")
     elif data["events"] == "simulated":
@@ -108,6 +110,12 @@ def standing_notes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"text": text, "warning": True} for text in warnings] + [
         {"text": text, "warning": False} for text in context
     ]
+
+
+def print_warnings(lines: list[dict[str, Any]], console: Console) -> None:
+    """Print each line, warnings in colour."""
+    for line in lines:
+        console.print(f"- {line['text']}", style="yellow" if line["warning"] else "dim", markup=False)
 
 
 def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -120,6 +128,7 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def row(name: str, kind: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of the results table."""
     return {
         "name": name,
         "kind": kind,
@@ -131,7 +140,7 @@ def row(name: str, kind: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def results_table(result: Mapping[str, Any], title: str) -> Table:
-    """The table for a terminal: before, every baseline, after, lift."""
+    """Terminal table: before, every baseline, the adapter, lift."""
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("what answers")
     table.add_column("mean cos_sim", justify="right")
@@ -160,14 +169,14 @@ def render_html(
     worst: Sequence[PairPicture] = (),
     token_report: str | None = None,
 ) -> str:
-    """The whole report as one HTML page; `token_report` is a relative link to the page of `ray-app correlate`."""
+    """report.html; `token_report` is a relative link to the page of `ray-app correlate`."""
     groups = [("Highest cosine after", "best", best), ("Lowest cosine after", "worst", worst)]
     return page(
         "report.html.j2",
         r=result,
         outcome=outcome(result),
         token_report=token_report,
-        notes=notes(result),
+        warnings=report_warnings(result),
         rows=rows(result),
         thetas=list(result["cosine_accept_rate"]),
         acceptance_svg=acceptance_figure(cosines),
@@ -187,11 +196,13 @@ def render_html(
 
 
 def acceptance_alt(result: Mapping[str, Any]) -> str:
+    """Text alternative of the acceptance figure."""
     named = [f"{line['name']} {100 * line['rates'][KEY]:.1f} percent" for line in rows(result)]
     return f"Curves of cosine_accept_rate against theta. At theta {KEY}: {', '.join(named)}."
 
 
 def histogram_alt(result: Mapping[str, Any]) -> str:
+    """Text alternative of the histograms."""
     before = result["baselines"]["before"]
     return (
         f"Two histograms of the cosine of each pair. Before: mean {before['cos_sim_mean']:.3f}, standard deviation "
@@ -201,7 +212,7 @@ def histogram_alt(result: Mapping[str, Any]) -> str:
 
 
 def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Name and value of what the results table leaves out."""
+    """Name and value of every measure that is not in the results table."""
     interval = result["interval95"]
     for name, bounds in interval.items():
         if isinstance(bounds, list):
@@ -214,7 +225,7 @@ def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "centred cosine",
         (
             f"{result['centered_cos_sim_mean']:.4f} (before: {result['centered_cos_sim_mean_before']:.4f}); "
-            "the training mean is taken off both sides"
+            "the mean training target is subtracted from both sides"
         ),
     )
     for name, value in result["retrieval"].items():
@@ -224,7 +235,7 @@ def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def group_table(result: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The template's view of parts of the test pairs: heads, and a line for each."""
+    """Table of parts of the test pairs: one line each."""
     lines = [
         {
             "name": name,
@@ -240,7 +251,7 @@ def group_table(result: Mapping[str, Any], key: str) -> dict[str, Any]:
         for name, part in result[key].items()
     ]
     title, head = {"by_lighting": ("By day and night", "light"), "by_sequence": ("By sequence", "sequence")}[key]
-    caption = f"Lift is over {result['best_baseline']}, the best baseline of all test pairs, in percentage points."
+    caption = f"Lift over {result['best_baseline']}, the best baseline on all test pairs, in percentage points."
     if key == "by_lighting":
         caption += f" Night: a target less than {DARK:g} times as bright as the mean training target."
     heads = [head, "pairs", "mean cos_sim", f"θ {KEY}", "lift", "95 % interval (bootstrap over)"]
@@ -248,7 +259,7 @@ def group_table(result: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def interval_words(part: Mapping[str, Any]) -> str:
-    """Of the lift of some pairs, and over how many units."""
+    """The interval of a part's lift, with the number of units that were resampled."""
     if part["lift_interval95"] is None:
         return "–"
     low, high = (100 * bound for bound in part["lift_interval95"])
@@ -256,16 +267,16 @@ def interval_words(part: Mapping[str, Any]) -> str:
 
 
 def split_lines(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Which pairs were judged, and what they are to the training."""
+    """Name and value of everything about the split and the data."""
     split, data = result["split"], result["data"]
-    seen = split["test_pairs_trained_on"]
+    trained_on = split["test_pairs_trained_on"]
     yield "divided by", f"{split['by']} ({split['label']}), seed {split['seed']}"
     yield "pairs", f"train {split['train']:,}, validation {split['val']:,}, test {split['test']:,}"
     yield (
         "test windows that overlap a training window",
         f"{100 * split['test_windows_overlapping_train']:.1f} %",
     )
-    yield "test pairs that the checkpoint was trained on", "not recorded" if seen is None else f"{seen:,}"
+    yield "test pairs that the checkpoint was trained on", "not recorded" if trained_on is None else f"{trained_on:,}"
     yield "source of the pairs", f"{data['source']}, events {data['events']}"
     yield "fingerprint of the store", result["fingerprint"]
     yield "fingerprint of the test pairs", result["test_fingerprint"]
@@ -284,7 +295,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def pair_context(pair: PairPicture, what: str) -> dict[str, Any]:
-    """The template's view of one pair."""
+    """One pair for the page."""
     sides = (("event image", pair.event), ("aligned output", pair.aligned), ("target", pair.target))
     place = f"{pair.sequence} at {pair.t_start_us / 1e6:.3f} s"
     return {

@@ -1,61 +1,62 @@
-"""`ray-app promote`: a checkpoint becomes a registered version, and champion if it earns it.
+"""`ray-app promote`: register a checkpoint as a version, and make it champion if it earns that.
 
-The verdict is `promotion_verdict` of `ray_app.core.promotion_policy`; this file gathers what it judges by, and acts
-on it. Judging takes as long as it takes; the registry is written in one short turn (`registry_lock.py`), and only if
-the champion is still the one that was judged against.
+The verdict is `promotion_verdict`. The registry is written after the evaluation, in this order:
+
+    1. the version with its tags: metrics, verdict, reason, previous_champion
+    2. the alias, right after a look that the champion is still the one compared with
+    3. the tag promoted_at
+
+Interrupted after 1, a version is left without the alias; after 2, a champion without promoted_at. `--list` reports
+both, and promoting the same checkpoint again completes them.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from rich.console import Console
+from torch import Tensor
 
 from ray_app.cluster.connection import cluster
-from ray_app.commands.evaluate.evaluator import require_device
+from ray_app.commands.evaluate.context import EvaluationContext, training_config
 from ray_app.commands.evaluate.report import results_table
-from ray_app.commands.promote.champion_history import CHAMPION, move, reconcile
-from ray_app.commands.promote.judging import (
-    ChampionComparison,
-    champion_version,
-    evaluation_store,
-    opponent_metrics,
-    require_unseen_pairs,
+from ray_app.commands.promote.champions import EARNED, registry_warnings
+from ray_app.commands.promote.rollback import (
+    RATE,
+    list_champions,
+    render_list,
+    render_rollback,
+    roll_back,
+    timestamp,
 )
-from ray_app.commands.promote.registry_lock import RegistryLock, ensure_model, turn
-from ray_app.commands.promote.rollback import RATE, list_champions, render_list, render_rollback, roll_back
 from ray_app.config.evaluate import PromoteConfig
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.core.promotion_policy import InvalidCheckpoint, Verdict, promotion_verdict
-from ray_app.data.training_means import mean_target
-from ray_app.errors import CheckpointError
+from ray_app.errors import CheckpointError, ConfigError
 from ray_app.store.atomic import sha256_file
 from ray_app.store.checkpoint import MODEL, Checkpoint, load_checkpoint, replay_golden, verify_folder
 from ray_app.store.checkpoint_transfer import local_folder
-from ray_app.store.pair_store import PairStore
-from ray_app.store.split import split_pairs
-from ray_app.tracking.mlflow_logger import redact_password, tracking_uri
-from ray_app.tracking.model_registry import best_of_run, ensure_uploaded, registry_errors, source_of, version_of
+from ray_app.tracking.mlflow_logger import tracking_uri
+from ray_app.tracking.model_registry import CHAMPION, ModelRegistry, best_of_run
 
 
 def run_promote(cfg: PromoteConfig) -> dict[str, Any]:
-    """Promotes a run, goes back to the champion before, or lists: what the config asks for."""
+    """Promote a run, roll back, or list: whichever the config asks for."""
+    registry = ModelRegistry(tracking_uri(cfg), cfg.model_name, cfg.experiment)
     if cfg.list:
-        return list_champions(cfg)
+        return list_champions(registry)
     if cfg.rollback:
-        return roll_back(cfg)
+        return roll_back(registry)
     assert cfg.run is not None
     with local_folder(best_of_run(cfg.run)) as folder:
-        return promote(cfg, folder)
+        return promote(cfg, registry, folder)
 
 
 def render_promote(result: dict[str, Any], console: Console) -> None:
-    """The results table and the outcome; or the list; or who is champion again."""
+    """Print the results table and the outcome, the list, or the champion after a rollback."""
     if result["action"] == "list":
         render_list(result, console)
     elif result["action"] == "rollback":
@@ -67,141 +68,55 @@ def render_promote(result: dict[str, Any], console: Console) -> None:
         render_outcome(result, console)
 
 
-def promote(cfg: PromoteConfig, folder: Path) -> dict[str, Any]:
-    """Judges, registers, and moves the alias or says why not.
+def promote(cfg: PromoteConfig, registry: ModelRegistry, folder: Path) -> dict[str, Any]:
+    """Evaluate, register, and move the alias if it is earned.
 
-    A checkpoint whose weights are registered already keeps its version. CheckpointError: it is not what was saved,
-    or does not fit. ConfigError: it was trained on pairs of this test part. RegistryError: the server refuses or
-    is away.
+    A checkpoint whose weights are registered already keeps its version. If another promotion changed the champion
+    meanwhile, the checkpoint is compared again with the new one.
+
+    CheckpointError: it is damaged, or does not fit. ConfigError: it was trained on pairs of this test part.
+    RegistryError: the server refuses or is away.
     """
     checkpoint = verify_checkpoint(folder)
     if isinstance(checkpoint, InvalidCheckpoint):
         verdict = promotion_verdict(checkpoint, None, force=cfg.force)
         raise CheckpointError(f"not promoted ({verdict.code}): {verdict.reason}")
-    store = PairStore.open(evaluation_store(cfg, checkpoint), cfg.durations)
-    checkpoint.require(store.manifest.features)
-    split = split_pairs(store.index, cfg.split_config)
-    require_unseen_pairs(cfg, checkpoint, store, split)
-    with registry_errors(cfg):
-        client = MlflowClient(tracking_uri(cfg))
-        champion = champion_version(client, cfg.model_name)
+    store = evaluation_store(cfg, checkpoint)
+    context = EvaluationContext.open(cfg, store)
+    checkpoint.require(context.store.manifest.features)
+    require_unseen_pairs(cfg, context, checkpoint)
+    champion = registry.champion()
     with cluster(cfg.address):
-        require_device(cfg.use_gpu)
-        bench = ChampionComparison(cfg, store, split, mean_target(store, split.train))
-        metrics = bench.judged(checkpoint)
-        with registry_errors(cfg):
-            weights = sha256_file(checkpoint.folder / MODEL)
-            version = version_of(client, cfg.model_name, weights)
-            run_id = str(version.run_id) if version else ensure_uploaded(cfg, client, checkpoint)
+        mean_target_D = context.mean_target()
+        metrics = context.test_result(checkpoint, mean_target_D)
+        weights = sha256_file(checkpoint.folder / MODEL)
+        version = registry.version_of(weights)
+        run_id = str(version.run_id) if version else registry.ensure_uploaded(checkpoint)
+        challenger = Challenger(checkpoint, weights, run_id, metrics)
         while True:
-            opponent = opponent_metrics(bench, client, champion, metrics["test_fingerprint"]) if champion else None
-            judged = PromotionInput(checkpoint, weights, metrics, opponent, version_str(champion), run_id)
-            with registry_errors(cfg), turn(client, cfg.model_name, run_id) as mine:
-                result = register_and_promote(cfg, mine, judged)
+            opponent = champion_metrics(registry, champion, context, mean_target_D, metrics["test_fingerprint"])
+            result = register(registry, challenger, champion, opponent, cfg.min_gain, cfg.force)
             if result is not None:
                 return result
-            with registry_errors(cfg):  # another promotion came first: once more, against its champion
-                champion = champion_version(client, cfg.model_name)
+            champion = registry.champion()
 
 
 @dataclass(frozen=True, slots=True)
-class PromotionInput:
-    """All that a promotion acts on."""
+class Challenger:
+    """A checkpoint that asks for promotion."""
 
     checkpoint: Checkpoint
-    """The challenger."""
+    """Verified."""
     model_sha256: str
-    """Of its weights: what makes two versions the same."""
-    metrics: dict[str, Any]
-    """Its test metrics."""
-    opponent: dict[str, Any] | None
-    """The champion's on the same pairs, if there is a champion."""
-    champion: str | None
-    """The version that was champion then."""
+    """SHA-256 of the weights: equal weights are one version."""
     run_id: str
-    """Run whose artifacts are the challenger."""
-
-
-def register_and_promote(cfg: PromoteConfig, turn: RegistryLock, judged: PromotionInput) -> dict[str, Any] | None:
-    """Registers, and moves the alias if it is earned; None, with nothing changed, if the champion is another now.
-
-    The version is whole before the alias moves, so that a kill leaves a version more and nothing half done.
-    """
-    client, metrics, opponent = turn.client, judged.metrics, judged.opponent
-    ensure_model(client, cfg.model_name)
-    at = datetime.now(UTC).isoformat(timespec="seconds")
-    log = reconcile(turn, cfg.model_name, at)
-    if log.champion != judged.champion:
-        return None
-    version = version_of(client, cfg.model_name, judged.model_sha256)
-    verdict = promotion_verdict(
-        metrics,
-        opponent,
-        min_gain=cfg.min_gain,
-        force=cfg.force,
-        is_champion=version is not None and str(version.version) == log.champion,
-    )
-    reason = verdict.reason + (f" ({opponent['error']})" if opponent and "error" in opponent else "")
-    turn.require()
-    number = write_version(client, cfg.model_name, version, judged, tags(metrics, verdict, reason))
-    if verdict.promoted and number != log.champion:
-        move(turn, cfg.model_name, log, number, code=verdict.code, reason=reason, at=at)
-    return {
-        "action": "promote",
-        "model": cfg.model_name,
-        "version": number,
-        "new_version": version is None,
-        "promoted": verdict.promoted,
-        "forced": verdict.forced,
-        "verdict_code": verdict.code,
-        "reason": reason,
-        "lift": metrics["lift"],
-        "champion": number if verdict.promoted else log.champion,
-        "champion_before": log.champion,
-        "champion_before_metrics": opponent,
-        "checkpoint": str(judged.checkpoint.folder),
-        "mlflow_run_id": str(version.run_id) if version else judged.run_id,
-        "tracking_uri": redact_password(tracking_uri(cfg)),
-        "metrics": metrics,
-    }
-
-
-def write_version(
-    client: MlflowClient, model: str, version: ModelVersion | None, judged: PromotionInput, told: Mapping[str, str]
-) -> str:
-    """The number of the version that tells this of itself: a new one with all its tags in one request, or `version`.
-
-    An old one is without a test fingerprint while its tags change, so that half of them are never compared with.
-    """
-    if version is None:
-        identity = {"model_sha256": judged.model_sha256, "checkpoint_sha256": judged.checkpoint.sha256}
-        made = client.create_model_version(
-            model, source_of(judged.run_id), judged.run_id, tags={**identity, **told}, await_creation_for=0
-        )
-        return str(made.version)
-    number = str(version.version)
-    for key, value in [
-        ("test_fingerprint", ""),
-        *sorted(told.items(), key=lambda item: item[0] == "test_fingerprint"),
-    ]:
-        client.set_model_version_tag(model, number, key, value)
-    return number
-
-
-def render_outcome(result: dict[str, Any], console: Console) -> None:
-    """What was registered, whether the alias moved, and why."""
-    name = f"{result['model']} version {result['version']}"
-    console.print(f"registered: {name}{'' if result['new_version'] else ' (was there already)'}", markup=False)
-    if result["promoted"]:
-        console.print(f"{CHAMPION}: {name}; {result['reason']}", style="bold green", markup=False)
-    else:
-        console.print(
-            f"{CHAMPION} stays version {result['champion']}; {result['reason']}", style="yellow", markup=False
-        )
+    """MLflow run whose artifacts are the checkpoint."""
+    metrics: dict[str, Any]
+    """Its result on the test part."""
 
 
 def verify_checkpoint(folder: Path) -> Checkpoint | InvalidCheckpoint:
-    """The checkpoint, if its bytes and its answers are those that were saved. CheckpointError: it never was one."""
+    """Load a checkpoint if its bytes and its golden answers still hold. CheckpointError: it is no checkpoint."""
     try:
         verify_folder(folder)
     except CheckpointError as error:
@@ -214,34 +129,126 @@ def verify_checkpoint(folder: Path) -> Checkpoint | InvalidCheckpoint:
     return checkpoint
 
 
-def version_str(version: ModelVersion | None) -> str | None:
-    """MLflow gives now a number, now a text."""
-    return str(version.version) if version else None
+def evaluation_store(cfg: PromoteConfig, checkpoint: Checkpoint) -> str:
+    """The store to evaluate on: --store, else the one that the checkpoint was trained on."""
+    if cfg.store is not None:
+        return cfg.store
+    config = training_config(checkpoint)
+    if config is None:
+        raise ConfigError(f"{cfg.run} does not record the store it was trained on; name one with --store.")
+    return config.store
 
 
-def short_evaluation(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What the endpoint shows of the test part: acceptance by θ beside every baseline, and how cosines lie."""
-    about = (
-        "pairs",
-        "cos_sim_mean",
-        "cos_sim_std",
-        "cosine_accept_rate",
-        "percentiles",
-        "lift",
-        "best_baseline",
-        "verdict",
-    )
-    baselines = {
-        name: {key: baseline[key] for key in ("cos_sim_mean", "cosine_accept_rate")}
-        for name, baseline in metrics["baselines"].items()
+def require_unseen_pairs(cfg: PromoteConfig, context: EvaluationContext, checkpoint: Checkpoint) -> None:
+    """ConfigError if the checkpoint was fitted or chosen on pairs of the test part."""
+    seen, config = context.trained_on(checkpoint), training_config(checkpoint)
+    if seen and config:
+        raise ConfigError(
+            f"{cfg.run} was trained on {seen} of the {len(context.split.test)} test pairs of this split, so they "
+            f"cannot test it; give the split it was trained with: --split {config.split} "
+            f"--split-seed {config.split_seed} --test-share {config.test_share:g} --val-share {config.val_share:g}"
+        )
+
+
+def champion_metrics(
+    registry: ModelRegistry,
+    champion: str | None,
+    context: EvaluationContext,
+    mean_target_D: Tensor,
+    test_fingerprint: str,
+) -> dict[str, Any] | None:
+    """The champion's acceptance on these test pairs: from its tags if they are of these pairs, else evaluated again.
+
+    None without a champion. One that cannot be evaluated keeps the numbers of its tags, and has an `error`.
+    """
+    if champion is None:
+        return None
+    key = rate_key(THETA)
+    tags = registry.tags(champion)
+    tagged: dict[str, Any] = {
+        "cosine_accept_rate": {key: float(tags.get(RATE, 0.0))},
+        "test_fingerprint": tags.get("test_fingerprint", "") if RATE in tags else "",
     }
-    origin = {"split": metrics["split"]["label"], "source": metrics["data"]["source"]}
-    return {**{key: metrics[key] for key in about}, "baselines": baselines, **origin}
-
-
-def tags(metrics: Mapping[str, Any], verdict: Verdict, reason: str) -> dict[str, str]:
-    """What a version tells of itself."""
+    if tagged["test_fingerprint"] == test_fingerprint:
+        return tagged
+    try:
+        with registry.download(champion) as folder:
+            metrics = context.test_result(load_checkpoint(folder), mean_target_D)
+    except CheckpointError as error:
+        return {**tagged, "error": f"and cannot be evaluated on these: {error}"}
     return {
+        "cosine_accept_rate": {key: metrics["cosine_accept_rate"][key]},
+        "test_fingerprint": metrics["test_fingerprint"],
+    }
+
+
+def register(
+    registry: ModelRegistry,
+    challenger: Challenger,
+    champion: str | None,
+    opponent: dict[str, Any] | None,
+    min_gain: float,
+    force: bool,
+) -> dict[str, Any] | None:
+    """Write the version, and move the alias if it is earned. None: the champion is another by now; compare again."""
+    metrics = challenger.metrics
+    version = registry.version_of(challenger.model_sha256)
+    is_champion = version is not None and str(version.version) == champion
+    verdict = promotion_verdict(metrics, opponent, min_gain=min_gain, force=force, is_champion=is_champion)
+    reason = verdict.reason + (f" ({opponent['error']})" if opponent and "error" in opponent else "")
+    moves = verdict.promoted and not is_champion
+    tags = version_tags(challenger, version, verdict, reason)
+    number = registry.write_version(
+        version, challenger.run_id, {**tags, "previous_champion": champion or ""} if moves else tags
+    )
+    if registry.champion() != champion:
+        return None
+    if moves:
+        registry.move_alias(number)
+    if moves or (is_champion and version is not None and "promoted_at" not in version.tags):
+        registry.tag_version(number, "promoted_at", timestamp())
+    champion_now = number if verdict.promoted else champion
+    return {
+        "action": "promote",
+        "model": registry.model,
+        "version": number,
+        "new_version": version is None,
+        "promoted": verdict.promoted,
+        "forced": verdict.forced,
+        "verdict_code": verdict.code,
+        "reason": reason,
+        "lift": metrics["lift"],
+        "champion": champion_now,
+        "champion_before": champion,
+        "champion_before_metrics": opponent,
+        "checkpoint": str(challenger.checkpoint.folder),
+        "mlflow_run_id": challenger.run_id,
+        "tracking_uri": registry.address,
+        "metrics": metrics,
+        "warnings": registry_warnings(champion_now, registry.versions()),
+    }
+
+
+def render_outcome(result: dict[str, Any], console: Console) -> None:
+    """Print what was registered, whether the alias moved, and why."""
+    name = f"{result['model']} version {result['version']}"
+    console.print(f"registered: {name}{'' if result['new_version'] else ' (already there)'}", markup=False)
+    if result["promoted"]:
+        console.print(f"{CHAMPION}: {name}; {result['reason']}", style="bold green", markup=False)
+    else:
+        console.print(
+            f"{CHAMPION} stays version {result['champion']}; {result['reason']}", style="yellow", markup=False
+        )
+    for warning in result["warnings"]:
+        console.print(f"- {warning}", style="yellow", markup=False)
+
+
+def version_tags(
+    challenger: Challenger, version: ModelVersion | None, verdict: Verdict, reason: str
+) -> dict[str, str]:
+    """Tags of a version. A promoted one keeps the verdict and reason of its promotion until it is promoted again."""
+    metrics = challenger.metrics
+    tags = {
         RATE: repr(metrics["cosine_accept_rate"][rate_key(THETA)]),
         "cos_sim_mean": repr(metrics["cos_sim_mean"]),
         "lift": repr(metrics["lift"]),
@@ -257,6 +264,32 @@ def tags(metrics: Mapping[str, Any], verdict: Verdict, reason: str) -> dict[str,
         "events": metrics["data"]["events"],
         "evaluation": json.dumps(short_evaluation(metrics)),
         "verdict": metrics["verdict"],
-        "verdict_code": verdict.code,
-        "reason": reason,
     }
+    if version is None:
+        tags |= {"model_sha256": challenger.model_sha256, "checkpoint_sha256": challenger.checkpoint.sha256}
+    elif verdict.code not in EARNED and (
+        "promoted_at" in version.tags
+        or (verdict.code == "already_champion" and version.tags.get("verdict_code") in EARNED)
+    ):
+        return tags
+    return {**tags, "verdict_code": verdict.code, "reason": reason}
+
+
+def short_evaluation(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluation that the endpoint shows: acceptance by θ with every baseline, and the spread of the cosines."""
+    shown = (
+        "pairs",
+        "cos_sim_mean",
+        "cos_sim_std",
+        "cosine_accept_rate",
+        "percentiles",
+        "lift",
+        "best_baseline",
+        "verdict",
+    )
+    baselines = {
+        name: {key: baseline[key] for key in ("cos_sim_mean", "cosine_accept_rate")}
+        for name, baseline in metrics["baselines"].items()
+    }
+    origin = {"split": metrics["split"]["label"], "source": metrics["data"]["source"]}
+    return {**{key: metrics[key] for key in shown}, "baselines": baselines, **origin}

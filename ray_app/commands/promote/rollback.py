@@ -1,94 +1,110 @@
-"""`ray-app promote --list` and `--rollback`: who is champion, who was, and going back one."""
+"""`ray-app promote --list` and `--rollback`: show present and past champions; move the alias back by one."""
 
 from datetime import UTC, datetime
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.commands.promote.champion_history import CHAMPION, ChampionLog, move, predecessor, read_log, reconcile
-from ray_app.commands.promote.registry_lock import turn
-from ray_app.config.evaluate import PromoteConfig
+from ray_app.commands.promote.champions import alias_moves, predecessor, registry_warnings
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.errors import RegistryError
-from ray_app.tracking.mlflow_logger import redact_password, tracking_uri
-from ray_app.tracking.model_registry import registered_versions, registry_errors
+from ray_app.tracking.model_registry import CHAMPION, ModelRegistry
 
 RATE = f"cosine_accept_rate_{rate_key(THETA)}"
-"""Tag of a version."""
+"""Tag of a version: its acceptance on the test part."""
 
 
-def list_champions(cfg: PromoteConfig) -> dict[str, Any]:
-    """The versions with their metrics, who is champion, who was, when and why. Changes nothing.
+def list_champions(registry: ModelRegistry) -> dict[str, Any]:
+    """Versions with their metrics, the champion, and its recorded moves. Changes nothing.
 
     RegistryError: there is no such model, or the server is away.
     """
-    with registry_errors(cfg):
-        client = MlflowClient(tracking_uri(cfg))
-        log, versions = existing(cfg, client)
-    settled = log.settled("")  # with a move in it that was cut short after the alias moved
-    last = settled.last if settled.last and settled.last.code != "found" else log.last
-    if last and last.version != log.champion:
-        last = None
-    before = predecessor(settled.entries, [str(version.version) for version in versions])
+    champion, versions = read_versions(registry)
+    moves = alias_moves(versions)
+    last = moves[-1] if moves and moves[-1].version == champion else None
     return {
         "action": "list",
-        "model": cfg.model_name,
-        "tracking_uri": redact_password(tracking_uri(cfg)),
-        "champion": log.champion,
+        "model": registry.model,
+        "tracking_uri": registry.address,
+        "champion": champion,
         "since": last.at if last else None,
         "code": last.code if last else None,
         "reason": last.reason if last else None,
-        "champion_before": before.version if before else None,
-        "versions": [about(version, log.champion) for version in versions],
-        "history": [entry.to_dict() for entry in log.entries],
-        "warnings": [*log.flaws(), *interrupted_promotions(versions, settled)],
+        "champion_before": predecessor(champion, versions),
+        "versions": [version_row(version, champion) for version in versions],
+        "history": [move.to_dict() for move in moves],
+        "warnings": registry_warnings(champion, versions),
     }
 
 
-def roll_back(cfg: PromoteConfig) -> dict[str, Any]:
-    """The alias goes back to who was champion before. RegistryError where nobody was."""
-    with registry_errors(cfg):
-        client = MlflowClient(tracking_uri(cfg))
-        _, versions = existing(cfg, client)
-        if not versions:
-            raise RegistryError(f"{cfg.model_name} has no versions; there is nobody to go back to.")
-        with turn(client, cfg.model_name, str(versions[-1].run_id)) as mine:
-            at = datetime.now(UTC).isoformat(timespec="seconds")
-            log = reconcile(mine, cfg.model_name, at)
-            target = predecessor(
-                log.entries, [str(version.version) for version in registered_versions(client, cfg.model_name)]
-            )
-            if target is None or target.version is None:
-                present = f"version {log.champion}" if log.champion else "nobody"
-                raise RegistryError(
-                    f"{cfg.model_name}: {CHAMPION} is {present}, and the log knows of nobody before; "
-                    "`ray-app promote --list` shows it."
-                )
-            reason = f"back to version {target.version}, champion since {target.at} ({target.code})"
-            move(mine, cfg.model_name, log, target.version, code="rollback", reason=reason, at=at)
+def roll_back(registry: ModelRegistry) -> dict[str, Any]:
+    """Move the alias back to the champion before this one. RegistryError: none is recorded."""
+    champion, versions = read_versions(registry)
+    target = predecessor(champion, versions)
+    if target is None:
+        present = f"version {champion}" if champion else "no version"
+        raise RegistryError(
+            f"{registry.model}: {CHAMPION} is {present}, and no champion before it is recorded; "
+            "`ray-app promote --list` shows the record."
+        )
+    tags = next(version.tags for version in versions if str(version.version) == target)
+    since = f", promoted {tags['promoted_at']} ({tags.get('verdict_code')})" if "promoted_at" in tags else ""
+    at = timestamp()
+    registry.move_alias(target)
+    if champion is not None:
+        registry.tag_version(champion, "rolled_back_to", target)
+        registry.tag_version(champion, "rolled_back_at", at)
     return {
         "action": "rollback",
-        "model": cfg.model_name,
-        "tracking_uri": redact_password(tracking_uri(cfg)),
-        "champion": target.version,
-        "champion_before": log.champion,
-        "reason": reason,
+        "model": registry.model,
+        "tracking_uri": registry.address,
+        "champion": target,
+        "champion_before": champion,
+        "reason": f"back to version {target}{since}",
         "at": at,
     }
 
 
+def read_versions(registry: ModelRegistry) -> tuple[str | None, list[ModelVersion]]:
+    """The champion's number and all versions. RegistryError: there is none."""
+    versions, champion = registry.versions(), registry.champion()
+    if not versions:
+        raise RegistryError(
+            f"there is no model '{registry.model}' with a version at {registry.address}; "
+            "`ray-app promote RUN` registers its first version, --model-name and --tracking-uri choose another."
+        )
+    return champion, versions
+
+
+def timestamp() -> str:
+    """Now, as an ISO time in UTC with milliseconds: such texts sort by time."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def version_row(version: ModelVersion, champion: str | None) -> dict[str, Any]:
+    """One row of the list, from the version's tags; None for each one it lacks."""
+    tags = version.tags
+    return {
+        "version": str(version.version),
+        "champion": str(version.version) == champion,
+        "registered_at": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
+        RATE: float(tags[RATE]) if RATE in tags else None,
+        "lift": float(tags["lift"]) if "lift" in tags else None,
+        **{key: tags.get(key) for key in ("best_baseline", "pairs", "source", "verdict_code", "reason")},
+    }
+
+
 def render_rollback(result: dict[str, Any], console: Console) -> None:
-    """Who is champion again."""
+    """Print which version is champion again."""
     name = f"{result['model']} version {result['champion']}"
-    before = f"version {result['champion_before']}" if result["champion_before"] else "nobody"
+    before = f"version {result['champion_before']}" if result["champion_before"] else "no version"
     console.print(f"{CHAMPION}: {name}, instead of {before}; {result['reason']}", style="bold green", markup=False)
 
 
 def render_list(result: dict[str, Any], console: Console) -> None:
-    """A table of the versions, the champion, the log, and what does not agree."""
+    """Print a table of the versions, the champion, its recorded moves, and the warnings."""
     table = Table(box=None, title=f"{result['model']} ({result['tracking_uri']})")
     for heading in ("version", "accept 0.80", "lift", "best baseline", "pairs", "data", "verdict"):
         table.add_column(heading)
@@ -101,48 +117,16 @@ def render_list(result: dict[str, Any], console: Console) -> None:
         table.add_row(mark, rate, lift, *cells, style="bold green" if row["champion"] else None)
     console.print(table)
     if result["champion"] is None:
-        console.print(f"{CHAMPION}: nobody", markup=False)
+        console.print(f"{CHAMPION}: no version", markup=False)
     else:
         since = f" since {result['since']}; {result['reason']}" if result["since"] else ""
         console.print(f"{CHAMPION}: version {result['champion']}{since}", style="bold", markup=False)
     if result["champion_before"]:
-        console.print(f"before: version {result['champion_before']}; --rollback goes back to it", markup=False)
-    for entry in reversed(result["history"]):
-        whence, whither = (entry[key] or "nobody" for key in ("from", "version"))
-        console.print(f"  {entry['at']}  {whence} → {whither}  {entry['code']}: {entry['reason']}", markup=False)
-    for note in result["warnings"]:
-        console.print(f"- {note}", style="yellow", markup=False)
-
-
-def existing(cfg: PromoteConfig, client: MlflowClient) -> tuple[ChampionLog, list[ModelVersion]]:
-    """The log and the versions of a model. RegistryError where there is none."""
-    log = read_log(client, cfg.model_name)
-    if log is None:
-        raise RegistryError(
-            f"there is no model '{cfg.model_name}' at {redact_password(tracking_uri(cfg))}; "
-            "`ray-app promote RUN` registers its first version, --model-name and --tracking-uri choose another."
+        console.print(f"before: version {result['champion_before']}; --rollback moves the alias back", markup=False)
+    for move in reversed(result["history"]):
+        console.print(
+            f"  {move['at']}  {move['from'] or 'none'} → {move['version']}  {move['code']}: {move['reason']}",
+            markup=False,
         )
-    return log, registered_versions(client, cfg.model_name)
-
-
-def interrupted_promotions(versions: list[ModelVersion], log: ChampionLog) -> list[str]:
-    """Versions that earned the alias in a promotion that was killed before it moved."""
-    moved = {entry.version for entry in log.entries}
-    return [
-        f"version {version.version} earned the alias and never had it: its promotion was cut short; promote it again"
-        for version in versions
-        if version.tags.get("verdict_code") in ("first", "promoted", "forced") and str(version.version) not in moved
-    ]
-
-
-def about(version: ModelVersion, champion: str | None) -> dict[str, Any]:
-    """One row of the list, from what the version tells of itself; None where it tells nothing."""
-    tags = version.tags
-    return {
-        "version": str(version.version),
-        "champion": str(version.version) == champion,
-        "registered_at": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
-        RATE: float(tags[RATE]) if RATE in tags else None,
-        "lift": float(tags["lift"]) if "lift" in tags else None,
-        **{key: tags.get(key) for key in ("best_baseline", "pairs", "source", "verdict_code", "reason")},
-    }
+    for warning in result["warnings"]:
+        console.print(f"- {warning}", style="yellow", markup=False)
