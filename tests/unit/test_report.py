@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from pages import Elements, assert_has_words, assert_light_and_dark, assert_stands_alone
 from rich.console import Console
 
-from ray_app.commands.evaluate.report import PairPicture, notes, outcome, render_html, results_table, verdict_sentence
+from ray_app.commands.evaluate.report import (
+    PairPicture,
+    outcome,
+    render_html,
+    report_warnings,
+    results_table,
+    verdict_sentence,
+)
 from ray_app.core.metrics import THETAS, AlignmentCounts, rate_key
 from ray_app.reports.figures import log_scale
 
@@ -149,9 +156,9 @@ def test_every_colour_is_a_variable_with_a_light_and_a_dark_value(page: str) -> 
     ("lift", "interval", "kind", "words"),
     [
         (0.12, [0.05, 0.2], "beats", "beats the best baseline (mean_target) by 12.0 percentage points at θ 0.80"),
-        (0.12, [-0.05, 0.2], "unsure", "but not surely"),
+        (0.12, [-0.05, 0.2], "unsure", "but not with certainty"),
         (-0.03, [-0.1, 0.02], "loses", "does not beat the best baseline (mean_target): it is 3.0 percentage points"),
-        (0.0, [0.0, 0.0], "loses", "the two are equal"),
+        (0.0, [0.0, 0.0], "loses", "both are equal"),
     ],
 )
 def test_the_sentence_says_who_is_ahead_by_how_much_and_how_surely(
@@ -171,7 +178,7 @@ def test_the_sentence_says_who_is_ahead_by_how_much_and_how_surely(
         ({"split": {"test_pairs_trained_on": 7}}, "trained on 7 of the 200 test pairs", True),
         ({"split": {"test_pairs_trained_on": None}}, "is not recorded", False),
         ({"split": {"by": "block"}}, "One sequence only", False),
-        ({"previous_window_better": True}, "previous_window is ahead", True),
+        ({"previous_window_better": True}, "previous_window is better", True),
         ({"data": {"source": "scenes", "events": "simulated"}}, "rendered scenes", False),
         ({"data": {"source": "video", "events": "simulated"}}, "events are simulated", False),
         ({}, "not token acceptance", False),
@@ -181,13 +188,15 @@ def test_what_a_reader_must_know_is_said(changes: dict[str, Any], words: str, wa
     base, cosines = made_up()
     split = {**base["split"], **changes.pop("split", {})}
     result = {**base, **changes, "split": split}
-    assert [note["warning"] for note in notes(result) if words in note["text"]] == [warning]
+    assert [note["warning"] for note in report_warnings(result) if words in note["text"]] == [warning]
     assert words in render_html(result, cosines)
 
 
 def test_recorded_events_under_a_clean_split_need_no_warning() -> None:
     result, _ = made_up()
-    assert [note["text"].split(":")[0] for note in notes(result)] == ["Cosine acceptance is not token acceptance"]
+    assert [note["text"].split(":")[0] for note in report_warnings(result)] == [
+        "Cosine acceptance is not token acceptance"
+    ]
 
 
 def test_table_and_page_show_the_same_rates(page: str) -> None:
