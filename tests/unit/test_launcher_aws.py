@@ -17,7 +17,7 @@ from ray.autoscaler._private.util import prepare_config
 ROOT = Path(__file__).resolve().parents[2]
 POLICIES = ROOT / "deploy" / "launcher" / "aws"
 ROLES = {"ray-app-head": ("bucket", "head"), "ray-app-worker": ("bucket",)}
-"""As docs/operations.md makes them: inline policies of each."""
+"""As docs/cluster.md makes them: inline policies of each."""
 
 
 def policy(name: str) -> str:
@@ -26,7 +26,7 @@ def policy(name: str) -> str:
 
 @pytest.fixture
 def account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An account after the steps of docs/operations.md that come before `ray up`."""
+    """An account after the steps of docs/cluster.md that come before `ray up`."""
     monkeypatch.setenv("HOME", str(tmp_path))  # for the ssh key
     (tmp_path / ".ssh").mkdir()
     caches = (utils.resource_cache, utils.client_cache, ray_aws._get_subnets_or_die)

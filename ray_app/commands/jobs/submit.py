@@ -85,7 +85,7 @@ def job_environment(cfg: SubmitConfig) -> dict[str, str]:
         if any(word in name.upper() for word in SECRET_WORDS) or "@" in (value or "").partition("://")[2]:
             raise ConfigError(
                 f"--env {name} looks like a secret, and a job's environment is shown on the cluster's dashboard; put "
-                "it into the environment of the cluster's nodes instead (docs/operations.md, 'Secrets')"
+                "it into the environment of the cluster's nodes instead (docs/security.md)"
             )
         if value is None:
             raise ConfigError(f"--env {name}: there is no such variable here; set it, or leave it out")
