@@ -15,13 +15,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_app.datatypes import V2_DATATYPES
 from ray_app.errors import EndpointError, InputError
 
 Wire = Literal["binary", "json"]
 """`binary`: Open Inference Protocol v2, tensors as they lie in memory. `json`: /v1, tensors in base64."""
 
-DATATYPES = {"uint8": "UINT8", "float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
-"""Names of the protocol by numpy's; bfloat16 is that of the package ml_dtypes."""
 ANSWERED = {"FP32": np.dtype("<f4"), "BOOL": np.dtype("?")}
 """Types in an answer."""
 
@@ -71,9 +70,9 @@ def checked(name: str, tensor: NDArray[Any]) -> NDArray[Any]:
         raise InputError(
             f"{name} is {type(tensor).__name__} of shape {shape}; give a numpy array of shape (B, width)."
         )
-    if tensor.dtype.name not in DATATYPES:
+    if tensor.dtype.name not in V2_DATATYPES:
         raise InputError(
-            f"{name} is {tensor.dtype.name}; the endpoint takes {', '.join(DATATYPES)}: uint8 for pixels, else "
+            f"{name} is {tensor.dtype.name}; the endpoint takes {', '.join(V2_DATATYPES)}: uint8 for pixels, else "
             "tensor.astype(np.float32)."
         )
     return np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<"))
@@ -93,7 +92,7 @@ def binary_request(
             {
                 "name": name,
                 "shape": list(tensor.shape),
-                "datatype": DATATYPES[tensor.dtype.name],
+                "datatype": V2_DATATYPES[tensor.dtype.name],
                 "parameters": {"binary_data_size": tensor.nbytes},
             }
             for name, tensor in tensors.items()
@@ -128,7 +127,7 @@ def json_request(tensors: Mapping[str, NDArray[Any]], theta: float | None, outpu
     document: dict[str, Any] = {
         name: {
             "data": base64.b64encode(octets(tensor)).decode(),
-            "datatype": DATATYPES[tensor.dtype.name],
+            "datatype": V2_DATATYPES[tensor.dtype.name],
             "shape": list(tensor.shape),
         }
         for name, tensor in tensors.items()

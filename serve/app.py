@@ -1,7 +1,7 @@
-"""`build_app(args)`: what `serve run serve.app:build_app` and serve/config.yaml start.
+"""Entry points of the endpoint: `build_app(args)` for serve/config.yaml, `local_app` for `ray-app serve`.
 
-Ray's builder accepts unknown arguments in silence and tries a failing build three times over; arguments and model are
-checked here before anything is started, and Ray is told once, in one sentence, what to change.
+Ray's builder accepts unknown arguments silently and retries a failing build three times. So arguments and model are
+checked here before anything starts, and an error is raised once, as one sentence.
 """
 
 import os
@@ -23,7 +23,7 @@ from .model.model_source import source_of
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
-    """The app of checked arguments and a model that loads. RayServeException, which Ray does not retry: why not."""
+    """Check arguments and model, then build the app. RayServeException, which Ray does not retry: what to change."""
     try:
         cfg = checked(args)
         require_model(cfg)
@@ -33,14 +33,14 @@ def build_app(args: dict[str, Any]) -> serve.Application:
 
 
 def checked(args: Mapping[str, Any]) -> EndpointConfig:
-    """The arguments as settings. ConfigError: an unknown one, or one that every replica would stumble over."""
+    """Parse the arguments. ConfigError: an unknown one, or one with which no replica could start."""
     try:
         cfg = EndpointConfig.model_validate(dict(args))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         known = ", ".join(EndpointConfig.model_fields)
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"argument '{where}': {first['msg']}; known are {known}.") from error
+        argument = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"argument '{argument}': {first['msg']}; known are {known}.") from error
     if cfg.token_file is None and not cfg.no_auth:
         raise ConfigError(
             "arguments need 'token_file' (`ray-app serve-token create` writes one), or 'no_auth: true' behind a "
@@ -52,9 +52,9 @@ def checked(args: Mapping[str, Any]) -> EndpointConfig:
 
 
 def local_app(cfg: EndpointConfig) -> serve.Application:
-    """The app of `ray-app serve`, which asks for no token where only this machine can reach it.
+    """Build the app of `ray-app serve`, which needs no token on loopback.
 
-    ConfigError, CheckpointError, RegistryError: it would not start.
+    ConfigError, CheckpointError, RegistryError: it could not start.
     """
     if cfg.token_file:
         read_tokens(cfg.token_file)
@@ -65,9 +65,9 @@ def local_app(cfg: EndpointConfig) -> serve.Application:
 
 
 def require_model(cfg: EndpointConfig) -> None:
-    """CheckpointError, RegistryError, StoreError: no replica could serve it.
+    """Load the model once. CheckpointError, RegistryError, StoreError: no replica could serve it.
 
-    Found by loading it once here: a replica that cannot load is tried again by Ray, and tells of it in its log alone.
+    Ray would restart a replica that cannot load again and again, with the reason only in its log.
     """
     source = source_of(cfg.checkpoint, cfg.tracking_uri)
     identity = source.current()
@@ -76,10 +76,10 @@ def require_model(cfg: EndpointConfig) -> None:
 
 
 def with_model(cfg: EndpointConfig) -> EndpointConfig:
-    """The same with a tracking server that every replica reaches. ConfigError: none, or no such folder."""
+    """Resolve the checkpoint's location for every replica. ConfigError: no tracking server, or no such folder."""
     if not cfg.checkpoint.startswith("models:"):
         if not open_storage(cfg.checkpoint).exists():
-            raise ConfigError(f"checkpoint '{cfg.checkpoint}' is no folder here, and no models:/NAME@ALIAS.")
+            raise ConfigError(f"checkpoint '{cfg.checkpoint}' is neither a folder here nor models:/NAME@ALIAS.")
         return cfg.model_copy(update={"checkpoint": absolute(cfg.checkpoint)})
     uri = cfg.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri or (uri.startswith("sqlite:///") and not uri.startswith("sqlite:////")):

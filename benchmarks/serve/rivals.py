@@ -59,12 +59,8 @@ def app(checkpoint: Path, port: int) -> None:
     import uvicorn
 
     from ray_app.config.serve import EndpointConfig
-    from serve.deployment import threads_for
-    from serve.http.asgi import AsgiApp
     from serve.http.routes import build_api
-    from serve.http.v2 import infer
-    from serve.observability.tracing import Tracing
-    from serve.replica_state import ReplicaState
+    from serve.replica import ReplicaState, threads_for
 
     logging.getLogger("ray.serve").addHandler(logging.FileHandler(os.devnull))
     endpoint = ReplicaState(EndpointConfig(checkpoint=os.fspath(checkpoint), max_queue=2048, timeout_s=120), "app")
@@ -74,8 +70,7 @@ def app(checkpoint: Path, port: int) -> None:
         telemetry, rows = endpoint.telemetry, endpoint.batcher.queued_rows
         return [telemetry.snapshot(rows) if method == "snapshot" else telemetry.exposition(rows).decode()]
 
-    served = AsgiApp(endpoint, infer, build_api(endpoint, everywhere), Tracing(None, "app"))
-    uvicorn.run(served, port=port, log_level="warning")
+    uvicorn.run(build_api(endpoint, everywhere), port=port, log_level="warning")
 
 
 def mlflow_model(checkpoint: Path, folder: Path) -> None:

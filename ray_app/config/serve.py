@@ -10,11 +10,11 @@ from ray_app.errors import ConfigError
 
 
 class EndpointConfig(Config):
-    """What the endpoint is told: the same for `ray-app serve`, serve/config.yaml and the app's builder."""
+    """Settings of the endpoint, shared by `ray-app serve`, serve/config.yaml and the app's builder."""
 
     checkpoint: str = "models:/alignment-adapter@champion"
-    """models:/NAME@ALIAS, which is watched, models:/NAME/VERSION, or a checkpoint or run: a folder, or a URI such as
-    s3://bucket/run."""
+    """models:/NAME@ALIAS, which is checked for new versions, models:/NAME/VERSION, or the folder or URI of a
+    checkpoint or run, such as s3://bucket/run."""
     tracking_uri: str | None = None
     """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
     name: str = Field(default="alignment-adapter", pattern=r"^[A-Za-z0-9._-]{1,64}$")
@@ -24,47 +24,57 @@ class EndpointConfig(Config):
     no_auth: bool = False
     """Disable authentication; use only behind a gateway that authenticates."""
     num_replicas: Positive = 1
-    """Processes that answer."""
+    """Number of replicas: processes that answer requests."""
+    max_replicas: Positive | None = None
+    """Largest number of replicas: Ray adds some while requests wait; default: --num-replicas."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the forward pass; auto: bf16 where the hardware multiplies it (AMX, AVX-512 BF16, GPUs)."""
+    """Precision of the forward pass; auto: bf16 where the hardware multiplies it (AMX, AVX-512 BF16, GPUs)."""
     use_gpu: bool = False
-    """One GPU for each replica."""
+    """Give each replica one GPU."""
     cpus_per_replica: float = Field(default=1.0, gt=0.0)
-    """CPUs, and threads of the forward pass, of each replica."""
+    """CPUs of each replica, which limit the threads of its forward pass."""
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
-    """Most pairs in a request, and in a forward pass."""
+    """Largest number of pairs in a request, and in a forward pass."""
     max_queue: Annotated[int, Field(ge=1)] = 16
-    """While so many pairs wait, requests are answered 429. A pass takes what waits, so more of them wait longer for
-    hardly more a second."""
+    """Pairs that may wait for a forward pass; while that many wait, requests are answered 429."""
     batch_wait_timeout_ms: float = Field(default=0.0, ge=0.0, le=1000.0)
-    """How long an idle replica waits for more pairs before it computes."""
+    """Time in ms that an idle replica waits for more pairs before it computes."""
     max_body_mib: float = Field(default=32.0, gt=0.0)
-    """Largest request, as sent and inflated."""
+    """Largest request body in MiB, as sent and inflated."""
     max_json_mib: float = Field(default=8.0, gt=0.0)
-    """Largest JSON request: reading JSON holds everyone up, binary requests do not."""
+    """Largest JSON request in MiB; parsing JSON delays all other requests, binary ones do not."""
     timeout_s: float = Field(default=10.0, gt=0.0)
-    """Longest time of a request; a caller may ask for less."""
+    """Time limit of a request in seconds; a client may ask for less."""
     reload_interval_s: float = Field(default=10.0, gt=0.0)
-    """Time between two checks of the alias or folder for a new model."""
+    """Seconds between two checks of the alias or folder for a new model."""
     traces: Path | None = None
-    """File that spans are appended to, a JSON object each; OTEL_EXPORTER_OTLP_ENDPOINT sends them instead."""
+    """File to append OpenTelemetry spans to, one JSON object each; OTEL_EXPORTER_OTLP_ENDPOINT sends them instead."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.checkpoint.startswith("models:") and not MODEL_URI.fullmatch(self.checkpoint):
             raise ConfigError(
-                f"--checkpoint '{self.checkpoint}' is no model; write models:/NAME@ALIAS or models:/NAME/VERSION, "
-                "for instance models:/alignment-adapter@champion."
+                f"--checkpoint '{self.checkpoint}' does not name a model; write models:/NAME@ALIAS or "
+                "models:/NAME/VERSION, for instance models:/alignment-adapter@champion."
             )
         if self.token_file and self.no_auth:
             raise ConfigError("--token-file and --no-auth contradict each other; give only one of them.")
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ConfigError(
+                f"--max-replicas ({self.max_replicas}) must be at least --num-replicas ({self.num_replicas})."
+            )
         return self
+
+    @property
+    def most_replicas(self) -> int:
+        """Largest number of replicas at any time."""
+        return self.max_replicas or self.num_replicas
 
 
 class ServeConfig(EndpointConfig):
-    """The endpoint on this machine: a champion or checkpoint over HTTP, until Ctrl-C or SIGTERM.
+    """Serve a champion or checkpoint over HTTP on this machine, until Ctrl-C or SIGTERM.
 
-    It runs on a Ray of its own, whatever RAY_ADDRESS names; on a cluster: serve deploy serve/config.yaml
+    It starts its own Ray and ignores RAY_ADDRESS; on a cluster run: serve deploy serve/config.yaml
     """
 
     host: str = "127.0.0.1"
@@ -72,7 +82,7 @@ class ServeConfig(EndpointConfig):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
     cpus_per_replica: float = Field(default=0.0, ge=0.0)
-    """CPUs, and threads of the forward pass, of each replica; 0: this machine's, divided by the replicas."""
+    """CPUs of each replica, a limit of its threads; 0: this machine's CPUs, divided by the replicas."""
     http_proxy: Literal["auto", "haproxy", "python"] = "auto"
     """Proxy in front of the replicas; auto: HAProxy on Linux, Ray's Python proxy elsewhere and for TLS."""
     tls_cert: Path | None = None
@@ -83,7 +93,7 @@ class ServeConfig(EndpointConfig):
     @model_validator(mode="after")
     def _safe(self) -> Self:
         if bool(self.tls_cert) != bool(self.tls_key):
-            raise ConfigError("--tls-cert and --tls-key belong together; give both.")
+            raise ConfigError("--tls-cert and --tls-key need each other; give both.")
         if self.tls_cert and self.http_proxy == "haproxy":
             raise ConfigError(
                 "--http-proxy haproxy does not support TLS; leave it out, or terminate TLS in front of it."
@@ -97,7 +107,7 @@ class ServeConfig(EndpointConfig):
 
     @property
     def loopback(self) -> bool:
-        """Only this machine can reach it."""
+        """True if only this machine can reach the endpoint."""
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
 

@@ -15,52 +15,53 @@ POLL_INTERVAL_S = 1.0
 
 
 class TokenStore:
-    """The tokens that are valid now. A file that became unreadable changes nothing."""
+    """Tokens that are valid now. A file that became unreadable changes nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.flaw: str | None = None
+        self.error: str | None = None
+        """Why the file could not be read the last time; None if it could."""
         self._tokens = read_tokens(path) if path else []
-        self._stamp = self._look()
-        self._looked = time.monotonic()
+        self._file_id = self._stat()
+        self._checked = time.monotonic()
 
     def check(self, authorization: bytes | None, scope: str) -> str | None:
-        """The token's name; None where no tokens are asked for. Problem 401: none or unknown. 403: not for this."""
+        """Return the token's name, None without authentication. ApiError 401: no valid token. 403: not its scope."""
         if self.path is None:
             return None
         self._refresh()
         kind, _, secret = (authorization or b"").partition(b" ")
         digest = sha256_of(secret.strip())
-        found = None
-        for token in self._tokens:  # all of them: how long it takes tells nothing
+        match = None
+        for token in self._tokens:  # no early end: the time it takes reveals nothing
             if hmac.compare_digest(token.sha256, digest):
-                found = token
-        if found is None or kind.lower() != b"bearer":
+                match = token
+        if match is None or kind.lower() != b"bearer":
             raise ApiError(
                 401,
                 "unauthorized",
                 "a valid token is needed: send the header `Authorization: Bearer TOKEN`.",
                 {"www-authenticate": "Bearer"},
             )
-        if scope not in found.scopes:
-            raise ApiError(403, "forbidden", f"the token '{found.name}' may not do this; that takes scope '{scope}'.")
-        return found.name
+        if scope not in match.scopes:
+            raise ApiError(403, "forbidden", f"the token '{match.name}' may not do this; it needs scope '{scope}'.")
+        return match.name
 
     def _refresh(self) -> None:
         now = time.monotonic()
-        if now - self._looked < POLL_INTERVAL_S:
+        if now - self._checked < POLL_INTERVAL_S:
             return
-        self._looked = now
-        stamp = self._look()
-        if stamp == self._stamp:
+        self._checked = now
+        file_id = self._stat()
+        if file_id == self._file_id:
             return
         assert self.path is not None
         try:
-            self._tokens, self._stamp, self.flaw = read_tokens(self.path), stamp, None
+            self._tokens, self._file_id, self.error = read_tokens(self.path), file_id, None
         except ConfigError as error:
-            self.flaw = str(error)
+            self.error = str(error)
 
-    def _look(self) -> tuple[int, int, int] | None:
+    def _stat(self) -> tuple[int, int, int] | None:
         if self.path is None:
             return None
         try:

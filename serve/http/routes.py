@@ -1,43 +1,45 @@
-"""The routes. Errors of the framework become problems too."""
+"""The FastAPI app: all routes, and JSON for the errors of the framework."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, HTTPException
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from ..observability.stats import summed
-from ..protocol.errors import PROBLEM_JSON, ApiError
-from ..protocol.schemas import AlignRequest, VerifyRequest
-from ..replica_state import ReplicaState
+from ..protocol.errors import ApiError
+from ..protocol.schemas import AlignAnswer, AlignRequest, InferRequestDocument, InferResponseDocument, VerifyRequest
 from . import v1, v2
-from .asgi import defect
-from .openapi import MODEL_PATHS, document, named, problems, takes
+from .openapi import HEADER_LENGTH, OCTETS, body, describe, path_parameters, problems
+from .request import RequestMiddleware
+
+if TYPE_CHECKING:
+    from ..replica import ReplicaState
 
 CONSOLE = Path(__file__).parents[1] / "console" / "index.html"
 CSP = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""The page's own script and style, and nothing from elsewhere."""
-PAGE_HEADERS = {"content-security-policy": CSP, "cache-control": "no-cache", "referrer-policy": "no-referrer"}
+"""Allows the page's own script and style, and nothing from elsewhere."""
+MODEL_PATHS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 
 Broadcast = Callable[[str], Awaitable[list[Any]]]
 """Calls a method on every replica."""
 
 
-def build_api(endpoint: ReplicaState, broadcast: Broadcast) -> FastAPI:
-    """The routes over an endpoint."""
+def build_api(replica: "ReplicaState", broadcast: Broadcast) -> FastAPI:
+    """Build the app of one replica."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        endpoint.start()
+        replica.start()
         yield
-        await endpoint.close()
+        await replica.close()
 
     app = FastAPI(
         title="Alignment endpoint",
@@ -45,15 +47,14 @@ def build_api(endpoint: ReplicaState, broadcast: Broadcast) -> FastAPI:
         description="Event features in, features of the target model out. /v2 is the Open Inference Protocol.",
         docs_url=None,
         redoc_url=None,
-        openapi_url=None,
         lifespan=lifespan,
         redirect_slashes=False,
     )
 
     async def reload(_: Request) -> Response:
-        """Looks at the model source now, on every replica; a version that was refused is tried again."""
+        """Check the model source now, on every replica; a version that was refused is tried again."""
         outcomes = await broadcast("reload")
-        about = endpoint.about()
+        about = replica.about()
         if "refused" in outcomes and about["refused"]:
             raise ApiError(409, "refused", f"version {about['refused']['version']}: {about['refused']['reason']}")
         if "unreachable" in outcomes:
@@ -64,75 +65,62 @@ def build_api(endpoint: ReplicaState, broadcast: Broadcast) -> FastAPI:
         )
 
     async def metrics(_: Request) -> Response:
-        """Prometheus series of every replica, told apart by the label `replica`."""
+        """Prometheus series of every replica, distinguished by the label `replica`."""
         texts = await broadcast("exposition")
         return PlainTextResponse(merged(texts), media_type="text/plain; version=1.0.0; charset=utf-8")
 
     async def stats(_: Request) -> Response:
         """Live numbers of all replicas."""
         parts = await broadcast("snapshot")
-        return JSONResponse(summed(parts, endpoint.model.evaluation_record, endpoint.model.identity.digest))
+        return JSONResponse(summed(parts, replica.model.evaluation_record, replica.model.identity.digest))
 
     async def console(_: Request) -> Response:
-        """The page."""
-        if not CONSOLE.is_file():
-            raise ApiError(404, "not_found", f"{CONSOLE} is not there; /openapi.json tells what is.")
+        """Return the console's page."""
         return HTMLResponse(
             CONSOLE.read_bytes(), headers={"content-security-policy": CSP, "cache-control": "no-cache"}
         )
 
-    async def openapi(_: Request) -> Response:
-        """This description."""
-        return JSONResponse(document(app, bool(endpoint.keys.path)))
+    def get(path: str, handler: Callable[..., Any], *codes: int, **more: Any) -> None:
+        app.add_api_route(
+            path, handler, methods=["GET"], response_model=None, responses=problems(*codes, 403), **more
+        )
 
+    get("/", console, include_in_schema=False)
+    get("/metrics", metrics, 401, response_class=PlainTextResponse)
+    get("/v1/model", v1.model, 401)
+    get("/v1/stats", stats, 401)
+    get("/v2", v2.server_metadata, 401)
+    get("/v2/health/live", v2.live)
+    get("/v2/health/ready", v2.ready, 503)
     add = app.add_api_route
-    add("/", console, methods=["GET"], include_in_schema=False)
-    add("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
-    add("/metrics", metrics, methods=["GET"], response_class=PlainTextResponse, responses=problems(401, 403))
-    add("/v1/align", v1.align, methods=["POST"], response_model=None, **takes(AlignRequest, bare=True))
-    add("/v1/verify", v1.verify, methods=["POST"], response_model=None, **takes(VerifyRequest))
-    add("/v1/model", v1.model, methods=["GET"], response_model=None, responses=problems(401, 403))
-    add("/v1/stats", stats, methods=["GET"], response_model=None, responses=problems(401, 403))
     add("/v1/reload", reload, methods=["POST"], response_model=None, responses=problems(401, 403, 409, 503))
-    add("/v2", v2.server_metadata, methods=["GET"], response_model=None, responses=problems(401, 403))
-    add("/v2/health/live", v2.live, methods=["GET"], response_model=None, responses=problems(403))
-    add("/v2/health/ready", v2.ready, methods=["GET"], response_model=None, responses=problems(403, 503))
+    images = (*sorted(v1.IMAGES), OCTETS)
+    add("/v1/align", v1.align, methods=["POST"], **body(AlignRequest, AlignAnswer, also=images))
+    add("/v1/verify", v1.verify, methods=["POST"], **body(VerifyRequest, AlignAnswer))
     for path in MODEL_PATHS:
-        more: dict[str, Any] = {"response_model": None, "openapi_extra": named(path)}
-        add(path, v2.model_metadata, methods=["GET"], responses=problems(401, 403, 404), **more)
-        add(f"{path}/ready", v2.model_ready, methods=["GET"], responses=problems(401, 403, 404, 503), **more)
-    app.add_exception_handler(ApiError, answer_problem)
-    app.add_exception_handler(StarletteHTTPException, answer_http)
-    app.add_exception_handler(Exception, answer_defect)
+        get(path, v2.model_metadata, 401, 404, openapi_extra=path_parameters(path))
+        get(f"{path}/ready", v2.model_ready, 401, 404, 503, openapi_extra=path_parameters(path))
+        described = body(InferRequestDocument, InferResponseDocument, 404, also=(OCTETS,))
+        described["openapi_extra"] |= path_parameters(path, HEADER_LENGTH)
+        add(f"{path}/infer", v2.infer, methods=["POST"], **described)
+    app.add_exception_handler(HTTPException, as_api_error)
+    app.add_middleware(RequestMiddleware, replica=replica)
+    app.openapi = describe(app, bool(replica.tokens.path))  # type: ignore[method-assign]
     return app
 
 
-async def answer_problem(request: Request, problem: Exception) -> Response:
-    """As the edge does."""
-    assert isinstance(problem, ApiError)
-    call = request.scope["ray_app.call"]
-    call.problem = problem.code
-    return Response(problem.body(call.request_id), problem.status, problem.headers, PROBLEM_JSON)
-
-
-async def answer_defect(request: Request, _: Exception) -> Response:
-    """500; the edge logs the rest."""
-    return await answer_problem(request, defect(request.scope["ray_app.call"]))
-
-
-async def answer_http(request: Request, error: Exception) -> Response:
-    """404 and 405 of the framework."""
-    assert isinstance(error, HTTPException | StarletteHTTPException)
-    code = {404: "not_found", 405: "method"}.get(error.status_code, "http")
-    detail = {
-        404: "there is nothing at this path; /openapi.json tells what there is.",
-        405: f"this path does not take {request.scope['ray_app.call'].method}; /openapi.json tells what it takes.",
-    }.get(error.status_code, str(error.detail))
-    return await answer_problem(request, ApiError(error.status_code, code, detail, dict(error.headers or {})))
+async def as_api_error(request: Request, error: Exception) -> Response:
+    """Raise 404 and 405 of the framework as ApiError, which the middleware answers."""
+    assert isinstance(error, HTTPException)
+    code, detail = {
+        404: ("not_found", "this path does not exist; /openapi.json lists those that do."),
+        405: ("method", f"this path does not take {request.method}; /openapi.json lists what it takes."),
+    }.get(error.status_code, ("http", str(error.detail)))
+    raise ApiError(error.status_code, code, detail, dict(error.headers or {}))
 
 
 def merged(texts: list[Any]) -> str:
-    """Several expositions as one: each family's help and type once, all its series after them."""
+    """Merge Prometheus texts: help and type once per family, then the series of all of them."""
     families: dict[str, tuple[list[str], list[str]]] = {}
     for text in texts:
         name = ""

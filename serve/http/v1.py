@@ -1,4 +1,4 @@
-"""`/v1`: for people and scripts. Numbers, pictures and recordings in; verdicts, numbers and pictures out.
+"""Routes of `/v1`, for people and scripts: numbers, pictures and recordings in; verdicts, numbers, pictures out.
 
 Shapes: B = pairs, E = event width, D = target width.
 """
@@ -6,20 +6,23 @@ Shapes: B = pairs, E = event width, D = target width.
 import asyncio
 import base64
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
 from ..model.predict import Answer, InferenceRequest, gathered
+from ..protocol.body import read_body
 from ..protocol.errors import ApiError
-from ..protocol.inputs import drawn, parse_request, picture, pixels, png_of, require_pixels, rows_of
-from ..protocol.request_context import RequestContext
+from ..protocol.inputs import parse_request, picture, pixels, png_of, rendered, require_pixels, rows_of
 from ..protocol.schemas import AlignRequest, Recording, VerifyRequest
-from ..replica_state import ReplicaState
-from .body import read_body
+from .request import context_of
+
+if TYPE_CHECKING:
+    from ..replica import ReplicaState
 
 IMAGES = {"image/png", "image/jpeg"}
 EVENTS = "application/octet-stream"
@@ -27,73 +30,75 @@ EVENTS = "application/octet-stream"
 
 async def align(request: Request) -> Response:
     """Aligned features; with targets also cos_sim and the verdict."""
-    return await answered(request, AlignRequest, ["aligned"])
+    return await answer_request(request, AlignRequest, ["aligned"])
 
 
 async def verify(request: Request) -> Response:
     """cos_sim and the verdict for each pair."""
-    return await answered(request, VerifyRequest, [])
+    return await answer_request(request, VerifyRequest, [])
 
 
-async def answered(request: Request, kind: type[AlignRequest], default: list[str]) -> Response:
-    """The whole way of a request."""
-    endpoint: ReplicaState = request.scope["ray_app.endpoint"]
-    call: RequestContext = request.scope["ray_app.call"]
-    async with endpoint.place(request.receive):
+async def answer_request(request: Request, kind: type[AlignRequest], default: list[str]) -> Response:
+    """Read a request, compute, and encode the answer; `default` is returned where it names no `return`."""
+    replica, ctx = context_of(request)
+    with replica.batcher.reserve_slot():
         asked, event_BE, target_BD = await read_request(request, kind)
     wanted: list[str] = default if asked.wanted is None else list(asked.wanted)
-    require_images(endpoint, wanted, target_BD)
+    require_images(replica, wanted, target_BD)
     work = InferenceRequest(
         event_BE, target_BD, aligned=bool({"aligned", "aligned_image"} & set(wanted)), before=True
     )
-    read = time.perf_counter()
-    answer = await endpoint.answer(work, call.timeout_s(endpoint.cfg.timeout_s))
-    computed = time.perf_counter()
-    call.version, call.digest = answer.model.version, answer.model.identity.digest
-    call.pairs = work.rows
+    read_at = time.perf_counter()
+    answer = await replica.answer(work, ctx.timeout_s(replica.cfg.timeout_s))
+    computed_at = time.perf_counter()
+    ctx.version, ctx.digest = answer.model.version, answer.model.identity.digest
+    ctx.pairs = work.rows
     body = {
-        "id": asked.id or call.request_id,
-        "model": {"name": endpoint.cfg.name, "version": call.version, "digest": call.digest},
+        "id": asked.id or ctx.request_id,
+        "model": {"name": replica.cfg.name, "version": ctx.version, "digest": ctx.digest},
         "theta": asked.theta,
         "pairs": await asyncio.to_thread(pairs_of, asked, wanted, work, answer),
     }
     response = await asyncio.to_thread(JSONResponse, body)
-    call.spans |= {"read": read - call.began, "answer": computed - read, "write": time.perf_counter() - computed}
+    ctx.spans |= {
+        "read": read_at - ctx.started,
+        "answer": computed_at - read_at,
+        "write": time.perf_counter() - computed_at,
+    }
     return response
 
 
 async def read_request(request: Request, kind: type[AlignRequest]) -> tuple[AlignRequest, Tensor, Tensor | None]:
-    """(request, events, targets) from JSON, or from the bare bytes of a picture or a recording."""
-    endpoint: ReplicaState = request.scope["ray_app.endpoint"]
-    call: RequestContext = request.scope["ray_app.call"]
+    """Return request, events and targets from JSON, or from the bare bytes of a picture or a recording."""
+    replica, ctx = context_of(request)
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content_type in IMAGES | {EVENTS} and kind is AlignRequest:
-        body = await read_body(call.headers, request.receive, endpoint.max_body_bytes)
-        endpoint.telemetry.body(len(body))
+        body = await read_body(ctx.headers, request.receive, replica.max_body_bytes)
+        replica.telemetry.body(len(body))
         asked = from_query(request)
-        event_BE = await asyncio.to_thread(bare_event, endpoint, bytes(body), content_type)
+        event_BE = await asyncio.to_thread(bare_event, replica, bytes(body), content_type)
         return asked, event_BE, None
     if content_type != "application/json":
         takes = ["application/json", *([*sorted(IMAGES), EVENTS] if kind is AlignRequest else [])]
         raise ApiError(
-            415, "content_type", f"Content-Type '{content_type[:60]}' is not taken here; send {' or '.join(takes)}."
+            415,
+            "content_type",
+            f"Content-Type '{content_type[:60]}' is not supported here; send {' or '.join(takes)}.",
         )
-    body = await read_body(call.headers, request.receive, endpoint.max_json_bytes)
-    endpoint.telemetry.body(len(body))
+    body = await read_body(ctx.headers, request.receive, replica.max_json_bytes)
+    replica.telemetry.body(len(body))
     asked = await asyncio.to_thread(parse_request, body, kind)
-    return (asked, *await asyncio.to_thread(rows_of, asked, endpoint.limits))
+    return (asked, *await asyncio.to_thread(rows_of, asked, replica.limits))
 
 
 def from_query(request: Request) -> AlignRequest:
-    """?return=aligned,event_image&encoding=png&id=mine. Problem 422: not known."""
+    """Parse ?return=aligned,event_image&encoding=png&id=text. ApiError 422: unknown."""
     query = dict(request.query_params)
     if unknown := sorted(set(query) - {"return", "encoding", "id"}):
-        raise ApiError(422, "unknown_field", f"?{unknown[0][:40]}= is not known; known are return, encoding and id.")
+        raise ApiError(422, "unknown_field", f"?{unknown[0][:40]}= is unknown; known are return, encoding and id.")
     values: dict[str, Any] = {**query, "event": [[0.0]]}
     if "return" in query:
         values["return"] = [name for name in query["return"].split(",") if name]
-    from pydantic import ValidationError
-
     try:
         return AlignRequest.model_validate(values)
     except ValidationError as error:
@@ -101,17 +106,17 @@ def from_query(request: Request) -> AlignRequest:
         raise ApiError(422, "field", f"?{first['loc'][0]}=: {first['msg']}.") from error
 
 
-def bare_event(endpoint: ReplicaState, data: bytes, content_type: str) -> Tensor:
-    """One event row (1, E) from a picture's or a recording's bytes."""
-    spec = endpoint.limits.features.event
+def bare_event(replica: "ReplicaState", data: bytes, content_type: str) -> Tensor:
+    """Event row (1, E) of a picture's or a recording's bytes."""
+    spec = replica.limits.features.event
     require_pixels(spec, "event")
-    image = picture(data, "event") if content_type in IMAGES else drawn(data, Recording(recording=""))
+    image = picture(data, "event") if content_type in IMAGES else rendered(data, Recording(recording=""))
     return pixels(image, spec)
 
 
-def require_images(endpoint: ReplicaState, wanted: list[str], target_BD: Tensor | None) -> None:
-    """Problem 422 where a picture is wanted of what is none."""
-    features = endpoint.limits.features
+def require_images(replica: "ReplicaState", wanted: list[str], target_BD: Tensor | None) -> None:
+    """ApiError 422 if a picture is wanted of features that are not images."""
+    features = replica.limits.features
     for name, spec in (
         ("event_image", features.event),
         ("aligned_image", features.target),
@@ -120,11 +125,11 @@ def require_images(endpoint: ReplicaState, wanted: list[str], target_BD: Tensor 
         if name in wanted:
             require_pixels(spec, name.removesuffix("_image"))
     if "target_image" in wanted and target_BD is None:
-        raise ApiError(422, "missing", "target_image is wanted and there is no 'target'.")
+        raise ApiError(422, "missing", "target_image is wanted but 'target' is missing.")
 
 
 def pairs_of(asked: AlignRequest, wanted: list[str], work: InferenceRequest, answer: Answer) -> list[dict[str, Any]]:
-    """The members of `pairs`."""
+    """Members of `pairs` in the answer."""
     features = answer.model.features
     pairs: list[dict[str, Any]] = []
     for i in range(work.rows):
@@ -147,7 +152,7 @@ def pairs_of(asked: AlignRequest, wanted: list[str], work: InferenceRequest, ans
 
 
 def encoded(row_D: Tensor, encoding: str, answer: Answer) -> Any:
-    """An aligned row as numbers, raw numbers or a picture."""
+    """Encode an aligned row as numbers, raw numbers or a picture."""
     if encoding == "png":
         require_pixels(answer.model.features.target, "target")
         return png_of(row_D, answer.model.features.target)
@@ -158,5 +163,5 @@ def encoded(row_D: Tensor, encoding: str, answer: Answer) -> Any:
 
 
 async def model(request: Request) -> Response:
-    """What is served, how it was judged, since when; what was refused; the limits."""
-    return JSONResponse(request.scope["ray_app.endpoint"].about())
+    """Model in service, its evaluation, since when; what was refused; limits."""
+    return JSONResponse(context_of(request)[0].about())

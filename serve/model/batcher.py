@@ -1,33 +1,30 @@
-"""One queue, one worker thread: requests that wait while a forward pass runs go into the next one together.
+"""Dynamic batching: requests that wait while a forward pass runs go into the next one together.
 
-Nothing waits while the worker is idle (unless `wait_s` says so), and the wait is bounded by what may stand in the
-queue. `@serve.batch` counts requests where rows matter, always waits its time out for a batch that is not full, and
-an exception in its `batch_size_fn` stops it for good.
+No request waits while the worker is idle (unless `wait_s` is set), and the queue is bounded in rows. `@serve.batch`
+counts requests instead of rows, always waits its full timeout for a batch that is not full, and an exception in its
+`batch_size_fn` stops it for good.
 """
 
 import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..protocol.errors import ApiError
 from .predict import Answer, InferenceRequest
 
 SMOOTHING = 0.1
-"""Weight of the newest batch in the mean time of one."""
+"""Weight of the newest forward pass in the moving average of their times."""
 ARRIVAL_S = 1.0
-"""So long a body that arrives keeps its place in the queue: who sends a byte now and then keeps none."""
+"""How long an arriving body holds a slot in the queue: a slow sender loses it."""
 STUCK_S = 60.0
-"""A forward pass that takes longer is not coming back."""
+"""A forward pass that takes longer is taken for stuck."""
 
 Predict = Callable[[Sequence[InferenceRequest]], list[Answer | ApiError]]
-Leaving = Callable[[], Coroutine[Any, Any, None]]
-"""Ends when the caller goes away."""
 
 
 @dataclass(slots=True, eq=False)
@@ -35,29 +32,29 @@ class QueuedRequest:
     """A request in the queue."""
 
     work: InferenceRequest
-    """What it asks."""
+    """Its input."""
     deadline: float
-    """On the clock of time.monotonic."""
+    """Latest time to start its forward pass, on the clock of time.monotonic."""
     answer: asyncio.Future[Answer]
-    """Where its caller waits."""
+    """Set when the answer is known."""
     arrived: float = field(default_factory=time.monotonic)
-    """On the same clock."""
+    """Time of arrival, on the same clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchTimes:
-    """One forward pass, for the metrics."""
+    """Times of one forward pass, for the metrics."""
 
     rows: int
-    """Pairs in it."""
+    """Pairs in the batch."""
     queued_s: tuple[float, ...]
-    """How long each request waited."""
+    """Seconds that each request waited."""
     compute_s: float
-    """How long it took."""
+    """Seconds of the forward pass."""
 
 
 class Batcher:
-    """Admits, queues, computes. Lives in one event loop; the forward pass runs in its own thread."""
+    """Admits, queues and batches requests in one event loop; forward passes run in one thread."""
 
     def __init__(
         self,
@@ -67,45 +64,47 @@ class Batcher:
         max_queued_rows: int,
         wait_s: float = 0.0,
         observe: Callable[[BatchTimes], None] = lambda _: None,
-        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._predict, self._observe = predict, observe
         self._max_rows, self._max_queued_rows, self._wait_s = max_rows, max_queued_rows, wait_s
         self._queue: deque[QueuedRequest] = deque()
-        self._thread = ThreadPoolExecutor(1, "forward", prepare)
+        self._thread = ThreadPoolExecutor(1, "forward")
         self._worker: asyncio.Task[None] | None = None
-        self._began: float | None = None
+        self._started: float | None = None
         self._arriving: dict[object, float] = {}
         self.queued_rows = 0
         self.batch_s = 0.05
 
     def full(self) -> bool:
-        """Whether as many rows wait, and requests arrive, as may. Large requests need no more room than small."""
-        late = time.monotonic() - ARRIVAL_S
-        while self._arriving and next(iter(self._arriving.values())) < late:
+        """True if the queue is at its limit. An arriving request counts as one row, whatever its size."""
+        expired = time.monotonic() - ARRIVAL_S
+        while self._arriving and next(iter(self._arriving.values())) < expired:
             del self._arriving[next(iter(self._arriving))]
         return self.queued_rows + len(self._arriving) >= self._max_queued_rows
 
     def queue_full_error(self) -> ApiError:
-        """429, with the time after which it is worth asking again."""
+        """Error 429, with an estimate of when to try again."""
         batches = 1 + self.queued_rows / self._max_rows
         seconds = max(1, math.ceil(batches * self.batch_s))
-        waits = f"{self.queued_rows} pairs wait and {len(self._arriving)} requests arrive"
-        detail = f"{waits}, the limit is {self._max_queued_rows}; try again in {seconds} s."
+        waiting = f"{self.queued_rows} pairs wait and {len(self._arriving)} requests arrive"
+        detail = f"{waiting}, the limit is {self._max_queued_rows}; try again in {seconds} s."
         return ApiError(429, "busy", detail, {"retry-after": str(seconds)})
 
     @contextmanager
     def reserve_slot(self) -> Iterator[None]:
-        """Keeps a place in the queue for a request whose body is still on its way."""
+        """Hold a slot in the queue while a body arrives. ApiError 429 if the queue is full, before it is read."""
+        if self.full():
+            raise self.queue_full_error()
         self._arriving[key := object()] = time.monotonic()
         try:
             yield
         finally:
             self._arriving.pop(key, None)
 
-    async def answer(self, work: InferenceRequest, timeout_s: float, gone: Leaving | None = None) -> Answer:
-        """The model's answer. Problem 429: the queue is full. Problem 504: not in time. Others: what is wrong.
-        CancelledError: `gone` ended, so that nobody waits for it any more.
+    async def answer(self, work: InferenceRequest, timeout_s: float) -> Answer:
+        """Return the model's answer. ApiError 429: the queue is full; 504: too late; others: the input is wrong.
+
+        Ray Serve cancels this call when the client disconnects; the work is then dropped from the queue.
         """
         if self.full():
             raise self.queue_full_error()
@@ -115,24 +114,18 @@ class Batcher:
         self.queued_rows += work.rows
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work())
-        leaving = loop.create_task(gone()) if gone else None
-        if leaving:
-            leaving.add_done_callback(lambda it: it.cancelled() or it.exception() or waiting.answer.cancel())
         try:
             async with asyncio.timeout(timeout_s):
                 return await waiting.answer
         except TimeoutError:
             raise deadline_error(timeout_s) from None
-        finally:
-            if leaving:
-                leaving.cancel()
 
     def healthy(self) -> bool:
-        """Whether the worker still comes back from its forward passes."""
-        return self._began is None or time.monotonic() - self._began < STUCK_S
+        """False if a forward pass is stuck."""
+        return self._started is None or time.monotonic() - self._started < STUCK_S
 
     def close(self) -> None:
-        """Lets the thread go."""
+        """Stop the thread after the current forward pass."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _work(self) -> None:
@@ -143,17 +136,17 @@ class Batcher:
             batch = self._next_batch()
             if not batch:
                 continue
-            self._began = began = time.monotonic()
+            self._started = started = time.monotonic()
             try:
                 answers = await loop.run_in_executor(self._thread, self._predict, [w.work for w in batch])
-            except Exception as error:  # a defect of ours: every caller hears of it, the worker goes on
+            except Exception as error:  # a bug: report it to every caller, keep the worker
                 for waiting in batch:
                     if not waiting.answer.done():
                         waiting.answer.set_exception(error)
                 continue
             finally:
-                self._began = None
-            took = time.monotonic() - began
+                self._started = None
+            took = time.monotonic() - started
             self.batch_s += SMOOTHING * (took - self.batch_s)
             for waiting, answer in zip(batch, answers, strict=True):
                 if waiting.answer.done():
@@ -162,10 +155,12 @@ class Batcher:
                     waiting.answer.set_exception(answer)
                 else:
                     waiting.answer.set_result(answer)
-            self._observe(BatchTimes(sum(w.work.rows for w in batch), tuple(began - w.arrived for w in batch), took))
+            self._observe(
+                BatchTimes(sum(w.work.rows for w in batch), tuple(started - w.arrived for w in batch), took)
+            )
 
     def _next_batch(self) -> list[QueuedRequest]:
-        """The requests at the head of the queue that fit; those whose callers are gone are dropped."""
+        """Take the requests that fit from the head of the queue; drop those that were cancelled or are late."""
         batch: list[QueuedRequest] = []
         rows = 0
         while self._queue and (not batch or rows + self._queue[0].work.rows <= self._max_rows):
@@ -178,5 +173,5 @@ class Batcher:
 
 
 def deadline_error(timeout_s: float) -> ApiError:
-    """504 with the time that was granted."""
-    return ApiError(504, "deadline", f"no answer within {timeout_s:g} s; grant more time, or send fewer pairs.")
+    """Error 504 with the time limit."""
+    return ApiError(504, "deadline", f"no answer within {timeout_s:g} s; allow more time, or send fewer pairs.")

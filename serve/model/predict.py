@@ -1,4 +1,4 @@
-"""The forward pass for several requests at once; what is wrong with one of them costs that one alone.
+"""One forward pass for several requests; an error in one of them does not affect the others.
 
 Shapes: B = pairs of a request, N = pairs of all requests, E = event width, D = target width.
 """
@@ -20,16 +20,16 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """What a request asks of the model."""
+    """Input of the model and what to compute."""
 
     event_BE: Tensor
-    """As it was sent."""
+    """Event features, in the type in which they were sent."""
     target_BD: Tensor | None = None
-    """As it was sent."""
+    """Target features, likewise."""
     aligned: bool = True
-    """Whether the aligned features are wanted."""
+    """True to return the aligned features."""
     before: bool = False
-    """Whether the cosine of the raw event with the target is wanted."""
+    """True to return the cosine of the raw event feature with the target."""
 
     @property
     def rows(self) -> int:
@@ -39,21 +39,21 @@ class InferenceRequest:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model says, float32 on the CPU."""
+    """Output of the model, float32 on the CPU."""
 
     model: ServedModel
-    """Who answered."""
+    """Model that answered."""
     aligned_BD: Tensor | None
-    """Where it was wanted."""
+    """Aligned features, if requested."""
     cos_B: Tensor | None
-    """Cosine with the target, where there is one; of sequences the mean over the target's tokens."""
+    """Cosine with the target, if there is one; for sequences the mean over the target's tokens."""
     before_B: Tensor | None
-    """The same of the raw event, where it was wanted and both are equally wide."""
+    """Cosine of the raw event feature with the target, if requested and both have the same width."""
 
 
 @torch.inference_mode()
 def predict(model: ServedModel, works: Sequence[InferenceRequest]) -> list[Answer | ApiError]:
-    """An answer for each request, or why it has none: numbers that are not finite, a zero vector (Problem 422)."""
+    """Return an answer for each request, or an ApiError 422: a number that is not finite, or a zero vector."""
     features = model.features
     event_NE = gathered([work.event_BE for work in works], features.event, model.device)
     aligned_ND = model.forward(event_NE)
@@ -61,12 +61,12 @@ def predict(model: ServedModel, works: Sequence[InferenceRequest]) -> list[Answe
     answers: list[Answer | ApiError] = []
     start = 0
     for work in works:
-        mine = slice(start, start + work.rows)
+        own = slice(start, start + work.rows)
         start += work.rows
         answers.append(
-            input_error(event_norm_N[mine], "event")
-            or output_error(norm_N[mine], model)
-            or _answer(model, work, event_NE[mine], aligned_ND[mine])
+            input_error(event_norm_N[own], "event")
+            or output_error(norm_N[own], model)
+            or _answer(model, work, event_NE[own], aligned_ND[own])
         )
     return answers
 
@@ -85,9 +85,9 @@ def _answer(model: ServedModel, work: InferenceRequest, event_BE: Tensor, aligne
 
 
 def gathered(parts: Sequence[Tensor], spec: FeatureSpec, device: torch.device = CPU) -> Tensor:
-    """All rows as float32 values on `device`, (N, width). On a CPU one copy, or none of a single float32 part.
+    """Concatenate rows as float32 values on `device`, (N, width). A single float32 part is not copied on a CPU.
 
-    To a GPU rows of one type go together and as they were sent: pixels are a quarter of the bytes.
+    Rows of one type are copied to a GPU together and in that type: pixels are a quarter of the bytes.
     """
     if device.type != "cpu" and len({part.dtype for part in parts}) == 1:
         parts = [torch.cat(list(parts)).to(device)]
@@ -96,41 +96,41 @@ def gathered(parts: Sequence[Tensor], spec: FeatureSpec, device: torch.device = 
     rows_NW = torch.empty(sum(len(part) for part in parts), spec.width, device=device)
     start = 0
     for part in parts:
-        mine = rows_NW[start : start + len(part)]
-        mine.copy_(part)
+        own = rows_NW[start : start + len(part)]
+        own.copy_(part)
         if part.dtype == torch.uint8:
-            mine.mul_(spec.scale)
+            own.mul_(spec.scale)
         start += len(part)
     return rows_NW
 
 
 def input_error(norm_B: Tensor, name: str) -> ApiError | None:
-    """422 where a row is not finite, or is all zeros: its cosine has no meaning."""
+    """Error 422 if a row is not finite, or is all zeros: its cosine has no meaning."""
     if bool((torch.isfinite(norm_B) & (norm_B > 0)).all()):
         return None
-    endless = torch.nonzero(~torch.isfinite(norm_B)).flatten().tolist()
-    if endless:
+    infinite = torch.nonzero(~torch.isfinite(norm_B)).flatten().tolist()
+    if infinite:
         return ApiError(
             422,
             "not_finite",
-            f"'{name}' row {_list(endless)} holds NaN, Inf or numbers beyond float32; mend or leave it out.",
+            f"'{name}' row {_list(infinite)} contains NaN, Inf or numbers beyond float32; correct or omit it.",
         )
     zero = torch.nonzero(norm_B == 0).flatten().tolist()
     return ApiError(
         422,
         "zero_norm",
-        f"'{name}' row {_list(zero)} is all zeros, and a zero vector has no direction to compare; leave it out.",
+        f"'{name}' row {_list(zero)} is all zeros; a zero vector has no direction to compare, so leave it out.",
     )
 
 
 def output_error(norm_B: Tensor, model: ServedModel) -> ApiError | None:
-    """500 where the model's own answer is not finite or zero."""
+    """Error 500 if the model's own output is not finite, or all zeros."""
     if bool((torch.isfinite(norm_B) & (norm_B > 0)).all()):
         return None
     return ApiError(
         500,
         "output_not_finite",
-        f"version {model.version} answers these events with numbers that are not finite or all zero.",
+        f"version {model.version} maps these events to numbers that are not finite, or to zeros.",
     )
 
 

@@ -1,20 +1,21 @@
-"""OpenTelemetry spans, where they are asked for: into a file, or to a collector by OTLP."""
+"""OpenTelemetry spans, if enabled: into a file, or to a collector by OTLP."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_app.errors import ConfigError
 
-from ..protocol.request_context import RequestContext
+if TYPE_CHECKING:
+    from ..http.request import RequestContext
 
 OTLP = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 
 class Tracing:
-    """Spans of requests, joined to the caller's by `traceparent`."""
+    """Spans of requests, children of the client's span in `traceparent`."""
 
     def __init__(self, file: Path | None, replica: str) -> None:
         self._tracer: Any = None
@@ -30,51 +31,47 @@ class Tracing:
             self._tracer = self._provider.get_tracer("ray_app.serve")
 
     @contextmanager
-    def request(self, call: RequestContext) -> Iterator[None]:
-        """Around one request; its parts become child spans afterwards."""
+    def request(self, ctx: "RequestContext") -> Iterator[None]:
+        """Record a span around one request, with the times of its parts as attributes."""
         if self._tracer is None:
             yield
             return
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        carrier = {"traceparent": call.headers.get(b"traceparent", b"").decode("latin-1")}
+        carrier = {"traceparent": ctx.headers.get(b"traceparent", b"").decode("latin-1")}
         parent = TraceContextTextMapPropagator().extract(carrier)
-        name = f"{call.method} {call.route}"
+        name = f"{ctx.method} {ctx.route}"
         with self._tracer.start_as_current_span(name, parent, kind=SpanKind.SERVER) as span:
-            call.trace_id = f"{span.get_span_context().trace_id:032x}"
+            ctx.trace_id = f"{span.get_span_context().trace_id:032x}"
             try:
                 yield
             finally:
                 span.set_attributes(
                     {
-                        "http.request.method": call.method,
-                        "http.route": call.route,
-                        "align.request_id": call.request_id,
-                        "align.model_version": call.version,
-                        "align.pairs": call.pairs,
-                        **{f"align.{part}_ms": seconds * 1e3 for part, seconds in call.spans.items()},
+                        "http.request.method": ctx.method,
+                        "http.route": ctx.route,
+                        "align.request_id": ctx.request_id,
+                        "align.model_version": ctx.version,
+                        "align.pairs": ctx.pairs,
+                        **{f"align.{part}_ms": seconds * 1e3 for part, seconds in ctx.spans.items()},
                     }
                 )
 
-    def ids(self, call: RequestContext) -> dict[str, str]:
-        """The trace's id, for the log line."""
-        return {"trace_id": call.trace_id} if call.trace_id else {}
-
     def close(self) -> None:
-        """Sends what is left."""
+        """Send the remaining spans."""
         if self._provider is not None:
             self._provider.shutdown()
 
 
 def exporter_of(file: Path | None) -> Any:
-    """Where spans go; None where nobody asked. ConfigError: OTLP is asked for and its package is not there."""
+    """Exporter of spans, None if tracing is off. ConfigError: OTLP is set but its package is not installed."""
     if os.environ.get(OTLP):
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         except ImportError as error:
             raise ConfigError(
-                f"{OTLP} is set and its exporter is not there: pip install 'ray-app[traces]', or unset it."
+                f"{OTLP} is set but its exporter is not installed: pip install 'ray-app[traces]', or unset it."
             ) from error
         return OTLPSpanExporter()
     if file is None:

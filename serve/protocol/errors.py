@@ -8,7 +8,7 @@ PROBLEM_JSON = "application/problem+json"
 
 
 class ApiError(Exception):
-    """A request that is not answered: status, a code for programs, one sentence with the limit and the way out."""
+    """An error answer: status, a code for programs, one sentence with the limit and the remedy."""
 
     def __init__(self, status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -19,7 +19,7 @@ class ApiError(Exception):
         return ApiError, (self.status, self.code, self.detail, self.headers)
 
     def document(self, request_id: str) -> dict[str, Any]:
-        """As JSON values."""
+        """Members of the JSON body."""
         return {
             "type": "about:blank",
             "title": HTTPStatus(self.status).phrase,
@@ -31,5 +31,5 @@ class ApiError(Exception):
         }
 
     def body(self, request_id: str) -> bytes:
-        """As bytes. `detail` may quote the request: what is no text of Unicode is escaped."""
+        """JSON body as bytes. `detail` may quote the request, so non-ASCII text is escaped."""
         return json.dumps(self.document(request_id)).encode()

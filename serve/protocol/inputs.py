@@ -1,4 +1,4 @@
-"""From what people send (numbers, base64, pictures, recordings) to rows of features, and back.
+"""Convert numbers, base64, pictures and recordings to rows of features, and back.
 
 Shapes: B = pairs, W = width of a feature, H, W = rows and columns of a picture, N = events.
 """
@@ -22,19 +22,19 @@ from ray_app.sources.images import decode_image, resized
 from ray_app.sources.npy import COLUMNS, events_of, parse_npy
 from ray_app.store.manifest import FeatureSpec
 
+from .body import number_rows, parse_object
 from .errors import ApiError
 from .open_inference import Limits, raw_rows, same_rows
 from .schemas import AlignRequest, Picture, RawTensor, Recording
-from .strict_json import number_rows, parse_object
 
 NUM_IMAGES = 5
-"""Event images of a recording, by equal event count; the middle one is the event side."""
+"""Event images per recording, by equal event count; the middle one is the event feature."""
 MAX_PIXELS = 2**24
-"""Of a picture that is sent: 16.8 million."""
+"""Largest number of pixels in a picture: 16.8 million."""
 
 
 def parse_request(body: memoryview, kind: type[AlignRequest]) -> AlignRequest:
-    """A JSON body. Problem 400: no JSON. Problem 422: what does not fit, and where."""
+    """Parse a JSON body. ApiError 400: not JSON; 422: the member that does not fit."""
     try:
         return kind.model_validate(parse_object(body))
     except ValidationError as error:
@@ -44,14 +44,14 @@ def parse_request(body: memoryview, kind: type[AlignRequest]) -> AlignRequest:
 
 
 def code_of(error: Mapping[str, Any]) -> str:
-    """A code for the first thing that does not fit."""
+    """Error code for the first member that does not fit."""
     if error["type"] == "extra_forbidden":
         return "unknown_field"
     return "theta" if error["loc"] and error["loc"][0] == "theta" else "field"
 
 
 def rows_of(request: AlignRequest, limits: Limits) -> tuple[Tensor, Tensor | None]:
-    """Events (B, E) and targets (B, D) as they were sent. Problem 4xx: what is wrong with them."""
+    """Events (B, E) and targets (B, D) in the types in which they were sent. ApiError 4xx: they do not fit."""
     event_BE = _rows(request.event, "event", limits)
     target_BD = None if request.target is None else _rows(request.target, "target", limits)
     same_rows(event_BE, target_BD)
@@ -68,7 +68,7 @@ def _rows(value: Any, name: str, limits: Limits) -> Tensor:
         return pixels(picture(unbase64(value.png, name), name), spec)
     if isinstance(value, Recording):
         require_pixels(spec, name)
-        return pixels(drawn(unbase64(value.recording, name), value), spec)
+        return pixels(rendered(unbase64(value.recording, name), value), spec)
     if len(value) > limits.max_batch:
         raise ApiError(
             422,
@@ -79,37 +79,39 @@ def _rows(value: Any, name: str, limits: Limits) -> Tensor:
 
 
 def unbase64(text: str, name: str) -> bytes:
-    """Problem 422 where it is none."""
+    """Decode base64. ApiError 422 if it is not base64."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ApiError(422, "base64", f"'{name}' is no base64: {error}.") from error
+        raise ApiError(422, "base64", f"'{name}' is not base64: {error}.") from error
 
 
 def require_pixels(spec: FeatureSpec, name: str) -> None:
-    """Problem 422 where the model's features are no images."""
+    """ApiError 422 unless the model's features are images."""
     if len(spec.shape) != 3 or spec.shape[0] != 3:
-        raise ApiError(422, "image", f"'{name}' features of this model have the shape {list(spec.shape)}: no images.")
+        raise ApiError(
+            422, "image", f"'{name}' features of this model are not images but have the shape {list(spec.shape)}."
+        )
 
 
 def picture(data: bytes, name: str) -> NDArray[np.uint8]:
-    """An image file, (H, W, 3). Problem 422: unreadable."""
+    """Decode an image file to (H, W, 3). ApiError 422: unreadable."""
     try:
         return decode_image(data, f"the picture '{name}'", MAX_PIXELS)
     except InputError as error:
         raise ApiError(422, "image", f"{error}.") from error
 
 
-def drawn(data: bytes, how: Recording) -> NDArray[np.uint8]:
-    """The event image of a recording, (H, W, 3). Problem 422: damaged, or it does not fit the sensor."""
-    where = "the recording"
+def rendered(data: bytes, how: Recording) -> NDArray[np.uint8]:
+    """Render the event image of a recording, (H, W, 3). ApiError 422: damaged, or outside of the sensor."""
+    what = "the recording"
     try:
-        content = parse_npy(data, where)
-        for name in COLUMNS:  # an array that claims more than was sent would be filled on our side
+        content = parse_npy(data, what)
+        for name in COLUMNS:  # an array that claims more than was sent would be filled here
             column = content.get(name)
             if column is not None and not (isinstance(column, np.ndarray) and column.nbytes <= len(data)):
-                raise InputError(f"{where}: '{name}' is no plain array of what was sent")
-        events = events_of(content, how.width, how.height, where)
+                raise InputError(f"{what}: '{name}' is not a plain array of the bytes sent")
+        events = events_of(content, how.width, how.height, what)
         if how.part == "middle":
             events = equal_counts(events, NUM_IMAGES)[NUM_IMAGES // 2]
         return event_image(events)
@@ -118,13 +120,13 @@ def drawn(data: bytes, how: Recording) -> NDArray[np.uint8]:
 
 
 def pixels(image_HWC: NDArray[np.uint8], spec: FeatureSpec) -> Tensor:
-    """One row (1, W), uint8 as event images are stored, or values where the features are no uint8."""
+    """Row (1, W) of an image: uint8 as event images are stored, or values from 0 to 1 for other features."""
     row = torch.from_numpy(resized(image_HWC, *spec.shape[1:]).reshape(1, -1).copy())
     return row if spec.dtype == "uint8" else row.float() / 255
 
 
 def png_of(row_W: Tensor, spec: FeatureSpec) -> str:
-    """A row of values as a picture, base64 of PNG; cut to 0..1. uint8 rows are pixels already."""
+    """Encode a row as base64 of a PNG. Values are clipped to 0..1; uint8 rows are pixels already."""
     values = row_W if row_W.dtype == torch.uint8 else (row_W.float().clamp(0, 1) * 255).round().to(torch.uint8)
     image_HWC = values.reshape(spec.shape).permute(1, 2, 0).contiguous().numpy()
     out = io.BytesIO()

@@ -1,7 +1,6 @@
 """Open Inference Protocol v2 with binary tensors: a JSON header, then raw little-endian tensors in its order.
 
-Tensors are views of the body; nothing is copied here. Shapes: B = pairs of a request, E = event width, D = target
-width.
+Tensors are views of the body; nothing is copied. Shapes: B = pairs of a request, E = event width, D = target width.
 """
 
 import json
@@ -13,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ray_app.datatypes import V2_DATATYPES
 from ray_app.store.manifest import Features, FeatureSpec
 
+from .body import json_type_name, number_rows, parse_object, parse_theta
 from .errors import ApiError
-from .strict_json import json_type_name, number_rows, parse_object, theta_of
 
-DTYPES = {"UINT8": torch.uint8, "FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32}
-"""v2 datatypes that are taken, FP32 last: the one that is answered with."""
+DTYPES: dict[str, torch.dtype] = {v2: getattr(torch, name) for name, v2 in V2_DATATYPES.items()}
+"""torch's types by the protocol's names."""
 OUTPUTS = {"aligned": "FP32", "cos_sim": "FP32", "accepted": "BOOL"}
 """Output tensors and their v2 datatypes."""
 OF_TARGET = {"cos_sim", "accepted"}
@@ -28,34 +28,34 @@ OF_TARGET = {"cos_sim", "accepted"}
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request may be."""
+    """Limits of a request."""
 
     features: Features
     """Widths and types of both sides."""
     max_batch: int
-    """Pairs in a request."""
+    """Largest number of pairs in a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class InferRequest:
-    """A v2 request, checked."""
+    """A v2 request that has been checked."""
 
     event_BE: Tensor
-    """In the type it was sent in."""
+    """Event features, in the type in which they were sent."""
     target_BD: Tensor | None
-    """The same for the target side."""
+    """Target features, likewise."""
     theta: float
     """Threshold of `accepted`."""
     outputs: dict[str, bool]
-    """Outputs in the order asked for; whether each is sent as raw bytes."""
+    """Requested outputs in order; True for those to be sent as raw bytes."""
     id: str | None = None
-    """Echoed."""
+    """Returned in the answer."""
     timeout_us: int | None = None
-    """Time that the caller grants."""
+    """Time that the client allows, in µs."""
 
 
 def parse_infer(body: memoryview, header_length: bytes | None, limits: Limits) -> InferRequest:
-    """A request's body. Problem 4xx names what is wrong and what would be right."""
+    """Parse a request's body. ApiError 4xx says what is wrong and what to send instead."""
     split = len(body) if header_length is None else _header_length(header_length, len(body))
     header, raw = parse_object(body[:split]), body[split:]
     _known(header, {"id", "parameters", "inputs", "outputs"}, "the request")
@@ -66,7 +66,7 @@ def parse_infer(body: memoryview, header_length: bytes | None, limits: Limits) -
     for item in _items(header, "inputs"):
         name, tensor, end = _input(item, raw, end, limits)
         if name in tensors:
-            raise ApiError(400, "duplicate", f"input '{name}' is there twice.")
+            raise ApiError(400, "duplicate", f"input '{name}' is given twice.")
         tensors[name] = tensor
     if end != len(raw):
         raise ApiError(
@@ -75,7 +75,7 @@ def parse_infer(body: memoryview, header_length: bytes | None, limits: Limits) -
             f"{len(raw):,} bytes follow the header, its tensors take {end:,}; they must be equal.",
         )
     if "event" not in tensors:
-        raise ApiError(400, "missing", "there is no input 'event'; send it as [B, E], and 'target' for a verdict.")
+        raise ApiError(400, "missing", "the input 'event' is missing; send it as [B, E], and 'target' for a verdict.")
     target = tensors.get("target")
     same_rows(tensors["event"], target)
     timeout = parameters.get("timeout")
@@ -84,7 +84,7 @@ def parse_infer(body: memoryview, header_length: bytes | None, limits: Limits) -
     return InferRequest(
         event_BE=tensors["event"],
         target_BD=target,
-        theta=theta_of(parameters.get("theta", 0.8)),
+        theta=parse_theta(parameters.get("theta", 0.8)),
         outputs=_outputs(header, parameters, target is not None),
         id=header.get("id"),
         timeout_us=timeout or None,
@@ -94,7 +94,7 @@ def parse_infer(body: memoryview, header_length: bytes | None, limits: Limits) -
 def render_infer(
     request: InferRequest, model: str, version: str, values: Mapping[str, Tensor]
 ) -> tuple[bytes, list[bytes]]:
-    """(JSON header, raw tensors in order)."""
+    """Return the JSON header and the raw tensors in order."""
     outputs, raw = [], []
     for name, binary in request.outputs.items():
         tensor = values[name]
@@ -113,7 +113,7 @@ def render_infer(
 
 
 def raw_rows(data: memoryview, datatype: Any, shape: Any, name: str, limits: Limits) -> Tensor:
-    """A view of raw bytes as rows (B, width). Problem 4xx: type, shape, width, pairs or size do not fit."""
+    """View raw bytes as rows (B, width). ApiError 4xx: type, shape, width, number of pairs or size do not fit."""
     spec: FeatureSpec = getattr(limits.features, name)
     check_datatype(datatype, spec, name)
     rows = check_shape(shape, spec.width, name, limits.max_batch)
@@ -129,7 +129,7 @@ def raw_rows(data: memoryview, datatype: Any, shape: Any, name: str, limits: Lim
 
 
 def check_datatype(datatype: Any, spec: FeatureSpec, name: str) -> str:
-    """The datatype. Problem 422 unless it is one of `DTYPES` that this side can be sent in."""
+    """Return the datatype. ApiError 422 unless it is one of `DTYPES` that this side accepts."""
     if not isinstance(datatype, str) or datatype not in DTYPES:
         shown = f"'{datatype[:40]}'" if isinstance(datatype, str) else json_type_name(datatype)
         raise ApiError(422, "dtype", f"datatype of '{name}' is {shown}; it must be one of {', '.join(DTYPES)}.")
@@ -139,7 +139,7 @@ def check_datatype(datatype: Any, spec: FeatureSpec, name: str) -> str:
 
 
 def check_shape(shape: Any, width: int, name: str, max_batch: int) -> int:
-    """The number of rows. Problem 422 unless it is [B, width] with 1 ≤ B ≤ max_batch."""
+    """Return the number of rows. ApiError 422 unless the shape is [B, width] with 1 ≤ B ≤ max_batch."""
     if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int for n in shape):
         raise ApiError(422, "shape", f"the shape of '{name}' must be two whole numbers, [B, {width}].")
     rows, columns = shape
@@ -155,22 +155,22 @@ def check_shape(shape: Any, width: int, name: str, max_batch: int) -> int:
 
 
 def same_rows(event_BE: Tensor, target_BD: Tensor | None) -> None:
-    """Problem 422 unless there are as many targets as events."""
+    """ApiError 422 unless there are as many targets as events."""
     if target_BD is not None and len(target_BD) != len(event_BE):
         raise ApiError(
             422,
             "shape",
-            f"'event' has {len(event_BE)} rows and 'target' {len(target_BD)}; each pair has one of both.",
+            f"'event' has {len(event_BE)} rows and 'target' {len(target_BD)}; each pair has one of each.",
         )
 
 
 def _input(item: dict[str, Any], raw: memoryview, start: int, limits: Limits) -> tuple[str, Tensor, int]:
-    """(name, rows, where the next raw tensor begins)"""
+    """Return the input's name, its rows, and the offset of the next raw tensor."""
     _known(item, {"name", "shape", "datatype", "parameters", "data"}, "an input")
     name = item.get("name")
     if name not in ("event", "target"):
         shown = f"'{name[:40]}'" if isinstance(name, str) else json_type_name(name)
-        raise ApiError(400, "unknown_field", f"there is no input {shown}; there are 'event' and 'target'.")
+        raise ApiError(400, "unknown_field", f"there is no input {shown}; the inputs are 'event' and 'target'.")
     size = _parameters(item, {"binary_data_size"}, f"input '{name}'").get("binary_data_size")
     if size is None:
         spec: FeatureSpec = getattr(limits.features, name)
@@ -179,7 +179,7 @@ def _input(item: dict[str, Any], raw: memoryview, start: int, limits: Limits) ->
         raise ApiError(
             400,
             "size_mismatch",
-            f"binary_data_size of '{name}' is {_short(size)}; {len(raw) - start:,} bytes are there.",
+            f"binary_data_size of '{name}' is {_short(size)}; {len(raw) - start:,} bytes follow the header.",
         )
     if "data" in item:
         raise ApiError(400, "duplicate", f"'{name}' has both 'data' and binary_data_size; send one of them.")
@@ -188,7 +188,7 @@ def _input(item: dict[str, Any], raw: memoryview, start: int, limits: Limits) ->
 
 
 def _json_rows(item: dict[str, Any], name: str, spec: FeatureSpec, limits: Limits) -> Tensor:
-    """Numbers in the header itself, flat or nested."""
+    """Rows from numbers in the header itself, flat or nested."""
     data = item.get("data")
     datatype = check_datatype(item.get("datatype"), spec, name)
     rows = check_shape(item.get("shape"), spec.width, name, limits.max_batch)
@@ -206,7 +206,7 @@ def _json_rows(item: dict[str, Any], name: str, spec: FeatureSpec, limits: Limit
     if datatype == "UINT8":
         if bool(((tensor < 0) | (tensor > 255) | (tensor != tensor.round())).any()):
             raise ApiError(
-                422, "dtype", f"'{name}' is UINT8 and holds a number that is not a whole one from 0 to 255."
+                422, "dtype", f"'{name}' is UINT8 but contains a number that is not a whole number from 0 to 255."
             )
         return tensor.to(torch.uint8)
     return tensor.to(DTYPES[datatype])
@@ -224,9 +224,9 @@ def _outputs(header: dict[str, Any], parameters: dict[str, Any], has_target: boo
         name = item.get("name")
         if not isinstance(name, str) or name not in OUTPUTS:
             shown = f"'{name[:40]}'" if isinstance(name, str) else json_type_name(name)
-            raise ApiError(400, "unknown_field", f"there is no output {shown}; there are {', '.join(OUTPUTS)}.")
+            raise ApiError(400, "unknown_field", f"there is no output {shown}; the outputs are {', '.join(OUTPUTS)}.")
         if name in outputs:
-            raise ApiError(400, "duplicate", f"output '{name}' is asked for twice.")
+            raise ApiError(400, "duplicate", f"output '{name}' is requested twice.")
         if name in OF_TARGET and not has_target:
             raise ApiError(400, "missing", f"output '{name}' needs the input 'target'.")
         outputs[name] = _parameters(item, {"binary_data"}, f"output '{name}'").get("binary_data", binary)
@@ -273,7 +273,7 @@ def _known(item: dict[str, Any], known: set[str], where: str) -> None:
 
 
 def _short(number: Any) -> str:
-    """A number for a message, however long it is."""
+    """Format a number for a message, however long it is."""
     if type(number) is not int:
         return json_type_name(number)
     return f"{number:,}" if abs(number) < 10**15 else f"about 10^{int(math.log10(abs(number)))}"

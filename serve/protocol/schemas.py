@@ -1,12 +1,16 @@
-"""What `/v1` takes and gives, as the types that OpenAPI is written from. Unknown members are refused.
+"""Requests and answers as the types from which FastAPI writes OpenAPI. `/v1` also parses requests with them.
 
 Shapes: B = pairs, W = width of a feature.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, with_config
+from typing_extensions import TypedDict
 
+from ray_app.datatypes import Datatype
+
+Output = Literal["aligned", "cos_sim", "accepted"]
 Wanted = Literal["aligned", "event_image", "aligned_image", "target_image"]
 
 
@@ -21,21 +25,21 @@ class RawTensor(Strict):
 
     data: str
     """Base64."""
-    datatype: Literal["UINT8", "FP16", "BF16", "FP32"]
+    datatype: Datatype
     """UINT8: pixels, scaled as the model's features are. Floats: values, from 0 to 1 for pixels."""
     shape: Annotated[list[int], Field(min_length=2, max_length=2)]
     """[B, W]."""
 
 
 class Picture(Strict):
-    """One image, resized as event images are."""
+    """One image, resized like event images."""
 
     png: str
     """Base64 of a PNG or JPEG file."""
 
 
 class Recording(Strict):
-    """Events of one sensor, drawn as event images are: the last event of a pixel wins."""
+    """Events of one sensor, rendered as event images: the last event of a pixel wins."""
 
     recording: str
     """Base64 of an .npy file: a dictionary of the arrays x, y, t (µs) and p."""
@@ -48,7 +52,7 @@ class Recording(Strict):
 
 
 def form(value: Any) -> str:
-    """Which of the forms of an input this is."""
+    """Tag of the form in which an input was sent."""
     if isinstance(value, dict):
         return next((key for key in ("png", "recording") if key in value), "data")
     return "rows"
@@ -74,26 +78,26 @@ class AlignRequest(Strict):
     event: Event
     """Numbers [B][W], raw numbers, an image, or an event recording."""
     target: Target | None = None
-    """As many, of the target side."""
+    """As many target features."""
     theta: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.8
     """A pair is accepted where cos_sim > theta."""
     wanted: Annotated[list[Wanted] | None, Field(alias="return", default=None, max_length=4)]
-    """What to send beside the verdicts; default: ["aligned"] from /v1/align, nothing from /v1/verify."""
+    """What to return with the verdicts; default: ["aligned"] for /v1/align, nothing for /v1/verify."""
     encoding: Literal["json", "base64", "png"] = "json"
-    """Of `aligned`: numbers, raw FP32, or a picture with values cut to 0..1."""
+    """Form of `aligned`: numbers, raw FP32, or a picture with values clipped to 0..1."""
     id: Annotated[str | None, Field(max_length=128)] = None
-    """Echoed."""
+    """Returned in the answer."""
 
 
 class VerifyRequest(AlignRequest):
-    """Event features and the targets they are judged by."""
+    """Event features and their targets."""
 
     target: Target
-    """As many, of the target side."""
+    """As many target features."""
 
 
 class ModelName(BaseModel):
-    """Who answered."""
+    """Model that answered."""
 
     name: str
     version: str
@@ -109,7 +113,7 @@ class EncodedRow(BaseModel):
 
 
 class Pair(BaseModel):
-    """One pair's answer; members that were not asked for are left out."""
+    """Answer for one pair; members that were not requested are left out."""
 
     cos_sim: float | None = None
     accepted: bool | None = None
@@ -121,7 +125,7 @@ class Pair(BaseModel):
 
 
 class AlignAnswer(BaseModel):
-    """The pairs in their order."""
+    """Pairs in the order of the request."""
 
     id: str
     model: ModelName
@@ -130,7 +134,7 @@ class AlignAnswer(BaseModel):
 
 
 class ProblemDocument(BaseModel):
-    """RFC 9457, with `error` for clients of the v2 protocol."""
+    """RFC 9457 problem details, with `error` for clients of the v2 protocol."""
 
     type: str
     title: str
@@ -139,3 +143,81 @@ class ProblemDocument(BaseModel):
     error: str
     code: str
     request_id: str
+
+
+@with_config(ConfigDict(extra="forbid"))
+class RawSize(TypedDict):
+    """Parameters of a tensor whose bytes follow the JSON header."""
+
+    binary_data_size: NotRequired[Annotated[int, Field(ge=0)]]
+
+
+@with_config(ConfigDict(extra="forbid"))
+class RawWanted(TypedDict):
+    """Parameters of a requested output."""
+
+    binary_data: NotRequired[bool]
+
+
+@with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class InferInput(TypedDict):
+    """One input tensor."""
+
+    name: Literal["event", "target"]
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+    """[B, W]."""
+    datatype: Datatype
+    data: NotRequired[list[float] | list[list[float]]]
+    """Numbers, flat or nested; left out where raw bytes follow."""
+    parameters: NotRequired[RawSize]
+
+
+@with_config(ConfigDict(extra="forbid"))
+class InferRequestedOutput(TypedDict):
+    """One output to return."""
+
+    name: Output
+    parameters: NotRequired[RawWanted]
+
+
+@with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class InferParameters(TypedDict):
+    """Settings of a v2 request."""
+
+    theta: NotRequired[Annotated[float, Field(ge=-1, le=1)]]
+    """A pair is accepted where cos_sim > theta; default 0.8."""
+    binary_data_output: NotRequired[bool]
+    timeout: NotRequired[Annotated[int, Field(ge=0)]]
+    """Microseconds."""
+    priority: NotRequired[Any]
+
+
+@with_config(ConfigDict(extra="forbid"))
+class InferRequestDocument(TypedDict):
+    """JSON of a v2 request; raw tensors may follow it."""
+
+    id: NotRequired[str]
+    inputs: Annotated[list[InferInput], Field(min_length=1, max_length=2)]
+    outputs: NotRequired[Annotated[list[InferRequestedOutput], Field(max_length=3)]]
+    parameters: NotRequired[InferParameters]
+
+
+@with_config(ConfigDict(extra="forbid"))
+class InferOutput(TypedDict):
+    """One output tensor."""
+
+    name: Output
+    datatype: Literal["FP32", "BOOL"]
+    shape: list[int]
+    data: NotRequired[list[float | bool]]
+    parameters: NotRequired[RawSize]
+
+
+@with_config(ConfigDict(extra="forbid"))
+class InferResponseDocument(TypedDict):
+    """JSON of a v2 answer; raw tensors may follow it."""
+
+    id: NotRequired[str]
+    model_name: str
+    model_version: str
+    outputs: list[InferOutput]

@@ -1,6 +1,5 @@
 """What the endpoint is told: arguments, and config.yaml field by field, since Ray ignores what it does not know."""
 
-import os
 import re
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import yaml
 from endpoints import make_checkpoint
 from pydantic import BaseModel
 from ray.serve._private import application_state
+from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import (
     DeploymentSchema,
@@ -24,7 +24,7 @@ from ray.serve.schema import (
 
 from ray_app import cli
 from ray_app.commands.serve.command import environment, resolved
-from ray_app.commands.serve.haproxy_watchdog import end_of
+from ray_app.commands.serve.haproxy import write_binary
 from ray_app.config.serve import EndpointConfig, ServeConfig
 from ray_app.errors import CheckpointError, ConfigError, RegistryError
 from serve.app import build_app, checked, local_app
@@ -55,7 +55,11 @@ def test_config_yaml_holds_nothing_that_ray_would_ignore() -> None:
 
 
 def test_replica_options_are_ones_that_ray_knows() -> None:
-    require_known({"name": DEPLOYMENT, **replica_options(EndpointConfig())}, DeploymentSchema)
+    for cfg in (EndpointConfig(), EndpointConfig(num_replicas=2, max_replicas=5)):
+        options = {"name": DEPLOYMENT, **replica_options(cfg)}
+        require_known(options, DeploymentSchema)
+        assert DeploymentSchema(**options)
+    require_known(options["autoscaling_config"], AutoscalingConfig)
 
 
 def test_the_builder_takes_checked_arguments_alone(tmp_path: Path) -> None:
@@ -65,12 +69,13 @@ def test_the_builder_takes_checked_arguments_alone(tmp_path: Path) -> None:
     for changes, message in (
         ({"max_bach": 8}, "argument 'max_bach'.*known are checkpoint"),
         ({"max_batch": 0}, "argument 'max_batch'"),
+        ({"num_replicas": 3, "max_replicas": 2}, "must be at least --num-replicas"),
         ({"no_auth": False}, "need 'token_file'"),
         ({"token_file": str(tmp_path / "none"), "no_auth": False}, "cannot be read"),
-        ({"checkpoint": "models:/alignment-adapter"}, "is no model"),
+        ({"checkpoint": "models:/alignment-adapter"}, "does not name a model"),
         ({"checkpoint": "models:/alignment-adapter@champion"}, "tracking_uri"),
         ({"checkpoint": "models:/a@b", "tracking_uri": "sqlite:///mlflow.db"}, "absolute path"),
-        ({"checkpoint": str(tmp_path / "none")}, "no folder"),
+        ({"checkpoint": str(tmp_path / "none")}, "neither a folder"),
     ):
         with pytest.raises(ConfigError, match=message):
             checked({**good, **changes})
@@ -113,7 +118,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path: Path) 
     [
         (["--checkpoint", "none"], CheckpointError, "none is not a folder"),
         (["--host", "0.0.0.0"], ConfigError, "reachable by other machines"),
-        (["--tls-cert", "cert.pem"], ConfigError, "belong together"),
+        (["--tls-cert", "cert.pem"], ConfigError, "need each other"),
         (["--tls-cert", "c", "--tls-key", "k", "--http-proxy", "haproxy"], ConfigError, "does not support TLS"),
         (["--checkpoint", "models:/none@champion", "--tracking-uri", "sqlite:///{}/new.db"], RegistryError, "none"),
     ],
@@ -130,44 +135,31 @@ def test_the_command_says_what_it_cannot_do(tmp_path: Path, flags: list[str], er
         start()
 
 
-def test_a_proxy_that_outlived_its_cluster_is_ended_and_no_other(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    mine, other = (subprocess.Popen([*command, f"{tmp_path}/{name}/haproxy.cfg"]) for name in ("one", "another"))
-    assert end_of(tmp_path / "one") == [mine.pid]
-    assert mine.wait(10) == -signal.SIGTERM
-    assert other.poll() is None
-    other.kill()
-    other.wait()
-
-
-def test_a_proxy_ends_where_its_endpoint_was_killed_with_all_of_its_group(tmp_path: Path) -> None:
-    proxy = f"import time; print('here', flush=True); time.sleep(60)  # {tmp_path}/haproxy.cfg"
-    endpoint = f"""
-import pathlib, subprocess, sys
-from ray_app.commands.serve.haproxy_watchdog import watched
-with watched(pathlib.Path({str(tmp_path)!r})):
-    subprocess.run([sys.executable, "-c", {proxy!r}], start_new_session=True)
-"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started = subprocess.Popen(
-        [sys.executable, "-c", endpoint], stdout=subprocess.PIPE, env=environment, start_new_session=True
-    )
-    assert started.stdout is not None
-    assert started.stdout.readline() == b"here\n"
-    os.killpg(started.pid, signal.SIGKILL)
-    assert started.stdout.read() == b""  # the proxy was the last that held it
-    assert started.wait() == -signal.SIGKILL
+@pytest.mark.skipif(sys.platform != "linux", reason="HAProxy runs on Linux alone")
+def test_haproxy_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None:
+    """Started through the environment's program, as Ray starts it; here the binary is a Python that sleeps."""
+    program = write_binary(tmp_path, sys.executable)
+    sleeper = "import time; print('started', flush=True); time.sleep(60)"
+    parent = f"import subprocess; subprocess.run([{str(program)!r}, '-c', {sleeper!r}], start_new_session=True)"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"started\n"
+    process.kill()
+    assert process.stdout.read() == b""  # the sleeper was the last that held it
+    assert process.wait() == -signal.SIGKILL
 
 
 def test_two_endpoints_on_one_machine_do_not_share_haproxys_files(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
     one, two = (environment(tmp_path / name, haproxy=True) for name in ("one", "two"))
     own = [
         key
         for key in one
         if key.startswith("RAY_SERVE_HAPROXY") and key.endswith(("_LOC", "_PATH", "_BASE", "_FILE", "_PORT"))
     ]
-    assert len(own) == 7
+    assert len(own) == 8
     own += [key for key in one if "DIRECT_INGRESS_M" in key and "PORT" in key]
-    assert len(own) == 9
+    assert len(own) == 10
     assert all(one[key] != two[key] for key in own)
     assert environment(tmp_path, haproxy=False)["RAY_SERVE_ENABLE_HA_PROXY"] == "0"

@@ -48,7 +48,7 @@ def test_a_client_that_verifies_is_answered_and_no_one_in_plain_text(tmp_path: P
         answer = connection.getresponse()
         assert answer.status == 200
         assert len(answer.read()) > 2 * WIDTH * 4
-        connection.request("GET", "/v2/health/ready", headers={"x-request-id": "caf\xe9"})
+        connection.request("GET", "/v2/health/ready")
         answer = connection.getresponse()
         assert (answer.status, json.loads(answer.read())) == (200, {"ready": True})
         connection.close()

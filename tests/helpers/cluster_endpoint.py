@@ -16,7 +16,6 @@ from mlflow_process import free_port
 from three_nodes import Nodes
 
 from ray_app.commands.serve.command import environment
-from ray_app.commands.serve.haproxy_watchdog import watched
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 400.0
@@ -24,8 +23,8 @@ START_S = 400.0
 
 @contextmanager
 def behind_haproxy() -> Iterator[dict[str, str]]:
-    """The environment of nodes whose endpoint HAProxy stands before; it has ended when the block has."""
-    with tempfile.TemporaryDirectory(prefix="ra") as scratch, watched(Path(scratch)):
+    """Yield the environment of nodes whose endpoint is behind HAProxy, which ends with them."""
+    with tempfile.TemporaryDirectory(prefix="ra") as scratch:
         yield environment(Path(scratch), haproxy=True)
 
 

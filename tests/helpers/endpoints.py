@@ -22,11 +22,8 @@ from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.registry import build_adapter
 from ray_app.store.checkpoint import save_checkpoint
 from ray_app.store.manifest import Features, FeatureSpec
-from serve.http.asgi import AsgiApp
 from serve.http.routes import build_api
-from serve.http.v2 import infer
-from serve.observability.tracing import Tracing
-from serve.replica_state import ReplicaState
+from serve.replica import ReplicaState
 
 SHAPE = (3, 16, 16)
 WIDTH = 768
@@ -97,16 +94,16 @@ class LocalServer(Server):
     def __init__(self, cfg: EndpointConfig) -> None:
         super().__init__(free_port())
         self.endpoint = ReplicaState(cfg, "test")
-        tracing = Tracing(cfg.traces, "test")
 
         async def everywhere(method: str) -> list[Any]:
             if method == "reload":
-                return [await self.endpoint.reload(again=True)]
+                return [await self.endpoint.reload(retry_refused=True)]
             telemetry, rows = self.endpoint.telemetry, self.endpoint.batcher.queued_rows
             return [telemetry.snapshot(rows) if method == "snapshot" else telemetry.exposition(rows).decode()]
 
-        self.edge = AsgiApp(self.endpoint, infer, build_api(self.endpoint, everywhere), tracing)
-        options = uvicorn.Config(self.edge, port=self.port, log_level="warning", timeout_graceful_shutdown=5)
+        options = uvicorn.Config(
+            build_api(self.endpoint, everywhere), port=self.port, log_level="warning", timeout_graceful_shutdown=5
+        )
         self._uvicorn = uvicorn.Server(options)
         self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)
 

@@ -7,9 +7,7 @@ import os
 import select
 import signal
 import socket
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +17,7 @@ import psutil
 import pytest
 import tritonclient.http as triton
 from endpoints import INFER, WIDTH, RayServer, binary_request, make_checkpoint
+from serve_load import Load, processes, replicas
 
 from ray_app.store.token_file import append_token
 
@@ -42,54 +41,6 @@ def server(folder: Path) -> Iterator[RayServer]:
         made.stop()
 
 
-class Load:
-    """Callers without a pause, each on a connection of its own per request, as separate programs are."""
-
-    def __init__(self, server: RayServer, callers: int = 4) -> None:
-        self.codes: Counter[int] = Counter()
-        self.failures: list[str] = []
-        self.versions: set[str] = set()
-        self.slowest_s = 0.0
-        self._server, self._stop = server, threading.Event()
-        self._threads = [threading.Thread(target=self._call, daemon=True) for _ in range(callers)]
-
-    def _call(self) -> None:
-        while not self._stop.is_set():
-            began = time.monotonic()
-            try:
-                status, headers, _ = self._server.ask("POST", INFER, BODY, HEADERS)
-                self.codes[status] += 1
-                self.versions.add(headers.get("x-model-version", ""))
-            except OSError as error:
-                self.failures.append(repr(error))
-            self.slowest_s = max(self.slowest_s, time.monotonic() - began)
-
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(400)
-
-
-def replicas(server: RayServer) -> list[psutil.Process]:
-    """The processes that answer."""
-    return processes(server, "ray::ServeReplica")
-
-
-def processes(server: RayServer, name: str) -> list[psutil.Process]:
-    """Of the server, whose names begin so; one that ends meanwhile is not among them."""
-    found = []
-    for process in psutil.Process(server.process.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if process.name().startswith(name):
-                found.append(process)
-    return found
-
-
 def test_it_answers_tritonclient_with_a_token_and_no_one_without(server: RayServer) -> None:
     client = triton.InferenceServerClient(server.url)
     assert client.is_server_ready()
@@ -102,8 +53,6 @@ def test_it_answers_tritonclient_with_a_token_and_no_one_without(server: RayServ
     client.close()
     assert "HAProxy" in "".join(server.said)
     assert server.ask("HEAD", "/v2/health/ready")[0] == 200
-    latin = {"x-request-id": "caf\xe9"}  # Ray takes it for UTF-8
-    assert server.ask("GET", "/v2/health/ready", headers=latin)[0] == 200
 
 
 @pytest.mark.slow
@@ -122,37 +71,9 @@ def test_only_this_machine_can_reach_it(server: RayServer) -> None:
     assert set(inner.values()) == {"127.0.0.1"}
 
 
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-
-
-def began(process: psutil.Process) -> float:
-    """When a process began, in Unix time, to a tick: psutil takes the time of boot in whole seconds."""
-    ticks = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19])
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks * TICK_S
-
-
-@pytest.mark.slow
-def test_haproxys_own_answer_is_a_problem(server: RayServer) -> None:
-    """Ray lets it speak where no replica can: in plain text, were it not for what a replica writes over it."""
-    proxies = processes(server, "haproxy")
-    (config,) = {argument for proxy in proxies for argument in proxy.cmdline() if argument.endswith("/haproxy.cfg")}
-    page = Path(config).with_name("500.http")
-    assert f"errorfile 503 {page}" in Path(config).read_text()
-    assert max(map(began, proxies)) > page.stat().st_mtime - TICK_S, "it has read this one"
-    near, far = socket.socketpair()
-    with near, far:
-        near.sendall(page.read_bytes())
-        answer = http.client.HTTPResponse(far)
-        answer.begin()
-        problem = json.loads(answer.read())
-    assert (answer.status, problem["status"], problem["code"]) == (503, 503, "not_ready")
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert int(answer.headers["retry-after"]) == 1
-
-
 @pytest.mark.slow
 def test_metrics_are_of_every_replica(server: RayServer) -> None:
-    with Load(server) as load:
+    with Load(server, BODY, HEADERS) as load:
         time.sleep(1.0)
     assert not load.failures
     assert server.metric("align_requests_total", route="/v2/models/{model}/infer", code="200") >= load.codes[200]
@@ -185,7 +106,7 @@ def test_in_a_flood_a_full_queue_is_told_before_the_body_is_sent(server: RayServ
 @pytest.mark.slow
 def test_a_new_model_takes_over_on_every_replica_and_no_caller_sees_it(server: RayServer, folder: Path) -> None:
     first = server.json("GET", "/v1/model")[1]["version"]
-    with Load(server) as load:
+    with Load(server, BODY, HEADERS) as load:
         time.sleep(0.5)
         make_checkpoint(folder / "next", seed=1)
         (folder / "checkpoint").rename(folder / "old")
@@ -204,7 +125,7 @@ def test_a_new_model_takes_over_on_every_replica_and_no_caller_sees_it(server: R
 @pytest.mark.slow
 def test_a_bad_model_is_refused_by_every_replica_and_no_caller_sees_it(server: RayServer, folder: Path) -> None:
     served = server.json("GET", "/v1/model")[1]["version"]
-    with Load(server) as load:
+    with Load(server, BODY, HEADERS) as load:
         make_checkpoint(folder / "bad", seed=2)
         weights = folder / "bad" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1])
@@ -223,7 +144,7 @@ def test_a_bad_model_is_refused_by_every_replica_and_no_caller_sees_it(server: R
 @pytest.mark.slow
 def test_a_killed_replica_costs_at_most_what_it_was_answering(server: RayServer) -> None:
     before = {process.pid for process in replicas(server)}
-    with Load(server) as load:
+    with Load(server, BODY, HEADERS) as load:
         time.sleep(0.5)
         os.kill(min(before), signal.SIGKILL)
         time.sleep(3.0)

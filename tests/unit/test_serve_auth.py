@@ -102,9 +102,9 @@ def test_a_file_that_becomes_unreadable_changes_nothing_and_is_told(
         tokens.write_text(damaged)
         status, about = server.json("GET", "/v1/model", headers=bearer(secrets["reader"]))
         assert status == 200
-        assert "token" in about["tokens"]["flaw"]
+        assert "token" in about["tokens"]["error"]
     tokens.write_text(whole)
-    assert server.json("GET", "/v1/model", headers=bearer(secrets["reader"]))[1]["tokens"]["flaw"] is None
+    assert server.json("GET", "/v1/model", headers=bearer(secrets["reader"]))[1]["tokens"]["error"] is None
 
 
 def test_no_secret_is_kept_and_the_file_is_private(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_a_bad_champion_is_refused_and_told_and_the_old_one_goes_on(
     assert about["refused"]["reason"] in problem["detail"]
     assert server.ask("POST", INFER, BODY, HEADERS)[1]["x-model-version"] == served
     assert server.ask("GET", "/v2/health/ready")[0] == 200
-    assert asyncio.run(server.endpoint.succession.check()) == "unchanged", "the watch does not try it again and again"
+    assert asyncio.run(server.endpoint.reloader.check()) == "unchanged", "the watch does not try it again and again"
 
 
 def test_weights_that_answer_otherwise_are_refused(server: LocalServer, registry: Registry, tmp_path: Path) -> None:
@@ -195,11 +195,11 @@ def test_the_watch_goes_on_after_a_bad_tag_and_after_a_defect(registry: Registry
         bad = registry.register(make_checkpoint(tmp_path / "bad", seed=51), evaluation="{not json")
         wait_for(lambda: server.json("GET", "/v1/model")[1]["refused"])
         assert server.json("GET", "/v1/model")[1]["refused"]["version"] == bad
-        whole = server.endpoint.succession.source.current
-        server.endpoint.succession.source.current = lambda: 1 // 0  # type: ignore[method-assign]
+        whole = server.endpoint.reloader.source.current
+        server.endpoint.reloader.source.current = lambda: 1 // 0  # type: ignore[method-assign]
         wait_for(lambda: server.metric("align_reloads_total", outcome="failed") > 1)
         assert "ZeroDivisionError" in server.json("GET", "/v1/model")[1]["watch"]["last_error"]
-        server.endpoint.succession.source.current = whole  # type: ignore[method-assign]
+        server.endpoint.reloader.source.current = whole  # type: ignore[method-assign]
         good = registry.register(make_checkpoint(tmp_path / "good", seed=52))
         wait_for(lambda: server.endpoint.model.version == good)
         assert server.json("GET", "/v1/model")[1]["watch"]["failures"] == 0

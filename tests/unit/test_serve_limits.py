@@ -1,11 +1,8 @@
 """Limits and backpressure: bodies are counted as they arrive and when inflated, a full queue says so at once."""
 
-import asyncio
 import gzip
 import http.client
 import json
-import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,12 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
-import uvloop
-from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint, wait_for
-
-from serve.http.accept import TIMES, accept_often
-from serve.http.middleware import BypassMiddleware
+from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint
 
 LIMIT = 2**18
 """Bytes of a body here: 85 rows of FP32."""
@@ -119,112 +111,21 @@ def test_overload_is_answered_429_and_callers_counts_are_the_servers(server: Loc
     assert server.endpoint.batcher.queued_rows == 0
 
 
-def test_a_full_queue_is_told_before_ray_reads_the_body(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    reached: list[str] = []
-
-    async def ray(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
-        reached.append(scope["path"])
-
-    async def never() -> Any:
-        raise AssertionError("the body was read")
-
-    def asked(method: str, path: str, told: dict[str, str]) -> list[Any]:
-        sent: list[Any] = []
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        headers = [(name.lower().encode(), value.encode()) for name, value in told.items()]
-        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers}
-        asyncio.run(BypassMiddleware(ray)(scope, never, send))
-        return sent
-
-    endpoint = server.endpoint
-    monkeypatch.setattr(BypassMiddleware, "edge", server.edge)
-    asked("POST", INFER, GOOD_HEADERS)
-    assert reached == [INFER], "there is a place, and the endpoint lives in another event loop: Ray takes it"
-    monkeypatch.setattr(endpoint.batcher, "queued_rows", 8)
-    before = server.metric("align_requests_total", code="429")
-    for path, method in ((INFER, "GET"), ("/v1/reload", "POST"), ("/v2/health/ready", "GET")):
-        asked(method, path, {})
-    assert reached == [INFER, INFER, "/v1/reload", "/v2/health/ready"], "what waits for no forward pass goes on"
-    for path in (INFER, "/v1/align", "/v1/verify"):
-        start, body = asked("POST", path, {**GOOD_HEADERS, "x-request-id": "mine"})
-        headers = dict(start["headers"])
-        assert (start["status"], headers[b"x-request-id"]) == (429, b"mine")
-        assert int(headers[b"retry-after"]) >= 1
-        assert json.loads(body["body"])["code"] == "busy"
-    assert len(dict(asked("POST", INFER, GOOD_HEADERS)[0]["headers"])[b"x-request-id"]) == 32
-    assert server.metric("align_requests_total", code="429") - before == 4
-    assert len(reached) == 4
-
-
-def test_an_inference_goes_past_ray(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def ray(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
-        raise AssertionError("Ray was asked")
-
-    async def asked() -> list[Any]:
-        parts = [GOOD[:100], GOOD[100:]]
-        left = asyncio.Event()  # the caller stays
-
-        async def receive() -> Any:
-            if not parts:
-                await left.wait()
-            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        sent: list[Any] = []
-        headers = [(name.lower().encode(), value.encode()) for name, value in GOOD_HEADERS.items()]
-        scope = {"type": "http", "method": "POST", "path": INFER, "query_string": b"", "headers": headers}
-        await BypassMiddleware(ray)(scope, receive, send)
-        return sent
-
-    monkeypatch.setattr(BypassMiddleware, "edge", server.edge)
-    assert server.endpoint._loop is not None
-    start, *parts = asyncio.run_coroutine_threadsafe(asked(), server.endpoint._loop).result(30)
-    assert start["status"] == 200
-    headers = dict(start["headers"])
-    assert len(headers[b"x-request-id"]) == 32
-    body = b"".join(part["body"] for part in parts)
-    assert (
-        body[int(headers[b"inference-header-content-length"]) :]
-        == server.ask("POST", INFER, GOOD, GOOD_HEADERS)[2][int(headers[b"inference-header-content-length"]) :]
-    )
-
-
-def test_a_caller_who_leaves_costs_no_forward_pass(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    batcher, done, free = server.endpoint.batcher, [], threading.Event()
-    inner = batcher._predict
-
-    def predict(works: Any) -> Any:
-        free.wait(10)
-        done.extend(works)
-        return inner(works)
-
-    monkeypatch.setattr(batcher, "_predict", predict)
-    before = server.metric("align_requests_total", code="499")
-    head = "".join(f"{name}: {value}\r\n" for name, value in {**GOOD_HEADERS, "content-length": len(GOOD)}.items())
-    callers = []
-    for waiting in (0, 1):  # the first is computed at once, the other waits
-        caller = socket.create_connection(("127.0.0.1", server.port))
-        caller.sendall(f"POST {INFER} HTTP/1.1\r\nhost: localhost\r\n{head}\r\n".encode() + GOOD)
-        wait_for(lambda: batcher._began is not None and batcher.queued_rows == waiting)  # noqa: B023
-        callers.append(caller)
-    for caller in callers:
-        caller.close()
-    wait_for(lambda: server.metric("align_requests_total", code="499") - before == 2)
-    free.set()
-    wait_for(lambda: batcher._began is None and batcher.queued_rows == 0)
-    assert len(done) == 1
-    assert server.ask("POST", INFER, GOOD, GOOD_HEADERS)[0] == 200
+@pytest.mark.parametrize("path", [INFER, "/v1/align", "/v1/verify"])
+def test_a_full_queue_refuses_whatever_waits_for_a_forward_pass(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(server.endpoint.batcher, "queued_rows", 8)
+    status, headers, data = server.ask("POST", path, GOOD, GOOD_HEADERS)
+    assert (status, json.loads(data)["code"]) == (429, "busy")
+    assert int(headers["retry-after"]) >= 1
+    assert server.ask("GET", "/v2/health/ready")[0] == 200, "what waits for no forward pass is answered"
 
 
 def test_a_flood_fills_no_log(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[dict[str, Any]] = []
-    monkeypatch.setattr("serve.http.asgi.LOG.log", lambda _, line: lines.append(json.loads(line)))
-    monkeypatch.setattr("serve.http.asgi.REFUSALS_S", 0.3)
+    monkeypatch.setattr("serve.http.request.LOG.log", lambda _, line: lines.append(json.loads(line)))
+    monkeypatch.setattr("serve.http.request.REFUSAL_LOG_INTERVAL_S", 0.3)
     monkeypatch.setattr(server.endpoint.batcher, "queued_rows", 8)
     time.sleep(0.35)  # since another test's
     told = server.metric("align_requests_total", code="429")
@@ -236,58 +137,6 @@ def test_a_flood_fills_no_log(server: LocalServer, monkeypatch: pytest.MonkeyPat
     assert [line["refused"] for line in refused][-1] == 5
     assert len(refused) == 2, "one at once, one for all that came within the time"
     assert server.metric("align_requests_total", code="429") - told == 6
-
-
-def test_many_connections_are_taken_in_a_turn_of_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """uvloop alone takes one, and 200 would wait for 200 turns."""
-    monkeypatch.setattr(uvicorn, "Server", uvicorn.Server)
-    alone = uvicorn.Server
-    accept_often()
-    often = uvicorn.Server
-    accept_often()
-    assert uvicorn.Server is often, "asked again, it stays so"
-    turns = {server: uvloop.run(turns_for(200, server)) for server in (alone, often)}
-    assert turns[alone] >= 200
-    assert turns[often] <= 200 // TIMES + 5
-
-
-async def turns_for(connections: int, server: type[uvicorn.Server]) -> int:
-    """Turns of the event loop until so many connections, open before the first, are all taken. Then none is."""
-    listening = socket.create_server(("127.0.0.1", 0), backlog=2 * connections)
-    address = listening.getsockname()
-    it = server(uvicorn.Config(refuse, log_level="critical", lifespan="off"))
-    callers = [socket.create_connection(address) for _ in range(connections)]
-    serving = asyncio.create_task(it.serve(sockets=[listening]))
-    turns = 0
-    while len(it.server_state.connections) < connections:
-        turns += bool(it.started)
-        await asyncio.sleep(0)
-    it.should_exit = True
-    await serving
-    for caller in callers:
-        caller.close()
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(address)
-    return turns
-
-
-async def refuse(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
-    raise AssertionError("nothing was asked")
-
-
-def test_headers_reach_ray_in_ascii() -> None:
-    """It takes the bytes of some for UTF-8, and answers 500 where they are not."""
-    reached: list[Any] = []
-
-    async def ray(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
-        reached.append(dict(scope["headers"]))
-
-    sent = [(b"x-request-id", b"caf\xe9"), (b"x-session-id", "日".encode()), (b"accept", b"*/*")]
-    for kind in ("http", "websocket"):
-        asyncio.run(BypassMiddleware(ray)({"type": kind, "path": "/", "headers": sent}, None, None))  # type: ignore[arg-type]
-    asyncio.run(BypassMiddleware(ray)({"type": "http", "path": "/", "headers": sent[2:]}, None, None))  # type: ignore[arg-type]
-    plain = {b"x-request-id": b"caf_", b"x-session-id": b"___", b"accept": b"*/*"}
-    assert reached == [plain, plain, {b"accept": b"*/*"}]
 
 
 def slow(server: LocalServer) -> None:

@@ -16,11 +16,10 @@ import pytest
 from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint, wait_for
 
 from ray_app.errors import ConfigError
-from serve.http.asgi import LOG
+from serve.http.request import LOG, RequestContext
 from serve.model.evaluation_record import EvaluationRecord, drift_reference, stability_index
 from serve.observability.stats import Snapshot, summed
 from serve.observability.tracing import OTLP, Tracing
-from serve.protocol.request_context import RequestContext
 
 RNG = np.random.default_rng(5)
 PERCENTILES = {"P10": 0.2, "P50": 0.5, "P90": 0.9}
@@ -155,7 +154,7 @@ def test_a_span_takes_up_the_callers_trace(server: LocalServer, folder: Path) ->
     spans: dict[str, Any] = {}
 
     def written() -> bool:
-        server.edge._tracing._provider.force_flush()
+        server.endpoint.tracing._provider.force_flush()
         for line in (folder / "spans.jsonl").read_text().splitlines():
             span = json.loads(line)
             spans[span["attributes"]["align.request_id"]] = span

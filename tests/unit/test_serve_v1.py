@@ -19,7 +19,7 @@ from PIL import Image
 
 from ray_app.events.render import equal_counts, event_image
 from ray_app.sources.npy import read_events
-from serve.protocol.request_context import KNOWN, TEMPLATES
+from serve.http.request import ROUTES, TEMPLATES
 
 README = Path(__file__).parents[2] / "README.md"
 RNG = np.random.default_rng(1)
@@ -251,7 +251,7 @@ def test_openapi_is_valid_and_names_every_route(server: LocalServer) -> None:
     validate(document)
     paths = set(document["paths"])
     assert {"/v1/align", "/v1/verify", "/v1/model", "/v1/reload", "/v1/stats", "/metrics", "/v2"} <= paths
-    assert {path for path in KNOWN if path not in ("/", "/openapi.json")} <= paths
+    assert {path for path in ROUTES if path not in ("/", "/openapi.json")} <= paths
     assert {template for _, template in TEMPLATES} <= paths
     assert "AlignRequest" in document["components"]["schemas"]
 

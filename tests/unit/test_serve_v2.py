@@ -176,7 +176,7 @@ def test_what_cannot_be_answered_is_refused_with_its_reason(server: LocalServer,
 
 
 def test_the_client_shows_what_is_wrong(server: LocalServer) -> None:
-    with pytest.raises(InferenceServerException, match="row 1 holds NaN, Inf") as caught:
+    with pytest.raises(InferenceServerException, match="row 1 contains NaN, Inf") as caught:
         ask(server, [tensor("event", with_value(np.nan), "FP32")])
     assert caught.value.status() == "422"
     with pytest.raises(InferenceServerException, match="'target' row 0 is all zeros"):
@@ -276,16 +276,22 @@ def test_openapi_describes_infer_and_what_it_describes_is_answered(server: Local
         "outputs": outputs,
         "parameters": parameters,
     }
-    assert set(asked) == set(schemas["InferenceRequest"]["properties"])
-    assert set(parameters) == set(schemas["InferenceRequest"]["properties"]["parameters"]["properties"])
-    jsonschema.validate(asked, schemas["InferenceRequest"])
-    jsonschema.validate(json.loads(GOOD[:AT]), schemas["InferenceRequest"])
+    assert set(asked) == set(schemas["InferRequestDocument"]["properties"])
+    assert set(parameters) == set(schemas["InferParameters"]["properties"])
+    request, response = (
+        {**document, "$ref": f"#/components/schemas/{name}"}
+        for name in ("InferRequestDocument", "InferResponseDocument")
+    )
+    jsonschema.validate(asked, request)
+    jsonschema.validate(json.loads(GOOD[:AT]), request)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**asked, "unknown": 1}, request)
     status, answer = server.json("POST", INFER, asked)
     assert status == 200
-    jsonschema.validate(answer, schemas["InferenceAnswer"])
+    jsonschema.validate(answer, response)
     _, headers, data = server.ask("POST", INFER, GOOD, GOOD_HEADERS)
     head = data[: int(headers["inference-header-content-length"])]
-    jsonschema.validate(json.loads(head), schemas["InferenceAnswer"])
+    jsonschema.validate(json.loads(head), response)
 
 
 GOOD, GOOD_HEADERS = binary_request(np.full((1, WIDTH), 0.5))

