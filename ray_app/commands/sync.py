@@ -7,13 +7,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.commands.tune.remote_sweep import open_sweep
-from ray_app.commands.tune.sweep_dir import SWEEP
+from ray_app.commands.tune.sweep_dir import SWEEP, open_sweep
 from ray_app.config.base import TrackingFlags
 from ray_app.config.tune import SyncConfig
 from ray_app.errors import ConfigError
 from ray_app.runs.event_log import EVENT_LOG, entries
-from ray_app.runs.remote_run import open_run
+from ray_app.runs.run_dir import open_run
 from ray_app.store.filesystem import open_storage
 from ray_app.tracking.mlflow_logger import sync_run, tracking_uri
 from ray_app.tracking.model_registry import registry_errors

@@ -1,7 +1,7 @@
-"""The folder of a training run: where its checkpoints lie, which is best, and where to go on from.
+"""Folder of a training run: its checkpoints, which of them is best, and where to resume.
 
-A place in a run is named by its finished epochs, and within an epoch by the optimizer step too: `epoch_0002`
-< `epoch_0002_step_00000300` < `epoch_0003`. Weights and training state of a place lie under that name.
+A checkpoint is named by its finished epochs, and within an epoch by the optimizer step too: `epoch_0002`
+< `epoch_0002_step_00000300` < `epoch_0003`. Its weights and its training state are folders of that name.
 """
 
 import fcntl
@@ -11,9 +11,9 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,128 +21,174 @@ from torch import Tensor
 
 from ray_app.core.adapters.base import Adapter
 from ray_app.errors import CheckpointError, StoreError
-from ray_app.runs.event_log import EventLog
-from ray_app.store.atomic import disk_errors, partial_file, write_file
-from ray_app.store.checkpoint import save_checkpoint, save_training_state, verify_folder
-from ray_app.store.filesystem import LocalDir, StorageDir
+from ray_app.runs.event_log import POLL_S, EventLog, entries
+from ray_app.runs.mirror import InPlace, Mirror, scratch_dir
+from ray_app.store.atomic import disk_errors, partial_file
+from ray_app.store.checkpoint import save_checkpoint, save_training_state
+from ray_app.store.filesystem import LocalDir, RemoteDir, StorageDir, absolute, open_storage
 from ray_app.store.manifest import Features
 
 RUN, BEST, STOP, RESIZE = "run.json", "best.json", "stop", "resize"
-CHECKPOINTS, STATES, QUARANTINE = "checkpoints", "training_state", "quarantine"
+CHECKPOINTS, STATES = "checkpoints", "training_state"
 NUM_CHECKPOINTS_KEPT = 2
-"""Newest places of which everything is kept."""
+"""Newest checkpoints of which everything is kept."""
+STOP_S = 30.0
+"""Longest time that workers at a URI get to stop before their event log is taken over."""
 
 
 def checkpoint_name(epoch: int, step: int | None = None) -> str:
-    """The name of a place: after so many whole epochs, or at an optimizer step within the next."""
+    """Return the name of a checkpoint after so many whole epochs, or at an optimizer step within the next."""
     return f"epoch_{epoch:04d}" if step is None else f"epoch_{epoch:04d}_step_{step:08d}"
 
 
-@dataclass(frozen=True, slots=True)
-class RunDir:
-    """`checkpoints/epoch_NNNN` and `training_state/epoch_NNNN` below `path`."""
+@contextmanager
+def open_run(where: str) -> Iterator["RunDir"]:
+    """Yield the run that a path or URI names, started or not; delete the scratch folder of one at a URI after."""
+    storage = open_storage(where)
+    if isinstance(storage, LocalDir):
+        yield RunDir(storage.path)
+    else:
+        with scratch_dir() as folder:
+            yield RunDir(folder, storage)
 
-    path: Path
-    """The run's folder."""
+
+def settings_of_run(where: str) -> dict[str, Any]:
+    """Return the settings of `train` that a run was started with. StoreError: not a run."""
+    return {**run_metadata(open_storage(where))["config"], "out": absolute(where)}
+
+
+class RunDir:
+    """Folder of a run: `checkpoints/epoch_NNNN`, `training_state/epoch_NNNN` and the event log below `path`."""
+
+    def __init__(self, path: Path, remote: RemoteDir | None = None) -> None:
+        """`path`: the run's folder, or a scratch folder where the run is kept at `remote`."""
+        self.path = path
+        self.mirror = InPlace(path) if remote is None else Mirror(path, remote)
 
     def __str__(self) -> str:
-        """What `--resume` and `sync` take."""
-        return str(self.path)
+        """Return the path or URI that `--resume` and `sync` take."""
+        return str(self.mirror)
 
     def shown(self, path: Path) -> str:
-        """A file or folder of the run by the name that holds everywhere."""
-        return str(path)
+        """Return the path or URI of a file or folder of the run, valid on every machine."""
+        return str(self) if path == self.path else self.mirror.storage.uri_of(str(path.relative_to(self.path)))
 
-    def event_log(self) -> AbstractContextManager[EventLog]:
-        """The event log, for the one process that writes it now."""
-        return EventLog(self.path)
+    @contextmanager
+    def event_log(self) -> Iterator[EventLog]:
+        """Open the event log for the one process that writes it now."""
+        with self.mirror.writing(STOP, RESIZE), EventLog(self.path) as log:
+            yield log
 
     def synced(self) -> AbstractContextManager[None]:
-        """Meanwhile what workers do shows up in `path`, and the signs that lie there reach them."""
-        return nullcontext()
+        """Download what workers log, and upload signals to them, in the background."""
+        return self.mirror.following(STOP, RESIZE)
 
-    def released(self, log: EventLog) -> AbstractContextManager[None]:
-        """Another process may write to the event log meanwhile; this one, which has it open, does not."""
-        return log.released()
+    @contextmanager
+    def released(self, log: EventLog) -> Iterator[None]:
+        """Let another process write the event log that this one has open."""
+        with self.mirror.released(), log.released():
+            yield
 
     @property
     def resume(self) -> str:
-        """The command that goes on with it."""
+        """Command that resumes the run."""
         return f"ray-app train --resume {shlex.quote(str(self))}"
 
     def refresh(self) -> None:
-        """All that is told of the run so far lies in `path` afterwards."""
+        """Download the event log so far."""
+        self.mirror.pull()
 
     def download(self, *folders: str) -> None:
-        """These folders of the run, where there are such, lie in `path` afterwards."""
+        """Download folders of the run, those that exist."""
+        for folder in folders:
+            self.mirror.download(validate_relative_path(folder))
 
     def upload(self, folder: str) -> None:
-        """A folder that was made in `path` is the run's afterwards."""
+        """Upload a folder that was made in `path`."""
+        self.mirror.upload(folder)
 
-    def create(self, about: Mapping[str, Any]) -> None:
-        """Starts a run here. StoreError if anything is in the way; nothing is deleted.
+    def create(self, metadata: Mapping[str, Any]) -> None:
+        """Start a run here. StoreError if anything is in the way; nothing is deleted.
 
-        A claim that was killed before it had its name is not in the way.
+        The partial file of a process that was killed at this point is not in the way.
         """
-        claimed = self.path / RUN
-        if self.path.exists() and (not self.path.is_dir() or {*self.path.iterdir()} - {partial_file(claimed)}):
-            raise StoreError(f"--out {self.path} already holds something; name a new folder, nothing is overwritten")
-        with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        write_file(claimed, json.dumps(dict(about), indent=1).encode())
+        try:
+            existing = self.mirror.storage.listdir() - {partial_file(Path(RUN)).name}
+        except FileNotFoundError:
+            existing = set()
+        except NotADirectoryError:
+            existing = {RUN}
+        if existing:
+            raise StoreError(
+                f"--out {self.mirror.storage} already holds something; name a new folder, nothing is overwritten"
+            )
+        self.mirror.storage.write(RUN, json.dumps(dict(metadata), indent=1).encode())
 
     @property
     def claimed(self) -> bool:
-        """A run was started here."""
-        return (self.path / RUN).is_file()
+        """True if a run was started here."""
+        try:
+            return RUN in self.mirror.storage.listdir()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Holds the run for one driver. StoreError if another process of this machine drives it."""
+        """Drive the run alone. StoreError: another process drives it."""
+        self.mirror.download_file(RUN)
         handle = os.open(self.path / RUN, os.O_RDONLY)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise StoreError(f"{self.path} is a run that goes on in another process; wait, or stop it") from error
-            self.clear_signals()
-            yield
+                raise StoreError(f"{self.path} is driven by another process; wait for its end, or stop it") from error
+            with self.mirror.lease():
+                self.clear_signals()
+                yield
         finally:
             os.close(handle)
 
     def metadata(self) -> dict[str, Any]:
-        """What the run was started with: `name`, `key`, `config`, `store_fingerprint`. StoreError: not a run."""
-        return run_metadata(LocalDir(self.path))
+        """Return what it was started with: `name`, `key`, `config`, `store_fingerprint`. StoreError: not a run."""
+        return run_metadata(self.mirror.storage)
 
     @property
     def stop_file(self) -> Path:
-        """Where it lies, the workers save and end."""
+        """File that asks the workers to save and end."""
         return self.path / STOP
 
     @property
     def resize_file(self) -> Path:
-        """Where it lies, they do so too, and others begin in their place."""
+        """File that asks the workers to save and end, so that another number of workers takes over."""
         return self.path / RESIZE
 
     def clear_signals(self) -> None:
-        """Neither of the two lies there afterwards."""
+        """Delete both signal files."""
         self.stop_file.unlink(missing_ok=True)
         self.resize_file.unlink(missing_ok=True)
+        self.mirror.push_signals(STOP, RESIZE)
 
     def request_stop(self) -> None:
-        """Lays the first of them there, before this process takes the event log over."""
+        """Ask the workers to save and end; those at a URI get `STOP_S` to do so."""
         self.stop_file.touch()
+        self.mirror.push_signals(STOP, RESIZE)
+        deadline = time.monotonic() + (STOP_S if isinstance(self.mirror, Mirror) else 0.0)
+        while time.monotonic() < deadline:
+            self.refresh()
+            if entries(self.path)[-1]["kind"] in ("stopped", "run_ended"):
+                return
+            time.sleep(POLL_S)
 
     def stop_requested(self) -> bool:
-        """One of the two lies there."""
+        """Return True if a stop or a resize was requested."""
         return self.stop_file.exists() or self.resize_file.exists()
 
     def checkpoint(self, name: str) -> Path:
-        """Where the weights of a place lie."""
+        """Return the folder of a checkpoint's weights."""
         return self.path / CHECKPOINTS / name
 
     def state(self, name: str) -> Path:
-        """Where what is needed to go on from a place lies."""
+        """Return the folder of what resuming needs in addition."""
         return self.path / STATES / name
 
     def save(
@@ -157,122 +203,112 @@ class RunDir:
         meta: Mapping[str, Any],
         best_epoch: int,
     ) -> None:
-        """State first, weights after it, then `settle`. Interrupted at any point, the place before is still whole."""
+        """Save state, then weights, then prune. If interrupted at any point, the checkpoint before is still whole."""
+        self.mirror.push()  # a checkpoint never holds more steps than the event log
         with disk_errors(self.path):
             if self.state(name).exists():  # of a save that ended between the two
                 shutil.rmtree(self.state(name))
-            if self.checkpoint(name).exists():  # its state was damaged and is set aside
-                self._quarantine(f"{CHECKPOINTS}/{name}")
+            if self.checkpoint(name).exists():  # its state was damaged and is in quarantine
+                self.mirror.quarantine(f"{CHECKPOINTS}/{name}")
         save_training_state(self.state(name), tensors, meta)
         save_checkpoint(self.checkpoint(name), adapter, metrics=metrics, provenance=provenance, features=features)
+        for kind in (STATES, CHECKPOINTS):
+            self.mirror.upload(f"{kind}/{name}")
         self.prune_checkpoints(name, best_epoch)
 
     def prune_checkpoints(self, newest: str, best_epoch: int) -> None:
-        """Names the best checkpoint; then the run's own older files go.
+        """Name the best checkpoint, then delete older ones.
 
-        What stays: the newest two places whole, for the newest may be damaged one day, and the weights that were the
-        best at each of them. A second call changes nothing.
+        The newest two stay whole, because the newest may turn out damaged, and so do the weights that were the best
+        at each of them. A second call changes nothing.
         """
         if best_epoch:
             best = {"checkpoint": f"{CHECKPOINTS}/{checkpoint_name(best_epoch)}", "epoch": best_epoch}
-            self._there.write(BEST, json.dumps(best).encode())
+            self.mirror.storage.write(BEST, json.dumps(best).encode())
         states = sorted(name for name in self.places(STATES) if name < newest)
         keep = {newest, *states[-(NUM_CHECKPOINTS_KEPT - 1) :]}
         best_of_each = {best_epoch, *(self._best_epoch_at(name) for name in keep - {newest})}
         keep_weights = keep | {checkpoint_name(epoch) for epoch in best_of_each if epoch}
         for kind, kept in ((CHECKPOINTS, keep_weights), (STATES, keep)):
             for old in sorted(self.places(kind) - kept):
-                self._drop(f"{kind}/{old}")
-
-    @property
-    def _there(self) -> StorageDir:
-        """What the next start goes on from."""
-        return LocalDir(self.path)
+                self.mirror.delete(f"{kind}/{old}")
 
     def places(self, kind: str) -> set[str]:
-        """Names of the places that have weights, or state."""
+        """Return names of the checkpoints that have weights (`CHECKPOINTS`) or state (`STATES`)."""
         try:
-            return {name for name in self._there.listdir(kind) if name.startswith("epoch_")}
+            return {name for name in self.mirror.storage.listdir(kind) if name.startswith("epoch_")}
         except FileNotFoundError:
             return set()
 
     def delete_checkpoints(self, kind: str, kept: str | None = None) -> None:
-        """Weights, or states, of all places but one go; `kept` is a folder in the run."""
+        """Delete weights, or states, of all checkpoints but `kept`, a folder in the run."""
         for name in self.places(kind):
             if f"{kind}/{name}" != kept:
-                self._drop(f"{kind}/{name}")
-
-    def _drop(self, folder: str) -> None:
-        with disk_errors(self.path / folder):
-            self._there.delete(folder)
+                self.mirror.delete(f"{kind}/{name}")
 
     def _best_epoch_at(self, name: str) -> int:
-        """Which epoch was the best when a place was saved; 0 where that is unknown."""
+        """Return the epoch that was the best when a checkpoint was saved; 0 if that is unknown."""
         try:
-            return json.loads(self._there.read(f"{STATES}/{name}/training_state.json"))["counters"]["best_epoch"]
-        except (OSError, ValueError, KeyError):  # damaged: it will never be gone on from
+            return json.loads(self.mirror.storage.read(f"{STATES}/{name}/training_state.json"))["counters"][
+                "best_epoch"
+            ]
+        except (OSError, ValueError, KeyError):  # damaged: nothing resumes from it
             return 0
 
     def latest_resumable(self) -> str | None:
-        """Name of the newest place whose state and weights verify, or None.
+        """Return the name of the newest checkpoint whose state and weights verify, or None.
 
-        A newer one that does not verify gets another name, and is told on standard error: so one process calls this.
+        A newer one that does not verify goes to quarantine, with a line on standard error: one process calls this.
         """
         for name in sorted(self.places(STATES) & self.places(CHECKPOINTS), reverse=True):  # else a save cut off
-            if all(self._sound(f"{kind}/{name}") for kind in (CHECKPOINTS, STATES)):
+            if all(self._verify(f"{kind}/{name}") for kind in (CHECKPOINTS, STATES)):
                 return name
         return None
 
-    def _sound(self, folder: str) -> bool:
+    def _verify(self, folder: str) -> bool:
         try:
-            verify_folder(self.path / folder)
+            self.mirror.verify(folder)
         except CheckpointError as error:
-            print(f"not gone on from: {error}", file=sys.stderr)
-            with disk_errors(self.path):
-                self._quarantine(folder)
+            print(f"not resumed from: {error}", file=sys.stderr)
+            self.mirror.quarantine(folder)
             return False
         return True
 
-    def _quarantine(self, folder: str) -> None:
-        """Move a folder that must not be used to `quarantine/`; nothing is deleted."""
-        path = self.path / folder
-        aside = self.path / QUARANTINE / f"{folder}-{path.stat().st_mtime_ns}"
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(aside)
-
     def best(self) -> Path | None:
-        """The best checkpoint so far, or None before the first epoch. CheckpointError: nobody knows which."""
-        name = best_name(self._there)
-        return self.path / name if name else None
+        """Return the best checkpoint so far, None before the first epoch. CheckpointError: its name is damaged."""
+        name = best_name(self.mirror.storage)
+        if name is None:
+            return None
+        self.mirror.download(name)
+        return self.path / name
 
     @property
     def best_on_disk(self) -> str | None:
-        """The folder in the run of the best checkpoint so far, where it has not been let go of."""
-        name = best_name(self._there)
+        """Folder in the run of the best checkpoint so far, None if it was deleted."""
+        name = best_name(self.mirror.storage)
         return name if name and Path(name).name in self.places(CHECKPOINTS) else None
 
 
 def validate_relative_path(folder: str) -> str:
-    """The name of a folder within a run, as others have written it. ValueError: it leads out of the run."""
+    """Return the name of a folder in a run, read from a file. ValueError: it leads out of the run."""
     if not re.fullmatch(r"[a-z_]+(/[a-z0-9_]+)?", folder):
         raise ValueError(f"{folder!r} is no folder of a run")
     return folder
 
 
-def run_metadata(there: StorageDir) -> dict[str, Any]:
-    """What the run that lies there was started with. StoreError: not a run."""
+def run_metadata(storage: StorageDir) -> dict[str, Any]:
+    """Return what a run was started with. StoreError: not a run."""
     try:
-        return json.loads(there.read(RUN))
+        return json.loads(storage.read(RUN))
     except (OSError, ValueError) as error:
-        raise StoreError(f"{there} is not the folder of a run: {RUN} cannot be read ({error})") from error
+        raise StoreError(f"{storage} is not the folder of a run: {RUN} cannot be read ({error})") from error
 
 
-def best_name(there: StorageDir) -> str | None:
-    """The folder of the best checkpoint of the run that lies there, None before the first epoch. CheckpointError:
-    what names it is damaged."""
+def best_name(storage: StorageDir) -> str | None:
+    """Return the folder of a run's best checkpoint, None before the first epoch. CheckpointError: it is damaged."""
     try:
-        return validate_relative_path(json.loads(there.read(BEST))["checkpoint"])
+        return validate_relative_path(json.loads(storage.read(BEST))["checkpoint"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{there.file(BEST)} is damaged: it names no checkpoint ({error}).") from error
+        raise CheckpointError(f"{storage.file(BEST)} is damaged: it names no checkpoint ({error}).") from error

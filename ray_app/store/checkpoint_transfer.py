@@ -30,7 +30,6 @@ def upload_dir(folder: Path, there: RemoteDir, name: str) -> None:
         return
     if before is not None:
         there.delete(f"{name}/{CHECKSUMS_FILE}")
-    there.mkdir(name)
     for file in parse_checksums(sums, str(folder / CHECKSUMS_FILE)):
         _send_file(folder / file, there, f"{name}/{file}")
     there.write(f"{name}/{CHECKSUMS_FILE}", sums)

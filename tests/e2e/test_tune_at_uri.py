@@ -19,13 +19,11 @@ from s3_process import S3
 
 from ray_app import cli
 from ray_app.commands.tune.command import run_tune
-from ray_app.commands.tune.remote_sweep import RemoteSweep, open_sweep
-from ray_app.commands.tune.sweep_dir import SweepDir
+from ray_app.commands.tune.sweep_dir import SweepDir, open_sweep
 from ray_app.config.tune import TuneConfig
 from ray_app.errors import StoreError
 from ray_app.runs.event_log import EVENT_LOG, entries
-from ray_app.runs.remote_run import RemoteRun
-from ray_app.runs.run_dir import CHECKPOINTS, STATES
+from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir
 from ray_app.store.atomic import sha256_file
 from ray_app.store.checkpoint_transfer import local_folder
 from ray_app.store.filesystem import RemoteDir
@@ -129,28 +127,24 @@ def attempts(sweep: SweepDir) -> dict[str, int]:
 
 def test_what_lies_at_a_uri_is_no_sweep_or_names_a_folder_outside_of_it(tmp_path: Path) -> None:
     there = RemoteDir(f"file://{tmp_path}/there", 1.0)
-    there.mkdir()
-    copy = RemoteSweep(tmp_path / "copy", there)
-    copy.path.mkdir()
+    copy = SweepDir(tmp_path / "copy", there)
     with pytest.raises(StoreError, match=r"is not the folder of a sweep: it has no sweep.json"):
         copy.refresh()
     copy.create({"name": "s"})
     with copy.exclusive() as log:
         log.write("final_seed", trial="t", run="final/../../outside/seed_0", time=0.0)
-    other = RemoteSweep(tmp_path / "other", there)
-    other.path.mkdir()
+    other = SweepDir(tmp_path / "other", there)
     with pytest.raises(StoreError, match="which is no run of a sweep"):
         other.refresh()
     with pytest.raises(StoreError, match="holds a sweep already"):
-        RemoteSweep(tmp_path / "third", there).create({"name": "other"})
+        SweepDir(tmp_path / "third", there).create({"name": "other"})
     assert json.loads(there.read("sweep.json")) == {"name": "s"}
 
 
 def test_an_event_log_that_is_lent_at_a_uri_holds_what_another_process_wrote_meanwhile(tmp_path: Path) -> None:
     """The driver ends a trial whose process waits to hear whether it goes on."""
     there = RemoteDir(f"file://{tmp_path}/there", 1.0)
-    driver, trial = RemoteRun(tmp_path / "driver", there), RemoteRun(tmp_path / "trial", there)
-    trial.path.mkdir()
+    driver, trial = RunDir(tmp_path / "driver", there), RunDir(tmp_path / "trial", there)
     driver.create({"name": "t"})
     with driver.event_log() as log:
         log.write("run_started", time=0.0)
@@ -161,16 +155,15 @@ def test_an_event_log_that_is_lent_at_a_uri_holds_what_another_process_wrote_mea
                 theirs.write("run_ended", status="KILLED", time=2.0)
             assert [line["kind"] for line in entries(driver.path)] == ["run_started", "workers_started", "run_ended"]
     assert [line["kind"] for line in entries(trial.path)] == ["run_started", "workers_started", "run_ended"]
-    assert len(there.listdir("event_log")) == 3, "each writer began a part of its own"
+    assert there.read(EVENT_LOG) == (trial.path / EVENT_LOG).read_bytes()
 
 
 def test_places_that_are_let_go_of_at_a_uri_are_gone_there_too(tmp_path: Path) -> None:
     there = RemoteDir(f"file://{tmp_path}/there", 1.0)
-    run = RemoteRun(tmp_path / "run", there)
+    run = RunDir(tmp_path / "run", there)
     run.create({"name": "t"})
     for kind in (STATES, CHECKPOINTS):
         for name in ("epoch_0001", "epoch_0002"):
-            there.mkdir(f"{kind}/{name}")
             there.write(f"{kind}/{name}/file", b"x")
     there.write("best.json", json.dumps({"checkpoint": f"{CHECKPOINTS}/epoch_0001"}).encode())
     assert run.best_on_disk == f"{CHECKPOINTS}/epoch_0001"

@@ -28,12 +28,10 @@ from ray_app.config.train import TrainConfig
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pair_tensors import PairTensors
 from ray_app.errors import CheckpointError, ConfigError, StoreError, TrainingError
-from ray_app.runs import remote_event_log as remote_event_log
-from ray_app.runs import remote_run as run_copy
+from ray_app.runs import mirror
 from ray_app.runs.event_log import EVENT_LOG, EventLog, entries, require_latest_driver
-from ray_app.runs.remote_event_log import RemoteEventLog
-from ray_app.runs.remote_run import RemoteRun, open_run
-from ray_app.runs.run_dir import RunDir
+from ray_app.runs.mirror import Mirror
+from ray_app.runs.run_dir import RunDir, open_run
 from ray_app.store.atomic import sha256_file
 from ray_app.store.checkpoint import CHECKSUMS_FILE, MODEL, load_checkpoint, verify_folder
 from ray_app.store.checkpoint_transfer import upload_dir
@@ -53,12 +51,12 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Callable[[str], RemoteRun]:
+def copy(tmp_path: Path) -> Callable[[str], RunDir]:
     """Another process's copy of a run at a URI: of a folder, by pyarrow, where many requests take little time."""
 
-    def make(uri: str) -> RemoteRun:
+    def make(uri: str) -> RunDir:
         uri = uri if ":" in uri else f"file://{tmp_path}/there/{uri}"
-        return RemoteRun(Path(tempfile.mkdtemp(dir=tmp_path)), RemoteDir(uri, 1.0))
+        return RunDir(Path(tempfile.mkdtemp(dir=tmp_path)), RemoteDir(uri, 1.0))
 
     return make
 
@@ -71,7 +69,7 @@ def lines_of(run: RunDir) -> list[int]:
 
 
 def test_a_fresh_copy_finds_what_another_saved_and_the_same_places_stay_as_on_a_disk(
-    copy: Callable[[str], RemoteRun], s3: S3, tmp_path: Path
+    copy: Callable[[str], RunDir], s3: S3, tmp_path: Path
 ) -> None:
     uri = s3.uri("bucket/kept")
     run, local = copy(uri), RunDir(tmp_path / "local")
@@ -84,13 +82,15 @@ def test_a_fresh_copy_finds_what_another_saved_and_the_same_places_stay_as_on_a_
     assert found(copy(uri)) == 3
     there = {str(Path(key).relative_to("kept")) for key in s3.keys("bucket") if key.startswith("kept/")}
     on_disk = {str(path.relative_to(local.path)) for path in local.path.rglob("*") if path.is_file()}
-    assert {key for key in there if not key.startswith(("event_log/", "run.json")) and "." in key} == on_disk
+    assert {
+        key for key in there if not key.startswith(("events.jsonl", "run.json", "writer.lease")) and "." in key
+    } == on_disk
     with pytest.raises(StoreError, match=r"s3://bucket/kept already holds something"):
         copy(uri).create({})
 
 
 def test_killed_at_any_request_a_save_leaves_a_whole_epoch_and_the_next_works(
-    copy: Callable[[str], RemoteRun], monkeypatch: pytest.MonkeyPatch
+    copy: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = copy("killed")
     run.create({})
@@ -103,11 +103,11 @@ def test_killed_at_any_request_a_save_leaves_a_whole_epoch_and_the_next_works(
     while not whole:
         run, left = copy("killed"), [len(epochs) + 1]
 
-        def dying(self: RemoteDir, what: str, ask: Any, left: list[int] = left) -> Any:
-            left[0] -= "written" in what or "deleted" in what
+        def dying(self: RemoteDir, verb: str, name: str, ask: Any, left: list[int] = left) -> Any:
+            left[0] -= verb in ("written", "deleted")
             if left[0] <= 0:
                 raise KeyboardInterrupt
-            return answer(self, what, ask)
+            return answer(self, verb, name, ask)
 
         found(run)
         with suppress(KeyboardInterrupt), run.event_log(), monkeypatch.context() as patch:
@@ -128,7 +128,7 @@ def test_killed_at_any_request_a_save_leaves_a_whole_epoch_and_the_next_works(
 
 
 def test_a_damaged_object_is_named_and_the_place_before_is_gone_on_from(
-    copy: Callable[[str], RemoteRun], s3: S3, capsys: pytest.CaptureFixture[str]
+    copy: Callable[[str], RunDir], s3: S3, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri = s3.uri("bucket/hurt")
     run = copy(uri)
@@ -137,8 +137,8 @@ def test_a_damaged_object_is_named_and_the_place_before_is_gone_on_from(
         for epoch in (1, 2):
             save(run, epoch)
     name = "training_state/epoch_0002/training_state.safetensors"
-    data = run.there.read(name)
-    run.there.write(name, data[:-1] + bytes([data[-1] ^ 1]))
+    data = run.mirror.storage.read(name)
+    run.mirror.storage.write(name, data[:-1] + bytes([data[-1] ^ 1]))
     fresh = copy(uri)
     assert fresh.latest_resumable() == "epoch_0001"
     assert f"s3://bucket/hurt/{name} is damaged" in capsys.readouterr().err
@@ -150,48 +150,57 @@ def test_a_damaged_object_is_named_and_the_place_before_is_gone_on_from(
 # --- the event log ---
 
 
-def test_a_reader_sees_an_event_log_grow_part_by_part(
-    copy: Callable[[str], RemoteRun], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(remote_event_log, "PART_BYTES", 100)
-    writer, reader = copy("parts"), copy("parts")
-    sent, read = RemoteEventLog(writer.path, writer.there), RemoteEventLog(reader.path, reader.there)
-    with EventLog(writer.path) as log:
+def test_a_reader_sees_an_event_log_grow(copy: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "SYNC_INTERVAL_S", 60.0)
+    writer, reader = copy("grows"), copy("grows")
+    with writer.event_log() as log:
         for n in range(20):
             log.write("note", n=n)
             if n % 3:
-                sent.push()
-                read.pull()
+                writer.mirror.push()
+                reader.refresh()
                 assert lines_of(reader) == list(range(n + 1))
+    reader.refresh()
     assert (reader.path / EVENT_LOG).read_bytes() == (writer.path / EVENT_LOG).read_bytes()
-    parts = sorted(reader.there.listdir("event_log"))
-    assert len(parts) > 5
-    reader.there.delete(f"event_log/{parts[2]}")
-    with pytest.raises(StoreError, match="a part of the event log is missing"):
-        copy("parts").refresh()
 
 
-def test_a_writer_that_was_taken_over_from_stops_and_what_it_said_since_does_not_count(
-    copy: Callable[[str], RemoteRun],
+def test_an_event_log_whose_object_is_damaged_is_named(copy: Callable[[str], RunDir]) -> None:
+    writer = copy("damaged")
+    with writer.event_log() as log:
+        log.write("note", n=0)
+    storage = writer.mirror.storage
+    storage.write(EVENT_LOG, storage.read(EVENT_LOG).replace(b'"n": 0', b'"n": 1'))
+    (reader := copy("damaged")).refresh()
+    with pytest.raises(StoreError, match=r"events\.jsonl, line 1 is damaged"):
+        entries(reader.path)
+
+
+def test_a_writer_that_was_taken_over_from_stops_and_what_it_logged_since_does_not_count(
+    copy: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(mirror, "SYNC_INTERVAL_S", 60.0)
     old, new = copy("fenced"), copy("fenced")
-    before = RemoteEventLog(old.path, old.there)
-    with EventLog(old.path) as first:
-        first.write("note", n=0)
-        before.push()
-        with new.event_log() as second:
-            first.write("note", n=1)
-            before.push()  # it does not know yet
-            second.write("note", n=10)
-        first.write("note", n=2)
-        with pytest.raises(StoreError, match=r"/there/fenced goes on in another process"):
-            before.push()
+    writing = old.event_log()
+    first = writing.__enter__()
+    first.write("note", n=0)
+    old.mirror.push()
+    with new.event_log() as second:
+        first.write("note", n=1)
+        old.mirror.storage.write(EVENT_LOG, (old.path / EVENT_LOG).read_bytes())  # a request that was under way
+        second.write("note", n=10)
+    first.write("note", n=2)
+    with pytest.raises(StoreError, match=r"/there/fenced continues in another process"):
+        old.mirror.push()
+    with pytest.raises(StoreError, match=r"/there/fenced continues in another process"):
+        writing.__exit__(None, None, None)
     reader = copy("fenced")
     reader.refresh()
     assert lines_of(reader) == [0, 10]
+    old.refresh()
+    assert lines_of(old) == [0, 10]
 
 
-def test_a_driver_that_another_has_followed_ends_and_so_do_its_workers(copy: Callable[[str], RemoteRun]) -> None:
+def test_a_driver_that_another_has_followed_ends_and_so_do_its_workers(copy: Callable[[str], RunDir]) -> None:
     for started in (1000.0, 1060.0):
         with copy("drivers").event_log() as log:
             log.write("run_started", time=started)
@@ -202,38 +211,59 @@ def test_a_driver_that_another_has_followed_ends_and_so_do_its_workers(copy: Cal
         require_latest_driver(worker.path, 1000.0)
 
 
-def test_an_upload_of_which_nobody_knows_how_it_ended_is_not_taken_for_another_writer(
-    copy: Callable[[str], RemoteRun], monkeypatch: pytest.MonkeyPatch
+def test_an_upload_whose_answer_is_lost_is_not_taken_for_another_writer(
+    copy: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = copy("unknown")
-    parts, write = RemoteEventLog(run.path, run.there), RemoteDir.write
+    monkeypatch.setattr(mirror, "SYNC_INTERVAL_S", 60.0)
+    run, write = copy("unknown"), RemoteDir.write
 
     def lost(self: RemoteDir, name: str, data: bytes) -> None:
         write(self, name, data)
         raise StoreError("the answer was lost")
 
-    with EventLog(run.path) as log:
+    with run.event_log() as log:
         for n in range(3):
             log.write("note", n=n)
-            monkeypatch.setattr(RemoteDir, "write", lost)
-            with pytest.raises(StoreError, match="was lost"):
-                parts.push()
-        monkeypatch.setattr(RemoteDir, "write", write)
-        parts.push()
+            with monkeypatch.context() as patch:
+                patch.setattr(RemoteDir, "write", lost)
+                with pytest.raises(StoreError, match="was lost"):
+                    run.mirror.push()
     reader = copy("unknown")
     reader.refresh()
     assert lines_of(reader) == [0, 1, 2]
 
 
-def test_signs_and_lines_cross_between_driver_and_worker(
-    copy: Callable[[str], RemoteRun], s3: S3, monkeypatch: pytest.MonkeyPatch
+def test_a_run_has_one_driver_and_one_that_was_killed_is_followed_when_its_lease_has_expired(
+    copy: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_copy, "SYNC_INTERVAL_S", 0.05)
+    monkeypatch.setattr(mirror, "SYNC_INTERVAL_S", 0.05)
+    monkeypatch.setattr(mirror, "LEASE_S", 1.0)
+    first, second = copy("driven"), copy("driven")
+    first.create({})
+    refusal = rf"is driven by process {os.getpid()} on .*; wait, or stop it"
+    with first.exclusive(), pytest.raises(StoreError, match=refusal):
+        second.exclusive().__enter__()
+    with second.exclusive():
+        pass  # the first released it
+    assert isinstance(first.mirror, Mirror)
+    killed = mirror.Lease(first.mirror.remote, mirror.DRIVER_LEASE)
+    killed.take()
+    began = time.monotonic()
+    with second.exclusive():
+        assert time.monotonic() - began >= 0.9, "it may be alive that long"
+        with pytest.raises(StoreError, match="continues in another process"):
+            killed.renew()
+
+
+def test_signs_and_lines_cross_between_driver_and_worker(
+    copy: Callable[[str], RunDir], s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "SYNC_INTERVAL_S", 0.05)
     driver, worker = copy(s3.uri("bucket/signs")), copy(s3.uri("bucket/signs"))
     driver.create({})
-    driver.there.write("stop", b"")  # of a driver before
+    driver.mirror.storage.write("stop", b"")  # of a driver before
     with driver.exclusive(), driver.synced(), worker.event_log() as log:
-        assert "stop" not in driver.there.listdir()
+        assert "stop" not in driver.mirror.storage.listdir()
         log.write("note", n=0)
         wait_until(lambda: (driver.path / EVENT_LOG).is_file() and lines_of(driver) == [0])
         for sign in (driver.stop_file, driver.resize_file):
@@ -257,7 +287,7 @@ def test_a_copy_goes_with_its_process_and_one_that_was_left_behind_goes_with_the
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with open_run(s3.uri("bucket/x")) as held, open_run(s3.uri("bucket/x")) as other:
-        left, young = tmp_path / f"{run_copy.PREFIX}left", tmp_path / f"{run_copy.PREFIX}young"
+        left, young = tmp_path / f"{mirror.PREFIX}left", tmp_path / f"{mirror.PREFIX}young"
         for folder in (left, young, held.path):
             folder.mkdir(exist_ok=True)
             (folder / "file").touch()

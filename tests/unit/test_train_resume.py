@@ -233,7 +233,7 @@ def test_another_attempt_waits_twice_as_long(cfg: TrainConfig, monkeypatch: pyte
 def test_a_run_has_one_driver_and_its_event_log_one_writer(cfg: TrainConfig) -> None:
     run = RunDir(cfg.folder)
     (cfg.folder / "run.json").write_text("{}")
-    with run.exclusive(), pytest.raises(StoreError, match="in another process"), run.exclusive():
+    with run.exclusive(), pytest.raises(StoreError, match="driven by another process"), run.exclusive():
         pass
     with EventLog(cfg.folder), pytest.raises(StoreError, match="by another process"):
         EventLog(cfg.folder, patience_s=0.1)

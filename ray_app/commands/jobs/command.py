@@ -55,7 +55,6 @@ def run_jobs_fetch(cfg: JobFetchConfig) -> dict[str, Any]:
     log = client.logs(cfg.job)
     result = {"job": cfg.job, "result": result_in(log), **client.state(cfg.job)}
     folder = LocalDir(cfg.to.absolute())
-    folder.mkdir()
     folder.write(f"{cfg.job}.log", log.encode())
     folder.write(f"{cfg.job}.json", json.dumps(result, indent=1).encode())
     return {**result, "files": [folder.uri_of(f"{cfg.job}.{ending}") for ending in ("log", "json")]}

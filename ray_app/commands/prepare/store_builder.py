@@ -100,7 +100,6 @@ def claim(where: Where, source: Source, tasks: list[SourceTask], features: Featu
     elif there - {SCRATCH}:
         raise StoreError(f"{folder} already holds something else; --out must be a new or empty folder.")
     else:
-        folder.mkdir(SCRATCH)
         folder.write(f"{SCRATCH}/{SETTINGS}", text.encode())
 
 

@@ -43,8 +43,7 @@ from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pairs_dataset import pairs_dataset
 from ray_app.errors import ConfigError, ResourceError, RunInterrupted, RunStopped, StoreError, TrainingError
 from ray_app.runs.event_log import entries, entries_since_start, require_latest_driver
-from ray_app.runs.remote_run import open_run
-from ray_app.runs.run_dir import NUM_CHECKPOINTS_KEPT, RunDir, run_metadata
+from ray_app.runs.run_dir import NUM_CHECKPOINTS_KEPT, RunDir, open_run, run_metadata
 from ray_app.store.atomic import sha256_file
 from ray_app.store.checkpoint import verify_folder
 from ray_app.store.filesystem import absolute, open_storage

@@ -25,7 +25,7 @@ from ray_app.config.train import TrainConfig
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pairs_dataset import iter_batches, load_pair_tensors
 from ray_app.runs.event_log import require_latest_driver
-from ray_app.runs.remote_run import open_run
+from ray_app.runs.run_dir import open_run
 from ray_app.store.pair_store import PairStore
 
 

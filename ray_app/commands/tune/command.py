@@ -24,10 +24,9 @@ from ray_app.commands.tune.final_training import judgement_of, run_final
 from ray_app.commands.tune.initialization import INIT, with_starts
 from ray_app.commands.tune.multi_worker_trial import RESOURCES, run_group_trial
 from ray_app.commands.tune.progress import SweepProgress, trials_table, watch
-from ray_app.commands.tune.remote_sweep import open_sweep
 from ray_app.commands.tune.report import write_page
 from ray_app.commands.tune.spec import Choice, SweepSpec, describe, read_spec, space_of, train_config
-from ray_app.commands.tune.sweep_dir import SWEEP, SweepDir, Trial, best_of, pareto_front
+from ray_app.commands.tune.sweep_dir import SWEEP, SweepDir, Trial, best_of, open_sweep, pareto_front
 from ray_app.commands.tune.tracking import SweepTracker
 from ray_app.commands.tune.trial import normalise_error, run_trial
 from ray_app.config.base import flat

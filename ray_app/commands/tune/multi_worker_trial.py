@@ -17,8 +17,7 @@ from ray_app.commands.train.shared_dataset import SharedDataset
 from ray_app.commands.tune.trial import metrics_of
 from ray_app.config.train import TrainConfig
 from ray_app.runs.event_log import entries, entries_since_start, last_start_time, tail
-from ray_app.runs.remote_run import open_run
-from ray_app.runs.run_dir import RunDir
+from ray_app.runs.run_dir import RunDir, open_run
 
 RESOURCES = {"CPU": 0.0, "memory": 1_000_000}
 """What the waiting process claims; Ray wants it to claim something."""

@@ -10,9 +10,10 @@ trial's own progress is in its own event log.
 import hashlib
 import itertools
 import json
+import re
 import shlex
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +22,17 @@ from ray_app.commands.tune.spec import Setting, SweepSpec
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.errors import StoreError
 from ray_app.runs.event_log import EVENT_LOG, EventLog, entries, is_locked
-from ray_app.runs.remote_event_log import PARTS
+from ray_app.runs.mirror import InPlace, Mirror, scratch_dir
 from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir
 from ray_app.store.atomic import disk_errors, write_file
-from ray_app.store.filesystem import LocalDir, StorageDir
+from ray_app.store.filesystem import LocalDir, RemoteDir, open_storage
 
 SWEEP, PAGE = "sweep.json", "sweep.html"
 HANDOVER_S = 5.0
 """How long a driver waits for the one before it, which may have just been killed."""
 RUNS = ("trials/*", "final/*/*")
-"""Where run folders lie."""
+"""Patterns of run folders in a sweep."""
+RUN_OF_SWEEP = re.compile(r"(trials|final)/[A-Za-z0-9_-]+(/seed_\d+)?")
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 """`stopped`: the scheduler did, for others were better. `waiting` and `running` ones can still go on."""
 TIE_BREAK = 1e-6
@@ -80,73 +82,101 @@ class Trial:
         return -self.objective, self.parameters, self.index
 
 
-@dataclass(frozen=True, slots=True)
-class SweepDir:
-    """`sweep.json`, the event log and the runs below `path`."""
+@contextmanager
+def open_sweep(where: str) -> Iterator["SweepDir"]:
+    """Yield the sweep that a path or URI names, started or not; delete the scratch folder of one at a URI after."""
+    storage = open_storage(where)
+    if isinstance(storage, LocalDir):
+        yield SweepDir(storage.path)
+    else:
+        with scratch_dir() as folder:
+            yield SweepDir(folder, storage)
 
-    path: Path
-    """The sweep's folder."""
+
+class SweepDir:
+    """Folder of a sweep: `sweep.json`, the event log and the runs below `path`."""
+
+    def __init__(self, path: Path, remote: RemoteDir | None = None) -> None:
+        """`path`: the sweep's folder, or a scratch folder where the sweep is kept at `remote`."""
+        self.path = path
+        self.mirror = InPlace(path) if remote is None else Mirror(path, remote)
 
     def __str__(self) -> str:
-        """What `--resume` and `--watch` take."""
-        return str(self.path)
+        """Return the path or URI that `--resume` and `--watch` take."""
+        return str(self.mirror)
 
     @property
     def name(self) -> str:
-        """The last part of where it lies."""
-        return self.path.name
+        """Last part of the path or URI."""
+        return str(self.mirror.storage).rpartition("/")[2]
 
     @property
     def resume(self) -> str:
-        """The command that goes on with it."""
+        """Command that resumes the sweep."""
         return f"ray-app tune --resume {shlex.quote(str(self))}"
 
-    @property
-    def _there(self) -> StorageDir:
-        """What the next start goes on from."""
-        return LocalDir(self.path)
-
     def shown(self, path: Path) -> str:
-        """A file or folder of the sweep by the name that holds everywhere."""
-        return str(path)
+        """Return the path or URI of a file or folder of the sweep, valid on every machine."""
+        return str(self) if path == self.path else self.mirror.storage.uri_of(str(path.relative_to(self.path)))
 
     def refresh(self) -> None:
-        """All that is told of the sweep so far lies in `path` afterwards."""
+        """Download the sweep so far. StoreError: there is none, or it names a run outside of it."""
+        if not isinstance(self.mirror, Mirror):
+            return
+        try:
+            self.mirror.download_file(SWEEP)
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.mirror.storage} is not the folder of a sweep: it has no {SWEEP}") from error
+        self.mirror.pull()
+        if not (self.path / EVENT_LOG).is_file():
+            return  # it is about to start
+        lines = self.entries()
+        ended = {line["name"] for line in lines if line["kind"] == "trial_ended"}
+        for line in lines:
+            if line["kind"] == "final_seed":
+                self._run(line["run"]).refresh()
+            elif line["kind"] == "trial_created":
+                run = self.run(line["name"])
+                if line["name"] not in ended or not (run.path / EVENT_LOG).is_file():
+                    run.refresh()
 
     def download_artifacts(self) -> None:
-        """What its last trainings leave for the tracking server lies in `path` afterwards."""
+        """Download the checkpoints of its final runs, for the tracking server."""
+        for path in self.runs("final/*/*"):
+            if (artifacts := entries(path)[-1].get("artifacts")) is not None:
+                self._run(str(path.relative_to(self.path))).download(artifacts)
 
     def upload(self, folder: Path) -> None:
-        """Files that were made in `path` are the sweep's afterwards."""
+        """Upload files that were made in `path`."""
+        self.mirror.upload_files(folder)
 
     def write(self, name: str, data: bytes) -> None:
-        """A file of the sweep."""
+        """Write a file of the sweep."""
         write_file(self.path / name, data)
+        self.mirror.upload_files(self.path / name)
 
     def files(self) -> list[str]:
-        """Where its record and its page lie."""
-        names = self._there.listdir()
-        return [self.shown(self.path / name) for name in (SWEEP, EVENT_LOG, PARTS, PAGE) if name in names]
+        """Return paths or URIs of its record and its page."""
+        names = self.mirror.storage.listdir()
+        return [self.shown(self.path / name) for name in (SWEEP, EVENT_LOG, PAGE) if name in names]
 
     def require_free(self) -> None:
-        """StoreError if anything is in the way of a new sweep."""
+        """Raise StoreError if anything is in the way of a new sweep."""
         try:
-            names = self._there.listdir()
+            names = self.mirror.storage.listdir()
         except FileNotFoundError:
             return
         except NotADirectoryError:
             names = {self.name}
         if SWEEP in names:
-            raise StoreError(
-                f"{self} holds a sweep already; `{self.resume}` goes on with it, and a new one needs another `out`"
-            )
+            raise StoreError(f"{self} holds a sweep already; resume it with `{self.resume}`, or name another `out`")
         if names:
             raise StoreError(f"{self} already holds something; name a new folder for the sweep")
 
-    def create(self, about: Mapping[str, Any]) -> None:
-        """Starts a sweep here. StoreError if anything is in the way; nothing is deleted.
+    def create(self, metadata: Mapping[str, Any]) -> None:
+        """Start a sweep here. StoreError if anything is in the way; nothing is deleted.
 
-        Of several that start at one moment, the one that holds the event log first has the folder.
+        Of several that start at one moment, the one that locks the event log first has the folder.
         """
         self.require_free()
         with disk_errors(self.path):
@@ -154,18 +184,24 @@ class SweepDir:
         with EventLog(self.path, patience_s=0.0):
             if (self.path / SWEEP).is_file():
                 self.require_free()
-            self.write(SWEEP, json.dumps(dict(about), indent=1).encode())
+            self.write(SWEEP, json.dumps(dict(metadata), indent=1).encode())
 
-    def exclusive(self) -> AbstractContextManager[EventLog]:
-        """The sweep's event log, for its one driver. StoreError: another process has it."""
-        return EventLog(self.path, HANDOVER_S)
+    @contextmanager
+    def exclusive(self) -> Iterator[EventLog]:
+        """Open the sweep's event log for its one driver. StoreError: another process drives the sweep."""
+        with self.mirror.lease(), self.mirror.writing(), EventLog(self.path, HANDOVER_S) as log:
+            yield log
 
     def has_driver(self) -> bool:
-        """Whether one is at work, as far as can be told from here."""
-        return is_locked(self.path)
+        """Return True if a driver holds the event log, or at a URI has renewed its lease."""
+        driven = self.mirror.is_driven()
+        return is_locked(self.path) if driven is None else driven
 
     def metadata(self) -> dict[str, Any]:
-        """What it was started with: `name`, `key`, `created`, `spec`, `store_fingerprint`. StoreError: no sweep."""
+        """Return what it was started with: `name`, `key`, `created`, `spec`, `store_fingerprint`.
+
+        StoreError: no sweep.
+        """
         try:
             return json.loads((self.path / SWEEP).read_text())
         except (OSError, ValueError) as error:
@@ -217,7 +253,9 @@ class SweepDir:
         return self._run(f"final/{name}/seed_{seed}")
 
     def _run(self, folder: str) -> RunDir:
-        return RunDir(self.path / folder)
+        if not RUN_OF_SWEEP.fullmatch(folder):  # read from a file
+            raise StoreError(f"{self} is damaged: its event log names {folder!r}, which is no run of a sweep")
+        return RunDir(self.path / folder, self.mirror.child(folder))
 
     def trials(self) -> list[Trial]:
         """All trials by number: those that ended as they were told, the others as far as they have come."""

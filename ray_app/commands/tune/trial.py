@@ -21,8 +21,7 @@ from ray_app.commands.tune.sweep_dir import scheduler_metric, scores
 from ray_app.config.train import TrainConfig
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.runs.event_log import EventLog, entries, entries_since_start
-from ray_app.runs.remote_run import open_run
-from ray_app.runs.run_dir import RunDir
+from ray_app.runs.run_dir import RunDir, open_run
 
 RATE = f"cosine_accept_rate_{rate_key(THETA)}"
 TIMED_PASSES = 30
