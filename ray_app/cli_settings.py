@@ -40,7 +40,7 @@ def parse(
     refuse_unknown_flags(name, known, argv)
     given: dict[str, Any] = {}
     if command.config is TrainConfig and (run := value_of("--resume", argv)):
-        from ray_app.runs.remote_run import settings_of_run
+        from ray_app.runs.run_dir import settings_of_run
 
         kept = {key: value for key, value in settings_of_run(run).items() if value not in (None, [])}
         given |= typed(kept, known, run)

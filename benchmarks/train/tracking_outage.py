@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mlflow_process import MlflowServer, free_port
+from mlflow_process import MlflowServer, free_port, missing_and_extra
 
 from benchmarks.provenance import require_commit, save
 from ray_app.runs.event_log import EVENT_LOG, EventLog, entries
@@ -56,13 +56,14 @@ def main() -> None:
                 for name in ("steady", "cut", "never")
                 for _ in range(2)
             ]
+            compared = [missing_and_extra(Path(one["run"]), server.uri, one["mlflow_run_id"]) for one in synced[::2]]
             rounds.append(
                 {
                     "step_ms": {"steady": steady, "cut": cut_off, "never": never},
                     "ratio_cut": round(cut_off / steady, 4),
                     "ratio_never": round(never / steady, 4),
-                    "missing_after_sync": sum(result["missing"] for result in synced),
-                    "extra_after_sync": sum(result["extra"] for result in synced),
+                    "missing_after_sync": sum(missing for missing, _ in compared),
+                    "extra_after_sync": sum(extra for _, extra in compared),
                     "sent_by_second_sync": sum(result["points_sent"] for result in synced[1::2]),
                     "points": [result["points_in_log"] for result in synced[::2]],
                 }

@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric
-from mlflow_process import MlflowServer, free_port
+from mlflow_process import MlflowServer, free_port, missing_and_extra
 from numpy_source import NumpySource, build_store
 
 from benchmarks.provenance import require_commit, save
@@ -186,6 +186,8 @@ def path(folder: Path, store: Path, uri: str, database: Postgres) -> dict[str, A
     killer.join()
     database.start()
     synced = [told(f"sync {run}") for run in (*runs, runs[2])]
+    tracked = [(run, one["runs"][0]["mlflow_run_id"]) for run, one in zip(runs, synced, strict=False)]
+    compared = [missing_and_extra(run, uri, run_id) for run, run_id in tracked]
     return {
         "tracked_without_the_database": away["tracked"],
         "verdicts": [one["verdict_code"] for one in promoted],
@@ -194,8 +196,8 @@ def path(folder: Path, store: Path, uri: str, database: Postgres) -> dict[str, A
         "pairs_judged_through_the_alias": judged["pairs"],
         "points_in_logs": [one["points_in_log"] for one in synced[:3]],
         "sent_by_sync": [one["points_sent"] for one in synced],
-        "missing_after_sync": sum(one["missing"] for one in synced),
-        "extra_after_sync": sum(one["extra"] for one in synced),
+        "missing_after_sync": sum(missing for missing, _ in compared),
+        "extra_after_sync": sum(extra for _, extra in compared),
         "rows_of_runs_in_the_database": int(database.rows("select count(*) from runs")),
         "rows_of_metrics": int(database.rows("select count(*) from metrics")),
         "versions": database.rows("select version from model_versions order by version").split(),

@@ -1,4 +1,8 @@
-"""MLflow, on the driver's side: what stands in a run's event log, in a database, and never in training's way."""
+"""Mirrors a run's event log to MLflow from a background thread; training never waits for it.
+
+Points are sent in the order of the log, and `mlflow_sync.json` holds how far the server has acknowledged them. What
+was sent after that is sent again: MLflow's SQL store ignores a point that it has (same run, name, step, time, value).
+"""
 
 import json
 import os
@@ -6,7 +10,6 @@ import re
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,55 +23,56 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ray_app.config.base import TrackingFlags
 from ray_app.errors import ConfigError, StoreError
-from ray_app.runs.event_log import EVENT_LOG, entries, tail
+from ray_app.runs.event_log import EVENT_LOG, entries, parse_line, tail
 from ray_app.store.atomic import write_file
 from ray_app.store.checkpoint import CHECKSUMS_FILE
 
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)
-"""What a tracking server that is away, slow or broken shows itself as; the errors of requests are OSErrors."""
+"""Errors of a tracking server that is away, slow or broken; those of requests are OSErrors."""
 BATCH = 900
-"""Points in one request; MLflow takes 1,000."""
+"""Points in one request; MLflow takes at most 1,000."""
 FLUSH_S = 5.0
-"""Between two requests: each costs a core tens of milliseconds, which on a small machine the workers would miss."""
+"""Time between two requests: each costs a core tens of milliseconds, which workers on a small machine would miss."""
 LONGEST_PAUSE_S = 30.0
-"""Between two tries to reach a server that is away."""
+"""Longest pause between two tries to reach a server that is away."""
 PATIENCE_S = 20.0
-"""For a server that is silent, at a run's end."""
+"""Longest wait at a run's end for a server that never answered."""
 KEY_TAG = "run_key"
-"""Tag by which a run's MLflow run is found again, so that a run has one and no more."""
+"""Tag that identifies a run's MLflow run, so that there is exactly one."""
 ARTIFACTS = "checkpoint"
 """Artifact folder of a run that holds its checkpoint."""
 TRIAL_POINTS = ("objective", "lift", "accept_rate", "epochs", "steps", "parameters", "seconds")
-"""What a sweep's own run holds of each trial."""
+"""Metrics of each trial in the MLflow run of its sweep."""
 MLFLOW_SYNC = "mlflow_sync.json"
-"""In a run folder: up to which byte of the event log the server was seen to hold everything."""
+"""File in a run folder: `uri`, `mlflow_run_id`, `bytes` of the event log that this server has acknowledged, and
+`ended`, true once it has the run's end and artifacts too."""
 
 
 def tracking_uri(cfg: TrackingFlags) -> str:
-    """The server or database of a command, with an absolute path where it is a file. ConfigError: a file store."""
+    """Return the server or database of a command, a file with its absolute path. ConfigError: a file store."""
     uri = cfg.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if urlparse(uri).scheme in ("", "file"):
-        raise ConfigError(f"--tracking-uri {uri} is a folder, which MLflow no longer keeps up; use sqlite:///FILE.db")
+        raise ConfigError(f"--tracking-uri {uri} is a folder, which MLflow no longer supports; use sqlite:///FILE.db")
     if match := re.fullmatch(r"sqlite:///(?!/)(.+)", uri):
         uri = f"sqlite:///{Path(match[1]).absolute()}"
     return uri
 
 
 def redact_password(text: str) -> str:
-    """A tracking URI, or a text with one, without its password."""
+    """Return a tracking URI, or a text with one, without its password."""
     return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
 
 
 def experiment_id(client: MlflowClient, cfg: TrackingFlags) -> str:
-    """The experiment, made where there is none; the artifacts of a database file lie beside it."""
+    """Return the experiment's id, creating it if needed; artifacts of a database file go to its folder."""
     name, uri = cfg.experiment, tracking_uri(cfg)
     if found := client.get_experiment_by_name(name):
         return found.experiment_id
-    beside = None
+    artifacts = None
     if uri.startswith("sqlite:////"):
-        beside = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
+        artifacts = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
     try:
-        return client.create_experiment(name, artifact_location=beside)
+        return client.create_experiment(name, artifact_location=artifacts)
     except MlflowException as error:
         if found := client.get_experiment_by_name(name):  # another process was quicker
             return found.experiment_id
@@ -76,178 +80,178 @@ def experiment_id(client: MlflowClient, cfg: TrackingFlags) -> str:
 
 
 class Tracker:
-    """Carries a run's event log to MLflow from a thread of its own, which alone speaks to the server.
+    """Sends a run's event log to MLflow from its own thread, the only one that talks to the server.
 
-    Training never waits for it. Whatever goes wrong there is told once on standard error and tried again, less and
-    less often; the event log keeps every point, and `ray-app sync` brings it over at any later time. A server that
-    does not answer costs `PATIENCE_S` at the end of a run.
+    Training never waits for it. An error is printed once on standard error and the request is repeated, less and less
+    often; the event log keeps every point, and `ray-app sync` sends them at any later time. A server that does not
+    answer costs `PATIENCE_S` at the end of a run.
     """
 
     def __init__(self, cfg: TrackingFlags, run: Path, name: str = "") -> None:
-        """`run`: its folder; `name`: what `sync` takes, where that is another."""
+        """`run`: its folder; `name`: the path or URI that `sync` takes, if that is another."""
         self._uri, self._run, self._name = tracking_uri(cfg), run, name or str(run)
         self._client: MlflowClient | None = None
-        self._pending: list[Metric] = []
-        self._told = False
+        self._warned = False
         self._pause_s, self._next_try = 1.0, 0.0
-        self._arrived = False
+        self._complete = False
         self._stop = threading.Event()
         self.run_id: str | None = None
         self.artifacts: str | None = None
-        self._thread = threading.Thread(target=self._carry, name="tracking", daemon=True)
+        self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)
         self._thread.start()
 
     def summary(self) -> dict[str, Any]:
-        """Which run at which server, and where its artifacts are; None of what is not known."""
+        """Return the MLflow run, its server and its artifacts; None for what is unknown."""
         return {"mlflow_run_id": self.run_id, "tracking_uri": redact_password(self._uri), "artifacts": self.artifacts}
 
     def close(self) -> bool:
-        """Carries the rest, the artifacts and the run's end. Whether the server holds all of the event log."""
+        """Send the rest, the artifacts and the run's end. Return True if the server has all of the event log."""
         self._stop.set()
         self._thread.join(None if self.run_id else PATIENCE_S)
         if self._thread.is_alive():
-            self._tell("no answer in time")
-        return self._arrived
+            self._warn("no answer in time")
+        return self._complete
 
-    def _carry(self) -> None:
+    def _follow(self) -> None:
         for earlier in pending_runs(self._run.parent):
             if earlier != self._run and not self._attempt(partial(sync_run, earlier, self._uri)):
                 break  # the server is away: this run comes first
-        for lines in tail(self._run, self._stop):
-            for line in lines:
-                self._pending += to_metrics(line)
-            if self._pending and time.monotonic() >= self._next_try:
-                self._next_try = time.monotonic() + FLUSH_S
-                self._attempt(self._flush)
-            self._also(lines)
+        self._attempt(self._send_new)
         self._attempt(self._finish)
 
-    def _also(self, lines: list[dict[str, Any]]) -> None:
-        """What else new lines ask for: of a single run, nothing."""
+    def _send_new(self) -> None:
+        waiting = False
+        for lines in tail(self._run, self._stop):
+            waiting = waiting or bool(lines)
+            if waiting and time.monotonic() >= self._next_try:
+                self._next_try = time.monotonic() + FLUSH_S
+                waiting = not self._attempt(self._flush)
+            self._on_lines(lines)
+
+    def _on_lines(self, lines: list[dict[str, Any]]) -> None:
+        """Called with new lines; a sweep's tracker sends its trials here."""
 
     def _flush(self) -> None:
         client = self._client = self._client or MlflowClient(self._uri)
         if self.run_id is None:
             self.run_id = get_or_create_run(client, self._uri, self._name, entries(self._run))
-        while self._pending:
-            client.log_batch(self.run_id, metrics=self._pending[:BATCH])
-            del self._pending[:BATCH]
+        send_points(client, self._run, self._uri, self.run_id)
 
     def _finish(self) -> None:
         result = sync_run(self._run, self._uri, self._name)
         self.run_id, self.artifacts = result["mlflow_run_id"], result["artifacts"]
-        self._arrived = not result["missing"]
+        self._complete = True
 
     def _attempt(self, action: Callable[[], Any]) -> bool:
         try:
             action()
         except (*TRACKING_ERRORS, StoreError) as error:
-            self._tell(redact_password((str(error) or type(error).__name__).splitlines()[0])[:200])
+            self._warn(redact_password((str(error) or type(error).__name__).splitlines()[0])[:200])
             self._next_try = time.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
             return False
         self._pause_s = 1.0
         return True
 
-    def _tell(self, reason: str) -> None:
-        if not self._told:
-            self._told = True
+    def _warn(self, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
             print(
-                f"tracking: {redact_password(self._uri)} does not answer ({reason}); "
-                f"the run goes on, its {EVENT_LOG} keeps all, and `ray-app sync {self._name}` carries it over later",
+                f"tracking: {redact_password(self._uri)} does not answer ({reason}); the run continues, its "
+                f"{EVENT_LOG} keeps every point, and `ray-app sync {self._name}` sends them later",
                 file=sys.stderr,
             )
 
 
 def get_or_create_run(client: MlflowClient, uri: str, name: str, lines: list[dict[str, Any]]) -> str:
-    """Id of the MLflow run of an event log: found by its key, else made. Its parameters and tags are brought over.
+    """Return the id of a run's MLflow run, found by its key or created, with its parameters and tags up to date.
 
-    `name`: where the run lies."""
-    start = next(line for line in lines if line["kind"] == "run_started")
-    experiment = experiment_id(client, TrackingFlags(tracking_uri=uri, experiment=start["experiment"]))
-    run_id = run_of_key(client, start["key"], [experiment])
+    `name`: the run's path or URI.
+    """
+    starts = [line for line in lines if line["kind"] == "run_started"]
+    first = starts[0]
+    experiment = experiment_id(client, TrackingFlags(tracking_uri=uri, experiment=first["experiment"]))
+    run_id = run_of_key(client, first["key"], [experiment])
     if run_id is None:
-        names = {KEY_TAG: start["key"], "event_log": name}
-        run_id = client.create_run(experiment, run_name=start["name"], tags=names).info.run_id
-    there = client.get_run(run_id).data
+        identity = {KEY_TAG: first["key"], "event_log": name}
+        run_id = client.create_run(experiment, run_name=first["name"], tags=identity).info.run_id
+    logged = client.get_run(run_id).data
     # MLflow refuses another value for a parameter: those of the first start stay, later ones are in its tag.
-    params = [Param(key, str(value)[:6000]) for key, value in start["params"].items() if key not in there.params]
-    tags = dict(start["tags"])
-    if parent := start.get("parent_key") and run_of_key(client, start["parent_key"], [experiment]):
+    params = [Param(key, str(value)[:6000]) for key, value in first["params"].items() if key not in logged.params]
+    tags = dict(first["tags"])
+    if parent := first.get("parent_key") and run_of_key(client, first["parent_key"], [experiment]):
         tags["mlflow.parentRunId"] = parent
-    if starts := [line for line in lines if line["kind"] == "run_started"][1:]:
-        tags["resumed"] = json.dumps([{"time": s["time"], "workers": s["workers"]} for s in starts])[:5000]
-    changed = [RunTag(key, value) for key, value in tags.items() if there.tags.get(key) != value]
+    if resumed := starts[1:]:
+        tags["resumed"] = json.dumps([{"time": line["time"], "workers": line["workers"]} for line in resumed])[:5000]
+    changed = [RunTag(key, value) for key, value in tags.items() if logged.tags.get(key) != value]
     if params or changed:
         client.log_batch(run_id, params=params, tags=changed)
     return run_id
 
 
 def run_of_key(client: MlflowClient, key: str, experiments: list[str]) -> str | None:
-    """Id of the MLflow run that carries this run key, or None."""
-    found = client.search_runs(experiments, f"tags.{KEY_TAG} = '{key}'", max_results=1)
-    return found[0].info.run_id if found else None
+    """Return the id of the MLflow run that has this run key, or None."""
+    runs = client.search_runs(experiments, f"tags.{KEY_TAG} = '{key}'", max_results=1)
+    return runs[0].info.run_id if runs else None
 
 
 def sync_run(run: Path, uri: str, name: str = "") -> dict[str, Any]:
-    """Brings the server to exactly what a run's event log holds; a second call changes nothing.
+    """Send what the server has not acknowledged of a run: points, artifacts, its end. A second call sends nothing.
 
-    `name`: where the run lies, if `run` is a copy. Compared is each point, by name, step, time and value. StoreError:
-    no event log, or a damaged one. The errors of `TRACKING_ERRORS` pass: the server is away.
+    `name`: the run's path or URI, if `run` is a copy. StoreError: no event log, or a damaged one. Errors of
+    `TRACKING_ERRORS` pass: the server is away, and the run is not marked as synced.
     """
     if not (run / EVENT_LOG).is_file():
-        raise StoreError(f"{run} holds no {EVENT_LOG}: it is not the folder of a run that has begun")
-    size = (run / EVENT_LOG).stat().st_size
+        raise StoreError(f"{run} has no {EVENT_LOG}: it is not the folder of a run that has started")
     lines = entries(run)
     if not any(line["kind"] == "run_started" for line in lines):
-        raise StoreError(f"{run} holds a {EVENT_LOG} without a start: nothing is known of the run")
+        raise StoreError(f"{run} has an {EVENT_LOG} without run_started: nothing is known of the run")
     client = MlflowClient(uri)
     run_id = get_or_create_run(client, uri, name or str(run), lines)
-    wanted = Counter(identity(point) for line in lines for point in to_metrics(line))
-    absent = wanted - logged_metrics(client, run_id, wanted)
-    rest = [Metric(key, value, at_ms, step) for key, step, at_ms, value in absent.elements()]
-    for first in range(0, len(rest), BATCH):
-        client.log_batch(run_id, metrics=rest[first : first + BATCH])
-    there, info = logged_metrics(client, run_id, wanted), client.get_run(run_id).info
-    if lines[-1]["kind"] == "run_ended":
-        if lines[-1]["artifacts"]:
-            upload_artifacts(client, run_id, run / lines[-1]["artifacts"])
-        if info.status != lines[-1]["status"]:
-            client.set_terminated(run_id, lines[-1]["status"])
-    missing = (wanted - there).total()
-    if not missing:
-        write_file(
-            run / MLFLOW_SYNC,
-            json.dumps({"bytes": size, "uri": redact_password(uri), "mlflow_run_id": run_id}).encode(),
-        )
+    sent, info = send_points(client, run, uri, run_id), client.get_run(run_id).info
+    if (last := lines[-1])["kind"] == "run_ended":
+        if last["artifacts"]:
+            upload_artifacts(client, run_id, run / last["artifacts"])
+        if info.status != last["status"]:
+            client.set_terminated(run_id, last["status"])
+        write_file(run / MLFLOW_SYNC, json.dumps({**acknowledged(run), "ended": True}).encode())
     return {
         "run": name or str(run),
         "mlflow_run_id": run_id,
         "artifacts": info.artifact_uri,
-        "points_in_log": wanted.total(),
-        "points_server": there.total(),
-        "points_sent": len(rest),
-        "missing": missing,
-        "extra": (there - wanted).total(),
+        "points_in_log": sum(len(to_metrics(line)) for line in lines),
+        "points_sent": sent,
     }
 
 
-Identity = tuple[str, int, int, float]
+def send_points(client: MlflowClient, run: Path, uri: str, run_id: str) -> int:
+    """Send the points after the watermark, move it, and return their number. An error leaves the watermark."""
+    server = {"uri": redact_password(uri), "mlflow_run_id": run_id}
+    state, data = acknowledged(run), (run / EVENT_LOG).read_bytes()
+    begin = state["bytes"] if state.items() >= server.items() else 0
+    if data[:begin][-1:] not in (b"", b"\n"):  # another log than the one that was sent
+        begin = 0
+    lines = data[begin : data.rfind(b"\n") + 1].splitlines(keepends=True)
+    where = f"{run / EVENT_LOG}, after byte {begin}"
+    points = [point for line in lines for point in to_metrics(parse_line(line, where))]
+    for first in range(0, len(points), BATCH):
+        client.log_batch(run_id, metrics=points[first : first + BATCH])
+    if lines:
+        watermark = {**server, "bytes": begin + sum(map(len, lines)), "ended": False}
+        write_file(run / MLFLOW_SYNC, json.dumps(watermark).encode())
+    return len(points)
 
 
-def identity(point: Metric) -> Identity:
-    """What makes a point: name, step, time in ms, value."""
-    return point.key, point.step, point.timestamp, point.value
-
-
-def logged_metrics(client: MlflowClient, run_id: str, wanted: Counter[Identity]) -> Counter[Identity]:
-    """The points that the server holds under the names of the wanted ones."""
-    names = sorted({key for key, *_ in wanted} & set(client.get_run(run_id).data.metrics))
-    return Counter(identity(point) for name in names for point in client.get_metric_history(run_id, name))
+def acknowledged(run: Path) -> dict[str, Any]:
+    """Return the content of `mlflow_sync.json`; 0 bytes if there is none."""
+    try:
+        return {"bytes": 0, "ended": False} | json.loads((run / MLFLOW_SYNC).read_text())
+    except (OSError, ValueError):
+        return {"bytes": 0, "ended": False}
 
 
 def upload_artifacts(client: MlflowClient, run_id: str, folder: Path) -> None:
-    """Copies a checkpoint as artifact `checkpoint`, its list of checksums last; one that is there already stays."""
+    """Copy a checkpoint as artifact `checkpoint`, its checksums last; one that is complete on the server stays."""
     if any(Path(item.path).name == CHECKSUMS_FILE for item in client.list_artifacts(run_id, ARTIFACTS)):
         return
     for path in sorted(folder.iterdir(), key=lambda path: (path.name == CHECKSUMS_FILE, path.name)):
@@ -255,38 +259,34 @@ def upload_artifacts(client: MlflowClient, run_id: str, folder: Path) -> None:
 
 
 def pending_runs(folder: Path) -> list[Path]:
-    """Run folders in `folder` that have ended, and whose event log the server was not seen to hold."""
-    found = []
-    for path in sorted(folder.glob(f"*/{EVENT_LOG}")):
-        try:
-            done = json.loads((path.parent / MLFLOW_SYNC).read_text())["bytes"]
-        except (OSError, ValueError, KeyError):
-            done = 0
-        if done != path.stat().st_size and b'{"kind": "run_ended"' in path.read_bytes()[-4096:]:
-            found.append(path.parent)
-    return found
+    """Return run folders in `folder` that have ended and are not known to be complete on a server."""
+    pending = []
+    for log in sorted(folder.glob(f"*/{EVENT_LOG}")):
+        state = acknowledged(log.parent)
+        complete = state["ended"] and state["bytes"] == log.stat().st_size
+        if not complete and b'{"kind": "run_ended"' in log.read_bytes()[-4096:]:
+            pending.append(log.parent)
+    return pending
 
 
 def to_metrics(line: Mapping[str, Any]) -> list[Metric]:
-    """The metrics of one event log line: every number of a step, a validation or an epoch, at its optimizer step.
+    """Return the metrics of one event: every number of a step, a validation or an epoch, at its optimizer step.
 
-    Of a sweep's event log: what each trial ended with, at the trial's number.
+    A sweep's event gives the result of a trial, at the trial's number.
     """
     if line["kind"] == "trial_ended":
-        found = {key: line[key] for key in TRIAL_POINTS if line[key] is not None}
-        return [
-            Metric(f"trial/{key}", value, int(line["ended_at"] * 1000), line["index"]) for key, value in found.items()
-        ]
-    prefix = {"step": "train", "validation": "validation", "epoch": "epoch"}.get(line["kind"])
-    if prefix is None:
+        values = {f"trial/{key}": line[key] for key in TRIAL_POINTS if line[key] is not None}
+        at_ms, step = int(line["ended_at"] * 1000), line["index"]
+    elif prefix := {"step": "train", "validation": "validation", "epoch": "epoch"}.get(line["kind"]):
+        values = flattened({k: v for k, v in line.items() if k not in ("kind", "time", "global_step")}, prefix)
+        at_ms, step = int(line["time"] * 1000), int(line["global_step"])
+    else:
         return []
-    at_ms, step = int(line["time"] * 1000), int(line["global_step"])
-    values = flattened({k: v for k, v in line.items() if k not in ("kind", "time", "global_step")}, prefix)
     return [Metric(key, value, at_ms, step) for key, value in values.items()]
 
 
 def flattened(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """Nested numbers by names such as `epoch/val/cosine_accept_rate_0.80`; anything else is left out."""
+    """Return nested numbers by names such as `epoch/val/cosine_accept_rate_0.80`, without other values."""
     flat: dict[str, float] = {}
     for key, value in values.items():
         name = f"{prefix}_{key}" if prefix.endswith("cosine_accept_rate") else f"{prefix}/{key}"

@@ -7,7 +7,13 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from pathlib import Path
+
+from mlflow import MlflowClient
+
+from ray_app.runs.event_log import entries
+from ray_app.tracking.mlflow_logger import to_metrics
 
 START_S = 400.0
 
@@ -56,3 +62,15 @@ class MlflowServer:
         if self._process and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+
+
+def missing_and_extra(run: Path, uri: str, run_id: str) -> tuple[int, int]:
+    """Points of an event log that the server lacks, and points that it has beyond the log."""
+    client = MlflowClient(uri)
+    logged = Counter((m.key, m.step, m.timestamp, m.value) for line in entries(run) for m in to_metrics(line))
+    stored = Counter(
+        (m.key, m.step, m.timestamp, m.value)
+        for key in client.get_run(run_id).data.metrics
+        for m in client.get_metric_history(run_id, key)
+    )
+    return (logged - stored).total(), (stored - logged).total()

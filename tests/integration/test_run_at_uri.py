@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow_process import missing_and_extra
 from s3_process import S3
 from small_runs import make_run
 from small_saves import found, save
@@ -445,8 +446,13 @@ def test_a_run_whose_processes_died_is_gone_on_with_from_the_uri_alone_and_ends_
     tracked = client.get_run(result["mlflow_run_id"])
     assert (tracked.info.status, tracked.data.tags["event_log"], tracked.data.params["out"]) == ("FINISHED", uri, uri)
     assert cli.run(["sync", uri, "--tracking-uri", f"sqlite:///{tmp_path / 'new.db'}", "--json"]) == 0
-    synced = json.loads(capfd.readouterr().out)
-    assert (synced["missing"], synced["runs"][0]["run"]) == (0, uri)
+    (synced,) = json.loads(capfd.readouterr().out)["runs"]
+    assert synced["run"] == uri
+    with open_run(uri) as run:
+        run.refresh()
+        database = f"sqlite:///{tmp_path / 'new.db'}"
+        assert missing_and_extra(run.path, database, synced["mlflow_run_id"]) == (0, 0)
+    database = f"sqlite:///{tmp_path / 'mlflow.db'}"
     words = ["--store", str(small_store), "--out", str(tmp_path / "report"), "--tracking-uri", database, "--json"]
     assert cli.run(["evaluate", "--checkpoint", uri, *words]) == 0
     assert json.loads(capfd.readouterr().out)["checkpoint"] == uri

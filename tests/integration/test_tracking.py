@@ -6,10 +6,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow_process import MlflowServer, free_port
+from mlflow_process import MlflowServer, free_port, missing_and_extra
 
 from ray_app import cli
 from ray_app.commands.train.progress import TrainingProgress
@@ -107,8 +108,11 @@ def test_a_server_that_is_killed_and_comes_back_gets_every_point_in_one_run(
     assert slowest < 60, "400 lines were written without waiting for a server"
     assert losses(server.uri) == expected(1200)
     assert capsys.readouterr().err.count("does not answer") == 1
+    assert sync_run(run, server.uri)["points_sent"] == 0
+    (run / MLFLOW_SYNC).unlink()
     again = sync_run(run, server.uri)
-    assert (again["points_sent"], again["missing"], again["extra"]) == (0, 0, 0)
+    assert again["points_sent"] == 1200 * 3, "nothing is known of what the server has"
+    assert missing_and_extra(run, server.uri, again["mlflow_run_id"]) == (0, 0)
 
 
 def test_a_run_that_was_never_carried_over_is_brought_by_sync_and_a_second_sync_changes_nothing(
@@ -125,8 +129,9 @@ def test_a_run_that_was_never_carried_over_is_brought_by_sync_and_a_second_sync_
     for sent in (1500 * 3, 0, 0):
         assert cli.run(["sync", str(run), "--json"]) == 0
         found = json.loads(capfd.readouterr().out)
-        assert found["points_in_log"] == found["points_server"] == 1500 * 3
-        assert (found["points_sent"], found["missing"], found["extra"]) == (sent, 0, 0)
+        assert (found["points_in_log"], found["points_sent"]) == (1500 * 3, sent)
+        run_id = found["runs"][0]["mlflow_run_id"]
+        assert missing_and_extra(run, str(flags.tracking_uri), run_id) == (0, 0)
     assert losses(str(flags.tracking_uri)) == expected(1500)
     client = MlflowClient(tracking_uri(flags))
     (tracked,) = client.search_runs([client.get_experiment_by_name("alignment").experiment_id])
@@ -135,7 +140,7 @@ def test_a_run_that_was_never_carried_over_is_brought_by_sync_and_a_second_sync_
     assert [Path(item.path).name for item in artifacts] == ["MANIFEST.sha256", "model.safetensors"]
 
 
-def test_what_an_interrupted_sync_left_out_is_brought_by_the_next(flags: TrackingFlags, run: Path) -> None:
+def test_points_that_the_server_has_already_are_not_stored_twice(flags: TrackingFlags, run: Path) -> None:
     with EventLog(run) as log:
         begin(log)
         steps(log, 1, 5)
@@ -143,9 +148,54 @@ def test_what_an_interrupted_sync_left_out_is_brought_by_the_next(flags: Trackin
     client = MlflowClient(tracking_uri(flags))
     run_id = tracking.get_or_create_run(client, tracking_uri(flags), str(run), lines)
     client.log_batch(run_id, metrics=[p for line in lines[2:4] for p in to_metrics(line)])
-    found = sync_run(run, tracking_uri(flags))
-    assert (found["points_sent"], found["missing"], found["extra"]) == (3 * 3, 0, 0)
+    assert sync_run(run, tracking_uri(flags))["points_sent"] == 5 * 3
+    assert missing_and_extra(run, tracking_uri(flags), run_id) == (0, 0)
     assert losses(str(flags.tracking_uri)) == expected(5)
+
+
+def test_a_run_counts_as_synced_only_when_the_server_has_acknowledged_all_of_it(
+    flags: TrackingFlags, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = tracking_uri(flags)
+    with EventLog(run) as log:
+        begin(log)
+        steps(log, 1, 1000)
+        end(log)
+    log_batch, calls = MlflowClient.log_batch, []
+
+    def away(self: MlflowClient, *args: Any, **more: Any) -> None:
+        calls.append(more)
+        if len(more.get("metrics", ())) and len(calls) > 2:
+            raise OSError("the server is away")
+        log_batch(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", away)
+        with pytest.raises(OSError, match="is away"):
+            sync_run(run, uri)
+    assert len(calls) == 3, "one request was acknowledged"
+    assert pending_runs(run.parent) == [run]
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_terminated", lambda *_: (_ for _ in ()).throw(OSError("away at the end")))
+        with pytest.raises(OSError, match="away at the end"):
+            sync_run(run, uri)
+    assert pending_runs(run.parent) == [run], "its end is missing"
+    synced = sync_run(run, uri)
+    assert synced["points_sent"] == 0
+    assert missing_and_extra(run, uri, synced["mlflow_run_id"]) == (0, 0)
+    assert pending_runs(run.parent) == []
+
+
+def test_another_server_gets_every_point(flags: TrackingFlags, run: Path, tmp_path: Path) -> None:
+    with EventLog(run) as log:
+        begin(log)
+        steps(log, 1, 5)
+        end(log)
+    sync_run(run, tracking_uri(flags))
+    other = f"sqlite:///{tmp_path}/other.db"
+    synced = sync_run(run, other)
+    assert synced["points_sent"] == 5 * 3
+    assert missing_and_extra(run, other, synced["mlflow_run_id"]) == (0, 0)
 
 
 def test_the_next_run_brings_over_what_the_one_before_could_not(flags: TrackingFlags, run: Path) -> None:
@@ -202,7 +252,7 @@ def test_a_server_that_is_slow_or_broken_is_not_waited_for(
 
 
 def test_an_event_log_that_is_damaged_or_missing_is_named(flags: TrackingFlags, run: Path) -> None:
-    with pytest.raises(StoreError, match=r"holds no events\.jsonl"):
+    with pytest.raises(StoreError, match=r"has no events\.jsonl"):
         sync_run(run, tracking_uri(flags))
     with EventLog(run) as log:
         begin(log)

@@ -22,7 +22,7 @@ class SweepTracker(Tracker):
         self._ended: list[RunDir] = []
         super().__init__(cfg, sweep.path, str(sweep))
 
-    def _also(self, lines: list[dict[str, Any]]) -> None:
+    def _on_lines(self, lines: list[dict[str, Any]]) -> None:
         ended = [self._folder.run(line["name"]) for line in lines if line["kind"] == "trial_ended"]
         self._ended += [run for run in ended if (run.path / EVENT_LOG).is_file()]  # one that was refused never began
         while self.run_id and self._ended and self._attempt(partial(self._sync, self._ended[0])):
