@@ -85,7 +85,7 @@ class InPlace:
         """Upload the event log in the background, as its only writer, and download signals."""
         return nullcontext()
 
-    def following(self, *_: str) -> AbstractContextManager[None]:
+    def syncing(self, *_: str) -> AbstractContextManager[None]:
         """Download the event log in the background, and upload signals."""
         return nullcontext()
 
@@ -213,7 +213,7 @@ class Mirror(InPlace):
             self.push()
 
     @contextmanager
-    def following(self, *signals: str) -> Iterator[None]:
+    def syncing(self, *signals: str) -> Iterator[None]:
         try:
             with run_in_background(lambda: self.push_signals(*signals), self.pull):
                 yield

@@ -81,7 +81,7 @@ class RunDir:
 
     def synced(self) -> AbstractContextManager[None]:
         """Download what workers log, and upload signals to them, in the background."""
-        return self.mirror.following(STOP, RESIZE)
+        return self.mirror.syncing(STOP, RESIZE)
 
     @contextmanager
     def released(self, log: EventLog) -> Iterator[None]:
