@@ -1,7 +1,7 @@
-"""Figures of a page as inline SVG: text stays text, and every colour is a variable of the page.
+"""Figures as inline SVG: text stays text, and every colour is a variable of the page.
 
 Colours are drawn as placeholders and then replaced by CSS variables, so that one file is readable light and dark.
-The SVG holds no address of another site, not even a namespace: an HTML page needs none.
+The SVG names no other site, not even in a namespace: an HTML page needs none.
 """
 
 import io
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from ray_app.core.metrics import THETA, rate_key
 
 Cosines = Mapping[str, NDArray[np.floating]]
-"""Per-pair cosines by name; NaN where a baseline does not exist for a pair."""
+"""Cosine of each pair by name; NaN where a baseline does not exist for a pair."""
 
 INK, FAINT, PAGE = "#0a0b01", "#0a0b02", "#0a0b03"
 PALETTE = tuple(f"#0a0b1{n}" for n in range(1, 10))
-"""Placeholders of the nine colours that tell series apart."""
+"""Placeholders of the nine colours of series."""
 VARIABLES = {INK: "currentColor", FAINT: "var(--line)", PAGE: "var(--page)"} | {
     placeholder: f"var(--c{n})" for n, placeholder in enumerate(PALETTE, 1)
 }
@@ -58,7 +58,7 @@ STYLE: dict[Any, Any] = {
 
 
 def svg(name: str, draw: Callable[[Figure], None], size: tuple[float, float] = (8.2, 3.9)) -> str:
-    """The figure that `draw` fills, as SVG. `name` keeps the identities of a page's figures apart."""
+    """The figure that `draw` fills, as SVG. `name` keeps the ids of a page's figures apart."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
@@ -66,12 +66,12 @@ def svg(name: str, draw: Callable[[Figure], None], size: tuple[float, float] = (
 
 
 def log_scale(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic x axis that holds `values` and is at least a decade wide, with ticks too few to touch.
+    """Make the x axis logarithmic, at least a decade wide around `values`, with ticks too few to touch.
 
-    It has no place for 0, the parameters of an adapter that is solved and not trained.
+    A value of 0, such as the parameters of an adapter that is solved, has no position on it.
     """
-    there = [value for value in values if value > 0]
-    low, high = min(there, default=1.0), max(there, default=1.0)
+    positive = [value for value in values if value > 0]
+    low, high = min(positive, default=1.0), max(positive, default=1.0)
     margin = max(10.0 / (high / low), (high / low) ** 0.3, 1.5) ** 0.5
     axes.set(xscale="log", xlim=(low / margin, high * margin))
     axes.xaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5)))
@@ -123,6 +123,7 @@ def histogram_figure(before: NDArray[np.floating], after: NDArray[np.floating]) 
 
 
 def draw_histogram(axes: Axes, name: str, cos: NDArray[np.floating], bins: NDArray[np.floating]) -> None:
+    """Draw one histogram with its mean and standard deviation."""
     axes.hist(cos, bins=bins.tolist(), color=SERIES[name][0])
     axes.set_ylabel("pairs")
     title = "before (raw event against target)" if name == "before" else "after (adapter)"
@@ -130,6 +131,7 @@ def draw_histogram(axes: Axes, name: str, cos: NDArray[np.floating], bins: NDArr
 
 
 def mark_theta(axes: Axes, *, labelled: bool) -> None:
+    """Draw a line at θ 0.80."""
     axes.axvline(THETA, color=INK, linewidth=0.8)
     if labelled:
         top, offset = axes.get_xaxis_transform(), (4, -3)
@@ -137,20 +139,22 @@ def mark_theta(axes: Axes, *, labelled: bool) -> None:
 
 
 def reliability_figure(reliability: Mapping[str, list[dict[str, Any]]]) -> str:
-    """Share of matching places against their mean cosine, by name of what was aligned, beside the diagonal."""
+    """Share of matching positions against their mean cosine, a line for each kind of states, with the diagonal."""
     markers = "osD^vPX*"
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.5, label="cosine = chance")
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.5, label="cosine = probability")
         for number, (name, bins) in enumerate(reliability.items()):
-            places = [[each["mean_cos"] for each in bins], [each["match_rate"] for each in bins]]
-            marker, alpha = markers[number % len(markers)], 1.0 - 0.6 * number / max(len(reliability), 1)
-            axes.plot(*places, color=INK, marker=marker, alpha=alpha, linewidth=1.0, label=name)
+            mean_cos, match_rate = ([one[key] for one in bins] for key in ("mean_cos", "match_rate"))
+            look: dict[str, Any] = {"marker": markers[number % len(markers)], "linewidth": 1.0, "label": name}
+            alpha = 1.0 - 0.6 * number / max(len(reliability), 1)
+            axes.plot(mean_cos, match_rate, color=INK, alpha=alpha, **look)
         axes.set(xlabel="mean cos_sim", ylabel="match rate", xlim=(0, 1), ylim=(0, 1))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.legend(frameon=False)
-    return to_svg(figure)
+
+    return svg("reliability", draw, (6.4, 4.2))
 
 
 def to_svg(figure: Figure) -> str:

@@ -1,13 +1,16 @@
-"""Pages for people: one HTML file each, of one look, light and dark, that refers to nothing outside itself.
+"""Pages for people: one self-contained HTML file each, light and dark, built from a few kinds of blocks.
 
-Figures are inline SVG (figures.py), pictures are PNG inside the page.
+A page is a headline, a lead, notes, and sections; a section is a title and blocks. Everything that a block says is
+text, never markup. Figures are inline SVG (figures.py), pictures are PNG inside the page.
 """
 
 import base64
 import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -17,31 +20,178 @@ from PIL import Image
 from ray_app.errors import ConfigError, StoreError
 from ray_app.store.atomic import write_file
 
+Outcome = Literal["beats", "unsure", "loses", "plain"]
+"""Colour next to the headline: good, uncertain, bad, none."""
 
-def page(template: str, **context: Any) -> str:
-    """A template of this folder, filled in. What the context says is text, never markup."""
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A table cell that is more than its text."""
+
+    text: str
+    """What it says."""
+    kind: Literal["", "good", "bad"] = ""
+    """Colour."""
+    href: str = ""
+    """Relative link."""
+    quiet: str = ""
+    """Second line in small print."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A table row."""
+
+    name: str | Cell
+    """Heading of the row."""
+    cells: Sequence[str | Cell]
+    """One for each further column."""
+    kind: str = ""
+    """`adapter`, `context` or `lift`: its look."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under headings."""
+
+    heads: Sequence[str]
+    """Heading of each column; the first is that of the row names."""
+    rows: Sequence[Row]
+    """Lines of the table."""
+    caption: str = ""
+    """What the numbers mean."""
+    key: str = ""
+    """Heading of the highlighted column."""
+    wrapped: str = ""
+    """Heading of a column of words, which wrap."""
+    block: str = field(default="table", init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Names and values."""
+
+    lines: Sequence[tuple[str, str]]
+    """One fact each."""
+    block: str = field(default="facts", init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """An inline SVG."""
+
+    svg: str
+    """From `figures.svg`."""
+    alt: str
+    """Text for readers who do not see it."""
+    caption: str
+    """Line below it."""
+    block: str = field(default="figure", init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """A row of pictures with one caption."""
+
+    pictures: Sequence[dict[str, Any]]
+    """From `picture`."""
+    caption: str
+    """Line above them."""
+    strong: str = ""
+    """First words of the caption."""
+    columns: Literal["", "four", "many"] = ""
+    """Three columns, four, or as many as fit."""
+    block: str = field(default="pictures", init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A paragraph in small print."""
+
+    text: str
+    """What it says."""
+    href: str = ""
+    """Relative link that the text is."""
+    block: str = field(default="text", init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Blocks under a heading of their own: side by side with other groups, or folded away."""
+
+    title: str
+    """Heading, or summary of what is folded."""
+    blocks: Sequence["Block"]
+    """What it holds."""
+    block: Literal["group", "fold"] = "group"
+
+
+Block = Table | Facts | Figure | Pictures | Text | Group
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading with its blocks."""
+
+    title: str
+    """Heading."""
+    blocks: Sequence[Block]
+    """In their order."""
+    columns: bool = False
+    """Groups side by side where the window is wide."""
+
+
+def page(
+    title: str,
+    headline: str,
+    lead: str,
+    notes: Iterable[Mapping[str, Any]],
+    sections: Iterable[Section],
+    outcome: Outcome = "plain",
+) -> str:
+    """A page as HTML. `notes`: lines to read with the numbers, each with `text` and `warning`."""
     folder = resources.files("ray_app.reports") / "templates"
     loader = FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return templates.get_template(template).render(**context)
+    return templates.get_template("page.html.j2").render(
+        title=title,
+        headline=headline,
+        lead=lead,
+        notes=list(notes),
+        sections=list(sections),
+        outcome=outcome,
+    )
 
 
 def picture(name: str, alt: str, pixels: NDArray[np.uint8]) -> dict[str, Any]:
-    """A template's view of a picture of shape (H, W, 3) or (H, W)."""
+    """A picture of shape (H, W, 3) or (H, W) for `Pictures`."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
     png = base64.b64encode(buffer.getvalue()).decode("ascii")
     return {"name": name, "alt": alt, "png": png, "width": pixels.shape[1], "height": pixels.shape[0]}
 
 
+def flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested values as facts with dotted names."""
+    lines: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            lines += flattened(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            lines.append((f"{prefix}{name}", " ".join(map(str, value))))
+        else:
+            lines.append((f"{prefix}{name}", "none" if value is None else str(value)))
+    return lines
+
+
 def require_suffix(flag: str, path: Path | None, suffix: str) -> None:
-    """ConfigError where a file that a flag asks for has another kind of name: said before the work, not after."""
+    """ConfigError if the file that a flag names has another suffix; called before the work starts."""
     if path and path.suffix.lower() != suffix:
         raise ConfigError(f"{flag} {path}: end its name in {suffix}.")
 
 
-def write_for_people(flag: str, path: Path, data: bytes) -> None:
-    """Writes what a flag asks for; a file of that name is replaced. StoreError: it cannot be written."""
+def write_output(flag: str, path: Path, data: bytes) -> None:
+    """Write the file that a flag names; an existing one is replaced. StoreError: it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, data)

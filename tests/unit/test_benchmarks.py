@@ -1,16 +1,14 @@
 """The benchmark scripts' own functions, at small sizes: a script that nobody can run here still has to work."""
 
 import json
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from pages import assert_has_words, assert_stands_alone
 
 from benchmarks import provenance, results_tables
-from benchmarks.adapters import comparison, example_comparison, gpu
+from benchmarks.adapters import comparison, gpu
 from benchmarks.data import dsec_drive, prepare_dsec, simulator_noise
 from benchmarks.serve.all import PARTS, all_of
 from benchmarks.speculative import replay
@@ -18,7 +16,6 @@ from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.registry import STRATEGIES, build_adapter
 from ray_app.core.metrics import cos_sim
-from ray_app.reports.html import picture
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -133,25 +130,6 @@ def test_the_long_drive_is_a_true_sequence_of_the_density_asked_for(tmp_path: Pa
         (files.images / f"{i:06d}.png").touch()
     (task,) = DsecSource(tmp_path, WindowingConfig((1_000_000,))).tasks()
     assert task.num_pairs == 2
-
-
-def test_the_example_of_a_comparison_is_small_and_stands_alone() -> None:
-    path = BENCHMARKS.parent / "docs" / "example-comparison.html"
-    text = path.read_text()
-    assert_stands_alone(text)
-    assert_has_words(text)
-    assert len(text) < 1_500_000
-    assert not re.search(r"/(tmp|home|root|work|mnt)/", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
-    for name in ("conv", "lowrank", "ridge", "lightweight", "mean_target"):
-        assert name in text
-
-
-def test_pictures_of_an_example_become_smaller_and_nothing_else_changes() -> None:
-    noise = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    page = f'<p>before</p><img src="data:image/png;base64,{picture("it", "it", noise.numpy())["png"]}" alt="it">after'
-    found = example_comparison.smaller(page)
-    assert re.sub(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+", "X", found) == '<p>before</p><img src="X" alt="it">after'
-    assert len(found) < len(page)
 
 
 def test_the_script_of_dsec_tells_medians_and_ranges_of_rounds_that_agree() -> None:

@@ -56,7 +56,3 @@ def test_words_beside_an_axis_keep_their_order_and_a_line_apart(heights: list[fl
     gaps = [b - a for a, b in zip(sorted(found), sorted(found)[1:], strict=False)]
     assert all(gap >= min(LINE, 0.9 / len(heights)) - 1e-9 for gap in gaps)
     assert all(min(LINE, 0.9 / len(heights)) - 1e-9 <= h <= 1 - min(LINE, 0.9 / len(heights)) + 1e-9 for h in found)
-
-
-def test_the_page_that_is_kept_as_an_example_opens_without_a_network() -> None:
-    assert_opens(Path(__file__).resolve().parents[2] / "docs" / "example-sweep.html")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
 from ray_app import errors
 from ray_app.cluster.connection import cluster
@@ -28,7 +28,7 @@ from ray_app.drafters.recorded_states import answers_with_states, blocks, read_f
 from ray_app.drafters.replay import Fold, folds_of
 from ray_app.errors import CheckpointError, InputError, StoreError
 from ray_app.reports.figures import reliability_figure
-from ray_app.reports.html import page
+from ray_app.reports.html import Cell, Figure, Row, Section, Table, page
 from ray_app.store.atomic import write_file
 from ray_app.store.provenance import provenance
 from ray_app.store.traces import TraceFile
@@ -36,6 +36,8 @@ from ray_app.store.traces import TraceFile
 BASELINES = ("raw", "mean_target")
 """The drafter's states as they are; the mean of the target's, the same at every place."""
 PAGE, NUMBERS = "correlation.html", "correlation.json"
+HEADS = ("mean cos", "cos > 0.80", "match rate", "P(match | cos > 0.80)", "AUC", "calibration error", "in a row")
+"""Columns of the results table."""
 BLOCK_ROWS = 20
 """Neighbouring rows that the bootstrap draws together where sequences are not named."""
 
@@ -110,17 +112,11 @@ def run_correlate(cfg: CorrelateConfig) -> dict[str, Any]:
 
 def render_correlate(result: dict[str, Any], console: Console) -> None:
     """The table, the plain sentences and the files."""
-    table = Table(title=f"{result['rows']:,} rows, {result['blocks']} sequences or stretches", title_justify="left")
+    table = TerminalTable(
+        title=f"{result['rows']:,} rows, {result['blocks']} sequences or stretches", title_justify="left"
+    )
     table.add_column("states", overflow="fold", min_width=12)
-    for heading in (
-        "cos",
-        "cos > 0.80",
-        "match rate",
-        "P(match | cos > 0.80)",
-        "AUC",
-        "calibration error",
-        "in a row",
-    ):
+    for heading in HEADS:
         table.add_column(heading, justify="right")
     for name, cells in table_rows(result):
         table.add_row(name, *cells)
@@ -171,15 +167,44 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def correlation_page(result: dict[str, Any]) -> str:
-    """The whole page, in one file."""
+    """The page as HTML."""
     everyone = {**result["baselines"], **result["adapters"]}
+    thetas = [f"{theta:.2f}" for theta in THETAS]
+    above = [Row(name, [match_cell(numbers, theta) for theta in thetas]) for name, numbers in everyone.items()]
+    figure = Figure(
+        reliability_figure({name: numbers["reliability"] for name, numbers in everyone.items()}),
+        "Share of positions that match against their mean cosine, for each kind of states; the numbers are in "
+        f"{NUMBERS} under reliability.",
+        "Share of positions with the target's token, against their mean cosine. On the diagonal the cosine would be "
+        "the probability of acceptance.",
+    )
+    rejected = [f"set aside: {bad['file']}, line {bad['line']}: {bad['reason']}" for bad in result["rejected"]]
     return page(
-        "correlation.html.j2",
-        r=result,
-        rows=table_rows(result),
-        everyone=everyone,
-        thetas=[f"{theta:.2f}" for theta in THETAS],
-        figure=reliability_figure({name: numbers["reliability"] for name, numbers in everyone.items()}),
+        "Cosine acceptance against token acceptance",
+        "Cosine acceptance against token acceptance",
+        f"{result['rows']:,} rows in {result['blocks']} sequences or stretches, {result['folds']} folds: whole "
+        f"sequences where a file names several, else stretches with a gap of {result['fold_gap']} rows. An aligned "
+        "state is taken for the token of the nearest target state in other folds; it matches where that is the "
+        "target's token at the same position. Intervals are 95 %, by bootstrap over sequences.",
+        [
+            *({"text": sentence, "warning": False} for sentence in result["verdict"]),
+            *({"text": line, "warning": True} for line in rejected),
+        ],
+        [
+            Section("Results", [Table(["states", *HEADS], [Row(name, cells) for name, cells in table_rows(result)])]),
+            Section("P(match | cos > θ)", [Table(["states", *(f"θ {theta}" for theta in thetas)], above)]),
+            Section("The cosine taken as a probability", [figure]),
+        ],
+    )
+
+
+def match_cell(numbers: dict[str, Any], theta: str) -> Cell:
+    """P(match | cos > θ) in percent, with its interval."""
+    rate, interval = numbers["match_rate_above"][theta], numbers["interval95"]["match_rate_above"][theta]
+    if rate is None:
+        return Cell("–")
+    return Cell(
+        f"{100 * rate:.1f} %", quiet=f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
     )
 
 

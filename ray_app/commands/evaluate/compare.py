@@ -3,16 +3,16 @@
 import sys
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
 from ray_app.cluster.connection import cluster
 from ray_app.commands.evaluate.command import as_image, as_json, claim_report_folder, settings
@@ -24,7 +24,7 @@ from ray_app.core.adapters.registry import num_parameters
 from ray_app.core.evaluation import BASELINES
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.reports.figures import INK, PALETTE, log_scale, svg
-from ray_app.reports.html import page, picture
+from ray_app.reports.html import Figure, Pictures, Row, Section, Table, page, picture
 from ray_app.store.atomic import write_file
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
 from ray_app.store.pair_store import PairStore
@@ -137,7 +137,7 @@ def pictures(
     event_PE: NDArray[Any],
     target_PD: NDArray[Any],
     adapters: dict[str, CandidateResult],
-) -> list[dict[str, Any]]:
+) -> list[Pictures]:
     """Each drawn pair for the page: event, target, and each adapter's output."""
     event, target = store.feature("event"), store.feature("target")
     drawn = []
@@ -153,46 +153,45 @@ def pictures(
             cos = float(aligned_D @ target_D / np.linalg.norm(aligned_D) / np.linalg.norm(target_D))
             sides[f"{label}: {cos:.3f}"] = as_image(aligned_D, target)
         shown = [picture(name, f"{name} of the pair {where}", pixels) for name, pixels in sides.items()]
-        drawn.append({"where": where, "pictures": shown})
+        drawn.append(Pictures(shown, f"{where}; after each name the cosine with the target", columns="many"))
     return drawn
 
 
-def lines(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Lines of the results table: each baseline, then the adapters by falling lift."""
+def result_rows(result: dict[str, Any]) -> list[Row]:
+    """Rows of the results table: each baseline, then the adapters by falling lift."""
     rows = []
     for name, baseline in result["baselines"].items():
         rates = baseline["cosine_accept_rate"]
         kind = "baseline" if name in BASELINES else "context"
         cells = [f"{baseline['cos_sim_mean']:.4f}", f"{100 * rates[KEY]:.1f} %", f"{100 * rates[HIGH]:.1f} %"]
-        rows.append({"name": name, "kind": kind, "cells": cells + [""] * (len(HEADS) - 4)})
-    for name, each in ranked(result):
-        rates, retrieval = each["cosine_accept_rate"], each["retrieval"]
-        low, high = (100 * bound for bound in each["interval95"]["lift"])
+        rows.append(Row(name, cells + [""] * (len(HEADS) - 4), kind))
+    for name, metrics in ranked(result):
+        rates, retrieval = metrics["cosine_accept_rate"], metrics["retrieval"]
+        low, high = (100 * bound for bound in metrics["interval95"]["lift"])
         cells = [
-            f"{each['cos_sim_mean']:.4f}",
+            f"{metrics['cos_sim_mean']:.4f}",
             f"{100 * rates[KEY]:.1f} %",
             f"{100 * rates[HIGH]:.1f} %",
-            f"{100 * each['lift']:+.1f} ({low:+.1f} to {high:+.1f})",
-            f"{each['centered_cos_sim_mean']:.3f}",
+            f"{100 * metrics['lift']:+.1f} ({low:+.1f} to {high:+.1f})",
+            f"{metrics['centered_cos_sim_mean']:.3f}",
             "/".join(f"{100 * retrieval[f'R@{k}']:.1f}" for k in (1, 5, 10)),
         ]
-        rows.append({"name": name, "kind": "adapter", "cells": cells})
+        rows.append(Row(name, cells, "adapter"))
     return rows
 
 
-def costs(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Lines of the cost table, in the same order."""
+def cost_rows(result: dict[str, Any]) -> list[Row]:
+    """Rows of the cost table, in the same order."""
     return [
-        {
-            "name": name,
-            "kind": "",
-            "cells": [
-                f"{each['parameters']:,}",
-                f"{each['checkpoint_bytes'] / 1e6:,.1f} MB",
-                f"{each['latency_ms']:,.2f} ms",
+        Row(
+            name,
+            [
+                f"{metrics['parameters']:,}",
+                f"{metrics['checkpoint_bytes'] / 1e6:,.1f} MB",
+                f"{metrics['latency_ms']:,.2f} ms",
             ],
-        }
-        for name, each in ranked(result)
+        )
+        for name, metrics in ranked(result)
     ]
 
 
@@ -201,30 +200,59 @@ def ranked(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return sorted(result["adapters"].items(), key=lambda item: -item[1]["lift"])
 
 
-HEADS = ["what answers", "cos_sim", f"θ {KEY}", f"θ {HIGH}", "lift, 95 % interval", "centred", "R@1/5/10, %"]
+HEADS = ["answer", "cos_sim", f"θ {KEY}", f"θ {HIGH}", "lift, 95 % interval", "centred", "R@1/5/10, %"]
 COST_HEADS = ["adapter", "parameters", "checkpoint", "one pair"]
 
 
-def render_html(result: dict[str, Any], best: CandidateResult, drawings: list[dict[str, Any]]) -> str:
-    """The page."""
+def render_html(result: dict[str, Any], best: CandidateResult, drawings: list[Pictures]) -> str:
+    """comparison.html."""
     named_rates = [
-        f"{name} {100 * each['cosine_accept_rate'][KEY]:.1f} percent" for name, each in result["adapters"].items()
+        f"{name} {100 * metrics['cosine_accept_rate'][KEY]:.1f} percent"
+        for name, metrics in result["adapters"].items()
+    ]
+    solved = [name for name, metrics in ranked(result) if not metrics["parameters"]]
+    cost = Figure(
+        cost_figure(result),
+        f"Acceptance at θ {KEY} against trained parameters and against latency: {', '.join(named_rates)}.",
+        "Left and high is better. Below the dashed line the best baseline does better.",
+    )
+    sections = [
+        Section(
+            "Results",
+            [
+                Table(
+                    HEADS,
+                    result_rows(result),
+                    "cos_sim: mean over the test pairs. θ: share of test pairs with cos_sim > θ. Lift: acceptance at "
+                    f"θ {KEY} minus that of the best baseline (shuffled is each adapter's own), in percentage "
+                    "points, with its bootstrap interval.",
+                )
+            ],
+        ),
+        Section(
+            "What acceptance costs",
+            [
+                cost,
+                Table(
+                    COST_HEADS,
+                    cost_rows(result),
+                    "One pair: a forward pass on one core, or on the GPU."
+                    + (
+                        f" Solved, not trained: {', '.join(solved)}; the checkpoint holds the training pairs."
+                        * bool(solved)
+                    ),
+                ),
+            ],
+        ),
+        *([Section("The same pairs by each adapter", drawings)] if drawings else []),
     ]
     return page(
-        "comparison.html.j2",
-        verdict=result["verdict"],
-        outcome=outcome(best.result),
-        warnings=data_warnings(best.result),
-        pairs=best.result["pairs"],
-        split=best.result["split"]["label"],
-        heads=HEADS,
-        lines=lines(result),
-        cost_heads=COST_HEADS,
-        costs=costs(result),
-        solved=[name for name, each in ranked(result) if not each["parameters"]],
-        cost_svg=cost_figure(result),
-        cost_alt=f"Acceptance at θ {KEY} against trained parameters and against latency: {', '.join(named_rates)}.",
-        drawings=drawings,
+        "Adapters side by side",
+        result["verdict"],
+        f"{best.result['pairs']:,} test pairs · split: {best.result['split']['label']}",
+        data_warnings(best.result),
+        sections,
+        outcome(best.result),
     )
 
 
@@ -242,7 +270,7 @@ def cost_figure(result: dict[str, Any]) -> str:
     latencies = [max(each["latency_ms"], 1e-3) for _, each in adapters]
     none_trained = min(filter(None, counts), default=10) / 10  # x of a solved adapter: a log axis has no 0
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Canvas) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
         for n, (name, each) in enumerate(adapters):
             rate, label = each["cosine_accept_rate"][KEY], name if each["parameters"] else f"{name} (none trained)"
@@ -267,22 +295,25 @@ def render_compare(result: dict[str, Any], console: Console) -> None:
     """Print two tables that fit a terminal, the verdict, the warnings and the files."""
     first = next(iter(result["adapters"].values()))
     title = f"{first['pairs']:,} test pairs; split: {first['split']['label']}"
-    rows = lines(result)
-    console.print(terminal_table(HEADS[:6], [{**line, "cells": line["cells"][:5]} for line in rows], title))
-    further = {line["name"]: line["cells"][5:] for line in rows}
-    whole = [{**line, "cells": further[line["name"]] + line["cells"]} for line in costs(result)]
-    console.print(terminal_table([COST_HEADS[0], *HEADS[6:], *COST_HEADS[1:]], whole))
+    rows = result_rows(result)
+    console.print(terminal_table(HEADS[:6], [replace(row, cells=row.cells[:5]) for row in rows], title))
+    further = {row.name: row.cells[5:] for row in rows}
+    costs = [replace(row, cells=[*further[row.name], *row.cells]) for row in cost_rows(result)]
+    console.print(terminal_table([COST_HEADS[0], *HEADS[6:], *COST_HEADS[1:]], costs))
     console.print(result["verdict"], style="bold", highlight=False, markup=False)
     print_warnings(data_warnings(first), console)
     for path in result["files"]:
         console.print(path, soft_wrap=True, markup=False)
 
 
-def terminal_table(heads: list[str], rows: list[dict[str, Any]], title: str | None = None) -> Table:
+def terminal_table(heads: list[str], rows: list[Row], title: str | None = None) -> TerminalTable:
     """A table for the terminal: names on the left, numbers on the right."""
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 1))
+    table = TerminalTable(
+        title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 1)
+    )
     for n, head in enumerate(heads):
         table.add_column(head, justify="right" if n else "left", no_wrap=True)
-    for line in rows:
-        table.add_row(line["name"], *line["cells"], style={"adapter": "bold", "context": "dim"}.get(line["kind"]))
+    for row in rows:
+        style = {"adapter": "bold", "context": "dim"}.get(row.kind)
+        table.add_row(str(row.name), *map(str, row.cells), style=style)
     return table

@@ -10,13 +10,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.table import Table as TerminalTable
+from rich.text import Text as TerminalText
 
 from ray_app.core.evaluation import BASELINES, DARK
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.reports.figures import Cosines, acceptance_figure, histogram_figure
-from ray_app.reports.html import page, picture
+from ray_app.reports.html import (
+    Cell,
+    Facts,
+    Figure,
+    Group,
+    Outcome,
+    Pictures,
+    Row,
+    Section,
+    Table,
+    Text,
+    flattened,
+    page,
+    picture,
+)
 
 KEY = rate_key(THETA)
 TOKEN_NOTE = (
@@ -41,7 +55,7 @@ class PairPicture:
     target: NDArray[np.uint8]
 
 
-def outcome(result: Mapping[str, Any]) -> str:
+def outcome(result: Mapping[str, Any]) -> Outcome:
     """`beats`, `unsure` (better, but the 95 % interval of the lift reaches 0) or `loses`."""
     if result["lift"] <= 0:
         return "loses"
@@ -118,46 +132,34 @@ def print_warnings(lines: list[dict[str, Any]], console: Console) -> None:
         console.print(f"- {line['text']}", style="yellow" if line["warning"] else "dim", markup=False)
 
 
-def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Lines of the results table: the four baselines, previous_window where it exists, the adapter."""
-    lines = []
-    for name, baseline in result["baselines"].items():
-        label = {"before": "before (raw event)", "previous_window": "previous_window (context)"}.get(name, name)
-        lines.append(row(label, "baseline" if name in BASELINES else "context", baseline))
-    return [*lines, row("adapter", "adapter", result)]
+def lines(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Name, kind and numbers of each line: the baselines, previous_window where it exists, the adapter."""
+    named = {"before": "before (raw event)", "previous_window": "previous_window (context)"}
+    baselines = [
+        (named.get(name, name), "baseline" if name in BASELINES else "context", numbers)
+        for name, numbers in result["baselines"].items()
+    ]
+    return [*baselines, ("adapter", "adapter", result)]
 
 
-def row(name: str, kind: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """One line of the results table."""
-    return {
-        "name": name,
-        "kind": kind,
-        "pairs": numbers["pairs"],
-        "mean": numbers["cos_sim_mean"],
-        "std": numbers["cos_sim_std"],
-        "rates": numbers["cosine_accept_rate"],
-    }
-
-
-def results_table(result: Mapping[str, Any], title: str) -> Table:
+def results_table(result: Mapping[str, Any], title: str) -> TerminalTable:
     """Terminal table: before, every baseline, the adapter, lift."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("what answers")
+    table = TerminalTable(title=title, title_justify="left", header_style="bold")
+    table.add_column("answer")
     table.add_column("mean cos_sim", justify="right")
     thetas = ("0.70", KEY, "0.90", "0.95")
     for theta in thetas:
         table.add_column(f"θ {theta}", justify="right")
-    for line in rows(result):
-        rates = [f"{100 * line['rates'][theta]:.1f} %" for theta in thetas]
-        name = line["name"].removesuffix(" (context)")
-        style = {"adapter": "bold", "context": "dim"}.get(line["kind"])
-        table.add_row(name, f"{line['mean']:.4f}", *rates, style=style)
+    for name, kind, numbers in lines(result):
+        rates = [f"{100 * numbers['cosine_accept_rate'][theta]:.1f} %" for theta in thetas]
+        style = {"adapter": "bold", "context": "dim"}.get(kind)
+        table.add_row(name.removesuffix(" (context)"), f"{numbers['cos_sim_mean']:.4f}", *rates, style=style)
     table.add_section()
     lifts = [result["lift_by_theta"][theta] for theta in thetas]
     table.add_row(
         "lift (points)",
         "",
-        *(Text(f"{100 * lift:+.1f}", style="green" if lift > 0 else "red") for lift in lifts),
+        *(TerminalText(f"{100 * lift:+.1f}", style="green" if lift > 0 else "red") for lift in lifts),
     )
     return table
 
@@ -170,44 +172,84 @@ def render_html(
     token_report: str | None = None,
 ) -> str:
     """report.html; `token_report` is a relative link to the page of `ray-app correlate`."""
-    groups = [("Highest cosine after", "best", best), ("Lowest cosine after", "worst", worst)]
+    groups = [
+        Group(title, [pair_pictures(pair, f"{word} pair {n}") for n, pair in enumerate(pairs, 1)])
+        for title, word, pairs in (("Highest cosine after", "best", best), ("Lowest cosine after", "worst", worst))
+        if pairs
+    ]
+    link = Text("What cosine acceptance predicted about tokens, measured on recorded outputs", token_report or "")
+    sections = [
+        Section("Results", [rates_table(result), *([link] if token_report else [])]),
+        Section("Acceptance against θ", [acceptance_block(result, cosines)]),
+        Section("Cosine before and after", [histogram_block(result, cosines)]),
+        *([Section("Best and worst pairs", groups, columns=True)] if groups else []),
+        *(group_section(result, key) for key in ("by_lighting", "by_sequence") if len(result[key]) > 1),
+        Section("Further measures", [Facts(list(measures(result)))]),
+        Section("Split", [Facts(list(split_lines(result)))]),
+        Section("Provenance", [Facts(flattened(result["provenance"]))]),
+    ]
     return page(
-        "report.html.j2",
-        r=result,
-        outcome=outcome(result),
-        token_report=token_report,
-        warnings=report_warnings(result),
-        rows=rows(result),
-        thetas=list(result["cosine_accept_rate"]),
-        acceptance_svg=acceptance_figure(cosines),
-        acceptance_alt=acceptance_alt(result),
-        histogram_svg=histogram_figure(cosines["before"], cosines["adapter"]),
-        histogram_alt=histogram_alt(result),
-        groups=[
-            {"title": title, "pairs": [pair_context(pair, f"{word} pair {n}") for n, pair in enumerate(pairs, 1)]}
-            for title, word, pairs in groups
-            if pairs
-        ],
-        parts_of=[group_table(result, key) for key in ("by_lighting", "by_sequence") if len(result[key]) > 1],
-        measures=list(measures(result)),
-        split=list(split_lines(result)),
-        provenance=list(flattened(result["provenance"])),
+        f"Alignment report: {result['checkpoint']}",
+        result["verdict"],
+        f"{result['pairs']:,} test pairs of {result['dataset']} · split by {result['split']['by']} · checkpoint "
+        f"{result['checkpoint']}",
+        report_warnings(result),
+        sections,
+        outcome(result),
     )
 
 
-def acceptance_alt(result: Mapping[str, Any]) -> str:
-    """Text alternative of the acceptance figure."""
-    named = [f"{line['name']} {100 * line['rates'][KEY]:.1f} percent" for line in rows(result)]
-    return f"Curves of cosine_accept_rate against theta. At theta {KEY}: {', '.join(named)}."
+def rates_table(result: Mapping[str, Any]) -> Table:
+    """Acceptance at every θ: the baselines, the adapter, the lift."""
+    thetas = list(result["cosine_accept_rate"])
+    rows = [
+        Row(
+            name,
+            [
+                str(numbers["pairs"]),
+                f"{numbers['cos_sim_mean']:.4f} ± {numbers['cos_sim_std']:.4f}",
+                *(f"{100 * numbers['cosine_accept_rate'][theta]:.1f}" for theta in thetas),
+            ],
+            kind,
+        )
+        for name, kind, numbers in lines(result)
+    ]
+    lifts = [lift_cell(result["lift_by_theta"][theta]) for theta in thetas]
+    return Table(
+        ["answer", "pairs", "mean cos_sim", *(f"θ {theta}" for theta in thetas)],
+        [*rows, Row("lift", ["", "", *lifts], "lift")],
+        "cosine_accept_rate: share of test pairs with cos_sim > θ, in percent. Lift: adapter minus the best of "
+        "before, white, mean_target and shuffled at that θ, in percentage points.",
+        key=f"θ {KEY}",
+    )
 
 
-def histogram_alt(result: Mapping[str, Any]) -> str:
-    """Text alternative of the histograms."""
+def lift_cell(lift: float) -> Cell:
+    """A lift in percentage points, coloured by its sign."""
+    return Cell(f"{100 * lift:+.1f}", "good" if lift > 0 else "bad" if lift < 0 else "")
+
+
+def acceptance_block(result: Mapping[str, Any], cosines: Cosines) -> Figure:
+    """Curves of acceptance against θ."""
+    named = [f"{name} {100 * numbers['cosine_accept_rate'][KEY]:.1f} percent" for name, _, numbers in lines(result)]
+    return Figure(
+        acceptance_figure(cosines),
+        f"Curves of cosine_accept_rate against theta. At theta {KEY}: {', '.join(named)}.",
+        "The adapter is worth something where its solid line is above every baseline. The table above has the same "
+        "numbers.",
+    )
+
+
+def histogram_block(result: Mapping[str, Any], cosines: Cosines) -> Figure:
+    """Histograms of the cosine of each pair, before and after."""
     before = result["baselines"]["before"]
-    return (
+    return Figure(
+        histogram_figure(cosines["before"], cosines["adapter"]),
         f"Two histograms of the cosine of each pair. Before: mean {before['cos_sim_mean']:.3f}, standard deviation "
         f"{before['cos_sim_std']:.3f}. After: mean {result['cos_sim_mean']:.3f}, standard deviation "
-        f"{result['cos_sim_std']:.3f}."
+        f"{result['cos_sim_std']:.3f}.",
+        "Pixel features are all positive, so their cosine is high by construction: compare with the baselines, not "
+        "with 0.",
     )
 
 
@@ -234,28 +276,27 @@ def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "lowest and highest cos_sim", f"{result['cos_sim_min']:.4f} and {result['cos_sim_max']:.4f}"
 
 
-def group_table(result: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Table of parts of the test pairs: one line each."""
-    lines = [
-        {
-            "name": name,
-            "kind": None,
-            "cells": [
+def group_section(result: Mapping[str, Any], key: str) -> Section:
+    """Table of parts of the test pairs: by lighting or by sequence."""
+    rows = [
+        Row(
+            name,
+            [
                 f"{part['pairs']:,}",
                 f"{part['cos_sim_mean']:.4f}",
                 f"{100 * part[f'cosine_accept_rate_{KEY}']:.1f} %",
                 f"{100 * part['lift']:+.1f}",
                 interval_words(part),
             ],
-        }
+        )
         for name, part in result[key].items()
     ]
-    title, head = {"by_lighting": ("By day and night", "light"), "by_sequence": ("By sequence", "sequence")}[key]
+    title, head = {"by_lighting": ("By day and night", "lighting"), "by_sequence": ("By sequence", "sequence")}[key]
     caption = f"Lift over {result['best_baseline']}, the best baseline on all test pairs, in percentage points."
     if key == "by_lighting":
         caption += f" Night: a target less than {DARK:g} times as bright as the mean training target."
     heads = [head, "pairs", "mean cos_sim", f"θ {KEY}", "lift", "95 % interval (bootstrap over)"]
-    return {"title": title, "heads": heads, "lines": lines, "caption": caption}
+    return Section(title, [Table(heads, rows, caption)])
 
 
 def interval_words(part: Mapping[str, Any]) -> str:
@@ -283,26 +324,15 @@ def split_lines(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "SHA-256 of the checkpoint", result["checkpoint_sha256"]
 
 
-def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested values as lines of dotted names."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flattened(value, f"{prefix}{name}.")
-        elif isinstance(value, list | tuple):
-            yield f"{prefix}{name}", " ".join(map(str, value))
-        else:
-            yield f"{prefix}{name}", "none" if value is None else str(value)
-
-
-def pair_context(pair: PairPicture, what: str) -> dict[str, Any]:
-    """One pair for the page."""
+def pair_pictures(pair: PairPicture, name: str) -> Pictures:
+    """One pair: event image, aligned output and target."""
     sides = (("event image", pair.event), ("aligned output", pair.aligned), ("target", pair.target))
-    place = f"{pair.sequence} at {pair.t_start_us / 1e6:.3f} s"
-    return {
-        "sequence": pair.sequence,
-        "t_start_s": pair.t_start_us / 1e6,
-        "t_end_s": pair.t_end_us / 1e6,
-        "before": pair.before,
-        "after": pair.after,
-        "pictures": [picture(name, f"{name} of the {what}, {place}", pixels) for name, pixels in sides],
-    }
+    start_s, end_s = pair.t_start_us / 1e6, pair.t_end_us / 1e6
+    return Pictures(
+        [
+            picture(side, f"{side} of the {name}, {pair.sequence} at {start_s:.3f} s", pixels)
+            for side, pixels in sides
+        ],
+        f": cos_sim {pair.before:.3f} before, {pair.after:.3f} after; aligned values are clipped to 0…1",
+        strong=f"{pair.sequence}, {start_s:.3f} s to {end_s:.3f} s",
+    )

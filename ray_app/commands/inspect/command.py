@@ -19,7 +19,7 @@ from ray_app.commands.inspect.scan import StoreScan, is_picture, scan_store
 from ray_app.commands.inspect.statistics import NIGHT_RULE, sequence_statistics, window_statistics
 from ray_app.config.prepare import InspectConfig
 from ray_app.core.metrics import AlignmentCounts
-from ray_app.reports.html import require_suffix, write_for_people
+from ray_app.reports.html import require_suffix, write_output
 from ray_app.store.manifest import REJECTED
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
@@ -66,7 +66,7 @@ def run_inspect(cfg: InspectConfig) -> dict[str, Any]:
     }
     result["warnings"] = list(notes(result, store))
     if cfg.html:
-        write_for_people("--html", cfg.html, inspect_page(result, store.index, surveyed[0], leaks).encode())
+        write_output("--html", cfg.html, inspect_page(result, store.index, surveyed[0], leaks).encode())
     return result
 
 

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from ray_app.commands.inspect.scan import is_picture
 from ray_app.errors import ConfigError
-from ray_app.reports.html import write_for_people
+from ray_app.reports.html import write_output
 from ray_app.store.pair_store import PairStore
 
 SHEET_COLUMNS, SHEET_ROWS = 4, 6
@@ -40,4 +40,4 @@ def write_contact_sheet(store: PairStore, path: Path) -> None:
         draw.text((x, y + height - CAPTION), caption, fill=(60, 60, 60))
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
-    write_for_people("--picture", path, buffer.getvalue())
+    write_output("--picture", path, buffer.getvalue())

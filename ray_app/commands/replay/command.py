@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
 from ray_app.commands.replay.page import rate_cell, replay_page, span
 from ray_app.commands.replay.rows import file_folds, fold_of_rows, replay_files, replayed_row
@@ -17,7 +17,7 @@ from ray_app.drafters.recorded_states import blocks, damaged_lines, read_files, 
 from ray_app.drafters.replay import DRAFTERS, are_named
 from ray_app.drafters.summary import ReplayedRow, details, match_rate_by_shift, rate_of_group, summarise
 from ray_app.errors import ConfigError
-from ray_app.reports.html import require_suffix, write_for_people
+from ray_app.reports.html import Row, Table, require_suffix, write_output
 from ray_app.store.traces import Timing, TraceFile, read_timing
 
 BARS = ("positional", "previous_window")
@@ -177,7 +177,7 @@ def times_cells(result: ReplayResult, name: str) -> list[str]:
 def _write_page(result: ReplayResult, path: Path) -> None:
     report = result.report
     tables = [
-        (heads, [{"name": _label(name), "kind": "", "cells": cells(result, name)} for name in result["results"]])
+        Table(["drafter", *heads], [Row(_label(name), cells(result, name)) for name in result["results"]])
         for heads, cells in ((ACCEPTANCE, acceptance_cells), (TIMES, times_cells))
     ]
     html = replay_page(
@@ -190,7 +190,7 @@ def _write_page(result: ReplayResult, path: Path) -> None:
         conditions=_conditions(result),
         notes=[*report.notes, *(f"set aside: {line}" for line in report.rejected)],
     )
-    write_for_people("--html", path, html.encode())
+    write_output("--html", path, html.encode())
 
 
 def _label(name: str) -> str:
@@ -289,8 +289,8 @@ def _notes(cfg: ReplayConfig, files: Sequence[TraceFile], timing: Timing | None)
     return notes
 
 
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title or None, title_justify="left")
+def _table(title: str, *headings: str) -> TerminalTable:
+    table = TerminalTable(title=title or None, title_justify="left")
     table.add_column("drafter")
     for heading in headings:
         table.add_column(heading, justify="right")

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ray_app.reports.figures import INK, PALETTE, svg
-from ray_app.reports.html import page
+from ray_app.reports.html import Figure, Row, Section, Table, Text, page
 
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
 MARKERS = "osD^vP"
@@ -18,6 +18,11 @@ WIDTH, LINE = 8.2, 0.36
 PLAIN_SPEED = 1.0
 MOST_BINS = 60
 
+EXPLANATION = (
+    "Recorded greedy outputs, replayed exactly: the output is the target's own, whatever drafts. shuffled: drafts "
+    "against other rows' answers. least α: the acceptance at which a drafter pays at its measured cost. Cosine "
+    "acceptance of features plays no part here."
+)
 Numbers = Mapping[str, Mapping[str, Any]]
 Groups = Mapping[str, Numbers]
 """For each group and drafter `tokens_per_target_pass` and its `interval95`."""
@@ -30,24 +35,24 @@ def replay_page(
     *,
     headline: str,
     behind: bool,
-    tables: Sequence[tuple[Sequence[str], list[dict[str, Any]]]],
+    tables: Sequence[Table],
     conditions: str,
     notes: Sequence[str],
 ) -> str:
-    """The whole page as HTML: `result` is the `--json` object, `details` and `groups` those of a `ReplayReport`."""
+    """The page as HTML: `result` is the `--json` object, `details` and `groups` those of a `ReplayReport`."""
+    rows = [Row(group, [rate_cell(rate) for rate in rates.values()]) for group, rates in groups.items()]
+    sections = [
+        Section("Results", [*tables, Text(EXPLANATION)]),
+        *(Section(title, [figure]) for title, figure in figures(result["results"], details, groups)),
+        Section("Tokens per target pass, by duration and question", [Table(["rows", *result["results"]], rows)]),
+    ]
     return page(
-        "replay.html.j2",
-        headline=headline,
-        outcome="loses" if behind else "beats",
-        notes=[{"text": text, "warning": text.startswith(("SHIFT", "BOS", "set aside"))} for text in notes],
-        tables=[(["drafter", *heads], lines) for heads, lines in tables],
-        conditions=conditions,
-        figures=list(figures(result["results"], details, groups)),
-        groups=[
-            {"name": group, "kind": "", "cells": [rate_cell(rate) for rate in rates.values()]}
-            for group, rates in groups.items()
-        ],
-        drafters=list(result["results"]),
+        "Replay of recorded outputs",
+        headline,
+        conditions,
+        [{"text": text, "warning": text.startswith(("SHIFT", "BOS", "set aside"))} for text in notes],
+        sections,
+        "loses" if behind else "beats",
     )
 
 
@@ -61,33 +66,41 @@ def rate_cell(rate: Mapping[str, Any]) -> str:
     return f"{rate['tokens_per_target_pass']:.2f}{span(rate['interval95'])}"
 
 
-def figures(results: Numbers, details: Numbers, groups: Groups) -> Iterator[dict[str, str]]:
-    """Every plot that there is data for: `title`, `svg`, `alt` and `caption`."""
+def figures(results: Numbers, details: Numbers, groups: Groups) -> Iterator[tuple[str, Figure]]:
+    """Title and plot of everything that there is data for."""
     rates = ", ".join(f"{name} {numbers['tokens_per_target_pass']:.2f}" for name, numbers in results.items())
-    yield {
-        "title": "Tokens per target pass",
-        "svg": intervals_figure("passes", results, {"tokens_per_target_pass": "tokens per target pass"}, 1.0),
-        "alt": f"Tokens per target pass of each drafter: {rates}",
-        "caption": "Bars: 95 %. Without a drafter a pass gives one token.",
-    }
-    yield {
-        "title": "Acceptance by place",
-        "svg": places_figure(details),
-        "alt": "Share of passes in which the token at each place of the draft is accepted, for each drafter",
-        "caption": "A place counts as accepted only with all before it, so every curve falls.",
-    }
-    yield {
-        "title": "Accepted in a row from the start of an answer",
-        "svg": rows_figure(details),
-        "alt": "Histograms of how many tokens of an answer are right before the first wrong one, for each drafter",
-        "caption": "What one-shot mode lives on: the whole draft is verified once. All on one axis.",
-    }
-    yield {
-        "title": "By duration and question",
-        "svg": groups_figure(groups),
-        "alt": "Tokens per target pass of each drafter for each duration and question",
-        "caption": "The table below holds the same numbers.",
-    }
+    yield (
+        "Tokens per target pass",
+        Figure(
+            intervals_figure("passes", results, {"tokens_per_target_pass": "tokens per target pass"}, 1.0),
+            f"Tokens per target pass of each drafter: {rates}",
+            "Bars: 95 %. Without a drafter a pass gives one token.",
+        ),
+    )
+    yield (
+        "Acceptance by position",
+        Figure(
+            places_figure(details),
+            "Share of passes in which the token at each position of the draft is accepted, for each drafter",
+            "A position counts as accepted only with all before it, so every curve falls.",
+        ),
+    )
+    yield (
+        "Accepted in a row from the start of an answer",
+        Figure(
+            rows_figure(details),
+            "Histograms of how many tokens of an answer are right before the first wrong one, for each drafter",
+            "One-shot mode depends on this: the whole draft is verified once. All on one axis.",
+        ),
+    )
+    yield (
+        "By duration and question",
+        Figure(
+            groups_figure(groups),
+            "Tokens per target pass of each drafter for each duration and question",
+            "The table below has the same numbers.",
+        ),
+    )
     speedups = {"one_shot_speedup": "one-shot", "expected_speedup": "expected from α"}
     if any(numbers["one_shot_speedup"] is not None for numbers in results.values()):
         continuous = {name: more["interval95"]["continuous_speedup"] for name, more in details.items()}
@@ -99,20 +112,21 @@ def figures(results: Numbers, details: Numbers, groups: Groups) -> Iterator[dict
             }
             for name, numbers in results.items()
         }
-        yield {
-            "title": "Speed-up",
-            "svg": intervals_figure(
-                "speedup", with_continuous, {**speedups, "continuous_speedup": "continuous"}, PLAIN_SPEED
+        names = {**speedups, "continuous_speedup": "continuous"}
+        yield (
+            "Speed-up",
+            Figure(
+                intervals_figure("speedup", with_continuous, names, PLAIN_SPEED),
+                "One-shot, expected and continuous speed-up of each drafter",
+                "From measured times; expected: decoding only. Bars: 95 %. Left of the line: slower.",
             ),
-            "alt": "One-shot, expected and continuous speed-up of each drafter",
-            "caption": "From measured times; expected: decoding alone. Bars: 95 %. Left of the line: slower.",
-        }
+        )
 
 
 def intervals_figure(name: str, results: Numbers, metrics: Mapping[str, str], mark: float) -> str:
     """Each drafter's metrics as points with their intervals, one line a drafter; `mark` is where nothing changes."""
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Canvas) -> None:
         axes = figure.subplots()
         offsets = (np.arange(len(metrics)) - (len(metrics) - 1) / 2) * 0.22
         for number, (metric, label) in enumerate(metrics.items()):
@@ -146,7 +160,7 @@ def intervals_figure(name: str, results: Numbers, metrics: Mapping[str, str], ma
 def places_figure(details: Numbers) -> str:
     """Acceptance at each place of a draft, a curve for each drafter."""
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Canvas) -> None:
         axes = figure.subplots()
         for number, (name, more) in enumerate(details.items()):
             rates = more["acceptance_by_place"]
@@ -169,7 +183,7 @@ def rows_figure(details: Numbers) -> str:
     width = -(-longest // MOST_BINS)
     edges = np.arange(0, longest + width, width) - 0.5
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Canvas) -> None:
         axes_LC = figure.subplots(lines, 3, sharex=True, sharey=True, squeeze=False)
         for axes in axes_LC.flat[len(details) :]:
             axes.set_axis_off()
@@ -188,7 +202,7 @@ def groups_figure(groups: Groups) -> str:
     """Tokens per pass: a line for each drafter, a point for each group."""
     names = list(next(iter(groups.values())))
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Canvas) -> None:
         axes = figure.subplots()
         for number, (group, rates) in enumerate(groups.items()):
             colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]

@@ -11,7 +11,7 @@ from ray_app.commands.tune.searchers import TrialRecord, importances
 from ray_app.commands.tune.spec import SweepSpec, describe, space_of
 from ray_app.commands.tune.sweep_dir import PAGE, SweepDir, Trial, best_of, pareto_front, scores
 from ray_app.core.metrics import THETA, rate_key
-from ray_app.reports.html import page
+from ray_app.reports.html import Cell, Facts, Figure, Outcome, Row, Section, Table, page
 from ray_app.runs.event_log import EVENT_LOG, entries
 
 FLOP_PER_PARAMETER = 6
@@ -34,18 +34,21 @@ def render_page(folder: SweepDir) -> str:
     baselines = {key: max(part["baselines"].values()) for key, part in about["data"].items()}
     if spec.objective == "lift":
         baselines = dict.fromkeys(baselines, 0.0)
+    plots = figures(folder, spec, trials, baselines, second) if best else []
+    sections = [
+        *([Section("The winner on the test part", [finals_table(finals)])] if finals else []),
+        *(Section(plot["title"], [Figure(plot["svg"], plot["alt"], plot["caption"])]) for plot in plots),
+        Section("Baselines on the validation part", [baselines_table(about["data"])]),
+        Section("Trials", [trials_table(folder, ranked(trials), spec.secondary_objective == "latency_ms")]),
+        Section("The sweep", [Facts(list(facts(about, spec, lines)))]),
+    ]
     return page(
-        "sweep.html.j2",
-        name=about["name"],
-        headline=headline(best, final, len(trials)),
-        outcome=outcome(best, final),
-        notes=notes(about, trials, best),
-        figures=list(figures(folder, spec, trials, baselines, second)) if best else [],
-        trials=[row(folder, trial) for trial in ranked(trials)],
-        second=second if spec.secondary_objective else None,
-        finals=finals,
-        facts=list(facts(about, spec, lines)),
-        data=[{"key": key, **part} for key, part in about["data"].items()],
+        f"Sweep: {about['name']}",
+        headline(best, final, len(trials)),
+        f"Sweep {about['name']}",
+        notes(about, trials, best),
+        sections,
+        outcome(best, final),
     )
 
 
@@ -62,7 +65,7 @@ def headline(best: Trial | None, final: dict[str, Any] | None, num: int) -> str:
     )
 
 
-def outcome(best: Trial | None, final: dict[str, Any] | None) -> str:
+def outcome(best: Trial | None, final: dict[str, Any] | None) -> Outcome:
     """`beats`, `unsure` or `loses`; on validation alone nothing is sure."""
     if final:
         lift = final["test"]["lift"]
@@ -193,3 +196,85 @@ def facts(about: dict[str, Any], spec: SweepSpec, lines: list[dict[str, Any]]) -
     yield "budget", limits
     yield "started", f"{starts} times"
     yield "fingerprint of the store", about["store_fingerprint"]
+
+
+def lift_cell(lift: float) -> Cell:
+    """A lift in percentage points, coloured by its sign."""
+    return Cell(f"{100 * lift:+.1f}", "good" if lift > 0 else "bad")
+
+
+def finals_table(finals: list[dict[str, Any]]) -> Table:
+    """The winner's evaluations, one for each seed."""
+    rows = []
+    for line in finals:
+        test = line["test"]
+        low, high = (100 * bound for bound in test["interval95"]["lift"])
+        cells = [
+            f"{100 * test['accept_rate']:.1f} %",
+            lift_cell(test["lift"]),
+            f"{low:+.1f} to {high:+.1f}",
+            test["best_baseline"],
+            f"{test['centered_cos_sim_mean']:.3f}",
+            Cell("report", href=line["report"]),
+        ]
+        rows.append(Row(str(line["seed"]), cells))
+    return Table(
+        [
+            "seed",
+            "accepted at 0.80",
+            "lift (points)",
+            "95 % interval of the lift",
+            "best baseline",
+            "centred cosine",
+            "report",
+        ],
+        rows,
+        "The best setting, trained again on training and validation parts and evaluated on the test part, once for "
+        "each seed.",
+    )
+
+
+def baselines_table(data: dict[str, Any]) -> Table:
+    """Sizes of the parts and the baselines on the validation part, one row for each set of durations."""
+    names = list(next(iter(data.values()))["baselines"])
+    rows = [
+        Row(
+            key,
+            [
+                *(str(part[name]) for name in ("train", "val", "test")),
+                *(f"{100 * value:.1f} %" for value in part["baselines"].values()),
+            ],
+        )
+        for key, part in data.items()
+    ]
+    return Table(
+        ["durations", "train", "validation", "test", *names],
+        rows,
+        "cosine_accept_rate at θ 0.80 of rules without learning. Each trial is also compared with its own outputs "
+        "against other pairs' targets (shuffled).",
+    )
+
+
+def trials_table(folder: SweepDir, trials: list[Trial], latency: bool) -> Table:
+    """Every trial; `latency`: with the milliseconds for one pair."""
+    rows = []
+    for trial in trials:
+        line = row(folder, trial)
+        cells = [
+            trial.status,
+            str(trial.epochs),
+            "" if trial.accept_rate is None else f"{100 * trial.accept_rate:.1f} %",
+            "" if trial.lift is None else lift_cell(trial.lift),
+            f"{trial.parameters:,}",
+            *(["" if trial.latency_ms is None else f"{trial.latency_ms:.2f}"] if latency else []),
+            f"{trial.seconds / 60:.1f}",
+            line["setting"] + (f". {trial.reason}" if trial.reason else ""),
+        ]
+        rows.append(Row(Cell(trial.name, href=line["checkpoint"] or ""), cells))
+    heads = ["trial", "status", "epochs", "accepted at 0.80", "lift", "parameters"]
+    return Table(
+        [*heads, *(["ms for one pair"] if latency else []), "minutes", "setting"],
+        rows,
+        "At the checkpoint of the lowest validation loss. Lift is over the best baseline, in percentage points.",
+        wrapped="setting",
+    )
