@@ -1,4 +1,4 @@
-"""The model in service and its succession: a new one takes over only when it answers rightly, as one assignment."""
+"""Hot reload: a new model takes over in one assignment, and only after it has answered its golden inputs right."""
 
 import asyncio
 import threading
@@ -16,47 +16,47 @@ Outcome = Literal["swapped", "unchanged", "refused", "unreachable"]
 
 @dataclass(frozen=True, slots=True)
 class RejectedModel:
-    """A version that was not taken into service."""
+    """A version that was refused."""
 
     identity: Identity
-    """Which."""
+    """Refused version."""
     at: datetime
-    """When."""
+    """Time of the refusal."""
     reason: str
-    """One sentence."""
+    """Reason, in one sentence."""
 
 
 @dataclass(slots=True)
 class WatchStatus:
-    """How the source is looked at."""
+    """State of the checks of the model source."""
 
     last_checked: datetime | None = None
-    """When it last answered."""
+    """Time of the last answer."""
     failures: int = 0
-    """How often it has not, in a row."""
+    """Failed checks in a row."""
     last_error: str | None = None
-    """Why, the last time."""
+    """Error of the last failed check."""
 
 
 class ModelReloader:
-    """Holds the model in service. `check` looks for another; whatever goes wrong there, the present one goes on."""
+    """Owns the model in service. `check` looks for a new one; if that fails, the current one stays."""
 
     def __init__(self, source: Source, *, precision: str, use_gpu: bool, max_batch: int) -> None:
         self.source = source
         self._load = (precision, use_gpu, max_batch)
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self.watch = WatchStatus()
         self.refused: RejectedModel | None = None
         self.model = self._loaded(source.current())
         self.since = self.model.loaded_at
         self.watch.last_checked = datetime.now(UTC)
 
-    async def check(self, again: bool = False) -> Outcome:
-        """Looks once, in a thread. `again`: a version that was refused is tried again."""
-        return await asyncio.to_thread(self._check, again)
+    async def check(self, retry_refused: bool = False) -> Outcome:
+        """Check the source once, in a thread. A version that was refused is skipped unless `retry_refused`."""
+        return await asyncio.to_thread(self._check, retry_refused)
 
-    def _check(self, again: bool) -> Outcome:
-        with self._turn:
+    def _check(self, retry_refused: bool) -> Outcome:
+        with self._lock:
             try:
                 identity = self.source.current()
             except (RegistryError, StoreError) as error:
@@ -68,15 +68,15 @@ class ModelReloader:
                 self.refused = RejectedModel(identity, datetime.now(UTC), str(error))
                 return "refused"
             self.watch = WatchStatus(last_checked=datetime.now(UTC))
-            if same(identity, self.model.identity):
+            if same_model(identity, self.model.identity):
                 self.refused = None
                 return "unchanged"
-            if self.refused and same(identity, self.refused.identity) and not again:
+            if self.refused and same_model(identity, self.refused.identity) and not retry_refused:
                 return "unchanged"
             try:
                 model = self._loaded(identity)
                 self._require_interface(model)
-            except (RegistryError, StoreError) as error:  # away while it was downloaded: the next look tries again
+            except (RegistryError, StoreError) as error:  # lost during the download: the next check tries again
                 self.watch = WatchStatus(self.watch.last_checked, self.watch.failures + 1, str(error))
                 return "unreachable"
             except (RayAppError, RuntimeError, OSError, ValueError, KeyError) as error:
@@ -91,7 +91,7 @@ class ModelReloader:
             return load_served(folder, identity, *self._load)
 
     def _require_interface(self, model: ServedModel) -> None:
-        """CheckpointError: callers send features of this form, and would be refused after the exchange."""
+        """CheckpointError unless the new model takes the same features, else clients are refused after a swap."""
         if model.features != self.model.features:
             raise CheckpointError(
                 f"{model.identity.source} takes {model.features.event}, the model in service "
@@ -99,7 +99,7 @@ class ModelReloader:
             )
 
     def status(self) -> dict[str, Any]:
-        """The last refusal, as JSON values."""
+        """Last refusal as JSON values, empty if there is none."""
         if self.refused is None:
             return {}
         identity = self.refused.identity
@@ -111,11 +111,11 @@ class ModelReloader:
         }
 
 
-def same(a: Identity, b: Identity) -> bool:
-    """Two names of one thing."""
+def same_model(a: Identity, b: Identity) -> bool:
+    """True if both name the same model."""
     return (a.version, a.digest) == (b.version, b.digest)
 
 
 def iso_time(moment: datetime | None) -> str | None:
-    """ISO 8601, to the second."""
+    """Format as ISO 8601, to the second."""
     return moment.isoformat(timespec="seconds") if moment else None

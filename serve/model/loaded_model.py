@@ -1,4 +1,4 @@
-"""A model in service: a checkpoint that was verified, replayed, made ready for this hardware and warmed up.
+"""A model in service: a checkpoint that is verified, replayed, optimised for this hardware and warmed up.
 
 Shapes: G = golden rows, N = pairs, E = event width, D = target width.
 """
@@ -25,74 +25,72 @@ from .evaluation_record import EvaluationRecord, read_evaluation_record
 Precision = Literal["fp32", "bf16"]
 
 LIMITS: dict[Precision, float] = {"fp32": TOLERANCE, "bf16": 0.1}
-"""Largest error of one number, relative to the root mean square of its row: bfloat16 keeps 8 bits, and at full width
+"""Largest error of one number, relative to the root mean square of its row; bfloat16 keeps 8 bits, and at full width
 differs by 1.5e-2."""
-
-
 BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
-"""CPUs that multiply bfloat16, as Linux names what they can do."""
+"""Linux's names for the ability to multiply bfloat16."""
 AMD = "AuthenticAMD"
-"""Whose CPUs multiply float32 faster with oneDNN than with MKL, which PyTorch takes by itself."""
+"""Vendor whose CPUs multiply float32 faster with oneDNN than with MKL, PyTorch's default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which checkpoint this is, and where it comes from."""
+    """Identity of a checkpoint and its origin."""
 
     version: str
-    """Number in the registry; of a folder the first twelve digits of its digest."""
+    """Number in the registry; for a folder the first twelve digits of its digest."""
     digest: str
-    """SHA-256 of MANIFEST.sha256, so of every byte of the checkpoint."""
+    """SHA-256 of MANIFEST.sha256, which covers every byte of the checkpoint."""
     source: str
-    """As it was asked for."""
+    """Checkpoint as named in the configuration."""
     run_id: str | None = None
-    """MLflow run that holds it."""
+    """MLflow run of its files."""
     tags: Mapping[str, str] | None = None
-    """What the registered version tells of itself."""
+    """Tags of the registered version."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """Everything that answers a request, in one value: it is exchanged as a whole."""
+    """Everything needed to answer a request, swapped as one value."""
 
     identity: Identity
-    """Which checkpoint."""
+    """Identity of the checkpoint."""
     adapter: Adapter
-    """In evaluation mode, on `device`, in `precision`."""
+    """Adapter in evaluation mode, on `device`, in `precision`."""
     config: AdapterConfig
-    """What the adapter was built from."""
+    """Configuration of the adapter."""
     features: Features
-    """Type, shape and scale of both sides."""
+    """Type, shape and scale of event and target features."""
     evaluation_record: EvaluationRecord
-    """How it was judged before."""
+    """Evaluation before it was served."""
     provenance: Mapping[str, Any]
-    """provenance.json of the checkpoint."""
+    """Content of provenance.json."""
     parameters: int
-    """Trained numbers."""
+    """Number of trained parameters."""
     precision: Precision
-    """Of the weights and of products; sums and the residual connection stay float32."""
+    """Precision of weights and products; sums and the residual connection stay float32."""
     device: torch.device
-    """Where it computes."""
+    """Device of the forward pass."""
     loaded_at: datetime
-    """When it was ready."""
+    """Time when it was ready."""
 
     @property
     def version(self) -> str:
-        """As in answers and metrics."""
+        """Version as shown in answers and metrics."""
         return self.identity.version
 
     def forward(self, event_NE: Tensor) -> Tensor:
-        """Aligned features (N, D), float32, on `device`. Called without a gradient."""
+        """Return aligned features (N, D), float32, on `device`. Call it without gradients."""
         event_NE = event_NE.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.adapter(event_NE).float()
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights lie as oneDNN multiplies them: else each pass in bfloat16 lays them out anew.
+    """Linear layer with weights in oneDNN's own layout; otherwise each bfloat16 pass converts them again.
 
     One pair at full width, on two cores, took 28 ms for 48 (Xeon with AMX, bfloat16). In float32 it is MKL that
-    multiplies otherwise: faster on that Xeon (34 ms for 46), slower on an EPYC.
+    multiplies by default: faster on that Xeon (34 ms for 46), slower on an EPYC.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -101,18 +99,18 @@ class PackedLinear(nn.Module):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As `nn.Linear` under autocast."""
+        """Compute as `nn.Linear` under autocast."""
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
         return product
 
 
 def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool, max_batch: int) -> ServedModel:
-    """Verifies checksums and golden answers, then makes the adapter ready. CheckpointError: not served, and why."""
+    """Verify checksums and golden answers, then prepare the adapter. CheckpointError: it must not be served."""
     checkpoint = load_checkpoint(folder)
     if checkpoint.sha256 != identity.digest:
         raise CheckpointError(
-            f"{identity.source} is checkpoint {checkpoint.sha256[:12]}, registered was {identity.digest[:12]}: "
-            "somebody changed its files after it was promoted. Promote it again."
+            f"{identity.source} is checkpoint {checkpoint.sha256[:12]}, registered was {identity.digest[:12]}: its "
+            "files were changed after promotion. Promote it again."
         )
     replay_golden(checkpoint)
     device = torch.device("cuda" if use_gpu else "cpu")
@@ -135,13 +133,13 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
     )
     with torch.inference_mode():
         require_close(model, golden)
-        for rows in (1, max_batch):  # kernels and buffers are made at first use
+        for rows in (1, max_batch):  # kernels and buffers are created at first use
             model.forward(torch.rand(rows, model.config.event_dim))
     return model
 
 
 def optimise_for_device(checkpoint: Checkpoint, precision: Precision, device: torch.device) -> Adapter:
-    """The adapter on its device; in bf16 its matrices alone, so that norms and residuals stay float32."""
+    """Move the adapter to its device; bf16 applies to matrices only, norms and residuals stay float32."""
     adapter = checkpoint.adapter.to(device).requires_grad_(False)
     pack = device.type == "cpu" and use_packed_linear(precision)
     for module in list(adapter.modules()):
@@ -154,7 +152,7 @@ def optimise_for_device(checkpoint: Checkpoint, precision: Precision, device: to
 
 
 def use_packed_linear(precision: Precision) -> bool:
-    """Whether oneDNN is there, can, and is the faster on this CPU."""
+    """True if oneDNN is available and faster on this CPU."""
     if not torch.backends.mkldnn.is_available():
         return False
     if precision == "bf16":
@@ -169,15 +167,15 @@ def require_close(model: ServedModel, golden: Mapping[str, Tensor]) -> None:
     same_G = (aligned_GD == golden["aligned"]).all(dim=1)  # all zeros have no relative error
     worst = float(relative_errors(aligned_GD, golden["aligned"]).masked_fill(same_G, 0.0).max())
     if not worst <= limit:
-        mend = "serve it with precision: fp32" if model.precision == "bf16" else "serve it on another machine"
+        remedy = "serve it with precision: fp32" if model.precision == "bf16" else "serve it on another machine"
         raise CheckpointError(
-            f"{model.identity.source}: in {model.precision} it answers on {model.device} with a relative error of "
-            f"{worst:.1e} (limit {limit:g}); {mend}."
+            f"{model.identity.source}: in {model.precision} on {model.device} its answers have a relative error of "
+            f"{worst:.1e} (limit {limit:g}); {remedy}."
         )
 
 
 def chosen_precision(asked: str, device: torch.device) -> Precision:
-    """`auto` is bf16 where the hardware multiplies it: a GPU that says so, a CPU with AMX or AVX-512 BF16."""
+    """Resolve `auto`: bf16 on a GPU that reports it, or a CPU with AMX or AVX-512 BF16."""
     if asked == "auto":
         if device.type == "cuda":
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -186,7 +184,7 @@ def chosen_precision(asked: str, device: torch.device) -> Precision:
 
 
 def cpu() -> dict[str, str]:
-    """What Linux says of this machine's first CPU; nothing elsewhere."""
+    """Fields of the first CPU in /proc/cpuinfo; empty on other systems."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:

@@ -19,38 +19,38 @@ from ray_app.store.filesystem import open_storage
 from .loaded_model import Identity
 
 POLL_INTERVAL_S = 2.0
-"""How long a look waits for an object store; the next one comes anyway."""
+"""Seconds that a check waits for an object store."""
 
 
 class Source(Protocol):
-    """Names the model that should be served now, and brings its files."""
+    """Identifies the model that should be served now and provides its files."""
 
     def current(self) -> Identity:
-        """RegistryError, StoreError: what holds it is away, or has no such model. CheckpointError: there is none."""
+        """Identify the current model. RegistryError, StoreError: unreachable or absent. CheckpointError: invalid."""
 
     def files(self, identity: Identity) -> AbstractContextManager[Path]:
-        """A folder with the checkpoint, there until the block ends."""
+        """Yield a folder with the checkpoint, which exists until the block ends."""
 
 
 class PathSource:
     """A checkpoint in a folder of this machine, or at a URI."""
 
-    def __init__(self, where: str) -> None:
-        self._where, self._there = where, open_storage(where, POLL_INTERVAL_S)
+    def __init__(self, location: str) -> None:
+        self._location, self._storage = location, open_storage(location, POLL_INTERVAL_S)
 
     def current(self) -> Identity:
         try:
-            digest = sha256_bytes(self._there.read(CHECKSUMS_FILE))
+            digest = sha256_bytes(self._storage.read(CHECKSUMS_FILE))
         except OSError as error:
-            raise CheckpointError(f"{self._there} is not a checkpoint: it has no {CHECKSUMS_FILE}.") from error
-        return Identity(version=digest[:12], digest=digest, source=str(self._there).rpartition("/")[2])
+            raise CheckpointError(f"{self._storage} is not a checkpoint: it has no {CHECKSUMS_FILE}.") from error
+        return Identity(version=digest[:12], digest=digest, source=str(self._storage).rpartition("/")[2])
 
     def files(self, identity: Identity) -> AbstractContextManager[Path]:  # noqa: ARG002
-        return local_folder(self._where)
+        return local_folder(self._location)
 
 
 class RegistrySource:
-    """`models:/NAME@ALIAS`, which may move, or `models:/NAME/VERSION`, which does not."""
+    """`models:/NAME@ALIAS`, which may change, or `models:/NAME/VERSION`, which does not."""
 
     def __init__(self, uri: str, tracking_uri: str) -> None:
         self.uri, self._tracking_uri = uri, tracking_uri
@@ -88,7 +88,7 @@ class RegistrySource:
 
     @contextmanager
     def _registry(self) -> Iterator[Any]:
-        """MLflow's client. Its errors, and its silence, become RegistryError."""
+        """Yield MLflow's client; its errors and timeouts become RegistryError."""
         from mlflow import MlflowClient  # not for a checkpoint in a folder: MLflow takes seconds to import
 
         from ray_app.tracking.model_registry import registry_errors
@@ -99,7 +99,7 @@ class RegistrySource:
 
 
 def source_of(checkpoint: str, tracking_uri: str | None) -> Source:
-    """By the form of the argument."""
+    """Choose the source by the form of the argument."""
     if checkpoint.startswith("models:"):
         assert tracking_uri is not None, "checked by EndpointConfig"
         return RegistrySource(checkpoint, tracking_uri)

@@ -1,4 +1,4 @@
-"""`/v1/stats`: live numbers of all replicas as one. Sums add up; percentiles and drift are of all samples."""
+"""`/v1/stats`: live numbers of all replicas. Counts are summed; percentiles and drift are over all samples."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,46 +9,46 @@ import numpy as np
 
 from ..model.evaluation_record import EvaluationRecord, stability_index
 
-ENOUGH = 100
-"""Pairs below which a comparison would be noise."""
+MIN_DRIFT_PAIRS = 100
+"""Pairs needed for a drift value; fewer would be noise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One replica's numbers at a moment."""
+    """Numbers of one replica at one moment."""
 
     uptime_s: float
-    """Since it was made."""
+    """Seconds since the replica started."""
     codes: Counter[str]
     """Answers by status code."""
     request_rate: float
-    """Requests a second, lately."""
+    """Requests per second over the last seconds."""
     pair_rate: float
-    """Pairs a second, lately."""
+    """Pairs per second over the last seconds."""
     seconds: list[float]
-    """Times of the last minute's requests."""
+    """Durations of the last minute's requests."""
     pairs: int
-    """Aligned."""
+    """Pairs aligned."""
     queue_rows: int
-    """Waiting."""
+    """Pairs waiting."""
     in_flight: int
     """Requests being answered."""
     verified: int
     """Pairs that came with a target."""
     accepted: int
-    """Of them, at θ 0.80."""
+    """Verified pairs accepted at θ 0.80."""
     cos_sum: float
-    """Of their cosines."""
+    """Sum of the cosines of verified pairs."""
     cosines: list[float]
-    """The newest ones, of the model in service."""
+    """Newest cosines of the model in service."""
     digest: str
-    """Of the model in service."""
+    """Digest of the model in service."""
 
 
-def summed(parts: Sequence[Snapshot], judged: EvaluationRecord, digest: str) -> dict[str, Any]:
-    """JSON values. `judged`: the model of this digest; replicas that serve another have no part in its drift."""
+def summed(parts: Sequence[Snapshot], record: EvaluationRecord, digest: str) -> dict[str, Any]:
+    """Sum up as JSON values. `record` is of the model `digest`; replicas with another model do not count in drift."""
     codes = sum((part.codes for part in parts), Counter[str]())
-    seconds = [each for part in parts for each in part.seconds]
+    seconds = [value for part in parts for value in part.seconds]
     points = np.percentile(seconds, (50, 95, 99)) * 1e3 if seconds else np.empty(0)
     verified = sum(part.verified for part in parts)
     return {
@@ -66,17 +66,17 @@ def summed(parts: Sequence[Snapshot], judged: EvaluationRecord, digest: str) -> 
             "accepted": sum(part.accepted for part in parts),
             "cos_sim_mean": sum(part.cos_sum for part in parts) / verified if verified else None,
         },
-        "drift": drift([each for part in parts if part.digest == digest for each in part.cosines], judged),
+        "drift": drift([cosine for part in parts if part.digest == digest for cosine in part.cosines], record),
     }
 
 
-def drift(cosines: Sequence[float], judged: EvaluationRecord) -> dict[str, Any]:
-    """How far live cosines are from those of the part the model was judged on."""
+def drift(cosines: Sequence[float], record: EvaluationRecord) -> dict[str, Any]:
+    """Distance of live cosines from those of the part on which the model was evaluated."""
     psi = None
-    if judged.drift_reference and len(cosines) >= ENOUGH:
-        psi = stability_index(np.array(cosines), *judged.drift_reference[1:])
+    if record.drift_reference and len(cosines) >= MIN_DRIFT_PAIRS:
+        psi = stability_index(np.array(cosines), *record.drift_reference[1:])
     return {
         "live_pairs": len(cosines),
-        "reference": judged.drift_reference[0] if judged.drift_reference else None,
+        "reference": record.drift_reference[0] if record.drift_reference else None,
         "psi": psi,
     }

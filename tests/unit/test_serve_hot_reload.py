@@ -183,7 +183,7 @@ def test_a_version_whose_evaluation_cannot_be_read_is_refused(
     registry.register(make_checkpoint(tmp_path / "mute", seed=4), evaluation=evaluation)
     status, problem = server.json("POST", "/v1/reload")
     assert (status, problem["code"]) == (409, "refused")
-    assert "how it was judged cannot be read" in problem["detail"]
+    assert "its evaluation cannot be read" in problem["detail"]
     status, about = server.json("GET", "/v1/model")
     assert (status, about["version"]) == (200, served)
 

@@ -91,7 +91,7 @@ def test_a_model_that_answers_otherwise_here_is_not_served(
     monkeypatch.setitem(serve.model.loaded_model.LIMITS, precision, -1.0)
     monkeypatch.setattr(serve.model.loaded_model, "cpu", lambda: {"vendor_id": AMD})
     with pytest.raises(
-        CheckpointError, match=rf"in {precision} it answers on cpu with a relative error of .*; serve it"
+        CheckpointError, match=rf"in {precision} on cpu its answers have a relative error of .*; serve it"
     ):
         load_served(folder, identity, precision, use_gpu=False, max_batch=1)
 
