@@ -26,7 +26,7 @@ def require_commit() -> str:
     if changed:
         raise SystemExit(
             f"{len(changed)} tracked files differ from the commit ({changed[0].split()[-1]} …), so a result would "
-            "name code that nobody can check out: commit or stash them, then run this again."
+            "name a commit that is not the code that ran: commit or stash them, then run this again."
         )
     return _git("rev-parse", "--short=12", "HEAD")
 

@@ -1,6 +1,6 @@
-"""Flips single bits in and cuts the end off every kind of file we write: is it found before use, and the file named?
+"""Flip single bits in, and cut the end off, every kind of file that is written: is the damage found before use?
 
-Beside each stands what plain loading notices of the very same damaged bytes, without a checksum of ours.
+Each count comes with what a plain reader notices of the same damaged bytes, without our checksums.
 
     python -m benchmarks.data.corruption
 """
@@ -49,7 +49,7 @@ class Kind:
 
 
 def kinds(folder: Path) -> list[Kind]:
-    """Writes a checkpoint, a training state, a store and an event log, by the functions that always write them."""
+    """Write a checkpoint, a training state, a store and an event log with the product's own functions."""
     checkpoint, state, store, run = (folder / name for name in ("checkpoint", "state", "store", "run"))
     adapter = build_adapter(AdapterConfig("bottleneck", SPEC.width, SPEC.width, hidden_dim=8), 0)
     numbers = {f"number_{i}": i / 7 for i in range(8)}
@@ -86,7 +86,7 @@ def kinds(folder: Path) -> list[Kind]:
 
 
 def damaged(intact: bytes, num_flips: int, num_cuts: int, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
-    """(`flips` or `cuts`, the damaged bytes): single bits anywhere; lengths from 0 to all but one byte.
+    """Yield (`flips` or `cuts`, damaged bytes): single bits anywhere; lengths from 0 to all but one byte.
 
     A text is also cut at line ends, where the rest still looks whole.
     """
@@ -103,9 +103,9 @@ def damaged(intact: bytes, num_flips: int, num_cuts: int, rng: np.random.Generat
 
 
 def measure(kind: Kind, num_flips: int, num_cuts: int, seed: int) -> dict[str, dict[str, int]]:
-    """How often damage was tried, found, named, and noticed by plain loading."""
+    """Count how often damage was tried, found, named, and noticed by plain loading."""
     intact = kind.path.read_bytes()
-    told = entries(kind.path.parent) if kind.path.name == EVENT_LOG else []
+    logged = entries(kind.path.parent) if kind.path.name == EVENT_LOG else []
     counts = {how: {"tried": 0, "found": 0, "named": 0, "plain_noticed": 0} for how in ("flips", "cuts")}
     for how, data in damaged(intact, num_flips, num_cuts, np.random.default_rng(seed)):
         count = counts[how]
@@ -117,7 +117,7 @@ def measure(kind: Kind, num_flips: int, num_cuts: int, seed: int) -> dict[str, d
             count["found"] += 1
             count["named"] += kind.path.name in str(error)
         else:
-            if kind.path.name == EVENT_LOG and read == told[: data.count(b"\n")]:
+            if kind.path.name == EVENT_LOG and read == logged[: data.count(b"\n")]:
                 count["left_out"] = count.get("left_out", 0) + 1
         try:
             kind.plain(kind.path)
@@ -166,7 +166,7 @@ def _plain(path: Path) -> Callable[[Path], Any]:
 
 
 def _sha256sum(path: Path) -> None:
-    """The tool that is at hand for such a list, so the fairest plain reader of it."""
+    """Check a list with the common tool for it, the fairest plain reader."""
     subprocess.run(["sha256sum", "--check", path.name], cwd=path.parent, check=True, capture_output=True)
 
 

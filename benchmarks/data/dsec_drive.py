@@ -40,7 +40,7 @@ TYPES = {"x": "<u2", "y": "<u2", "p": "|u1", "t": "<u4"}
 
 
 def write_drive(root: Path, name: str, num_seconds: int, events_per_s: int, seed: int = 0) -> DsecFiles:
-    """The whole sequence, unless it is there already. What is being written bears another name until it is done."""
+    """Write the whole sequence, unless it exists. Unfinished files have another name."""
     files = DsecFiles(root, name)
     if files.events.exists():
         return files
@@ -82,7 +82,7 @@ def edges(rng: np.random.Generator) -> tuple[NDArray[np.int32], NDArray[np.uint1
 
 
 def write_long_events(path: Path, parts: Iterator[dict[str, NDArray[Any]]], num_seconds: int) -> None:
-    """events.h5 of parts of one second each, never more than one of them in memory."""
+    """Write events.h5 from parts of one second, with one of them in memory at a time."""
     with h5py.File(path, "w") as file:
         count, index = 0, np.zeros(num_seconds * 1000, np.uint64)
         for second, part in enumerate(parts):

@@ -54,7 +54,7 @@ SAME = ("pairs", "rejected", "windows", "events_covered", "events_drawn", "worke
 
 
 def prepare(root: Path, folder: Path, num_workers: int, flags: tuple[str, ...]) -> dict[str, Any]:
-    """The --json object of one run."""
+    """Run the command once and return its --json object."""
     out = folder / f"store-{uuid.uuid4().hex[:8]}"
     words = ["prepare", "dsec", str(root), "--out", str(out), "--num-workers", str(num_workers), *flags, "--json"]
     done = subprocess.run([sys.executable, "-m", "ray_app", *words], check=True, stdout=subprocess.PIPE, text=True)
@@ -140,7 +140,7 @@ def by_the_loop(reader: DsecEvents, start_us: int) -> dict[str, float]:
 
 
 def floor(root: Path, name: str, num_events: int = 2_800_000) -> dict[str, Any]:
-    """What cannot be left out: columns decompressed, events drawn, frames decoded; five of each."""
+    """Time the unavoidable parts: columns decompressed, events drawn, frames decoded; five of each."""
     sequence = sequence_in(root / "train" / name, name)
     view = sequence.view()
     with DsecEvents(sequence.events) as reader:
@@ -204,7 +204,7 @@ def loop(events: Events) -> list[NDArray[np.uint8]]:
 
 
 def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """(seconds, what it returned)"""
+    """Return (seconds, result) of a call."""
     began = time.perf_counter()
     result = function(*args)
     return time.perf_counter() - began, result

@@ -1,4 +1,4 @@
-"""Statistics of rendered scenes beside those of real recordings, and the core-seconds that a pair costs.
+"""Statistics of rendered scenes against those of real recordings, and the core-seconds of a pair.
 
     python -m benchmarks.data.scene_statistics
 
@@ -144,7 +144,7 @@ def main() -> None:
 
 
 def statistics(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """All that the result says about the pairs."""
+    """Return the statistics of the pairs for the result."""
     target_ND = np.stack([row["target"] for row in rows])
     event_ND = np.stack([row["event"] for row in rows])
     cos_N = cosines(event_ND, target_ND)
@@ -201,7 +201,7 @@ def mean_target_accepts(index: PairIndex, target_ND: NDArray[np.uint8], seed: in
 
 
 def cosines(a_ND: NDArray[Any], b_ND: NDArray[Any]) -> NDArray[np.float64]:
-    """Row by row, in float64."""
+    """Cosine of each row, in float64."""
     pairs = ((a.astype(np.float64), b.astype(np.float64)) for a, b in zip(a_ND, b_ND, strict=True))
     return np.array([a @ b / np.sqrt((a @ a) * (b @ b)) for a, b in pairs])
 

@@ -100,7 +100,7 @@ def main() -> None:
     }
     first = by_gamma[str(GAMMA)]
     hybrid = {
-        duration: beside_rough(found["tokens_per_target_pass"], ROUGH[duration])
+        duration: against_rough(found["tokens_per_target_pass"], ROUGH[duration])
         for duration, found in first["hybrid"].items()
         if duration in ROUGH
     }
@@ -148,7 +148,7 @@ def main() -> None:
             "hybrid_with_event_tokens": {
                 "what": "tokens per target pass of hybrid with more memories, that go by EventGPT's tokens; "
                 "difference to hybrid on the same rows",
-                **{drafter.name: beside_hybrid(files, finished, drafter.name) for drafter in WITH_EVENT},
+                **{drafter.name: against_hybrid(files, finished, drafter.name) for drafter in WITH_EVENT},
             },
             "by_gamma": by_gamma,
         },
@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def replay(drafter: type[Drafter], file: TraceFile, gammas: tuple[int, ...]) -> dict[int, list[RowReplay]]:
-    """The file's rows for each γ. Each fold is learnt once: what a drafter learns does not depend on γ."""
+    """Replay the file's rows for each γ. A fold is learnt once: what a drafter learns does not depend on γ."""
     answers = [AnsweredPrompt(trace.prompt, tuple(trace.target_tokens)) for trace in file.traces]
     found: dict[int, list[RowReplay]] = {gamma: [] for gamma in gammas}
     for fold in contiguous_folds(len(answers), FOLDS, GAP):
@@ -217,7 +217,7 @@ def numbers(rows: list[ReplayedRow], gamma: int) -> dict[str, Any]:
 
 
 def costs(rows: list[ReplayedRow]) -> dict[str, Any]:
-    """What depends on where EventGPT runs."""
+    """Return the numbers that depend on where EventGPT runs."""
     found = numbers(rows, GAMMA)
     names = ("one_shot_speedup", "one_shot_slower_share", "continuous_speedup", "continuous_slower_share")
     return {
@@ -240,7 +240,7 @@ def verify_sensitivity(rows_at: Callable[[float], list[ReplayedRow]]) -> dict[st
 
 
 def overhead(files: Sequence[TraceFile], first: dict[str, Any]) -> dict[str, Any]:
-    """A drafter's own time for each token of the answer, beside a plain step of the target."""
+    """Compute a drafter's own time a token, and its share of a plain step of the target."""
     steps = [trace.timing_ms.target_per_token for file in files for trace in file.traces if trace.timing_ms]
     step_us = 1e3 * float(np.mean(steps))
     per_token = {name: first[name]["all"]["overhead_us_per_token"] for name in NAMES}
@@ -251,7 +251,7 @@ def overhead(files: Sequence[TraceFile], first: dict[str, Any]) -> dict[str, Any
     }
 
 
-def beside_rough(found: float, rough: float) -> dict[str, Any]:
+def against_rough(found: float, rough: float) -> dict[str, Any]:
     return {
         "tokens_per_target_pass": found,
         "rough_version": rough,
@@ -260,8 +260,8 @@ def beside_rough(found: float, rough: float) -> dict[str, Any]:
     }
 
 
-def beside_hybrid(files: Sequence[TraceFile], finished: Finished, name: str) -> dict[str, Any]:
-    """Of each duration: tokens per target pass, and the mean difference to `hybrid`, row by row."""
+def against_hybrid(files: Sequence[TraceFile], finished: Finished, name: str) -> dict[str, Any]:
+    """Return tokens per target pass of each duration, and the mean difference to `hybrid`, row by row."""
     found = {}
     for file in files:
         duration = file.traces[0].duration
@@ -281,7 +281,7 @@ def beside_hybrid(files: Sequence[TraceFile], finished: Finished, name: str) -> 
 
 
 def known_figures(first: dict[str, Any]) -> dict[str, Any]:
-    """What was said of this kind of data, beside what is found here."""
+    """Compare figures that were published for this kind of data with what is found here."""
 
     def found(name: str, key: str) -> dict[str, float]:
         return {part: numbers[key] for part, numbers in first[name].items()}
