@@ -4,31 +4,29 @@
         answer = client.verify(event_BE, target_BD, theta=0.8)
         answer.accepted_B
 
-Built on `http.client` alone: it sends an array from where it lies and reads an answer into the memory that
-the arrays of that answer are views of; libraries above it join and copy 600 KB a pair on both ways. It also
-keeps a decoding loop's dependencies at numpy.
+Needs numpy and urllib3. An array is sent from its own memory, and the arrays of an answer are views of its body.
 
-Inference is pure, so a request that got lost is sent again: on a lost connection, on 429 and 503 (after as
-long as `Retry-After` says), and where something between here and the endpoint says that it lost it. One time
-limit spans all of it. A client may be shared by threads: each call takes a connection of its own.
+Inference is pure, so a lost request is sent again: after a lost connection, after 429 and 503 (when `Retry-After`
+says), and where a proxy in front of the endpoint answers for it. One deadline spans all attempts. A client may be
+shared by threads: each call takes a connection of its own.
 
 Shapes: B = pairs, E = event width, D = target width.
 """
 
-import http.client
 import json
-import random
 import ssl
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 import numpy as np
+import urllib3
 from numpy.typing import NDArray
+from urllib3.exceptions import HTTPError, IncompleteRead, InvalidHeader, SSLError
 
 from ray_app.client_wire import (
     Answer,
@@ -43,52 +41,50 @@ from ray_app.client_wire import (
 from ray_app.errors import ConfigError, EndpointBusy, EndpointError, EndpointUnreachable
 
 REQUEST_ID = "X-Request-Id"
-AGAIN = (429, 503)
-"""The endpoint says: later."""
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 1.0
-"""Waiting before a retry, where no `Retry-After` says how long: it doubles, and half of it is by chance."""
+BUSY = (429, 503)
+"""Statuses by which the endpoint asks for another attempt."""
+BACKOFF = urllib3.Retry(total=None, allowed_methods=None, backoff_factor=0.05, backoff_max=1.0, backoff_jitter=0.05)
+"""Pauses between attempts, in seconds, where no `Retry-After` names one: 0, then 0.1, doubling up to 1."""
+MAX_IDLE_CONNECTIONS = 64
 
 
 @dataclass(slots=True)
 class AlignmentClient:
-    """Calls one endpoint. Close it, or use it in a `with` block."""
+    """Client of one endpoint. Close it, or use it in a `with` block."""
 
     url: str
-    """Such as `http://127.0.0.1:8000`; `https://` speaks TLS."""
+    """Address such as `http://127.0.0.1:8000`, or `https://…` for TLS."""
     token: str | None = field(default=None, repr=False)
     """Bearer token; needed unless the endpoint is bound to loopback."""
     timeout_s: float = 10.0
-    """For a whole call, retries and waiting included."""
+    """Longest time of a call, with retries and pauses."""
     ca_file: str | None = None
     """Certificates (PEM) to trust instead of the system's."""
     model_name: str = "alignment-adapter"
-    """As in the endpoint's addresses."""
-    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
-    """How to wait."""
-    chance: random.Random = field(default_factory=random.Random, repr=False)
-    """Spreads the retries of many callers."""
+    """Name of the model in the endpoint's addresses."""
     retries: int = 0
     """Requests that were sent again so far."""
-    _idle: list[http.client.HTTPConnection] = field(default_factory=list, repr=False)
-    _prefix: str = field(default="", repr=False)
+    _pool: urllib3.HTTPConnectionPool = field(init=False, repr=False)
+    _prefix: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ConfigError(
-                f"'{self.url}' is no address of an endpoint; write http://HOST:PORT or https://HOST:PORT."
+                f"'{self.url}' is not an endpoint's address; write http://HOST:PORT or https://HOST:PORT"
             )
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s ({self.timeout_s}) must be positive")
+        trust = {"ssl_context": ssl.create_default_context(cafile=self.ca_file)} if parts.scheme == "https" else {}
+        self._pool = urllib3.connection_from_url(self.url, maxsize=MAX_IDLE_CONNECTIONS, **trust)
         self._prefix = parts.path.rstrip("/")
 
     def align(self, event_BE: NDArray[Any], *, wire: Wire = "binary") -> Answer:
-        """Aligned features (B, D). `event_BE`: pixels (uint8), or values (float32, float16, bfloat16).
+        """Return aligned features (B, D). `event_BE`: pixels (uint8), or values (float32, float16, bfloat16).
 
-        EndpointError says what the endpoint refuses and why; EndpointBusy and EndpointUnreachable, that the time
-        limit was over before it answered.
+        EndpointError: the endpoint refuses the request. EndpointBusy, EndpointUnreachable: no answer in time.
         """
-        return self._ask(wire, {"event": event_BE}, None, ("aligned",))
+        return self._infer(wire, {"event": event_BE}, None, ("aligned",))
 
     def verify(
         self,
@@ -99,29 +95,28 @@ class AlignmentClient:
         aligned: bool = False,
         wire: Wire = "binary",
     ) -> Answer:
-        """cos_sim and accepted, each (B,); with `aligned` also the features, which are a thousand times as large."""
+        """Return cos_sim and accepted, each (B,); with `aligned` also the features, a thousand times as large."""
         outputs = ("cos_sim", "accepted", *(("aligned",) if aligned else ()))
-        return self._ask(wire, {"event": event_BE, "target": target_BD}, theta, outputs)
+        return self._infer(wire, {"event": event_BE, "target": target_BD}, theta, outputs)
 
     def v1(self, route: Literal["align", "verify"], document: Mapping[str, Any]) -> dict[str, Any]:
-        """POST /v1/ROUTE with any document that it takes (images, recordings, …); its answer."""
+        """Return the answer to POST /v1/ROUTE with any document that it takes (images, recordings, …)."""
         return self._call("POST", f"/v1/{route}", [json.dumps(document).encode()], {}).json()
 
     def model(self) -> dict[str, Any]:
-        """What is served: version, run, dataset fingerprint, metrics with their baselines, since when."""
+        """Return what is served: version, run, dataset fingerprint, metrics with their baselines, since when."""
         return self._call("GET", "/v1/model", [], {}).json()
 
     def ready(self) -> bool:
-        """Whether the endpoint answers requests now. Never raises for being away, never waits for it."""
+        """Return True if the endpoint answers requests now; one attempt, and no error where it is away."""
         try:
-            return self._send("GET", "/v2/health/ready", [], {}, self.timeout_s).status == 200
-        except (OSError, http.client.HTTPException):
+            return self._send("GET", "/v2/health/ready", [], {}, time.monotonic() + self.timeout_s).status == 200
+        except (OSError, HTTPError):
             return False
 
     def close(self) -> None:
-        """Ends idle connections."""
-        while self._idle:
-            self._idle.pop().close()
+        """Close idle connections."""
+        self._pool.close()
 
     def __enter__(self) -> Self:
         return self
@@ -131,7 +126,7 @@ class AlignmentClient:
     ) -> None:
         self.close()
 
-    def _ask(
+    def _infer(
         self, wire: Wire, tensors: Mapping[str, NDArray[Any]], theta: float | None, outputs: Sequence[str]
     ) -> Answer:
         ready = {name: checked(name, tensor) for name, tensor in tensors.items()}
@@ -145,113 +140,108 @@ class AlignmentClient:
         return json_answer(self._call("POST", path, [json.dumps(document).encode()], {}), outputs)
 
     def _call(self, method: str, path: str, blocks: Sequence[Any], headers: Mapping[str, str]) -> Reply:
-        """Sends until it is answered or the time is over."""
-        until, wait_s, last = time.monotonic() + self.timeout_s, FIRST_WAIT_S, "no attempt was finished"
+        """Send until there is an answer or the deadline has passed."""
+        deadline, backoff = time.monotonic() + self.timeout_s, BACKOFF
         headers = {**headers, REQUEST_ID: uuid.uuid4().hex}
-        kind: type[EndpointError] = EndpointUnreachable
-        while (left_s := until - time.monotonic()) > 0:
-            pause_s = wait_s * (0.5 + 0.5 * self.chance.random())
+        failure: type[EndpointError] = EndpointUnreachable
+        reason = "no attempt was finished"
+        while time.monotonic() < deadline:
+            retry_after_s = 0.0
             try:
-                reply = self._send(method, path, blocks, headers, left_s)
-            except (OSError, http.client.HTTPException) as error:
-                if isinstance(error, ssl.SSLCertVerificationError):
+                reply = self._send(method, path, blocks, headers, deadline)
+            except (OSError, HTTPError) as error:
+                if isinstance(error, SSLError) and isinstance(error.args[0], ssl.SSLCertVerificationError):
                     raise EndpointUnreachable(f"{self.url}: {error}. ca_file names certificates to trust.") from error
-                kind, last = EndpointUnreachable, f"{type(error).__name__}: {error}"
+                failure, reason = EndpointUnreachable, str(error)
             else:
                 if reply.status < 300:
                     return reply
                 if not worth_another(reply):
                     raise refusal(reply)
-                kind, last = EndpointBusy, str(refusal(reply))
-                pause_s = max(pause_s, retry_after_s(reply))
-            if pause_s >= until - time.monotonic():
+                failure, reason = EndpointBusy, str(refusal(reply))
+                retry_after_s = asked_pause_s(reply)
+            backoff = backoff.increment(method, path, error=HTTPError(reason))
+            pause_s = max(retry_after_s, backoff.get_backoff_time())
+            if pause_s >= deadline - time.monotonic():
                 break
-            self.sleep(pause_s)
+            time.sleep(pause_s)
             self.retries += 1
-            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-        raise kind(
-            f"{self.url} did not answer within {self.timeout_s:g} s; the last attempt: {last}. Look whether it runs "
-            "and how much it is asked, or give a larger timeout_s."
+        raise failure(
+            f"{self.url} did not answer within {self.timeout_s:g} s; the last attempt: {reason}. Check that it runs "
+            "and its load, or give a larger timeout_s."
         )
 
     def _send(
-        self, method: str, path: str, blocks: Sequence[Any], headers: Mapping[str, str], left_s: float
+        self, method: str, path: str, blocks: Sequence[Any], headers: Mapping[str, str], deadline: float
     ) -> Reply:
-        """One request and its answer. OSError or HTTPException where the connection was lost."""
-        connection = self._connection(left_s)
-        authorization = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        sent = {}
-        if method == "POST":
-            length = str(sum(len(block) for block in blocks))
-            left_ms = str(max(1, int(left_s * 1e3)))  # work that nobody waits for any more is dropped
-            sent = {"Content-Type": "application/json", "Content-Length": length, "X-Request-Timeout-Ms": left_ms}
+        """Return the answer to one request. HTTPError: the connection was lost, or the deadline has passed."""
+        left_s = max(deadline - time.monotonic(), 1e-3)
+        sent = dict(headers)
+        if self.token:
+            sent["Authorization"] = f"Bearer {self.token}"
+        if method == "POST":  # the endpoint drops work that is late
+            sent = {"Content-Type": "application/json", "X-Request-Timeout-Ms": str(max(1, int(left_s * 1e3)))} | sent
+            sent["Content-Length"] = str(sum(len(block) for block in blocks))
+        response = self._pool.urlopen(
+            method,
+            self._prefix + path,
+            body=iter(blocks) if blocks else None,
+            headers=sent,
+            retries=False,
+            timeout=urllib3.Timeout(total=left_s),
+            preload_content=False,
+        )
         try:
-            try:
-                body = iter(blocks) if blocks else None
-                connection.request(method, self._prefix + path, body, {**sent, **headers, **authorization})
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # it may have answered before it had everything, as it does to a body that is too large
-            response = connection.getresponse()
-            found = {name.lower(): value for name, value in response.getheaders()}
-            reply = Reply(response.status, found, received(response), headers.get(REQUEST_ID, ""))
+            body = receive(response, deadline)
         except BaseException:
-            connection.close()
+            response.close()
             raise
-        if response.will_close:
-            connection.close()
-        else:
-            self._idle.append(connection)
-        return reply
-
-    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            parts = urlsplit(self.url)
-            assert parts.hostname
-            if parts.scheme == "https":
-                trusted = ssl.create_default_context(cafile=self.ca_file)
-                return http.client.HTTPSConnection(parts.hostname, parts.port, timeout=timeout_s, context=trusted)
-            return http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
-        if connection.sock is not None:
-            connection.sock.settimeout(timeout_s)
-        return connection
+        response.release_conn()
+        names = {name.lower(): value for name, value in response.headers.items()}
+        return Reply(response.status, names, body, sent.get(REQUEST_ID, ""))
 
 
-def received(response: http.client.HTTPResponse) -> memoryview:
-    """The whole body, read into the memory that it stays in. IncompleteRead if the connection ends before it."""
-    if response.length is None:  # chunked
-        return memoryview(response.read())
-    body, place = np.empty(response.length, np.uint8).data, 0
-    while place < len(body):
-        count = response.readinto(body[place:])
-        if not count:
-            raise http.client.IncompleteRead(bytes(body[:place]), len(body) - place)
-        place += count
+def receive(response: urllib3.BaseHTTPResponse, deadline: float) -> memoryview:
+    """Return the whole body in writable memory. HTTPError: the connection ended early, or the deadline has passed."""
+    length = int(response.headers.get("content-length", -1))
+    if length < 0:  # chunked
+        return memoryview(bytearray(response.read()))
+    body, received = np.empty(length, np.uint8).data, 0
+    while received < length:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise HTTPError(f"timed out after {received} of {length} bytes of the answer")
+        if sock := getattr(response.connection, "sock", None):
+            sock.settimeout(left_s)
+        piece = response.read1(length - received)
+        if not piece:
+            raise IncompleteRead(received, length - received)
+        body[received : received + len(piece)] = piece
+        received += len(piece)
     return body
 
 
 def worth_another(reply: Reply) -> bool:
-    """Whether to ask again: the endpoint says so, or it was not the endpoint that answered.
+    """Return True if the endpoint asks for another attempt, or if something else answered in its place.
 
-    Its own answers bear `application/problem+json`. A 5xx without that comes from a proxy whose replica is gone.
+    The endpoint's own errors are `application/problem+json`; a 5xx of another type comes from a proxy.
     """
     ours = reply.headers.get("content-type", "").startswith("application/problem+json")
-    return reply.status in AGAIN or (reply.status >= 500 and not ours)
+    return reply.status in BUSY or (reply.status >= 500 and not ours)
 
 
-def retry_after_s(reply: Reply) -> float:
-    """Seconds that the endpoint asks to wait; 0 where it does not say."""
+def asked_pause_s(reply: Reply) -> float:
+    """Return the seconds of `Retry-After`; 0 without it, or where it is neither a number nor a date."""
     try:
-        return max(0.0, float(reply.headers.get("retry-after", "0")))
-    except ValueError:  # a date: the client's own waiting will do
+        return BACKOFF.parse_retry_after(reply.headers.get("retry-after", "0"))
+    except InvalidHeader:
         return 0.0
 
 
 def refusal(reply: Reply) -> EndpointError:
-    """What the endpoint says against a request, in its own words."""
-    said = reply.json()
-    words = said.get("error") or bytes(reply.body[:300]).decode(errors="replace").strip() or "no reason was given"
+    """Return the endpoint's own words about a request as an error."""
+    document = reply.json()
+    words = document.get("error") or bytes(reply.body[:300]).decode(errors="replace").strip() or "no reason was given"
     return EndpointError(
-        f"{words} (HTTP {reply.status}, request {reply.request_id})", reply.status, str(said.get("code", ""))
+        f"{words} (HTTP {reply.status}, request {reply.request_id})", reply.status, str(document.get("code", ""))
     )

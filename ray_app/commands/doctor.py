@@ -4,7 +4,6 @@ torch, mlflow and Ray are imported where they are looked at, so that one that is
 """
 
 import json
-import operator
 import os
 import platform
 import re
@@ -21,6 +20,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.table import Table
 
@@ -39,14 +40,6 @@ MIN_SHM_GIB = 2
 MIN_DISK_GIB = 5
 RAY_S = 40.0
 """For Ray: it tries a refused token for 20 s."""
-COMPARE = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    ">": operator.gt,
-}
 JOIN_RAY = """
 import json, sys, ray
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
@@ -123,8 +116,7 @@ def check_package(name: str) -> DoctorCheck:
         declared = metadata("ray-app").get_all("Requires-Dist") or []
     except PackageNotFoundError:
         return not_installed(name)
-    found_lines = (re.fullmatch(rf"{name}(?:\[[^\]]*\])?\s*([^;]*)", line) for line in declared)
-    asked = next((match[1] for match in found_lines if match), "")
+    asked = next((str(wanted.specifier) for wanted in map(Requirement, declared) if wanted.name == name), "")
     try:
         found = version(name)
     except PackageNotFoundError:
@@ -134,19 +126,9 @@ def check_package(name: str) -> DoctorCheck:
     return DoctorCheck(name, "problem", f"{found}; ray-app needs {asked}", "run `make setup`")
 
 
-def satisfies(found: str, asked: str) -> bool:
-    """Whether a version lies in a range such as `>=3.17.2,<3.18`; what follows its numbers (`+cpu`) is ignored."""
-    parts = [re.fullmatch(r"\s*([<>=!]=|[<>])\s*([\d.]+)\s*", part) for part in asked.split(",") if part.strip()]
-    return all(match is not None and COMPARE[match[1]](numbers(found), numbers(match[2])) for match in parts)
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """The release numbers of a version, without zeros at the end: 3.18.0 is 3.18."""
-    match = re.match(r"\d+(?:\.\d+)*", text)
-    release = [int(number) for number in match[0].split(".")] if match else []
-    while release and release[-1] == 0:
-        release.pop()
-    return tuple(release)
+def satisfies(installed: str, asked: str) -> bool:
+    """Return True if a version is in a range such as `>=3.17.2,<3.18`; pre-releases count as versions."""
+    return SpecifierSet(asked).contains(installed, prereleases=True)
 
 
 def not_installed(name: str) -> DoctorCheck:

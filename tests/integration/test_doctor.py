@@ -65,7 +65,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("3.9.7", ">=3.11,<3.13", False),
         ("3.11", ">=3.11.0", True),
         ("24.0.0", "", True),
-        ("1.0", "~=1.0", False),  # not understood is not held
+        ("1.0.5", "~=1.0.2", True),
     ],
 )
 def test_a_version_is_compared_number_by_number(found: str, asked: str, holds: bool) -> None:

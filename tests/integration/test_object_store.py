@@ -185,7 +185,7 @@ def test_a_bucket_that_is_missing_or_denies_is_told_before_work_starts(
 ) -> None:
     words = ["prepare", "scenes", "--num-pairs", "2", "--num-sequences", "2", "--out"]
     assert cli.run([*words, s3.uri("none/s")]) == 2
-    assert "StoreError: s3://none/s" in (told := capfd.readouterr().err)
+    assert "error: s3://none/s" in (told := capfd.readouterr().err)
     assert "Create the bucket, or name another." in told
     assert "started Ray" not in told
     with pytest.raises(StoreError, match=r"s3://none/s .*Create the bucket"):
@@ -214,7 +214,7 @@ def test_a_bucket_that_may_only_be_read_is_told_before_work_starts(
     finally:
         s3.read_only.unlink()
     told = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "StoreError: s3://bucket/read-only/" in told
+    assert "error: s3://bucket/read-only/" in told
     assert "cannot be written" in told
     assert told.endswith("The credentials of this environment do not allow it.")
     assert not open_storage(there).exists()
