@@ -1,4 +1,4 @@
-"""`ray-app import-checkpoint`: a checkpoint of the reference project becomes one of ours."""
+"""`ray-app import-checkpoint`: convert a checkpoint of the reference project."""
 
 import sys
 from typing import Any
@@ -14,7 +14,7 @@ from ray_app.store.reference_checkpoint import read_reference_checkpoint
 
 
 def run_import_checkpoint(cfg: ImportCheckpointConfig) -> dict[str, Any]:
-    """Reads, checks, writes. CheckpointError: a file that cannot be used, or an --out that is taken."""
+    """Read, check and convert. CheckpointError: a file that cannot be used, or an --out that exists."""
     if cfg.out.exists():
         raise CheckpointError(f"{cfg.out} already exists; nothing is overwritten.")
     reference = read_reference_checkpoint(cfg.file)
@@ -44,7 +44,7 @@ def run_import_checkpoint(cfg: ImportCheckpointConfig) -> dict[str, Any]:
 
 
 def render_import_checkpoint(result: dict[str, Any], console: Console) -> None:
-    """What was imported, what was not, and what to do next."""
+    """Print what was imported, what was left out, and what to do next."""
     adapter, imported = result["adapter"], result["imported_from"]
     lines = [
         f"{result['checkpoint']}: {adapter['strategy']}, {adapter['event_dim']:,} → {adapter['hidden_dim']:,} → "
@@ -52,7 +52,7 @@ def render_import_checkpoint(result: dict[str, Any], console: Console) -> None:
         f"from {imported['file']}, SHA-256 {imported['sha256']}",
     ]
     if imported["left_out"]:
-        lines.append(f"not carried over: {', '.join(imported['left_out'])}")
+        lines.append(f"left out: {', '.join(imported['left_out'])}")
     lines.append("its metrics and training pairs are unknown; `ray-app evaluate` measures it on a store")
     for line in lines:
         console.print(line, soft_wrap=True, markup=False, highlight=False)

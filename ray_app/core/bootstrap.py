@@ -1,4 +1,4 @@
-"""Which pairs are resampled together, and the means of the resamples.
+"""Bootstrap over units of pairs that are resampled together.
 
 Windows of one drive are alike, so whole sequences are drawn; where there are fewer than three, contiguous blocks.
 
@@ -19,7 +19,7 @@ Numbers = NDArray[np.float64]
 
 
 def resampled_units(sequences: Sequence[str]) -> tuple[str, NDArray[np.int64]]:
-    """(`sequence` or `block`, the unit of each pair (N,)): pairs of one unit are drawn together."""
+    """(`sequence` or `block`, unit of each pair, shape (N,)): pairs of one unit are drawn together."""
     labels = np.unique(sequences, return_inverse=True)[1]
     if labels.max() >= 2:
         return "sequence", labels
@@ -27,7 +27,7 @@ def resampled_units(sequences: Sequence[str]) -> tuple[str, NDArray[np.int64]]:
 
 
 def resampled_means(units: NDArray[np.int64], columns: Sequence[NDArray[np.generic]], seed: int) -> Numbers:
-    """Means of the columns, each (N,), in every resample of the units: (R, C)."""
+    """Means of the columns, each of shape (N,), in every resample of the units: shape (R, C)."""
     sums_UC = np.stack([np.bincount(units, column) for column in (np.ones(len(units)), *columns)], axis=1)
     rng = np.random.default_rng(seed)
     drawn_RU = rng.multinomial(len(sums_UC), np.full(len(sums_UC), 1 / len(sums_UC)), size=RESAMPLES)
@@ -36,6 +36,6 @@ def resampled_means(units: NDArray[np.int64], columns: Sequence[NDArray[np.gener
 
 
 def interval95(values_R: Numbers) -> list[float]:
-    """The middle 95 % (percentile method)."""
+    """95 % interval of resampled values, shape (R,), by the percentile method."""
     low, high = np.quantile(values_R, (0.025, 0.975))
     return [float(low), float(high)]

@@ -1,7 +1,7 @@
-"""The one evaluator: an adapter on some pairs, beside every rule without learning, pair by pair.
+"""Evaluate an adapter and every baseline pair by pair, fed batch by batch.
 
-Fed batch by batch. It holds the aligned features in bfloat16 and the targets as they are stored, for the
-baselines that pair one with another: 450 KB a pair at 150,528 wide, 0.47 GB for 1,042 pairs.
+The evaluator keeps the aligned features in bfloat16 and the targets as stored, for the baselines that pair one with
+another: 450 KB a pair at 150,528 wide, 0.47 GB for 1,042 pairs.
 
 Shapes: B = pairs of a batch, N = pairs in all, E, D = widths of event and target, T = thresholds,
 R = resamples, C = columns.
@@ -24,10 +24,9 @@ from ray_app.core.optimizer_step import Precision, decode
 from ray_app.errors import InputError
 
 BASELINES = ("before", "white", "mean_target", "shuffled")
-"""Rules without learning that lift is taken over."""
+"""Rules without learning; lift is over the best of them."""
 CHUNK = 128
 """Rows of the aligned features that are compared with all targets at a time."""
-
 DARK = 0.5
 """A target below this share of the mean training target's brightness is called night."""
 
@@ -43,17 +42,17 @@ class TrainingMeans:
     target_sum_D: NDArray[np.float64]
     """Sum of target features as stored, before the scale."""
     tokens_T: NDArray[np.int64] | None = None
-    """Of sequences: how many have a token at each position."""
+    """Of token sequences: pairs with a token at each position, shape (T,)."""
 
     @staticmethod
     def of(target_BD: NDArray[Any], token_width: int | None = None) -> "TrainingMeans":
-        """Sums of one batch of stored features; `token_width`: they are sequences of such tokens."""
+        """Sums of one batch of stored features; `token_width`: width of a token, if they are token sequences."""
         exact = np.uint64 if target_BD.dtype.kind == "u" else np.float64
         sum_D = target_BD.sum(axis=0, dtype=exact).astype(np.float64)
         if not token_width:
             return TrainingMeans(len(target_BD), sum_D)
-        there_BT = target_BD.reshape(len(target_BD), -1, token_width).any(axis=2)
-        return TrainingMeans(len(target_BD), sum_D, there_BT.sum(axis=0))
+        has_token_BT = target_BD.reshape(len(target_BD), -1, token_width).any(axis=2)
+        return TrainingMeans(len(target_BD), sum_D, has_token_BT.sum(axis=0))
 
     def __add__(self, other: "TrainingMeans") -> "TrainingMeans":
         tokens = [sums.tokens_T for sums in (self, other) if sums.tokens_T is not None]
@@ -61,14 +60,14 @@ class TrainingMeans:
         return TrainingMeans(self.pairs + other.pairs, self.target_sum_D + other.target_sum_D, tokens_T)
 
     def mean_target(self, scale: float) -> Tensor:
-        """Mean training target, shape (D,), float32; of sequences over those that reach a position.
+        """Mean training target, shape (D,), float32; of token sequences over those that reach a position.
 
         InputError where it is zero everywhere: as a baseline it has no direction.
         """
         if not self.target_sum_D.any():
             raise InputError(
                 "the mean training target is zero everywhere, so the baseline mean_target has no cosine; "
-                "look at the pairs with `ray-app inspect`"
+                "check the pairs with `ray-app inspect`"
             )
         if self.tokens_T is None:
             return torch.from_numpy(self.target_sum_D * (scale / self.pairs)).float()
@@ -78,27 +77,27 @@ class TrainingMeans:
 
 @dataclass(frozen=True, slots=True)
 class AlignmentEvaluation:
-    """Cosines pair by pair, each of length N in the order of the pairs, and what follows from them."""
+    """Cosines of every pair, each of length N in the order of the pairs, and the metrics they give."""
 
     sequences: tuple[str, ...]
     """Drive of each pair."""
     after: Cosines
     """Aligned feature with its own target."""
     baselines: dict[str, Cosines]
-    """The same for each of `BASELINES`."""
+    """Cosines of each of `BASELINES`, by name."""
     previous_window: Cosines
     """The preceding window's target with this one; NaN where there is none."""
     centered: dict[str, float]
-    """Mean cosine of `after` and `before` with the mean training target taken off both sides."""
+    """Mean cosine `after` and `before` with the mean training target subtracted from both sides."""
     retrieval: dict[str, float]
-    """R@1, R@5, R@10: is a pair's own target the nearest among all, by centred cosine; and chance."""
+    """R@1, R@5, R@10 by centred cosine: share of pairs whose own target is among the k nearest; and chance."""
     seed: int
     """Seed of the resampling."""
     light: tuple[str, ...] = ()
-    """`day` or `night` of each pair, by its target's brightness; empty where nothing tells."""
+    """`day` or `night` of each pair, by its target's brightness; empty if targets are not images."""
 
     def best_baseline(self, theta: float = THETA) -> str:
-        """The baseline that accepts most at θ; of equals the first of `BASELINES`."""
+        """Name of the baseline that accepts most at θ; of equals the first of `BASELINES`."""
         return max(BASELINES, key=lambda name: float((self.baselines[name] > theta).mean()))
 
     def lift(self, theta: float = THETA) -> float:
@@ -106,21 +105,21 @@ class AlignmentEvaluation:
         return float((self.after > theta).mean() - (self.baselines[self.best_baseline(theta)] > theta).mean())
 
     def metrics(self) -> dict[str, Any]:
-        """Everything as JSON values; rates and lifts are fractions."""
+        """All metrics as JSON values; rates and lifts are fractions."""
         previous = self.previous_window[~np.isnan(self.previous_window)]
         baselines: dict[str, Any] = {name: _summary(self.baselines[name]) for name in BASELINES}
-        ahead = False
+        better = False
         if previous.size:
             baselines["previous_window"] = _summary(previous)
             same = ~np.isnan(self.previous_window)
-            ahead = bool((previous > THETA).mean() > (self.after[same] > THETA).mean())
+            better = bool((previous > THETA).mean() > (self.after[same] > THETA).mean())
         return {
             **AlignmentCounts.of(self.after).means(),
             "baselines": baselines,
             "best_baseline": self.best_baseline(),
             "lift": self.lift(),
             "lift_by_theta": {rate_key(theta): self.lift(theta) for theta in THETAS},
-            "previous_window_better": ahead,
+            "previous_window_better": better,
             "centered_cos_sim_mean": self.centered["after"],
             "centered_cos_sim_mean_before": self.centered["before"],
             "retrieval": self.retrieval,
@@ -132,36 +131,36 @@ class AlignmentEvaluation:
     def groups(self, labels: Sequence[str]) -> dict[str, Any]:
         """Pairs, mean cosine, acceptance and lift at θ of each label; the best baseline is that of all pairs.
 
-        `lift_interval95`: as in `intervals`, within the label: its sequences, or the blocks of its one or two. None
-        where it has one pair.
+        `lift_interval95`: as in `intervals`, resampled within the label: its sequences, or blocks if it has one or
+        two. None where it has one pair.
         """
         best = self.baselines[self.best_baseline()] > THETA
-        found = {}
+        groups = {}
         for label in sorted(set(labels)):
-            (mine,) = np.nonzero(np.array(labels) == label)
-            accepted, baseline = self.after[mine] > THETA, best[mine]
-            unit, units = resampled_units([self.sequences[place] for place in mine])
+            (members,) = np.nonzero(np.array(labels) == label)
+            accepted, baseline = self.after[members] > THETA, best[members]
+            unit, units = resampled_units([self.sequences[n] for n in members])
             lift_R = resampled_means(units, [accepted.astype(float) - baseline], self.seed)[:, 0]
-            found[label] = {
-                "pairs": len(mine),
-                "cos_sim_mean": float(self.after[mine].mean()),
+            groups[label] = {
+                "pairs": len(members),
+                "cos_sim_mean": float(self.after[members].mean()),
                 f"cosine_accept_rate_{rate_key(THETA)}": float(accepted.mean()),
                 "lift": float(accepted.mean() - baseline.mean()),
-                "lift_interval95": interval95(lift_R) if len(mine) > 1 else None,
+                "lift_interval95": interval95(lift_R) if len(members) > 1 else None,
                 "unit": unit,
                 "units": int(units.max()) + 1,
             }
-        return found
+        return groups
 
     def intervals(self) -> dict[str, Any]:
         """95 % bootstrap intervals (percentile method) of mean, acceptance and lift.
 
         Whole sequences are resampled, since windows of one drive are alike; with fewer than three, contiguous
-        blocks of windows. The best baseline is chosen anew in every resample.
+        blocks of windows. The best baseline is chosen again in every resample.
         """
         unit, units = resampled_units(self.sequences)
-        everyone = (self.after, *(self.baselines[name] for name in BASELINES))
-        rates = [cos > theta for theta in THETAS for cos in everyone]
+        columns = (self.after, *(self.baselines[name] for name in BASELINES))
+        rates = [cos > theta for theta in THETAS for cos in columns]
         means_RC = resampled_means(units, [self.after, *rates], self.seed)
         rates_RTC = means_RC[:, 1:].reshape(RESAMPLES, len(THETAS), 1 + len(BASELINES))
         lift_RT = rates_RTC[:, :, 0] - rates_RTC[:, :, 1:].max(axis=2)
@@ -179,7 +178,7 @@ class AlignmentEvaluation:
 
 @dataclass(slots=True)
 class AlignmentEvaluator:
-    """Collects batches of pairs, in their order; `result` judges them."""
+    """Takes batches of pairs in their order; `result` evaluates them."""
 
     adapter: Adapter
     """In evaluation mode, on `device`."""
@@ -193,12 +192,10 @@ class AlignmentEvaluator:
     """Where to compute."""
     precision: Precision = "fp32"
     """bf16: autocast in the forward pass."""
-    hold: bool = True
-    """Keep the features that `result` needs; without it `add` alone can be used."""
     images: bool = False
-    """Targets are images of values in [0, 1]: their brightness tells day from night."""
+    """True if targets are images of values in [0, 1], whose brightness separates day from night."""
     token_width: int | None = None
-    """Features are sequences of such tokens: a pair's cosine is the mean over the tokens of its target."""
+    """Width of a token if features are token sequences: a pair's cosine is the mean over its target's tokens."""
     _cosines: dict[str, list[Tensor]] = field(default_factory=dict)
     _brightness: list[Tensor] = field(default_factory=list)
     _aligned: list[Tensor] = field(default_factory=list)
@@ -206,7 +203,7 @@ class AlignmentEvaluator:
 
     @torch.no_grad()
     def add(self, event_BE: Tensor, target_BD: Tensor) -> dict[str, Tensor]:
-        """Takes a batch of stored features; returns its cosines `after`, `before`, …, each of shape (B,)."""
+        """Take a batch of stored features; returns its cosines `after`, `before`, …, each of shape (B,)."""
         assert not self.adapter.training
         event = decode(event_BE, self.event_scale, self.device)
         target = decode(target_BD, self.target_scale, self.device)
@@ -224,17 +221,16 @@ class AlignmentEvaluator:
         else:
             cosines["centered_before"] = torch.zeros(len(target))
         cosines = {name: cos_B.cpu() for name, cos_B in cosines.items()}
-        if self.hold:
-            for name, cos_B in cosines.items():
-                self._cosines.setdefault(name, []).append(cos_B)
-            self._brightness.append(target.mean(dim=1).cpu())
-            self._aligned.append(aligned.bfloat16())
-            self._targets.append(target_BD.clone())
+        for name, cos_B in cosines.items():
+            self._cosines.setdefault(name, []).append(cos_B)
+        self._brightness.append(target.mean(dim=1).cpu())
+        self._aligned.append(aligned.bfloat16())
+        self._targets.append(target_BD.clone())
         return cosines
 
     @torch.no_grad()
     def result(self, sequences: Sequence[str], previous: NDArray[np.int64], seed: int = 0) -> AlignmentEvaluation:
-        """Judges all pairs added; `sequences` names their drives, `previous` their windows before (or −1)."""
+        """Evaluate all pairs added; `sequences`: their drives, `previous`: position of the window before, or −1."""
         cosines = {name: torch.cat(parts).double().numpy() for name, parts in self._cosines.items()}
         aligned_ND, target_ND = torch.cat(self._aligned), torch.cat(self._targets)
         assert len(sequences) == len(previous) == len(target_ND)
@@ -256,12 +252,12 @@ class AlignmentEvaluator:
         )
 
     def _light(self) -> tuple[str, ...]:
-        """Night where a target is less than half as bright as the mean training target."""
+        """`night` where a target is less than half as bright as the mean training target."""
         dark = torch.cat(self._brightness) < DARK * float(self.mean_target_D.mean())
-        return tuple("night" if each else "day" for each in dark.tolist())
+        return tuple("night" if is_dark else "day" for is_dark in dark.tolist())
 
     def _against(self, aligned_ND: Tensor, target_ND: Tensor, others: NDArray[np.int64]) -> Cosines:
-        """Aligned feature i with target others[i]."""
+        """Cosines of aligned feature i with target others[i]."""
         parts = []
         for rows in torch.arange(len(others)).split(CHUNK):
             target = decode(target_ND[torch.from_numpy(others)[rows]], self.target_scale, self.device)
@@ -269,10 +265,10 @@ class AlignmentEvaluator:
         return torch.cat(parts).double().numpy()
 
     def _targets_against(self, target_ND: Tensor, previous: NDArray[np.int64]) -> Cosines:
-        """Target i with target previous[i]; NaN where that is −1."""
+        """Cosines of target i with target previous[i]; NaN where that is −1."""
         cosines = np.full(len(previous), np.nan)
-        (there,) = np.nonzero(previous >= 0)
-        for rows in np.array_split(there, max(1, len(there) // CHUNK)):
+        (known,) = np.nonzero(previous >= 0)
+        for rows in np.array_split(known, max(1, len(known) // CHUNK)):
             if rows.size:
                 now, past = (
                     decode(target_ND[torch.from_numpy(which)], self.target_scale, self.device)
@@ -282,7 +278,7 @@ class AlignmentEvaluator:
         return cosines
 
     def _retrieval(self, aligned_ND: Tensor, target_ND: Tensor) -> dict[str, float]:
-        """By centred cosine: without the mean taken off, all features look alike. Sequences are taken as a whole."""
+        """Retrieval by centred cosine, of token sequences as a whole: uncentred, all features look alike."""
         similarity_NN = torch.empty(len(target_ND), len(target_ND))
         unit = torch.nn.functional.normalize
         for columns in torch.arange(len(target_ND)).split(CHUNK):
@@ -293,14 +289,14 @@ class AlignmentEvaluator:
         return retrieval(similarity_NN)
 
     def _centred(self, feature_BD: Tensor) -> Tensor:
-        """The mean training target taken off, where there is a token."""
+        """Feature minus the mean training target, where there is a token."""
         mean_1D = self.mean_target_D.to(self.device)[None]
         centred_BD = feature_BD - mean_1D
         return masked(centred_BD, feature_BD, self.token_width) if self.token_width else centred_BD
 
 
 def pair_cosine(feature_BD: Tensor, target_BD: Tensor, token_width: int | None = None) -> Tensor:
-    """Cosine of each pair, shape (B,); of sequences the mean over the target's tokens.
+    """Cosine of each pair, shape (B,); of token sequences the mean over the target's tokens.
 
     A zero vector, or a target without tokens, raises InputError.
     """
@@ -325,10 +321,10 @@ def fixed_baselines(
 
 @dataclass(frozen=True, slots=True)
 class Baselines:
-    """The baselines of some pairs as counts, taken once; `shuffled` alone changes with the adapter."""
+    """Baselines of some pairs as counts, taken once; only `shuffled` changes with the adapter."""
 
     fixed: dict[str, AlignmentCounts]
-    """Those that need no adapter, by name."""
+    """Counts of the baselines that need no adapter, by name."""
     others: NDArray[np.int64]
     """For each pair the one whose target `shuffled` takes, shape (N,)."""
 
@@ -339,22 +335,22 @@ class Baselines:
 
 
 def derangement(sequences: Sequence[str], seed: int) -> NDArray[np.int64]:
-    """For each pair another one, shape (N,): a permutation without fixed points, seeded.
+    """Another pair for each pair, shape (N,): a permutation without fixed points, seeded.
 
-    Of another sequence wherever no sequence holds more than half of the pairs. A single pair keeps itself.
+    From another sequence if no sequence has more than half of the pairs. A single pair keeps itself.
     """
     rng = np.random.default_rng(seed)
     labels = np.unique(sequences, return_inverse=True)[1]
-    # Drives in random order, their windows too; a turn by the longest drive's length leaves every drive.
+    # Drives in random order, their windows too; a shift by the longest drive's length leaves every drive.
     order = np.lexsort((rng.random(len(labels)), rng.permutation(labels.max() + 1)[labels]))
-    turn = int(np.bincount(labels).max()) if labels.max() else 1
+    shift = int(np.bincount(labels).max()) if labels.max() else 1
     others = np.empty(len(labels), np.int64)
-    others[order] = np.roll(order, -turn)
+    others[order] = np.roll(order, -shift)
     return others
 
 
 def _cos_or_zero(a_BD: Tensor, b_BD: Tensor, token_width: int | None) -> Tensor:
-    """Cosine; 0 by convention where nothing is left of a vector, as of the mean target less the mean."""
+    """Cosine; 0 by convention for a zero vector, such as the mean target minus the mean."""
     if token_width:
         return sequence_cosine(a_BD, b_BD, token_width)
     return torch.nn.functional.cosine_similarity(a_BD, b_BD, dim=1, eps=1e-12)

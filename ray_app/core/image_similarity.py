@@ -1,10 +1,10 @@
-"""How alike two pictures are, whatever was done to their brightness, size or compression: cheap enough for all pairs.
+"""Similarity of pictures, whatever their brightness, size or compression; cheap enough for all pairs of them.
 
-A picture's sketch is its brightness in 16 × 16 cells, less the mean of the 3 × 3 cells around each, as a unit vector:
-what stands out from its surroundings, and where. The product of two sketches is a correlation in [−1, 1]. What all
-pictures of a road share, a bright sky over a dark ground, is gone from it.
+A picture's descriptor is its brightness in 16 × 16 cells, minus the mean of the 3 × 3 cells around each, as a unit
+vector: the contrast of each cell with its surroundings. The product of two descriptors is a correlation in [−1, 1].
+What all pictures of a road share, a bright sky over a dark ground, is removed.
 
-Shapes: N, M = pictures, H, W = pixels, G = 16 cells a side, K = G · G numbers of a sketch.
+Shapes: N, M = pictures, H, W = pixels, G = 16 cells a side, K = G · G numbers of a descriptor.
 """
 
 import numpy as np
@@ -14,13 +14,13 @@ Floats = NDArray[np.float32]
 
 CELLS = 16
 NEAR = 0.9
-"""Correlation from which on two pictures are near-duplicates. Measured on rendered scenes and real footage: re-coded
+"""Smallest correlation of near-duplicates. Measured on rendered scenes and real footage: re-coded
 (JPEG 50), resized to half, brighter, darker, noisy or moved by 2 of 224 pixels, frames correlate with themselves by
-0.93 or more and event images by 0.88 or more (0.98 but for the move); pictures of different drives far less."""
+0.93 or more and event images by 0.88 or more (0.98 unless moved); pictures of different drives far less."""
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-"""Red, green and blue in brightness (ITU-R BT.601)."""
+"""Weights of red, green and blue in brightness (ITU-R BT.601)."""
 FLAT = 1e-3
-"""A picture whose sketch is shorter than this before scaling, in brightness from 0 to 255, shows nothing."""
+"""A picture whose descriptor is shorter than this before scaling (brightness from 0 to 255) is blank."""
 BLOCK = 2048
 """Pictures of either side that are compared at a time: 16 MB."""
 
@@ -34,39 +34,39 @@ def brightness(pictures_NCHW: NDArray[np.uint8]) -> Floats:
 
 
 def descriptors(brightness_NGG: Floats) -> Floats:
-    """Unit vectors, shape (N, K); zero for a picture that shows nothing: it is like no other."""
+    """Unit vectors, shape (N, K); zero for a blank picture, which is similar to none."""
     around = np.pad(brightness_NGG, ((0, 0), (1, 1), (1, 1)), mode="edge")
     rows = around[:, :-2] + around[:, 1:-1] + around[:, 2:]
     mean_NGG = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 9
-    stands_out_NK = (brightness_NGG - mean_NGG).reshape(len(brightness_NGG), -1)
-    stands_out_NK -= stands_out_NK.mean(axis=1, keepdims=True)
-    length_N1 = np.linalg.norm(stands_out_NK, axis=1, keepdims=True)
-    return np.where(length_N1 > FLAT, stands_out_NK / np.maximum(length_N1, FLAT), 0.0).astype(np.float32)
+    contrast_NK = (brightness_NGG - mean_NGG).reshape(len(brightness_NGG), -1)
+    contrast_NK -= contrast_NK.mean(axis=1, keepdims=True)
+    length_N1 = np.linalg.norm(contrast_NK, axis=1, keepdims=True)
+    return np.where(length_N1 > FLAT, contrast_NK / np.maximum(length_N1, FLAT), 0.0).astype(np.float32)
 
 
-def nearest(sketch_NK: NDArray[np.floating], others_MK: NDArray[np.floating]) -> tuple[NDArray[np.int64], Floats]:
-    """For each sketch the place of the most alike one among the others, and their correlation: two of shape (N,).
+def nearest(descriptor_NK: NDArray[np.floating], others_MK: NDArray[np.floating]) -> tuple[NDArray[np.int64], Floats]:
+    """Row of the most similar of the others, and the correlation with it: two arrays of shape (N,).
 
     Needs M > 0. Memory does not depend on N and M beyond the results.
     """
-    place_N, best_N = np.zeros(len(sketch_NK), np.int64), np.full(len(sketch_NK), -2.0, np.float32)
-    for i in range(0, len(sketch_NK), BLOCK):
-        mine = slice(i, i + BLOCK)
-        rows = sketch_NK[mine].astype(np.float32)
+    row_N, best_N = np.zeros(len(descriptor_NK), np.int64), np.full(len(descriptor_NK), -2.0, np.float32)
+    for i in range(0, len(descriptor_NK), BLOCK):
+        part = slice(i, i + BLOCK)
+        rows = descriptor_NK[part].astype(np.float32)
         for j in range(0, len(others_MK), BLOCK):
-            found = rows @ others_MK[j : j + BLOCK].astype(np.float32).T
-            where = found.argmax(axis=1)
-            value = found[np.arange(len(found)), where]
-            better = value > best_N[mine]
-            place_N[mine] = np.where(better, where + j, place_N[mine])
-            best_N[mine] = np.where(better, value, best_N[mine])
-    return place_N, best_N
+            correlation = rows @ others_MK[j : j + BLOCK].astype(np.float32).T
+            column = correlation.argmax(axis=1)
+            value = correlation[np.arange(len(correlation)), column]
+            better = value > best_N[part]
+            row_N[part] = np.where(better, column + j, row_N[part])
+            best_N[part] = np.where(better, value, best_N[part])
+    return row_N, best_N
 
 
 def _cells(pixels: int) -> Floats:
     """Weights that average a side's pixels into cells, shape (G, pixels)."""
     edges = np.linspace(0, pixels, CELLS + 1)
-    at = np.arange(pixels)
-    shared = np.minimum(edges[1:, None], at + 1) - np.maximum(edges[:-1, None], at)
+    pixel = np.arange(pixels)
+    shared = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
     weights = np.clip(shared, 0.0, None)
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Alignment metrics as exact counts, so that ranks add and nobody averages averages.
+"""Alignment metrics as exact counts, so that ranks add and no average is averaged.
 
 Shapes: B, N = pairs, D = feature width, T = thresholds, K = histogram bins.
 """
@@ -16,7 +16,7 @@ from ray_app.errors import InputError
 THETAS = (0.50, 0.60, 0.70, 0.80, 0.85, 0.90, 0.95)
 """Thresholds of the reference."""
 THETA = 0.80
-"""The threshold that lift, promotion and sweeps go by."""
+"""Threshold of lift, promotion and sweeps."""
 PERCENTILES = (10, 25, 50, 75, 90, 95, 99)
 """Percentiles of the reference."""
 BIN_WIDTH = 1e-4
@@ -25,7 +25,7 @@ NUM_BINS = 20_000
 
 
 def rate_key(theta: float) -> str:
-    """`0.80`: two digits, so that 0.57 and 0.58 stay apart."""
+    """Key of a threshold, such as `0.80`: two digits, so that 0.57 and 0.58 differ."""
     return f"{theta:.2f}"
 
 
@@ -60,7 +60,7 @@ class AlignmentCounts:
 
     @staticmethod
     def of(cos_B: Tensor | NDArray[Any]) -> "AlignmentCounts":
-        """Counts of some cosines. One that is not finite raises InputError."""
+        """Counts of some cosines, shape (B,). One that is not finite raises InputError."""
         cos = np.asarray(cos_B.detach().cpu() if isinstance(cos_B, Tensor) else cos_B)
         if not np.isfinite(cos).all():
             raise InputError(f"{np.count_nonzero(~np.isfinite(cos))} of {cos.size} cosines are not finite")
@@ -116,10 +116,10 @@ class AlignmentCounts:
         return self.accepted[THETAS.index(theta)] / self.pairs
 
     def percentile(self, percent: float) -> float:
-        """The cosine below which `percent` of the pairs lie: the middle of its bin, within min and max."""
+        """Cosine that `percent` of the pairs are below: the middle of its bin, clipped to min and max."""
         rank = percent / 100 * (self.pairs - 1)
-        place = int(np.searchsorted(np.cumsum(self.histogram), np.floor(rank), side="right"))
-        middle = -1.0 + (place + 0.5) * BIN_WIDTH
+        bin_number = int(np.searchsorted(np.cumsum(self.histogram), np.floor(rank), side="right"))
+        middle = -1.0 + (bin_number + 0.5) * BIN_WIDTH
         return float(np.clip(middle, self.cos_min, self.cos_max))
 
     def means(self) -> dict[str, Any]:

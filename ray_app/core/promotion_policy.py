@@ -82,12 +82,10 @@ def promotion_verdict(
     if is_champion:
         return Verdict("already_champion", f"it is the champion already: {lift_words}")
     if champion is None:
-        note = (
-            ""
-            if lift > 0
-            else "; it does not beat that baseline, and is promoted only because there is no champion yet"
-        )
-        return Verdict("first", f"first version: {lift_words}{note if lift <= 0 else ''}")
+        reason = f"first version: {lift_words}"
+        if lift <= 0:
+            reason += "; it does not beat that baseline, and is promoted only because there is no champion yet"
+        return Verdict("first", reason)
     rate, best = (m["cosine_accept_rate"][rate_key(THETA)] for m in (challenger, champion))
     compared = f"cosine_accept_rate_0.80 {rate:.4f} against the champion's {best:.4f}"
     verdict = Verdict("promoted", f"{compared}; {lift_words}")

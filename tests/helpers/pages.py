@@ -1,4 +1,4 @@
-"""What every page that people are given keeps to."""
+"""Checks that every HTML page passes."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ CROSSING = r"""() => {
     return texts.flatMap(([name, a], n) =>
         texts.slice(n + 1).filter(([, b]) => !apart(a, b)).map(([other]) => name + " | " + other))
 }"""
-"""Words of figures that lie on one another."""
+"""Words of figures that overlap."""
 
 
 class Elements(HTMLParser):
@@ -41,7 +41,7 @@ def assert_stands_alone(page: str) -> None:
 
 
 def assert_has_words(page: str) -> None:
-    """Pictures, figures and table heads are told to those who do not see them; identities are unique."""
+    """Pictures, figures and table heads have text for those who do not see them; identities are unique."""
     elements = Elements(page).found
     assert all(attributes.get("alt") for tag, attributes in elements if tag == "img")
     assert all(attributes.get("aria-label") for tag, attributes in elements if attributes.get("role") == "img")
@@ -63,7 +63,7 @@ def assert_opens(path: Path) -> None:
     """A browser without a network shows it, wide and narrow, light and dark; skips where there is no browser.
 
     Nothing is asked for or complained of, nothing sticks out of the window, every picture is drawn, and no two words
-    of a figure lie on one another.
+    of a figure overlap.
     """
     sync_api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:

@@ -55,11 +55,11 @@ def test_checkpoints_get_the_numbers_of_evaluate_and_one_page(
     runs, out, result = compared
     assert set(result["adapters"]) == {"bottleneck (a)", "bottleneck (b)"}
     alone = run_evaluate(EvaluateConfig(store=str(small_store), checkpoint=str(runs[0]), out=tmp_path / "alone"))
-    mine: dict[str, Any] = result["adapters"]["bottleneck (a)"]
+    metrics: dict[str, Any] = result["adapters"]["bottleneck (a)"]
     for key in ("cosine_accept_rate", "lift", "interval95", "by_sequence", "by_lighting", "retrieval"):
-        assert mine[key] == alone[key]
-    assert mine["parameters"] == 768 * 16 + 16 + 32 + 16 * 768 + 768
-    assert 0 < mine["latency_ms"] < 1000
+        assert metrics[key] == alone[key]
+    assert metrics["parameters"] == 768 * 16 + 16 + 32 + 16 * 768 + 768
+    assert 0 < metrics["latency_ms"] < 1000
     assert result["verdict"].startswith("bottleneck (a) ")
     page = (out / "comparison.html").read_text()
     assert_stands_alone(page)

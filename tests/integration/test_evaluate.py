@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint: the test part alone, beside every baseline, as an independent computation has it."""
+"""Evaluation of a checkpoint: only the test part, next to every baseline, as an independent computation has it."""
 
 import io
 import json
@@ -149,11 +149,11 @@ def test_a_split_by_windows_is_labelled_as_leaking_and_pairs_trained_on_are_coun
     result = run_evaluate(cfg)
     store = PairStore.open(small_store)
     fitted = split_pairs(store.index, SplitConfig())
-    judged = split_pairs(store.index, SplitConfig(by="window")).test
-    seen = np.isin(judged, np.concatenate([fitted.train, fitted.val])).sum()
+    test = split_pairs(store.index, SplitConfig(by="window")).test
+    seen = np.isin(test, np.concatenate([fitted.train, fitted.val])).sum()
     assert result["split"]["test_pairs_trained_on"] == seen > 0
     page = (tmp_path / "report.html").read_text()
-    assert f"was trained on {seen} of the {len(judged)} test pairs" in page
+    assert f"was trained on {seen} of the {len(test)} test pairs" in page
     assert "This split leaks" in page
 
 
@@ -234,7 +234,7 @@ def test_a_gpu_that_is_not_there_is_refused_at_once(small_store: Path, run: Path
     ("checkpoint", "error", "text"),
     [
         ("/does/not/exist", CheckpointError, "is not a folder"),
-        ("models:/nobody@champion", RegistryError, "nobody"),
+        ("models:/nothing@champion", RegistryError, "nothing"),
         ("models:/", RegistryError, "models:/NAME@ALIAS"),
     ],
 )

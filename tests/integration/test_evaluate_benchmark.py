@@ -1,4 +1,4 @@
-"""The whole store through a checkpoint: the reference's keys, the parts told apart, the adapter timed."""
+"""The whole store through a checkpoint: the reference's keys, the parts kept apart, the adapter timed."""
 
 import io
 import json

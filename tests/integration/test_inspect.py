@@ -40,7 +40,7 @@ def vectors_store(folder: Path, target: FeatureSpec) -> Path:
     return folder
 
 
-def test_inspect_tells_counts_split_and_cosine(small_store: Path) -> None:
+def test_inspect_counts_split_and_cosine(small_store: Path) -> None:
     result = run_inspect(InspectConfig(store=small_store))
     assert {
         "pairs",
@@ -75,7 +75,7 @@ def test_the_random_split_is_labelled_as_leaking(small_store: Path) -> None:
     assert "leaks" in split["label"]
 
 
-def test_the_contact_sheet_shows_each_event_beside_its_target(small_store: Path, tmp_path: Path) -> None:
+def test_the_contact_sheet_shows_each_event_next_to_its_target(small_store: Path, tmp_path: Path) -> None:
     picture = tmp_path / "sheets" / "pairs.png"
     result = run_inspect(InspectConfig(store=small_store, picture=picture))
     assert result["picture"] == str(picture)
@@ -147,10 +147,10 @@ def test_parts_by_whole_drives_share_nothing_and_drives_of_one_name_overlap(
     *of_split, between = run_inspect(InspectConfig(store=small_store, against=other))["leaks"]
     assert [(leak["any"], leak["examples"]) for leak in of_split] == [(0, [])] * 3
     assert between["identical"] == {"event": 0, "target": 0}
-    assert between["overlapping"] == 72  # of this source nothing but names tells recordings apart
+    assert between["overlapping"] == 72  # in this source recordings differ only by name
 
 
-def test_what_the_source_counted_is_told(tmp_path: Path) -> None:
+def test_what_the_source_counted_is_reported(tmp_path: Path) -> None:
     from ray_app.commands.prepare.store_builder import build_task, claim, finish
     from ray_app.sources.scenes import ScenesSource
 

@@ -125,7 +125,7 @@ def test_the_alias_goes_to_the_first_version_and_then_only_to_one_that_earns_it(
     for word in (row["best_baseline"], "1 → 2", "--rollback moves the alias back", forced["reason"][:40]):
         assert word in text
 
-    # What an endpoint would load by the alias is what was judged.
+    # What an endpoint would load by the alias is what was evaluated.
     named = f"models:/{tracking['model_name']}@champion"
     evaluated = run_evaluate(EvaluateConfig(store=small_store, checkpoint=named, out=tmp_path / "out", **tracking))
     assert evaluated["checkpoint_sha256"] == weak["metrics"]["checkpoint_sha256"]

@@ -254,7 +254,7 @@ def test_a_version_that_was_interrupted_shows_in_the_next_promotion(contest: Con
     result = contest.promote("third", 0.3, "1")
     (warning,) = result["warnings"]
     assert "version 2 earned the alias and never had it" in warning
-    lost = contest.promote("second", 0.2, "3")  # judged again, and not better than the champion of today
+    lost = contest.promote("second", 0.2, "3")  # compared again, and not better than the champion of today
     assert (lost["verdict_code"], lost["warnings"]) == ("no_gain", [])
 
 

@@ -196,7 +196,7 @@ def test_features_of_other_width_have_no_cosine_before() -> None:
     assert (found.baselines["before"] == 0).all()
 
 
-def judged(rate: float, lift: float, fingerprint: str = "f") -> dict[str, object]:
+def metrics_of(rate: float, lift: float, fingerprint: str = "f") -> dict[str, object]:
     return {
         "cosine_accept_rate": {"0.80": rate},
         "lift": lift,
@@ -206,7 +206,7 @@ def judged(rate: float, lift: float, fingerprint: str = "f") -> dict[str, object
 
 
 def test_the_first_version_is_champion_in_any_case_and_labelled() -> None:
-    verdict = promotion_verdict(judged(0.1, -0.3), None)
+    verdict = promotion_verdict(metrics_of(0.1, -0.3), None)
     assert verdict.promoted
     assert "-0.3" in verdict.reason
     assert "does not beat" in verdict.reason
@@ -215,11 +215,11 @@ def test_the_first_version_is_champion_in_any_case_and_labelled() -> None:
 @pytest.mark.parametrize(
     ("challenger", "champion", "gain", "promoted", "word"),
     [
-        (judged(0.9, 0.1), judged(0.8, 0.05), 0.0, True, "0.9000 against the champion's 0.8000"),
-        (judged(0.8, 0.1), judged(0.8, 0.05), 0.0, False, "not better"),
-        (judged(0.82, 0.1), judged(0.8, 0.05), 0.05, False, "0.0500"),
-        (judged(0.9, 0.0), judged(0.8, 0.05), 0.0, False, "does not beat the best baseline"),
-        (judged(0.9, 0.1, "g"), judged(0.8, 0.05), 0.0, False, "other test pairs"),
+        (metrics_of(0.9, 0.1), metrics_of(0.8, 0.05), 0.0, True, "0.9000 against the champion's 0.8000"),
+        (metrics_of(0.8, 0.1), metrics_of(0.8, 0.05), 0.0, False, "not better"),
+        (metrics_of(0.82, 0.1), metrics_of(0.8, 0.05), 0.05, False, "0.0500"),
+        (metrics_of(0.9, 0.0), metrics_of(0.8, 0.05), 0.0, False, "does not beat the best baseline"),
+        (metrics_of(0.9, 0.1, "g"), metrics_of(0.8, 0.05), 0.0, False, "other test pairs"),
     ],
 )
 def test_the_alias_moves_only_for_a_reason(

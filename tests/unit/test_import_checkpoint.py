@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
 def pickled_config(
     module: str = "feasible.feature_alignment.lightweight", name: str = "LightweightAlignmentConfig", **changes: Any
 ) -> Any:
-    """An instance of a dataclass that lies in `module` only while `saved` writes it."""
+    """An instance of a dataclass that is in `module` only while `saved` writes it."""
     settings = SETTINGS | changes
     cls = make_dataclass(name, settings)
     cls.__module__ = module
@@ -134,10 +134,10 @@ def test_the_imported_adapter_answers_as_the_reference_does(config: Any, tmp_pat
     aligned = checkpoint.adapter(x).double()
     torch.testing.assert_close(aligned, expected, rtol=1e-5, atol=1e-6)
 
-    told = result["imported_from"]
-    assert told["left_out"] == ["training_stats", "optimizer_state_dict"]
-    assert told["sha256"] == sha256_file(file)
-    assert checkpoint.provenance["imported_from"] == told
+    record = result["imported_from"]
+    assert record["left_out"] == ["training_stats", "optimizer_state_dict"]
+    assert record["sha256"] == sha256_file(file)
+    assert checkpoint.provenance["imported_from"] == record
     assert checkpoint.provenance["dataset_fingerprint"] is None
     assert checkpoint.metrics == {}
     spec = FeatureSpec(dtype="float32", shape=(WIDTH,), scale=1.0)
@@ -321,7 +321,7 @@ def test_the_command_writes_a_checkpoint_and_says_what_it_left_out(
     file, out = saved(tmp_path / "reference.pt", document()), tmp_path / "ckpt"
     assert cli.run(["import-checkpoint", str(file), "--out", str(out)]) == 0
     text = capfd.readouterr().out
-    assert "not carried over: training_stats, optimizer_state_dict" in text
+    assert "left out: training_stats, optimizer_state_dict" in text
     assert "metrics and training pairs are unknown" in text
     before = load_checkpoint(out).sha256
     assert cli.run(["import-checkpoint", str(file), "--out", str(out)]) == 2

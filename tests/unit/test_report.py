@@ -129,7 +129,7 @@ def test_the_first_line_is_the_verdict(page: str) -> None:
     assert first == made_up()[0]["verdict"]
 
 
-def test_the_lift_of_each_light_and_sequence_stands_beside_its_interval(page: str) -> None:
+def test_each_lift_of_lighting_and_sequence_has_its_interval(page: str) -> None:
     cells = [re.findall(r"<td[^>]*>([^<]*)</td>", line) for line in re.findall(r"<tr.*?</tr>", page, re.DOTALL)]
     ends = [line[-2:] for line in cells if len(line) > 2]
     assert ["+25.0", "+10.0 to +37.5 (10 blocks)"] in ends

@@ -1,4 +1,4 @@
-"""The reference's two result files, key for key and in its units, each followed by what it left out.
+"""Result files of the reference, key for key and in its units, each followed by keys of our own.
 
 Under the reference's own keys acceptance is in percent; everywhere else rates and lifts are fractions.
 """
@@ -26,7 +26,7 @@ def alignment_metrics(result: Mapping[str, Any], before: Mapping[str, Any], adap
     gain = result["cos_sim_mean"] - before["cos_sim_mean"]
     config = adapter.config
     ours = ("baselines", "best_baseline", "lift", "lift_by_theta", "verdict", "retrieval", "interval95", "split")
-    also = (
+    further = (
         "by_sequence",
         "by_lighting",
         "data",
@@ -61,7 +61,7 @@ def alignment_metrics(result: Mapping[str, Any], before: Mapping[str, Any], adap
             "cos_sim_mean": result["centered_cos_sim_mean"],
             "cos_sim_mean_before": result["centered_cos_sim_mean_before"],
         },
-        **{key: result[key] for key in also},
+        **{key: result[key] for key in further},
     }
 
 
@@ -103,7 +103,7 @@ def benchmark_adapter_full(result: Mapping[str, Any], samples: Sequence[tuple[st
 
 
 def before_and_after(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What the reference tells of some pairs."""
+    """Statistics of some pairs under the reference's keys."""
     before, key = result["baselines"]["before"], rate_key(THETA)
     return {
         "before_adapter": statistics(before, "{}"),
@@ -118,9 +118,9 @@ def before_and_after(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def statistics(means: Mapping[str, Any], name: str) -> dict[str, float]:
-    """Mean, spread and acceptance in percent as the reference names them; `name` shapes std, min and max."""
+    """Mean, spread and acceptance in percent under the reference's keys; `name`: format of std, min and max."""
     return {
         "mean_cosine_similarity": means["cos_sim_mean"],
-        **{name.format(what): means[f"cos_sim_{what}"] for what in ("std", "min", "max")},
+        **{name.format(kind): means[f"cos_sim_{kind}"] for kind in ("std", "min", "max")},
         **{f"acceptance_at_{float(theta):g}": 100 * rate for theta, rate in means["cosine_accept_rate"].items()},
     }

@@ -1,6 +1,6 @@
-"""`ray-app inspect`: what is in a pair store, what its parts or another store share with it, whether it still holds.
+"""`ray-app inspect`: verify a pair store, describe it, and look for leaks between its parts or with another store.
 
-Ray Data reads every file once, verified (survey.py); the rest is arithmetic on what that kept of each pair.
+Ray Data reads every file once (scan.py); everything else is computed from the measures it keeps of each pair.
 """
 
 from collections import Counter
@@ -26,9 +26,9 @@ from ray_app.store.split import split_pairs
 
 
 def run_inspect(cfg: InspectConfig) -> dict[str, Any]:
-    """Reads every file once, verified. StoreError names the first that is damaged.
+    """Read and verify every file once. StoreError names the first that is damaged.
 
-    With `durations`, all numbers are those of the pairs of these window lengths; the other store is taken whole.
+    With `durations`, all numbers are of the pairs with these window lengths; the other store is taken whole.
     """
     require_suffix("--picture", cfg.picture, ".png")
     require_suffix("--html", cfg.html, ".html")
@@ -37,13 +37,13 @@ def run_inspect(cfg: InspectConfig) -> dict[str, Any]:
     if cfg.picture:
         write_contact_sheet(store, cfg.picture)
     with cluster(cfg.address):
-        surveyed = [scan_store(each) for each in (store, other) if each]
+        scans = [scan_store(one) for one in (store, other) if one]
     split = split_pairs(store.index, cfg.split_config)
-    leaks = [LeakComparison(leak, store.index, (store,)) for leak in leaks_of_split(store.index, surveyed[0], split)]
+    leaks = [LeakComparison(leak, store.index, (store,)) for leak in leaks_of_split(store.index, scans[0], split)]
     if other:
-        leaks.append(leaks_between(store, other, surveyed))
+        leaks.append(leaks_between(store, other, scans))
     result = {
-        **about(store),
+        **describe_store(store),
         "store": str(cfg.store),
         "verified": True,
         "split": {
@@ -54,24 +54,24 @@ def run_inspect(cfg: InspectConfig) -> dict[str, Any]:
             "test_windows_overlapping_train": split.test_windows_overlapping_train,
             "label": split.label,
         },
-        "before": cosine_before(surveyed[0]),
-        "windows": window_statistics(store.index, surveyed[0]),
-        "by_sequence": sequence_statistics(store.index, surveyed[0]),
+        "before": cosine_before(scans[0]),
+        "windows": window_statistics(store.index, scans[0]),
+        "by_sequence": sequence_statistics(store.index, scans[0]),
         "night_rule": NIGHT_RULE,
-        "against": about(other) if other else None,
-        "leaks": [each.leaks.as_json(each.index) for each in leaks],
+        "against": describe_store(other) if other else None,
+        "leaks": [comparison.leaks.as_json(comparison.index) for comparison in leaks],
         "leak_rule": MEASURE,
         "picture": str(cfg.picture) if cfg.picture else None,
         "html": str(cfg.html) if cfg.html else None,
     }
-    result["warnings"] = list(notes(result, store))
+    result["warnings"] = list(inspect_warnings(result, store))
     if cfg.html:
-        write_output("--html", cfg.html, inspect_page(result, store.index, surveyed[0], leaks).encode())
+        write_output("--html", cfg.html, inspect_page(result, store.index, scans[0], leaks).encode())
     return result
 
 
-def about(store: PairStore) -> dict[str, Any]:
-    """Which store that is."""
+def describe_store(store: PairStore) -> dict[str, Any]:
+    """Identity and contents of a store, as JSON values."""
     manifest = store.manifest
     names, counts = np.unique(store.index.duration, return_counts=True)
     return {
@@ -88,31 +88,31 @@ def about(store: PairStore) -> dict[str, Any]:
     }
 
 
-def cosine_before(surveyed: StoreScan) -> dict[str, float | None]:
-    """Mean and standard deviation of each pair's cosine as stored; None where the two features differ in width."""
-    if np.isnan(surveyed.cosine).any():
+def cosine_before(scan: StoreScan) -> dict[str, float | None]:
+    """Mean and standard deviation of the raw cosines; None if the two features differ in width."""
+    if np.isnan(scan.cosine).any():
         return {"cos_sim_mean": None, "cos_sim_std": None}
-    means = AlignmentCounts.of(surveyed.cosine).means()
+    means = AlignmentCounts.of(scan.cosine).means()
     return {name: means[name] for name in ("cos_sim_mean", "cos_sim_std")}
 
 
-def leaks_between(store: PairStore, other: PairStore, surveyed: Sequence[StoreScan]) -> LeakComparison:
-    """What all windows of the store share with all of the other."""
+def leaks_between(store: PairStore, other: PairStore, scans: Sequence[StoreScan]) -> LeakComparison:
+    """Compare all windows of the store with all of the other."""
     index = joined_index([store, other])
     rows = np.arange(len(index))
-    here, there = rows[: len(store.index)], rows[len(store.index) :]
-    leaks = find_leaks(index, StoreScan.joined(list(surveyed)), ("store", here), ("other", there))
+    own, others = rows[: len(store.index)], rows[len(store.index) :]
+    leaks = find_leaks(index, StoreScan.joined(list(scans)), ("store", own), ("other", others))
     return LeakComparison(leaks, index, (store, other))
 
 
-def notes(result: dict[str, Any], store: PairStore) -> Iterator[str]:
-    """What to know about the numbers, for people."""
+def inspect_warnings(result: dict[str, Any], store: PairStore) -> Iterator[str]:
+    """Sentences about numbers that are missing or left out."""
     windows = result["windows"]
     for name, what in (("events_drawn", "event counts"), ("frame_minus_window_centre_ms", "times of frames")):
         if windows[name] is None:
-            yield f"no {what}: the source does not know them, or the store was prepared before they were kept"
+            yield f"no {what}: the source does not know them, or an older version prepared the store"
     if windows["events_drawn"] and not windows["events_per_window"]:
-        yield "events of whole windows are not known: only the part that is drawn was simulated or read"
+        yield "events of whole windows are unknown: only the part that is drawn was simulated or read"
     sides = [side for side in ("event", "target") if not is_picture(store.feature(side))]
     if sides:
         yield f"no brightness and no near-duplicates of {' and '.join(sides)}: these features are not pictures"
@@ -120,11 +120,11 @@ def notes(result: dict[str, Any], store: PairStore) -> Iterator[str]:
         yield "no active pixels: the event pictures are not white with red and blue, as EventGPT draws"
     for side, count in windows["blank"].items():
         if count:
-            yield f"{count:,} {side} features show nothing (all numbers the same) and are not compared"
+            yield f"{count:,} {side} features are blank (all numbers the same) and not compared"
 
 
 def render_inspect(result: dict[str, Any], console: Console) -> None:
-    """Prints the result for people."""
+    """Print the description, the table of leaks and the warnings."""
     source, split, before = result["source"], result["split"], result["before"]
     lost = f" (reasons in {REJECTED})" if result["rejected"] else ""
     lengths = ", ".join(f"{count:,} of {name}" for name, count in result["durations"].items())
@@ -140,7 +140,7 @@ def render_inspect(result: dict[str, Any], console: Console) -> None:
         shape = " × ".join(map(str, spec["shape"]))
         table.add_row(side, f"{shape} {spec['dtype']}, times {spec['scale']:.6g}")
     table.add_row("size", f"{result['bytes'] / 1e6:,.1f} MB in {result['files']:,} files")
-    table.add_row("checksums", "all hold")
+    table.add_row("checksums", "all match")
     for name, text in statistics_lines(result["windows"]):
         table.add_row(name, text)
     table.add_row(
@@ -163,17 +163,17 @@ def render_inspect(result: dict[str, Any], console: Console) -> None:
 
 
 def daytimes(sequences: list[dict[str, Any]]) -> str:
-    """How many are day and night, in words; nothing where it is not known."""
+    """Number of sequences by day and by night, in words; empty if unknown."""
     count = Counter(line["daytime"] for line in sequences if line["daytime"])
     return ": " + ", ".join(f"{count[name]:,} by {name}" for name in ("day", "night")) if count else ""
 
 
 def leaks_table(leaks: list[dict[str, Any]]) -> Table:
-    """A line for each comparison; how many windows of the first set are in the second too, in each way."""
-    found = sum(leak["any"] for leak in leaks)
-    table = Table(title=leaks_headline(leaks), title_justify="left", title_style="bold red" if found else "bold")
-    table.add_column("found", no_wrap=True)
-    for head in ("of", "same\nevent", "same\ntarget", "near\nevent", "near\ntarget", "over-\nlap", "any"):
+    """A row for each comparison: how many windows of the first set are in the second too, by kind."""
+    leaking = sum(leak["any"] for leak in leaks)
+    table = Table(title=leaks_headline(leaks), title_justify="left", title_style="bold red" if leaking else "bold")
+    table.add_column("compared", no_wrap=True)
+    for head in ("windows", "same\nevent", "same\ntarget", "near\nevent", "near\ntarget", "over-\nlap", "any"):
         table.add_column(head, justify="right")
     for leak in leaks:
         counts = (*leak["identical"].values(), *leak["near"].values(), leak["overlapping"], leak["any"])

@@ -1,4 +1,4 @@
-"""A store's pairs as one picture, so that a person sees what an adapter will see."""
+"""Contact sheet: pairs of a store in one picture."""
 
 import io
 from pathlib import Path
@@ -16,7 +16,7 @@ GAP, CAPTION = 6, 14
 
 
 def write_contact_sheet(store: PairStore, path: Path) -> None:
-    """Pairs spread evenly over the store, each event picture to the left of its target."""
+    """Write pairs spread evenly over the store, each event picture to the left of its target."""
     event, target = store.feature("event"), store.feature("target")
     if not (is_picture(event) and is_picture(target)):
         raise ConfigError(f"--picture: the features of {store.folder} are not pictures; leave it out.")

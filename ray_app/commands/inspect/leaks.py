@@ -1,6 +1,6 @@
-"""What two sets of windows share that they should not: identical features, overlapping windows, near-duplicates.
+"""Leaks between two sets of windows: identical features, overlapping windows, near-duplicates.
 
-Shapes: N = pairs of an index, two stores' one after the other where two are compared.
+Shapes: N = pairs of an index; where two stores are compared, those of both, concatenated.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,10 @@ Kind = Literal["identical", "near", "overlapping"]
 Side = Literal["event", "target"]
 SIDES: tuple[Side, ...] = ("event", "target")
 SHOWN = 2
-"""Examples of each finding, of different sequences where there are."""
+"""Examples of each kind, from different sequences where possible."""
 MEASURE = (
-    f"near-duplicates: correlation of {NEAR} or more between sketches of 16 × 16 brightness cells, less their "
-    "surroundings; identical: every stored number equal. A feature whose numbers are all the same shows nothing and "
-    "is not compared."
+    f"near-duplicates: correlation of {NEAR} or more between 16 × 16 brightness cells, minus their surroundings; "
+    "identical: every stored number equal. A feature whose numbers are all the same is blank and not compared."
 )
 
 
@@ -32,42 +31,42 @@ class Example:
     """Two windows that should not both be there. Rows are positions in the compared index."""
 
     kind: Kind
-    """What they have in common."""
+    """What both have in common."""
     side: Side | None
-    """Which feature; None for overlapping windows."""
+    """Feature they share; None for overlapping windows."""
     correlation: float | None
-    """Of the two sketches, for near-duplicates."""
+    """Correlation of near-duplicates."""
     row: int
-    """The window."""
+    """Row of the window."""
     other: int
-    """The window on the other side."""
+    """Row of the window in the other set."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leaks:
-    """Windows of one set that are also in another, in one way or the other; each counts once in a way."""
+    """Windows of one set that are in another too; each counts at most once in each kind."""
 
     part: str
     """Name of the set."""
     against: str
-    """Name of the other."""
+    """Name of the other set."""
     windows: int
     """Windows in the set."""
     compared_with: int
-    """Windows in the other."""
+    """Windows in the other set."""
     identical: dict[Side, int]
     """Windows whose feature occurs in the other set, number for number."""
     near: dict[Side, int]
-    """Windows whose picture is like one of the other set, and not identical to any."""
+    """Windows whose picture is a near-duplicate of one in the other set, and identical to none."""
     overlapping: int
     """Windows that overlap one of the other set in time, in the same sequence."""
     any: int
     """Windows with any of these."""
     examples: tuple[Example, ...]
-    """The worst."""
+    """The worst cases."""
 
     def as_json(self, index: PairIndex) -> dict[str, Any]:
-        """JSON values, with the windows of the examples by name and time."""
+        """As JSON values, with the windows of the examples by name and time."""
         examples = [
             {
                 **asdict(example),
@@ -81,17 +80,17 @@ class Leaks:
 
 @dataclass(frozen=True, slots=True)
 class LeakComparison:
-    """A comparison, and where its rows are."""
+    """A comparison with the index and the stores of its rows."""
 
     leaks: Leaks
-    """What was found."""
+    """Counts and examples."""
     index: PairIndex
-    """What rows are positions in."""
+    """Index that rows are positions in."""
     stores: tuple[PairStore, ...]
-    """The stores whose indices follow each other there."""
+    """Stores whose indices are concatenated in it."""
 
     def pictures(self, row: int) -> dict[Side, NDArray[np.uint8]]:
-        """Both pictures of a window, (H, W, 3); none of a feature that is no picture."""
+        """Pictures of a window, shape (H, W, 3), by side; none for a feature that is not a picture."""
         store = self.stores[0]
         if row >= len(store.index):
             row, store = row - len(store.index), self.stores[1]
@@ -103,33 +102,33 @@ class LeakComparison:
         }
 
 
-def leaks_of_split(index: PairIndex, survey: StoreScan, split: Split) -> list[Leaks]:
-    """Validation against training, and test against both. Parts without windows are left out."""
+def leaks_of_split(index: PairIndex, scan: StoreScan, split: Split) -> list[Leaks]:
+    """Compare validation with training, and test with both. Parts without windows are left out."""
     parts = {"train": split.train, "val": split.val, "test": split.test}
     return [
-        find_leaks(index, survey, (name, parts[name]), (other, parts[other]))
+        find_leaks(index, scan, (name, parts[name]), (other, parts[other]))
         for name, other in (("test", "train"), ("test", "val"), ("val", "train"))
         if len(parts[name]) and len(parts[other])
     ]
 
 
-def find_leaks(index: PairIndex, survey: StoreScan, mine: tuple[str, Rows], others: tuple[str, Rows]) -> Leaks:
-    """What the rows of `mine` share with those of `others`; neither is empty."""
-    (name, rows), (other_name, other_rows) = mine, others
-    found: list[tuple[Kind, Side | None, Rows, NDArray[np.floating]]] = []
+def find_leaks(index: PairIndex, scan: StoreScan, part: tuple[str, Rows], other: tuple[str, Rows]) -> Leaks:
+    """Compare the rows of `part` with those of `other`; neither is empty."""
+    (name, rows), (other_name, other_rows) = part, other
+    matches: list[tuple[Kind, Side | None, Rows, NDArray[np.floating]]] = []
     for side in SIDES:
-        same = _identical(getattr(survey, f"{side}_hash"), rows, other_rows)
-        sketch_NK = getattr(survey, f"{side}_sketch")
-        place_N, likeness_N = nearest(sketch_NK[rows], sketch_NK[other_rows])
-        near = np.where((likeness_N >= NEAR) & (same < 0), other_rows[place_N], -1)
-        found += [("identical", side, same, np.ones(len(rows))), ("near", side, near, likeness_N)]
+        same = _identical(getattr(scan, f"{side}_hash"), rows, other_rows)
+        sketch_NK = getattr(scan, f"{side}_sketch")
+        nearest_N, correlation_N = nearest(sketch_NK[rows], sketch_NK[other_rows])
+        near = np.where((correlation_N >= NEAR) & (same < 0), other_rows[nearest_N], -1)
+        matches += [("identical", side, same, np.ones(len(rows))), ("near", side, near, correlation_N)]
     overlap = overlapping_row(index, rows, other_rows)
-    found.append(("overlapping", None, overlap, np.zeros(len(rows))))
-    count = {(kind, side): int(np.count_nonzero(partner >= 0)) for kind, side, partner, _ in found}
+    matches.append(("overlapping", None, overlap, np.zeros(len(rows))))
+    count = {(kind, side): int(np.count_nonzero(partner >= 0)) for kind, side, partner, _ in matches}
     examples = [
-        Example(kind, side, round(float(likeness[n]), 4) if kind == "near" else None, int(rows[n]), int(partner[n]))
-        for kind, side, partner, likeness in found
-        for n in _worst(index.sequence[rows], partner, likeness)
+        Example(kind, side, round(float(value[n]), 4) if kind == "near" else None, int(rows[n]), int(partner[n]))
+        for kind, side, partner, value in matches
+        for n in _worst(index.sequence[rows], partner, value)
     ]
     return Leaks(
         part=name,
@@ -139,20 +138,22 @@ def find_leaks(index: PairIndex, survey: StoreScan, mine: tuple[str, Rows], othe
         identical={side: count["identical", side] for side in SIDES},
         near={side: count["near", side] for side in SIDES},
         overlapping=count["overlapping", None],
-        any=int(np.count_nonzero(np.any([partner >= 0 for _, _, partner, _ in found], axis=0))),
+        any=int(np.count_nonzero(np.any([partner >= 0 for _, _, partner, _ in matches], axis=0))),
         examples=tuple(examples),
     )
 
 
 def joined_index(stores: list[PairStore]) -> PairIndex:
-    """The stores' indices one after the other, with sequences called alike only where they are the same recording."""
+    """Concatenate the stores' indices; sequences have one name only where they are the same recording."""
     parts = [replace(store.index, sequence=recordings(store)) for store in stores]
     return PairIndex(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(PairIndex)})
 
 
 def recordings(store: PairStore) -> NDArray[np.str_]:
-    """For each pair a name of its recording that holds across stores: equal names of sequences are not enough for
-    rendered drives, which are told apart by the seed, nor for files of videos or of DAVIS, by their SHA-256."""
+    """Name of each pair's recording that is valid across stores, shape (N,).
+
+    Names of sequences are not enough: rendered drives differ by seed, files of videos or of DAVIS by SHA-256.
+    """
     source, sequence = store.manifest.source, store.index.sequence
     if source.get("name") == "scenes":
         return np.char.add(sequence, f" (seed {source['seed']}, renderer {source['renderer']})")
@@ -171,17 +172,17 @@ def describe_pair(index: PairIndex, row: int) -> dict[str, Any]:
 
 
 def _identical(hashes: NDArray[np.str_], rows: Rows, others: Rows) -> Rows:
-    """For each of `rows` one of `others` with its hash, or −1; an empty hash equals none."""
+    """One of `others` with the hash of each row, or −1; an empty hash equals none."""
     first = {
         text: row for row, text in zip(others[::-1].tolist(), hashes[others[::-1]].tolist(), strict=True) if text
     }
     return np.array([first.get(text, -1) for text in hashes[rows].tolist()], np.int64)
 
 
-def _worst(sequence: NDArray[np.str_], partner: Rows, likeness: NDArray[np.floating]) -> Iterator[int]:
-    """The most alike windows with a partner, one for each sequence before a second of any."""
+def _worst(sequence: NDArray[np.str_], partner: Rows, correlation: NDArray[np.floating]) -> Iterator[int]:
+    """Positions of the most similar windows with a partner, one for each sequence before a second of any."""
     candidates = np.flatnonzero(partner >= 0)
-    candidates = candidates[np.argsort(-likeness[candidates], kind="stable")]
+    candidates = candidates[np.argsort(-correlation[candidates], kind="stable")]
     _, first = np.unique(sequence[candidates], return_index=True)
     first.sort()
     rest = np.setdiff1d(np.arange(len(candidates)), first)

@@ -71,7 +71,7 @@ def inspect_page(result: dict[str, Any], index: PairIndex, scan: StoreScan, leak
 
 
 def day_rule(result: dict[str, Any]) -> str:
-    """Caption on how day and night are told apart."""
+    """Caption that states the rule for day and night."""
     return f"Day and night by a rule: {result['night_rule']}."
 
 

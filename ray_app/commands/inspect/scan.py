@@ -1,6 +1,6 @@
-"""One pass over a store through Ray Data: every file verified, and of every pair what is small enough to keep.
+"""Scan a store in one pass through Ray Data: verify every file, and keep small measures of every pair.
 
-Shapes: N = pairs of the store's index, in its order; K = numbers of a sketch. About 1.2 kB are kept for each pair.
+Shapes: N = pairs of the store's index, in its order; K = numbers of a descriptor. Keeps about 1.2 kB for each pair.
 """
 
 import hashlib
@@ -26,66 +26,66 @@ from ray_app.store.pair_store import FACT_COLUMNS, PairStore, feature_matrix
 AT_A_TIME = 64
 """Pairs of a file that are measured at a time: 40 MB of pixels and brightness."""
 BRIGHT = 0.9
-"""Quantile of a picture's cells, by brightness, that tells day from night: lamps are small, the sky is not."""
+"""Quantile of the brightness of a picture's cells that separates day from night: lamps are small, the sky is not."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class StoreScan:
-    """What was measured of each pair, in the index's order; NaN or empty where it is not known or has no meaning."""
+    """Measures of each pair, in the index's order; NaN or empty where unknown or without meaning."""
 
     cosine: Floats
-    """cos_sim of the raw event feature with its target, (N,)."""
+    """cos_sim of the raw event feature with its target, shape (N,)."""
     event_hash: NDArray[np.str_]
     """BLAKE2b-128 of the event feature; empty where all of its numbers are the same."""
     target_hash: NDArray[np.str_]
-    """The same of the target feature."""
+    """BLAKE2b-128 of the target feature."""
     event_sketch: NDArray[np.float16]
-    """Sketch of the event picture, (N, K); zero where it is no picture or shows nothing."""
+    """Descriptor of the event picture, shape (N, K); zero if it is not a picture or blank."""
     target_sketch: NDArray[np.float16]
-    """Sketch of the target picture."""
+    """Descriptor of the target picture, shape (N, K)."""
     active: Floats
     """Share of the drawn event image's pixels that have an event."""
     positive: Floats
-    """Positive share of these."""
+    """Positive share of these pixels."""
     bright: Floats
     """Brightness, 0 to 255, that a tenth of the target picture's cells reach."""
     num_events: Floats
-    """Events of the window, from preparation; as the next three."""
+    """Events of the window, counted by `prepare`."""
     num_drawn: Floats
-    """Events that were drawn."""
+    """Events that were drawn, counted by `prepare`."""
     num_positive: Floats
-    """Those of them that are positive."""
+    """Positive events that were drawn, counted by `prepare`."""
     frame_offset_us: Floats
-    """Time of the target's frame less that of the window's middle."""
+    """Time of the target's frame minus that of the window's middle."""
 
     @staticmethod
     def joined(parts: list["StoreScan"]) -> "StoreScan":
-        """One after the other."""
+        """Concatenate scans."""
         return StoreScan(
             **{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(StoreScan)}
         )
 
 
 def is_picture(spec: FeatureSpec) -> bool:
-    """Three colours in bytes."""
+    """True if a feature is a picture: three colours in bytes."""
     return spec.dtype == "uint8" and len(spec.shape) == 3 and spec.shape[0] == 3
 
 
 def scan_store(store: PairStore) -> StoreScan:
-    """Measures the pairs of the index, file by file, on the connected cluster. StoreError names a damaged file.
+    """Measure the pairs of the index, file by file, on the connected cluster. StoreError names a damaged file.
 
-    Files that hold none of the pairs are verified too.
+    Files with none of the pairs are verified too.
     """
     work = []
     for file in range(len(store.files)):
         of_file = np.flatnonzero(store.index.file == file)
         work.append({"file": file, "row": store.index.row[of_file].tolist(), "position": of_file.tolist()})
-    held = ray.put(store)
+    store_ref = ray.put(store)
 
     def read(item: dict[str, NDArray[Any]]) -> Iterator[pa.Table]:
-        opened: PairStore = ray.get(held)
+        opened: PairStore = ray.get(store_ref)
         table = opened.table(int(item["file"][0]))
         rows, positions = (np.asarray(item[name][0], np.int64) for name in ("row", "position"))
         for first in range(0, len(rows), AT_A_TIME):
@@ -102,13 +102,13 @@ def scan_store(store: PairStore) -> StoreScan:
         for batch in batches:
             tables += [batch] if len(batch) else []  # a file without any of the pairs
             bar.advance(task, len(batch))
-    found = pa.concat_tables(tables).sort_by("position")
-    assert np.array_equal(found["position"].to_numpy(), np.arange(len(store.index)))
-    return StoreScan(**{f.name: _array(f.name, found[f.name]) for f in fields(StoreScan)})
+    table = pa.concat_tables(tables).sort_by("position")
+    assert np.array_equal(table["position"].to_numpy(), np.arange(len(store.index)))
+    return StoreScan(**{f.name: _array(f.name, table[f.name]) for f in fields(StoreScan)})
 
 
 def measured(store: PairStore, table: pa.Table) -> dict[str, pa.Array]:
-    """The columns of a `Survey` for some rows of a file."""
+    """Columns of a `StoreScan` for some rows of a file."""
     unknown = np.full(len(table), np.nan)
     columns: dict[str, Any] = dict.fromkeys(("cosine", "active", "positive", "bright"), unknown)
     side_ND = {side: feature_matrix(table[side], store.feature(side)) for side in ("event", "target")}
