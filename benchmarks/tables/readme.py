@@ -1,4 +1,4 @@
-"""The README's three small tables."""
+"""Tables of the README."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,7 @@ from benchmarks.results_tables import Table, facts, percent, points, read
 from benchmarks.tables.adapters import adapters
 from benchmarks.tables.speculative import drafters
 
+SHOWN = ("0.70", "0.80", "0.90", "0.95")
 DRAFTERS = ("eventgpt", "positional", "previous_window", "hybrid")
 
 
@@ -42,6 +43,19 @@ def system_table() -> Table:
     )
 
 
+def quickstart_table() -> Table:
+    """Table that `make quickstart` ends with."""
+    result = read("quickstart")
+    scores = {f"`{name}`": baseline for name, baseline in result["baselines"].items()}
+    scores["**adapter**"] = result
+    rows = [
+        (name, f"{score['cos_sim_mean']:.3f}", *(percent(score["cosine_accept_rate"][theta]) for theta in SHOWN))
+        for name, score in scores.items()
+    ]
+    rows.append(("**lift, points**", "", *(points(result["lift_by_theta"][theta]) for theta in SHOWN)))
+    return Table(("", "mean cos_sim", *(f"θ {theta}" for theta in SHOWN)), rows, ["quickstart"])
+
+
 def drafters_table() -> Table:
     table = drafters()
     rows = [(row[0], row[1], row[4], row[7]) for row in table.rows if row[0].strip("`") in DRAFTERS]
@@ -51,5 +65,6 @@ def drafters_table() -> Table:
 TABLES: dict[str, Callable[[], Table]] = {
     "readme-adapters": adapters_table,
     "readme-drafters": drafters_table,
+    "readme-quickstart": quickstart_table,
     "readme-system": system_table,
 }

@@ -87,6 +87,11 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
+def test_pictures_are_small() -> None:
+    assert {path.name for path in (ROOT / "docs" / "images").iterdir()} == {"console.png", "report.png"}
+    assert all(path.stat().st_size < 150_000 for path in (ROOT / "docs" / "images").iterdir())
+
+
 def test_every_dependency_has_its_reason_next_to_it() -> None:
     lines = (ROOT / "pyproject.toml").read_text().splitlines()
     project = tomllib.loads("\n".join(lines))["project"]
