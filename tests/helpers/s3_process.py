@@ -1,8 +1,8 @@
 """A real S3 server (moto's) as processes of their own: the server, and a front before it that can fail.
 
 Clients speak to the front. Killing it is what an outage looks like from outside: connections break off, the port is
-closed, and what was stored is still there afterwards. While the file `broken` lies in its folder it answers 500, and
-while `read_only` does, what only a reader may do.
+closed, and what was stored is still there afterwards. While the file `broken` is in its folder it answers 500 and
+makes the file `refused`; while `read_only` is there it serves readers only.
 """
 
 import contextlib
@@ -25,10 +25,11 @@ DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Err
 
 
 class S3:
-    """Server and front on free ports of this machine. `folder` is for logs and the signs `broken` and `read_only`."""
+    """Server and front on free ports of this machine. `folder` is for logs and signal files."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.broken, self.read_only = folder, folder / "broken", folder / "read_only"
+        self.folder = folder
+        self.broken, self.refused, self.read_only = (folder / name for name in ("broken", "refused", "read_only"))
         self.port, self._server_port = free_port(), free_port()
         server = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self._server_port)]
         self._server = self._start(server, self._server_port)
@@ -94,11 +95,13 @@ class Front(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # head and body of an answer go out at once
     server_port: int
     broken: Path
+    refused: Path
     read_only: Path
 
     def hand_on(self) -> None:
         body = self._body()
         if self.broken.exists():
+            self.refused.touch()
             self._reply(500, {}, b"")
             return
         if self.read_only.exists() and self.command not in ("GET", "HEAD"):
@@ -140,5 +143,5 @@ class Front(BaseHTTPRequestHandler):
 if __name__ == "__main__":
     os.setpgrp()
     port, Front.server_port, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    Front.broken, Front.read_only = folder / "broken", folder / "read_only"
+    Front.broken, Front.refused, Front.read_only = (folder / name for name in ("broken", "refused", "read_only"))
     ThreadingHTTPServer(("127.0.0.1", port), Front).serve_forever()

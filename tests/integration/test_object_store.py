@@ -32,16 +32,17 @@ BOTH = Features(event=SMALL, target=SMALL)
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def slow_source(pause_s: float) -> NumpySource:
-    """A source whose tasks take their time, so that a failure of the server falls into them."""
+def gated_source(gate: Path) -> NumpySource:
+    """A source whose first two tasks run at once and the others once `gate` exists, after a failure."""
 
     @dataclass(frozen=True)
-    class Slow(NumpySource):
+    class Gated(NumpySource):
         def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
-            time.sleep(pause_s)
+            while task.spec["sequence"] >= 2 and not gate.exists():
+                time.sleep(0.05)
             yield from NumpySource.pairs(self, task)
 
-    return Slow()
+    return Gated()
 
 
 def wait_for(s3: S3, prefix: str, num_files: int) -> list[str]:
@@ -121,39 +122,45 @@ def test_a_damaged_or_missing_object_is_found_and_named(s3: S3) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "broken"])
 def test_a_server_that_fails_for_a_while_is_waited_for(
-    s3: S3, how: str, small_store: Path, capfd: pytest.CaptureFixture[str]
+    s3: S3, how: str, small_store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    where, answer = s3.uri(f"bucket/{how}"), {}
+    where, answer, gate = s3.uri(f"bucket/{how}"), {}, tmp_path / "gate"
     flags = PrepareFlags(out=where, num_workers=2, storage_timeout_s=60)
 
     def run() -> None:
-        answer.update(prepare(slow_source(0.4), flags, SMALL))
+        answer.update(prepare(gated_source(gate), flags, SMALL))
 
     thread = threading.Thread(target=run)
     thread.start()
     wait_for(s3, how, 2)
     if how == "killed":
         s3.kill()
-    else:
-        s3.broken.touch()
-    time.sleep(2 if how == "killed" else 8)
-    if how == "killed":
+        gate.touch()
+        time.sleep(2)
         s3.start()
-    else:
+    else:  # the file system's own tries may bridge a short outage of the connection, but not this
+        s3.refused.unlink(missing_ok=True)
+        s3.broken.touch()
+        gate.touch()
+        while not s3.refused.exists():
+            assert thread.is_alive()
+            time.sleep(0.05)
+        time.sleep(12)
         s3.broken.unlink()
     thread.join(400)
     assert answer["fingerprint"] == PairStore.open(small_store).fingerprint
     assert (answer["pairs"], answer["rejected"]) == (72, 0)
     PairStore.open(where).verify()
-    if how == "broken":  # the file system's own tries may bridge a short outage of the connection
+    if how == "broken":
         printed = capfd.readouterr().err
         assert f"s3://bucket/{how} does not answer; trying again for 60 s" in printed
         assert f"s3://bucket/{how} answers again" in printed
 
 
 @pytest.mark.slow
-def test_a_server_that_stays_away_ends_it_with_what_is_done_intact(s3: S3, small_store: Path) -> None:
-    where, source = s3.uri("bucket/away"), slow_source(0.5)
+def test_a_server_that_stays_away_ends_it_with_what_is_done_intact(s3: S3, small_store: Path, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    where, source = s3.uri("bucket/away"), gated_source(gate)
     flags = PrepareFlags(out=where, num_workers=2, storage_timeout_s=1)
     errors: list[StoreError] = []
 
@@ -166,6 +173,7 @@ def test_a_server_that_stays_away_ends_it_with_what_is_done_intact(s3: S3, small
     thread.start()
     done = wait_for(s3, "away", 2)
     s3.kill()
+    gate.touch()
     thread.join(400)
     s3.start()  # other tests use it, whatever comes of this one
     told = str(errors[0])
