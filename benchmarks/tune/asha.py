@@ -22,7 +22,7 @@ import yaml
 from ray.tune.schedulers import TrialScheduler
 
 from benchmarks.provenance import require_commit, save
-from ray_app.commands.tune.driver import asha_of
+from ray_app.commands.tune.search import make_asha
 from ray_app.commands.tune.sweep_dir import SweepDir, scores
 from ray_app.runs.event_log import entries
 
@@ -115,7 +115,7 @@ def orders(folder: Path, *, between_equals: bool) -> dict[str, float]:
         )
     rng, shares, lost = np.random.default_rng(0), [], []
     for _ in range(ORDERS):
-        scheduler, reached, best = asha_of(spec), 0, 0.0
+        scheduler, reached, best = make_asha(spec), 0, 0.0
         for k in rng.permutation(len(curves)):
             epochs = epochs_of(str(k), curves[k], scheduler)
             reached, best = reached + epochs, max(best, rates[k][epochs - 1])

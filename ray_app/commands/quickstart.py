@@ -1,4 +1,4 @@
-"""The whole loop, small, on this machine: scenes, training, evaluation, promotion."""
+"""`ray-app quickstart`: scenes, training, evaluation and promotion on this machine, small."""
 
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from ray_app.config.tune import QuickstartConfig
 from ray_app.store.manifest import MANIFEST
 
 RECIPE: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.05, "schedule": "cosine", "flip": 0.5}
-"""How `conv` is trained: chosen on validation parts of rendered scenes."""
+"""Settings for `conv`, chosen on validation parts of rendered scenes."""
 
 
 def run_quickstart(cfg: QuickstartConfig) -> dict[str, Any]:
-    """Prepare (or go on with) a store, train a new run on it, judge it, and promote it.
+    """Prepare a store, train a new run on it, evaluate and promote it; return their --json objects.
 
-    The store is named after its settings and used again by the next quickstart; every quickstart trains
-    a run of its own, and none is deleted.
+    The store is named after its settings and reused by the next quickstart. Every quickstart trains a run of its own,
+    and none is deleted.
     """
     store = cfg.out / f"scenes-{cfg.num_pairs}x{cfg.num_sequences}-seed{cfg.seed}"
     run = next_run(cfg.out)
@@ -52,7 +52,7 @@ def run_quickstart(cfg: QuickstartConfig) -> dict[str, Any]:
                 **tracking,
             )
         )
-        log.rule("3/4 evaluate: the test part, beside every baseline")
+        log.rule("3/4 evaluate: the test part, with every baseline")
         evaluated = run_evaluate(
             EvaluateConfig(
                 store=store,
@@ -67,7 +67,7 @@ def run_quickstart(cfg: QuickstartConfig) -> dict[str, Any]:
 
 
 def next_run(folder: Path) -> Path:
-    """The first of run-1, run-2, … that does not exist yet."""
+    """First of run-1, run-2, … that does not exist yet."""
     number = 1
     while (folder / f"run-{number}").exists():
         number += 1
@@ -75,6 +75,6 @@ def next_run(folder: Path) -> Path:
 
 
 def render_quickstart(result: dict[str, Any], console: Console) -> None:
-    """The table of the test part, the report's path, the champion, and where to go from here."""
+    """Print the table of the test part, the report's path, the champion and the next commands."""
     render_evaluate(result["evaluate"], console)
     render_outcome(result["promote"], console)

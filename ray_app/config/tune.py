@@ -1,4 +1,4 @@
-"""Settings of what stands around trainings: `tune`, `sync`, `import-checkpoint`, `quickstart`."""
+"""Settings of `tune`, `sync`, `import-checkpoint` and `quickstart`."""
 
 from pathlib import Path
 from typing import Self
@@ -11,34 +11,33 @@ from ray_app.config.base import ClusterFlags, Config, Positive, StorePlace, Stra
 class TuneConfig(ClusterFlags, TrackingFlags):
     """Search for the best adapter. A YAML file is the whole sweep; flags here override its lines of the same name.
 
-    Or, instead of a file: --resume SWEEP goes on with a sweep, --watch SWEEP shows one as it goes.
+    Instead of a file: --resume SWEEP resumes a sweep, --watch SWEEP shows one live.
     """
 
     file: Path | None = None
     """YAML file of the sweep; tune_configs/ holds examples."""
     resume: StorePlace | None = None
-    """Go on with the sweep in this folder, or at this URI: what is finished is not run again, what is not goes on."""
+    """Resume the sweep in this folder, or at this URI; finished trials are not run again."""
     watch: StorePlace | None = None
-    """Show the sweep in this folder, or at this URI, live, until it ends; a finished one at once."""
+    """Show the sweep in this folder, or at this URI, live, until it ends."""
     store: StorePlace | None = None
     """Pair store: a folder, or a URI such as s3://bucket/store."""
     out: StorePlace | None = None
-    """Folder of the sweep, on a disk that all nodes see, or a URI such as s3://bucket/sweep; must be new or empty."""
+    """Folder of the sweep, on a disk of all nodes, or a URI such as s3://bucket/sweep; must be new or empty."""
     use_gpu: bool = False
-    """One GPU for each worker of a trial, whatever the file says."""
+    """One GPU for each worker of a trial."""
     max_trials: Positive | None = None
     """Most trials."""
     max_hours: float | None = Field(default=None, gt=0.0)
-    """Most hours of search, all starts together; what has not ended then can go on later."""
+    """Most hours of search, all starts together; trials that have not ended then can be resumed."""
     max_gpu_hours: float | None = Field(default=None, gt=0.0)
     """Most GPU hours of search, all trials together."""
     final: bool = True
-    """Train the best setting once more with several seeds on training and validation parts, and judge it on the
-    test part."""
+    """Train the best setting with several seeds on all but the test part, and evaluate it on the test part."""
     promote: bool = False
-    """Promote the first of these at the end; otherwise the command for it is printed."""
+    """Promote the first seed at the end; otherwise the command for it is printed."""
     yes: bool = False
-    """Go on without a question where the estimate is above a limit."""
+    """Start without a question if the estimate is above a limit."""
 
     @model_validator(mode="after")
     def _one_task(self) -> Self:
@@ -50,14 +49,14 @@ class TuneConfig(ClusterFlags, TrackingFlags):
 
 
 class SyncConfig(TrackingFlags):
-    """Bring the tracking server to exactly what runs' event logs hold; as often as one likes."""
+    """Send what runs' event logs have to the tracking server; may be repeated."""
 
     runs: tuple[StorePlace, ...]
     """Runs: folders, or URIs such as s3://bucket/run."""
 
 
 class ImportCheckpointConfig(Config):
-    """A checkpoint of the reference project (.pt) as a checkpoint folder; its pickle is read, never run."""
+    """Convert a checkpoint of the reference project (.pt) to a checkpoint folder; its pickle is parsed, never run."""
 
     file: Path
     """Checkpoint of the reference: torch.save of config and model_state_dict."""
@@ -66,7 +65,7 @@ class ImportCheckpointConfig(Config):
 
 
 class QuickstartConfig(TrackingFlags):
-    """Scenes, training, evaluation and promotion, small, on this machine."""
+    """Run scenes, training, evaluation and promotion on this machine, small."""
 
     out: Path = Path("quickstart")
     """Folder for the store, the run and the report."""
@@ -75,7 +74,7 @@ class QuickstartConfig(TrackingFlags):
     num_sequences: Positive = 40
     """Rendered drives."""
     strategy: Strategy = "conv"
-    """Adapter; the reference's is lightweight."""
+    """Strategy of the adapter; the reference's is lightweight."""
     num_epochs: Positive = 12
     """Training epochs."""
     hidden_dim: Positive | None = None

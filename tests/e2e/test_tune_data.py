@@ -11,7 +11,7 @@ from sweeps import sweep_file, tune
 from ray_app.commands.train.initialization import PairsInMemory, load_start, make_start
 from ray_app.commands.train.loop import WorkerContext
 from ray_app.commands.train.shared_dataset import pairs_of, part_bytes, share_dataset, shared, start_of
-from ray_app.commands.tune.initialization import with_starts
+from ray_app.commands.tune.datasets import with_starts
 from ray_app.commands.tune.spec import SweepSpec, read_spec
 from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.config.base import SplitConfig

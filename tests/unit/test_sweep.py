@@ -1,4 +1,4 @@
-"""What a sweep is made of, without Ray: its file, what it tries next, how it reads its record."""
+"""Parts of a sweep, without Ray: its file, its proposals, its event logs."""
 
 import io
 import json
@@ -19,10 +19,11 @@ from ray_app import cli
 from ray_app.cluster.connection import ClusterInfo
 from ray_app.commands.train.shared_dataset import baselines_of
 from ray_app.commands.tune.command import confirm_estimate, new_sweep_spec
-from ray_app.commands.tune.driver import Budget, SweepState
 from ray_app.commands.tune.estimate import Estimate, MemoryNeed, kept_share, largest, max_concurrent
+from ray_app.commands.tune.search import Budget
 from ray_app.commands.tune.searchers import TrialRecord, draw, propose
 from ray_app.commands.tune.spec import Choice, Range, describe, read_spec, space_of, train_config
+from ray_app.commands.tune.state import SweepState
 from ray_app.commands.tune.sweep_dir import (
     SweepDir,
     Trial,
@@ -72,17 +73,17 @@ def test_every_strategy_but_the_widest_and_every_loss_is_in_a_shipped_space() ->
     [
         ({"spce": {}}, "unknown key 'spce'"),
         ({"space": {}}, "the space is empty"),
-        ({"space": {"hidden": [1]}}, "'hidden' is no setting of `ray-app train`"),
+        ({"space": {"hidden": [1]}}, "'hidden' is not a setting of `ray-app train`"),
         ({"space": {"hidden_dim": []}}, "has no values"),
         ({"space": {"hidden_dim": 8}}, "must be a list of values"),
-        ({"space": {"learning_rate": {"log": [0.1, 0.01]}}}, "is no span"),
+        ({"space": {"learning_rate": {"log": [0.1, 0.01]}}}, "is not a range"),
         ({"space": {"learning_rate": {"log": ["1e-4", 0.01]}}}, "1.0e-4 is a number in YAML"),
         ({"space": {"strategy": ["lightweight", "transformer"]}}, "strategy: .*transformer"),
         ({"space": {"dropout": {"uniform": [0.0, 1.5]}}}, "dropout: .*less than 1"),
         ({"space": {"seed": [1, 2]}}, "luck"),
-        ({"base": {"out": "x"}}, "a line of its own"),
+        ({"base": {"out": "x"}}, "a key of its own"),
         ({"base": {"hidden_dim": 8}}, "under both"),
-        ({"base": {"epochs": 8}}, "'epochs' is no setting"),
+        ({"base": {"epochs": 8}}, "'epochs' is not a setting"),
         ({"search_alg": "grid", "space": {"dropout": {"uniform": [0.0, 0.5]}}}, "needs lists"),
         ({"search_alg": "bohb"}, "search_alg: .*'grid', 'random' or 'optuna'"),
         ({"scheduler": "pbt"}, "scheduler: .*'none' or 'asha'"),
@@ -313,7 +314,7 @@ def test_a_space_beyond_the_memory_is_told_with_its_largest_setting(small_store:
     ):
         max_concurrent(spec, info, {}, most)
     bases = sized(tmp_path, small_store, space={"rank": [4, 8]}, base={"strategy": "lowrank"})
-    assert largest(bases, PairStore.open(small_store)).beside == 4 * 2 * (768 + 768 * 8 + 8)
+    assert largest(bases, PairStore.open(small_store)).buffers == 4 * 2 * (768 + 768 * 8 + 8)
     small = MemoryNeed(1000, 0, {"hidden_dim": 8})
     assert max_concurrent(spec, info, {}, small) == 4
     assert max_concurrent(spec.model_copy(update={"max_concurrent_trials": 2}), info, {}, small) == 2
@@ -324,7 +325,7 @@ def test_a_space_beyond_the_memory_is_told_with_its_largest_setting(small_store:
     nodes = replace(info, node_cpus=(1, 3), node_memory_bytes=(5 * 2**30, 4 * 2**30))
     assert max_concurrent(spec, nodes, {}, small) == 1 + 3
     assert max_concurrent(spec, nodes, {}, MemoryNeed(0, 2 * 2**30, {})) == 1 + 1, "each node holds one of 3 GiB"
-    with pytest.raises(ResourceError, match=r"5\.0 GiB beside them.* the largest node has 5\.0 GiB"):
+    with pytest.raises(ResourceError, match=r"5\.0 GiB of other tensors.* the largest node has 5\.0 GiB"):
         max_concurrent(spec, nodes, {}, MemoryNeed(0, 5 * 2**30, {}))
     with pytest.raises(ResourceError, match="wants 1 workers of 8 CPUs"):
         max_concurrent(spec.model_copy(update={"cpus_per_worker": 8.0}), info, {}, small)
@@ -350,7 +351,7 @@ def test_an_estimate_above_a_limit_is_asked_about_on_a_terminal(
         if begins:
             confirm_estimate(cfg, spec, told)
         else:
-            with pytest.raises(ConfigError, match="nothing was begun"):
+            with pytest.raises(ConfigError, match="nothing was started"):
                 confirm_estimate(cfg, spec, told)
     os.close(master)
     monkeypatch.setattr("sys.stdin", io.StringIO())

@@ -1,4 +1,4 @@
-"""Why trials fail, and what is said where none could be judged: without Ray."""
+"""Why trials fail, and the error where none finished an epoch: without Ray."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import pytest
 from sweeps import sized
 
 from ray_app.commands.tune.command import best_trial
-from ray_app.commands.tune.driver import SweepState
+from ray_app.commands.tune.state import SweepState
 from ray_app.commands.tune.sweep_dir import SweepDir
-from ray_app.commands.tune.trial import normalise_error, told_before
+from ray_app.commands.tune.trial import is_repeated, normalise_error
 from ray_app.errors import TrainingError
 from ray_app.runs.event_log import EventLog
 from ray_app.store.pair_store import PairStore
@@ -36,14 +36,14 @@ MEMORY = (
 )
 def test_a_cause_is_the_same_whatever_its_numbers_are(first: str, second: str, same: bool) -> None:
     assert (normalise_error(first) == normalise_error(second)) == same
-    told = [{"kind": "step", "global_step": 1}, {"kind": "exception", "cause": first}]
-    assert told_before(second, told) == same
-    assert not told_before(second, told[:1])
+    lines = [{"kind": "step", "global_step": 1}, {"kind": "exception", "cause": first}]
+    assert is_repeated(second, lines) == same
+    assert not is_repeated(second, lines[:1])
 
 
 @pytest.fixture
 def record(small_store: Path, tmp_path: Path) -> SweepState:
-    """Of a sweep that has just begun."""
+    """State of a sweep that has just started."""
     spec = sized(
         tmp_path, small_store, out=str(tmp_path / "sweep"), space={"hidden_dim": [8, 16, 24]}, search_alg="grid"
     )
@@ -62,7 +62,7 @@ def test_reasons_are_grouped_without_their_numbers(record: SweepState) -> None:
         best_trial(record)
 
 
-def test_where_no_trial_has_finished_an_epoch_the_way_on_is_told(record: SweepState) -> None:
+def test_where_no_trial_has_finished_an_epoch_the_error_has_the_resume_command(record: SweepState) -> None:
     assert record.next_trial() is not None
-    with pytest.raises(TrainingError, match=r"no trial of .* has finished an epoch yet; go on with: .*--resume"):
+    with pytest.raises(TrainingError, match=r"no trial of .* has finished an epoch yet; resume with: .*--resume"):
         best_trial(record)

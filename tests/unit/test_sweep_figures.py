@@ -1,58 +1,76 @@
-"""Figures of a sweep's page: no two words of them touch, whatever was tried."""
+"""Figures of a sweep's page: every trial with an objective is in them, and no two words touch."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pages import assert_opens
 
-from ray_app.commands.tune.figures import LINE, Point, growth_figure, parallel_figure, spread
+from ray_app.commands.tune.figures import (
+    history_figure,
+    importance_figure,
+    parallel_figure,
+    pareto_figure,
+    slice_figures,
+    study_of,
+)
+from ray_app.commands.tune.searchers import draw
 from ray_app.commands.tune.spec import Choice, Range, Space
 from ray_app.commands.tune.sweep_dir import Trial
 
 SPACE: Space = {
     "hidden_dim": Choice((64, 128, 256, 512)),
     "mse_weight": Range(0.1, 30.0, log=True, step=None, integer=False),
-    "contrastive_weight": Range(0.03, 3.0, log=True, step=None, integer=False),
+    "durations": Choice((["1s"], ["1s", "2s"])),
     "learning_rate": Range(1e-4, 3e-3, log=True, step=None, integer=False),
-    "weight_decay": Range(1e-4, 0.3, log=True, step=None, integer=False),
+    "strategy": Choice(("lightweight", "lightweight_reference", "bottleneck")),
     "dropout": Range(0.0, 0.4, log=False, step=0.1, integer=False),
     "accept_weight": Choice((0.0, 0.1, 0.5)),
     "cosine_weight": Range(0.03, 3.0, log=True, step=None, integer=False),
 }
+NAME = "accepted at 0.80, %"
 
 
-def figure(settings: int, best: float, baselines: dict[str, float]) -> str:
-    """Two trials in a space of so many settings."""
-    space = dict(list(SPACE.items())[:settings])
-    first = {name: dimension.bounds[0] for name, dimension in space.items()}
-    last = {name: dimension.bounds[-1] for name, dimension in space.items()}
-    trials = [Trial(0, "a", first, 1, objective=0.0), Trial(1, "b", last, 1, objective=best)]
-    return parallel_figure(trials, space, baselines, "accepted at 0.80")
-
-
-def test_no_two_words_touch_wherever_the_baseline_lies(tmp_path: Path) -> None:
-    baselines = [{"all": value} for value in (0.0, 0.02, 0.5, 0.639, 0.62, 1.0)]
-    several = {"1s": 0.639, "2s": 0.639, "4s": 0.63}
-    figures = [figure(6, 0.639, told) for told in (*baselines, several)]
-    figures += [figure(settings, 0.639, {"all": 0.639}) for settings in (1, 4, 5, 7, 8)]
-    (tmp_path / "figures.html").write_text("".join(f"<div>{each}</div>" for each in figures))
-    assert_opens(tmp_path / "figures.html")
-
-
-def test_no_two_words_touch_however_long_it_took(tmp_path: Path) -> None:
-    spans = [factor * 10.0**power for power in range(-5, 2) for factor in (1.0, 1.68, 1.85, 2.4, 3.4, 3.7, 7.2)]
-    figures = [
-        growth_figure([Point(0.1 * span, 0.2, 0.5), Point(span, 1.1, 0.6)], {"all": 0.55}, "accepted at 0.80")
-        for span in spans
+def trials_of(space: Space, num: int = 12) -> list[Trial]:
+    """Random trials, the last of them without an objective."""
+    rng = np.random.default_rng(0)
+    settings = [{name: draw(dimension, rng) for name, dimension in space.items()} for _ in range(num)]
+    trials = [
+        Trial(n, f"t{n}", setting, int(10 ** rng.uniform(4, 8)), objective=float(rng.uniform(0.4, 0.7)))
+        for n, setting in enumerate(settings)
     ]
-    (tmp_path / "figures.html").write_text("".join(f"<div>{each}</div>" for each in figures))
+    return [*trials, Trial(num, "failed", settings[0], 1, status="failed")]
+
+
+def test_the_study_has_every_trial_with_an_objective_in_percent_and_the_second_objective() -> None:
+    trials = trials_of(SPACE)
+    study = study_of(trials, SPACE, "parameters")
+    assert [trial.values for trial in study.trials] == [
+        [100 * (trial.objective or 0), trial.parameters] for trial in trials[:-1]
+    ]
+    assert study.trials[0].params["hidden_dim"] == trials[0].setting["hidden_dim"]
+    assert {trial.params["durations"] for trial in study.trials} == {'["1s"]', '["1s", "2s"]'}
+    assert not study_of(trials, SPACE, "latency_ms").trials, "it was not measured"
+
+
+@pytest.mark.parametrize("num_settings", [1, 4, 8])
+def test_no_two_words_of_a_figure_touch_whatever_was_tried(num_settings: int, tmp_path: Path) -> None:
+    space = dict(list(SPACE.items())[:num_settings])
+    trials = trials_of(space)
+    figures = [
+        history_figure(trials, space, {"all": 0.55}, NAME),
+        history_figure(trials, space, {"1s": 0.639, "2s": 0.639, "4s": 0.63}, NAME),
+        parallel_figure(trials, space, NAME),
+        importance_figure(trials, space, list(space), 0, NAME),
+        slice_figures(trials, space, NAME),
+        pareto_figure(trials, space, "parameters", NAME),
+    ]
+    (tmp_path / "figures.html").write_text("".join(f"<div>{figure}</div>" for figure in figures))
     assert_opens(tmp_path / "figures.html")
 
 
-@pytest.mark.parametrize("heights", [[1.0], [0.0], [0.5, 0.5, 0.5], [1.0, 0.99, 0.0], [0.3] * 30])
-def test_words_beside_an_axis_keep_their_order_and_a_line_apart(heights: list[float]) -> None:
-    found = spread(heights)
-    assert [h for _, h in sorted(zip(heights, found, strict=True))] == sorted(found)
-    gaps = [b - a for a, b in zip(sorted(found), sorted(found)[1:], strict=False)]
-    assert all(gap >= min(LINE, 0.9 / len(heights)) - 1e-9 for gap in gaps)
-    assert all(min(LINE, 0.9 / len(heights)) - 1e-9 <= h <= 1 - min(LINE, 0.9 / len(heights)) + 1e-9 for h in found)
+def test_equal_trials_and_a_solved_adapter_without_parameters_have_figures() -> None:
+    trials = [Trial(n, f"t{n}", {"hidden_dim": 64}, 0, objective=0.5) for n in range(2)]
+    space: Space = {"hidden_dim": SPACE["hidden_dim"]}
+    assert parallel_figure(trials, space, NAME).startswith("<svg")
+    assert pareto_figure(trials, space, "parameters", NAME).startswith("<svg")

@@ -29,8 +29,8 @@ def folder(small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("ray_app.commands.tune.progress.REFRESH_S", 0.05)
     monkeypatch.setattr("ray_app.commands.tune.progress.DRIVERLESS_S", 0.5)
     folder = SweepDir(tmp_path / "sweep")
-    told = sized(tmp_path, small_store, out=str(folder.path)).model_dump(mode="json", exclude_unset=True)
-    folder.create({"name": "s", "key": "k", "spec": told, "store_fingerprint": "f"})
+    spec = sized(tmp_path, small_store, out=str(folder.path)).model_dump(mode="json", exclude_unset=True)
+    folder.create({"name": "s", "key": "k", "spec": spec, "store_fingerprint": "f"})
     return folder
 
 
@@ -44,9 +44,9 @@ def test_a_sweep_that_is_driven_is_watched_to_its_end(folder: SweepDir, capfd: p
         log.write("run_ended", status="FINISHED", artifacts=None, time=time.time())
     watcher.join(400)
     assert not watcher.is_alive()
-    told = capfd.readouterr().err
-    assert "ended" in told
-    assert "no driver" not in told
+    err = capfd.readouterr().err
+    assert "ended" in err
+    assert "no driver" not in err
 
 
 def test_the_watch_ends_where_the_driver_was_killed(folder: SweepDir, capfd: pytest.CaptureFixture[str]) -> None:
@@ -62,5 +62,5 @@ def test_the_watch_ends_where_the_driver_was_killed(folder: SweepDir, capfd: pyt
     driver.wait()
     watcher.join(400)
     assert not watcher.is_alive()
-    told = " ".join(capfd.readouterr().err.split())
-    assert f"no driver is at work; go on with: ray-app tune --resume {folder.path}" in told
+    err = " ".join(capfd.readouterr().err.split())
+    assert f"no driver is running; resume the sweep with: ray-app tune --resume {folder.path}" in err

@@ -1,11 +1,13 @@
-"""What a sweep needs, said before its first trial: memory by arithmetic, time from one measured training step.
+"""What a sweep needs, before its first trial: memory by arithmetic, time from one measured training step.
 
 Shapes: B = pairs of a batch, E, D = widths of event and target.
 """
 
+import contextlib
 import itertools
 import math
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,35 +28,35 @@ from ray_app.errors import ConfigError, ResourceError
 from ray_app.store.pair_store import PairStore
 
 PROCESS_BYTES = 2**30
-"""What a trial's process takes beside its model: Python, torch, Ray, the activations of a batch."""
+"""Memory of a trial's process without its model: Python, torch, Ray, the activations of a batch."""
 SAMPLES = 64
 """Random settings that the estimate averages over."""
 STEPS = 3
-"""Steps that are timed, after one that is not."""
+"""Timed steps, after one that is not timed."""
 LEARNING_RATE = 1e-6
-"""Of the timed steps: whether a setting can be trained is found out by its trial."""
+"""Learning rate of the timed steps: too small for them to fail."""
 SAVED_BYTES_PER_S = 3e8
-"""Assumed: a checkpoint is written, hashed and synced at this speed."""
+"""Assumed speed of writing, hashing and syncing a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a sweep will take, roughly."""
+    """Rough cost of a sweep."""
 
     trials: int
-    """Trials that are still to come."""
+    """Number of trials."""
     concurrent: int
-    """At a time."""
+    """Trials at a time."""
     hours: float
-    """If each trial goes to its end."""
+    """Hours if each trial runs all its epochs."""
     hours_expected: float
-    """With what the scheduler stops."""
+    """Hours if the scheduler stops as many trials as it is meant to."""
     gpu_hours: float
-    """As `hours`, of all GPUs."""
+    """GPU hours if each trial runs all its epochs."""
     final_hours: float
-    """Of the last training of the winner, all seeds."""
+    """Hours of the final training of the winner, all seeds."""
     measured: str
-    """What it rests on."""
+    """Measurements that it is computed from, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +65,19 @@ class MemoryNeed:
 
     parameters: int
     """Trained numbers."""
-    beside: int
-    """Bytes that the adapter holds beside them."""
+    buffers: int
+    """Bytes of the adapter's other tensors."""
     setting: Setting
-    """Whose."""
+    """Setting that needs it."""
 
     @property
     def num_bytes(self) -> int:
-        """With gradients, moments, and the process itself."""
-        return self.parameters * WEIGHTS_AND_MOMENTS_BYTES + self.beside + PROCESS_BYTES
+        """Bytes with gradients, moments and the process itself."""
+        return self.parameters * WEIGHTS_AND_MOMENTS_BYTES + self.buffers + PROCESS_BYTES
 
 
 def candidates(spec: SweepSpec) -> list[Setting]:
-    """Settings that stand for the space: all of a grid, else random ones."""
+    """Settings that represent the space: all of a grid, else random ones."""
     space = space_of(spec)
     if spec.search_alg == "grid":
         return grid(space)[: spec.max_trials]
@@ -83,13 +85,23 @@ def candidates(spec: SweepSpec) -> list[Setting]:
 
 
 def corners(space: Space) -> list[Setting]:
-    """Settings of which one has the most parameters: numbers at their largest, with every choice of anything else."""
+    """Settings that include the largest adapter: numbers at their maximum, with every choice of anything else."""
     values = []
     for dimension in space.values():
         bounds = dimension.bounds
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in bounds)
         values.append([max(bounds)] if numbers else list(bounds))
-    return [dict(zip(space, each, strict=True)) for each in itertools.islice(itertools.product(*values), 512)]
+    return [
+        dict(zip(space, combination, strict=True))
+        for combination in itertools.islice(itertools.product(*values), 512)
+    ]
+
+
+def accepted_configs(spec: SweepSpec, settings: Iterable[Setting]) -> Iterator[TrainConfig]:
+    """Configs of the settings that `train` accepts; a trial of any other fails at once."""
+    for setting in settings:
+        with contextlib.suppress(ConfigError):
+            yield train_config(spec, setting, spec.out)
 
 
 def largest(spec: SweepSpec, store: PairStore) -> MemoryNeed:
@@ -111,9 +123,9 @@ def largest(spec: SweepSpec, store: PairStore) -> MemoryNeed:
 
 
 def max_concurrent(spec: SweepSpec, info: ClusterInfo, placed: dict[str, SharedDataset], most: MemoryNeed) -> int:
-    """Trials at a time that the cluster has room for, the largest of the space in each place.
+    """Trials at a time that the cluster has room for if each is the largest of the space.
 
-    ResourceError, with the setting, where not one of it fits: each worker must lie on one node.
+    ResourceError, with the setting: not one fits. Each worker must fit on one node.
     """
     if spec.use_gpu and info.gpus < spec.num_workers:
         raise ResourceError(
@@ -132,9 +144,9 @@ def max_concurrent(spec: SweepSpec, info: ClusterInfo, placed: dict[str, SharedD
     )
     if workers < spec.num_workers:
         shared = sum(part.num_bytes for part in placed.values()) / 2**30
-        beside = f" and {most.beside / 2**30:.1f} GiB beside them" if most.beside else ""
+        buffers = f" and {most.buffers / 2**30:.1f} GiB of other tensors" if most.buffers else ""
         raise ResourceError(
-            f"the space cannot fit the memory: {describe(most.setting)} has {most.parameters:,} parameters{beside}, "
+            f"the space cannot fit the memory: {describe(most.setting)} has {most.parameters:,} parameters{buffers}, "
             f"which take {most.num_bytes / 2**30:.1f} GiB in each of {spec.num_workers} workers, with "
             f"{shared:.1f} GiB of shared pairs; the largest node has {max(memory) / 2**30:.1f} GiB for it. "
             "Take a smaller `hidden_dim` or `rank`, or another `strategy`."
@@ -143,55 +155,56 @@ def max_concurrent(spec: SweepSpec, info: ClusterInfo, placed: dict[str, SharedD
     return min(fit, spec.max_concurrent_trials) if spec.max_concurrent_trials else fit
 
 
-def estimate(
-    spec: SweepSpec, placed: dict[str, SharedDataset], configs: list[TrainConfig], trials: int, concurrent: int
-) -> Estimate:
-    """From a measured step of each strategy in `configs`, of its fewest parameters, scaled by parameters and pairs.
+def estimate_sweep(spec: SweepSpec, placed: dict[str, SharedDataset], concurrent: int) -> Estimate:
+    """Estimate from a measured step of each strategy, of its fewest parameters, scaled by parameters and pairs.
 
-    Validation counts as a third of a step for each batch; a checkpoint's time is assumed, not measured. The last
-    training is taken to be of an average setting, with all epochs, on as many CPUs as a trial's.
+    Validation counts as a third of a step for each batch; the time of a checkpoint is assumed, not measured. The
+    final training is taken to be of an average setting, with all epochs, on as many CPUs as a trial has.
     """
-    data = next(iter(placed.values()))
-    sized = sorted(((parameters(cfg, data.store) or 1, cfg) for cfg in configs), key=lambda each: each[0])
-    smallest = {cfg.strategy: (size, cfg) for size, cfg in reversed(sized)}
+    settings, data = candidates(spec), next(iter(placed.values()))
+    trials = len(settings) if spec.search_alg == "grid" else spec.max_trials
+    configs = [(parameters(cfg, data.store) or 1, cfg) for cfg in accepted_configs(spec, settings)]
+    configs.sort(key=lambda sized: sized[0])
+    smallest = {cfg.strategy: (size, cfg) for size, cfg in reversed(configs)}
     task = ray.remote(step_seconds).options(num_cpus=spec.cpus_per_worker, num_gpus=int(spec.use_gpu))
     threads = max(int(spec.cpus_per_worker), 1)
     seconds = {kind: ray.get(task.remote(cfg, data.store, threads)) for kind, (_, cfg) in smallest.items()}
     train, val = len(data.split.train), len(data.split.val)
     epoch_s = []
-    for size, cfg in sized:
+    for size, cfg in configs:
         measured_size, measured = smallest[cfg.strategy]
         pair_s = seconds[cfg.strategy] / measured.batch_size * size / measured_size
         epoch_s.append(pair_s * (train + val / 3) + size * 12 / SAVED_BYTES_PER_S)
-    whole = float(np.mean(epoch_s)) * spec.num_epochs
+    trial_s = float(np.mean(epoch_s)) * spec.num_epochs
     more_pairs = (train + val + len(data.split.test) / 3) / (train + val / 3)
-    hours = whole * trials / concurrent / 3600
-    told = ", ".join(f"{kind} of {smallest[kind][0]:,} parameters {1e3 * s:.0f} ms" for kind, s in seconds.items())
+    hours = trial_s * trials / concurrent / 3600
+    steps = ", ".join(f"{kind} of {smallest[kind][0]:,} parameters {1e3 * s:.0f} ms" for kind, s in seconds.items())
     return Estimate(
         trials=trials,
         concurrent=concurrent,
         hours=hours,
         hours_expected=hours * kept_share(spec),
-        gpu_hours=whole * trials / 3600 * spec.num_workers if spec.use_gpu else 0.0,
-        final_hours=whole * more_pairs * spec.num_final_seeds / 3600,
-        measured=f"a step took, measured here: {told}; the rest is in proportion",
+        gpu_hours=trial_s * trials / 3600 * spec.num_workers if spec.use_gpu else 0.0,
+        final_hours=trial_s * more_pairs * spec.num_final_seeds / 3600,
+        measured=f"a step took, measured here: {steps}; the rest is in proportion",
     )
 
 
 def kept_share(spec: SweepSpec) -> float:
-    """Share of all epochs that are run if `asha` lets exactly one in so many pass each rung."""
+    """Share of all epochs that are run if exactly one trial in `reduction_factor` passes each rung of `asha`."""
     if spec.scheduler != "asha":
         return 1.0
-    epochs, going, at = 0.0, 1.0, 0.0
+    epochs, running, epoch = 0.0, 1.0, 0.0
     rung = float(min(spec.grace_period, spec.num_epochs))
-    while at < spec.num_epochs:
-        epochs += going * (min(rung, spec.num_epochs) - at)
-        at, rung, going = min(rung, spec.num_epochs), rung * spec.reduction_factor, going / spec.reduction_factor
+    while epoch < spec.num_epochs:
+        end = min(rung, spec.num_epochs)
+        epochs += running * (end - epoch)
+        epoch, rung, running = end, rung * spec.reduction_factor, running / spec.reduction_factor
     return epochs / spec.num_epochs
 
 
 def step_seconds(cfg: TrainConfig, store: PairStore, threads: int) -> float:
-    """Median seconds of a training step of this setting, on pairs that are not read from anywhere."""
+    """Median seconds of a training step of this setting, on random pairs."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if cfg.use_gpu else "cpu")
     adapter = build_adapter(adapter_config(cfg, store), 0)
@@ -202,8 +215,8 @@ def step_seconds(cfg: TrainConfig, store: PairStore, threads: int) -> float:
     event_BE, target_BD = (torch.rand(cfg.batch_size, width, device=device) for width in widths)
     seconds = []
     for step in range(STEPS + 1):
-        began = time.perf_counter()
+        started = time.perf_counter()
         noise = BatchNoise(cfg.seed, step, 0, cfg.batch_size, cfg.batch_size)
         training_step(objective, optimizer, event_BE, target_BD, noise, global_pairs=cfg.batch_size)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - started)
     return float(np.median(seconds[1:]))

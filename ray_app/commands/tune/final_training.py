@@ -1,8 +1,8 @@
-"""A sweep's winner once more: trained on training and validation parts with several seeds, judged on the test part.
+"""Final training: the winner, trained on all but the test part with several seeds, and evaluated on the test part.
 
-The number of epochs is that of the trial's best checkpoint, since nothing is left to stop early by. The test part is
-read here for the first time, once for each seed; the seed that is offered for promotion is the first, whatever it
-says.
+The number of epochs is that of the trial's best checkpoint, since no validation part is left to stop early by. The
+test part is read here for the first time, once for each seed. The first seed is the one to promote, whatever its
+result.
 """
 
 import statistics
@@ -24,11 +24,11 @@ from ray_app.runs.event_log import EventLog
 from ray_app.runs.run_dir import RunDir
 
 LOGGED_KEYS = ("lift", "best_baseline", "interval95", "cos_sim_mean", "centered_cos_sim_mean", "pairs", "verdict")
-"""What is kept of an evaluation beside its rate."""
+"""Keys of an evaluation that are logged with its rate."""
 
 
 def run_final(cfg: TuneConfig, folder: SweepDir, log: EventLog, best: Trial) -> None:
-    """Trains and judges what has not been yet; each seed is written down as it is judged."""
+    """Train and evaluate each seed that the event log does not have yet, and log it. Promote if asked to."""
     spec = folder.spec
     done = {line["seed"] for line in folder.entries() if line["kind"] == "final_seed" and line["trial"] == best.name}
     for seed in range(spec.num_final_seeds):
@@ -56,8 +56,8 @@ def run_final(cfg: TuneConfig, folder: SweepDir, log: EventLog, best: Trial) -> 
 
 
 def final_config(cfg: TuneConfig, spec: SweepSpec, best: Trial, seed: int, run: RunDir) -> TrainConfig:
-    """The best setting on all that is not the test part, for as many epochs as were best; a run begun goes on."""
-    made = train_config(
+    """Settings of the final training of one seed; a run that has started is resumed."""
+    base = train_config(
         spec,
         best.setting,
         str(run),
@@ -74,23 +74,24 @@ def final_config(cfg: TuneConfig, spec: SweepSpec, best: Trial, seed: int, run: 
         "cpus_per_worker": None,
         "resume": str(run) if run.claimed else None,
     }
-    return TrainConfig.model_validate({**made.model_dump(), **changed})
+    return TrainConfig.model_validate({**base.model_dump(), **changed})
 
 
 def evaluation_config(cfg: TuneConfig, spec: SweepSpec, best: Trial, checkpoint: str, report: Path) -> EvaluateConfig:
+    """Settings of the evaluation of a final checkpoint."""
     return EvaluateConfig(store=spec.store, checkpoint=checkpoint, out=report, **shared_flags(cfg, spec, best))
 
 
 def shared_flags(cfg: TuneConfig, spec: SweepSpec, best: Trial) -> dict[str, Any]:
-    """Split, cluster and tracking server, for the commands that judge."""
+    """Split, cluster and tracking server, for evaluate and promote."""
     split = {name: getattr(spec, name) for name in ("split", "split_seed", "test_share", "val_share")}
     durations = best.setting.get("durations", spec.base.get("durations", spec.durations))
     tracking = {name: getattr(cfg, name) for name in ("tracking_uri", "experiment", "model_name", "address")}
     return {**split, "durations": tuple(durations), "use_gpu": spec.use_gpu, **tracking}
 
 
-def judgement_of(finals: Sequence[dict[str, Any]], folder: SweepDir) -> dict[str, Any]:
-    """Mean and spread over seeds, on the test part, with a sentence that says it."""
+def final_result(finals: Sequence[dict[str, Any]], folder: SweepDir) -> dict[str, Any]:
+    """Mean and spread over seeds on the test part, and a sentence of them."""
     rates, lifts = ([line["test"][key] for line in finals] for key in ("accept_rate", "lift"))
     spread = {
         name: {
@@ -102,17 +103,17 @@ def judgement_of(finals: Sequence[dict[str, Any]], folder: SweepDir) -> dict[str
         for name, values in (("accept_rate", rates), ("lift", lifts))
     }
     rate, lift = spread["accept_rate"], spread["lift"]
-    says = "beats the best baseline with every seed" if lift["min"] > 0 else "does not beat the best baseline"
+    verdict = "beats the best baseline with every seed" if lift["min"] > 0 else "does not beat the best baseline"
     if lift["min"] <= 0 < lift["max"]:
-        says = "beats the best baseline with some seeds and not with others"
+        verdict = "beats the best baseline with some seeds and not with others"
     runs = [folder.shown(folder.path / line["run"]) for line in finals]
     return {
         "test": spread,
         "seeds": [{"seed": line["seed"], "run": run, **line["test"]} for line, run in zip(finals, runs, strict=True)],
         "run": runs[0],
         "sentence": (
-            f"On the test part the winner {says}: cosine_accept_rate_{rate_key(THETA)} {100 * rate['mean']:.1f} % ± "
-            f"{100 * rate['std']:.1f} over {len(finals)} seeds, lift {100 * lift['mean']:+.1f} ± "
+            f"On the test part the winner {verdict}: cosine_accept_rate_{rate_key(THETA)} {100 * rate['mean']:.1f} % "
+            f"± {100 * rate['std']:.1f} over {len(finals)} seeds, lift {100 * lift['mean']:+.1f} ± "
             f"{100 * lift['std']:.1f} points."
         ),
     }

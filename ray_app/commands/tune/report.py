@@ -1,43 +1,43 @@
-"""`sweep.html`: what a sweep tried and what came of it, on one page that refers to nothing but its own folder."""
+"""`sweep.html`: trials, figures and verdict of a sweep on one page that loads nothing from outside its folder."""
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ray_app.commands.tune.figures import Point, cost_figure, growth_figure, importance_figure, parallel_figure
-from ray_app.commands.tune.final_training import judgement_of
+from ray_app.commands.tune.figures import (
+    history_figure,
+    importance_figure,
+    parallel_figure,
+    pareto_figure,
+    slice_figures,
+)
+from ray_app.commands.tune.final_training import final_result
 from ray_app.commands.tune.searchers import TrialRecord, importances
 from ray_app.commands.tune.spec import SweepSpec, describe, space_of
-from ray_app.commands.tune.sweep_dir import PAGE, SweepDir, Trial, best_of, pareto_front, scores
+from ray_app.commands.tune.sweep_dir import PAGE, SweepDir, Trial, best_of, ranked
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.reports.html import Cell, Facts, Figure, Outcome, Row, Section, Table, page
-from ray_app.runs.event_log import EVENT_LOG, entries
-
-FLOP_PER_PARAMETER = 6
-"""Of one pair, forward and backward: two each for the forward pass and twice that for the backward."""
 
 
 def write_page(folder: SweepDir) -> Path:
-    """Writes the page, from what is on disk."""
+    """Write the page from what is on disk; return its path."""
     folder.write(PAGE, render_page(folder).encode())
     return folder.path / PAGE
 
 
 def render_page(folder: SweepDir) -> str:
-    """The whole page."""
+    """Return the whole page."""
     about, spec, trials, lines = folder.metadata(), folder.spec, folder.trials(), folder.entries()
     best = best_of(trials)
     finals = [line for line in lines if line["kind"] == "final_seed" and best and line["trial"] == best.name]
-    final = judgement_of(finals, folder) if finals else None
+    final = final_result(finals, folder) if finals else None
     second = spec.secondary_objective or "parameters"
     baselines = {key: max(part["baselines"].values()) for key, part in about["data"].items()}
     if spec.objective == "lift":
         baselines = dict.fromkeys(baselines, 0.0)
-    plots = figures(folder, spec, trials, baselines, second) if best else []
     sections = [
         *([Section("The winner on the test part", [finals_table(finals)])] if finals else []),
-        *(Section(plot["title"], [Figure(plot["svg"], plot["alt"], plot["caption"])]) for plot in plots),
+        *(figures(spec, trials, baselines, second) if best else []),
         Section("Baselines on the validation part", [baselines_table(about["data"])]),
         Section("Trials", [trials_table(folder, ranked(trials), spec.secondary_objective == "latency_ms")]),
         Section("The sweep", [Facts(list(facts(about, spec, lines)))]),
@@ -53,11 +53,11 @@ def render_page(folder: SweepDir) -> str:
 
 
 def headline(best: Trial | None, final: dict[str, Any] | None, num: int) -> str:
-    """The answer in one sentence."""
+    """Result of the sweep in one sentence."""
     if final:
         return str(final["sentence"])
     if best is None or best.objective is None or best.accept_rate is None or best.lift is None:
-        return f"None of {num} trials could be judged."
+        return f"None of {num} trials finished an epoch."
     ahead = "ahead of" if best.lift > 0 else "not ahead of"
     return (
         f"The best of {num} trials is accepted for {100 * best.accept_rate:.1f} % of the validation pairs at "
@@ -66,7 +66,7 @@ def headline(best: Trial | None, final: dict[str, Any] | None, num: int) -> str:
 
 
 def outcome(best: Trial | None, final: dict[str, Any] | None) -> Outcome:
-    """`beats`, `unsure` or `loses`; on validation alone nothing is sure."""
+    """Return `beats`, `unsure` or `loses`; never `beats` from validation alone."""
     if final:
         lift = final["test"]["lift"]
         return "beats" if lift["min"] > 0 else "unsure" if lift["max"] > 0 else "loses"
@@ -74,7 +74,7 @@ def outcome(best: Trial | None, final: dict[str, Any] | None) -> Outcome:
 
 
 def notes(about: dict[str, Any], trials: list[Trial], best: Trial | None) -> list[dict[str, Any]]:
-    """What a reader must know beside the numbers."""
+    """Warnings and context of the numbers."""
     warnings, context = [], []
     if best and best.lift is not None and best.lift <= 0:
         warnings.append(
@@ -88,7 +88,7 @@ def notes(about: dict[str, Any], trials: list[Trial], best: Trial | None) -> lis
         context.append(
             f"The validation part{which} has {part['val']} pairs of {part['val_sequences']} "
             f"drives: one pair is {100 / part['val']:.1f} points, and the best of many "
-            "trials is the luckiest, too. The winner is judged on the test part, which the search never reads."
+            "trials is partly the luckiest. The winner is evaluated on the test part, which the search never reads."
         )
     if about["source"]["name"] == "scenes":
         context.append("The pairs are rendered scenes, not recordings: both sides come from a simulation.")
@@ -99,82 +99,58 @@ def notes(about: dict[str, Any], trials: list[Trial], best: Trial | None) -> lis
     ]
 
 
-def figures(
-    folder: SweepDir, spec: SweepSpec, trials: list[Trial], baselines: dict[str, float], second: str
-) -> Iterator[dict[str, str]]:
-    """Title, SVG, text for those who do not see it, and caption of each figure."""
-    name = "lift" if spec.objective == "lift" else f"accepted at {rate_key(THETA)}"
+def figure_section(title: str, svg: str, alt: str, caption: str) -> Section:
+    """Section of one figure; `alt`: its text for screen readers."""
+    return Section(title, [Figure(svg, alt, caption)])
+
+
+def figures(spec: SweepSpec, trials: list[Trial], baselines: dict[str, float], second: str) -> Iterator[Section]:
+    """Section of each figure."""
+    name = f"{'lift' if spec.objective == 'lift' else f'accepted at {rate_key(THETA)}'}, %"
     space, best = space_of(spec), best_of(trials)
     assert best is not None
-    reached = f"It reaches {100 * (best.objective or 0.0):.1f} percent."
-    yield {
-        "title": "The best so far",
-        "svg": growth_figure(points(folder, spec, trials), baselines, name),
-        "alt": f"The best objective so far over hours of search and over training compute. {reached}",
-        "caption": "A dot is an epoch of a trial: the objective of its best checkpoint by then. Pauses between "
-        "starts are left out.",
-    }
-    yield {
-        "title": "What was tried",
-        "svg": parallel_figure(trials, space, baselines, name),
-        "alt": f"Parallel coordinates of {len(trials)} trials. The best: {describe(best.setting)}.",
-        "caption": "A line is a trial, the lighter the better; the thick one is the best.",
-    }
-    shares = importances(space, tried(trials), spec.seed)
-    if shares:
-        yield {
-            "title": "What mattered",
-            "svg": importance_figure(shares, [t for t in trials if t.status != "failed"], space, baselines, name),
-            "alt": "Importance of each setting: "
-            + ", ".join(f"{k} {100 * v:.0f} percent" for k, v in shares.items()),
-            "caption": "fANOVA (Hutter et al. 2014) over the trials that did not fail. Of a dozen trials it is a "
-            "hint, of a hundred a measurement. Below, a dot is a trial, the dashed line the best baseline.",
-        }
-    yield {
-        "title": "What it costs",
-        "svg": cost_figure(trials, pareto_front(trials, second), second, baselines, name),
-        "alt": f"The objective against {second}, with the front of trials that no other beats in both.",
-        "caption": "Filled: trained to its end. Triangle: stopped by the scheduler, so it stands where it was left.",
-    }
-
-
-def tried(trials: list[Trial]) -> list[TrialRecord]:
-    """Trials with an objective, for the importance of settings."""
-    return [
-        TrialRecord(t.setting, "finished", (t.objective,), t.epochs)
-        for t in trials
-        if t.objective is not None and t.status != "failed"
+    judged = [trial for trial in trials if trial.objective is not None and trial.status != "failed"]
+    yield figure_section(
+        "The best so far",
+        history_figure(judged, space, baselines, name),
+        f"The objective of each trial and the best so far, which reaches {100 * (best.objective or 0.0):.1f} "
+        "percent.",
+        "A dot is a trial: the objective of its best checkpoint.",
+    )
+    yield figure_section(
+        "What was tried",
+        parallel_figure(judged, space, name),
+        f"Parallel coordinates of {len(judged)} trials. The best: {describe(best.setting)}.",
+        "A line is a trial, the darker the better.",
+    )
+    records = [
+        TrialRecord(t.setting, "finished", (t.objective,), t.epochs) for t in judged if t.objective is not None
     ]
-
-
-def points(folder: SweepDir, spec: SweepSpec, trials: list[Trial]) -> list[Point]:
-    """Every epoch of every trial in order of time."""
-    found = []
-    for trial in trials:
-        path = folder.run(trial.name).path
-        lines = entries(path) if (path / EVENT_LOG).is_file() else []
-        for n, line in enumerate(lines, 1):
-            if line["kind"] == "epoch" and trial.status != "failed":
-                flop = FLOP_PER_PARAMETER * trial.parameters * line["train"]["pairs"]
-                found.append((line["time"], flop, scores(lines[:n], spec.objective)["objective"]))
-    found.sort()
-    spent = itertools.accumulate(flop for _, flop, _ in found)
-    sessions = folder.sessions()
-
-    def hours(moment: float) -> float:
-        return sum(max(min(end_s, moment) - begin_s, 0.0) for begin_s, end_s in sessions) / 3600
-
-    return [Point(hours(at), total / 1e15, objective) for (at, _, objective), total in zip(found, spent, strict=True)]
-
-
-def ranked(trials: list[Trial]) -> list[Trial]:
-    """The best first; those without a number last."""
-    judged = sorted((trial for trial in trials if trial.objective is not None), key=lambda trial: trial.rank)
-    return judged + [trial for trial in trials if trial.objective is None]
+    shares = importances(space, records, spec.seed)
+    if shares:
+        yield figure_section(
+            "What mattered",
+            importance_figure(judged, space, list(shares), spec.seed, name),
+            "Importance of each setting: " + ", ".join(f"{k} {100 * v:.0f} percent" for k, v in shares.items()),
+            "Share of the objective's variance, by fANOVA (Hutter et al. 2014) over the trials that did "
+            "not fail. With a dozen trials it is a hint, with a hundred a measurement.",
+        )
+        yield figure_section(
+            "Values of each setting",
+            slice_figures(judged, space, name),
+            f"The objective of every trial over its value of {', '.join(space)}.",
+            "A dot is a trial, the darker the later.",
+        )
+    yield figure_section(
+        "What it costs",
+        pareto_figure(judged, space, second, name),
+        f"The objective against {second}, with the front of trials that no other beats in both.",
+        "Red: no other trial is better in both.",
+    )
 
 
 def row(folder: SweepDir, trial: Trial) -> dict[str, Any]:
-    """A trial's line of the table; its checkpoint as a link where it is kept."""
+    """A trial's row of the table, with a link to its checkpoint if it is kept."""
     best = folder.run(trial.name).best_on_disk
     return {
         "trial": trial,
@@ -184,7 +160,7 @@ def row(folder: SweepDir, trial: Trial) -> dict[str, Any]:
 
 
 def facts(about: dict[str, Any], spec: SweepSpec, lines: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """What the sweep was, line by line."""
+    """Name and value of each fact of the sweep."""
     starts = sum(line["kind"] == "run_started" for line in lines)
     yield "searched", "\n".join(f"{name}: {value}" for name, value in spec.space.items())
     yield "base", "\n".join(f"{name}: {value}" for name, value in spec.base.items()) or "nothing"

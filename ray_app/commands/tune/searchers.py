@@ -1,8 +1,7 @@
-"""What to try next, as a pure function of the space, the seed and all that was tried before.
+"""The next setting to try, as a pure function of the space, the seed and all trials so far.
 
-So a searcher has no state of its own that could be lost: a sweep's record is its state. Grid points and random draws
-do not depend on results at all; Optuna's sampler is made anew for each trial, with a seed of its own,
-and told of every trial so far.
+A search algorithm therefore has no state that a killed driver could lose. Grid points and random draws do not depend
+on results; Optuna's sampler is created for each proposal, with a seed of its own, and given every trial so far.
 """
 
 import itertools
@@ -22,24 +21,23 @@ from ray_app.core.adapters.seeded_noise import derive_seed
 
 Direction = Literal["maximize", "minimize"]
 REDRAWS = 200
-"""Draws after which a space of choices is taken to be used up."""
-
-FEWEST = 4
-"""Trials below which nothing is said of importance."""
+"""Draws after which a space of choices counts as used up."""
+MIN_TRIALS = 4
+"""Fewest trials that importances are computed from."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """What a searcher knows of one trial."""
+    """One trial, as a search algorithm sees it."""
 
     setting: Setting
-    """Its setting."""
+    """Values of the searched settings."""
     state: Literal["running", "finished", "stopped", "failed"]
-    """How it stands."""
+    """State of the trial."""
     values: tuple[float, ...] = ()
-    """Its objectives, where it has come so far."""
+    """Objectives, if it has finished an epoch."""
     epochs: int = 0
-    """Epochs behind them."""
+    """Finished epochs."""
 
 
 def grid(space: Space) -> list[Setting]:
@@ -50,17 +48,17 @@ def grid(space: Space) -> list[Setting]:
 
 
 def propose(
-    searcher: Literal["grid", "random", "optuna"],
+    search_alg: Literal["grid", "random", "optuna"],
     space: Space,
     seed: int,
     tried: Sequence[TrialRecord],
     directions: Sequence[Direction] = ("maximize",),
 ) -> Setting | None:
-    """The setting of the next trial, or None where all combinations have been tried."""
-    if searcher == "grid":
+    """Setting of the next trial, or None if all combinations were tried."""
+    if search_alg == "grid":
         points = grid(space)
         return points[len(tried)] if len(tried) < len(points) else None
-    if searcher == "optuna":
+    if search_alg == "optuna":
         setting = suggest_with_optuna(space, seed, tried, directions)
         if setting not in [trial.setting for trial in tried]:
             return setting
@@ -68,7 +66,7 @@ def propose(
 
 
 def sample_random(space: Space, seed: int, tried: Sequence[TrialRecord]) -> Setting | None:
-    """A random setting that was not tried yet."""
+    """Random setting that was not tried yet, or None."""
     rng = np.random.default_rng(derive_seed(seed, len(tried)))
     seen = [trial.setting for trial in tried]
     for _ in range(REDRAWS):
@@ -79,7 +77,7 @@ def sample_random(space: Space, seed: int, tried: Sequence[TrialRecord]) -> Sett
 
 
 def draw(dimension: Dimension, rng: np.random.Generator) -> Any:
-    """One value."""
+    """Random value of a dimension."""
     if isinstance(dimension, Choice):
         return dimension.values[rng.integers(len(dimension.values))]
     low, high = dimension.low, dimension.high
@@ -96,7 +94,7 @@ def draw(dimension: Dimension, rng: np.random.Generator) -> Any:
 def suggest_with_optuna(
     space: Space, seed: int, tried: Sequence[TrialRecord], directions: Sequence[Direction]
 ) -> Setting:
-    """Optuna's proposal after these trials; running ones count as bad guesses, so that none is proposed twice."""
+    """Proposal of Optuna after these trials; running ones count as bad, so that none is proposed twice."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -105,15 +103,15 @@ def suggest_with_optuna(
         )
         study = optuna.create_study(sampler=sampler, directions=list(directions))
         study.add_trials(frozen_trials(space, tried, len(directions)))
-        asked = study.ask({name: distribution(dimension) for name, dimension in space.items()}).params
+        params = study.ask({name: distribution(dimension) for name, dimension in space.items()}).params
     return {
-        name: json.loads(asked[name]) if isinstance(dimension, Choice) else asked[name]
+        name: json.loads(params[name]) if isinstance(dimension, Choice) else params[name]
         for name, dimension in space.items()
     }
 
 
 def frozen_trials(space: Space, tried: Sequence[TrialRecord], num_objectives: int) -> list[FrozenTrial]:
-    """What was tried, as Optuna knows it. With several objectives a stopped trial counts with what it had reached."""
+    """Trials as Optuna takes them. With two objectives a stopped trial counts as complete."""
     distributions = {name: distribution(dimension) for name, dimension in space.items()}
     states = {
         "running": TrialState.RUNNING,
@@ -121,7 +119,7 @@ def frozen_trials(space: Space, tried: Sequence[TrialRecord], num_objectives: in
         "stopped": TrialState.PRUNED if num_objectives == 1 else TrialState.COMPLETE,
         "failed": TrialState.FAIL,
     }
-    made = []
+    frozen = []
     for trial in tried:
         state = states[trial.state] if trial.values or trial.state == "running" else TrialState.FAIL
         pruned = state == TrialState.PRUNED
@@ -129,7 +127,7 @@ def frozen_trials(space: Space, tried: Sequence[TrialRecord], num_objectives: in
             name: json.dumps(trial.setting[name]) if isinstance(dimension, Choice) else trial.setting[name]
             for name, dimension in space.items()
         }
-        made.append(
+        frozen.append(
             create_trial(
                 state=state,
                 params=params,
@@ -138,13 +136,13 @@ def frozen_trials(space: Space, tried: Sequence[TrialRecord], num_objectives: in
                 intermediate_values={trial.epochs: trial.values[0]} if pruned else None,
             )
         )
-    return made
+    return frozen
 
 
 def importances(space: Space, tried: Sequence[TrialRecord], seed: int) -> dict[str, float]:
-    """Share of the objective's variance that each setting explains (fANOVA); nothing where that cannot be told."""
+    """Share of the objective's variance that each setting explains (fANOVA); empty for too few or equal trials."""
     differing = {name for name in space if len({json.dumps(trial.setting[name]) for trial in tried}) > 1}
-    if len(tried) < FEWEST or not differing or len({trial.values for trial in tried}) < 2:
+    if len(tried) < MIN_TRIALS or not differing or len({trial.values for trial in tried}) < 2:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
@@ -154,7 +152,7 @@ def importances(space: Space, tried: Sequence[TrialRecord], seed: int) -> dict[s
 
 
 def distribution(dimension: Dimension) -> BaseDistribution:
-    """Optuna's name for a dimension; a choice is told in JSON, since its values may be lists."""
+    """Distribution of Optuna for a dimension; choices are JSON, since their values may be lists."""
     if isinstance(dimension, Choice):
         return CategoricalDistribution([json.dumps(value) for value in dimension.values])
     assert isinstance(dimension, Range)

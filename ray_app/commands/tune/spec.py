@@ -1,7 +1,7 @@
 """A sweep as its YAML file has it: what all trials share, what is searched, how, and how much it may cost.
 
-A setting of `ray-app train` may stand under `base` or under `space`, whatever it is; what names the data, the place
-or the machine has a line of its own. In `space`, a list is a choice, and a span is one of
+Any setting of `ray-app train` may be under `base` or under `space`; store, out, split and resources have keys of
+their own. In `space`, a list is a choice, and a range is one of
 
     {uniform: [low, high]}    {log: [low, high]}    either with step: …
 """
@@ -25,20 +25,20 @@ Setting = dict[str, Any]
 """Values of the searched settings, as JSON has them."""
 
 RESERVED: dict[str, str] = {
-    "store": "it has a line of its own",
-    "out": "it has a line of its own",
+    "store": "it has a key of its own",
+    "out": "it has a key of its own",
     "resume": "use `ray-app tune --resume SWEEP`",
-    "seed": "searching for a lucky seed finds luck; the last training takes several (`num_final_seeds`)",
-    "train_on_val": "the validation part is what trials are compared on",
-    **dict.fromkeys(("split", "split_seed", "test_share", "val_share"), "it has a line of its own"),
-    **dict.fromkeys(("num_workers", "use_gpu", "cpus_per_worker"), "it has a line of its own"),
+    "seed": "searching for a lucky seed finds luck; the final training takes several (`num_final_seeds`)",
+    "train_on_val": "trials are compared on the validation part",
+    **dict.fromkeys(("split", "split_seed", "test_share", "val_share"), "it has a key of its own"),
+    **dict.fromkeys(("num_workers", "use_gpu", "cpus_per_worker"), "it has a key of its own"),
     **dict.fromkeys(("address", "tracking_uri", "experiment", "model_name"), "it is a flag of `ray-app tune`"),
 }
-"""Settings of `train` that a sweep neither fixes nor searches, and why."""
+"""Settings of `train` that are neither in `base` nor in `space`, and why."""
 
 
 class SweepSpec(SplitFlags):
-    """The whole sweep."""
+    """Settings of a sweep."""
 
     store: StorePlace
     """Pair store: a folder, or a URI such as s3://bucket/store."""
@@ -49,10 +49,10 @@ class SweepSpec(SplitFlags):
     space: dict[str, Any]
     """Settings of `train` that are searched."""
     objective: Literal["cosine_accept_rate_0.80", "lift"] = "cosine_accept_rate_0.80"
-    """On the validation part, of a trial's best checkpoint (lowest validation loss). Of equals the one with fewer
-    parameters wins."""
+    """Metric to maximise: on the validation part, at a trial's best checkpoint (lowest validation loss). Of equal
+    trials the one with fewer parameters wins."""
     secondary_objective: Literal["parameters", "latency_ms"] | None = None
-    """A second objective: the result is then a front, and `optuna` searches for both."""
+    """Second objective, to minimise: the result is then a Pareto front, and `optuna` searches for both."""
     search_alg: Literal["grid", "random", "optuna"] = "optuna"
     """`grid`: every combination of choices. `optuna`: a tree-structured Parzen estimator."""
     scheduler: Literal["none", "asha"] = "asha"
@@ -60,7 +60,7 @@ class SweepSpec(SplitFlags):
     grace_period: Positive = 1
     """Epochs before `asha` may stop a trial."""
     reduction_factor: float = Field(default=3.0, gt=1.0)
-    """`asha` lets one in so many go on at each rung."""
+    """`asha` lets one trial in so many continue at each rung."""
     max_trials: Positive = 16
     """Most trials."""
     max_hours: float | None = Field(default=None, gt=0.0)
@@ -68,19 +68,19 @@ class SweepSpec(SplitFlags):
     max_gpu_hours: float | None = Field(default=None, gt=0.0)
     """Most GPU hours of search."""
     max_concurrent_trials: int = Field(default=0, ge=0)
-    """Trials at a time; 0: as many as the cluster has room for."""
+    """Most trials at a time; 0: as many as the cluster has room for."""
     num_workers: Positive = 1
-    """Workers of one trial. One runs in the trial's own process; several are a Ray Train group of their own."""
+    """Workers of one trial. One runs in the trial's own process, several are a Ray Train group."""
     cpus_per_worker: float = Field(default=1.0, gt=0.0)
     """CPUs of each worker."""
     use_gpu: bool = False
     """One GPU for each worker."""
     num_to_keep: int = Field(default=5, ge=0)
-    """Weights of so many best trials stay; of the others, their event logs alone. 0: all stay."""
+    """Number of best trials whose weights are kept; of the others only the event log is. 0: all are kept."""
     num_final_seeds: Positive = 3
-    """Seeds that the best setting is trained with once more."""
+    """Number of seeds of the final training."""
     final_workers: Positive = 1
-    """Data-parallel workers of that training."""
+    """Data-parallel workers of the final training."""
     seed: int = 0
     """Seed of the search and of the trials."""
 
@@ -99,27 +99,28 @@ class Choice:
 
     @property
     def bounds(self) -> tuple[Any, ...]:
-        """Values that show whether all are allowed."""
+        """Values that are checked to see whether all are allowed."""
         return self.values
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A number between two."""
+    """A number between two others."""
 
     low: float
     """Smallest."""
     high: float
     """Largest."""
     log: bool
-    """Equal ratios are equally likely, not equal differences."""
+    """Sample uniformly in the logarithm."""
     step: float | None
-    """Multiples of it above `low`, or any number."""
+    """Distance of allowed values from `low` on, or None for any number."""
     integer: bool
-    """Whole numbers alone."""
+    """Whole numbers only."""
 
     @property
     def bounds(self) -> tuple[Any, ...]:
+        """Values that are checked to see whether all are allowed."""
         return (self.low, self.high)
 
 
@@ -128,7 +129,7 @@ Space = dict[str, Dimension]
 
 
 def read_spec(path: Path, changes: Mapping[str, Any]) -> SweepSpec:
-    """The sweep of a YAML file, with some lines changed. ConfigError names the line that cannot be used."""
+    """Read a sweep from its YAML file, with some keys changed. ConfigError names the key that cannot be used."""
     try:
         lines = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -155,31 +156,31 @@ def read_spec(path: Path, changes: Mapping[str, Any]) -> SweepSpec:
 
 
 def first_problem(error: ValidationError) -> str:
-    """What pydantic found first, in one line."""
+    """First error of pydantic, on one line."""
     problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (found {problem['input']!r})"
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {problem['input']!r})"
 
 
 def check(spec: SweepSpec) -> None:
-    """ConfigError if the space is empty, or holds what `train` would refuse."""
+    """Raise ConfigError if the space is empty, or has a value that `train` would refuse."""
     space = space_of(spec)
     if both := set(space) & set(spec.base):
-        raise ConfigError(f"'{min(both)}' stands under both `base` and `space`; take one away")
+        raise ConfigError(f"'{min(both)}' is under both `base` and `space`; remove one")
     train_config(spec, {}, spec.out)
     for name, dimension in space.items():
         for value in dimension.bounds:
             train_config(spec, {name: value}, spec.out)
     check_used(spec, space)
-    if spec.search_alg == "grid" and (spans := [name for name, d in space.items() if isinstance(d, Range)]):
+    if spec.search_alg == "grid" and (ranges := [name for name, d in space.items() if isinstance(d, Range)]):
         raise ConfigError(
-            f"`search_alg: grid` needs lists, but {spans[0]} is a span; list its values, or take random"
+            f"`search_alg: grid` needs lists, but {ranges[0]} is a range; list its values, or use `random`"
         )
     if spec.secondary_objective == "latency_ms" and spec.num_workers > 1:
         raise ConfigError("latency_ms is measured in a trial's own process; it needs `num_workers: 1`")
 
 
 def check_used(spec: SweepSpec, space: Space) -> None:
-    """ConfigError if a searched setting changes no adapter of the space: trials would differ by nothing."""
+    """Raise ConfigError if a searched setting changes no adapter of the space: trials would be equal."""
 
     def values(name: str) -> tuple[Any, ...]:
         return space[name].bounds if name in space else (spec.base.get(name, TrainConfig.model_fields[name].default),)
@@ -191,13 +192,13 @@ def check_used(spec: SweepSpec, space: Space) -> None:
     for name in ("hidden_dim", "depth", "patch", "rank", "dropout"):
         if name in space and name not in used:
             raise ConfigError(
-                f"space: {name} changes nothing in {', '.join(kinds)}, so trials would differ by nothing; leave it "
-                "out, or take another `strategy`"
+                f"space: {name} changes nothing in {', '.join(kinds)}, so trials would be equal; leave it out, "
+                "or use another `strategy`"
             )
 
 
 def space_of(spec: SweepSpec) -> Space:
-    """The searched settings. ConfigError: none, an unknown one, or one that is no list and no span."""
+    """Searched settings. ConfigError: none, an unknown one, or one that is neither a list nor a range."""
     if not spec.space:
         raise ConfigError(
             "the space is empty: name settings to search under `space`, such as `hidden_dim: [128, 256]`"
@@ -206,7 +207,7 @@ def space_of(spec: SweepSpec) -> Space:
 
 
 def dimension(name: str, value: Any) -> Dimension:
-    """One line of `space`."""
+    """Parse one entry of `space`."""
     allowed(name)
     if isinstance(value, list):
         if not value:
@@ -215,15 +216,15 @@ def dimension(name: str, value: Any) -> Dimension:
     kinds = [kind for kind in ("uniform", "log") if isinstance(value, dict) and kind in value]
     if len(kinds) != 1 or set(value) - {"uniform", "log", "step"}:
         raise ConfigError(
-            f"space: {name} must be a list of values, {{uniform: [low, high]}} or {{log: [low, high]}}, with a step "
-            f"if you like; found {value!r}. One fixed value belongs under `base`."
+            f"space: {name} must be a list of values, {{uniform: [low, high]}} or {{log: [low, high]}}, optionally "
+            f"with a step; got {value!r}. A single value belongs under `base`."
         )
     ends, step = value[kinds[0]], value.get("step")
     numbers = isinstance(ends, list) and len(ends) == 2 and all(type(end) in (int, float) for end in ends)
     if not numbers or not ends[0] < ends[1] or (kinds[0] == "log" and (ends[0] <= 0 or step)):
         raise ConfigError(
-            f"space: {name}: {value!r} is no span; give two numbers, the lower one first (above 0 and without a step "
-            "for log; 1.0e-4 is a number in YAML, 1e-4 is not)"
+            f"space: {name}: {value!r} is not a range; give two numbers, the lower one first (above 0 and without a "
+            "step for log; 1.0e-4 is a number in YAML, 1e-4 is not)"
         )
     kind = TrainConfig.model_fields[name].annotation
     integer = int in (kind, *get_args(kind)) and float not in get_args(kind)
@@ -231,16 +232,16 @@ def dimension(name: str, value: Any) -> Dimension:
 
 
 def allowed(name: str) -> None:
-    """ConfigError unless this is a setting of `train` that a sweep may name."""
+    """Raise ConfigError unless this is a setting of `train` that a sweep may have."""
     if name in RESERVED:
         raise ConfigError(f"'{name}' cannot be set or searched: {RESERVED[name]}")
     if name not in TrainConfig.model_fields:
         known = ", ".join(sorted(set(TrainConfig.model_fields) - set(RESERVED)))
-        raise ConfigError(f"'{name}' is no setting of `ray-app train`; known are: {known}")
+        raise ConfigError(f"'{name}' is not a setting of `ray-app train`; known are: {known}")
 
 
 def train_config(spec: SweepSpec, setting: Setting, out: str, **more: Any) -> TrainConfig:
-    """The settings of a training run. ConfigError: `train` refuses a value, or several together."""
+    """Settings of a training run. ConfigError: `train` refuses a value, or several together."""
     for name in spec.base:
         allowed(name)
     values = {
@@ -259,13 +260,18 @@ def train_config(spec: SweepSpec, setting: Setting, out: str, **more: Any) -> Tr
         raise ConfigError(f"`ray-app train` refuses {first_problem(error)}") from error
 
 
+def data_key(cfg: TrainConfig) -> str:
+    """Key of a run's data set among those of a sweep."""
+    return "+".join(cfg.durations) or "all"
+
+
 def describe(setting: Setting) -> str:
-    """A setting on one line."""
+    """Return a setting on one line."""
     return ", ".join(f"{name} {shown_value(value)}" for name, value in setting.items())
 
 
 def shown_value(value: Any) -> str:
-    """One value, short."""
+    """Return a value in a short form."""
     if isinstance(value, float):
         return f"{value:.3g}"
     return value if isinstance(value, str) else json.dumps(value)

@@ -34,50 +34,50 @@ RUNS = ("trials/*", "final/*/*")
 """Patterns of run folders in a sweep."""
 RUN_OF_SWEEP = re.compile(r"(trials|final)/[A-Za-z0-9_-]+(/seed_\d+)?")
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
-"""`stopped`: the scheduler did, for others were better. `waiting` and `running` ones can still go on."""
+"""`stopped`: by the scheduler, since others were better. `waiting` and `running` trials can still be resumed."""
 TIE_BREAK = 1e-6
-"""Weight of the mean cosine beside the objective where trials are compared under way: smaller than one pair of half a
-million, so that it decides between equals alone."""
+"""Weight of the mean cosine when running trials are compared: less than one pair in half a million, so that it only
+decides between equal objectives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One trial and how it stands."""
+    """One trial and its state."""
 
     index: int
-    """Its number."""
+    """Number of the trial."""
     name: str
-    """Its number and a hash of its setting: the same in every run of the sweep."""
+    """Number and a hash of the setting: the same in every run of the sweep."""
     setting: Setting
-    """What is tried."""
+    """Values of the searched settings."""
     parameters: int
-    """Trained numbers of its adapter."""
+    """Trained parameters of its adapter."""
     status: Status = "waiting"
-    """How it stands."""
+    """Status of the trial."""
     objective: float | None = None
-    """At its best checkpoint."""
+    """Objective at its best checkpoint."""
     accept_rate: float | None = None
-    """cosine_accept_rate_0.80 there."""
+    """cosine_accept_rate_0.80 at its best checkpoint."""
     lift: float | None = None
-    """Over the best baseline, there."""
+    """Lift over the best baseline, at its best checkpoint."""
     epochs: int = 0
     """Finished epochs."""
     best_epoch: int = 0
-    """The epoch of the best checkpoint."""
+    """Epoch of the best checkpoint."""
     steps: int = 0
     """Optimizer steps."""
     seconds: float = 0.0
-    """Time that a process worked for it."""
+    """Seconds that a process worked on it."""
     latency_ms: float | None = None
-    """Of one pair, where it was wanted."""
+    """Latency of one pair, if it is an objective."""
     reason: str | None = None
-    """Why it failed."""
+    """Reason of its failure."""
     ended_at: float | None = None
-    """When it ended."""
+    """Unix time of its end."""
 
     @property
     def rank(self) -> tuple[float, int, int]:
-        """Smaller is better: the objective, then fewer parameters, then the earlier trial."""
+        """Sort key, smaller is better: the objective, then fewer parameters, then the earlier trial."""
         assert self.objective is not None
         return -self.objective, self.parameters, self.index
 
@@ -209,47 +209,48 @@ class SweepDir:
 
     @property
     def spec(self) -> SweepSpec:
-        """The sweep as it was started."""
+        """Settings that the sweep was started with."""
         return SweepSpec.model_validate({**self.metadata()["spec"], "out": str(self)})
 
     def entries(self) -> list[dict[str, Any]]:
-        """The sweep's event log. StoreError: it is gone, or a line is damaged."""
+        """Lines of the sweep's event log. StoreError: it is missing, or a line is damaged."""
         if not (self.path / EVENT_LOG).is_file():
             raise StoreError(
-                f"{self.shown(self.path / EVENT_LOG)} is missing: it is the record of what was tried, without which "
-                "the search cannot go on. Bring it back from a copy, or start a new sweep."
+                f"{self.shown(self.path / EVENT_LOG)} is missing: it is the record of what was tried, and "
+                "the sweep cannot be resumed without it. Restore it from a copy, or start a new sweep."
             )
         return entries(self.path)
 
     def event_times(self) -> list[float]:
-        """All moments that its event logs tell of, in order."""
+        """Times of all lines of its event logs, in order."""
         folders = (self.path, *self.runs("trials/*"))
         return sorted(line["time"] for folder in folders for line in entries(folder) if "time" in line)
 
-    def runs(self, *places: str) -> list[Path]:
-        """Its run folders that have an event log: of trials and of the last training, or of some places alone."""
-        found = [path.parent for place in places or RUNS for path in self.path.glob(f"{place}/{EVENT_LOG}")]
-        return sorted(found)
+    def runs(self, *patterns: str) -> list[Path]:
+        """Run folders that have an event log, of all RUNS or of these patterns."""
+        return sorted(
+            path.parent for pattern in patterns or RUNS for path in self.path.glob(f"{pattern}/{EVENT_LOG}")
+        )
 
     def sessions(self) -> list[tuple[float, float]]:
-        """From each start to the last that was heard before the next."""
+        """Time of each start and of the last event before the next start."""
         starts = [line["time"] for line in self.entries() if line["kind"] == "run_started"]
-        heard = self.event_times()
+        times = self.event_times()
         return [
-            (begin_s, max(moment for moment in heard if begin_s <= moment < next_s))
+            (begin_s, max(moment for moment in times if begin_s <= moment < next_s))
             for begin_s, next_s in itertools.pairwise([*starts, float("inf")])
         ]
 
     def used_seconds(self) -> float:
-        """Time of all starts but the newest: from each to the last that was heard before the next."""
+        """Seconds of search of all starts but the newest."""
         return sum(end_s - begin_s for begin_s, end_s in self.sessions()[:-1])
 
     def run(self, name: str) -> RunDir:
-        """The run of a trial."""
+        """Run folder of a trial."""
         return self._run(f"trials/{name}")
 
     def final(self, name: str, seed: int) -> RunDir:
-        """The run of one seed of the last training of a trial's setting."""
+        """Run folder of one seed of the final training of a trial's setting."""
         return self._run(f"final/{name}/seed_{seed}")
 
     def _run(self, folder: str) -> RunDir:
@@ -258,21 +259,21 @@ class SweepDir:
         return RunDir(self.path / folder, self.mirror.child(folder))
 
     def trials(self) -> list[Trial]:
-        """All trials by number: those that ended as they were told, the others as far as they have come."""
+        """All trials by number; the state of those that have not ended is read from their own event logs."""
         spec = self.spec
-        found: dict[str, Trial] = {}
+        trials: dict[str, Trial] = {}
         for line in self.entries():
             if line["kind"] == "trial_created":
-                found[line["name"]] = Trial(*(line[key] for key in ("index", "name", "setting", "parameters")))
+                trials[line["name"]] = Trial(*(line[key] for key in ("index", "name", "setting", "parameters")))
             elif line["kind"] == "trial_ended":
-                found[line["name"]] = Trial(**{key: line[key] for key in Trial.__dataclass_fields__})
+                trials[line["name"]] = Trial(**{key: line[key] for key in Trial.__dataclass_fields__})
         return [
             trial if trial.ended_at else Trial(**asdict(trial) | self.trial_status(trial.name, spec))
-            for trial in found.values()
+            for trial in trials.values()
         ]
 
     def trial_status(self, name: str, spec: SweepSpec) -> dict[str, Any]:
-        """How far a trial has come, from its own event log; `status` is failed or finished only where it says so."""
+        """State of a trial by its own event log, as fields of Trial; empty if it has not started."""
         run = self.run(name)
         run.refresh()
         if not (run.path / EVENT_LOG).is_file():
@@ -288,14 +289,14 @@ class SweepDir:
         return reached
 
     def curve(self, name: str, objective: str) -> list[tuple[int, float]]:
-        """(epoch, what a scheduler compares) of a trial."""
+        """Epoch and scheduler metric of each finished epoch of a trial."""
         folder = self.run(name).path
         lines = entries(folder) if (folder / EVENT_LOG).is_file() else []
         ends = [n for n, line in enumerate(lines, 1) if line["kind"] == "epoch"]
         return [(lines[n - 1]["epoch"], scheduler_metric(lines[:n], objective)) for n in ends]
 
     def end_trial(self, log: EventLog, trial: Trial) -> None:
-        """Tells how a trial ended, and lets go of what only going on would need."""
+        """Log how a trial ended, and delete what only resuming it would need."""
         log.write("trial_ended", **asdict(trial))
         run = self.run(trial.name)
         best = run.best_on_disk
@@ -303,7 +304,7 @@ class SweepDir:
             run.delete_checkpoints(kind, best)
 
     def prune_checkpoints(self, trials: list[Trial], num: int) -> None:
-        """Weights of the best `num` trials stay; of others that have ended they go. 0: all stay."""
+        """Delete the weights of ended trials that are not among the best `num`. 0: all are kept."""
         ranked = sorted((trial for trial in trials if trial.objective is not None), key=lambda trial: trial.rank)
         for trial in ranked[num:] if num else ():
             if trial.ended_at:
@@ -311,13 +312,13 @@ class SweepDir:
 
 
 def trial_name(index: int, setting: Setting) -> str:
-    """Number and hash of the setting."""
+    """Return number and hash of the setting."""
     digest = hashlib.sha256(json.dumps([setting], sort_keys=True).encode()).hexdigest()
     return f"trial_{index:04d}-{digest[:8]}"
 
 
 def scores(lines: list[dict[str, Any]], objective: str) -> dict[str, Any]:
-    """What a trial's epochs say of it: its numbers at the best checkpoint, the one of the lowest validation loss."""
+    """Metrics of a trial at its best checkpoint, that of the lowest validation loss, as fields of Trial."""
     epochs = [line for line in lines if line["kind"] == "epoch"]
     if not epochs:
         return {}
@@ -333,44 +334,50 @@ def scores(lines: list[dict[str, Any]], objective: str) -> dict[str, Any]:
 
 
 def scheduler_metric(lines: list[dict[str, Any]], objective: str) -> float:
-    """What a scheduler compares trials by: the objective, and of equals the mean cosine at the same checkpoint.
+    """Metric that a scheduler compares: the objective plus TIE_BREAK times the mean cosine at the same checkpoint.
 
-    The objective is a count of validation pairs, so that many trials have the same; a scheduler lets equals go on.
+    The objective is a count of validation pairs, so many trials are equal, and a scheduler stops none of equal ones.
     """
     best = best_epoch([line for line in lines if line["kind"] == "epoch"])
     return scores(lines, objective)["objective"] + TIE_BREAK * best["val"]["cos_sim_mean"]
 
 
 def best_epoch(epochs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The line of the best checkpoint."""
+    """Line of the best checkpoint."""
     return min(epochs, key=lambda line: line["val"]["loss"])
 
 
 def active_seconds(lines: list[dict[str, Any]]) -> float:
-    """Time from each attempt to the last that was heard of it."""
-    total, begun, last = 0.0, None, 0.0
+    """Seconds from each start of a process to its last event."""
+    total, started, last = 0.0, None, 0.0
     for line in lines:
         if line["kind"] == "workers_started":
-            total += last - begun if begun is not None else 0.0
-            begun = last = line["time"]
-        elif begun is not None and line["kind"] in ("step", "epoch", "failed", "run_ended"):
+            total += last - started if started is not None else 0.0
+            started = last = line["time"]
+        elif started is not None and line["kind"] in ("step", "epoch", "failed", "run_ended"):
             last = line["time"]
-    return total + (last - begun if begun is not None else 0.0)
+    return total + (last - started if started is not None else 0.0)
 
 
 def best_of(trials: list[Trial]) -> Trial | None:
-    """The trial with the best objective; of equals that with fewer parameters, then the earlier one."""
+    """Trial with the best objective; of equal ones that with fewer parameters, then the earlier one."""
     judged = [trial for trial in trials if trial.objective is not None and trial.status != "failed"]
     return min(judged, key=lambda trial: trial.rank, default=None)
 
 
+def ranked(trials: list[Trial]) -> list[Trial]:
+    """Trials with an objective, best first, then the others."""
+    with_objective = sorted((trial for trial in trials if trial.objective is not None), key=lambda trial: trial.rank)
+    return with_objective + [trial for trial in trials if trial.objective is None]
+
+
 def pareto_front(trials: list[Trial], second: str) -> list[Trial]:
-    """The trials that no other beats in the objective without losing in the second one, best objective first."""
+    """Trials that no other beats in the objective without losing in the second one, best objective first."""
     judged = [
         t for t in trials if t.objective is not None and t.status != "failed" and getattr(t, second) is not None
     ]
-    found: list[Trial] = []
+    front: list[Trial] = []
     for trial in sorted(judged, key=lambda t: (t.rank[0], getattr(t, second))):
-        if not found or getattr(trial, second) < getattr(found[-1], second):
-            found.append(trial)
-    return found
+        if not front or getattr(trial, second) < getattr(front[-1], second):
+            front.append(trial)
+    return front

@@ -1,174 +1,248 @@
-"""A trial of a sweep in its own process: the training loop, between a shared data set and Ray Tune.
+"""One trial of a sweep: the functions that Ray Tune runs, for trials of one worker and of several.
 
-Its run folder is all its memory. Killed at any point, it goes on from there; every epoch is told to Tune by each
-process that works for it, those of the ones before too, so that a scheduler that was started anew knows them.
+A trial's run folder is all of its state: a process that replaces a killed one resumes from there. Each process
+reports the epochs of earlier ones to Tune as well, so that the scheduler of a restarted driver knows them.
 """
 
 import re
+import threading
 import time
 from collections.abc import Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 import torch
 from ray import tune
+from ray.exceptions import RayActorError
+from ray.train import WorkerGroupError
 
 from ray_app.cluster.reachability import node_is_alive
+from ray_app.commands.train.command import run_worker_group
 from ray_app.commands.train.loop import WorkerContext, is_finished, train_epochs
 from ray_app.commands.train.shared_dataset import SharedDataset, pairs_of, start_of
 from ray_app.commands.train.state import TrainState
 from ray_app.commands.tune.sweep_dir import scheduler_metric, scores
 from ray_app.config.train import TrainConfig
 from ray_app.core.metrics import THETA, rate_key
-from ray_app.runs.event_log import EventLog, entries, entries_since_start
+from ray_app.runs.event_log import EventLog, entries, entries_since_start, last_start_time, tail
 from ray_app.runs.run_dir import RunDir, open_run
 
 RATE = f"cosine_accept_rate_{rate_key(THETA)}"
 TIMED_PASSES = 30
-"""Forward passes of one pair, of which the median is the latency."""
+"""Forward passes of one pair; their median is the latency."""
+GROUP_RESOURCES = {"CPU": 0.0, "memory": 1_000_000}
+"""Resources of the process that waits for a worker group: no CPU, which its workers may need; Ray wants a claim."""
 
 
-def run_trial(config: dict[str, Any], placed: dict[str, SharedDataset]) -> None:
-    """A trainable of Ray Tune. `config["trial"]`: `train` (a TrainConfig), `data` (a key of `placed`), `objective`,
-    `latency`, `threads`, `provenance`.
+@dataclass(frozen=True)
+class TrialSpec:
+    """Message from the driver to the process that runs a trial."""
 
-    A failure that would come again is told in the event log, and the trial ends. Any other error is raised, so that
-    Tune starts the trial again; the second time for the same cause it ends, too.
+    name: str
+    """Name of the trial."""
+    train: TrainConfig
+    """Settings of its training; `out` is its run folder."""
+    data: str
+    """Key of its data set in `placed`."""
+    objective: str
+    """Objective of the sweep."""
+    measure_latency: bool
+    """Measure the latency of one pair."""
+    threads: int
+    """Threads that a worker computes with."""
+    provenance: dict[str, Any]
+    """Provenance of its checkpoints."""
+
+    def __str__(self) -> str:
+        """Return the name, which Ray Tune puts into names of folders."""
+        return self.name
+
+
+def run_trial(config: dict[str, TrialSpec], placed: dict[str, SharedDataset]) -> None:
+    """Train a trial of one worker in this process; `config["trial"]` is its TrialSpec.
+
+    A failure that another attempt would repeat is logged, and the trial ends. Any other error is raised, so that
+    Tune starts the trial again; the second one of the same cause ends the trial as well.
     """
-    config = config["trial"]
-    cfg = TrainConfig.model_validate(config["train"])
-    torch.set_num_threads(config["threads"])
-    with open_run(cfg.out) as run, run.event_log() as log:
-        cfg = cfg.at(run.path)
-        trial = TrialReporter(cfg, run, log, config)
-        if entries(cfg.folder)[-1]["kind"] == "run_ended":
-            return  # killed between its last line and its last word to Tune
-        told = entries_since_start(cfg.folder)
-        if reason := give_up_reason(
-            told, dead_nodes({line["node"] for line in told if line["kind"] == "workers_started"})
-        ):
-            trial.fail(reason)
+    spec = config["trial"]
+    torch.set_num_threads(spec.threads)
+    with open_run(spec.train.out) as run, run.event_log() as log:
+        spec = replace(spec, train=spec.train.at(run.path))
+        if entries(run.path)[-1]["kind"] == "run_ended":
+            return  # the process before this one was killed between its last line and its last report
+        reporter = TrialReporter(spec, run, log)
+        lines = entries_since_start(run.path)
+        nodes = {line["node"] for line in lines if line["kind"] == "workers_started"}
+        if reason := give_up_reason(lines, dead_nodes(nodes)):
+            reporter.fail(reason)
             return
         log.write("workers_started", node=ray.get_runtime_context().get_node_id(), time=time.time())
         try:
-            trial.tell_past_epochs()
-            data = placed[config["data"]]
-            device = torch.device("cuda" if cfg.use_gpu else "cpu")
-            worker = WorkerContext(cfg, data.store, 0, 1, device, start_of(data, cfg))
-            pairs = pairs_of(data, worker)
-            train_epochs(worker, run, pairs, log, config["provenance"], trial.report)
+            reporter.report_past_epochs()
+            data = placed[spec.data]
+            device = torch.device("cuda" if spec.train.use_gpu else "cpu")
+            worker = WorkerContext(spec.train, data.store, 0, 1, device, start_of(data, spec.train))
+            train_epochs(worker, run, pairs_of(data, worker), log, spec.provenance, reporter.report_epoch)
         except Exception as error:
-            trial.failed_with(error)
+            reporter.retry_or_fail(error)
         else:
-            if any(line["kind"] == "failed" for line in entries_since_start(cfg.folder)):
-                trial.end("FAILED")
+            if any(line["kind"] == "failed" for line in entries_since_start(run.path)):
+                reporter.end("FAILED")
 
 
 class TrialReporter:
-    """What a trial tells its event log and Tune."""
+    """Reports of a trial of one worker, to its event log and to Tune."""
 
-    def __init__(self, cfg: TrainConfig, run: RunDir, log: EventLog, config: dict[str, Any]) -> None:
-        self.cfg, self.run, self.log, self.config = cfg, run, log, config
+    def __init__(self, spec: TrialSpec, run: RunDir, log: EventLog) -> None:
+        self.spec, self.run, self.log = spec, run, log
 
-    def report(self, state: TrainState, _: dict[str, Any]) -> None:
-        """One epoch. The end is told first, for Tune may not come back after it."""
-        if self.config["latency"] and not any(line["kind"] == "latency" for line in entries(self.cfg.folder)):
+    def report_epoch(self, state: TrainState, _: dict[str, Any]) -> None:
+        """Report one epoch. The end is logged first, since Tune may stop this process at a report."""
+        lines = entries(self.run.path)
+        if self.spec.measure_latency and not any(line["kind"] == "latency" for line in lines):
             self.log.write("latency", ms=latency_ms(state))
-        if is_finished(state, self.cfg):
+        if is_finished(state, self.spec.train):
             self.end("FINISHED")
-        lines = entries(self.cfg.folder)
-        self.tell(lines, state.epoch)
+        self._report(lines, state.epoch)
 
-    def tell_past_epochs(self) -> None:
-        """What earlier processes have done."""
-        lines = entries(self.cfg.folder)
-        for n, line in enumerate(lines):
+    def report_past_epochs(self) -> None:
+        """Report what earlier processes have done."""
+        lines = entries(self.run.path)
+        for n, line in enumerate(lines, 1):
             if line["kind"] == "epoch":
-                self.tell(lines[: n + 1], line["epoch"])
+                self._report(lines[:n], line["epoch"])
 
-    def tell(self, lines: list[dict[str, Any]], epoch: int) -> None:
-        """To Tune, which answers by going on, or never. The driver may end the event log meanwhile."""
-        metrics = metrics_of(lines, epoch, self.config["objective"])
+    def _report(self, lines: list[dict[str, Any]], epoch: int) -> None:
+        """Report to Tune, with the log released: Tune may stop this process here, and the driver ends the log."""
         with self.run.released(self.log):
-            tune.report(metrics)
+            tune.report(metrics_of(lines, epoch, self.spec.objective))
 
     def end(self, status: str) -> None:
-        """The last line. No artifacts: of a trial's weights only the best of a sweep are kept, and in its folder."""
+        """Log the end, without artifacts: checkpoints of trials stay in their folders."""
         self.log.write("run_ended", status=status, artifacts=None, time=time.time())
 
     def fail(self, reason: str) -> None:
-        """It ends here, for a reason."""
+        """End the trial for a reason."""
         self.log.write("failed", error=reason, time=time.time())
         self.end("FAILED")
 
-    def failed_with(self, error: Exception) -> None:
-        """Raises the error for another try, unless it is the second of its kind."""
+    def retry_or_fail(self, error: Exception) -> None:
+        """Raise the error for another attempt, or end the trial if it is the second error of its cause."""
         cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        again = told_before(cause, entries_since_start(self.cfg.folder))
+        repeated = is_repeated(cause, entries_since_start(self.run.path))
         self.log.write("exception", cause=cause, time=time.time())
-        if again:
-            self.fail(f"twice the same: {cause}")
-        else:
+        if not repeated:
             raise error
+        self.fail(f"twice the same: {cause}")
 
 
-def told_before(cause: str, lines: list[dict[str, Any]]) -> bool:
-    """Whether an earlier error of these lines is of this kind."""
+def run_group_trial(config: dict[str, TrialSpec], placed: dict[str, SharedDataset]) -> None:
+    """Train a trial of several workers as a Ray Train group; `config` as in `run_trial`.
+
+    This process waits and reports. Workers that die are started again by Ray Train, not by Tune.
+    """
+    spec = config["trial"]
+    with open_run(spec.train.out) as run:
+        run.refresh()
+        with run.synced():
+            error = train_group(spec, run, placed[spec.data])
+        if error and not isinstance(error, RayActorError | WorkerGroupError):
+            raise error
+        lines = entries_since_start(run.path)
+        with run.event_log() as log:
+            if error:
+                log.write("failed", error=f"its workers died: {str(error).splitlines()[0]}", time=time.time())
+            failed = error is not None or any(line["kind"] == "failed" for line in lines)
+            log.write("run_ended", status="FAILED" if failed else "FINISHED", artifacts=None, time=time.time())
+        lines = entries(run.path)
+    epochs = [line["epoch"] for line in lines if line["kind"] == "epoch"]
+    if epochs and epochs[-1] == spec.train.num_epochs:  # reported last, since Tune may stop this process at a report
+        tune.report(metrics_of(lines, epochs[-1], spec.objective))
+
+
+def train_group(spec: TrialSpec, run: RunDir, data: SharedDataset) -> Exception | None:
+    """Run the group to its end, and report each epoch but the last to Tune. Return what the group raised, or None."""
+    cfg, errors, done = spec.train, list[Exception](), threading.Event()
+
+    def work() -> None:
+        name, cpus = f"{spec.name}-{int(time.time() * 1000)}", cfg.cpus_per_worker or 1.0
+        settings = {"started": last_start_time(run.path), "held": True, "threads": spec.threads, "placed": data}
+        try:
+            run_worker_group(cfg, run, cpus, name, {**settings, "provenance": spec.provenance})
+            run.refresh()
+        except Exception as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=work, name="group", daemon=True).start()
+    lines: list[dict[str, Any]] = []
+    for new in tail(run.path, done):
+        for line in new:
+            lines.append(line)
+            if line["kind"] == "epoch" and line["epoch"] < cfg.num_epochs:
+                tune.report(metrics_of(lines, line["epoch"], spec.objective))
+    return errors[0] if errors else None
+
+
+def metrics_of(lines: list[dict[str, Any]], epoch: int, objective: str) -> dict[str, Any]:
+    """Metrics that Tune gets after an epoch."""
+    best = scores(lines, objective)
+    return {
+        "epoch": epoch,
+        "compared": scheduler_metric(lines, objective),
+        RATE: best["accept_rate"],
+        "lift": best["lift"],
+    }
+
+
+def is_repeated(cause: str, lines: list[dict[str, Any]]) -> bool:
+    """Return True if an earlier error of these lines has the same cause."""
     return normalise_error(cause) in [normalise_error(line["cause"]) for line in lines if line["kind"] == "exception"]
 
 
 def normalise_error(cause: str) -> str:
-    """A cause without its numbers: places, sizes and addresses differ from one time to the next."""
+    """Replace the numbers of a cause: addresses, sizes and steps differ from one attempt to the next."""
     return re.sub(r"\b(0x[0-9a-f]+|nan|inf|\d[\d.,_]*(e[+-]?\d+)?)\b", "#", cause, flags=re.IGNORECASE)
 
 
-def metrics_of(lines: list[dict[str, Any]], epoch: int, objective: str) -> dict[str, Any]:
-    """What Tune is told after an epoch."""
-    found = scores(lines, objective)
-    return {
-        "epoch": epoch,
-        "compared": scheduler_metric(lines, objective),
-        RATE: found["accept_rate"],
-        "lift": found["lift"],
-    }
-
-
 def dead_nodes(nodes: Set[str]) -> Set[str]:
-    """Those of some nodes, by their ids, that have no raylet any more."""
+    """Node ids, out of these, that have no live raylet."""
     return nodes - {node["NodeID"] for node in ray.nodes() if node["NodeID"] in nodes and node_is_alive(node)}
 
 
-def give_up_reason(lines: list[dict[str, Any]], gone: Set[str]) -> str | None:
-    """Why a trial is not tried again: its process died twice, under one driver, without a step in between.
+def give_up_reason(lines: list[dict[str, Any]], dead: Set[str]) -> str | None:
+    """Reason not to start a trial again: its process died twice under one driver without a step in between.
 
-    A process that went with its node is not counted: that is no doing of the trial's.
+    A process that died with its node does not count: the trial did not cause that.
     """
-    begun: list[tuple[int, str]] = []
+    attempts: list[tuple[int, str]] = []
     step = 0
     for line in lines:
         if line["kind"] == "step":
             step = line["global_step"]
         elif line["kind"] == "workers_started":
-            begun.append((step, line["node"]))
-        elif line["kind"] == "exception":  # it was alive to tell
-            begun.pop()
-    deaths = [at for at, node in begun if node not in gone]
+            attempts.append((step, line["node"]))
+        elif line["kind"] == "exception":  # its process lived to log it
+            attempts.pop()
+    deaths = [died_at for died_at, node in attempts if node not in dead]
     if len(deaths) >= 2 and deaths[-1] == step:
         return f"its process died twice before step {step + 1}"
     return None
 
 
 def latency_ms(state: TrainState) -> float:
-    """Median milliseconds of a forward pass of one pair, on the device that it trains on."""
+    """Median milliseconds of a forward pass of one pair, on the device of its training."""
     adapter = state.objective.adapter.eval()
     device = next(iter(adapter.state_dict().values())).device
     event_1E = torch.zeros(1, adapter.config.event_dim, device=device)
     seconds = []
     with torch.no_grad():
         for _ in range(TIMED_PASSES):
-            began = time.perf_counter()
+            started = time.perf_counter()
             adapter(event_1E)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - started)
     return 1e3 * sorted(seconds)[len(seconds) // 2]
