@@ -36,7 +36,7 @@ def study_of(trials: Sequence[Trial], space: Space, second: str | None = None) -
     }
     study = optuna.create_study(directions=["maximize", "minimize"] if second else ["maximize"])
     for trial in trials:
-        cost = getattr(trial, second) if second else None
+        cost: Any = getattr(trial, second) if second else None
         if trial.objective is None or (second and cost is None):
             continue
         values = [100 * trial.objective, *([cost] if second else [])]
@@ -133,6 +133,8 @@ def slice_figures(trials: Sequence[Trial], space: Space, name: str) -> str:
     study = study_of(trials, space)
 
     def finish(figure: Figure) -> None:
+        engine: Any = figure.get_layout_engine()
+        engine.set(wspace=0.06)  # numbers at the ends of two axes must not touch
         for axes in figure.axes:
             axes.tick_params(axis="x", rotation=90)
 
