@@ -240,7 +240,7 @@ def test_an_estimate_above_the_budget_needs_a_word_and_ctrl_c_and_the_budget_end
     user.start()
     assert cli.run(["tune", str(path), "--max-hours", "1", "--yes", *tracking]) == 130
     user.join()
-    assert f"go on with: ray-app tune --resume {folder.path}" in capfd.readouterr().err
+    assert f"resume with: ray-app tune --resume {folder.path}" in capfd.readouterr().err
     assert folder.entries()[-1]["status"] == "KILLED"
     used_s = sum(end_s - begin_s for begin_s, end_s in folder.sessions())
     hours = (used_s + 3) / 3600
