@@ -5,8 +5,8 @@
     python -m benchmarks.adapters.comparison --store stores/scenes --folder runs/tokens --name tokens --tokens
 
 Settings were chosen on validation parts; the test part is read once a run, here. Each run's numbers lie in the
-folder: what is finished is not run again, what was interrupted goes on, and two processes may share the folder.
-Writes benchmarks/results/adapters_NAME.json from all that lies there.
+folder: finished runs are not repeated, interrupted ones are resumed, and two processes may share the folder.
+Writes benchmarks/results/adapters_NAME.json from everything in it.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python -m benchmarks.adapters.gpu [--pairs 5208]
 
-Needs torch and ray_app/core alone. Each time stands beside its floor: the bytes that must move over the copy
+Needs only torch and ray_app/core. Each time comes with its lower bound: the bytes that must move over the copy
 bandwidth, the operations over the rate of a large bf16 product, both measured in the same run. Without a GPU
 the result says "not run". Writes benchmarks/results/gpu_adapter.json.
 """

@@ -125,7 +125,7 @@ def timeline(run: Path) -> list[dict[str, Any]]:
     without reading the pairs, the worker's start and saving, which all runs have alike or to `conv`'s advantage.
     """
     lines = entries(run)
-    begun = next(line["time"] for line in lines if line["kind"] == "run_started")
+    started = next(line["time"] for line in lines if line["kind"] == "run_started")
     start = run / "init"
     spent = load_training_state(start)[1]["seconds"] if start.is_dir() else 0.0
     found = []
@@ -140,7 +140,7 @@ def timeline(run: Path) -> list[dict[str, Any]]:
             continue
         accepted = line["val"]["cosine_accept_rate"][rate_key(THETA)]
         found.append(
-            {"step": line["global_step"], "accepted": accepted, "seconds": seconds, "wall_seconds": at - begun}
+            {"step": line["global_step"], "accepted": accepted, "seconds": seconds, "wall_seconds": at - started}
         )
     return found
 
@@ -155,8 +155,8 @@ def main() -> None:
     result = latency() if args.what == "latency" else race(args.store, args.folder, args.seeds)
     path = RESULTS / "adapter_speed.json"
     whole = json.loads(path.read_text()) if path.is_file() else {}
-    told = {"provenance": provenance()}  # of the newest part above all, and of each part
-    path.write_text(json.dumps({**whole, **told, args.what: {**told, **result}}, indent=1) + "\n")
+    origin = {"provenance": provenance()}  # of the newest part above all, and of each part
+    path.write_text(json.dumps({**whole, **origin, args.what: {**origin, **result}}, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

@@ -4,7 +4,7 @@
     python -m benchmarks.serve.all --without soak rivals
     python -m benchmarks.serve.all --only fuzz kills
 
-About an hour on two cores that nobody else uses, 20 minutes of it the soak. Code that is not committed is refused;
+About an hour on two cores without other work, 20 minutes of it the soak. Code that is not committed is refused;
 each part writes its own file in benchmarks/results. A part that fails is named at the end, and the others are run.
 """
 

@@ -6,7 +6,7 @@
     python -m benchmarks.serve.chaos kills
     python -m benchmarks.serve.chaos soak
 
-`overload`: capacity in a closed loop, then four times that rate in an open loop; nobody asks twice. In fp32 a forward
+`overload`: capacity in a closed loop, then four times that rate in an open loop; without retries. In fp32 a forward
 pass takes so long that four times the rate is one that this machine's callers can ask at. `champions`: 20
 good and 5 bad versions become champion in a real registry while callers ask without pause. `kills`: SIGKILL to one of
 two replicas, ten times, while threads ask through `ray_app.client`. `soak`: a steady low rate, memory and file
@@ -59,9 +59,9 @@ def overload(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         closed_loop(request, 8, 3.0)
         full = closed_loop(request, 48, args.seconds, warm_s=2.0)
         capacity = len(full.ok_s) / full.seconds
-        before = told(base)
+        before = counted(base)
         flood = open_loop(request, 4 * capacity, args.seconds, most=1000)
-        server = told(base) - before
+        server = counted(base) - before
         after = closed_loop(request, 4, 5.0)
     accepted, at_capacity = quantiles_ms(flood.ok_s), quantiles_ms(full.ok_s)
     return {
@@ -81,7 +81,7 @@ def overload(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def told(base: str) -> Counter[str]:
+def counted(base: str) -> Counter[str]:
     """Answers to inferences by code, as the server counts them."""
     return Counter(
         {code: int(scraped(base, "align_requests_total", route=ROUTE, code=code)) for code in ("200", "429")}
@@ -99,7 +99,7 @@ def champions(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     register(client, experiment, checkpoint_of(folder / "0", WIDTH, HIDDEN))
     order = ["good"] * GOOD + ["bad"] * BAD
     np.random.default_rng(0).shuffle(order)
-    told_by_reload: list[dict[str, Any]] = []
+    reloads: list[dict[str, Any]] = []
     with endpoint(f"models:/{MODEL}@champion", "--tracking-uri", uri, "--reload-interval-s", "3600") as (base, _):
         request = infer_request(base, pixels(1), ("aligned",))
         alone = closed_loop(request, 8, 10.0)
@@ -107,20 +107,20 @@ def champions(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             for number, kind in enumerate(order, start=1):
                 checkpoint = checkpoint_of(folder / str(number), WIDTH, HIDDEN, seed=number)
                 if kind == "bad":
-                    SPOILS[sum(one["kind"] == "bad" for one in told_by_reload) % len(SPOILS)](checkpoint)
+                    SPOILS[sum(one["kind"] == "bad" for one in reloads) % len(SPOILS)](checkpoint)
                 version = register(client, experiment, checkpoint)
-                told_by_reload.append({"kind": kind, "version": version, **reload(base)})
-                print(told_by_reload[-1], file=sys.stderr, flush=True)
+                reloads.append({"kind": kind, "version": version, **reload(base)})
+                print(reloads[-1], file=sys.stderr, flush=True)
                 time.sleep(args.pause)
         with urllib.request.urlopen(f"{base}/v1/model", timeout=30) as reply:
             refused = json.load(reply)["refused"]
-    right = [one["action"] == ("swapped" if one["kind"] == "good" else "refused") for one in told_by_reload]
+    right = [one["action"] == ("swapped" if one["kind"] == "good" else "refused") for one in reloads]
     return {
         "width": WIDTH,
         "good": GOOD,
         "bad": BAD,
         "taken_or_refused_rightly": sum(right),
-        "reloads": told_by_reload,
+        "reloads": reloads,
         "last_refusal": refused,
         "without_reloads_8_callers": alone.summary(),
         "under_reloads_8_callers": traffic.summary(),
@@ -191,7 +191,7 @@ SPOILS: tuple[Callable[[Path], None], ...] = (flip_bit, forge, cut, lose, narrow
 
 @contextlib.contextmanager
 def under_load(request: Request, callers: int):  # type: ignore[no-untyped-def]
-    """Traffic that goes on until the block ends; its numbers are whole after it."""
+    """Traffic until the block ends; its numbers are whole after it."""
     total = Traffic(request.pairs)
     stop = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Whatever is sent to the endpoint: an answer in JSON, never 5xx, never silence, and it goes on.
+"""Send anything to the endpoint: it answers in JSON, never with 5xx or silence, and keeps answering.
 
     python -m benchmarks.serve.fuzz
 
@@ -58,7 +58,7 @@ LINES: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What no schema tells, so that a drawn request can come to be answered."""
+    """Add what no schema says, so that some drawn requests can be answered."""
 
     base: str
     """The endpoint's address."""

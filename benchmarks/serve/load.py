@@ -1,4 +1,4 @@
-"""How fast does the endpoint answer, alone and beside others that serve the same adapter?
+"""Speed of the endpoint, alone and against other servers of the same adapter.
 
     python -m benchmarks.serve.load matrix --width 150528
     python -m benchmarks.serve.load matrix --width 4096
@@ -30,7 +30,7 @@ from benchmarks.serve.traffic import Request, closed_loop, infer_request, json_b
 
 CALLERS = (1, 4, 16, 64)
 PAIRS = (1, 8, 32)
-BESIDE = ((1, 1), (4, 1), (16, 1), (64, 1), (4, 8), (16, 8))
+COMPARED = ((1, 1), (4, 1), (16, 1), (64, 1), (4, 8), (16, 8))
 """(callers, pairs) on every server."""
 RATES = (0.5, 0.8)
 """Of the bare app's throughput at 16 callers with one pair, for the comparison at equal load."""
@@ -76,7 +76,7 @@ def rivals(checkpoint: Path, width: int, seconds: float, folder: Path) -> dict[s
     found: dict[str, list[dict[str, Any]]] = {}
     for name in ("ours", "bare", "litserve", "mlflow"):
         with server(name, checkpoint, folder) as base:
-            for callers, pairs in BESIDE:
+            for callers, pairs in COMPARED:
                 traffic = closed_loop(request_to(name, base, pixels(pairs, width)), callers, seconds, warm_s=2.0)
                 cell = {"callers": callers, "pairs_a_request": pairs, **traffic.summary()}
                 found.setdefault(name, []).append(cell)

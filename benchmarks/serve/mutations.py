@@ -36,7 +36,7 @@ class Draft:
     tensors: dict[str, np.ndarray]
     """Raw tensors in their order."""
     headers: dict[str, str] = field(default_factory=dict)
-    """Header lines beside those that follow from the body."""
+    """Header lines in addition to those that follow from the body."""
     head_bytes: bytes | None = None
     """Instead of the head as JSON."""
     body: bytes | None = None
@@ -80,7 +80,7 @@ def good(width: int, rng: random.Random) -> Draft:
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something stands in a JSON tree."""
+    """Path of a value in a JSON tree."""
     found = [path] if path else []
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:

@@ -67,7 +67,7 @@ class Request:
     body: bytes
     """As it is sent."""
     headers: tuple[tuple[str, str], ...] = ()
-    """Beside Host and Content-Length."""
+    """In addition to Host and Content-Length."""
     pairs: int = 1
     """In the body."""
 
@@ -158,7 +158,7 @@ class Caller:
 
 
 def closed_loop(request: Request, callers: int, seconds: float, warm_s: float = 1.0) -> Traffic:
-    """`callers` at a time for `seconds`, after a warm-up that is not counted. Who hears 429 waits as it was told."""
+    """`callers` at a time for `seconds`, after an uncounted warm-up. Callers wait for the Retry-After of a 429."""
     return uvloop.run(_closed_loop(request, callers, seconds, warm_s))
 
 
@@ -183,7 +183,7 @@ async def _closed_loop(request: Request, callers: int, seconds: float, warm_s: f
 
 
 def open_loop(request: Request, rate: float, seconds: float, most: int = 512) -> Traffic:
-    """`rate` requests a second, evenly spaced, over at most `most` connections; nobody asks twice."""
+    """`rate` requests a second, evenly spaced, over at most `most` connections; without retries."""
     return uvloop.run(_open_loop(request, rate, seconds, most))
 
 

@@ -69,7 +69,7 @@ def baselines(result: str, name: str) -> Table:
             f"{baseline['cos_sim_mean']:.3f}",
             *(percent(baseline["cosine_accept_rate"][theta]) for theta in ("0.80", "0.90")),
         )
-        for key, baseline in run["controls"].items()
+        for key, baseline in run["baselines"].items()
         if key in BASELINES
     ]
     return Table(("baseline", "mean cos_sim", "accepted, θ 0.80", "θ 0.90"), rows, [result], named=False)

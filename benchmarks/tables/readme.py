@@ -15,7 +15,7 @@ def adapters_table() -> Table:
     """Two strategies and the mean target on rendered scenes, and the reference's recipe on its own pairs."""
     table = adapters("adapters_scenes", {"conv": "`conv`", "lowrank": "`lowrank`"})
     rows = [(row[0], row[1], row[3], *row[5:8]) for row in table.rows]
-    baseline = read("adapters_scenes")["runs"]["conv"]["0"]["controls"]["mean_target"]["cosine_accept_rate"]["0.80"]
+    baseline = read("adapters_scenes")["runs"]["conv"]["0"]["baselines"]["mean_target"]["cosine_accept_rate"]["0.80"]
     split = read("reference_job")["splits"]["sequence"]
     job = split["evaluate"]["result"]
     lifts = [points(number) for number in (job["lift"], *job["interval95"]["lift"])]

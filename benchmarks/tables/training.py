@@ -17,7 +17,7 @@ def step_facts() -> Table:
         (
             "waiting for data after the first epoch",
             "train_step",
-            "data_wait_share_after_first_epoch/1",
+            "data_wait_fraction_after_first_epoch/1",
             percent,
             "3 %",
         ),
@@ -38,7 +38,7 @@ def step_facts() -> Table:
             "",
         ),
         ("· pairs/s", "reference_job_gpu", f"{job}/pairs_per_second", "{:,.0f}", ""),
-        ("· share of it waiting for pairs", "reference_job_gpu", f"{job}/data_wait_share", percent, ""),
+        ("· share of it waiting for pairs", "reference_job_gpu", f"{job}/data_wait_fraction", percent, ""),
         ("· the command", "reference_job_gpu", "splits/sequence/train/seconds", "{:.0f} s", ""),
         ("· of it saving checkpoints", "reference_job_gpu", f"{job}/save_seconds", "{:.0f} s", ""),
     )
@@ -64,7 +64,7 @@ def reference_job() -> Table:
         return what, number("sequence"), number("window")
 
     def accepted(by: str, name: str) -> str:
-        return percent(test[by]["controls"][name]["cosine_accept_rate"]["0.80"])
+        return percent(test[by]["baselines"][name]["cosine_accept_rate"]["0.80"])
 
     rows = [
         row("test pairs", lambda by: f"{test[by]['pairs']:,}"),
@@ -72,7 +72,7 @@ def reference_job() -> Table:
             "test windows that overlap a training window",
             lambda by: percent(splits[by]["inspect"]["test_windows_overlapping_train"]),
         ),
-        row("mean cos_sim before", lambda by: f"{test[by]['controls']['before']['cos_sim_mean']:.3f}"),
+        row("mean cos_sim before", lambda by: f"{test[by]['baselines']['before']['cos_sim_mean']:.3f}"),
         row("mean cos_sim of the adapter", lambda by: f"{test[by]['cos_sim_mean']:.3f}"),
         *(row(f"accepted at θ 0.80: `{name}`", lambda by, name=name: accepted(by, name)) for name in BASELINES),
         row("accepted at θ 0.80: adapter", lambda by: percent(test[by]["cosine_accept_rate"]["0.80"])),
@@ -126,7 +126,7 @@ def failure_facts() -> Table:
         ("· pairs lost or seen twice", "chaos", "pairs_lost_or_seen_twice", "{:.0f}", "0"),
         ("nodes killed under an elastic training", "train_elastic", "kills", "{}", ""),
         ("· runs that ended wrong", "train_elastic", "jobs_ended_wrong", "{}", "0"),
-        ("· to the first new step, median", "train_elastic", "seconds_to_go_on/median", "{:.0f} s", ""),
+        ("· to the first new step, median", "train_elastic", "seconds_to_continue/median", "{:.0f} s", ""),
         ("nodes killed under `prepare`", "node_kills_prepare", "nodes_killed", "{}", ""),
         ("· pairs lost", "node_kills_prepare", "pairs_lost", "{}", "0"),
         ("· to the next finished file, median", "node_kills_prepare", "median_s", "{:.0f} s", ""),
@@ -137,7 +137,7 @@ def failure_facts() -> Table:
         ("· missing after `sync`", "tracking_outage", "missing_after_sync", "{}", "0"),
         ("· step time, server cut off for 60 s", "tracking_outage", "ratio_cut", "{:.2f} times", "1.01"),
         ("· step time, server never there", "tracking_outage", "ratio_never", "{:.2f} times", "1.01"),
-        ("· a line of the event log", "tracking_outage", "journal_line_us", "{:.0f} µs", ""),
+        ("· a line of the event log", "tracking_outage", "event_log_line_us", "{:.0f} µs", ""),
         ("PostgreSQL killed: points missing after `sync`", "tracking_postgres", "path/missing_after_sync", "{}", "0"),
         ("`submit -- train`: code sent", "submit_time", "uploaded_mib", "{:.1f} MiB", "5 MiB"),
         ("· first job to its first step", "submit_time", "cold/seconds_to_first_step_done", "{:.0f} s", ""),
@@ -151,8 +151,8 @@ def links() -> Table:
         (
             f"`{command}`",
             f"{cut['cut_s']:.0f} s",
-            str(cut["went_on_meanwhile"]),
-            f"{cut['seconds_from_mending_to_progress']:.0f} s",
+            str(cut["progress_meanwhile"]),
+            f"{cut['seconds_from_repair_to_progress']:.0f} s",
             "yes" if cut.get("weights_equal", cut.get("files_equal")) else "no",
         )
         for command, cuts in read("link_cuts")["cuts"].items()

@@ -1,10 +1,10 @@
-"""Training under kills: does it end with the bytes of the run that nobody disturbed, and is any pair lost?
+"""Training under kills: does it end with the bytes of an undisturbed run, and is any pair lost?
 
     python -m benchmarks.train.chaos --folder /tmp/chaos [--kills 24]
 
 A store of full-width scene pairs is prepared, a clean run is trained, and then runs of the same settings are killed
 with SIGKILL at random moments: any worker, the worker that saves, Ray Train's controller, or everything with its
-cluster. A run that has ended by it is gone on with by `ray-app train --resume`. Checkpoints come after each epoch and
+cluster. A run that ended is resumed by `ray-app train --resume`. Checkpoints come after each epoch and
 within it. Writes benchmarks/results/chaos.json.
 """
 
@@ -65,19 +65,19 @@ def main() -> None:
             "kills_by_kind": Counter(done),
             "runs": runs,
             "all_weights_equal": all(run["model_sha256"] == clean["model_sha256"] for run in runs),
-            "steps_lost_or_told_twice": sum(run["steps_lost_or_told_twice"] for run in runs),
+            "steps_lost_or_logged_twice": sum(run["steps_lost_or_logged_twice"] for run in runs),
             "pairs_lost_or_seen_twice": sum(run["pairs_lost_or_seen_twice"] for run in runs),
         },
     )
 
 
 def finished(train: list[str], run: Path) -> dict[str, Any]:
-    """A run that nobody disturbs."""
+    """Train once without kills."""
     subprocess.run([str(RAY_APP), *train, "--out", str(run)], check=True, stdout=subprocess.DEVNULL)
-    return told(run)
+    return outcome_of(run)
 
 
-def told(run: Path) -> dict[str, Any]:
+def outcome_of(run: Path) -> dict[str, Any]:
     """What a run ended with."""
     lines = entries(run)
     epochs = [line for line in lines if line["kind"] == "epoch"]
@@ -94,7 +94,7 @@ def told(run: Path) -> dict[str, Any]:
 def disturbed(
     train: list[str], run: Path, kinds: list[str], clean: dict[str, Any], rng: random.Random
 ) -> dict[str, Any]:
-    """A run that is killed once for each kind, and gone on with until it ends."""
+    """Kill a run once for each kind, and resume it until it ends."""
     waiting, killed, starts = list(kinds), [], 0
     began = time.monotonic()
     while True:
@@ -112,8 +112,8 @@ def disturbed(
         code = process.wait(timeout=LONGEST_S)
         if code == 0:
             break
-        print(f"{run.name}: ended with code {code}, going on", file=sys.stderr, flush=True)
-    found = told(run)
+        print(f"{run.name}: ended with code {code}, resuming", file=sys.stderr, flush=True)
+    found = outcome_of(run)
     steps = Counter(line["global_step"] for line in entries(run) if line["kind"] == "step")
     wanted = set(range(1, clean["steps"] + 1))
     return {
@@ -122,7 +122,7 @@ def disturbed(
         "starts": starts,
         "restarts_by_ray": sum(line["kind"] == "workers_started" for line in entries(run)) - starts,
         "equal": found["model_sha256"] == clean["model_sha256"] and found["newest_sha256"] == clean["newest_sha256"],
-        "steps_lost_or_told_twice": len(wanted ^ set(steps)) + sum(n - 1 for n in steps.values()),
+        "steps_lost_or_logged_twice": len(wanted ^ set(steps)) + sum(n - 1 for n in steps.values()),
         "pairs_lost_or_seen_twice": sum(
             abs(a - b) for a, b in zip(found["pairs_by_epoch"], clean["pairs_by_epoch"], strict=True)
         ),
@@ -131,7 +131,7 @@ def disturbed(
 
 
 def wait_for_growth(process: "subprocess.Popen[bytes]", log: Path) -> bool:
-    """Until a step or an epoch is told from now on; False when the process ends before."""
+    """Wait for the next logged step or epoch; False if the process ends first."""
     size = log.stat().st_size if log.is_file() else 0
     deadline = time.monotonic() + LONGEST_S
     while process.poll() is None:

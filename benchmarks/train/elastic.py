@@ -1,11 +1,11 @@
-"""Nodes die and come while a training of 1 to 3 workers goes on: how soon does it go on, and is its result the same?
+"""Nodes die and come under a training of 1 to 3 workers: how soon does it continue, and is its result the same?
 
     python -m benchmarks.train.elastic --folder /tmp/train-elastic [--kills 10]
 
 Three raylets of one CPU each on this machine; the driver is at the first. A raylet is killed with SIGKILL at a random
-moment, one is added once training goes on with fewer, the next is killed once it has grown. A run that ends is
-followed by another one until the kills are done; each is held against a run of one worker that nobody disturbed. Time
-to go on: from the kill to the first step that the run had not come to before.
+moment, one is added once training continues with fewer, the next is killed once it has grown. A run that ends is
+followed by another one until the kills are done; each is compared with an undisturbed run of one worker. Time to
+continue: from the kill to the first step that the run had not come to before.
 Writes benchmarks/results/train_elastic.json after each run. A store and an undisturbed run that are there are taken.
 With --add the runs of the result file that is there count towards the kills, and stay in it with their own date.
 """
@@ -26,7 +26,7 @@ os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 from ray.cluster_utils import Cluster
 
 from benchmarks.provenance import RESULTS, provenance, require_commit, save
-from benchmarks.train.chaos import told
+from benchmarks.train.chaos import outcome_of
 from ray_app.runs.event_log import EVENT_LOG, entries
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
@@ -58,7 +58,7 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": True})
     runs = earlier(clean) if args.add else []
     try:
-        while (kills := sum(len(run["seconds_to_go_on"]) for run in runs)) < args.kills:
+        while (kills := sum(len(run["seconds_to_continue"]) for run in runs)) < args.kills:
             out = folder / f"run-{args.seed}-{len(runs)}"
             words = f"{train} {ELASTIC} --address {cluster.address} --out {out}"
             runs.append(disturbed(cluster, words.split(), out, args.kills - kills, rng))
@@ -90,12 +90,12 @@ def tell(runs: list[dict[str, Any]], clean: dict[str, Any]) -> None:
             "pairs": 72,
             "width": 150_528,
             "clean": clean,
-            "kills": sum(len(run["seconds_to_go_on"]) for run in runs),
+            "kills": sum(len(run["seconds_to_continue"]) for run in runs),
             "jobs": len(runs),
             "jobs_ended_wrong": sum(not run["right"] for run in runs),
             **{
                 name: {"median": statistics.median(times), "worst": max(times)}
-                for name in ("seconds_to_go_on", "seconds_to_grow")
+                for name in ("seconds_to_continue", "seconds_to_grow")
                 if (times := [seconds for run in runs for seconds in run[name]])
             },
             "runs": runs,
@@ -104,17 +104,17 @@ def tell(runs: list[dict[str, Any]], clean: dict[str, Any]) -> None:
 
 
 def ended(run: Path) -> dict[str, Any]:
-    """What a run ended with; `steps_told` counts each step line."""
+    """Return what a run ended with; each step line is counted."""
     lines = entries(run)
     (*_, last) = (line for line in lines if line["kind"] == "epoch")
     steps = [line["global_step"] for line in lines if line["kind"] == "step"]
     numbers = {"val_loss": last["val"]["loss"], "val_cos_sim": last["val"]["cos_sim_mean"]}
-    return {**told(run), **numbers, "each_step_told_once": steps == list(range(1, last["global_step"] + 1))}
+    return {**outcome_of(run), **numbers, "each_step_logged_once": steps == list(range(1, last["global_step"] + 1))}
 
 
 def same(found: dict[str, Any], clean: dict[str, Any]) -> bool:
-    """Every step and pair once, and the numbers of the run that nobody disturbed."""
-    exact = ("epochs", "steps", "pairs_by_epoch", "each_step_told_once")
+    """True if every step and pair is there once, with the numbers of the undisturbed run."""
+    exact = ("epochs", "steps", "pairs_by_epoch", "each_step_logged_once")
     close = all(abs(found[name] - clean[name]) < TOLERANCE for name in ("val_loss", "val_cos_sim"))
     return close and all(found[name] == clean[name] for name in exact)
 
@@ -124,25 +124,25 @@ def disturbed(cluster: Cluster, words: list[str], run: Path, kills: int, rng: ra
     while len(cluster.worker_nodes) < 2:
         cluster.add_node(**NODE)
     process = subprocess.Popen([str(RAY_APP), *words], stdout=subprocess.DEVNULL)
-    went_on: list[float] = []
+    continued: list[float] = []
     grew: list[float] = []
-    while len(went_on) < kills and wait(process, run, lambda steps: steps[-1]["workers"] == 3):
+    while len(continued) < kills and wait(process, run, lambda steps: steps[-1]["workers"] == 3):
         time.sleep(rng.uniform(0.0, 4.0))
         if process.poll() is not None:
             break
         killed_at = time.time()
         cluster.remove_node(rng.choice(sorted(cluster.worker_nodes, key=str)), allow_graceful=False)
         if not wait(process, run, lambda steps: steps[-1]["workers"] < 3):
-            break  # it ended, unharmed or not: its code tells
+            break  # it ended; its exit code says how
         (first, *_) = (line for line in steps_of(run) if line["time"] > killed_at and line["workers"] < 3)
-        went_on.append(round(first["time"] - killed_at, 1))
+        continued.append(round(first["time"] - killed_at, 1))
         added_at = time.time()
         cluster.add_node(**NODE)
         if wait(process, run, lambda steps: steps[-1]["workers"] == 3):
             grew.append(round(time.time() - added_at, 1))
-        print(f"{run.name}: on after {went_on[-1]} s, grown after {grew[-1:]} s", file=sys.stderr, flush=True)
+        print(f"{run.name}: on after {continued[-1]} s, grown after {grew[-1:]} s", file=sys.stderr, flush=True)
     code = process.wait(timeout=LONGEST_S)
-    return {"code": code, "seconds_to_go_on": went_on, "seconds_to_grow": grew}
+    return {"code": code, "seconds_to_continue": continued, "seconds_to_grow": grew}
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:

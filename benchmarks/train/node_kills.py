@@ -1,4 +1,4 @@
-"""Nodes that die under prepare, tune and serve: what ended wrong, what was lost, how long until it went on.
+"""Nodes that die under prepare, tune and serve: what ended wrong, what was lost, how long until work continued.
 
     python -m benchmarks.train.node_kills prepare --folder /tmp/node-kills
     python -m benchmarks.train.node_kills tune --folder /tmp/node-kills
@@ -6,9 +6,9 @@
 
 Three raylets on this machine: a head without CPUs and two workers. At a random moment all processes of one raylet get
 SIGKILL, and a new node comes. `prepare` and `tune` are the real commands against RAY_ADDRESS, over and over until so
-many nodes have died; their outcome is compared with a run that nobody disturbed. `serve` is the endpoint with a
+many nodes have died; their outcome is compared with an undisturbed run. `serve` is the endpoint with a
 replica on each worker, behind HAProxy as on a cluster, asked without pause through `ray_app.client`. Raylets of one
-machine share its address, disk and cores: nothing is told of networks here.
+machine share its address, disk and cores: this says nothing of networks.
 Writes benchmarks/results/node_kills_PART.json.
 """
 
@@ -52,7 +52,7 @@ SWEEP = {
 }
 WIDTH, HIDDEN, CALLERS = 4096, 512, 4
 LONGEST_S = 240.0
-"""For a command to go on, before it counts as hung."""
+"""Time without progress after which a command counts as hung."""
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
 def prepare(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
     """Kills between a run's first finished file and its last."""
     wait(command(nodes, f"prepare scenes --out {folder / 'clean'} {SCENES}"))
-    clean = told_of_store(folder / "clean")
+    clean = outcome_of_store(folder / "clean")
     took: list[float | None] = []
     wrong = lost = doubled = runs = 0
     seconds = []
@@ -90,7 +90,7 @@ def prepare(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[
             took.append(killed(nodes, process, lambda out=out: finished_tasks(out), rng))
         code = wait(process)
         seconds.append(round(time.monotonic() - began, 1))
-        found = told_of_store(out) if code == 0 else None
+        found = outcome_of_store(out) if code == 0 else None
         wrong += found is None or found["files_sha256"] != clean["files_sha256"]
         if found:
             lost += len(set(clean["ids"]) - set(found["ids"]))
@@ -107,7 +107,7 @@ def prepare(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[
     }
 
 
-def told_of_store(store: Path) -> dict[str, Any]:
+def outcome_of_store(store: Path) -> dict[str, Any]:
     """What a store holds, byte for byte."""
     opened = PairStore.open(store)
     return {
@@ -123,14 +123,14 @@ def finished_tasks(out: Path) -> int:
 
 
 def tune(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kills while trials run; a trial that was begun again is the sign that it went on. A kill that met no trial is
+    """Kills while trials run; a restarted trial is the sign of progress. A kill that met no trial is
     not one of the `kills`."""
     store = build_store(NumpySource(), folder / "store")
     file = folder / "sweep.yaml"
     file.write_text(yaml.safe_dump({"store": str(store), "out": "-", **SWEEP}))
     words = f"tune {file} --no-final --yes --tracking-uri sqlite:///{folder}/mlflow.db --out"
     wait(command(nodes, f"{words} {folder / 'clean'}"))
-    clean = told_of_sweep(folder / "clean")
+    clean = outcome_of_sweep(folder / "clean")
     took: list[float | None] = []
     wrong = runs = 0
     deaths = []
@@ -143,21 +143,21 @@ def tune(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[str
             time.sleep(rng.uniform(0.0, 6.0))
             if process.poll() is not None:
                 break
-            took.append(killed(nodes, process, lambda out=out: begun_again(out), rng))
-        found = told_of_sweep(out) if wait(process) == 0 else None
+            took.append(killed(nodes, process, lambda out=out: restarts(out), rng))
+        found = outcome_of_sweep(out) if wait(process) == 0 else None
         wrong += found is None or found != clean
-        deaths.append(begun_again(out))
+        deaths.append(restarts(out))
     return {
         "sweep": SWEEP,
         "runs": runs,
         "jobs_that_ended_wrong": wrong,
-        "trials_begun_again_by_run": deaths,
+        "trials_restarted_by_run": deaths,
         "trials_in_each": len(clean["objectives"]),
-        **summary("seconds_until_a_lost_trial_is_begun_again", took),
+        **summary("seconds_until_a_lost_trial_restarts", took),
     }
 
 
-def told_of_sweep(sweep: Path) -> dict[str, Any]:
+def outcome_of_sweep(sweep: Path) -> dict[str, Any]:
     """The winner, every trial's objective, and the digests of the weights that the sweep keeps."""
     folder = SweepDir(sweep)
     trials = [trial for trial in folder.trials() if trial.status == "finished"]
@@ -172,11 +172,11 @@ def told_of_sweep(sweep: Path) -> dict[str, Any]:
 
 
 def steps(sweep: Path) -> int:
-    """Epochs that trials have told of."""
+    """Count the epochs that trials have logged."""
     return sum(line["kind"] == "epoch" for run in trial_folders(sweep) for line in entries(run))
 
 
-def begun_again(sweep: Path) -> int:
+def restarts(sweep: Path) -> int:
     """Attempts beyond each trial's first."""
     counts = [sum(line["kind"] == "workers_started" for line in entries(run)) for run in trial_folders(sweep)]
     return sum(max(count - 1, 0) for count in counts)
@@ -187,7 +187,7 @@ def trial_folders(sweep: Path) -> list[Path]:
 
 
 def serve(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kills under callers; it has gone on when both replicas answer again."""
+    """Kill nodes under callers; work continues when both replicas answer again."""
     failures: list[str] = []
     answered: list[float] = []
     stop = threading.Event()
@@ -257,7 +257,7 @@ def killed(nodes: Nodes, process: "subprocess.Popen[bytes]", sign: Any, rng: ran
 
 
 def met(seconds: Sequence[float | None]) -> int:
-    """Kills after which something had to go on."""
+    """Number of kills that interrupted something."""
     return sum(took is not None for took in seconds)
 
 

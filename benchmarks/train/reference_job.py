@@ -75,7 +75,7 @@ def measured(*words: object) -> dict[str, Any]:
     """Run `ray-app WORDS --json`: its result, seconds, and peak resident memory in MiB."""
     command = [sys.executable, "-m", "ray_app", *map(str, words), "--json"]
     print(" ".join(command), file=sys.stderr, flush=True)
-    begun = time.monotonic()
+    started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     peaks: dict[str, float] = {}
     watcher = threading.Thread(target=watch, args=(process, peaks), daemon=True)
@@ -84,7 +84,7 @@ def measured(*words: object) -> dict[str, Any]:
     watcher.join()
     if process.returncode:
         sys.exit(f"{' '.join(command)} ended with code {process.returncode}")
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - started
     return {"seconds": round(seconds, 1), "peak_mib": peaks, "result": json.loads(output)}
 
 

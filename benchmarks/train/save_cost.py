@@ -1,4 +1,4 @@
-"""What safe checkpoints cost: checksums, fsync, golden answers and renames beside a bare write of the same bytes.
+"""Cost of safe checkpoints: checksums, fsync, golden answers and renames against a bare write of the same bytes.
 
     python -m benchmarks.train.save_cost --folder /tmp/save-cost
 

@@ -10,9 +10,9 @@ was measured on raylets. The model is
     step(N) = fixed + each * pairs per worker + 2 (N - 1) / N * bytes / bandwidth + 2 (N - 1) * latency
 
 with its four numbers taken from some of the points (batches of 4 and 16 alone, all-reduces of two processes) and held
-against the others. Four raylets share two cores: there the model is told that each computes half as fast. The last
-part applies it to GPUs that nobody has measured here: every number that is assumed is in the result. The raylets
-share cores, memory and loopback: nothing is told of a network here. Writes benchmarks/results/scaling.json.
+against the others. Four raylets share two cores: there the model lets each compute half as fast. The last
+part applies it to GPUs that were not measured here: every number that is assumed is in the result. The raylets
+share cores, memory and loopback: this says nothing of a network. Writes benchmarks/results/scaling.json.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def on_raylets(workers: int, folder: Path) -> dict[str, Any]:
     nodes = Nodes(workers)
     environment = {**os.environ, "RAY_ADDRESS": nodes.address}
 
-    def told(words: str) -> dict[str, Any]:
+    def run_command(words: str) -> dict[str, Any]:
         done = subprocess.run(
             [str(RAY_APP), *words.split(), "--json"], env=environment, check=True, stdout=subprocess.PIPE
         )
@@ -119,13 +119,13 @@ def on_raylets(workers: int, folder: Path) -> dict[str, Any]:
 
     try:
         store = folder / f"store-{workers}"
-        prepared = told(f"prepare scenes --out {store} {SCENES} --num-workers {workers}")
+        prepared = run_command(f"prepare scenes --out {store} {SCENES} --num-workers {workers}")
         seen = {"prepare_pairs_per_s": round(prepared["pairs"] / prepared["seconds"], 2)}
         for name, hidden in HIDDEN.items():
             run = folder / f"run-{workers}-{name}"
             words = f"train --store {store} --out {run} --tracking-uri sqlite:///{folder}/mlflow.db"
             words += f" --batch-size {BATCH} --num-epochs {EPOCHS} --early-stop-patience {EPOCHS}"
-            told(f"{words} --hidden-dim {hidden} --num-workers {workers} --cpus-per-worker 1")
+            run_command(f"{words} --hidden-dim {hidden} --num-workers {workers} --cpus-per-worker 1")
             seen[f"step_s_{name}"] = step_seconds(run, BATCH)
         return seen
     finally:
@@ -232,8 +232,8 @@ def parts(
         }
     for n, size in product(RAYLETS[1:], SIZES[1:]):
         if (n, size) != (2, SIZES[-1]):
-            told = reduced(n, 4 * size, bandwidth, latency)
-            checks[f"all-reduce of {size} between {n}"] = (told, reducing[str(n)][str(size)])
+            modelled = reduced(n, 4 * size, bandwidth, latency)
+            checks[f"all-reduce of {size} between {n}"] = (modelled, reducing[str(n)][str(size)])
     return {
         "gradient_bytes": 4 * numbers,
         "steps": steps,
@@ -244,8 +244,8 @@ def parts(
             "latency_s": latency,
         },
         "checks": {
-            place: {"model_s": round(told, 4), "measured_s": seen, "ratio": round(told / seen, 2)}
-            for place, (told, seen) in checks.items()
+            place: {"model_s": round(modelled, 4), "measured_s": seen, "ratio": round(modelled / seen, 2)}
+            for place, (modelled, seen) in checks.items()
         },
     }
 

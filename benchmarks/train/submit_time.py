@@ -3,7 +3,7 @@
     python -m benchmarks.train.submit_time --folder /tmp/submit-time
 
 A Ray head with its dashboard and token authentication is started on this machine, and the same small training is
-submitted to it three times. The first is cold for this head: nothing has been uploaded, no worker process stands
+submitted to it three times. The first is cold for this head: nothing has been uploaded, no worker process exists
 ready. The system's caches are what they are. Writes benchmarks/results/submit_time.json.
 """
 
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def submitted(head: Head, store: Path, run: Path) -> dict[str, Any]:
-    """Seconds from the start of the command on until what its run's event log tells."""
+    """Seconds from the start of the command until what its run's event log records."""
     words = ["submit", "--json", "--", "train", "--store", str(store), "--out", str(run), *FLAGS.split()]
     words += ["--tracking-uri", f"sqlite:///{run.parent}/mlflow.db", "--json"]
     environment = {
@@ -64,13 +64,13 @@ def submitted(head: Head, store: Path, run: Path) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "ray_app", *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True
     )
-    ended, told = time.time(), json.loads(done.stdout)
+    ended, result = time.time(), json.loads(done.stdout)
     first: dict[str, float] = {}
     for line in entries(run):
         if line["kind"] in ("run_started", "workers_started", "step"):
             first.setdefault(line["kind"], round(line["time"] - began, 2))
     return {
-        "uploaded_bytes": told["uploaded_bytes"],
+        "uploaded_bytes": result["uploaded_bytes"],
         "seconds_to_driver": first["run_started"],
         "seconds_to_worker": first["workers_started"],
         "seconds_to_first_step_done": first["step"],

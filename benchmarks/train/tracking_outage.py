@@ -70,14 +70,14 @@ def main() -> None:
             )
     finally:
         server.kill()
-    told_us, fastest_ms = line_us(args.folder / "line"), min(min(r["step_ms"].values()) for r in rounds)
+    line_us_median, fastest_ms = line_us(args.folder / "line"), min(min(r["step_ms"].values()) for r in rounds)
     save(
         "tracking_outage",
         {
             "flags": FLAGS,
             "away_s": AWAY_S,
-            "event_log_line_us": round(told_us, 1),
-            "event_log_line_share_of_step": round(told_us / 1e3 / fastest_ms, 6),
+            "event_log_line_us": round(line_us_median, 1),
+            "event_log_line_share_of_step": round(line_us_median / 1e3 / fastest_ms, 6),
             "rounds": rounds,
             "ratio_cut": statistics.median(r["ratio_cut"] for r in rounds),
             "ratio_never": statistics.median(r["ratio_never"] for r in rounds),

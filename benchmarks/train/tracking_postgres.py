@@ -165,7 +165,7 @@ def main() -> None:
 def path(folder: Path, store: Path, uri: str, database: Postgres) -> dict[str, Any]:
     """What users do, and what came of it."""
 
-    def told(words: str) -> dict[str, Any]:
+    def run_command(words: str) -> dict[str, Any]:
         done = subprocess.run(
             [str(RAY_APP), *words.split(), "--tracking-uri", uri, "--json"], check=True, stdout=subprocess.PIPE
         )
@@ -174,18 +174,18 @@ def path(folder: Path, store: Path, uri: str, database: Postgres) -> dict[str, A
 
     runs = [folder / name for name in ("first", "second", "away")]
     for seed, run in enumerate(runs[:2]):
-        told(f"train --store {store} --out {run} {TRAIN} --seed {seed}")
-    promoted = [told(f"promote {run}{force}") for run, force in ((runs[0], ""), (runs[1], " --force"))]
-    rolled = told("promote --rollback")
-    listed = told("promote --list")
+        run_command(f"train --store {store} --out {run} {TRAIN} --seed {seed}")
+    promoted = [run_command(f"promote {run}{force}") for run, force in ((runs[0], ""), (runs[1], " --force"))]
+    rolled = run_command("promote --rollback")
+    listed = run_command("promote --list")
     champion = "models:/alignment-adapter@champion"
-    judged = told(f"evaluate --store {store} --checkpoint {champion} --out {folder / 'report'}")
+    judged = run_command(f"evaluate --store {store} --checkpoint {champion} --out {folder / 'report'}")
     killer = threading.Thread(target=gone_while, args=(database, runs[2]))
     killer.start()
-    away = told(f"train --store {store} --out {runs[2]} {LONG}")
+    away = run_command(f"train --store {store} --out {runs[2]} {LONG}")
     killer.join()
     database.start()
-    synced = [told(f"sync {run}") for run in (*runs, runs[2])]
+    synced = [run_command(f"sync {run}") for run in (*runs, runs[2])]
     tracked = [(run, one["runs"][0]["mlflow_run_id"]) for run, one in zip(runs, synced, strict=False)]
     compared = [missing_and_extra(run, uri, run_id) for run, run_id in tracked]
     return {

@@ -136,8 +136,8 @@ def epochs_of(name: str, curve: list[float], scheduler: TrialScheduler) -> int:
     controller: Any = None
     scheduler.on_trial_add(controller, trial)
     for epoch, value in enumerate(curve, 1):
-        told = scheduler.on_trial_result(controller, trial, {"epoch": epoch, "compared": value})
-        if told == TrialScheduler.STOP:
+        decision = scheduler.on_trial_result(controller, trial, {"epoch": epoch, "compared": value})
+        if decision == TrialScheduler.STOP:
             return epoch
     return len(curve)
 

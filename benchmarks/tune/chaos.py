@@ -1,4 +1,4 @@
-"""Kills a sweep at random moments until it ends; compares it with one that nobody disturbed.
+"""Kill a sweep at random moments until it ends; compare it with an undisturbed one.
 
     python -m benchmarks.tune.chaos --folder /tmp/tune-chaos
 
@@ -55,11 +55,11 @@ def main() -> None:
     file = folder / "sweep.yaml"
     file.write_text(yaml.safe_dump({"store": str(folder / "store"), "out": "-", **SWEEP}))
     subprocess.run(words(file, folder / "clean"), check=True, stdout=subprocess.DEVNULL)
-    clean = told(folder / "clean")
+    clean = outcome_of(folder / "clean")
     part = steps(folder / "clean") / args.kills
     moments = [int(part * (n + rng.random())) for n in range(args.kills)]
     killed, starts = disturbed(file, folder / "killed", moments, rng)
-    found = told(folder / "killed")
+    found = outcome_of(folder / "killed")
     save(
         "tune_chaos",
         {
@@ -68,7 +68,7 @@ def main() -> None:
             "width": 150_528,
             "kills": len(killed),
             "kills_by_kind": Counter(kind for kind, *_ in killed),
-            "killed_at": [{"kind": kind, "step": step, "trials_begun": trials} for kind, step, trials in killed],
+            "killed_at": [{"kind": kind, "step": step, "trials_started": trials} for kind, step, trials in killed],
             "starts": starts,
             "clean": clean,
             "killed": found,
@@ -81,13 +81,13 @@ def main() -> None:
 
 
 def words(file: Path, out: Path) -> list[str]:
-    """The command that begins a sweep, or goes on with it."""
+    """Return the command that starts a sweep, or resumes it."""
     uri = f"sqlite:///{file.parent}/mlflow.db"
     begin = ["--resume", str(out)] if (out / "events.jsonl").is_file() else [str(file), "--out", str(out)]
     return [str(RAY_APP), "tune", *begin, "--no-final", "--yes", "--json", "--tracking-uri", uri]
 
 
-def told(sweep: Path) -> dict[str, Any]:
+def outcome_of(sweep: Path) -> dict[str, Any]:
     """What a sweep ended with."""
     folder = SweepDir(sweep)
     trials = [trial for trial in folder.trials() if trial.status == "finished"]
@@ -108,7 +108,7 @@ def told(sweep: Path) -> dict[str, Any]:
 
 
 Killed = tuple[str, int, int]
-"""What was killed, after how many steps of all trials, and how many of them had begun."""
+"""What was killed, after how many steps of all trials, and how many of them had started."""
 
 
 def disturbed(file: Path, sweep: Path, moments: list[int], rng: random.Random) -> tuple[list[Killed], int]:
@@ -129,11 +129,11 @@ def disturbed(file: Path, sweep: Path, moments: list[int], rng: random.Random) -
                 print(f"killed {kind} at step {at}", file=sys.stderr, flush=True)
         if process.wait(timeout=LONGEST_S) == 0:
             return killed, starts
-        print("the driver is gone: going on", file=sys.stderr, flush=True)
+        print("the driver is gone: resuming", file=sys.stderr, flush=True)
 
 
 def steps(sweep: Path) -> int:
-    """Optimizer steps that its trials have told of: what is done again is not told again."""
+    """Count the optimizer steps that its trials have logged; repeated steps are not logged again."""
     runs = [path.parent for path in sweep.glob("trials/*/events.jsonl")]
     return sum(line["kind"] == "step" for run in runs for line in entries(run))
 
@@ -146,7 +146,7 @@ def size(sweep: Path) -> int:
 
 
 def wait_for_growth(process: "subprocess.Popen[bytes]", sweep: Path) -> bool:
-    """Until something is told from now on; False when the process ends before."""
+    """Wait for the next logged line; False if the process ends first."""
     before, deadline = size(sweep), time.monotonic() + LONGEST_S
     while process.poll() is None:
         assert time.monotonic() < deadline, "nothing moves any more"

@@ -3,7 +3,7 @@
     python -m benchmarks.tune.memory --store STORE --folder /tmp/tune-memory
 
 Counted is what is resident of Ray's shared memory, each page once however many processes have it (PSS of the mappings
-of /dev/shm, summed over the sweep's processes), while trials train; beside it what one trial's process has for itself
+of /dev/shm, summed over the sweep's processes), while trials train; and what one trial's process has for itself
 alone. With --lowrank the same of trials of `lowrank`, whose means and bases are shared as well.
 Writes benchmarks/results/tune_memory.json.
 """

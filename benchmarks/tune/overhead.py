@@ -92,7 +92,7 @@ def measured(
 
 
 def summary(seconds: list[float]) -> dict[str, Any]:
-    """The first stands apart: its process is started, the later ones find it."""
+    """The first is separate: it starts the process that the later ones use."""
     return {
         "trials": len(seconds),
         "median_s": round(statistics.median(seconds), 3),

@@ -75,9 +75,9 @@ def cut(net: Network, process: "subprocess.Popen[bytes]", seconds: float, sign: 
     assert code == 0
     return {
         "cut_s": round(mended_at - cut_at, 1),
-        "went_on_meanwhile": at - before,
+        "progress_meanwhile": at - before,
         "counted_as_dead_and_started_again": started,
-        "seconds_from_mending_to_progress": None if over else round(moved, 1),
+        "seconds_from_repair_to_progress": None if over else round(moved, 1),
     }
 
 
