@@ -48,7 +48,7 @@ def value(name: str, path: str) -> Any:
 
 
 def uncommitted(provenance: dict[str, Any]) -> bool:
-    """True if the result was not made by the code of a commit."""
+    """Return True if the result was not made by the code of a commit."""
     return bool(provenance["uncommitted_changes"]) or not provenance["commit"]
 
 
@@ -65,12 +65,12 @@ def facts(*rows: tuple[str, str, str | Callable[[dict[str, Any]], Any], str | Ca
 
 
 def percent(number: float) -> str:
-    """A share as percent with one decimal."""
+    """Return a share as percent with one decimal."""
     return f"{100 * number:.1f} %"
 
 
 def points(number: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
+    """Return a difference of shares in percentage points, with its sign."""
     return f"{100 * number:+.1f}".replace("-", "−")
 
 
@@ -94,7 +94,7 @@ def source_line(name: str, page: Path) -> str:
 
 
 def rendered(table: Table, page: Path) -> str:
-    """The table as Markdown, with a line for each result below it."""
+    """Return the table as Markdown, with a line for each result below it."""
     lines = [table.columns, ["---"] * len(table.columns), *table.rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     sources = (
@@ -106,7 +106,7 @@ def rendered(table: Table, page: Path) -> str:
 
 
 def filled(text: str, page: Path) -> str:
-    """The page's text with every table written again. KeyError: no table has the name."""
+    """Return the page's text with every table written again. KeyError: no table has the name."""
     tables: dict[str, Callable[[], Table]] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent / "tables")]):
         tables |= importlib.import_module(f"benchmarks.tables.{module.name}").TABLES

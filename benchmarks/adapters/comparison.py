@@ -1,4 +1,4 @@
-"""Every strategy and every baseline on the same test pairs, with several seeds: what do they reach, at which size?
+"""Every strategy and every baseline on the same test pairs, with several seeds.
 
     python -m benchmarks.adapters.comparison --store stores/scenes --folder runs/adapters --name scenes
     python -m benchmarks.adapters.comparison --store stores/drive --folder runs/footage --name footage
@@ -114,7 +114,7 @@ def measured(store: Path, folder: Path, name: str, seed: int, *, use_gpu: bool) 
 
 
 def token_store(images: PairStore, folder: Path) -> Path:
-    """The same pairs as sequences of patches in bf16, for the adapters of tokens."""
+    """Return the same pairs as sequences of patches in bf16, for the adapters of tokens."""
     if (folder / MANIFEST).is_file():
         return folder
     folder.mkdir()
@@ -155,7 +155,7 @@ def as_tokens(image_BD: NDArray[Any], shape: tuple[int, ...]) -> list[bytes]:
 
 
 def own_colours(folder: Path) -> dict[str, float]:
-    """What knowing the mean colour of each target's own patches would be worth, on the test part.
+    """Return the score of knowing the mean colour of each target's own patches, on the test part.
 
     A mean cosine over patches does not see how bright each is, which is most of what a picture's events tell of it.
     """

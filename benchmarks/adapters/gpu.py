@@ -69,7 +69,7 @@ def throughput(
 
 
 def train(event_ND: Tensor, target_ND: Tensor, hidden: int, epochs: int, device: torch.device) -> dict[str, float]:
-    """The reference's training from device memory: seconds, steps and the last mean cosine."""
+    """Return the reference's training from device memory: seconds, steps and the last mean cosine."""
     config = AdapterConfig("lightweight", event_ND.shape[1], target_ND.shape[1], hidden)
     objective = AlignmentObjective(build_adapter(config, 0), LossWeights()).to(device).train()
     optimizer = make_optimizer(objective, 1e-3, 0.01)

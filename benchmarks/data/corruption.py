@@ -1,4 +1,4 @@
-"""Flip single bits in, and cut the end off, every kind of file that is written: is the damage found before use?
+"""Flip single bits in, and cut the end off, every kind of file that is written; count what is found before use.
 
 Each count comes with what a plain reader notices of the same damaged bytes, without our checksums.
 

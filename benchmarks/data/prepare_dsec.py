@@ -170,7 +170,7 @@ def whole_dsec(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def ours(source: DsecSource, task: Any) -> list[bytes]:
-    """A window's pairs as they are stored."""
+    """Return a window's pairs as they are stored."""
     pairs = list(source.pairs(task))
     return [resized(image, 224, 224).tobytes() for pair in pairs for image in (pair.event_HWC, pair.target_HWC)]
 

@@ -39,7 +39,7 @@ def run(command: str) -> int:
 
 
 def all_of(parts: Sequence[str], run: Callable[[str], int]) -> list[str]:
-    """Runs the parts in turn. Returns the commands that failed."""
+    """Run the parts in turn. Return the commands that failed."""
     return [command for part in parts for command in PARTS[part] if run(command) != 0]
 
 

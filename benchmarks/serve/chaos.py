@@ -131,7 +131,7 @@ def champions(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def register(client: MlflowClient, experiment: str, checkpoint: Path) -> str:
-    """A version with these files, tagged as `promote` does with the sums as they stand there; champion now."""
+    """Register a version with these files, tagged as `promote` does it, and make it champion."""
     run = client.create_run(experiment).info.run_id
     client.log_artifacts(run, str(checkpoint), "checkpoint")
     tags = {"checkpoint_sha256": sha256_bytes((checkpoint / "MANIFEST.sha256").read_bytes())}
@@ -180,7 +180,7 @@ def lose(folder: Path) -> None:
 
 
 def narrow(folder: Path) -> None:
-    """A sound checkpoint of other features."""
+    """Write a sound checkpoint of other features."""
     other = checkpoint_of(folder.with_name(f"{folder.name}-narrow"), WIDTH // 2, HIDDEN)
     for file in other.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -262,7 +262,7 @@ def kills(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def replicas(process: psutil.Process) -> list[psutil.Process]:
-    """The replicas' processes, oldest first."""
+    """Return the replicas' processes, oldest first."""
     found = []
     for one in process.children(recursive=True):
         with contextlib.suppress(psutil.Error):

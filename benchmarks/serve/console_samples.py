@@ -50,7 +50,7 @@ def sample(name: str, drive: int) -> dict[str, str]:
 
 
 def three_colours(image_HWC: NDArray[np.uint8]) -> Image.Image:
-    """The same picture with a palette: two bits a pixel."""
+    """Return the same picture with a palette: two bits a pixel."""
     colours, places = np.unique(image_HWC.reshape(-1, 3), axis=0, return_inverse=True)
     drawn = Image.fromarray(places.reshape(image_HWC.shape[:2]).astype(np.uint8), "P")
     drawn.putpalette(colours.tobytes())

@@ -105,7 +105,7 @@ def by_openapi(base: str, width: int, cases: int) -> dict[str, Any]:
 def run_cases(
     strategy: Any, cases: int, codes: Counter[str], failures: list[str], facts: Facts, allowed: bool
 ) -> None:
-    """Sends what the strategy draws; a failure is noted and the next one sent."""
+    """Send what the strategy draws; a failure is noted and the next one sent."""
     turn = itertools.count()
 
     @given(case=strategy)
@@ -143,7 +143,7 @@ def run_cases(
 
 
 def make_true(case: Case, facts: Facts) -> None:
-    """The model and the version that are in service."""
+    """Return the model and the version that are in service."""
     for name, value in (("model", MODEL), ("version", facts.version)):
         if name in case.path_parameters:
             case.path_parameters[name] = value
@@ -225,7 +225,7 @@ def text(rng: random.Random) -> str:
 
 
 def token(rng: random.Random) -> str:
-    """A header's name."""
+    """Return a header's name."""
     return "x-" + "".join(rng.choice("abcdefghijklmnopqrstuvwxyz0123456789-_") for _ in range(rng.randint(1, 40)))
 
 
@@ -257,7 +257,7 @@ def by_mutations(base: str, width: int, cases: int, seed: int) -> dict[str, Any]
 
 
 def wrong(status: int, body: bytes, refuse: bool, gone: bool) -> str | None:
-    """What an answer should not be. `gone`: the caller closed its side, so that none need come."""
+    """Return what is wrong with an answer, if anything. `gone`: the caller closed its side, so none is needed."""
     if status == -1:
         return "a hang"
     if status == 0:

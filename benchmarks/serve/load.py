@@ -109,7 +109,7 @@ def rivals(checkpoint: Path, width: int, seconds: float, folder: Path) -> dict[s
 
 
 def of_server(cells: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The cells of one server."""
+    """Return the cells of one server."""
     return [cell for cell in cells if cell["server"] == name]
 
 
@@ -120,7 +120,7 @@ def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -
 
 @contextlib.contextmanager
 def server(name: str, checkpoint: Path, folder: Path) -> Iterator[str]:
-    """The address of one of them."""
+    """Yield the address of one of them."""
     if name == "ours":
         with endpoint(checkpoint, *ROOMY) as (base, _):
             yield base
@@ -151,7 +151,7 @@ def server(name: str, checkpoint: Path, folder: Path) -> Iterator[str]:
 
 
 def request_to(name: str, base: str, event: np.ndarray) -> Request:
-    """The same pairs in the form that a server takes."""
+    """Return the same pairs in the form that a server takes."""
     if name in ("ours", "app"):
         return infer_request(base, event, ("aligned",))
     if name == "mlflow":

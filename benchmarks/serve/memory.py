@@ -1,4 +1,4 @@
-"""Does a replica's memory grow with odd requests, and is that a leak?
+"""Memory of a replica under odd requests.
 
     python -m benchmarks.serve.memory
 
@@ -61,7 +61,7 @@ RECORDINGS = [recording(events) for events in (0, 10, 5_000, 50_000)]
 
 
 def odd_input(rng: random.Random) -> Any:
-    """What may stand where features should."""
+    """Return something to send instead of features."""
     size = {"width": 64, "height": 48}
     pixels = {"data": text_of(bytes(range(1, 193)) * 4), "datatype": "UINT8", "shape": [1, WIDTH]}
     kind = rng.randrange(10)
@@ -81,7 +81,7 @@ def odd_input(rng: random.Random) -> Any:
 
 
 def odd_request(rng: random.Random) -> dict[str, Any]:
-    """A document for /v1/align or /v1/verify."""
+    """Return a document for /v1/align or /v1/verify."""
     document = {"event": odd_input(rng)}
     if rng.random() < 0.5:
         document["target"] = odd_input(rng)

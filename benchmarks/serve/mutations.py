@@ -57,7 +57,7 @@ class Draft:
 
 
 def good(width: int, rng: random.Random) -> Draft:
-    """A request that is answered."""
+    """Return a request that is answered."""
     rows = rng.choice((1, 1, 2, 3))
     numbers = np.random.default_rng(rng.getrandbits(32))
     kind = rng.choice(("UINT8", "FP32", "FP16"))
@@ -210,7 +210,7 @@ def more_body(draft: Draft, rng: random.Random) -> None:
 
 
 def packed(draft: Draft, rng: random.Random) -> None:
-    """A content encoding: right, wrong, cut short, unknown, or a bomb."""
+    """Encode the body: rightly, wrongly, cut short, with an unknown name, or as a bomb."""
     body = draft.bytes()[1]
     kind = rng.choice(("right", "deflate", "lie", "cut", "unknown", "bomb", "twice"))
     data = {"deflate": zlib.compress(body), "lie": body, "unknown": body, "bomb": bomb()}.get(
@@ -252,7 +252,7 @@ MUTATIONS: tuple[Callable[[Draft, random.Random], None], ...] = (
 
 
 def mutated(width: int, rng: random.Random) -> tuple[str, Draft]:
-    """(name of the mutation, request)"""
+    """Return (name of the mutation, request)."""
     draft, mutation = good(width, rng), rng.choice(MUTATIONS)
     mutation(draft, rng)
     return mutation.__name__, draft

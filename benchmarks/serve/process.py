@@ -26,7 +26,7 @@ START_S = 180.0
 
 @contextlib.contextmanager
 def process(command: Sequence[str], ready_url: str, log: Path | None = None) -> Iterator[psutil.Process]:
-    """Runs a command in a session of its own until the block ends. RuntimeError: it did not start; with its words."""
+    """Run a command in a session of its own until the block ends. RuntimeError: it did not start."""
     written = log or Path(tempfile.mkstemp(prefix="serve-", suffix=".log")[1])
     path = f"{BIN}:{os.environ['PATH']}"  # mlflow calls uvicorn by its name
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
@@ -71,7 +71,7 @@ def endpoint(checkpoint: str | Path, *flags: str, log: Path | None = None) -> It
 
 
 def checkpoint_of(folder: Path, width: int, hidden: int, seed: int = 0, shape: tuple[int, ...] | None = None) -> Path:
-    """A new `lightweight` adapter, untrained, saved; `shape` makes its features images."""
+    """Save a new, untrained `lightweight` adapter; `shape` makes its features images."""
     if not folder.exists():
         spec = FeatureSpec(dtype="uint8", shape=shape or (width,), scale=1 / 255)
         adapter = build_adapter(AdapterConfig("lightweight", width, width, hidden), seed)
@@ -93,5 +93,5 @@ def scraped(base: str, name: str, **labels: str) -> float:
 
 
 def tree(process: psutil.Process) -> list[psutil.Process]:
-    """A process and all that came of it."""
+    """Return a process and all that came of it."""
     return [process, *process.children(recursive=True)]

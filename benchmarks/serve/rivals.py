@@ -1,4 +1,4 @@
-"""The same adapter behind other servers, each as its own documents show it: who is the endpoint measured against?
+"""The same adapter behind other servers, each as its own documents show it.
 
     python -m benchmarks.serve.rivals bare CHECKPOINT PORT
     python -m benchmarks.serve.rivals app CHECKPOINT PORT
@@ -74,7 +74,7 @@ def app(checkpoint: Path, port: int) -> None:
 
 
 def mlflow_model(checkpoint: Path, folder: Path) -> None:
-    """A pyfunc model from code: MLflow's way without pickle."""
+    """Return a pyfunc model from code: MLflow's way without pickle."""
     import mlflow
 
     code = folder.with_suffix(".py")

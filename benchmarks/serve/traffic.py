@@ -79,7 +79,7 @@ class Request:
         return parts.hostname, parts.port
 
     def head(self) -> bytes:
-        """The lines before the body."""
+        """Return the lines before the body."""
         host, port = self.address
         lines = [
             f"POST {urlsplit(self.url).path} HTTP/1.1",
@@ -91,7 +91,7 @@ class Request:
 
 
 def infer_request(base: str, event: np.ndarray, outputs: Sequence[str], target: np.ndarray | None = None) -> Request:
-    """The endpoint's binary form, built by its client's own code."""
+    """Return the endpoint's binary form, built by its client's own code."""
     from ray_app.client_wire import binary_request
 
     tensors = {"event": event} | ({} if target is None else {"target": target})
@@ -213,7 +213,7 @@ async def _open_loop(request: Request, rate: float, seconds: float, most: int) -
 
 
 def note(found: Traffic, status: int, took: float) -> None:
-    """Counts one answer."""
+    """Count one answer."""
     found.codes[status] += 1
     if status == 200:
         found.ok_s.append(took)

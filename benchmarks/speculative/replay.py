@@ -202,7 +202,7 @@ def replayed(
 
 
 def replay_speed(drafter: type[Drafter], files: list[TraceFile]) -> float:
-    """Verified tokens/s of one thread at γ = 8: drafting, verifying and learning from accepted answers."""
+    """Return verified tokens/s of one thread at γ = 8: drafting, verifying and learning from accepted answers."""
     best = 0.0
     for _ in range(ROUNDS):
         rows = [row for file in files for row in replay(drafter, file, (GAMMA,))[GAMMA]]

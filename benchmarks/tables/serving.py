@@ -23,7 +23,7 @@ def load(width: str) -> Table:
 
 
 def rivals(width: str) -> Table:
-    """The same loads on each server."""
+    """Return the same loads on each server."""
     servers = read(f"serve_load_rivals_{width}")["servers"]
     names = {"ours": "ray-app", "bare": "bare uvicorn", "litserve": "LitServe", "mlflow": "mlflow"}
     rows = []

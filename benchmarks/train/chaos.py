@@ -1,4 +1,4 @@
-"""Training under kills: does it end with the bytes of an undisturbed run, and is any pair lost?
+"""Training under kills, compared byte for byte with an undisturbed run.
 
     python -m benchmarks.train.chaos --folder /tmp/chaos [--kills 24]
 
@@ -78,7 +78,7 @@ def finished(train: list[str], run: Path) -> dict[str, Any]:
 
 
 def outcome_of(run: Path) -> dict[str, Any]:
-    """What a run ended with."""
+    """Return the outcome of a run."""
     lines = entries(run)
     epochs = [line for line in lines if line["kind"] == "epoch"]
     best = json.loads((run / "best.json").read_text())["checkpoint"]

@@ -1,4 +1,4 @@
-"""Nodes die and come under a training of 1 to 3 workers: how soon does it continue, and is its result the same?
+"""Nodes that die and come under a training of 1 to 3 workers, compared with an undisturbed run.
 
     python -m benchmarks.train.elastic --folder /tmp/train-elastic [--kills 10]
 
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def earlier(clean: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs of the result file, if they were held against the same undisturbed run."""
+    """Return the runs of the result file, if they were held against the same undisturbed run."""
     found = json.loads((RESULTS / "train_elastic.json").read_text())
     assert found["flags"] == f"{FLAGS} {ELASTIC}", "the result file is of other flags"
     assert found["clean"] == clean, "the result file is of another undisturbed run"
@@ -82,7 +82,7 @@ def when(about: dict[str, Any]) -> dict[str, Any]:
 
 
 def tell(runs: list[dict[str, Any]], clean: dict[str, Any]) -> None:
-    """What is known after so many runs."""
+    """Write the result of the runs so far."""
     save(
         "train_elastic",
         {
@@ -113,14 +113,14 @@ def ended(run: Path) -> dict[str, Any]:
 
 
 def same(found: dict[str, Any], clean: dict[str, Any]) -> bool:
-    """True if every step and pair is there once, with the numbers of the undisturbed run."""
+    """Return True if every step and pair is there once, with the numbers of the undisturbed run."""
     exact = ("epochs", "steps", "pairs_by_epoch", "each_step_logged_once")
     close = all(abs(found[name] - clean[name]) < TOLERANCE for name in ("val_loss", "val_cos_sim"))
     return close and all(found[name] == clean[name] for name in exact)
 
 
 def disturbed(cluster: Cluster, words: list[str], run: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """A run whose nodes go and come until it ends, or so many have gone."""
+    """Train while nodes go and come, until the run ends or so many have gone."""
     while len(cluster.worker_nodes) < 2:
         cluster.add_node(**NODE)
     process = subprocess.Popen([str(RAY_APP), *words], stdout=subprocess.DEVNULL)
@@ -146,7 +146,7 @@ def disturbed(cluster: Cluster, words: list[str], run: Path, kills: int, rng: ra
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
-    """The steps of a run so far."""
+    """Return the steps of a run so far."""
     return [line for line in entries(run) if line["kind"] == "step"] if (run / EVENT_LOG).is_file() else []
 
 

@@ -108,7 +108,7 @@ def prepare(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[
 
 
 def outcome_of_store(store: Path) -> dict[str, Any]:
-    """What a store holds, byte for byte."""
+    """Return what a store holds, byte for byte."""
     opened = PairStore.open(store)
     return {
         "files": len(opened.manifest.files),
@@ -123,8 +123,7 @@ def finished_tasks(out: Path) -> int:
 
 
 def tune(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kills while trials run; a restarted trial is the sign of progress. A kill that met no trial is
-    not one of the `kills`."""
+    """Kill nodes while trials run, until a trial restarts each time. A kill that met no trial is not counted."""
     store = build_store(NumpySource(), folder / "store")
     file = folder / "sweep.yaml"
     file.write_text(yaml.safe_dump({"store": str(store), "out": "-", **SWEEP}))
@@ -158,7 +157,7 @@ def tune(nodes: Nodes, folder: Path, kills: int, rng: random.Random) -> dict[str
 
 
 def outcome_of_sweep(sweep: Path) -> dict[str, Any]:
-    """The winner, every trial's objective, and the digests of the weights that the sweep keeps."""
+    """Return the winner, every trial's objective, and the digests of the weights that the sweep keeps."""
     folder = SweepDir(sweep)
     trials = [trial for trial in folder.trials() if trial.status == "finished"]
     bests = {trial.name: folder.run(trial.name).best() for trial in trials}
@@ -177,7 +176,7 @@ def steps(sweep: Path) -> int:
 
 
 def restarts(sweep: Path) -> int:
-    """Attempts beyond each trial's first."""
+    """Return the attempts beyond each trial's first."""
     counts = [sum(line["kind"] == "workers_started" for line in entries(run)) for run in trial_folders(sweep)]
     return sum(max(count - 1, 0) for count in counts)
 
@@ -245,8 +244,7 @@ def command(nodes: Nodes, words: str) -> "subprocess.Popen[bytes]":
 
 
 def killed(nodes: Nodes, process: "subprocess.Popen[bytes]", sign: Any, rng: random.Random) -> float | None:
-    """Kills a node, adds one, and waits for `sign` to grow: seconds from the kill on. None: the command ended before,
-    for what it had at that node was done."""
+    """Kill a node, add one, and return the seconds until `sign` grows; None if the command ended first."""
     nodes.kill(rng)
     began, before = time.monotonic(), sign()
     nodes.add()
@@ -257,7 +255,7 @@ def killed(nodes: Nodes, process: "subprocess.Popen[bytes]", sign: Any, rng: ran
 
 
 def met(seconds: Sequence[float | None]) -> int:
-    """Number of kills that interrupted something."""
+    """Return the number of kills that interrupted something."""
     return sum(took is not None for took in seconds)
 
 

@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def on_raylets(workers: int, folder: Path) -> dict[str, Any]:
-    """What users see with so many raylets: pairs prepared a second, and the median step of each model."""
+    """Measure what users see with so many raylets: pairs prepared a second, and the median step of each model."""
     nodes = Nodes(workers)
     environment = {**os.environ, "RAY_ADDRESS": nodes.address}
 
@@ -206,7 +206,7 @@ def parts(
     name: str,
     numbers: int,
 ) -> dict[str, Any]:
-    """A step on several raylets taken apart, and the model held against the points that it was not made from."""
+    """Take a step on several raylets apart, and compare the model with points that it was not made from."""
     small, large = str(SIZES[0]), str(SIZES[-1])
     each = (computing["16"] - computing["4"]) / 12
     fixed = computing["4"] - 4 * each
@@ -256,7 +256,7 @@ def reduced(workers: int, size: float, bandwidth: float, latency: float) -> floa
 
 
 def predicted(gpus: int) -> dict[str, float]:
-    """A step of the reference's adapter with 32 pairs on each GPU, and what share of it is computing."""
+    """Return a step of the reference's adapter with 32 pairs on each GPU, and what share of it is computing."""
     a: dict[str, Any] = ASSUMED
     computing = a["pairs_for_each_gpu"] * a["flop_for_each_pair"] / a["flop_per_s"]
     computing += a["parameters"] * a["bytes_of_memory_for_each_parameter_and_step"] / a["memory_bytes_per_s"]

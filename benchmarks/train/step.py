@@ -106,7 +106,7 @@ def ours(store: Path, run: Path, workers: int, epochs: int) -> dict[str, Any]:
 
 
 def lower_quartile(seconds: list[float]) -> float:
-    """A quarter of the steps were faster."""
+    """Return the lower quartile: a quarter of the steps were faster."""
     return statistics.quantiles(seconds, n=4)[0]
 
 

@@ -1,4 +1,4 @@
-"""A tracking server that is away: does training wait for it, and is any point lost?
+"""A tracking server that is away: the time that training loses, and the points.
 
     python -m benchmarks.train.tracking_outage --folder /tmp/outage --store STORE
 
@@ -109,7 +109,7 @@ def line_us(folder: Path, lines: int = 20_000) -> float:
 
 
 def cut(server: MlflowServer, run: Path) -> None:
-    """Takes the server away for a minute once the run trains."""
+    """Take the server away for a minute once the run trains."""
     while not (run / EVENT_LOG).is_file() or not any(line["kind"] == "epoch" for line in entries(run)):
         time.sleep(0.2)
     server.kill()

@@ -76,7 +76,7 @@ class Postgres:
         return done.stdout
 
     def start(self) -> None:
-        """Returns when it takes connections."""
+        """Wait until it takes connections."""
         words = ["-D", str(self.data), "-p", str(self.port), "-h", "127.0.0.1", "-k", ""]
         with (self.data.parent / "postgres.log").open("a") as log:
             self.process = subprocess.Popen(
@@ -95,7 +95,7 @@ class Postgres:
             self.process.wait()
 
     def rows(self, statement: str) -> str:
-        """What a statement answers."""
+        """Return the rows of a statement."""
         where = ("-h", "127.0.0.1", "-p", self.port, "-U", "mlflow", "-d", "mlflow")
         return self.run("psql", *where, "-At", "-c", statement).strip()
 
@@ -163,7 +163,7 @@ def main() -> None:
 
 
 def path(folder: Path, store: Path, uri: str, database: Postgres) -> dict[str, Any]:
-    """What users do, and what came of it."""
+    """Do what users do, and return what came of it."""
 
     def run_command(words: str) -> dict[str, Any]:
         done = subprocess.run(
@@ -206,7 +206,7 @@ def path(folder: Path, store: Path, uri: str, database: Postgres) -> dict[str, A
 
 
 def gone_while(database: Postgres, run: Path) -> None:
-    """Ends the database once a run trains."""
+    """End the database once a run trains."""
     while not (run / EVENT_LOG).is_file() or not any(line["kind"] == "epoch" for line in entries(run)):
         time.sleep(0.05)
     database.end()

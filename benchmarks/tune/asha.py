@@ -94,7 +94,7 @@ def started(store: Path, run: Path) -> str:
 
 
 def searched(file: Path) -> dict[str, Any]:
-    """A sweep's result."""
+    """Return a sweep's result."""
     uri = f"sqlite:///{file.parent.resolve()}/mlflow.db"
     words = ["tune", str(file), "--no-final", "--yes", "--json", "--tracking-uri", uri]
     done = subprocess.run([str(RAY_APP), *words], stdout=subprocess.PIPE, check=True)

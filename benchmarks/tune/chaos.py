@@ -88,7 +88,7 @@ def words(file: Path, out: Path) -> list[str]:
 
 
 def outcome_of(sweep: Path) -> dict[str, Any]:
-    """What a sweep ended with."""
+    """Return the outcome of a sweep."""
     folder = SweepDir(sweep)
     trials = [trial for trial in folder.trials() if trial.status == "finished"]
     runs = {trial.name: folder.run(trial.name) for trial in trials}
@@ -112,7 +112,7 @@ Killed = tuple[str, int, int]
 
 
 def disturbed(file: Path, sweep: Path, moments: list[int], rng: random.Random) -> tuple[list[Killed], int]:
-    """The sweep, killed after so many steps of all trials each time; and how often a driver was started."""
+    """Run the sweep, killed after so many steps of all trials each time; return how often a driver was started."""
     killed: list[Killed] = []
     starts = 0
     while True:

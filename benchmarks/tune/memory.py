@@ -67,7 +67,7 @@ def one_and_four(store: Path, folder: Path, fixed: dict[str, Any]) -> dict[str, 
 
 
 def measured(store: Path, folder: Path, concurrent: int, fixed: dict[str, Any]) -> dict[str, Any]:
-    """A sweep with so many trials at a time, looked at once a second."""
+    """Run a sweep with so many trials at a time and sample its memory once a second."""
     file, out = folder / f"{concurrent}.yaml", folder / f"sweep-{concurrent}"
     sweep = {"base": fixed, "space": {"learning_rate": [1.0e-3, 2.0e-3, 3.0e-3, 4.0e-3]}, "search_alg": "grid"}
     more = {"scheduler": "none", "max_concurrent_trials": concurrent, "cpus_per_worker": 0.5, "max_trials": 4}
@@ -105,7 +105,7 @@ def shared_bytes(process: psutil.Process) -> int:
 
 
 def uss(process: psutil.Process) -> int:
-    """What would be free if the process ended."""
+    """Return the bytes that would be free if the process ended."""
     try:
         return process.memory_full_info().uss
     except psutil.Error:

@@ -92,7 +92,7 @@ def measured(
 
 
 def summary(seconds: list[float]) -> dict[str, Any]:
-    """The first is separate: it starts the process that the later ones use."""
+    """Summarise seconds; the first is separate, since it starts the process that the later ones use."""
     return {
         "trials": len(seconds),
         "median_s": round(statistics.median(seconds), 3),

@@ -28,7 +28,7 @@ WORDS = (
 )
 PATTERN = re.compile("(?<![A-Za-z])(?i:" + "|".join(WORDS).replace(" ", r"[\s_]+") + ")(?![a-z])")
 
-ALLOWED = {"ray_app": 394, "serve": 11, "docs": 37, "tests": 403, "benchmarks": 144, "other": 16}
+ALLOWED = {"ray_app": 394, "serve": 11, "docs": 37, "tests": 403, "benchmarks": 0, "other": 16}
 """Uses that are left in each part; lower these as they go, down to none."""
 
 RETIRED_NAMES = """
