@@ -18,10 +18,10 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: setup
 	$(BIN)/ray-app quickstart
 
-# The quickstart anew, elsewhere; fails unless its adapter is ahead of the best control.
+# The quickstart in a new folder; fails unless its adapter beats the best baseline.
 lift: setup
-	folder=$$(mktemp -d) && $(BIN)/ray-app quickstart --out $$folder --tracking-uri sqlite:///$$folder/mlflow.db --json > $$folder/said.json \
-	&& $(BIN)/python -c 'import json, sys; told = json.load(sys.stdin)["evaluate"]; print(told["verdict"]); sys.exit(told["lift"] <= 0)' < $$folder/said.json
+	folder=$$(mktemp -d) && $(BIN)/ray-app quickstart --out $$folder --tracking-uri sqlite:///$$folder/mlflow.db --json > $$folder/result.json \
+	&& $(BIN)/python -c 'import json, sys; result = json.load(sys.stdin)["evaluate"]; print(result["verdict"]); sys.exit(result["lift"] <= 0)' < $$folder/result.json
 
 check: setup
 	$(BIN)/ruff check .
