@@ -187,7 +187,7 @@ def test_folds_keep_their_distance() -> None:
     for fold in folds:
         assert min(abs(a - b) for a in fold.train for b in fold.test) == 11
         assert len(fold.train) in (70, 60)
-    with pytest.raises(ConfigError, match="leave none to learn from"):
+    with pytest.raises(ConfigError, match="leave no row to learn from"):
         contiguous_folds(50, 5, 20)
 
 

@@ -127,6 +127,7 @@ def test_settings_that_do_not_fit_are_refused(wrong: dict[str, int], message: st
         ScenesSource(**{"num_pairs": 4, "num_sequences": 2, "seed": 0, **wrong})
 
 
+@pytest.mark.slow
 def test_a_small_sample_is_near_real_recordings() -> None:
     """Fourteen drives, one window each, full size. The full measurement: benchmarks/data/scene_statistics.py."""
     source = ScenesSource(num_pairs=14, num_sequences=14, seed=0)
