@@ -1,4 +1,4 @@
-"""Sweeps in a real S3 server: every trial lies there, and any other machine goes on from the URI alone."""
+"""Sweeps in a real S3 server: every trial is kept there, and any other machine resumes from the URI alone."""
 
 import contextlib
 import json
@@ -106,7 +106,7 @@ def test_a_sweep_of_which_nothing_is_left_but_the_uri_goes_on_and_finds_the_same
         assert set(before) - ended, "one was under way"
         for run in sweep.runs("trials/*"):
             steps = [line["global_step"] for line in entries(run) if line["kind"] == "step"]
-            assert steps == list(range(1, len(steps) + 1)), "each step is told once"
+            assert steps == list(range(1, len(steps) + 1)), "each step is logged once"
     assert not list((tmp_path / "elsewhere").glob("ray-app-*")), "no copy is left"
 
     assert cli.run(["tune", "--watch", uri, "--json"]) == 0
@@ -120,7 +120,7 @@ def test_a_sweep_of_which_nothing_is_left_but_the_uri_goes_on_and_finds_the_same
 
 
 def attempts(sweep: SweepDir) -> dict[str, int]:
-    """How often each trial was begun by a process."""
+    """Number of processes that started each trial."""
     return {
         run.name: sum(line["kind"] == "workers_started" for line in entries(run)) for run in sweep.runs("trials/*")
     }
@@ -143,7 +143,7 @@ def test_what_lies_at_a_uri_is_no_sweep_or_names_a_folder_outside_of_it(tmp_path
 
 
 def test_an_event_log_that_is_lent_at_a_uri_holds_what_another_process_wrote_meanwhile(tmp_path: Path) -> None:
-    """The driver ends a trial whose process waits to hear whether it goes on."""
+    """The driver ends a trial whose process waits for the answer to its report."""
     there = RemoteDir(f"file://{tmp_path}/there", 1.0)
     driver, trial = RunDir(tmp_path / "driver", there), RunDir(tmp_path / "trial", there)
     driver.create({"name": "t"})

@@ -124,9 +124,9 @@ def test_mlflow_holds_one_run_for_the_sweep_and_one_in_it_for_each_trial(swept: 
     assert parent.info.status == "FINISHED"
     assert nested[swept["trials"][1]["id"]].info.status == "FAILED"
     for trial in swept["trials"]:
-        found = client.get_metric_history(nested[trial["id"]].info.run_id, "train/loss")
-        told = [line for line in entries(folder.run(trial["id"]).path) if line["kind"] == "step"]
-        assert len(found) == len(told)
+        points = client.get_metric_history(nested[trial["id"]].info.run_id, "train/loss")
+        steps = [line for line in entries(folder.run(trial["id"]).path) if line["kind"] == "step"]
+        assert len(points) == len(steps)
     objectives = client.get_metric_history(parent.info.run_id, "trial/objective")
     assert len(objectives) == 2
     assert all("@" not in point.key for line in entries(folder.path) for point in to_metrics(line))
@@ -147,7 +147,7 @@ def test_the_page_opens_without_a_network_wide_and_narrow(swept: dict[str, Any])
 
 
 def attempts(folder: SweepDir) -> dict[str, int]:
-    """Of each trial whose event log has begun: a driver that is killed may leave a trial's folder without one."""
+    """Of each trial whose event log exists: a driver that is killed may leave a trial's folder without one."""
     runs = sorted(path.parent for path in (folder.path / "trials").glob("*/events.jsonl"))
     return {run.name: sum(line["kind"] == "workers_started" for line in entries(run)) for run in runs}
 
@@ -172,10 +172,10 @@ def test_a_sweep_can_be_watched_and_synced(
     swept: dict[str, Any], root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(["tune", "--watch", swept["sweep"], "--json"]) == 0
-    told = capfd.readouterr()
-    assert "2 failed" in told.err
-    assert "trial_0000" in told.err
-    assert json.loads(told.out)["best"]["trial"] == swept["best"]["trial"]
+    shown = capfd.readouterr()
+    assert "2 failed" in shown.err
+    assert "trial_0000" in shown.err
+    assert json.loads(shown.out)["best"]["trial"] == swept["best"]["trial"]
     assert cli.run(["sync", swept["sweep"], "--json"]) == 0
     synced = json.loads(capfd.readouterr().out)
     assert len(synced["runs"]) == 1 + len(attempts(SweepDir(Path(swept["sweep"]))))
@@ -216,7 +216,7 @@ def test_where_all_fail_the_reasons_are_grouped_and_the_exit_code_is_2(
 
 
 def interrupt(folder: SweepDir) -> None:
-    """Ctrl-C once two epochs are told; or late, so that it ends in any case."""
+    """Ctrl-C after two epochs; or late, so that it ends in any case."""
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if sum(line["kind"] == "epoch" for run in folder.runs("trials/*") for line in entries(run)) >= 2:
@@ -235,7 +235,7 @@ def test_an_estimate_above_the_budget_needs_a_word_and_ctrl_c_and_the_budget_end
     tracking = ["--tracking-uri", f"sqlite:///{root / 'mlflow.db'}"]
     with pytest.raises(ConfigError, match=r"is above max_hours 0.005.*--yes"):
         tune(path, max_hours=0.005)
-    assert not folder.path.exists(), "nothing was begun"
+    assert not folder.path.exists(), "nothing was started"
     user = threading.Thread(target=interrupt, args=(folder,))
     user.start()
     assert cli.run(["tune", str(path), "--max-hours", "1", "--yes", *tracking]) == 130
@@ -246,7 +246,7 @@ def test_an_estimate_above_the_budget_needs_a_word_and_ctrl_c_and_the_budget_end
     hours = (used_s + 3) / 3600
     result = run_tune(TuneConfig(resume=folder.path, max_hours=hours, final=False, tracking_uri=tracking[1]))
     assert f"--max-hours {hours:g} are used up" in capfd.readouterr().err
-    assert {trial["status"] for trial in result["trials"]} == {"running"}, "they can go on with a larger budget"
+    assert {trial["status"] for trial in result["trials"]} == {"running"}, "they can be resumed with a larger budget"
     assert result["best"]["objective"] is not None
 
 

@@ -201,44 +201,44 @@ def epoch(n: int, loss: float, rate: float, cos: float = 0.0) -> dict[str, Any]:
 
 def test_a_trial_counts_with_its_best_checkpoint_not_with_its_luckiest_epoch() -> None:
     lines = [epoch(1, 3.0, 0.2), epoch(2, 1.0, 0.4), epoch(3, 2.0, 0.9)]
-    found = scores(lines, "cosine_accept_rate_0.80")
-    assert (found["objective"], found["best_epoch"], found["epochs"]) == (0.4, 2, 3)
+    best = scores(lines, "cosine_accept_rate_0.80")
+    assert (best["objective"], best["best_epoch"], best["epochs"]) == (0.4, 2, 3)
     assert scores(lines, "lift")["objective"] == pytest.approx(-0.1)
     assert scores([], "lift") == {}
 
 
 @pytest.mark.parametrize("objective", ["cosine_accept_rate_0.80", "lift"])
 def test_under_way_the_mean_cosine_decides_between_equals_and_never_against_one_pair_more(objective: str) -> None:
-    def told(rate: float, cos: float) -> float:
+    def metric(rate: float, cos: float) -> float:
         return scheduler_metric([epoch(1, 1.0, rate, cos), epoch(2, 2.0, 1.0, 1.0)], objective)
 
-    assert told(0.4, 0.71) > told(0.4, 0.70)
-    assert told(0.4 + 1 / 100_000, -1.0) > told(0.4, 1.0)
+    assert metric(0.4, 0.71) > metric(0.4, 0.70)
+    assert metric(0.4 + 1 / 100_000, -1.0) > metric(0.4, 1.0)
 
 
 def sweep_of_one_trial(small_store: Path, tmp_path: Path) -> tuple[SweepDir, PairStore, Trial]:
-    """Its driver was killed when it had begun the first."""
+    """Its driver was killed when it had started the first."""
     spec = sized(tmp_path, small_store, out=str(tmp_path / "sweep"))
     sweep, store = SweepDir(Path(spec.out)), PairStore.open(small_store)
-    told = spec.model_dump(mode="json", exclude_unset=True)
-    sweep.create({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
+    settings = spec.model_dump(mode="json", exclude_unset=True)
+    sweep.create({"name": "s", "key": "k", "spec": settings, "store_fingerprint": store.fingerprint})
     with EventLog(sweep.path) as log:
-        begun = SweepState(sweep, log, {"all": store}, {}).next_trial()
-    assert begun is not None
-    return sweep, store, begun
+        started = SweepState(sweep, log, {"all": store}, {}).next_trial()
+    assert started is not None
+    return sweep, store, started
 
 
 def test_a_trial_that_ended_as_its_driver_was_killed_is_not_tried_again(small_store: Path, tmp_path: Path) -> None:
     """Its own event log has an end, the sweep's does not know of it yet."""
-    sweep, store, begun = sweep_of_one_trial(small_store, tmp_path)
-    with EventLog(sweep.run(begun.name).path) as log:
+    sweep, store, started = sweep_of_one_trial(small_store, tmp_path)
+    with EventLog(sweep.run(started.name).path) as log:
         log.write("run_ended", status="FINISHED", artifacts=None, time=time.time())
     with EventLog(sweep.path) as log:
         record = SweepState(sweep, log, {"all": store}, {})
-        assert record.trials[begun.name].status == "finished"
+        assert record.trials[started.name].status == "finished"
         following = record.next_trial()
         assert following is not None
-        assert following.name != begun.name
+        assert following.name != started.name
 
 
 def test_time_between_attempts_is_not_counted() -> None:
@@ -247,7 +247,7 @@ def test_time_between_attempts_is_not_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "again"),
+    ("words", "again"),
     [
         ("attempt", True),
         ("attempt attempt", False),
@@ -262,14 +262,14 @@ def test_time_between_attempts_is_not_counted() -> None:
         ("lost 1 attempt attempt", False),
     ],
 )
-def test_a_process_that_dies_twice_at_one_step_is_not_started_again(told: str, again: bool) -> None:
+def test_a_process_that_dies_twice_at_one_step_is_not_started_again(words: str, again: bool) -> None:
     """`lost`: an attempt on a node that has gone since."""
     kinds = {
         "attempt": {"kind": "workers_started", "node": "here"},
         "lost": {"kind": "workers_started", "node": "gone"},
         "error": {"kind": "exception"},
     }
-    lines = [kinds.get(word) or {"kind": "step", "global_step": int(word)} for word in told.split()]
+    lines = [kinds.get(word) or {"kind": "step", "global_step": int(word)} for word in words.split()]
     assert (give_up_reason(lines, {"gone"}) is None) == again
 
 
@@ -278,7 +278,7 @@ def test_baselines_and_lift_are_those_of_the_one_evaluator(small_store: Path) ->
     split = split_pairs(store.index, TrainConfig(store=small_store, out=small_store).split_config)
     event, target = store.read_rows(split.val)
     mean = torch.from_numpy(store.read_rows(split.train)[1].mean(axis=0) / 255).float()
-    found = baselines_of(store, split, event, target, mean)
+    baselines = baselines_of(store, split, event, target, mean)
 
     class Same(torch.nn.Module):
         def forward(self, event_BE: torch.Tensor) -> torch.Tensor:
@@ -288,11 +288,11 @@ def test_baselines_and_lift_are_those_of_the_one_evaluator(small_store: Path) ->
     evaluator.add(torch.from_numpy(event), torch.from_numpy(target))
     sequences = store.index.sequence[split.val].tolist()
     result = evaluator.result(sequences, np.full(len(event), -1))
-    for name, counts in found.fixed.items():
+    for name, counts in baselines.fixed.items():
         assert counts.accept_rate() == float((result.baselines[name] > 0.8).mean())
-    assert np.array_equal(found.others, derangement(sequences, 0))
+    assert np.array_equal(baselines.others, derangement(sequences, 0))
     shuffled = AlignmentCounts.of(result.baselines["shuffled"])
-    lift = found.lift(AlignmentCounts.of(result.after), shuffled)
+    lift = baselines.lift(AlignmentCounts.of(result.after), shuffled)
     assert lift["lift"] == pytest.approx(result.lift())
     assert lift["baselines"]["shuffled"] == shuffled.accept_rate()
 
@@ -303,7 +303,7 @@ def test_a_constant_that_is_accepted_has_no_lift_over_itself_shuffled() -> None:
     assert Baselines({"white": nothing}, np.array([1, 0])).lift(half, half)["lift"] == 0.0
 
 
-def test_a_space_beyond_the_memory_is_told_with_its_largest_setting(small_store: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_space_beyond_the_memory_names_its_largest_setting(small_store: Path, tmp_path: Path) -> None:
     space = {"hidden_dim": {"log": [8, 4_000_000]}, "strategy": ["linear", "bottleneck"]}
     spec = sized(tmp_path, small_store, space=space)
     most = largest(spec, PairStore.open(small_store))
@@ -320,7 +320,7 @@ def test_a_space_beyond_the_memory_is_told_with_its_largest_setting(small_store:
     assert max_concurrent(spec.model_copy(update={"max_concurrent_trials": 2}), info, {}, small) == 2
     assert max_concurrent(spec, info, {}, MemoryNeed(2**28, 0, {})) == 1, "memory for one at a time"
     assert max_concurrent(spec, info, {}, MemoryNeed(0, 3 * 2**30, {})) == 2, (
-        "what is held beside parameters counts, too"
+        "other tensors count as well as parameters"
     )
     nodes = replace(info, node_cpus=(1, 3), node_memory_bytes=(5 * 2**30, 4 * 2**30))
     assert max_concurrent(spec, nodes, {}, small) == 1 + 3
@@ -343,24 +343,24 @@ def test_an_estimate_above_a_limit_is_asked_about_on_a_terminal(
 ) -> None:
     spec = read_spec(spec_file(tmp_path, max_hours=1.0, max_gpu_hours=2.0, use_gpu=True), {})
     cfg = TuneConfig(file=tmp_path / "sweep.yaml")
-    told = Estimate(4, 1, hours=0.9, hours_expected=0.5, gpu_hours=3.0, final_hours=0.25, measured="")
+    estimate = Estimate(4, 1, hours=0.9, hours_expected=0.5, gpu_hours=3.0, final_hours=0.25, measured="")
     master, slave = pty.openpty()
     with open(slave) as terminal:
         monkeypatch.setattr("sys.stdin", terminal)
         os.write(master, f"{answer}\n".encode())
         if begins:
-            confirm_estimate(cfg, spec, told)
+            confirm_estimate(cfg, spec, estimate)
         else:
             with pytest.raises(ConfigError, match="nothing was started"):
-                confirm_estimate(cfg, spec, told)
+                confirm_estimate(cfg, spec, estimate)
     os.close(master)
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(ConfigError, match=r"3 GPU hours is above max_gpu_hours 2.*--yes"):
-        confirm_estimate(cfg, spec, told)
+        confirm_estimate(cfg, spec, estimate)
     capfd.readouterr()
-    confirm_estimate(cfg, spec, replace(told, gpu_hours=2.0))
+    confirm_estimate(cfg, spec, replace(estimate, gpu_hours=2.0))
     assert "for 4 trials, 1 at a time, then about 0.25 h for 3 seeds of the winner" in capfd.readouterr().err
-    confirm_estimate(cfg.model_copy(update={"final": False}), spec, replace(told, gpu_hours=2.0))
+    confirm_estimate(cfg.model_copy(update={"final": False}), spec, replace(estimate, gpu_hours=2.0))
     assert "winner" not in capfd.readouterr().err
 
 
@@ -402,13 +402,13 @@ def test_what_is_no_sweep_or_lacks_its_record_is_one_sentence(
     assert "exactly one of FILE, --resume and --watch" in " ".join(capfd.readouterr().err.split())
 
 
-def test_a_sweep_that_is_being_driven_is_not_gone_on_with_and_stays_as_it_is(
+def test_a_sweep_with_a_driver_is_not_resumed_by_another_and_stays_as_it_is(
     small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("ray_app.commands.tune.sweep_dir.HANDOVER_S", 0.1)
     sweep = SweepDir(tmp_path / "s")
-    told = sized(tmp_path, small_store, out=str(sweep.path)).model_dump(mode="json", exclude_unset=True)
-    sweep.create({"name": "s", "key": "k", "spec": told, "store_fingerprint": "f"})
+    settings = sized(tmp_path, small_store, out=str(sweep.path)).model_dump(mode="json", exclude_unset=True)
+    sweep.create({"name": "s", "key": "k", "spec": settings, "store_fingerprint": "f"})
     before = (sweep.path / "sweep.json").read_bytes()
     resume = [
         "tune",
@@ -426,12 +426,12 @@ def test_a_sweep_that_is_being_driven_is_not_gone_on_with_and_stays_as_it_is(
 
 
 @pytest.mark.parametrize("left", ["no folder", "an empty folder", ".run.json.partial", "run.json", "events.jsonl"])
-def test_a_trial_whose_driver_was_killed_as_it_began_is_begun_again(
+def test_a_trial_whose_driver_was_killed_as_it_started_is_started_again(
     left: str, small_store: Path, tmp_path: Path
 ) -> None:
     """`left`: what its folder holds last, in the order in which it is made."""
-    sweep, store, begun = sweep_of_one_trial(small_store, tmp_path)
-    run = sweep.run(begun.name).path
+    sweep, store, started = sweep_of_one_trial(small_store, tmp_path)
+    run = sweep.run(started.name).path
     assert sorted(path.name for path in run.iterdir()) == ["events.jsonl", "run.json"]
     if left == "events.jsonl":
         (run / left).write_text('{"kind": "sta')
@@ -447,9 +447,9 @@ def test_a_trial_whose_driver_was_killed_as_it_began_is_begun_again(
     with EventLog(sweep.path) as log:
         again = SweepState(sweep, log, {"all": store}, {}).next_trial()
     assert again is not None
-    assert again.name == begun.name
+    assert again.name == started.name
     assert [line["kind"] for line in entries(run)] == ["run_started"]
-    assert sweep.run(begun.name).metadata()["store_fingerprint"] == store.fingerprint
+    assert sweep.run(started.name).metadata()["store_fingerprint"] == store.fingerprint
 
 
 def test_of_sweeps_that_begin_in_one_folder_at_one_moment_one_has_it(tmp_path: Path) -> None:

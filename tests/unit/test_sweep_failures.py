@@ -48,8 +48,8 @@ def record(small_store: Path, tmp_path: Path) -> SweepState:
         tmp_path, small_store, out=str(tmp_path / "sweep"), space={"hidden_dim": [8, 16, 24]}, search_alg="grid"
     )
     folder, store = SweepDir(Path(spec.out)), PairStore.open(small_store)
-    told = spec.model_dump(mode="json", exclude_unset=True)
-    folder.create({"name": "s", "key": "k", "spec": told, "store_fingerprint": store.fingerprint})
+    settings = spec.model_dump(mode="json", exclude_unset=True)
+    folder.create({"name": "s", "key": "k", "spec": settings, "store_fingerprint": store.fingerprint})
     return SweepState(folder, EventLog(folder.path), {"all": store}, {})
 
 
