@@ -33,7 +33,8 @@ import torch.distributed as dist
 from three_nodes import Nodes
 
 from benchmarks.provenance import require_commit, save
-from ray_app.commands.train.loop import WorkerContext, WorkerData, held_batches, train_epochs
+from ray_app.commands.train.context import RunContext
+from ray_app.commands.train.loop import WorkerContext, WorkerData, batches_in_memory, train_epochs
 from ray_app.config.train import TrainConfig
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pair_tensors import PairTensors
@@ -144,12 +145,12 @@ def alone(folder: Path, out: Path, hidden: int, batch: int) -> float:
     )
     store = PairStore.open(folder)
     split = split_pairs(store.index, cfg.split_config)
-    worker = WorkerContext(cfg, store, 0, 1, torch.device("cpu"))
+    worker = WorkerContext(RunContext.of(cfg, store), 0, 1, torch.device("cpu"))
     lanes = ShardedBatchOrder(len(split.train), batch, cfg.seed)
     train = PairTensors(np.arange(len(split.train)), *map(torch.tensor, store.read_rows(split.train)))
     out.mkdir()
     with EventLog(out) as log:
-        pairs = WorkerData(lambda state: held_batches(train, lanes, state, worker), True, None)
+        pairs = WorkerData(lambda state: batches_in_memory(train, lanes, state, worker), True, None)
         train_epochs(worker, RunDir(out), pairs, log, {}, lambda *_: None)
     return step_seconds(out, batch)
 

@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 from ray.train import ControllerError, TrainingFailedError
 from ray.util import placement_group, remove_placement_group
 
+from ray_app.cluster.ray_internals import is_startup_timeout
 from ray_app.cluster.reachability import connection_error
 from ray_app.errors import RayAppError, ResourceError
 
@@ -117,7 +118,7 @@ def unwrap_user_errors() -> Iterator[None]:
     except ExecutionTimeoutError as error:
         raise ResourceError(f"Ray Data's tasks got nowhere for too long. {BUSY_HINT}") from error
     except ControllerError as error:
-        if type(error.controller_failure).__name__ == "WorkerGroupStartupTimeoutError":  # a private class
+        if is_startup_timeout(error):
             raise ResourceError(f"The training workers could not be started in time. {BUSY_HINT}") from error
         raise
     except (RayError, TrainingFailedError) as error:

@@ -1,8 +1,7 @@
 """Workers on several machines find each other: each listens where its cluster knows its node.
 
-Without a word gloo takes the address that the machine's own name stands for, which in the hosts file of many systems
-is one of loopback: nobody else reaches it there. NCCL looks for an interface by itself. The hook is Ray Train's own,
-not its public one; Ray is pinned.
+Left alone, gloo takes the address of the machine's own name, which the hosts file of many systems sets to loopback:
+other machines cannot reach it there. NCCL finds an interface by itself.
 """
 
 import os
@@ -10,8 +9,8 @@ from typing import Any
 
 import psutil
 import ray
+from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -20,25 +19,38 @@ class NodeAddressTorchConfig(TorchConfig):
     """Ray Train's process group, with each worker at its node's address."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        """What sets the group up and ends it."""
-        return _NodeAddressBackend
+    def backend_cls(self) -> type[Backend]:
+        """Class that sets the group up and ends it."""
+        return NodeAddressBackend
 
 
-class _NodeAddressBackend(_TorchBackend):
+class NodeAddressBackend(Backend):
+    """Ray Train's own backend of torch, after `choose_interface` on every worker."""
+
+    share_cuda_visible_devices = True
+
+    def __init__(self) -> None:
+        self._torch = TorchConfig().backend_cls()
+
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Before the workers meet."""
+        """Choose the interface before the workers connect to each other."""
         worker_group.execute(choose_interface)
-        super().on_start(worker_group, backend_config)
+        self._torch.on_start(worker_group, backend_config)
+
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        self._torch.on_training_start(worker_group, backend_config)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        self._torch.on_shutdown(worker_group, backend_config)
 
 
 def choose_interface() -> None:
-    """Tells gloo, in this process, of the interface that bears its node's address; a choice of the user's stays."""
+    """Set gloo's interface in this process to the one with its node's address; a choice of the user's stays."""
     if name := interface_of(ray.util.get_node_ip_address()):
         os.environ.setdefault(INTERFACE, name)
 
 
 def interface_of(address: str) -> str | None:
-    """Of this machine; None where none bears the address, as where addresses are translated."""
+    """Name of this machine's interface with an address; None without one, as behind address translation."""
     interfaces = psutil.net_if_addrs().items()
-    return next((name for name, borne in interfaces if any(one.address == address for one in borne)), None)
+    return next((name for name, addresses in interfaces if any(one.address == address for one in addresses)), None)

@@ -49,9 +49,9 @@ def pairs_dataset(store: PairStore, rows: Rows, *, read_cpus: float = 1.0) -> Da
     return blocks.map_batches(read, batch_size=1, batch_format="numpy", num_cpus=read_cpus)
 
 
-def ordered_pairs(store: PairStore, rows: Rows) -> Dataset:
+def ordered_pairs(store: PairStore, rows: Rows, *, read_cpus: float = 1.0) -> Dataset:
     """`pairs_dataset` in the order of the store's files; errors of the store are raised as themselves."""
-    dataset = pairs_dataset(store, rows)
+    dataset = pairs_dataset(store, rows, read_cpus=read_cpus)
     dataset.context.execution_options.preserve_order = True
     dataset.context.raise_original_map_exception = True
     return dataset

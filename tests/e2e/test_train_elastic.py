@@ -13,8 +13,9 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
-from ray_app.commands.train.command import worker_counts
-from ray_app.commands.train.loop import WorkerContext, WorkerData, held_batches, train_epochs
+from ray_app.commands.train.context import RunContext
+from ray_app.commands.train.loop import WorkerContext, WorkerData, batches_in_memory, train_epochs
+from ray_app.commands.train.summary import worker_counts
 from ray_app.config.train import TrainConfig
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pair_tensors import PairTensors
@@ -47,13 +48,13 @@ def alone(store: Path, out: Path, num_epochs: int) -> list[dict[str, Any]]:
     cfg = TrainConfig(store=str(store), out=out, num_epochs=num_epochs, **SETTINGS)
     opened = PairStore.open(store)
     split = split_pairs(opened.index, cfg.split_config)
-    worker = WorkerContext(cfg, opened, 0, 1, torch.device("cpu"))
+    worker = WorkerContext(RunContext.of(cfg, opened), 0, 1, torch.device("cpu"))
     lanes = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
     train, val = (
         PairTensors(np.arange(len(rows)), *map(torch.tensor, opened.read_rows(rows)))
         for rows in (split.train, split.val)
     )
-    pairs = WorkerData(lambda state: held_batches(train, lanes, state, worker), True, val)
+    pairs = WorkerData(lambda state: batches_in_memory(train, lanes, state, worker), True, val)
     out.mkdir()
     with EventLog(out) as log:
         train_epochs(worker, RunDir(out), pairs, log, {}, lambda *_: None)

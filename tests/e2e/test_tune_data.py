@@ -8,9 +8,16 @@ import pytest
 import ray
 from sweeps import sweep_file, tune
 
-from ray_app.commands.train.initialization import PairsInMemory, load_start, make_start
+from ray_app.commands.train.context import RunContext
+from ray_app.commands.train.initialization import PairsInMemory, compute_init, load_init
 from ray_app.commands.train.loop import WorkerContext
-from ray_app.commands.train.shared_dataset import pairs_of, part_bytes, share_dataset, shared, start_of
+from ray_app.commands.train.shared_dataset import (
+    part_bytes,
+    share_dataset,
+    shared_init,
+    shared_pairs,
+    shared_worker_data,
+)
 from ray_app.commands.tune.datasets import with_starts
 from ray_app.commands.tune.spec import SweepSpec, read_spec
 from ray_app.commands.tune.sweep_dir import SweepDir
@@ -70,24 +77,25 @@ def test_what_trials_begin_with_is_found_once_and_seen_without_a_copy(small_stor
     placed = with_starts(spec, {"all": part}, tmp_path / "starts")["all"]
     out = str(tmp_path / "run")
     cfg = TrainConfig(store=str(small_store), out=out, strategy="lowrank", rank=4)
-    found = start_of(placed, cfg)
+    found = shared_init(placed, RunContext.of(cfg, store))
     assert found is not None
     assert part.train
-    make_start(cfg, store, part.split, PairsInMemory(store, shared(part.train), shared(part.val)))
-    alone = load_start(cfg, store)
+    context = RunContext.of(cfg, store)
+    compute_init(context, PairsInMemory(store, shared_pairs(part.train), shared_pairs(part.val)))
+    alone = load_init(context)
     assert set(found) == set(alone)
     assert all(found[name].equal(alone[name]) for name in alone)
-    pairs = pairs_of(placed, WorkerContext(cfg, store, 0, 1, found["target_mean"].device, found))
+    pairs = shared_worker_data(placed, WorkerContext(context, 0, 1, found["target_mean"].device, found))
     assert pairs.validation is not None
-    assert pairs.validation.target_BD.data_ptr() == shared(placed.val).target_BD.data_ptr()
-    again = start_of(placed, cfg)
+    assert pairs.validation.target_BD.data_ptr() == shared_pairs(placed.val).target_BD.data_ptr()
+    again = shared_init(placed, RunContext.of(cfg, store))
     assert again is not None
     assert again["event_basis"].data_ptr() == found["event_basis"].data_ptr(), "the very bytes of shared memory"
-    two = start_of(placed, cfg.model_copy(update={"rank": 2}))
+    two = shared_init(placed, RunContext.of(cfg.model_copy(update={"rank": 2}), store))
     assert two is not None
     assert two["event_basis"].equal(found["event_basis"][:, :2])
     with pytest.raises(ConfigError, match=r"--rank \(500\)"):
-        start_of(placed, cfg.model_copy(update={"rank": 500}))
+        shared_init(placed, RunContext.of(cfg.model_copy(update={"rank": 500}), store))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "starts").rglob("*")}
     with_starts(spec, {"all": part}, tmp_path / "starts")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "starts").rglob("*")} == before

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ray_app.core.adapters.base import Adapter, InitStats
 from ray_app.core.adapters.config import AdapterConfig
-from ray_app.core.adapters.initialization import Part, Passes, Sums, find_start, solve_ridge
+from ray_app.core.adapters.initialization import Part, Passes, Sums, compute_stats, solve_ridge
 from ray_app.core.adapters.registry import STRATEGIES, build_adapter
 
 PAIRS, VAL = 24, 6
@@ -35,7 +35,7 @@ def in_batches(event: Tensor, target: Tensor, size: int = 7) -> Passes:
 def small_start(strategy: str, event: Tensor, target: Tensor, rank: int) -> InitStats:
     """All that a strategy may need of these pairs; the last few validate."""
     train = event[:-VAL], target[:-VAL]
-    start = find_start(in_batches(*train), "subspaces", rank, len(train[0]), seed=0)
+    start = compute_stats(in_batches(*train), "subspaces", rank, len(train[0]), seed=0)
     if STRATEGIES[strategy].REQUIRES == "pairs":
         start, _ = solve_ridge(start, (train[0], event[-VAL:]), (train[1], target[-VAL:]), (1.0, 1.0))
     return start

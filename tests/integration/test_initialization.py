@@ -9,7 +9,7 @@ import torch
 
 from ray_app.commands.train import initialization as starts
 from ray_app.commands.train.command import run_train
-from ray_app.commands.train.state import training_split
+from ray_app.commands.train.context import RunContext
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.initialization import GRID
 from ray_app.core.evaluation import AlignmentEvaluator
@@ -77,9 +77,11 @@ def test_another_run_takes_a_start_over_and_one_of_other_pairs_is_refused(
     cfg, _ = lowrank
     store = PairStore.open(cfg.store)
     given = {"init_from": cfg.folder / "init"}
-    whole, lower = (
-        starts.load_start(config(cfg.store, tmp_path / "run", "lowrank", rank=n, **given), store) for n in (6, 4)
-    )
+
+    def context(strategy: str, **settings: Any) -> RunContext:
+        return RunContext.of(config(Path(cfg.store), tmp_path / "run", strategy, **settings), store)
+
+    whole, lower = (starts.load_init(context("lowrank", rank=n, **given)) for n in (6, 4))
     for side in ("event", "target"):
         assert lower[f"{side}_basis"].equal(whole[f"{side}_basis"][:, :4])
         assert lower[f"{side}_scale"].equal(whole[f"{side}_scale"][:4])
@@ -88,10 +90,10 @@ def test_another_run_takes_a_start_over_and_one_of_other_pairs_is_refused(
         ({"split_seed": 1}, "other training pairs"),
     ):
         with pytest.raises(ConfigError, match=words):
-            starts.load_start(config(cfg.store, tmp_path / "run", "lowrank", **given, **changes), store)
-    nothing = config(cfg.store, tmp_path / "run", "lowrank", init_from=tmp_path / "nothing")
+            starts.load_init(context("lowrank", **given, **changes))
+    nothing = context("lowrank", init_from=tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="nothing"):
-        starts.load_start(nothing, store)
+        starts.load_init(nothing)
 
 
 def test_ridge_is_solved_once_and_is_no_worse_on_validation_than_the_mean_target(
@@ -118,12 +120,13 @@ def test_a_last_ridge_holds_all_pairs_at_the_regularisation_that_validation_chos
     store = PairStore.open(small_store)
 
     def begin(cfg: TrainConfig) -> np.ndarray:
-        split = training_split(cfg, store)
+        context = RunContext.of(cfg, store)
+        split = context.split
         train, val = (
             PairTensors(rows, *(torch.tensor(side) for side in store.read_rows(rows)))
             for rows in (split.train, split.val)
         )
-        starts.make_start(cfg, store, split, starts.PairsInMemory(store, train, val))
+        starts.compute_init(context, starts.PairsInMemory(store, train, val))
         return split.train
 
     begin(first)

@@ -23,7 +23,8 @@ from small_saves import found, save
 
 from ray_app import cli
 from ray_app.commands.train.command import run_train
-from ray_app.commands.train.loop import WorkerContext, WorkerData, held_batches, train_epochs
+from ray_app.commands.train.context import RunContext
+from ray_app.commands.train.loop import WorkerContext, WorkerData, batches_in_memory, train_epochs
 from ray_app.config.base import TrackingFlags
 from ray_app.config.train import TrainConfig
 from ray_app.data.batch_order import ShardedBatchOrder
@@ -365,14 +366,14 @@ def undisturbed(cfg: TrainConfig, out: Path) -> str:
 def weights_without_ray(cfg: TrainConfig, out: Path) -> str:
     cfg, store = cfg.at(out), PairStore.open(cfg.store)
     split = split_pairs(store.index, cfg.split_config)
-    worker = WorkerContext(cfg, store, 0, 1, torch.device("cpu"))
+    worker = WorkerContext(RunContext.of(cfg, store), 0, 1, torch.device("cpu"))
     lanes = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
     train, val = (
         PairTensors(np.arange(len(rows)), *map(torch.tensor, store.read_rows(rows)))
         for rows in (split.train, split.val)
     )
     out.mkdir()
-    run, pairs = RunDir(out), WorkerData(lambda state: held_batches(train, lanes, state, worker), True, val)
+    run, pairs = RunDir(out), WorkerData(lambda state: batches_in_memory(train, lanes, state, worker), True, val)
     with EventLog(out) as log:
         train_epochs(worker, run, pairs, log, {}, lambda *_: None)
     best = run.best()

@@ -8,7 +8,8 @@ import torch
 
 from ray_app.commands.evaluate.command import run_evaluate
 from ray_app.commands.train.command import run_train
-from ray_app.commands.train.initialization import PairsInMemory, make_start
+from ray_app.commands.train.context import RunContext
+from ray_app.commands.train.initialization import PairsInMemory, compute_init
 from ray_app.commands.train.state import resume_or_init
 from ray_app.config.evaluate import EvaluateConfig
 from ray_app.config.train import TrainConfig
@@ -214,8 +215,8 @@ def test_with_a_mean_start_every_position_begins_at_its_mean_training_target(str
         PairTensors(rows, *(torch.tensor(side) for side in store.read_rows(rows)))
         for rows in (split.train, split.val)
     )
-    make_start(cfg, store, split, PairsInMemory(store, train, val))
-    adapter = resume_or_init(cfg, store, None, torch.device("cpu")).objective.adapter.eval()
+    compute_init(RunContext.of(cfg, store), PairsInMemory(store, train, val))
+    adapter = resume_or_init(RunContext.of(cfg, store), None, torch.device("cpu")).objective.adapter.eval()
     mask_BT = mask_of(val.event_BE, WIDTH)
     tokens = train.target_BD.view(-1, LIMIT, WIDTH)
     mean_TW = torch.stack([tokens[:, t][tokens[:, t].any(dim=1)].mean(dim=0) for t in range(LIMIT)])

@@ -10,7 +10,7 @@ from small_adapters import PAIRS, VAL, in_batches, perturbed, small_adapter, sma
 
 from ray_app.core.adapters.base import NoisyDropout
 from ray_app.core.adapters.config import AdapterConfig
-from ray_app.core.adapters.initialization import GRID, find_start
+from ray_app.core.adapters.initialization import GRID, compute_stats
 from ray_app.core.adapters.registry import STRATEGIES, build_adapter, meta_adapter, num_parameters
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.augmentation import Augmentation
@@ -33,7 +33,7 @@ def conv_config(**changes: object) -> AdapterConfig:
 @pytest.mark.parametrize("size", [3, 24])
 def test_subspaces_are_those_of_a_singular_value_decomposition_however_the_pairs_are_divided(size: int) -> None:
     event, target = small_pairs()
-    start = find_start(in_batches(event, target, size), "subspaces", 4, PAIRS, seed=0)
+    start = compute_stats(in_batches(event, target, size), "subspaces", 4, PAIRS, seed=0)
     for side, x in (("event", event), ("target", target)):
         x = x.double().numpy()
         _, s, vt = np.linalg.svd(x - x.mean(0), full_matrices=False)
@@ -48,15 +48,15 @@ def test_subspaces_are_those_of_a_singular_value_decomposition_however_the_pairs
 def test_what_cannot_give_a_start_is_told() -> None:
     event, target = small_pairs()
     with pytest.raises(ConfigError, match=r"--rank \(24\) is not below the number of training pairs \(24\)"):
-        find_start(in_batches(event, target), "subspaces", 24, PAIRS, seed=0)
+        compute_stats(in_batches(event, target), "subspaces", 24, PAIRS, seed=0)
     constant = event.clone()
     constant[:, 3:] = 0.5
     with pytest.raises(ConfigError, match=r"event features of the training part vary in 3 directions only.*--rank 3"):
-        find_start(in_batches(constant, target), "subspaces", 4, PAIRS, seed=0)
+        compute_stats(in_batches(constant, target), "subspaces", 4, PAIRS, seed=0)
     with pytest.raises(ConfigError, match="nothing to learn"):
-        find_start(in_batches(torch.full_like(event, 0.5), target), "subspaces", 4, PAIRS, seed=0)
+        compute_stats(in_batches(torch.full_like(event, 0.5), target), "subspaces", 4, PAIRS, seed=0)
     with pytest.raises(ConfigError, match="mean training target is zero"):
-        find_start(in_batches(event, torch.zeros_like(target)), "means", 4, PAIRS, seed=0)
+        compute_stats(in_batches(event, torch.zeros_like(target)), "means", 4, PAIRS, seed=0)
     with pytest.raises(ConfigError, match=r"--rank \(64\) is above the width"):
         meta_adapter(AdapterConfig("lowrank", 48, 48))
 

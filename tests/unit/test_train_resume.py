@@ -13,8 +13,17 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from ray_app.commands.train import loop as train_loop
-from ray_app.commands.train.command import stop_when_terminated, with_resume_hint
-from ray_app.commands.train.loop import WorkerContext, held_batches, sleep_before_retry, train_epoch, validate
+from ray_app.commands.train.command import stop_when_terminated
+from ray_app.commands.train.context import RunContext
+from ray_app.commands.train.launch import with_resume_hint
+from ray_app.commands.train.loop import (
+    WorkerContext,
+    WorkerData,
+    batches_in_memory,
+    sleep_before_retry,
+    train_epoch,
+    validate,
+)
 from ray_app.commands.train.state import Checkpointer, TrainState, broadcast_resume_point, resume_or_init
 from ray_app.config.train import TrainConfig
 from ray_app.data.batch_order import ShardedBatchOrder
@@ -44,7 +53,7 @@ def store(cfg: TrainConfig) -> PairStore:
 
 @pytest.fixture
 def start(cfg: TrainConfig, store: PairStore) -> Start:
-    return lambda: resume_or_init(cfg, store, RunDir(cfg.folder).latest_resumable(), CPU)
+    return lambda: resume_or_init(RunContext.of(cfg, store), RunDir(cfg.folder).latest_resumable(), CPU)
 
 
 def keeper(cfg: TrainConfig, store: PairStore, log: EventLog) -> Checkpointer:
@@ -165,12 +174,13 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
     event, target = (torch.tensor(side) for side in store.read_rows(np.arange(50)))
     held = PairTensors(np.arange(50), event, target)
     lanes = ShardedBatchOrder(50, cfg.batch_size, cfg.seed)
-    worker = WorkerContext(cfg.model_copy(update={"checkpoint_every": 2, "val_every_steps": 3}), store, 0, 1, CPU)
+    often = cfg.model_copy(update={"checkpoint_every": 2, "val_every_steps": 3})
+    worker = WorkerContext(RunContext.of(often, store), 0, 1, CPU)
     seen: list[int] = []
 
     def run(state: TrainState, keep: Checkpointer | None, die_after: int = 99, stop_after: int = 99) -> bool:
         def batches() -> Any:
-            for batch, *pairs in held_batches(held, lanes, state, worker):
+            for batch, *pairs in batches_in_memory(held, lanes, state, worker):
                 if state.step == die_after:
                     raise KeyboardInterrupt
                 if state.step == stop_after - 1:
@@ -178,8 +188,8 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
                 seen.extend(batch.positions.tolist())
                 yield batch, *pairs
 
-        between = held if keep else None
-        return train_epoch(state.objective, state, batches(), worker, keep, resumable=True, between=between)
+        data = WorkerData(lambda _: batches(), True, held if keep else None)
+        return train_epoch(state.objective, state, batches(), worker, keep, data)
 
     whole = start()
     at_start = validate(whole.objective, held, worker, "the start")
@@ -252,7 +262,7 @@ def test_after_ctrl_c_a_run_says_how_to_go_on(cfg: TrainConfig, answer: type[Bas
             signal.signal(signal.SIGINT, leave)
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(RunInterrupted, match=r"go on with: ray-app train --resume") as told:
+    with pytest.raises(RunInterrupted, match=r"resume with: ray-app train --resume") as told:
         interrupted()
     assert told.value.exit_code == 130
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
@@ -265,7 +275,7 @@ def test_a_disk_that_fails_a_worker_is_told_with_the_way_on_and_a_defect_of_ours
         return WorkerGroupError("Training failed", {0: UserExceptionWithTraceback(cause, "Traceback …")})
 
     full = StoreError("best.json cannot be written: No space left on device; Make room for it.")
-    way_on = r"Make room for it\. What was saved is whole; go on with: ray-app train"
+    way_on = r"Make room for it\. What was saved is whole; resume with: ray-app train"
     for error in (ended_by(full), full):
         with pytest.raises(StoreError, match=way_on), with_resume_hint(run):
             raise error
@@ -280,4 +290,4 @@ def test_a_validation_loss_that_is_not_finite_ends_training(cfg: TrainConfig, st
     pairs = torch.ones(3, store.feature("event").width, dtype=torch.uint8)
     held = PairTensors(np.arange(3), pairs, pairs)
     with pytest.raises(TrainingError, match=r"validation loss is not finite \(nan\) at epoch 1, step 6"):
-        validate(state.objective, held, WorkerContext(cfg, store, 0, 1, CPU), "epoch 1, step 6")
+        validate(state.objective, held, WorkerContext(RunContext.of(cfg, store), 0, 1, CPU), "epoch 1, step 6")

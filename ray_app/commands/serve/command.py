@@ -22,6 +22,7 @@ from ray_app.commands.serve.haproxy import write_binary
 from ray_app.config.base import TrackingFlags
 from ray_app.config.serve import ServeConfig
 from ray_app.errors import ConfigError, ResourceError
+from ray_app.runs.signals import handle_signals
 from ray_app.store.filesystem import absolute
 from ray_app.tracking.mlflow_logger import tracking_uri
 from ray_app.tracking.model_registry import best_of_run
@@ -62,12 +63,12 @@ def run_serve(cfg: ServeConfig) -> dict[str, Any]:
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1" if cfg.loopback else None,
         )
-        for number in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which installs its own handlers
-            signal.signal(number, lambda *_: stop.set())
-        try:
-            return serve_until(cfg, app, stop, haproxy)
-        finally:
-            ray.shutdown()
+        # After ray.init, which installs its own handlers.
+        with handle_signals(dict.fromkeys((signal.SIGTERM, signal.SIGINT), lambda _: stop.set())):
+            try:
+                return serve_until(cfg, app, stop, haproxy)
+            finally:
+                ray.shutdown()
 
 
 def serve_until(cfg: ServeConfig, app: Any, stop: threading.Event, haproxy: bool) -> dict[str, Any]:

@@ -1,15 +1,14 @@
-"""What the training part gives before the first step, computed once and kept in RUN/init.
+"""Statistics of the training part that a run needs before its first step, computed once and kept in RUN/init.
 
 Through Ray Data batches and their order are the store's, whatever the number of workers.
 
-Shapes: B = pairs of a batch, E, D = widths of event and target, R = rank, V = pairs of the validation part.
+Shapes: B = pairs of a batch, E, D = widths of event and target, R = rank.
 """
 
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,10 +18,9 @@ import torch
 from numpy.typing import NDArray
 from ray.data import Dataset
 
-from ray_app.config.train import TrainConfig
-from ray_app.core.adapters.base import InitRequirement, InitStats
-from ray_app.core.adapters.initialization import Part, Sums, find_start, solve_ridge
-from ray_app.core.adapters.registry import STRATEGIES
+from ray_app.commands.train.context import RunContext
+from ray_app.core.adapters.base import InitStats
+from ray_app.core.adapters.initialization import Part, Sums, compute_stats, solve_ridge
 from ray_app.core.optimizer_step import decode
 from ray_app.data.pair_tensors import PairTensors
 from ray_app.data.pairs_dataset import load_pair_tensors, to_arrays
@@ -31,134 +29,110 @@ from ray_app.store.checkpoint import load_training_state, save_training_state
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import Split, split_pairs
 
-INIT = "init"
 BATCH = 128
-"""Pairs whose sums are taken in one task: 154 MB of float32 a side at 150,528 wide."""
+"""Pairs that one task sums: 154 MB of float32 a side at 150,528 wide."""
 CPU = torch.device("cpu")
 
 
-def init_requirement(cfg: TrainConfig) -> InitRequirement:
-    """How much of a start a run needs. ConfigError: a PCA start of a strategy that has no layers for it."""
-    strategy = STRATEGIES[cfg.strategy]
-    if cfg.init == "pca" and strategy.REQUIRES != "subspaces":
-        if strategy.PCA_REQUIRES == "nothing":
-            can = [name for name, each in STRATEGIES.items() if "subspaces" in (each.PCA_REQUIRES, each.REQUIRES)]
-            raise ConfigError(
-                f"--init pca sets full-width layers, and {cfg.strategy} has none to set; leave it out, or use "
-                f"one of: {', '.join(can)}"
-            )
-        return strategy.PCA_REQUIRES
-    return "means" if strategy.REQUIRES == "nothing" and cfg.centred_weight else strategy.REQUIRES
-
-
-def external_init_dir(cfg: TrainConfig) -> Path | None:
-    """The start of another run, if it is of use: not to a last run, whose validation part trains too."""
-    return cfg.init_from if not cfg.train_on_val else None
-
-
-def init_dir(cfg: TrainConfig) -> Path:
-    """Where a run's start lies."""
-    return external_init_dir(cfg) or cfg.folder / INIT
-
-
-def load_start(cfg: TrainConfig, store: PairStore) -> InitStats:
-    """Verified. CheckpointError: damaged. ConfigError: of other pairs, or of less than this run needs."""
-    folder = init_dir(cfg)
-    start, about = load_training_state(folder)
-    if {key: about.get(key) for key in origin(cfg, store)} != origin(cfg, store):
+def load_init(context: RunContext) -> InitStats:
+    """Load the statistics, verified. CheckpointError: damaged. ConfigError: of other pairs, or too few of them."""
+    cfg, folder = context.cfg, context.init_dir
+    init, metadata = load_training_state(folder)
+    if {key: metadata.get(key) for key in _origin(context)} != _origin(context):
         raise ConfigError(
             f"--init-from {folder} was computed from other training pairs than this run's; leave it out"
         )
-    if init_requirement(cfg) != "subspaces":
-        return start
-    found = start["event_basis"].shape[1] if "event_basis" in start else 0
-    if found < cfg.rank:
+    if context.requires != "subspaces":
+        return init
+    rank = init["event_basis"].shape[1] if "event_basis" in init else 0
+    if rank < cfg.rank:
         raise ConfigError(
-            f"--init-from {folder} holds subspaces of rank {found}, --rank is {cfg.rank}; leave --init-from out"
+            f"--init-from {folder} holds subspaces of rank {rank}, --rank is {cfg.rank}; leave --init-from out"
         )
-    return truncate_rank(start, cfg.rank)
+    return truncate_rank(init, cfg.rank)
 
 
-def origin(cfg: TrainConfig, store: PairStore) -> dict[str, Any]:
-    """What a start is computed from."""
+def _origin(context: RunContext) -> dict[str, Any]:
+    """Identity of the pairs that statistics are computed from."""
+    cfg = context.cfg
     split = {name: getattr(cfg, name) for name in ("split", "split_seed", "test_share", "val_share", "train_on_val")}
-    return {"store": store.fingerprint, "durations": list(cfg.durations), **split}
+    return {"store": context.store.fingerprint, "durations": list(cfg.durations), **split}
 
 
-def truncate_rank(start: InitStats, rank: int) -> InitStats:
-    """The first directions of subspaces of this rank or a higher one."""
-    found = start["event_basis"].shape[1]
-    if rank == found:
-        return start
+def truncate_rank(init: InitStats, rank: int) -> InitStats:
+    """Keep the first directions of subspaces of this rank or a higher one."""
+    if rank == init["event_basis"].shape[1]:
+        return init
     return {
         key: value[..., :rank].contiguous() if key.endswith(("_basis", "_scale")) else value
-        for key, value in start.items()
+        for key, value in init.items()
     }
 
 
 class TrainingPairs(Protocol):
-    """Where a start finds the pairs of a run."""
+    """Source of the pairs that statistics are computed from."""
 
     def reduce_over_batches(self, part: Part) -> Sums:
-        """Once over the training part."""
+        """Sum `part` over all batches of the training part."""
 
     def held(self, part: str) -> PairTensors:
         """All pairs of `train` or `val` in memory."""
 
 
-def make_start(cfg: TrainConfig, store: PairStore, split: Split, pairs: TrainingPairs) -> None:
-    """Computes what the run needs, unless it lies there already or is given."""
-    level, folder = init_requirement(cfg), init_dir(cfg)
-    if level == "nothing" or external_init_dir(cfg) or folder.exists():
+def compute_init(context: RunContext, pairs: TrainingPairs) -> None:
+    """Compute and save the statistics that the run needs, unless they exist or another run's are given."""
+    cfg, split = context.cfg, context.split
+    if context.requires == "nothing" or context.init_from or context.init_dir.exists():
         return
     began = time.perf_counter()
-    tokens = store.feature("target").token_width
-    start = find_start(pairs.reduce_over_batches, level, cfg.rank, len(split.train), cfg.seed, tokens)
+    tokens = context.store.feature("target").token_width
+    init = compute_stats(pairs.reduce_over_batches, context.requires, cfg.rank, len(split.train), cfg.seed, tokens)
     chosen: dict[str, Any] = {}
-    if level == "pairs":
-        start, cosines = solve_ridge_init(cfg, store, split, pairs, start)
+    if context.requires == "pairs":
+        init, cosines = solve_ridge_init(context, pairs, init)
         chosen = {"mean_cosine_on_validation": {f"{relative:g}": cos for relative, cos in cosines.items()}}
     seconds = round(time.perf_counter() - began, 3)
-    save_training_state(folder, start, {**origin(cfg, store), **chosen, "seconds": seconds})
+    save_training_state(context.init_dir, init, {**_origin(context), **chosen, "seconds": seconds})
 
 
 def solve_ridge_init(
-    cfg: TrainConfig, store: PairStore, split: Split, pairs: TrainingPairs, start: InitStats
+    context: RunContext, pairs: TrainingPairs, init: InitStats
 ) -> tuple[InitStats, dict[float, float]]:
-    """The ridge solution of the training part, and the mean cosine on validation of each λ.
+    """Solve ridge on the training part; also return the mean cosine on validation of each λ.
 
-    Of a last run, whose training part holds validation too, λ is what the rest of it chose on those pairs.
-    ConfigError: there are none.
+    With --train-on-val the training part holds the validation pairs: λ is the one that the other pairs choose on
+    them. ConfigError: there are no validation pairs.
     """
+    store, split = context.store, context.split
     train, units = pairs.held("train"), (store.feature("event").scale, store.feature("target").scale)
     if len(split.val):
-        held = pairs.held("val")
-        return solve_ridge(start, (train.event_BE, held.event_BE), (train.target_BD, held.target_BD), units)
-    inside = torch.from_numpy(np.isin(split.train, split_pairs(store.index, cfg.split_config).val))
-    if not inside.any():
+        val = pairs.held("val")
+        return solve_ridge(init, (train.event_BE, val.event_BE), (train.target_BD, val.target_BD), units)
+    is_val = torch.from_numpy(np.isin(split.train, split_pairs(store.index, context.cfg.split_config).val))
+    if not is_val.any():
         raise ConfigError(
             "ridge chooses its regularisation on the validation part, which is empty: prepare more pairs, or raise "
             "--val-share"
         )
-    rest, val = ((train.event_BE[rows], train.target_BD[rows]) for rows in (~inside, inside))
-    event, target = zip(rest, val, strict=True)
+    rest, chosen_on = ((train.event_BE[rows], train.target_BD[rows]) for rows in (~is_val, is_val))
+    event, target = zip(rest, chosen_on, strict=True)
     means = [
         (side.sum(dim=0, dtype=torch.float64) / len(side) * unit).float()
         for side, unit in zip(rest, units, strict=True)
     ]
     _, cosines = solve_ridge({"event_mean": means[0], "target_mean": means[1]}, event, target, units)
     best = max(cosines, key=lambda relative: cosines[relative])
-    sides = (train.event_BE, val[0]), (train.target_BD, val[1])
-    whole, _ = solve_ridge(start, *sides, units, grid=(best,))
+    sides = (train.event_BE, chosen_on[0]), (train.target_BD, chosen_on[1])
+    whole, _ = solve_ridge(init, *sides, units, grid=(best,))
     return whole, cosines
 
 
 @dataclass(frozen=True, slots=True)
 class PairsInMemory:
-    """Of a process that holds them: a trial of a sweep."""
+    """Pairs of a process that holds them: a trial of a sweep."""
 
     store: PairStore
-    """How they are decoded."""
+    """The opened store, which decodes them."""
     train: PairTensors
     """All training pairs."""
     val: PairTensors
@@ -177,12 +151,12 @@ class PairsInMemory:
 
 @dataclass(frozen=True, slots=True)
 class PairsThroughRay:
-    """Of data sets of pairs, batch by batch in Ray tasks; sums are added in the order of the batches."""
+    """Pairs of data sets, batch by batch in Ray tasks; sums are added in the order of the batches."""
 
     store: PairStore
-    """How they are decoded."""
+    """The opened store, which decodes them."""
     split: Split
-    """The parts."""
+    """Parts of the store."""
     datasets: Mapping[str, Dataset]
     """`train` and, where it is not empty, `val`."""
 
@@ -203,7 +177,7 @@ class PairsThroughRay:
 
 
 def sums_of(store: PairStore, part: ray.ObjectRef, batch: pa.Table) -> dict[str, NDArray[Any]]:
-    """One row with what a part says of a batch."""
+    """One row with the sums of a batch."""
     _, *sides = to_arrays(batch, store)
     sums: Sums = ray.get(part)(*decode_pair(store, *map(torch.tensor, sides)))
     return {name: value.numpy()[None] for name, value in sums.items()}
@@ -212,7 +186,7 @@ def sums_of(store: PairStore, part: ray.ObjectRef, batch: pa.Table) -> dict[str,
 def decode_pair(
     store: PairStore, event_BE: torch.Tensor, target_BD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stored features as float32."""
+    """Decode stored features to float32."""
     event, target = store.feature("event"), store.feature("target")
     return decode(event_BE, event.scale, CPU), decode(target_BD, target.scale, CPU)
 

@@ -1,9 +1,8 @@
-"""The one training loop: one page, top to bottom; going on from a checkpoint is the normal path.
+"""The one training loop; resuming from a checkpoint is the normal path.
 
-It knows neither Ray Train nor Ray Tune: who the worker is, its pairs, its event log and whom it reports to are
-passed in.
+It knows neither Ray Train nor Ray Tune: the worker, its pairs, its event log and the report are passed in.
 
-Shapes: B = pairs at hand, E, D = widths of the event and the target feature.
+Shapes: B = pairs of this worker's batch, E, D = widths of the event and the target feature.
 """
 
 import math
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.state import Checkpointer, TrainState, broadcast_resume_point, resume_or_init
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.base import InitStats
@@ -34,25 +34,25 @@ from ray_app.runs.run_dir import RunDir
 from ray_app.store.pair_store import PairStore
 
 LONGEST_BACK_OFF_S = 30.0
-"""Before another attempt."""
+"""Longest wait before another attempt."""
 
 Batches = Iterator[tuple[BatchSlice, torch.Tensor, torch.Tensor]]
 Report = Callable[[TrainState, dict[str, Any]], None]
-"""Hears of each epoch: the state after it, and what validation gave (nothing where nothing validates)."""
+"""Called after every epoch with the state and the validation metrics (empty without validation)."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerData:
-    """What a worker trains on, and judges by."""
+    """Pairs that a worker trains on and validates with."""
 
     rest_of_epoch: Callable[[TrainState], Batches]
-    """The batches of an epoch that are still to come."""
+    """Batches that are left of the epoch that a state is in."""
     resumable: bool
-    """An epoch's order can be picked up in the middle."""
+    """An epoch can be resumed in the middle."""
     validation: PairTensors | None
     """This worker's validation pairs; None where all pairs train."""
-    beside: "BaselineContext | None" = None
-    """Where lift is wanted at every epoch."""
+    baselines: "BaselineContext | None" = None
+    """Set where lift is wanted at every epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,59 +60,58 @@ class BaselineContext:
     """What the adapter is compared with at every epoch."""
 
     baselines: Baselines
-    """Of all validation pairs."""
-    broadcast: PairTensors
-    """All validation pairs: `shuffled` takes the target of another one, which may be another worker's."""
+    """Baselines of all validation pairs."""
+    all_pairs: PairTensors
+    """All validation pairs: `shuffled` compares with the target of another pair, which may be another worker's."""
 
 
 def train_epochs(
     worker: "WorkerContext",
     run: RunDir,
-    pairs: WorkerData,
+    data: WorkerData,
     log: EventLog | None,
     provenance: dict[str, Any],
     report: Report,
 ) -> None:
-    """A worker's part of `run`, from wherever it stands. `log` is open on the first worker, None on the others.
+    """Train this worker's part of `run`, from its newest checkpoint. Only the first worker has an open `log`.
 
-    It returns at the run's end, when asked to stop, and after a failure that it has told of: one that is the same on
-    every worker, and again after a restart.
+    Returns at the run's end, when a stop is requested, and after logging a failure that is the same on every worker
+    and would come again after a restart.
     """
     cfg = worker.cfg
-    place = broadcast_resume_point(run, worker.rank, worker.world, worker.device)
-    state = resume_or_init(cfg, worker.store, place, worker.device, worker.start)
-    keeper = Checkpointer(run, worker.store, log, provenance) if log else None
-    model = parallel(state.objective, cfg, worker)
-    if keeper:
-        keeper.begin(state, worker.world)
+    resume_point = broadcast_resume_point(run, worker.rank, worker.world, worker.device)
+    state = resume_or_init(worker.context, resume_point, worker.device, worker.init)
+    checkpointer = Checkpointer(run, worker.store, log, provenance) if log else None
+    model = parallel(state.objective, worker)
+    if checkpointer:
+        checkpointer.begin(state, worker.world)
 
     while not is_finished(state, cfg):
         try:
-            batches = pairs.rest_of_epoch(state)
-            between = pairs.validation if cfg.val_every_steps else None
-            if not train_epoch(model, state, batches, worker, keeper, resumable=pairs.resumable, between=between):
+            batches = data.rest_of_epoch(state)
+            if not train_epoch(model, state, batches, worker, checkpointer, data):
                 return
             train, val = state.sums.means(), {}
-            if pairs.validation:
+            if data.validation:
                 where = f"epoch {state.epoch + 1}, step {state.step}"
-                val = validate(state.objective, pairs.validation, worker, where, pairs.beside)
+                val = validate(state.objective, data.validation, worker, where, data.baselines)
         except TrainingError as error:
             if log:
                 log.write("failed", error=str(error), time=time.time())
             return
         state.end_epoch(val.get("loss", train["loss"]), validated=bool(val))
-        if keeper:
-            keeper.end_of_epoch(state, train, val)
+        if checkpointer:
+            checkpointer.end_of_epoch(state, train, val)
         report(state, val)
 
 
 def is_finished(state: TrainState, cfg: TrainConfig) -> bool:
-    """All epochs are done, or the last few were no better than an earlier one."""
+    """True after the last epoch, or if the last few were no better than an earlier one."""
     return state.epoch >= cfg.num_epochs or state.waited >= cfg.early_stop_patience
 
 
 def sleep_before_retry(run: RunDir) -> None:
-    """Waits before another attempt of the same driver, twice as long after each that came no step further."""
+    """Wait before another attempt of the same driver, twice as long after each that came no step further."""
     kinds = [line["kind"] for line in entries_since_start(run.path)]
     in_vain = kinds[::-1].index("step") if "step" in kinds else len(kinds)
     if attempts := kinds[len(kinds) - in_vain :].count("workers_started"):
@@ -121,20 +120,28 @@ def sleep_before_retry(run: RunDir) -> None:
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """Who this is and what it works on."""
+    """One of the workers of a run."""
 
-    cfg: TrainConfig
-    """The run's settings."""
-    store: PairStore
-    """The opened store."""
+    context: RunContext
+    """Settings, data and adapter of the run."""
     rank: int
     """Number of this worker."""
     world: int
     """Number of workers."""
     device: torch.device
     """Where it computes."""
-    start: InitStats | None = None
-    """What it begins with, where that is in memory; else it is read from RUN/init."""
+    init: InitStats | None = None
+    """Initial statistics, if they are in memory; otherwise they are read from the run."""
+
+    @property
+    def cfg(self) -> TrainConfig:
+        """The run's settings."""
+        return self.context.cfg
+
+    @property
+    def store(self) -> PairStore:
+        """The opened store."""
+        return self.context.store
 
     def decode_pair(self, event_BE: torch.Tensor, target_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stored features as float32 on the device."""
@@ -142,7 +149,7 @@ class WorkerContext:
         return decode(event_BE, event.scale, self.device), decode(target_BD, target.scale, self.device)
 
     def all_reduce_sum(self, numbers: list[float]) -> list[float]:
-        """These numbers added over all workers."""
+        """Sums of numbers over all workers."""
         if self.world == 1:
             return numbers
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -150,8 +157,8 @@ class WorkerContext:
         return total.tolist()
 
 
-def parallel(objective: AlignmentObjective, cfg: TrainConfig, worker: WorkerContext) -> torch.nn.Module:
-    """The objective, its gradients averaged over workers where there are several."""
+def parallel(objective: AlignmentObjective, worker: WorkerContext) -> torch.nn.Module:
+    """The objective; with several workers its gradients are averaged over them."""
     objective.train()
     if worker.world == 1 or not any(parameter.requires_grad for parameter in objective.parameters()):
         return objective
@@ -159,7 +166,7 @@ def parallel(objective: AlignmentObjective, cfg: TrainConfig, worker: WorkerCont
     model = DistributedDataParallel(
         objective, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
     )
-    if cfg.bf16_gradients:
+    if worker.cfg.bf16_gradients:
         model.register_comm_hook(None, bf16_all_reduce)
     return model
 
@@ -171,10 +178,12 @@ def bf16_all_reduce(_: None, bucket: dist.GradBucket) -> torch.futures.Future[to
     return dist.all_reduce(narrow, async_op=True).get_future().then(lambda done: gradient.copy_(done.value()[0]))
 
 
-def held_batches(held: PairTensors, lanes: ShardedBatchOrder, state: TrainState, worker: WorkerContext) -> Batches:
-    """The rest of an epoch's batches, out of memory."""
-    for batch in islice(lanes.epoch(state.epoch, worker.rank, worker.world), state.sums.batches, None):
-        yield batch, *held.take(batch.positions)
+def batches_in_memory(
+    pairs: PairTensors, order: ShardedBatchOrder, state: TrainState, worker: WorkerContext
+) -> Batches:
+    """Batches that are left of an epoch, from pairs in memory."""
+    for batch in islice(order.epoch(state.epoch, worker.rank, worker.world), state.sums.batches, None):
+        yield batch, *pairs.take(batch.positions)
 
 
 def train_epoch(
@@ -182,16 +191,13 @@ def train_epoch(
     state: TrainState,
     batches: Batches,
     worker: WorkerContext,
-    keeper: Checkpointer | None,
-    *,
-    resumable: bool,
-    between: PairTensors | None = None,
+    checkpointer: Checkpointer | None,
+    data: WorkerData,
 ) -> bool:
-    """The rest of an epoch, into `state.sums`; saved in between where its order can be picked up there again.
+    """Train the rest of an epoch, into `state.sums`. False: a stop was requested, at the same step on every worker.
 
-    False: it was asked to stop; what was done is saved, and every worker returns at the same step. Of an epoch that
-    is not resumable, being streamed, nothing is saved: the end of the one before is where the run goes on.
-    `between`: this worker's validation pairs, where steps are judged within the epoch; that time is not training's.
+    A resumable epoch is saved then, and every `checkpoint_every` steps. Of one that is streamed nothing is saved: the
+    run resumes at the end of the epoch before. Validation within the epoch does not count as training time.
     """
     cfg, sums = worker.cfg, state.sums
     state.objective.train()
@@ -199,9 +205,9 @@ def train_epoch(
     began = mark = time.perf_counter()
     for batch, event_BE, target_BD in batches:
         sums.data_wait_seconds += time.perf_counter() - mark
-        if between and state.step % cfg.val_every_steps == 0 and (sums.batches or not state.step):
-            began += validate_between(state, between, worker, keeper)
-        done = training_step(
+        if cfg.val_every_steps and state.step % cfg.val_every_steps == 0 and (sums.batches or not state.step):
+            began += validate_within_epoch(state, data.validation, worker, checkpointer)
+        result = training_step(
             model,
             state.optimizer,
             *worker.decode_pair(event_BE, target_BD),
@@ -213,59 +219,61 @@ def train_epoch(
             where=f"epoch {state.epoch + 1}, step {state.step + 1}",
         )
         state.step += 1
-        asked = float(keeper is not None and keeper.run.stop_requested())
-        n, loss, cos, stop = worker.all_reduce_sum([done.pairs, done.loss_sum, done.cos_sum, asked])
+        stop_requested = float(checkpointer is not None and checkpointer.run.stop_requested())
+        n, loss, cos, stop = worker.all_reduce_sum([result.pairs, result.loss_sum, result.cos_sum, stop_requested])
         sums.batches += 1
         sums.pairs, sums.loss, sums.cos_sim = sums.pairs + n, sums.loss + loss, sums.cos_sim + cos
         sums.seconds = before_s + time.perf_counter() - began
-        if keeper:
-            keeper.step(state, loss / n, cos / n, done, worker.world)
-            if resumable and (stop or (cfg.checkpoint_every and state.step % cfg.checkpoint_every == 0)):
-                keeper.within_epoch(state)
+        if checkpointer:
+            checkpointer.step(state, loss / n, cos / n, result, worker.world)
+            if data.resumable and (stop or (cfg.checkpoint_every and state.step % cfg.checkpoint_every == 0)):
+                checkpointer.within_epoch(state)
             if stop:
-                keeper.log.write("stopped", global_step=state.step, time=time.time())
+                checkpointer.log.write("stopped", global_step=state.step, time=time.time())
         if stop:
             return False
         mark = time.perf_counter()
     return True
 
 
-def validate_between(
-    state: TrainState, mine: PairTensors, worker: WorkerContext, keeper: Checkpointer | None
+def validate_within_epoch(
+    state: TrainState, pairs: PairTensors | None, worker: WorkerContext, checkpointer: Checkpointer | None
 ) -> float:
-    """Validates before a step and tells of it; the seconds that this took."""
+    """Validate before a step and log the metrics; return the seconds that this took."""
+    if pairs is None:
+        return 0.0
     began = time.perf_counter()
-    val = validate(state.objective, mine, worker, f"epoch {state.epoch + 1}, step {state.step}")
+    val = validate(state.objective, pairs, worker, f"epoch {state.epoch + 1}, step {state.step}")
     state.objective.train()
     seconds = time.perf_counter() - began
-    if keeper:
-        keeper.log.validation(state.step, val=val, seconds=seconds, trained_seconds=state.sums.seconds)
+    if checkpointer:
+        checkpointer.log.validation(state.step, val=val, seconds=seconds, trained_seconds=state.sums.seconds)
     return seconds
 
 
 @torch.no_grad()
 def validate(
     objective: AlignmentObjective,
-    mine: PairTensors,
+    pairs: PairTensors,
     worker: WorkerContext,
     where: str,
-    beside: BaselineContext | None = None,
+    baselines: BaselineContext | None = None,
 ) -> dict[str, Any]:
     """Loss and alignment metrics over the whole validation part; every pair counts once on some worker.
 
-    With `beside` also `baselines`, the cosine_accept_rate at θ of each, and `lift` over the best of them.
-    TrainingError, on every worker alike, if the loss is not finite; `where` names the place in that message.
+    With `baselines` also their cosine_accept_rate at θ, and `lift` over the best of them. TrainingError, on every
+    worker alike: the loss is not finite; `where` names the step in that message.
     """
     objective.eval()
     cos, shuffled, loss_sum = [], [], 0.0
-    for positions in np.array_split(mine.positions, -(-len(mine.positions) // worker.cfg.batch_size) or 1):
-        event_BE, target_BD = worker.decode_pair(*mine.take(positions))
+    for positions in np.array_split(pairs.positions, -(-len(pairs.positions) // worker.cfg.batch_size) or 1):
+        event_BE, target_BD = worker.decode_pair(*pairs.take(positions))
         aligned_BD = objective.adapter(event_BE)
         losses = objective.losses(aligned_BD, target_BD)
         cos.append(losses["cos_sim"])
         loss_sum += float(losses["loss"].sum())
-        if beside:
-            _, other_BD = worker.decode_pair(*beside.broadcast.take(beside.baselines.others[positions]))
+        if baselines:
+            _, other_BD = worker.decode_pair(*baselines.all_pairs.take(baselines.baselines.others[positions]))
             shuffled.append(objective.cosine(aligned_BD, other_BD))
     (loss_sum,) = worker.all_reduce_sum([loss_sum])
     if not math.isfinite(loss_sum):
@@ -273,12 +281,12 @@ def validate(
             f"The validation loss is not finite ({loss_sum}) at {where}; try a smaller --learning-rate."
         )
     counts = reduce_counts(worker, cos)
-    lift = beside.baselines.lift(counts, reduce_counts(worker, shuffled)) if beside else {}
+    lift = baselines.baselines.lift(counts, reduce_counts(worker, shuffled)) if baselines else {}
     return {"loss": loss_sum / counts.pairs, **counts.means(), **lift}
 
 
 def reduce_counts(worker: WorkerContext, cosines: list[torch.Tensor]) -> AlignmentCounts:
-    """Counts over all workers."""
+    """Counts of cosines over all workers."""
     counts = AlignmentCounts.of(torch.cat(cosines))
     if worker.world > 1:
         sums, maxima = (vector.to(worker.device) for vector in counts.pack())

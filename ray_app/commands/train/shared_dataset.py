@@ -1,7 +1,7 @@
-"""A sweep's pairs, once: read, verified and decoded by the driver, then in shared memory of each node with a trial.
+"""Pairs of a sweep in Ray's shared memory: read, verified and decoded once by the driver.
 
-Ray copies an object to a node's shared memory when the first process there asks for it; every process there sees
-those very bytes. Only training and validation rows are asked of the store: the test part is never read.
+Ray copies an object to a node's shared memory when the first process there asks for it; every process of the node
+sees those very bytes. Only training and validation rows are read: the test part never is.
 
 Shapes: N = pairs, B = pairs of a batch, E, D = widths of event and target.
 """
@@ -17,62 +17,63 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from ray_app.commands.train.initialization import external_init_dir, init_requirement, truncate_rank
-from ray_app.commands.train.loop import BaselineContext, Batches, WorkerContext, WorkerData, held_batches
+from ray_app.commands.train.context import RunContext, require_pairs
+from ray_app.commands.train.initialization import truncate_rank
+from ray_app.commands.train.loop import BaselineContext, Batches, WorkerContext, WorkerData, batches_in_memory
 from ray_app.commands.train.state import TrainState
-from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.base import InitStats
 from ray_app.core.evaluation import Baselines, TrainingMeans, derangement, fixed_baselines
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.core.optimizer_step import decode
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pair_tensors import PairTensors
+from ray_app.data.pairs_dataset import iter_batches, pairs_dataset
 from ray_app.data.training_means import training_means
-from ray_app.errors import ConfigError, ResourceError, StoreError
+from ray_app.errors import ConfigError, ResourceError
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import Split
 
 SHARE = 0.8
-"""Of a node's shared memory that the pairs may take."""
+"""Fraction of a node's shared memory that the pairs may take."""
 CHUNK = 128
 """Pairs decoded at a time for the baselines."""
 
 Side = Any
 """Reference to an array (N, width) in shared memory."""
-Kind = tuple[str, str]
-"""Whose start, and how much of one."""
+InitKey = tuple[str, str]
+"""Folder of given statistics (empty: computed here), and the kind of statistics."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedInit:
-    """Means and subspaces of one kind, of the largest rank that is searched and can be had."""
+    """Initial statistics of one kind, of the largest rank that is searched and possible."""
 
     arrays: Any
-    """Reference to the arrays by name in shared memory; None where there are none."""
+    """Reference to the arrays by name in shared memory; None if there are none."""
     problem: str = ""
     """Why there are none, or none of a larger rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedDataset:
-    """The pairs of one choice of durations."""
+    """Pairs of one choice of durations."""
 
     store: PairStore
     """The opened store."""
     split: Split
     """Its parts."""
     train: tuple[Side, Side] | None
-    """Event and target features; None where they do not fit, and trials stream them."""
+    """Event and target features; None if they do not fit, and trials stream them."""
     val: tuple[Side, Side]
-    """The same of the validation part."""
+    """Event and target features of the validation part."""
     baselines: Baselines
-    """Of the validation part, taken once."""
-    starts: dict[Kind, SharedInit] = field(default_factory=dict)
-    """What trials begin with."""
+    """Baselines of the validation part."""
+    inits: dict[InitKey, SharedInit] = field(default_factory=dict)
+    """Initial statistics that trials need."""
 
     @property
     def num_bytes(self) -> int:
-        """What is shared."""
+        """Bytes in shared memory."""
         return part_bytes(self.store, self.split.val) + (
             part_bytes(self.store, self.split.train) if self.train else 0
         )
@@ -95,15 +96,12 @@ def part_bytes(store: PairStore, rows: NDArray[np.int64]) -> int:
 
 
 def share_dataset(store: PairStore, split: Split, free_bytes: float) -> SharedDataset:
-    """Reads a store's training and validation part and shares it; says so where the training part must be streamed.
+    """Read the training and validation part of a store and share them.
 
-    StoreError: a part is empty. ResourceError: not even the validation part fits.
+    A training part that does not fit is left out, with a line on standard error: trials stream it. StoreError: a part
+    is empty. ResourceError: not even the validation part fits.
     """
-    for part in ("train", "val"):
-        if not len(getattr(split, part)):
-            raise StoreError(
-                f"{store.folder} has too few pairs: its {part} part is empty; prepare more, or change the shares"
-            )
+    require_pairs(store, split, ("train", "val"))
     room = SHARE * free_bytes
     train_bytes, val_bytes = part_bytes(store, split.train), part_bytes(store, split.val)
     if val_bytes > room:
@@ -146,61 +144,59 @@ def baselines_of(
     return Baselines(fixed, derangement(store.index.sequence[split.val].tolist(), seed=0))
 
 
-def pairs_of(placed: SharedDataset, worker: WorkerContext) -> WorkerData:
-    """A worker's pairs as views of shared memory; its training pairs streamed where they are not there."""
-    cfg, store, split = worker.cfg, placed.store, placed.split
-    train, everyone = shared(placed.train) if placed.train else None, shared(placed.val)
-    mine = np.arange(worker.rank, len(split.val), worker.world)
-    validation = everyone if worker.world == 1 else PairTensors(mine, *everyone.take(mine))
+def shared_worker_data(data: SharedDataset, worker: WorkerContext) -> WorkerData:
+    """A worker's pairs as views of shared memory; training pairs that are not there are streamed."""
+    cfg, store, split = worker.cfg, data.store, data.split
+    train, val = shared_pairs(data.train) if data.train else None, shared_pairs(data.val)
+    rows = np.arange(worker.rank, len(split.val), worker.world)
+    validation = val if worker.world == 1 else PairTensors(rows, *val.take(rows))
     rest_of_epoch: Callable[[TrainState], Batches]
     if train:
-        lanes = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
+        order = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
 
         def rest_of_epoch(state: TrainState) -> Batches:
-            return held_batches(train, lanes, state, worker)
+            return batches_in_memory(train, order, state, worker)
     else:
-        from ray_app.data.pairs_dataset import iter_batches, pairs_dataset
-
         # Trials may have all CPUs, and reading is light: it claims none, or it would wait for their end.
         blocks = pairs_dataset(store, split.train, read_cpus=0.0).iterator()
 
         def rest_of_epoch(state: TrainState) -> Batches:
             return iter_batches(blocks, store, cfg.seed, state.epoch, worker.rank, worker.world, cfg.batch_size)
 
-    return WorkerData(rest_of_epoch, train is not None, validation, BaselineContext(placed.baselines, everyone))
+    return WorkerData(rest_of_epoch, train is not None, validation, BaselineContext(data.baselines, val))
 
 
-def init_key(cfg: TrainConfig) -> Kind:
-    """What settings have in common that begin with one start, whatever their rank."""
-    return str(external_init_dir(cfg) or ""), init_requirement(cfg)
+def init_key(context: RunContext) -> InitKey:
+    """What settings that share initial statistics have in common, whatever their rank."""
+    return str(context.init_from or ""), context.requires
 
 
-def start_of(placed: SharedDataset, cfg: TrainConfig) -> InitStats | None:
-    """What a trial begins with, as views of shared memory; None where it needs nothing.
+def shared_init(data: SharedDataset, context: RunContext) -> InitStats | None:
+    """Initial statistics of a trial as views of shared memory; None if it needs none.
 
-    ConfigError: the pairs do not give that much.
+    ConfigError: the pairs do not give statistics of this rank.
     """
-    if init_requirement(cfg) == "nothing":
+    if context.requires == "nothing":
         return None
-    found = placed.starts[init_key(cfg)]
-    arrays = ray.get(found.arrays) if found.arrays else {}
-    start = {name: as_readonly_tensor(array) for name, array in arrays.items()}
-    if not start or (init_requirement(cfg) == "subspaces" and start["event_basis"].shape[1] < cfg.rank):
-        raise ConfigError(found.problem)
-    if init_requirement(cfg) == "pairs" and placed.train:
-        held = shared(placed.train)
-        start |= {"event_pairs": held.event_BE, "target_pairs": held.target_BD}
-    return truncate_rank(start, cfg.rank) if init_requirement(cfg) == "subspaces" else start
+    shared = data.inits[init_key(context)]
+    arrays = ray.get(shared.arrays) if shared.arrays else {}
+    init = {name: as_readonly_tensor(array) for name, array in arrays.items()}
+    if not init or (context.requires == "subspaces" and init["event_basis"].shape[1] < context.cfg.rank):
+        raise ConfigError(shared.problem)
+    if context.requires == "pairs" and data.train:
+        pairs = shared_pairs(data.train)
+        init |= {"event_pairs": pairs.event_BE, "target_pairs": pairs.target_BD}
+    return truncate_rank(init, context.cfg.rank) if context.requires == "subspaces" else init
 
 
-def shared(sides: tuple[Side, Side]) -> PairTensors:
+def shared_pairs(sides: tuple[Side, Side]) -> PairTensors:
     """All pairs of a part, without a copy."""
     event_NE, target_ND = ray.get(list(sides))
     return PairTensors(np.arange(len(event_NE)), as_readonly_tensor(event_NE), as_readonly_tensor(target_ND))
 
 
 def as_readonly_tensor(array: NDArray[Any]) -> torch.Tensor:
-    """Shared memory as a tensor that nothing here writes to."""
+    """View shared memory as a tensor; nothing may write to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(array)

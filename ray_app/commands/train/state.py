@@ -1,4 +1,4 @@
-"""What changes in training, and so all that going on needs: what it is, how it is saved, where it is found again."""
+"""The state of training: what it is, how it is saved, and where a run resumes."""
 
 import json
 import time
@@ -11,42 +11,41 @@ import torch.distributed as dist
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ray_app.commands.train.initialization import init_requirement, load_start
+from ray_app.commands.train.context import RunContext
+from ray_app.commands.train.initialization import load_init
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.base import Adapter, InitStats
-from ray_app.core.adapters.config import AdapterConfig
-from ray_app.core.adapters.registry import STRATEGIES, build_adapter, num_parameters
-from ray_app.core.adapters.token import TokenAdapter
-from ray_app.core.augmentation import Augmentation
+from ray_app.core.adapters.registry import build_adapter
 from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.core.optimizer_step import CosineByEpoch, StepResult, make_optimizer
-from ray_app.errors import ConfigError
 from ray_app.runs.event_log import EventLog
 from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir, checkpoint_name
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
 from ray_app.store.pair_store import PairStore
-from ray_app.store.split import Split, split_pairs
+
+COUNTERS = ("epoch", "step", "best_loss", "best_epoch", "waited")
+"""Fields of `TrainState` that are saved as they are."""
 
 
 @dataclass(slots=True)
 class EpochTotals:
-    """One epoch so far, over all workers; part of the state, since a run may go on in the middle of an epoch."""
+    """Totals of one epoch over all workers; part of the state, since a run may resume within an epoch."""
 
     batches: int = 0
-    """Global batches done: the position in the epoch's order."""
+    """Number of global batches done: the position in the epoch's order."""
     pairs: float = 0.0
-    """Pairs in them."""
+    """Number of pairs in these batches."""
     loss: float = 0.0
-    """Sum of their losses."""
+    """Sum of the pairs' losses."""
     cos_sim: float = 0.0
-    """Sum of their cosines."""
+    """Sum of the pairs' cosines."""
     seconds: float = 0.0
-    """Time they took."""
+    """Seconds of training."""
     data_wait_seconds: float = 0.0
-    """Of it, waiting for data."""
+    """Seconds of waiting for data, part of `seconds`."""
 
     def means(self) -> dict[str, float]:
-        """For the event log: means, and sums of time."""
+        """Means, and sums of time, for the event log."""
         return {
             "loss": self.loss / self.pairs,
             "cos_sim": self.cos_sim / self.pairs,
@@ -58,32 +57,30 @@ class EpochTotals:
 
 @dataclass(slots=True)
 class TrainState:
-    """Everything that changes."""
+    """Everything that training changes."""
 
     objective: AlignmentObjective
     """Adapter and losses."""
     optimizer: AdamW
-    """With its moments."""
+    """AdamW with its moments."""
     scheduler: ReduceLROnPlateau | CosineByEpoch
-    """Lowers the learning rate."""
+    """Schedule of the learning rate."""
     epoch: int = 0
-    """Finished epochs."""
+    """Number of finished epochs."""
     step: int = 0
-    """Finished optimizer steps."""
+    """Number of finished optimizer steps."""
     best_loss: float = float("inf")
     """Best validation loss."""
     best_epoch: int = 0
-    """Finished epochs when it was reached."""
+    """Number of finished epochs when it was reached."""
     waited: int = 0
-    """Epochs since then."""
+    """Number of epochs since then."""
     sums: EpochTotals = field(default_factory=EpochTotals)
-    """The epoch that goes on."""
-    counters: tuple[str, ...] = field(default=("epoch", "step", "best_loss", "best_epoch", "waited"), repr=False)
-    """Fields that are saved as they are."""
+    """Totals of the current epoch."""
 
     @property
     def checkpoint_name(self) -> str:
-        """Where this is in the run."""
+        """Name of this state's checkpoint."""
         return checkpoint_name(self.epoch, self.step if self.sums.batches else None)
 
     @property
@@ -91,10 +88,10 @@ class TrainState:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def end_epoch(self, loss: float, *, validated: bool = True) -> None:
-        """Takes note of an epoch's validation loss; the next begins.
+        """Finish an epoch with its validation loss.
 
-        Where nothing validates it is the training loss: it steers the learning rate alone, and the newest epoch is
-        the best there is.
+        Without validation `loss` is the training loss: it steers the learning rate alone, and the newest epoch counts
+        as the best.
         """
         self.epoch += 1
         self.sums = EpochTotals()
@@ -104,7 +101,7 @@ class TrainState:
         self.scheduler.step(loss)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Optimizer moments by parameter, and what is trained beside the adapter."""
+        """Optimizer moments by parameter, and trained numbers outside the adapter."""
         tensors = {
             f"optimizer.{index}.{name}": value.cpu()
             for index, values in self.optimizer.state_dict()["state"].items()
@@ -115,17 +112,17 @@ class TrainState:
         return tensors
 
     def meta(self) -> dict[str, Any]:
-        """Counters, position and schedule as JSON values."""
+        """Counters, position and schedule, as JSON values."""
         schedule = self.scheduler.state_dict()
         return {
-            "counters": {name: getattr(self, name) for name in self.counters},
+            "counters": {name: getattr(self, name) for name in COUNTERS},
             "sums": asdict(self.sums),
             "learning_rate": self.learning_rate,
             "scheduler": {key: schedule[key] for key in ("best", "num_bad_epochs", "last_epoch") if key in schedule},
         }
 
     def load(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-        """The inverse of `tensors` and `meta`."""
+        """Restore what `tensors` and `meta` returned."""
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):
@@ -137,52 +134,14 @@ class TrainState:
         self.scheduler.load_state_dict({**self.scheduler.state_dict(), **meta["scheduler"]})
         if self.objective.log_temperature is not None:
             self.objective.log_temperature.data.copy_(tensors["log_temperature"])
-        for name in self.counters:
+        for name in COUNTERS:
             setattr(self, name, meta["counters"][name])
         self.sums = EpochTotals(**meta["sums"])
 
 
-def training_split(cfg: TrainConfig, store: PairStore) -> Split:
-    """The split of a run: its validation part is empty where that trains too."""
-    split = split_pairs(store.index, cfg.split_config)
-    return split.without_validation() if cfg.train_on_val else split
-
-
-def adapter_config(cfg: TrainConfig, store: PairStore) -> AdapterConfig:
-    """The adapter that fits a store. ConfigError where the two, or the losses and the store, do not go together."""
-    sequences = store.feature("target").token_width is not None
-    if cfg.next_position_weight and not sequences:
-        raise ConfigError("--next-position-weight is for sequences (tokens, width); leave it out")
-    if sequences and (cfg.centred_weight or cfg.contrastive_weight):
-        raise ConfigError(
-            "--centred-weight and --contrastive-weight compare whole features, and sequences differ in length; leave "
-            "them out"
-        )
-    event, target = store.feature("event"), store.feature("target")
-    strategy = STRATEGIES[cfg.strategy]
-    if sequences and not issubclass(strategy, TokenAdapter):
-        raise ConfigError(
-            f"{cfg.strategy} takes whole features, and these are sequences of different lengths, whose mask "
-            "the token adapters alone keep; use one of: "
-            + ", ".join(name for name, each in STRATEGIES.items() if issubclass(each, TokenAdapter))
-        )
-    return AdapterConfig(
-        cfg.strategy,
-        event.width,
-        target.width,
-        cfg.hidden_dim or strategy.HIDDEN_DIM,
-        cfg.dropout,
-        event_shape=event.shape,
-        target_shape=target.shape,
-        depth=cfg.depth or strategy.DEPTH,
-        patch=cfg.patch,
-        rank=len(training_split(cfg, store).train) if strategy.REQUIRES == "pairs" else cfg.rank,
-        mean_start=cfg.init == "pca" and strategy.PCA_REQUIRES == "means",
-    )
-
-
-def make_objective(cfg: TrainConfig, store: PairStore, adapter: Adapter, start: InitStats) -> AlignmentObjective:
+def make_objective(context: RunContext, adapter: Adapter, init: InitStats) -> AlignmentObjective:
     """The adapter with the losses and the augmentation of a run."""
+    cfg = context.cfg
     weights = LossWeights(
         mse=cfg.mse_weight,
         cosine=cfg.cosine_weight,
@@ -194,65 +153,43 @@ def make_objective(cfg: TrainConfig, store: PairStore, adapter: Adapter, start: 
         centred=cfg.centred_weight,
         next_position=cfg.next_position_weight,
     )
-    mean_target = start["target_mean"] if cfg.centred_weight else None
-    return AlignmentObjective(adapter, weights, augmentation(cfg, store), mean_target)
-
-
-def augmentation(cfg: TrainConfig, store: PairStore) -> Augmentation | None:
-    """What a run asks for. ConfigError where the features are no images."""
-    changes = {name: getattr(cfg, name) for name in ("flip", "shift", "event_dropout", "event_noise")}
-    if not any(changes.values()):
-        return None
-    return Augmentation(store.feature("event").shape, store.feature("target").shape, **changes)
-
-
-def parameters(cfg: TrainConfig, store: PairStore) -> int:
-    """Trained numbers of a run's adapter."""
-    with torch.device("meta"):
-        config = adapter_config(cfg, store)
-        return num_parameters(STRATEGIES[config.strategy](config))
-
-
-def beside_bytes(cfg: TrainConfig, store: PairStore) -> int:
-    """Bytes of what a run's adapter holds and does not train: means, bases, pairs."""
-    with torch.device("meta"):
-        config = adapter_config(cfg, store)
-        return sum(buffer.nbytes for buffer in STRATEGIES[config.strategy](config).buffers())
+    mean_target = init["target_mean"] if cfg.centred_weight else None
+    return AlignmentObjective(adapter, weights, context.augmentation, mean_target)
 
 
 def resume_or_init(
-    cfg: TrainConfig, store: PairStore, name: str | None, device: torch.device, known: InitStats | None = None
+    context: RunContext, checkpoint: str | None, device: torch.device, known: InitStats | None = None
 ) -> TrainState:
-    """The state of a place in this run, or the run's beginning. CheckpointError names a file that does not hold.
+    """The state at a checkpoint of this run, or at the run's beginning (None). CheckpointError: a file is damaged.
 
-    `known`: what it begins with, where that is in memory already.
+    `known`: the initial statistics, if they are in memory already.
     """
-    run = RunDir(cfg.folder)
-    wanted = init_requirement(cfg) != "nothing" and (name is None or cfg.centred_weight > 0)
-    start = (known or load_start(cfg, store)) if wanted else {}
-    if name is None:
-        adapter = build_adapter(adapter_config(cfg, store), cfg.seed)
-        if start:
-            adapter.initialize_from(start, pca=cfg.init == "pca")
+    cfg, run = context.cfg, RunDir(context.cfg.folder)
+    needed = context.requires != "nothing" and (checkpoint is None or cfg.centred_weight > 0)
+    init = (known or load_init(context)) if needed else {}
+    if checkpoint is None:
+        adapter = build_adapter(context.adapter, cfg.seed)
+        if init:
+            adapter.initialize_from(init, pca=cfg.init == "pca")
     else:
-        adapter = load_checkpoint(run.checkpoint(name)).adapter
-    objective = make_objective(cfg, store, adapter, start).to(device)
+        adapter = load_checkpoint(run.checkpoint(checkpoint)).adapter
+    objective = make_objective(context, adapter, init).to(device)
     optimizer = make_optimizer(objective, cfg.learning_rate, cfg.weight_decay)
     state = TrainState(objective, optimizer, make_schedule(cfg, optimizer))
-    if name is not None:
-        state.load(*load_training_state(run.state(name)))
+    if checkpoint is not None:
+        state.load(*load_training_state(run.state(checkpoint)))
     return state
 
 
 def make_schedule(cfg: TrainConfig, optimizer: AdamW) -> ReduceLROnPlateau | CosineByEpoch:
-    """How the learning rate falls."""
+    """The schedule of the learning rate."""
     if cfg.schedule == "cosine":
         return CosineByEpoch(optimizer, cfg.learning_rate, cfg.num_epochs)
     return ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.plateau_patience)
 
 
 def broadcast_resume_point(run: RunDir, rank: int, world: int, device: torch.device) -> str | None:
-    """The newest verified place of a run, found by the first worker and told to the others."""
+    """Newest checkpoint that verifies, found by the first worker and broadcast to the others; None without one."""
     name = run.latest_resumable() if rank == 0 else None
     if world == 1:
         return name
@@ -268,42 +205,42 @@ def broadcast_resume_point(run: RunDir, rank: int, world: int, device: torch.dev
 
 @dataclass(frozen=True, slots=True)
 class Checkpointer:
-    """Saves and tells, on the first worker; on the others there is none."""
+    """Saves checkpoints and writes the event log, on the first worker alone."""
 
     run: RunDir
-    """Where."""
+    """The run's folder."""
     store: PairStore
-    """What it is trained on."""
+    """The opened store."""
     log: EventLog
-    """What is told."""
+    """The open event log."""
     provenance: dict[str, Any]
     """Written into each checkpoint."""
 
     def begin(self, state: TrainState, workers: int) -> None:
-        """Notes that the run goes on, and does what a worker that died right after a save could not do any more."""
+        """Log that the run resumes, and finish what a worker that died right after a save left undone."""
         if not state.step:
             return
         self.log.write("resumed", epoch=state.epoch, global_step=state.step, workers=workers, time=time.time())
         self.run.prune_checkpoints(state.checkpoint_name, state.best_epoch)
-        if state.best_epoch and not state.sums.batches:  # none: the place is another run's, which has told of it
+        if state.best_epoch and not state.sums.batches:  # none: the checkpoint is another run's, which has logged it
             metrics = json.loads((self.run.checkpoint(state.checkpoint_name) / "metrics.json").read_text())
-            self._tell_epoch(state, metrics, 0.0)
+            self._log_epoch(state, metrics, 0.0)
 
     def step(self, state: TrainState, loss: float, cos_sim: float, done: StepResult, workers: int) -> None:
-        """One optimizer step; the means are over all of so many workers."""
+        """Log one optimizer step, with means over all workers."""
         means = {"loss": loss, "cos_sim": cos_sim, "grad_norm": done.grad_norm}
         so_far = {"epoch": state.epoch + 1, "pairs": state.sums.pairs, "seconds": state.sums.seconds}
         self.log.step(state.step, workers=workers, **means, **so_far)
 
     def within_epoch(self, state: TrainState) -> Path:
-        """Saves in the middle of an epoch."""
+        """Save within an epoch; return the checkpoint's folder."""
         self._save(state, {"epoch": state.epoch, "step": state.step, "train": state.sums.means()})
         return self.run.checkpoint(state.checkpoint_name)
 
     def end_of_epoch(self, state: TrainState, train: dict[str, Any], val: dict[str, Any]) -> None:
-        """Saves after an epoch that `state` has taken note of, and tells of it."""
+        """Save and log an epoch that `state` has finished."""
         metrics = {"epoch": state.epoch, "train": train, "val": val}
-        self._tell_epoch(state, metrics, self._save(state, metrics))
+        self._log_epoch(state, metrics, self._save(state, metrics))
 
     def _save(self, state: TrainState, metrics: dict[str, Any]) -> float:
         began = time.perf_counter()
@@ -319,7 +256,7 @@ class Checkpointer:
         )
         return time.perf_counter() - began
 
-    def _tell_epoch(self, state: TrainState, metrics: dict[str, Any], save_seconds: float) -> None:
+    def _log_epoch(self, state: TrainState, metrics: dict[str, Any], save_seconds: float) -> None:
         self.log.epoch(
             **metrics, save_seconds=save_seconds, learning_rate=state.learning_rate, global_step=state.step
         )

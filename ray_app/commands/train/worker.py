@@ -1,7 +1,8 @@
-"""What each Ray Train worker does: its pairs out of Ray Data, the training loop, a word to the controller."""
+"""A Ray Train worker: takes its pairs from Ray Data or shared memory, trains, and reports to the controller."""
 
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,68 +10,86 @@ import ray.train
 import torch
 from ray.train.torch import get_device
 
-from ray_app.commands.train import shared_dataset as sweep_data
-from ray_app.commands.train.initialization import INIT
+from ray_app.commands.train.context import INIT, RunContext
 from ray_app.commands.train.loop import (
     Batches,
     WorkerContext,
     WorkerData,
-    held_batches,
+    batches_in_memory,
     sleep_before_retry,
     train_epochs,
 )
-from ray_app.commands.train.shared_dataset import SharedDataset
-from ray_app.commands.train.state import TrainState, training_split
-from ray_app.config.train import TrainConfig
+from ray_app.commands.train.shared_dataset import SharedDataset, shared_init, shared_worker_data
+from ray_app.commands.train.state import TrainState
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pairs_dataset import iter_batches, load_pair_tensors
 from ray_app.runs.event_log import require_latest_driver
 from ray_app.runs.run_dir import open_run
-from ray_app.store.pair_store import PairStore
 
 
-def train_loop_per_worker(config: dict[str, Any]) -> None:
-    """One worker's run. `config`: `run` (where it lies), `started` (its driver, in Unix time), `train` (a
-    TrainConfig), `held`, `threads`, `provenance`, and `placed`, its pairs in shared memory, or None."""
-    cfg = TrainConfig.model_validate(config["train"])
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(config["threads"])
-    store = PairStore.open(cfg.store, cfg.durations)
-    with open_run(config["run"]) as run, run.event_log() if rank == 0 else nullcontext() as log:
-        cfg = cfg.at(run.path)
-        placed: SharedDataset | None = config["placed"]
-        start = sweep_data.start_of(placed, cfg) if placed else None
-        worker = WorkerContext(cfg, store, rank, world, get_device(), start)
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What a driver sends to each of its workers. Ray shows its text to all users of the cluster."""
+
+    run: str
+    """Path or URI of the run."""
+    context: RunContext = field(repr=False)
+    """Settings, data and adapter of the run."""
+    started: float
+    """When the driver started, in Unix time."""
+    in_memory: bool
+    """The worker holds its training pairs in memory; otherwise it streams them each epoch."""
+    threads: int
+    """Threads that the worker computes with."""
+    provenance: dict[str, Any] = field(repr=False)
+    """Written into each checkpoint."""
+    shared: SharedDataset | None = field(default=None, repr=False)
+    """Pairs in shared memory, for the trials of a sweep."""
+
+
+def train_loop_per_worker(config: dict[str, WorkerSpec]) -> None:
+    """Run one worker. `config`: the WorkerSpec as `spec`."""
+    spec = config["spec"]
+    train_context = ray.train.get_context()
+    rank, world = train_context.get_world_rank(), train_context.get_world_size()
+    torch.set_num_threads(spec.threads)
+    with open_run(spec.run) as run, run.event_log() if rank == 0 else nullcontext() as log:
+        context = spec.context.at(run.path)
+        init = shared_init(spec.shared, context) if spec.shared else None
+        worker = WorkerContext(context, rank, world, get_device(), init)
         if log:
-            require_latest_driver(run.path, config["started"])
+            require_latest_driver(run.path, spec.started)
             sleep_before_retry(run)
             log.write("workers_started", workers=world, time=time.time())
         run.download(INIT)
-        pairs = sweep_data.pairs_of(placed, worker) if placed else pairs_of(worker, held=config["held"])
-        train_epochs(worker, run, pairs, log, config["provenance"], report)
+        if spec.shared:
+            data = shared_worker_data(spec.shared, worker)
+        else:
+            data = _data_of_this_worker(worker, in_memory=spec.in_memory)
+        train_epochs(worker, run, data, log, spec.provenance, _report)
 
 
-def pairs_of(worker: WorkerContext, *, held: bool) -> WorkerData:
-    """This worker's part of both data sets: held in memory, or its training part streamed anew each epoch."""
-    cfg, store, rank, world = worker.cfg, worker.store, worker.rank, worker.world
-    split = training_split(cfg, store)
-    lanes = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
-    rows = np.arange(rank, len(split.val), world)
-    shard = ray.train.get_dataset_shard("train")
-    mine = load_pair_tensors(shard, store, split.train, lanes.held(rank, world)).on(worker.device) if held else None
+def _data_of_this_worker(worker: WorkerContext, *, in_memory: bool) -> WorkerData:
+    """This worker's part of both data sets; its training part in memory, or streamed again each epoch."""
+    cfg, store, split = worker.cfg, worker.store, worker.context.split
+    rank, world = worker.rank, worker.world
+    train, shard = None, ray.train.get_dataset_shard("train")
+    order = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
+    if in_memory:
+        train = load_pair_tensors(shard, store, split.train, order.held(rank, world)).on(worker.device)
 
     def rest_of_epoch(state: TrainState) -> Batches:
-        if mine:
-            return held_batches(mine, lanes, state, worker)
+        if train:
+            return batches_in_memory(train, order, state, worker)
         return iter_batches(shard, store, cfg.seed, state.epoch, rank, world, cfg.batch_size)
 
-    validation = None
+    val = None
     if len(split.val):
-        validation = load_pair_tensors(ray.train.get_dataset_shard("val"), store, split.val, rows).on(worker.device)
-    return WorkerData(rest_of_epoch, held, validation)
+        rows = np.arange(rank, len(split.val), world)
+        val = load_pair_tensors(ray.train.get_dataset_shard("val"), store, split.val, rows).on(worker.device)
+    return WorkerData(rest_of_epoch, in_memory, val)
 
 
-def report(state: TrainState, val: dict[str, Any]) -> None:
-    """To Ray Train's controller; every worker does so equally often."""
+def _report(state: TrainState, val: dict[str, Any]) -> None:
+    """Report to Ray Train's controller; every worker does so equally often."""
     ray.train.report({"epoch": state.epoch, "val_loss": val.get("loss")})

@@ -10,16 +10,23 @@ from pathlib import Path
 
 import ray
 
+from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.initialization import (
     PairsInMemory,
     PairsThroughRay,
     TrainingPairs,
-    init_requirement,
-    load_start,
-    make_start,
+    compute_init,
+    load_init,
 )
-from ray_app.commands.train.shared_dataset import Kind, SharedDataset, SharedInit, init_key, share_dataset, shared
-from ray_app.commands.tune.estimate import accepted_configs, candidates, corners
+from ray_app.commands.train.shared_dataset import (
+    InitKey,
+    SharedDataset,
+    SharedInit,
+    init_key,
+    share_dataset,
+    shared_pairs,
+)
+from ray_app.commands.tune.estimate import accepted_contexts, candidates, corners
 from ray_app.commands.tune.spec import Choice, SweepSpec, data_key, space_of, train_config
 from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.config.train import TrainConfig
@@ -76,15 +83,15 @@ def share_parts(spec: SweepSpec, stores: dict[str, PairStore]) -> dict[str, Shar
 def with_starts(spec: SweepSpec, placed: dict[str, SharedDataset], folder: Path) -> dict[str, SharedDataset]:
     """Add to the pairs all that a setting of the space starts from; what `folder` has is not computed again."""
     space = space_of(spec)
-    wanted: dict[tuple[str, Kind], TrainConfig] = {}
-    for cfg in accepted_configs(spec, corners(space) + candidates(spec)):
-        if init_requirement(cfg) != "nothing":
-            wanted.setdefault((data_key(cfg), init_key(cfg)), cfg)
-    starts: dict[str, dict[Kind, SharedInit]] = {key: {} for key in placed}
-    for (key, kind), cfg in wanted.items():
-        ranks = sorted(map(int, space["rank"].bounds), reverse=True) if "rank" in space else [cfg.rank]
-        starts[key][kind] = make_shared_init(cfg.at(folder / f"{key}-{kind[1]}"), ranks, placed[key])
-    return {key: replace(part, starts=starts[key]) for key, part in placed.items()}
+    wanted: dict[tuple[str, InitKey], RunContext] = {}
+    for context in accepted_contexts(spec, corners(space) + candidates(spec), placed):
+        if context.requires != "nothing":
+            wanted.setdefault((data_key(context.cfg), init_key(context)), context)
+    inits: dict[str, dict[InitKey, SharedInit]] = {key: {} for key in placed}
+    for (key, kind), context in wanted.items():
+        ranks = sorted(map(int, space["rank"].bounds), reverse=True) if "rank" in space else [context.cfg.rank]
+        inits[key][kind] = make_shared_init(context.cfg.at(folder / f"{key}-{kind[1]}"), ranks, placed[key])
+    return {key: replace(part, inits=inits[key]) for key, part in placed.items()}
 
 
 def make_shared_init(cfg: TrainConfig, ranks: list[int], part: SharedDataset) -> SharedInit:
@@ -93,13 +100,14 @@ def make_shared_init(cfg: TrainConfig, ranks: list[int], part: SharedDataset) ->
     for rank in ranks:
         ranked = cfg.at(cfg.folder / str(rank)).model_copy(update={"rank": rank})
         try:
-            make_start(ranked, part.store, part.split, training_pairs(part))
-            start = load_start(ranked, part.store)
+            context = RunContext.of(ranked, part.store, part.split)
+            compute_init(context, training_pairs(part))
+            init = load_init(context)
         except ConfigError as error:
             problem = problem or str(error)
             continue
         already_shared = ("event_pairs", "target_pairs") if part.train else ()
-        arrays = {name: value.numpy() for name, value in start.items() if name not in already_shared}
+        arrays = {name: value.numpy() for name, value in init.items() if name not in already_shared}
         return SharedInit(ray.put(arrays), problem)
     return SharedInit(None, problem)
 
@@ -107,6 +115,6 @@ def make_shared_init(cfg: TrainConfig, ranks: list[int], part: SharedDataset) ->
 def training_pairs(part: SharedDataset) -> TrainingPairs:
     """Pairs out of shared memory, or through Ray Data if they do not fit there."""
     if part.train:
-        return PairsInMemory(part.store, shared(part.train), shared(part.val))
+        return PairsInMemory(part.store, shared_pairs(part.train), shared_pairs(part.val))
     datasets = {name: pairs_dataset(part.store, getattr(part.split, name)) for name in ("train", "val")}
     return PairsThroughRay(part.store, part.split, datasets)

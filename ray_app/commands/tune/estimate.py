@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,17 +15,18 @@ import ray
 import torch
 
 from ray_app.cluster.connection import ClusterInfo
-from ray_app.commands.train.command import WEIGHTS_AND_MOMENTS_BYTES
+from ray_app.commands.train.context import RunContext
+from ray_app.commands.train.plan import WEIGHTS_AND_MOMENTS_BYTES
 from ray_app.commands.train.shared_dataset import SharedDataset
-from ray_app.commands.train.state import adapter_config, beside_bytes, make_objective, parameters
+from ray_app.commands.train.state import make_objective
 from ray_app.commands.tune.searchers import grid, sample_random
-from ray_app.commands.tune.spec import Choice, Setting, Space, SweepSpec, describe, space_of, train_config
-from ray_app.config.train import TrainConfig
+from ray_app.commands.tune.spec import Choice, Setting, Space, SweepSpec, data_key, describe, space_of, train_config
 from ray_app.core.adapters.registry import build_adapter
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.optimizer_step import make_optimizer, training_step
 from ray_app.errors import ConfigError, ResourceError
 from ray_app.store.pair_store import PairStore
+from ray_app.store.split import split_pairs
 
 PROCESS_BYTES = 2**30
 """Memory of a trial's process without its model: Python, torch, Ray, the activations of a batch."""
@@ -97,11 +98,15 @@ def corners(space: Space) -> list[Setting]:
     ]
 
 
-def accepted_configs(spec: SweepSpec, settings: Iterable[Setting]) -> Iterator[TrainConfig]:
-    """Configs of the settings that `train` accepts; a trial of any other fails at once."""
+def accepted_contexts(
+    spec: SweepSpec, settings: Iterable[Setting], placed: Mapping[str, SharedDataset]
+) -> Iterator[RunContext]:
+    """Contexts of the settings that `train` accepts; a trial of any other fails at once."""
     for setting in settings:
         with contextlib.suppress(ConfigError):
-            yield train_config(spec, setting, spec.out)
+            cfg = train_config(spec, setting, spec.out)
+            part = placed[data_key(cfg)]
+            yield RunContext.of(cfg, part.store, part.split)
 
 
 def largest(spec: SweepSpec, store: PairStore) -> MemoryNeed:
@@ -110,11 +115,11 @@ def largest(spec: SweepSpec, store: PairStore) -> MemoryNeed:
     grid_like = all(isinstance(dimension, Choice) for dimension in space.values())
     size = math.prod(len(d.values) for d in space.values() if isinstance(d, Choice))
     settings = grid(space) if grid_like and size <= 512 else corners(space) + candidates(spec)
-    needs = []
+    needs, split = [], split_pairs(store.index, spec.split_config)
     for setting in settings:
         try:
-            cfg = train_config(spec, setting, spec.out)
-            needs.append(MemoryNeed(parameters(cfg, store), beside_bytes(cfg, store), setting))
+            context = RunContext.of(train_config(spec, setting, spec.out), store, split)
+            needs.append(MemoryNeed(context.parameters, context.buffer_bytes, setting))
         except ConfigError:  # a combination that is never run
             continue
     if not needs:
@@ -163,17 +168,18 @@ def estimate_sweep(spec: SweepSpec, placed: dict[str, SharedDataset], concurrent
     """
     settings, data = candidates(spec), next(iter(placed.values()))
     trials = len(settings) if spec.search_alg == "grid" else spec.max_trials
-    configs = [(parameters(cfg, data.store) or 1, cfg) for cfg in accepted_configs(spec, settings)]
-    configs.sort(key=lambda sized: sized[0])
-    smallest = {cfg.strategy: (size, cfg) for size, cfg in reversed(configs)}
+    sized = [(context.parameters or 1, context) for context in accepted_contexts(spec, settings, placed)]
+    sized.sort(key=lambda pair: pair[0])
+    smallest = {context.cfg.strategy: (size, context) for size, context in reversed(sized)}
     task = ray.remote(step_seconds).options(num_cpus=spec.cpus_per_worker, num_gpus=int(spec.use_gpu))
     threads = max(int(spec.cpus_per_worker), 1)
-    seconds = {kind: ray.get(task.remote(cfg, data.store, threads)) for kind, (_, cfg) in smallest.items()}
+    seconds = {kind: ray.get(task.remote(context, threads)) for kind, (_, context) in smallest.items()}
     train, val = len(data.split.train), len(data.split.val)
     epoch_s = []
-    for size, cfg in configs:
-        measured_size, measured = smallest[cfg.strategy]
-        pair_s = seconds[cfg.strategy] / measured.batch_size * size / measured_size
+    for size, context in sized:
+        strategy = context.cfg.strategy
+        measured_size, measured = smallest[strategy]
+        pair_s = seconds[strategy] / measured.cfg.batch_size * size / measured_size
         epoch_s.append(pair_s * (train + val / 3) + size * 12 / SAVED_BYTES_PER_S)
     trial_s = float(np.mean(epoch_s)) * spec.num_epochs
     more_pairs = (train + val + len(data.split.test) / 3) / (train + val / 3)
@@ -203,13 +209,14 @@ def kept_share(spec: SweepSpec) -> float:
     return epochs / spec.num_epochs
 
 
-def step_seconds(cfg: TrainConfig, store: PairStore, threads: int) -> float:
+def step_seconds(context: RunContext, threads: int) -> float:
     """Median seconds of a training step of this setting, on random pairs."""
     torch.set_num_threads(threads)
+    cfg, store = context.cfg, context.store
     device = torch.device("cuda" if cfg.use_gpu else "cpu")
-    adapter = build_adapter(adapter_config(cfg, store), 0)
+    adapter = build_adapter(context.adapter, 0)
     means = {"target_mean": torch.ones(store.feature("target").width)}
-    objective = make_objective(cfg, store, adapter, means).to(device).train()
+    objective = make_objective(context, adapter, means).to(device).train()
     optimizer = make_optimizer(objective, LEARNING_RATE, cfg.weight_decay)
     widths = store.feature("event").width, store.feature("target").width
     event_BE, target_BD = (torch.rand(cfg.batch_size, width, device=device) for width in widths)

@@ -3,7 +3,6 @@
 
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from ray_app.commands.tune.state import SweepState
 from ray_app.commands.tune.sweep_dir import Trial
 from ray_app.commands.tune.trial import GROUP_RESOURCES, run_group_trial, run_trial
 from ray_app.errors import RunInterrupted, RunStopped
+from ray_app.runs.signals import handle_signals
 
 MAX_FAILURES = 8
 """Times that Tune starts a trial again; one that dies twice at the same step ends sooner."""
@@ -188,19 +188,12 @@ class Budget(NotPickled, tune.Stopper):
 @contextmanager
 def stop_on_signal(budget: Budget) -> Iterator[None]:
     """End the search at SIGTERM or Ctrl-C, with what every trial has saved, instead of this process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread can handle signals
-        return
 
-    def stop(number: int, _: Any) -> None:
+    def stop(number: int) -> None:
         budget.signal = number
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handle_signals({signal.SIGTERM: stop, signal.SIGINT: stop}):
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def make_scheduler(state: SweepState) -> TrialScheduler:

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from ray_app.commands.train.command import persisted_config
-from ray_app.commands.train.state import parameters
+from ray_app.commands.train.context import RunContext, persisted_config
 from ray_app.commands.tune.searchers import Direction, TrialRecord, propose
 from ray_app.commands.tune.spec import Setting, data_key, space_of, train_config
 from ray_app.commands.tune.sweep_dir import SweepDir, Trial, trial_name
@@ -80,7 +79,7 @@ class SweepState:
         trial, reason = Trial(index, name, setting, 0), None
         try:
             cfg = self.config(name, setting)
-            trial = replace(trial, parameters=parameters(cfg, self.stores[data_key(cfg)]))
+            trial = replace(trial, parameters=RunContext.of(cfg, self.stores[data_key(cfg)]).parameters)
         except ConfigError as error:
             reason = str(error)
         fields = {key: getattr(trial, key) for key in ("index", "name", "setting", "parameters")}

@@ -18,10 +18,12 @@ from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 
 from ray_app.cluster.reachability import node_is_alive
-from ray_app.commands.train.command import run_worker_group
+from ray_app.commands.train.context import RunContext
+from ray_app.commands.train.launch import run_worker_group
 from ray_app.commands.train.loop import WorkerContext, is_finished, train_epochs
-from ray_app.commands.train.shared_dataset import SharedDataset, pairs_of, start_of
+from ray_app.commands.train.shared_dataset import SharedDataset, shared_init, shared_worker_data
 from ray_app.commands.train.state import TrainState
+from ray_app.commands.train.worker import WorkerSpec
 from ray_app.commands.tune.sweep_dir import scheduler_metric, scores
 from ray_app.config.train import TrainConfig
 from ray_app.core.metrics import THETA, rate_key
@@ -82,8 +84,9 @@ def run_trial(config: dict[str, TrialSpec], placed: dict[str, SharedDataset]) ->
             reporter.report_past_epochs()
             data = placed[spec.data]
             device = torch.device("cuda" if spec.train.use_gpu else "cpu")
-            worker = WorkerContext(spec.train, data.store, 0, 1, device, start_of(data, spec.train))
-            train_epochs(worker, run, pairs_of(data, worker), log, spec.provenance, reporter.report_epoch)
+            context = RunContext.of(spec.train, data.store, data.split)
+            worker = WorkerContext(context, 0, 1, device, shared_init(data, context))
+            train_epochs(worker, run, shared_worker_data(data, worker), log, spec.provenance, reporter.report_epoch)
         except Exception as error:
             reporter.retry_or_fail(error)
         else:
@@ -167,9 +170,11 @@ def train_group(spec: TrialSpec, run: RunDir, data: SharedDataset) -> Exception 
 
     def work() -> None:
         name, cpus = f"{spec.name}-{int(time.time() * 1000)}", cfg.cpus_per_worker or 1.0
-        settings = {"started": last_start_time(run.path), "held": True, "threads": spec.threads, "placed": data}
+        started = last_start_time(run.path)
         try:
-            run_worker_group(cfg, run, cpus, name, {**settings, "provenance": spec.provenance})
+            context = RunContext.of(cfg, data.store, data.split)
+            worker_spec = WorkerSpec(str(run), context, started, True, spec.threads, spec.provenance, data)
+            run_worker_group(worker_spec, run, cpus, name)
             run.refresh()
         except Exception as error:
             errors.append(error)

@@ -35,7 +35,7 @@ Passes = Callable[[Part], Sums]
 """Passes once over the training part and adds up what a `Part` says of each batch."""
 
 
-def find_start(
+def compute_stats(
     passes: Passes, needs: InitRequirement, rank: int, pairs: int, seed: int, token_width: int | None = None
 ) -> InitStats:
     """Means, and subspaces where they are needed. `token_width`: features are sequences of such tokens.

@@ -1,0 +1,207 @@
+"""The facts of a run that follow from its settings and its store, resolved once when the command starts."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from ray_app.config.base import flat
+from ray_app.config.train import TrainConfig
+from ray_app.core.adapters.base import InitRequirement
+from ray_app.core.adapters.config import AdapterConfig
+from ray_app.core.adapters.initialization import check_rank
+from ray_app.core.adapters.registry import STRATEGIES, meta_adapter, num_parameters
+from ray_app.core.adapters.token import TokenAdapter
+from ray_app.core.augmentation import Augmentation
+from ray_app.errors import ConfigError, StoreError
+from ray_app.runs.run_dir import run_metadata
+from ray_app.store.filesystem import absolute, open_storage
+from ray_app.store.pair_store import PairStore
+from ray_app.store.split import Split, split_pairs
+from ray_app.tracking.mlflow_logger import redact_password, tracking_uri
+
+INIT = "init"
+"""Folder of a run with its initial statistics."""
+NUMERICS_CHANGING = {"num_workers", "use_gpu", "cpus_per_worker", "shard_memory_gib"}
+"""Settings that a resumed run may change at the price of byte-identity: another order of sums, or other kernels."""
+RESUME_OVERRIDABLE = NUMERICS_CHANGING | {
+    *("resume", "address", "tracking_uri", "model_name", "max_failures"),
+    *("checkpoint_every", "val_every_steps", "elastic_check_interval_s"),
+}
+"""All settings that a resumed run may change."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """Settings, data and adapter of one run, passed to everything that works for it."""
+
+    cfg: TrainConfig
+    """The run's settings; paths are absolute."""
+    store: PairStore = field(repr=False)
+    """The opened store."""
+    split: Split = field(repr=False)
+    """Its parts; the validation part is empty with --train-on-val."""
+    adapter: AdapterConfig
+    """The adapter that fits the store."""
+    augmentation: Augmentation | None
+    """Changes to training pairs, if any are wanted."""
+    requires: InitRequirement
+    """Statistics of the training part that the first step needs."""
+    parameters: int
+    """Number of trained numbers."""
+    buffer_bytes: int
+    """Bytes that the adapter holds and does not train: means, bases, pairs."""
+
+    @classmethod
+    def of(cls, cfg: TrainConfig, store: PairStore, split: Split | None = None) -> Self:
+        """Resolve the facts of these settings; `split` is the store's, if it is known already.
+
+        ConfigError: settings and store do not fit.
+        """
+        split = split or training_split(cfg, store)
+        adapter = _adapter_config(cfg, store, len(split.train))
+        empty = meta_adapter(adapter)
+        return cls(
+            cfg,
+            store,
+            split,
+            adapter,
+            _augmentation(cfg, store),
+            _init_requirement(cfg),
+            num_parameters(empty),
+            sum(buffer.nbytes for buffer in empty.buffers()),
+        )
+
+    @property
+    def init_from(self) -> Path | None:
+        """Statistics of another run; unused with --train-on-val, which trains on more pairs than that run."""
+        return None if self.cfg.train_on_val else self.cfg.init_from
+
+    @property
+    def init_dir(self) -> Path:
+        """Folder of this run's statistics."""
+        return self.init_from or self.cfg.folder / INIT
+
+    def at(self, folder: Path) -> Self:
+        """Return the same with the run in this folder: the copy that a process has of a run at a URI."""
+        return replace(self, cfg=self.cfg.at(folder))
+
+
+def open_run_context(cfg: TrainConfig) -> RunContext:
+    """Open the store and resolve all facts of a run, before anything is started or written.
+
+    ConfigError: a setting is wrong, or may not change on a resume. StoreError: the pairs are too few, or others than
+    those that the resumed run was trained on.
+    """
+    tracking_uri(cfg)  # raises on a URI that cannot be used
+    paths = {"store": absolute(cfg.store), "out": absolute(cfg.out)}
+    solved = {"num_epochs": 1} if STRATEGIES[cfg.strategy].REQUIRES == "pairs" else {}
+    init_from = cfg.init_from and cfg.init_from.absolute()
+    cfg = cfg.model_copy(update={**paths, **solved, "init_from": init_from})
+    store = PairStore.open(cfg.store, cfg.durations)
+    if cfg.resume:
+        _check_resume_compatible(cfg, store, run_metadata(open_storage(cfg.out)))
+    split = training_split(cfg, store)
+    require_pairs(store, split, ("train",) if cfg.train_on_val else ("train", "val"))
+    context = RunContext.of(cfg, store, split)
+    if context.requires == "subspaces":
+        check_rank(cfg.rank, len(split.train))
+    return context
+
+
+def training_split(cfg: TrainConfig, store: PairStore) -> Split:
+    """Split a store; with --train-on-val the validation part is empty and its pairs train."""
+    split = split_pairs(store.index, cfg.split_config)
+    return split.without_validation() if cfg.train_on_val else split
+
+
+def require_pairs(store: PairStore, split: Split, parts: Iterable[str]) -> None:
+    """StoreError if one of these parts is empty."""
+    for part in parts:
+        if not len(getattr(split, part)):
+            raise StoreError(
+                f"{store.folder} has too few pairs: its {part} part is empty; prepare more, or change the shares"
+            )
+
+
+def persisted_config(cfg: TrainConfig) -> dict[str, Any]:
+    """Settings of a run as it records them; the tracking URI in full, or not at all if it holds a password."""
+    uri = tracking_uri(cfg)
+    return {**flat(cfg), "tracking_uri": uri if uri == redact_password(uri) else None}
+
+
+def _check_resume_compatible(cfg: TrainConfig, store: PairStore, metadata: Mapping[str, Any]) -> None:
+    """ConfigError if a setting would make it another run; a warning if its weights will not be byte-identical."""
+    old, new = TrainConfig.model_validate({**metadata["config"], "out": str(cfg.out)}), flat(cfg)
+    changed = {key: (value, new[key]) for key, value in flat(old).items() if value != new[key]}
+    frozen = {key: values for key, values in changed.items() if key not in RESUME_OVERRIDABLE}
+    if frozen:
+        changes = "; ".join(f"{key} was {was!r}, is {now!r} now" for key, (was, now) in frozen.items())
+        raise ConfigError(f"--resume continues with the settings of {cfg.out}, but {changes}; leave that out.")
+    if store.fingerprint != metadata["store_fingerprint"]:
+        raise StoreError(
+            f"{cfg.out} was trained on pairs of fingerprint {metadata['store_fingerprint']}, {cfg.store} holds "
+            f"{store.fingerprint} now; it can continue only with the former."
+        )
+    if numerics := ", ".join(key for key in changed if key in NUMERICS_CHANGING):
+        print(
+            f"{numerics} changed: the run continues, but its weights will not be byte-identical to those of a run "
+            "without the change: sums are taken in another order",
+            file=sys.stderr,
+        )
+
+
+def _init_requirement(cfg: TrainConfig) -> InitRequirement:
+    """Statistics that a run needs. ConfigError: --init pca for a strategy that has no layers for it."""
+    strategy = STRATEGIES[cfg.strategy]
+    if cfg.init == "pca" and strategy.REQUIRES != "subspaces":
+        if strategy.PCA_REQUIRES == "nothing":
+            able = [name for name, kind in STRATEGIES.items() if "subspaces" in (kind.PCA_REQUIRES, kind.REQUIRES)]
+            raise ConfigError(
+                f"--init pca sets full-width layers, and {cfg.strategy} has none to set; leave it out, or use "
+                f"one of: {', '.join(able)}"
+            )
+        return strategy.PCA_REQUIRES
+    return "means" if strategy.REQUIRES == "nothing" and cfg.centred_weight else strategy.REQUIRES
+
+
+def _adapter_config(cfg: TrainConfig, store: PairStore, num_train_pairs: int) -> AdapterConfig:
+    """The adapter that fits a store. ConfigError: the adapter or a loss does not work on such features."""
+    event, target = store.feature("event"), store.feature("target")
+    sequences = target.token_width is not None
+    if cfg.next_position_weight and not sequences:
+        raise ConfigError("--next-position-weight is for sequences (tokens, width); leave it out")
+    if sequences and (cfg.centred_weight or cfg.contrastive_weight):
+        raise ConfigError(
+            "--centred-weight and --contrastive-weight compare whole features, and sequences differ in length; leave "
+            "them out"
+        )
+    strategy = STRATEGIES[cfg.strategy]
+    if sequences and not issubclass(strategy, TokenAdapter):
+        raise ConfigError(
+            f"{cfg.strategy} takes whole features, and these are sequences of different lengths, whose mask "
+            "the token adapters alone keep; use one of: "
+            + ", ".join(name for name, kind in STRATEGIES.items() if issubclass(kind, TokenAdapter))
+        )
+    return AdapterConfig(
+        cfg.strategy,
+        event.width,
+        target.width,
+        cfg.hidden_dim or strategy.HIDDEN_DIM,
+        cfg.dropout,
+        event_shape=event.shape,
+        target_shape=target.shape,
+        depth=cfg.depth or strategy.DEPTH,
+        patch=cfg.patch,
+        rank=num_train_pairs if strategy.REQUIRES == "pairs" else cfg.rank,
+        mean_start=cfg.init == "pca" and strategy.PCA_REQUIRES == "means",
+    )
+
+
+def _augmentation(cfg: TrainConfig, store: PairStore) -> Augmentation | None:
+    """Augmentation of the training pairs. ConfigError: the features are no images."""
+    changes = {name: getattr(cfg, name) for name in ("flip", "shift", "event_dropout", "event_noise")}
+    if not any(changes.values()):
+        return None
+    return Augmentation(store.feature("event").shape, store.feature("target").shape, **changes)

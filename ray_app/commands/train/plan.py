@@ -1,0 +1,85 @@
+"""What a run needs of the cluster and the disk, by arithmetic, before anything is started."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_app.cluster.connection import ClusterInfo, require_resources
+from ray_app.commands.train.context import RunContext
+from ray_app.config.train import TrainConfig
+from ray_app.errors import ConfigError, ResourceError
+from ray_app.runs.run_dir import NUM_CHECKPOINTS_KEPT
+
+WEIGHTS_AND_MOMENTS_BYTES = 16
+"""Bytes of each parameter: weight, gradient and AdamW's two moments in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResourcePlan:
+    """What each worker of a run takes."""
+
+    in_memory: bool
+    """A worker holds its training pairs in memory; otherwise it streams them each epoch."""
+    cpus_per_worker: float
+    """CPUs that a worker claims."""
+
+    @property
+    def threads(self) -> int:
+        """Threads that a worker computes with."""
+        return max(1, int(self.cpus_per_worker))
+
+
+def make_plan(context: RunContext, folder: Path, info: ClusterInfo) -> ResourcePlan:
+    """Plan a run whose files go to `folder`.
+
+    ConfigError: streaming cannot give the wanted batches. ResourceError: the cluster or the disk is too small.
+    """
+    cfg, store = context.cfg, context.store
+    pair_bytes = store.feature("event").num_bytes + store.feature("target").num_bytes
+    shard_bytes = -(-len(context.split.train) // cfg.min_workers) * pair_bytes
+    in_memory = shard_bytes <= cfg.shard_memory_gib * 2**30
+    if not in_memory:
+        _require_streamable(cfg, shard_bytes)
+    data_cpus = 0.0 if in_memory else 1.0
+    share = 1.0 if cfg.use_gpu else info.max_cpus_per_worker(cfg.max_workers, data_cpus)
+    share = max(share, 1.0) if cfg.elastic else share  # Ray's elastic policy counts whole CPUs
+    plan = ResourcePlan(in_memory, cfg.cpus_per_worker or share)
+    require_resources(
+        info,
+        num_workers=cfg.min_workers,
+        cpus_per_worker=plan.cpus_per_worker,
+        use_gpu=cfg.use_gpu,
+        data_cpus=data_cpus,
+        memory_bytes=cfg.min_workers * (context.parameters * WEIGHTS_AND_MOMENTS_BYTES + in_memory * shard_bytes),
+    )
+    _require_disk(context.parameters, folder)
+    return plan
+
+
+def _require_streamable(cfg: TrainConfig, shard_bytes: int) -> None:
+    """ConfigError if workers that stream cannot see the wanted global batches."""
+    larger = f"a --shard-memory-gib of {shard_bytes / 2**30:.3g} or more holds the pairs"
+    if cfg.elastic:
+        raise ConfigError(
+            f"--num-workers {cfg.num_workers} keeps the global batches only where workers hold their pairs, "
+            f"and {cfg.min_workers} would have to hold {shard_bytes / 2**30:.3g} GiB each: {larger}, "
+            "or take a larger MIN"
+        )
+    if cfg.batch_size % cfg.min_workers:
+        low = cfg.batch_size // cfg.min_workers * cfg.min_workers
+        raise ConfigError(
+            f"workers that stream need a --batch-size ({cfg.batch_size}) that is a multiple of --num-workers "
+            f"({cfg.num_workers}); try {low} or {low + cfg.min_workers}, or {larger}"
+        )
+
+
+def _require_disk(parameters: int, folder: Path) -> None:
+    """ResourceError if the checkpoints of a run do not fit on the disk of `folder`."""
+    # Weights: of the newest checkpoints, the best at each, and the one being written. State: two moments at each.
+    needed = parameters * 4 * ((2 * NUM_CHECKPOINTS_KEPT + 1) + 2 * (NUM_CHECKPOINTS_KEPT + 1))
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if (free := shutil.disk_usage(existing).free) < needed:
+        raise ResourceError(
+            f"checkpoints of {parameters:,} parameters need {needed / 2**30:.1f} GiB in {existing}, "
+            f"{free / 2**30:.1f} GiB are free; free some, or choose another --out (of a run at a URI: another TMPDIR)"
+        )

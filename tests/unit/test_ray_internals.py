@@ -1,0 +1,26 @@
+"""The private names of Ray that `ray_internals` uses are those of the pinned version."""
+
+import inspect
+
+import ray
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+
+from ray_app.cluster import ray_internals
+from ray_app.commands.train.elastic import ElasticResizeCallback
+
+
+def test_ray_is_the_version_that_its_private_names_were_read_in() -> None:
+    assert ray.__version__ == ray_internals.RAY_VERSION, "read every name of ray_internals.py again, then change it"
+
+
+def test_the_hooks_of_elastic_training_are_hooks_of_the_controller() -> None:
+    for name in ("after_controller_state_update", "before_controller_execute_failure_decision"):
+        ours, rays = (getattr(kind, name) for kind in (ElasticResizeCallback, ray_internals.ControllerCallback))
+        assert len(inspect.signature(ours).parameters) == len(inspect.signature(rays).parameters)
+
+
+def test_the_cause_of_a_failed_worker_is_unwrapped() -> None:
+    cause = ValueError("ours")
+    assert ray_internals.unwrap_worker_failure(UserExceptionWithTraceback(cause, "Traceback")) is cause
+    assert ray_internals.unwrap_worker_failure(WorkerHealthCheckFailedError("gone", cause)) is cause
+    assert ray_internals.unwrap_worker_failure(cause) is cause
