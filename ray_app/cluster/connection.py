@@ -1,4 +1,4 @@
-"""The Ray cluster of a command: the one it is told of, or one of its own; and whether it is large enough."""
+"""The Ray cluster of a command: a running one, or one of its own; and whether it is large enough."""
 
 import logging
 import math
@@ -21,32 +21,32 @@ from ray_app.cluster.reachability import connection_error
 from ray_app.errors import RayAppError, ResourceError
 
 WAIT_NODES_S = "RAY_APP_WAIT_NODES_S"
-"""Variable of a cluster whose nodes come when they are asked for: how long a command waits for them."""
-BUSY_HINT = "Something else may hold the cluster's CPUs (`ray status` tells); wait for it, or ask for less."
+"""Environment variable: seconds that a command waits for the autoscaler to bring the wanted nodes."""
+BUSY_HINT = "Something else may hold the cluster's CPUs (see `ray status`); wait for it, or ask for less."
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterInfo:
-    """What a cluster has in all."""
+    """Resources of a cluster."""
 
     cpus: float
-    """CPUs."""
+    """Number of CPUs."""
     gpus: float
-    """GPUs."""
+    """Number of GPUs."""
     memory_bytes: float
     """Memory that tasks and workers may claim."""
     node_cpus: tuple[float, ...]
-    """CPUs of each node: a worker lies on one."""
+    """CPUs of each node: a worker is on one node."""
     node_memory_bytes: tuple[float, ...] = ()
     """Memory of each node, in the same order."""
 
     def max_workers(self, cpus_per_worker: float, data_cpus: float = 0.0) -> int:
-        """How many workers of so many CPUs fit, beside `data_cpus` on the largest node."""
+        """Return how many workers of so many CPUs fit, with `data_cpus` kept free on the largest node."""
         *nodes, largest = sorted(self.node_cpus)
         return sum(int(cpus / cpus_per_worker + 1e-9) for cpus in (*nodes, max(largest - data_cpus, 0.0)))
 
     def max_cpus_per_worker(self, num_workers: int, data_cpus: float) -> float:
-        """The most CPUs that each of so many workers can have: whole ones where that is one or more."""
+        """Return the most CPUs that each of so many workers can have: a whole number from 1 on."""
         *nodes, largest = sorted(self.node_cpus)
         shares = [cpus / k for cpus in (*nodes, largest - data_cpus) for k in range(1, num_workers + 1)]
         fitting = [share for share in shares if share > 0 and self.max_workers(share, data_cpus) >= num_workers]
@@ -56,13 +56,11 @@ class ClusterInfo:
 
 @contextmanager
 def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[ClusterInfo]:
-    """The connected cluster, else the one at `address` or RAY_ADDRESS, else a new one on this machine.
+    """Yield the connected cluster, else the one at `address` or RAY_ADDRESS, else a new one on this machine.
 
-    `dashboard`: a new one has it. Ray Train asks it whether a run that was broken off is alive; without an answer
-    the CPUs of its workers stay taken.
-
-    Only a connection that was made here is closed at the end. An error of ours that Ray has wrapped on its
-    way from a worker is raised as itself. ResourceError: no cluster at the address, or one of another version.
+    `dashboard`: a new one has it. Ray Train asks it whether an interrupted run is alive; without an answer the CPUs
+    of its workers stay taken. Only a connection that was made here is closed at the end. An error of ours that Ray
+    wrapped in a worker is raised as itself. ResourceError: no cluster at the address, or one of another version.
     """
     with unwrap_user_errors():
         if ray.is_initialized():
@@ -99,7 +97,7 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
 def _no_cluster(where: str, reason: str) -> str:
     return (
         f"there is no Ray cluster at '{where}' that lets this user in ({reason}); name another with --address, or "
-        "unset RAY_ADDRESS to start one on this machine (`ray-app doctor` tells more)"
+        "unset RAY_ADDRESS to start one on this machine (`ray-app doctor` says more)"
     )
 
 
@@ -112,7 +110,7 @@ def _other_version(where: str, theirs: tuple[str, str], ours: tuple[str, str]) -
 
 @contextmanager
 def unwrap_user_errors() -> Iterator[None]:
-    """An error of ours inside an error of Ray's is raised as itself; a cluster without room is a ResourceError."""
+    """Raise an error of ours inside one of Ray's as itself, and a full cluster as ResourceError."""
     try:
         yield
     except ExecutionTimeoutError as error:
@@ -122,13 +120,13 @@ def unwrap_user_errors() -> Iterator[None]:
             raise ResourceError(f"The training workers could not be started in time. {BUSY_HINT}") from error
         raise
     except (RayError, TrainingFailedError) as error:
-        if (mendable := find_user_error(error)) is not None:
-            raise mendable from error
+        if (ours := find_user_error(error)) is not None:
+            raise ours from error
         raise
 
 
 def find_user_error(error: BaseException) -> RayAppError | None:
-    """The error of ours in a chain of causes, or None."""
+    """Return the error of ours in a chain of causes, or None."""
     queue: list[BaseException | None] = [error]
     seen: set[int] = set()
     while queue:
@@ -144,8 +142,7 @@ def find_user_error(error: BaseException) -> RayAppError | None:
 
 
 def _bare(error: RayAppError) -> RayAppError:
-    """Ray makes a class of its own out of an error's class and RayTaskError, and Ray Data adds its advice to the
-    text; this is the plain one again."""
+    """Undo Ray's wrapping: a class made of the error's class and RayTaskError, and advice of Ray Data in its text."""
     plain = next(cls for cls in type(error).__mro__ if cls.__module__ == RayAppError.__module__)
     cause = getattr(error, "cause", None)
     text = (cause if isinstance(cause, RayAppError) else error).args[0]
@@ -153,10 +150,9 @@ def _bare(error: RayAppError) -> RayAppError:
 
 
 def wait_for_autoscaler(info: ClusterInfo, num_workers: int, cpus_per_worker: float, use_gpu: bool) -> ClusterInfo:
-    """The cluster once its autoscaler has brought room for so many workers, or as it is after RAY_APP_WAIT_NODES_S.
+    """Wait up to RAY_APP_WAIT_NODES_S for room for so many workers; return the cluster as it is then.
 
-    Where that is not set, what is not there is not waited for: most clusters do not grow. The wish for nodes ends
-    with this process, however that ends.
+    Unset, nothing is waited for: most clusters do not grow. The request for nodes ends with this process.
     """
     wait_s = float(os.environ.get(WAIT_NODES_S) or 0)
     if not wait_s or (info.max_workers(cpus_per_worker) >= num_workers and (not use_gpu or info.gpus >= num_workers)):
@@ -185,10 +181,10 @@ def require_resources(
     data_cpus: float,
     memory_bytes: float,
 ) -> None:
-    """ResourceError, in one sentence, where the workers and what feeds them ask for more than there is.
+    """Raise ResourceError if the workers and their data need more than the cluster has.
 
-    Without this they would wait in silence: on 2 CPUs two workers of one CPU each leave none to Ray Data.
-    `data_cpus` is what streaming needs beside the workers; `memory_bytes` what all workers hold.
+    Ray would wait in silence: on 2 CPUs two workers of one CPU each leave none to Ray Data. `data_cpus`: needed to
+    stream the pairs; `memory_bytes`: held by all workers.
     """
     if use_gpu and info.gpus < num_workers:
         raise ResourceError(
@@ -220,7 +216,7 @@ def _info() -> ClusterInfo:
 
 
 def _keep_token_private() -> None:
-    """Ray writes the key to its clusters readable by everyone on the machine."""
+    """Restrict the token file, which Ray writes readable by everyone on the machine."""
     token = Path.home() / ".ray" / "auth_token"
     if token.is_file() and token.stat().st_uid == os.getuid():
         token.chmod(0o600)

@@ -1,4 +1,4 @@
-"""What Ray and MLflow read from the environment when they are imported: set before, and only where unset."""
+"""Environment variables that Ray and MLflow read at import, set before it and only where unset."""
 
 import os
 
@@ -20,12 +20,12 @@ DEFAULTS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-"""Quiet, no telemetry, an early word where data starves, and a tracking server that is away is found out soon. A
-trial of Tune may end without a number, and Ctrl-C is ours. A task that loses its worker or node is done again up to
-ten times: Ray Data has no setting of its own for that."""
+"""No noise, no telemetry, and short timeouts for starving data and an absent tracking server. A trial of Tune may end
+without a metric, and Ctrl-C is handled by this program. A task that loses its worker or node is retried up to ten
+times: Ray Data has no setting of its own for that."""
 
 
 def set_defaults() -> None:
-    """For this process and those it starts. What the user has set stays."""
+    """Set the defaults for this process and its children. What the user has set stays."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)

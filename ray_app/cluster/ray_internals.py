@@ -28,7 +28,7 @@ COUNT_KEPT_S = float(ElasticScalingPolicy.GET_RESERVED_RESOURCES_INTERVAL_S)
 
 
 def is_resizing(state: Any) -> bool:
-    """True if a controller state means that workers that train are about to be replaced."""
+    """Return True if a controller state means that workers that train are about to be replaced."""
     return isinstance(state, ResizingState)
 
 
@@ -40,11 +40,11 @@ def recount_cluster() -> None:
 
 
 def is_startup_timeout(error: ControllerError) -> bool:
-    """True if the workers of a training could not be started in time."""
+    """Return True if the workers of a training could not be started in time."""
     return isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
 
 
 def unwrap_worker_failure(failure: Exception) -> Exception:
-    """The exception of a worker's code, or of its missing health check, without Ray Train's wrapper."""
+    """Return the exception of a worker's code, or of its health check, without Ray Train's wrapper."""
     cause: Any = getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", failure)
     return cause

@@ -1,4 +1,4 @@
-"""What all settings share: strict frozen models, common kinds of values, flags of several commands."""
+"""Strict frozen models, common kinds of values, and flags that several commands share."""
 
 import os
 import re
@@ -38,7 +38,7 @@ StorePlace = Annotated[str, BeforeValidator(os.fspath)]
 
 
 def _workers(value: Any) -> str:
-    """A number, or MIN:MAX; ConfigError otherwise."""
+    """Accept a number, or MIN:MAX; ConfigError otherwise."""
     found = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", str(value))
     if not found or int(found[1]) > int(found[2] or found[1]):
         raise ConfigError(
@@ -52,13 +52,13 @@ Workers = Annotated[str, BeforeValidator(_workers)]
 
 
 class Config(BaseModel):
-    """Frozen, and strict about names."""
+    """Frozen settings; unknown names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @model_validator(mode="after")
     def _no_uri_for_a_path(self) -> Self:
-        """ConfigError: a URI where only a disk will do, which would become a folder of that name."""
+        """Refuse a URI for a path on a disk, which would become a folder of that name."""
         for name in type(self).model_fields:
             value = getattr(self, name)
             for each in value if isinstance(value, tuple) else (value,):
@@ -71,7 +71,7 @@ class Config(BaseModel):
 
 
 class SplitConfig(Config):
-    """How pairs are divided. Computed from the store's index, never stored in it."""
+    """Division of a store's pairs, computed from its index and never stored in it."""
 
     by: Literal["sequence", "window"] = "sequence"
     """`sequence` never cuts a drive; `window` is the reference's random split, which leaks, and says so."""
@@ -84,7 +84,7 @@ class SplitConfig(Config):
 
 
 class SplitFlags(Config):
-    """The split as flat flags, the same on every command that makes one."""
+    """Flags of the split, the same on every command that makes one."""
 
     split: Literal["sequence", "window"] = "sequence"
     """Divide by whole drives, or by single windows at random as the reference did (leaks)."""
@@ -95,7 +95,7 @@ class SplitFlags(Config):
     val_share: Share = 0.1
     """Share of the training part taken out of it for validation."""
     durations: tuple[str, ...] = ()
-    """Window lengths to use, such as 1s; none named: all that the store has."""
+    """Window lengths to use, such as 1s; default: all that the store has."""
 
     @property
     def split_config(self) -> SplitConfig:
@@ -103,14 +103,14 @@ class SplitFlags(Config):
 
 
 class ClusterFlags(Config):
-    """Where a command runs."""
+    """Flag of the cluster."""
 
     address: str | None = None
     """Ray cluster to join (`auto`, host:port); default: RAY_ADDRESS, else one of its own on this machine."""
 
 
 class TrackingFlags(Config):
-    """Where runs and models are recorded."""
+    """Flags of the tracking server."""
 
     tracking_uri: str | None = None
     """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
@@ -121,7 +121,7 @@ class TrackingFlags(Config):
 
 
 def require_one(asked: Mapping[str, Any], example: str) -> None:
-    """ConfigError unless exactly one of these is given; `example` is a command that is right."""
+    """Raise ConfigError unless exactly one of these is given; `example` is a correct command."""
     given = [name for name, value in asked.items() if value]
     if len(given) != 1:
         *names, last = asked
@@ -132,5 +132,5 @@ def require_one(asked: Mapping[str, Any], example: str) -> None:
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """A config as JSON values, for MLflow parameters and provenance."""
+    """Return settings as JSON values, for MLflow parameters and provenance."""
     return config.model_dump(mode="json")

@@ -17,8 +17,8 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     out: StorePlace
     """Folder of the run, or a URI such as s3://bucket/run; must be new or empty."""
     resume: StorePlace | None = None
-    """Go on with the run in this folder, or at this URI. It gives --store, --out and all other settings; of these,
-    only where and how it runs may be given anew, such as --num-workers."""
+    """Resume the run in this folder, or at this URI. It gives --store, --out and all other settings; of these, only
+    where and how it runs may be changed, such as --num-workers."""
     strategy: Strategy = "lightweight"
     """Adapter. The reference's: lightweight (its diagram), lightweight_reference (its code). For images: conv.
     Between principal subspaces: lowrank. Plain: linear, bottleneck. Solved: ridge.
@@ -62,9 +62,9 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     accept_weight: float = Field(default=0.0, ge=0.0)
     """Weight of the soft rejection, sigmoid((θ − cosine) / temperature)."""
     accept_thetas: tuple[Annotated[float, Field(ge=-1.0, le=1.0)], ...] = (0.8,)
-    """Each θ of it; their losses are averaged."""
+    """Each θ of the soft rejection; their losses are averaged."""
     accept_temperature: float = Field(default=0.05, gt=0.0)
-    """Temperature of it."""
+    """Temperature of the soft rejection."""
     centred_weight: float = Field(default=0.0, ge=0.0)
     """Weight of 1 − centred cosine: the mean training target taken off both sides."""
     next_position_weight: float = Field(default=0.0, ge=0.0)
@@ -74,11 +74,11 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     shift: float = Field(default=0.0, ge=0.0, lt=0.5)
     """Augmentation: both images are moved by up to this share of their sides."""
     event_dropout: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Augmentation: up to this share of an image's event pixels is wiped out."""
+    """Augmentation: up to this share of an image's event pixels is removed."""
     event_noise: float = Field(default=0.0, ge=0.0, le=1.0)
     """Augmentation: up to this share of an image's pixels becomes red or blue."""
     schedule: Literal["plateau", "cosine"] = "plateau"
-    """Learning rate: halved where validation stands still, or a half cosine over --num-epochs, epoch by epoch."""
+    """Learning rate: halved when validation stops improving, or a half cosine over --num-epochs, epoch by epoch."""
     train_on_val: bool = False
     """The validation part trains too, for a last run of settings that are chosen already. Nothing stops early then,
     the learning rate follows the training loss, and the last epoch's checkpoint is the result."""
@@ -93,8 +93,8 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Seed of weights, order and dropout."""
     num_workers: Workers = "1"
     """Data-parallel workers: a number, or MIN:MAX such as 1:8. Then as many train as the cluster has room for: fewer
-    go on when nodes go, more when nodes come, with the same global batches; a node that goes costs the steps since
-    the last save (see --checkpoint-every)."""
+    train when nodes go, more when nodes come, with the same global batches; a lost node costs the steps since the
+    last save (see --checkpoint-every)."""
     elastic_check_interval_s: float = Field(default=60.0, gt=0.0)
     """With MIN:MAX: seconds between two checks for room for more workers; each change restarts all workers."""
     use_gpu: bool = False
@@ -135,24 +135,24 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
 
     @property
     def folder(self) -> Path:
-        """Of the run, where `out` is on a disk."""
+        """Folder of the run, if `out` is on a disk."""
         return Path(self.out)
 
     def at(self, folder: Path) -> Self:
-        """The same with the run in this folder: of a run at a URI, the copy of a process."""
+        """Return the settings with the run in this folder: the copy that a process has of a run at a URI."""
         return self.model_copy(update={"out": str(folder)})
 
     @property
     def min_workers(self) -> int:
-        """The fewest workers that train."""
+        """Smallest number of workers."""
         return int(self.num_workers.partition(":")[0])
 
     @property
     def max_workers(self) -> int:
-        """The most workers that train."""
+        """Largest number of workers."""
         return int(self.num_workers.rpartition(":")[2])
 
     @property
     def elastic(self) -> bool:
-        """The number of workers follows the cluster."""
+        """True if the number of workers follows the cluster."""
         return ":" in self.num_workers

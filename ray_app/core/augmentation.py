@@ -1,4 +1,4 @@
-"""Changes to training pairs that keep them true: both sides move together, and events come and go.
+"""Augmentation of training pairs: both sides move together, and events are removed or added.
 
 All randomness is that of the step (`BatchNoise`), so that every division of a batch sees the same pairs.
 
@@ -14,12 +14,12 @@ from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.errors import ConfigError
 
 LAYER = 1000
-"""First of the draws of this file; those of adapters are below."""
+"""Number of this file's first draw; adapters use smaller numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """What may happen to a pair; with everything at its default, nothing does."""
+    """Random changes of a pair; with the defaults there are none."""
 
     event_shape: tuple[int, ...]
     """Channels, height, width of the event image."""
@@ -46,13 +46,8 @@ class Augmentation:
                 f"--event-noise draws red and blue, but event images have {self.event_shape[0]} channels"
             )
 
-    @property
-    def idle(self) -> bool:
-        """Nothing would change."""
-        return not (self.flip or self.shift or self.event_dropout or self.event_noise)
-
     def __call__(self, event_BE: Tensor, target_BD: Tensor, noise: BatchNoise) -> tuple[Tensor, Tensor]:
-        """The pairs, some of them changed; the given ones are left as they are."""
+        """Return the pairs, some of them changed; the given tensors are left as they are."""
         device = event_BE.device
         event, target = (
             event_BE.view(len(event_BE), *self.event_shape),
@@ -68,7 +63,7 @@ class Augmentation:
         return event.reshape(event_BE.shape), target.reshape(target_BD.shape)
 
     def changed_events(self, event: Tensor, noise: BatchNoise) -> Tensor:
-        """Event pixels that go to white, and pixels that go to red or blue; how many differs from image to image."""
+        """Set some event pixels to white and some pixels to red or blue; how many differs between images."""
         height, width = event.shape[2:]
         how_much_B2 = noise.uniform(LAYER + 2, 2, event.device)
         if self.event_dropout:
@@ -85,7 +80,7 @@ class Augmentation:
 
 
 def shifted(image: Tensor, by_B2: Tensor) -> Tensor:
-    """Images moved by a share (rows, columns) of their sides, to whole pixels; edges are repeated."""
+    """Move images by a share (rows, columns) of their sides, to whole pixels; edges are repeated."""
     rows, columns = image.shape[2:]
     row_BH = (torch.arange(rows, device=image.device) - (by_B2[:, :1] * rows).round().long()).clamp(0, rows - 1)
     column_BW = (torch.arange(columns, device=image.device) - (by_B2[:, 1:] * columns).round().long()).clamp(

@@ -1,6 +1,6 @@
 """Losses per pair, so that any division of a batch adds up to the same mean.
 
-Shapes: B = pairs at hand (may be 0), D = feature width. Losses are float32, under autocast too.
+Shapes: B = pairs of this worker (may be 0), D = feature width. Losses are float32, under autocast too.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ INITIAL_TEMPERATURE = 0.07
 
 @dataclass(frozen=True, slots=True)
 class LossWeights:
-    """How the losses of a pair are added."""
+    """Weights of the losses of a pair."""
 
     mse: float = 1.0
     """Weight of the mean squared error."""
@@ -36,9 +36,9 @@ class LossWeights:
     accept: float = 0.0
     """Weight of the soft rejection at θ: sigmoid((θ − cosine) / temperature)."""
     accept_thetas: tuple[float, ...] = (THETA,)
-    """Each θ of it; their losses are averaged."""
+    """Each θ of the soft rejection; their losses are averaged."""
     accept_temperature: float = 0.05
-    """Cosines this far from θ on either side are still told apart."""
+    """Width of the transition: cosines this far from θ on either side still differ in loss."""
     centred: float = 0.0
     """Weight of 1 − centred cosine: the mean training target taken off both sides."""
     next_position: float = 0.0
@@ -56,15 +56,15 @@ def cosine_per_pair(aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
 
 
 def rejection_per_pair(cos_B: Tensor, thetas: tuple[float, ...], temperature: float) -> Tensor:
-    """How surely a pair is not accepted, between 0 and 1, mean over the thetas, shape (B,)."""
+    """Soft rejection of each pair, between 0 and 1, mean over the thetas, shape (B,)."""
     return torch.stack([torch.sigmoid((theta - cos_B) / temperature) for theta in thetas]).mean(dim=0)
 
 
 def contrastive_per_pair(cos_BB: Tensor, log_temperature: Tensor) -> Tensor:
     """Symmetric InfoNCE in the manner of CEIA, shape (B,) (InfoNCE: arXiv 1807.03748).
 
-    `cos_BB`: row = aligned feature, column = target. A pair's negatives are the other pairs at hand: on W workers,
-    those of the same worker.
+    `cos_BB`: row = aligned feature, column = target. A pair's negatives are the other pairs of the same
+    worker.
     """
     logits_BB = cos_BB / log_temperature.exp()
     own_B = logits_BB.diagonal()

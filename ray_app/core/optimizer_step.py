@@ -1,6 +1,6 @@
 """One optimizer step, the same for one worker and for many.
 
-Shapes: B = pairs at hand, G = pairs of the global batch, D = feature width.
+Shapes: B = pairs of this worker, G = pairs of the global batch, D = feature width.
 """
 
 import math
@@ -19,7 +19,7 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Sums over the pairs at hand, to be added over workers; the gradient's norm is everyone's already."""
+    """Sums over this worker's pairs, to be added over workers; the gradient's norm is global already."""
 
     pairs: int
     """B."""
@@ -32,14 +32,14 @@ class StepResult:
 
 
 def decode(stored: Tensor, scale: float, device: torch.device) -> Tensor:
-    """Stored features as float32 on `device`; the copy is made of the stored type, a quarter of the bytes."""
+    """Decode stored features to float32 on `device`; the stored type is copied, a quarter of the bytes."""
     wide = stored.to(device, non_blocking=True).to(torch.float32)
     return wide.mul(scale) if wide is stored else wide.mul_(scale)
 
 
 def make_optimizer(objective: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
     """AdamW (arXiv 1711.05101), fused: one pass over weights, gradients and both moments."""
-    # A group, for an adapter that is solved has nothing to train: torch takes an empty group, but no empty list.
+    # One group, since a solved adapter has nothing to train: torch takes an empty group, but no empty list.
     return AdamW([{"params": list(objective.parameters())}], lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
@@ -51,17 +51,17 @@ class CosineByEpoch:
         self.last_epoch = 0
 
     def step(self, _: float) -> None:
-        """An epoch is over; its loss does not matter here."""
+        """End an epoch; its loss has no influence."""
         self.last_epoch += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * (1 + math.cos(math.pi * self.last_epoch / self.num_epochs)) / 2
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
+        """Return the state for `load_state_dict`."""
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on after so many epochs."""
+        """Resume after the epochs of a state."""
         self.last_epoch = state["last_epoch"]
 
 

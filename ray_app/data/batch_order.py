@@ -1,4 +1,4 @@
-"""The order of training: which pair is in which batch of which epoch, and on which worker.
+"""Order of training: which pair is in which batch of which epoch, and on which worker.
 
 The training pairs are shuffled once and dealt into lanes, one for each place of a global batch. In an epoch
 each lane is permuted by a pure function of (seed, epoch, lane), and batch s takes the s-th pair of every lane
@@ -25,16 +25,16 @@ class BatchSlice:
     """One worker's part of one global batch."""
 
     positions: Positions
-    """Which training pairs, as positions in 0 … N − 1; may be empty in the last batch."""
+    """Training pairs, as positions in 0 … N − 1; may be empty in the last batch."""
     first_row: int
-    """Place of the first of them in the global batch."""
+    """Row of the first of them in the global batch."""
     global_rows: int
-    """Pairs of the global batch."""
+    """Number of pairs of the global batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardedBatchOrder:
-    """The order of one run."""
+    """Order of the batches of one run."""
 
     num_pairs: int
     """N."""
@@ -45,27 +45,27 @@ class ShardedBatchOrder:
 
     @property
     def steps(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
         return -(-self.num_pairs // self.num_lanes)
 
     def lanes(self) -> list[Positions]:
-        """The pairs of each lane, in the order they were dealt."""
+        """Return the pairs of each lane, in the order they were dealt."""
         dealt = np.random.default_rng(derive_seed(self.seed)).permutation(self.num_pairs)
         return [dealt[lane :: self.num_lanes] for lane in range(self.num_lanes)]
 
     def held(self, rank: int, world: int) -> Positions:
-        """Every pair that a worker needs, sorted."""
-        mine = self._of_worker(rank, world)
-        return np.sort(np.concatenate(self.lanes()[mine.start : mine.stop]))
+        """Return every pair that a worker needs, sorted."""
+        own = self._of_worker(rank, world)
+        return np.sort(np.concatenate(self.lanes()[own.start : own.stop]))
 
     def epoch(self, epoch: int, rank: int, world: int) -> Iterator[BatchSlice]:
-        """A worker's batches of one epoch."""
-        mine, lanes = self._of_worker(rank, world), self.lanes()
-        order = [np.random.default_rng(derive_seed(self.seed, epoch, lane)).permutation(lanes[lane]) for lane in mine]
+        """Yield a worker's batches of one epoch."""
+        own, lanes = self._of_worker(rank, world), self.lanes()
+        order = [np.random.default_rng(derive_seed(self.seed, epoch, lane)).permutation(lanes[lane]) for lane in own]
         for step in range(self.steps):
             global_rows = min(self.num_lanes, self.num_pairs - step * self.num_lanes)
             positions = [lane[step] for lane in order if step < len(lane)]
-            first_row = min(mine.start, global_rows)
+            first_row = min(own.start, global_rows)
             yield BatchSlice(np.array(positions, np.int64), first_row, global_rows)
 
     def _of_worker(self, rank: int, world: int) -> range:

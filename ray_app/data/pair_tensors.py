@@ -1,4 +1,4 @@
-"""Pairs in memory, as stored. No Ray: what is held may be a worker's own copy, or a view of what a node shares.
+"""Pairs as in-memory tensors: a private copy, or a zero-copy view of Ray's object store.
 
 Shapes: B = pairs held, E, D = widths of the event and the target feature.
 """
@@ -15,21 +15,21 @@ class PairTensors:
     """Some pairs in memory, as stored, sorted by position."""
 
     positions: NDArray[np.int64]
-    """Position of each pair in what was asked for."""
+    """Position of each pair in its part."""
     event_BE: torch.Tensor
     """Event features as stored."""
     target_BD: torch.Tensor
     """Target features as stored."""
 
     def take(self, positions: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(events, targets) of these positions."""
-        at = torch.from_numpy(np.searchsorted(self.positions, positions))
-        return self.event_BE[at], self.target_BD[at]
+        """Return (events, targets) of these positions."""
+        rows = torch.from_numpy(np.searchsorted(self.positions, positions))
+        return self.event_BE[rows], self.target_BD[rows]
 
     def on(self, device: torch.device) -> "PairTensors":
-        """The same pairs where a worker computes: on a GPU, unless they would take over a quarter of what is free.
+        """Move the pairs to a GPU, unless they would take over a quarter of its free memory.
 
-        Weights, optimizer and activations come after them, and so do the pairs of the other part.
+        Weights, optimizer, activations and the pairs of the other part need memory after them.
         """
         num_bytes = self.event_BE.nbytes + self.target_BD.nbytes
         if device.type != "cuda" or num_bytes > torch.cuda.mem_get_info(device)[0] // 4:

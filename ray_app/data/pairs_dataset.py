@@ -24,11 +24,11 @@ SHUFFLE_ROWS = 512
 
 
 def pairs_dataset(store: PairStore, rows: Rows, *, read_cpus: float = 1.0) -> Dataset:
-    """Columns `position` (int64, in the store's canonical order), `event`, `target` of these rows.
+    """Read columns `position` (int64, in the store's canonical order), `event`, `target` of these rows.
 
-    One block for each Parquet file that holds one of them; its SHA-256 and page checksums are verified as it
-    is read, and StoreError names a damaged file. `read_cpus`: what reading one claims; 0 where what a lost node held
-    must be read again while workers have all CPUs.
+    One block for each Parquet file that holds one of them; its SHA-256 and page checksums are verified as it is read,
+    and StoreError names a damaged file. `read_cpus`: CPUs that reading a file claims; 0 if a lost node's pairs must
+    be read again while workers have all CPUs.
     """
     rows = np.asarray(rows, np.int64)
     files = store.index.file[rows]
@@ -37,10 +37,10 @@ def pairs_dataset(store: PairStore, rows: Rows, *, read_cpus: float = 1.0) -> Da
         for file in np.unique(files)
         for of_file in (rows[files == file],)
     ]
-    held = ray.put(store)
+    shared_store = ray.put(store)
 
     def read(item: dict[str, NDArray[Any]]) -> pa.Table:
-        opened: PairStore = ray.get(held)
+        opened: PairStore = ray.get(shared_store)
         table = opened.table(int(item["file"][0])).select(["event", "target"])
         table = table.take(pa.array(np.asarray(item["row"][0], np.int64)))
         return table.add_column(0, "position", pa.array(np.asarray(item["position"][0], np.int64)))
@@ -50,7 +50,7 @@ def pairs_dataset(store: PairStore, rows: Rows, *, read_cpus: float = 1.0) -> Da
 
 
 def ordered_pairs(store: PairStore, rows: Rows, *, read_cpus: float = 1.0) -> Dataset:
-    """`pairs_dataset` in the order of the store's files; errors of the store are raised as themselves."""
+    """Read pairs in the order of the store's files; errors of the store are raised as themselves."""
     dataset = pairs_dataset(store, rows, read_cpus=read_cpus)
     dataset.context.execution_options.preserve_order = True
     dataset.context.raise_original_map_exception = True
@@ -58,7 +58,7 @@ def ordered_pairs(store: PairStore, rows: Rows, *, read_cpus: float = 1.0) -> Da
 
 
 def to_arrays(batch: pa.Table, store: PairStore) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:
-    """(positions (B,), events (B, E), targets (B, D)) as stored; views of the batch, not to be written to."""
+    """Return (positions (B,), events (B, E), targets (B, D)) as stored: read-only views of the batch."""
     return (
         batch["position"].to_numpy(),
         feature_matrix(batch["event"], store.feature("event")),
@@ -69,28 +69,28 @@ def to_arrays(batch: pa.Table, store: PairStore) -> tuple[NDArray[np.int64], NDA
 def load_pair_tensors(
     blocks: DataIterator | Dataset, store: PairStore, rows: Rows, wanted: NDArray[np.int64]
 ) -> PairTensors:
-    """Copies the pairs rows[wanted] out of a data set of `rows`; `wanted` is sorted."""
+    """Copy the pairs rows[wanted] out of a data set of `rows`; `wanted` is sorted."""
     event, target = store.feature("event"), store.feature("target")
-    held = PairTensors(
+    pairs = PairTensors(
         positions=wanted,
         event_BE=torch.empty(len(wanted), event.width, dtype=getattr(torch, event.read_as)),
         target_BD=torch.empty(len(wanted), target.width, dtype=getattr(torch, target.read_as)),
     )
-    found = 0
+    arrived = 0
     for batch in blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):  # type: ignore[arg-type]  # None: whole blocks
         position_B, event_BE, target_BD = to_arrays(batch, store)
-        _, mine, into = np.intersect1d(position_B, rows[wanted], assume_unique=True, return_indices=True)
-        held.event_BE.numpy()[into] = event_BE[mine]
-        held.target_BD.numpy()[into] = target_BD[mine]
-        found += len(mine)
-    assert found == len(wanted), f"{found} of {len(wanted)} pairs arrived"
-    return held
+        _, rows_B, into = np.intersect1d(position_B, rows[wanted], assume_unique=True, return_indices=True)
+        pairs.event_BE.numpy()[into] = event_BE[rows_B]
+        pairs.target_BD.numpy()[into] = target_BD[rows_B]
+        arrived += len(rows_B)
+    assert arrived == len(wanted), f"{arrived} of {len(wanted)} pairs arrived"
+    return pairs
 
 
 def iter_batches(
     blocks: DataIterator, store: PairStore, seed: int, epoch: int, rank: int, world: int, batch_size: int
 ) -> Iterator[tuple[BatchSlice, torch.Tensor, torch.Tensor]]:
-    """A worker's batches of one epoch, read anew and shuffled within a buffer, as (place, events, targets)."""
+    """Yield a worker's batches of one epoch, read again and shuffled within a buffer."""
     local = batch_size // world
     batches = blocks.iter_batches(
         batch_size=local,
@@ -101,5 +101,5 @@ def iter_batches(
     )
     for batch in batches:
         position_B, event_BE, target_BD = to_arrays(batch, store)
-        place = BatchSlice(position_B, rank * len(position_B), world * len(position_B))
-        yield place, torch.tensor(event_BE), torch.tensor(target_BD)
+        batch_slice = BatchSlice(position_B, rank * len(position_B), world * len(position_B))
+        yield batch_slice, torch.tensor(event_BE), torch.tensor(target_BD)

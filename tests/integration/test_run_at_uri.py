@@ -419,7 +419,7 @@ def test_a_run_whose_processes_died_is_gone_on_with_from_the_uri_alone_and_ends_
     cfg = TrainConfig(store=str(small_store), out=uri, tracking_uri=database, max_failures=0, **TINY)
     killed = killer(f"runs/one/checkpoints/epoch_0002/{CHECKSUMS_FILE}")
     with pytest.raises(
-        TrainingError, match=r"processes died .* go on with: ray-app train --resume 's3://bucket/runs"
+        TrainingError, match=r"processes died .* resume with: ray-app train --resume 's3://bucket/runs"
     ):
         run_train(cfg)
     assert killed

@@ -126,7 +126,7 @@ def require_pairs(store: PairStore, split: Split, parts: Iterable[str]) -> None:
 
 
 def persisted_config(cfg: TrainConfig) -> dict[str, Any]:
-    """Settings of a run as it records them; the tracking URI in full, or not at all if it holds a password."""
+    """Return the settings that a run records; a tracking URI with a password is left out."""
     uri = tracking_uri(cfg)
     return {**flat(cfg), "tracking_uri": uri if uri == redact_password(uri) else None}
 
@@ -153,7 +153,7 @@ def _check_resume_compatible(cfg: TrainConfig, store: PairStore, metadata: Mappi
 
 
 def _init_requirement(cfg: TrainConfig) -> InitRequirement:
-    """Statistics that a run needs. ConfigError: --init pca for a strategy that has no layers for it."""
+    """Decide which statistics a run needs. ConfigError: --init pca for a strategy that has no layers for it."""
     strategy = STRATEGIES[cfg.strategy]
     if cfg.init == "pca" and strategy.REQUIRES != "subspaces":
         if strategy.PCA_REQUIRES == "nothing":
@@ -167,7 +167,7 @@ def _init_requirement(cfg: TrainConfig) -> InitRequirement:
 
 
 def _adapter_config(cfg: TrainConfig, store: PairStore, num_train_pairs: int) -> AdapterConfig:
-    """The adapter that fits a store. ConfigError: the adapter or a loss does not work on such features."""
+    """Choose the adapter that fits a store. ConfigError: the adapter or a loss does not work on such features."""
     event, target = store.feature("event"), store.feature("target")
     sequences = target.token_width is not None
     if cfg.next_position_weight and not sequences:
@@ -200,7 +200,7 @@ def _adapter_config(cfg: TrainConfig, store: PairStore, num_train_pairs: int) ->
 
 
 def _augmentation(cfg: TrainConfig, store: PairStore) -> Augmentation | None:
-    """Augmentation of the training pairs. ConfigError: the features are no images."""
+    """Build the augmentation of the training pairs. ConfigError: the features are no images."""
     changes = {name: getattr(cfg, name) for name in ("flip", "shift", "event_dropout", "event_noise")}
     if not any(changes.values()):
         return None

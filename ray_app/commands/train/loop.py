@@ -106,7 +106,7 @@ def train_epochs(
 
 
 def is_finished(state: TrainState, cfg: TrainConfig) -> bool:
-    """True after the last epoch, or if the last few were no better than an earlier one."""
+    """Return True after the last epoch, or if the last few were no better than an earlier one."""
     return state.epoch >= cfg.num_epochs or state.waited >= cfg.early_stop_patience
 
 
@@ -144,12 +144,12 @@ class WorkerContext:
         return self.context.store
 
     def decode_pair(self, event_BE: torch.Tensor, target_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stored features as float32 on the device."""
+        """Decode stored features to float32 on the device."""
         event, target = self.store.feature("event"), self.store.feature("target")
         return decode(event_BE, event.scale, self.device), decode(target_BD, target.scale, self.device)
 
     def all_reduce_sum(self, numbers: list[float]) -> list[float]:
-        """Sums of numbers over all workers."""
+        """Add numbers over all workers."""
         if self.world == 1:
             return numbers
         total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -158,7 +158,7 @@ class WorkerContext:
 
 
 def parallel(objective: AlignmentObjective, worker: WorkerContext) -> torch.nn.Module:
-    """The objective; with several workers its gradients are averaged over them."""
+    """Wrap the objective: gradients are averaged over the workers if there are several."""
     objective.train()
     if worker.world == 1 or not any(parameter.requires_grad for parameter in objective.parameters()):
         return objective
@@ -172,7 +172,7 @@ def parallel(objective: AlignmentObjective, worker: WorkerContext) -> torch.nn.M
 
 
 def bf16_all_reduce(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Gradients averaged in bf16: half the bytes. torch's own hook wants NCCL; gloo adds bf16 as well."""
+    """Average gradients in bf16: half the bytes. torch's own hook needs NCCL; gloo adds bf16 as well."""
     gradient = bucket.buffer()
     narrow = (gradient / dist.get_world_size()).to(torch.bfloat16)
     return dist.all_reduce(narrow, async_op=True).get_future().then(lambda done: gradient.copy_(done.value()[0]))
@@ -181,7 +181,7 @@ def bf16_all_reduce(_: None, bucket: dist.GradBucket) -> torch.futures.Future[to
 def batches_in_memory(
     pairs: PairTensors, order: ShardedBatchOrder, state: TrainState, worker: WorkerContext
 ) -> Batches:
-    """Batches that are left of an epoch, from pairs in memory."""
+    """Yield the batches that are left of an epoch, from pairs in memory."""
     for batch in islice(order.epoch(state.epoch, worker.rank, worker.world), state.sums.batches, None):
         yield batch, *pairs.take(batch.positions)
 
@@ -259,7 +259,7 @@ def validate(
     where: str,
     baselines: BaselineContext | None = None,
 ) -> dict[str, Any]:
-    """Loss and alignment metrics over the whole validation part; every pair counts once on some worker.
+    """Return loss and alignment metrics over the whole validation part; every pair counts once on some worker.
 
     With `baselines` also their cosine_accept_rate at θ, and `lift` over the best of them. TrainingError, on every
     worker alike: the loss is not finite; `where` names the step in that message.
@@ -286,7 +286,7 @@ def validate(
 
 
 def reduce_counts(worker: WorkerContext, cosines: list[torch.Tensor]) -> AlignmentCounts:
-    """Counts of cosines over all workers."""
+    """Count cosines over all workers."""
     counts = AlignmentCounts.of(torch.cat(cosines))
     if worker.world > 1:
         sums, maxima = (vector.to(worker.device) for vector in counts.pack())

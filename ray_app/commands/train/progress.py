@@ -1,4 +1,4 @@
-"""Progress of a training run, read from its event log: a bar on a terminal, a line for each epoch elsewhere."""
+"""Progress of a training run, from its event log: a bar on a terminal, a line for each epoch elsewhere."""
 
 import threading
 from pathlib import Path
@@ -46,7 +46,7 @@ class TrainingProgress:
         for lines in tail(self._run, self._stop):
             for line in lines:
                 if line["kind"] == "step":
-                    self._tell_workers(line)
+                    self._print_workers(line)
                     self._bar.update(
                         self._task,
                         completed=line["global_step"],
@@ -56,12 +56,12 @@ class TrainingProgress:
                         speed=line["pairs"] / max(line["seconds"], 1e-9),
                     )
                 elif line["kind"] == "validation":
-                    told = f"after step {line['global_step']}: {validated(line['val'])}"
-                    self._console.print(told, highlight=False, soft_wrap=True)
+                    message = f"after step {line['global_step']}: {validation_line(line['val'])}"
+                    self._console.print(message, highlight=False, soft_wrap=True)
                 elif line["kind"] == "epoch":
                     self._console.print(epoch_line(line), highlight=False, soft_wrap=True)
 
-    def _tell_workers(self, line: dict[str, Any]) -> None:
+    def _print_workers(self, line: dict[str, Any]) -> None:
         if (workers := line.get("workers", self._workers)) != self._workers:
             self._workers = workers
             noun = "worker" if workers == 1 else "workers"
@@ -69,17 +69,17 @@ class TrainingProgress:
 
 
 def epoch_line(line: dict[str, Any]) -> str:
-    """One epoch in words."""
+    """Format one epoch as a line."""
     train = line["train"]
-    told = f"{validated(line['val'])}  " if line["val"] else ""
+    val = f"{validation_line(line['val'])}  " if line["val"] else ""
     return (
         f"epoch {line['epoch']:>3}  train loss {train['loss']:.4f} cos_sim {train['cos_sim']:.4f}  "
-        f"{told}{train['pairs'] / max(train['seconds'], 1e-9):.1f} pairs/s"
+        f"{val}{train['pairs'] / max(train['seconds'], 1e-9):.1f} pairs/s"
     )
 
 
-def validated(val: dict[str, Any]) -> str:
-    """What a validation gave, in words."""
+def validation_line(val: dict[str, Any]) -> str:
+    """Format the metrics of a validation."""
     return (
         f"val loss {val['loss']:.4f} cos_sim {val['cos_sim_mean']:.4f} "
         f"accepted at 0.80 {val['cosine_accept_rate']['0.80']:.1%}"

@@ -91,7 +91,7 @@ class SharedDataset:
 
 
 def part_bytes(store: PairStore, rows: NDArray[np.int64]) -> int:
-    """Bytes of some pairs as stored."""
+    """Return the bytes of some pairs as stored."""
     return len(rows) * (store.feature("event").num_bytes + store.feature("target").num_bytes)
 
 
@@ -130,7 +130,7 @@ def share_dataset(store: PairStore, split: Split, free_bytes: float) -> SharedDa
 def baselines_of(
     store: PairStore, split: Split, event_NE: NDArray[Any], target_ND: NDArray[Any], mean_target_D: torch.Tensor
 ) -> Baselines:
-    """The baselines of the validation part."""
+    """Compute the baselines of the validation part."""
     width = store.feature("target").token_width
     scales, cpu = [store.feature(side).scale for side in ("event", "target")], torch.device("cpu")
     fixed: dict[str, AlignmentCounts] = {}
@@ -145,7 +145,7 @@ def baselines_of(
 
 
 def shared_worker_data(data: SharedDataset, worker: WorkerContext) -> WorkerData:
-    """A worker's pairs as views of shared memory; training pairs that are not there are streamed."""
+    """View a worker's pairs in shared memory; training pairs that are not there are streamed."""
     cfg, store, split = worker.cfg, data.store, data.split
     train, val = shared_pairs(data.train) if data.train else None, shared_pairs(data.val)
     rows = np.arange(worker.rank, len(split.val), worker.world)
@@ -167,12 +167,12 @@ def shared_worker_data(data: SharedDataset, worker: WorkerContext) -> WorkerData
 
 
 def init_key(context: RunContext) -> InitKey:
-    """What settings that share initial statistics have in common, whatever their rank."""
+    """Return what settings that share initial statistics have in common, whatever their rank."""
     return str(context.init_from or ""), context.requires
 
 
 def shared_init(data: SharedDataset, context: RunContext) -> InitStats | None:
-    """Initial statistics of a trial as views of shared memory; None if it needs none.
+    """View the initial statistics of a trial in shared memory; None if it needs none.
 
     ConfigError: the pairs do not give statistics of this rank.
     """
@@ -190,7 +190,7 @@ def shared_init(data: SharedDataset, context: RunContext) -> InitStats | None:
 
 
 def shared_pairs(sides: tuple[Side, Side]) -> PairTensors:
-    """All pairs of a part, without a copy."""
+    """View all pairs of a part, without a copy."""
     event_NE, target_ND = ray.get(list(sides))
     return PairTensors(np.arange(len(event_NE)), as_readonly_tensor(event_NE), as_readonly_tensor(target_ND))
 

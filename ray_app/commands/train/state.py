@@ -140,7 +140,7 @@ class TrainState:
 
 
 def make_objective(context: RunContext, adapter: Adapter, init: InitStats) -> AlignmentObjective:
-    """The adapter with the losses and the augmentation of a run."""
+    """Join the adapter with the losses and the augmentation of a run."""
     cfg = context.cfg
     weights = LossWeights(
         mse=cfg.mse_weight,
@@ -160,7 +160,7 @@ def make_objective(context: RunContext, adapter: Adapter, init: InitStats) -> Al
 def resume_or_init(
     context: RunContext, checkpoint: str | None, device: torch.device, known: InitStats | None = None
 ) -> TrainState:
-    """The state at a checkpoint of this run, or at the run's beginning (None). CheckpointError: a file is damaged.
+    """Restore the state at a checkpoint, or make the first one (None). CheckpointError: a file is damaged.
 
     `known`: the initial statistics, if they are in memory already.
     """
@@ -182,14 +182,14 @@ def resume_or_init(
 
 
 def make_schedule(cfg: TrainConfig, optimizer: AdamW) -> ReduceLROnPlateau | CosineByEpoch:
-    """The schedule of the learning rate."""
+    """Make the schedule of the learning rate."""
     if cfg.schedule == "cosine":
         return CosineByEpoch(optimizer, cfg.learning_rate, cfg.num_epochs)
     return ReduceLROnPlateau(optimizer, factor=0.5, patience=cfg.plateau_patience)
 
 
 def broadcast_resume_point(run: RunDir, rank: int, world: int, device: torch.device) -> str | None:
-    """Newest checkpoint that verifies, found by the first worker and broadcast to the others; None without one."""
+    """Return the newest checkpoint that verifies, or None: the first worker finds it and broadcasts it."""
     name = run.latest_resumable() if rank == 0 else None
     if world == 1:
         return name

@@ -64,7 +64,7 @@ def summary(
 
 
 def worker_counts(lines: list[dict[str, Any]]) -> list[dict[str, int]]:
-    """Number of workers, and of the steps that they took in a row."""
+    """Count workers, and the steps that so many took in a row."""
     steps = (line.get("workers", 1) for line in lines if line["kind"] == "step")
     return [{"workers": workers, "steps": len(list(taken))} for workers, taken in groupby(steps)]
 

@@ -70,7 +70,7 @@ def train_loop_per_worker(config: dict[str, WorkerSpec]) -> None:
 
 
 def _data_of_this_worker(worker: WorkerContext, *, in_memory: bool) -> WorkerData:
-    """This worker's part of both data sets; its training part in memory, or streamed again each epoch."""
+    """Take a worker's part of both data sets; its training part in memory, or streamed again each epoch."""
     cfg, store, split = worker.cfg, worker.store, worker.context.split
     rank, world = worker.rank, worker.world
     train, shard = None, ray.train.get_dataset_shard("train")

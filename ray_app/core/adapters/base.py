@@ -1,4 +1,4 @@
-"""What every adapter is, and the parts that several share.
+"""The base class of adapters, and the parts that several share.
 
 Shapes: B = pairs, E = event width, D = target width, H = hidden width, R = subspace rank.
 """
@@ -15,26 +15,26 @@ from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.seeded_noise import BatchNoise
 
 InitStats = Mapping[str, Tensor]
-"""What the training part gives before the first step, by name: see `ray_app.core.adapters.initialization`."""
+"""Statistics of the training part by name: see `ray_app.core.adapters.initialization`."""
 InitRequirement = Literal["nothing", "means", "subspaces", "pairs"]
-"""How much of a start a strategy cannot do without; each includes the ones before it."""
+"""Kind of statistics that a strategy needs before its first step; each includes the ones before it."""
 OUTPUT_INIT_SCALE = 1e-3
-"""Share of a principal direction's spread that an output layer with a PCA start begins with."""
+"""Share of a principal direction's spread that an output layer starts with after PCA."""
 
 
 class Adapter(nn.Module):
-    """Event features in, aligned features out."""
+    """Maps event features to aligned features."""
 
     HIDDEN_DIM: ClassVar[int] = 512
-    """Hidden width where none is asked for."""
+    """Default hidden width."""
     DEPTH: ClassVar[int] = 1
-    """Blocks or hidden layers where none are asked for."""
+    """Default number of blocks or hidden layers."""
     SETTINGS: ClassVar[frozenset[str]] = frozenset({"hidden_dim", "depth", "dropout"})
-    """Of an `AdapterConfig` what changes it, beside its features."""
+    """Fields of `AdapterConfig` that change it, apart from the features."""
     REQUIRES: ClassVar[InitRequirement] = "nothing"
-    """What `begin` must be given."""
+    """Statistics that `initialize_from` needs."""
     PCA_REQUIRES: ClassVar[InitRequirement] = "nothing"
-    """What `begin` must be given for a PCA start, where the strategy has one."""
+    """Statistics that `initialize_from` needs with `pca`, if the strategy has such a start."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -42,17 +42,17 @@ class Adapter(nn.Module):
 
     @classmethod
     def check(cls, config: AdapterConfig) -> None:
-        """ConfigError where the features are not what this strategy works on."""
+        """Raise ConfigError if the strategy does not work on such features."""
 
     @abstractmethod
     def forward(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
-        """Aligned features (B, D). `noise` is needed in training mode where there is dropout."""
+        """Return aligned features (B, D). `noise` is needed in training mode if there is dropout."""
 
-    def initialize_from(self, start: InitStats, *, pca: bool) -> None:
-        """Takes over what the training part gives; `pca`: layers at the principal subspaces too."""
+    def initialize_from(self, stats: InitStats, *, pca: bool) -> None:
+        """Start from statistics of the training part; `pca`: layers start at the principal subspaces too."""
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Weights as torch initialises them, from this generator: uniform within ± 1/√(inputs)."""
+        """Initialise weights as torch does, from this generator: uniform within ± 1/√(inputs)."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 bound = 1.0 / math.sqrt(module.weight[0].numel())
@@ -91,27 +91,28 @@ class HiddenLayer(nn.Module):
 
 
 def hidden_layers(config: AdapterConfig, activation: Callable[[Tensor], Tensor]) -> nn.Sequential:
-    """Those beyond the first; without parameters at the default depth of 1."""
+    """Build the layers after the first; none at the default depth of 1."""
     return nn.Sequential(*(HiddenLayer(config.hidden_dim, activation) for _ in range(config.depth - 1)))
 
 
-def init_input_layer(layer: nn.Linear, start: InitStats) -> None:
-    """Its first rows read the whitened coordinates of the event feature in its principal subspace."""
-    basis_ER, scale_R = start["event_basis"], start["event_scale"]
+def init_input_layer(layer: nn.Linear, stats: InitStats) -> None:
+    """Set the first rows to read the whitened coordinates of the event feature in its principal subspace."""
+    basis_ER, scale_R = stats["event_basis"], stats["event_scale"]
     rows = min(layer.out_features, basis_ER.shape[1])
     layer.weight[:rows] = (basis_ER[:, :rows] / scale_R[:rows]).T
-    layer.bias[:rows] = -(layer.weight[:rows] @ start["event_mean"])
+    layer.bias[:rows] = -(layer.weight[:rows] @ stats["event_mean"])
 
 
-def init_output_layer(layer: nn.Linear, start: InitStats, residual: float) -> None:
-    """Bias at the mean target, less what a residual connection brings of the mean event; columns in the subspace.
+def init_output_layer(layer: nn.Linear, stats: InitStats, residual: float) -> None:
+    """Set the bias to the mean target, less the residual connection's mean event, and the columns to the subspace.
 
-    Only the first columns speak, each a thousandth of a principal direction's spread: training begins at the mean.
+    Only the first columns are not zero, each a thousandth of a principal direction's spread: training starts at the
+    mean.
     """
-    basis_DR, scale_R = start["target_basis"], start["target_scale"]
+    basis_DR, scale_R = stats["target_basis"], stats["target_scale"]
     columns = min(layer.in_features, basis_DR.shape[1])
     layer.weight.zero_()
     layer.weight[:, :columns] = OUTPUT_INIT_SCALE * basis_DR[:, :columns] * scale_R[:columns]
-    layer.bias.copy_(start["target_mean"])
+    layer.bias.copy_(stats["target_mean"])
     if residual:
-        layer.bias.sub_(residual * start["event_mean"])
+        layer.bias.sub_(residual * stats["event_mean"])

@@ -13,11 +13,11 @@ from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.errors import ConfigError
 
 KERNEL = 7
-"""Side of a depthwise kernel, in patches: half of a 14 × 14 grid lies within one."""
+"""Side of a depthwise kernel, in patches: half of a 14 × 14 grid is within one."""
 EXPANSION = 2
 """Width of a block's inner layer, in channels."""
 SMALL = 0.1
-"""What a block adds at first, relative to what it is given (in the manner of arXiv 2201.03545)."""
+"""Initial gain of a block, relative to its input (in the manner of arXiv 2201.03545)."""
 
 
 class ConvBlock(nn.Module):
@@ -39,7 +39,7 @@ class ConvBlock(nn.Module):
 
 
 class Conv(Adapter):
-    """mean target + image of a small network, whose last layer begins at zero: training begins at the mean target.
+    """Mean target + image of a small network, whose last layer starts at zero: training starts at the mean target.
 
     184,320 parameters for 3 × 224 × 224 pixels at C = 64, 3 blocks and patches of 16. The mean target is a buffer.
     """
@@ -90,13 +90,13 @@ class Conv(Adapter):
         return self.mean_target + self.image(self.output(self.output_norm(h_BGKC)))
 
     def patches(self, event_BE: Tensor) -> Tensor:
-        """(B, G, K, numbers of a patch), white as zero: what is not there says nothing."""
+        """Cut images into patches, (B, G, K, numbers of a patch), with white as zero: no events."""
         (rows, columns), (channels, height, width) = self.grid, self.event_shape
         x = (1.0 - event_BE).view(len(event_BE), channels, rows, height // rows, columns, width // columns)
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
     def image(self, out_BGKP: Tensor) -> Tensor:
-        """The inverse of cutting a target into patches, (B, D)."""
+        """Join patches to target images, (B, D)."""
         (rows, columns), (channels, height, width) = self.grid, self.target_shape
         x = out_BGKP.view(len(out_BGKP), rows, columns, channels, height // rows, width // columns)
         return x.permute(0, 3, 1, 4, 2, 5).flatten(1)
@@ -111,5 +111,5 @@ class Conv(Adapter):
             nn.init.constant_(block.gain, SMALL)
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, pca: bool) -> None:  # noqa: ARG002
-        self.mean_target.copy_(start["target_mean"])
+    def initialize_from(self, stats: InitStats, *, pca: bool) -> None:  # noqa: ARG002
+        self.mean_target.copy_(stats["target_mean"])

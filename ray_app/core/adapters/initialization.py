@@ -1,11 +1,12 @@
-"""What the training part gives an adapter before its first step: means, principal subspaces, a ridge solution.
+"""Statistics of the training part for an adapter's first step: means, principal subspaces, a ridge solution.
 
-The data is passed over a few times, and every pass adds sums over pairs: any division into batches gives the same
-result, up to rounding. Subspaces come from a randomized SVD (Halko, Martinsson, Tropp, arXiv 0909.4061): a random
-basis, power iterations with a QR after each, and the eigenvectors of what is found.
+Every pass over the data adds sums over pairs: any division into batches gives the same result, up to rounding.
+Subspaces come from a randomized SVD (Halko, Martinsson, Tropp, arXiv 0909.4061): a random basis, power iterations
+with a QR after each, and the eigenvectors in that basis.
 
-Names in a start: `target_mean` (D,), `event_mean` (E,), and for subspaces `target_basis` (D, R), `target_scale`
-(R,), `event_basis` (E, R), `event_scale` (R,). Bases are orthonormal, scales are standard deviations along them.
+Names of the statistics: `target_mean` (D,), `event_mean` (E,), and for subspaces `target_basis` (D, R),
+`target_scale` (R,), `event_basis` (E, R), `event_scale` (R,). Bases are orthonormal, scales are standard deviations
+along them.
 
 Shapes: B = pairs of a batch, N = training pairs, E, D = widths, W = either of them, R = rank, K = R + spare,
 T = positions of a sequence.
@@ -21,9 +22,9 @@ from ray_app.core.adapters.sequences import mask_of
 from ray_app.errors import ConfigError
 
 OVERSAMPLING = 16
-"""Directions that are searched beyond the rank, and dropped: they make the last ones exact."""
+"""Directions searched beyond the rank, and dropped: they make the last ones exact."""
 POWER_ITERATIONS = 2
-"""Passes that sharpen the subspace."""
+"""Number of passes that sharpen the subspace."""
 FLAT = 1e-5
 """A direction whose spread is below this share of the first one's does not vary."""
 SIDES = ("event", "target")
@@ -32,13 +33,13 @@ Sums = Mapping[str, Tensor]
 Part = Callable[[Tensor, Tensor], Sums]
 """Sums over one batch of features: event (B, E) and target (B, D), float32."""
 Passes = Callable[[Part], Sums]
-"""Passes once over the training part and adds up what a `Part` says of each batch."""
+"""Passes once over the training part and adds the sums of a `Part` over the batches."""
 
 
 def compute_stats(
     passes: Passes, needs: InitRequirement, rank: int, pairs: int, seed: int, token_width: int | None = None
 ) -> InitStats:
-    """Means, and subspaces where they are needed. `token_width`: features are sequences of such tokens.
+    """Compute means, and subspaces if they are needed. `token_width`: features are sequences of such tokens.
 
     ConfigError: rank above the number of pairs, a side that is constant or varies in fewer directions than the
     rank, a mean target of zeros.
@@ -46,32 +47,31 @@ def compute_stats(
     if needs == "subspaces":
         check_rank(rank, pairs)
     sums = passes(ColumnSums(token_width))
-    start = {f"{side}_mean": mean_of(sums[side], sums[f"{side}_there"]) for side in SIDES}
-    if not start["target_mean"].any():
+    stats = {f"{side}_mean": mean_of(sums[side], sums[f"{side}_count"]) for side in SIDES}
+    if not stats["target_mean"].any():
         raise ConfigError(
             "the mean training target is zero everywhere: there is nothing to start from, and its cosine has no "
             "meaning; look at the pairs with `ray-app inspect`"
         )
     if needs != "subspaces":
-        return start
+        return stats
     generator = torch.Generator().manual_seed(seed)
     basis = {}
     for side in SIDES:
-        width = len(start[f"{side}_mean"])
+        width = len(stats[f"{side}_mean"])
         columns = min(rank + OVERSAMPLING, width, pairs - 1)
         basis[side] = orthonormal(torch.randn(width, columns, generator=generator))
     for _ in range(POWER_ITERATIONS):
-        sums = passes(PowerSums(start, basis))
+        sums = passes(PowerSums(stats, basis))
         basis = {side: orthonormal(sums[side]) for side in SIDES}
-    sums = passes(GramSums(start, basis))
+    sums = passes(GramSums(stats, basis))
     for side in SIDES:
-        found = leading(basis[side], sums[side], rank, pairs, side)
-        start[f"{side}_basis"], start[f"{side}_scale"] = found
-    return start
+        stats[f"{side}_basis"], stats[f"{side}_scale"] = leading(basis[side], sums[side], rank, pairs, side)
+    return stats
 
 
 def check_rank(rank: int, pairs: int) -> None:
-    """ConfigError where so many pairs cannot span a subspace of this rank."""
+    """Raise ConfigError if so many pairs cannot span a subspace of this rank."""
     if rank >= pairs:
         raise ConfigError(
             f"--rank ({rank}) is not below the number of training pairs ({pairs}), which span {pairs - 1} directions "
@@ -80,7 +80,7 @@ def check_rank(rank: int, pairs: int) -> None:
 
 
 class ColumnSums:
-    """Sums of both sides, float64, and of how many: pairs (1,), or the sequences that reach each position (T,)."""
+    """Sums of both sides, float64, and counts: of pairs (1,), or of the sequences that reach each position (T,)."""
 
     def __init__(self, token_width: int | None) -> None:
         self.token_width = token_width
@@ -88,71 +88,71 @@ class ColumnSums:
     def __call__(self, event_BE: Tensor, target_BD: Tensor) -> Sums:
         sums = {}
         for side, x_BW in (("event", event_BE), ("target", target_BD)):
-            there = mask_of(x_BW, self.token_width) if self.token_width else torch.ones(len(x_BW), 1)
+            present = mask_of(x_BW, self.token_width) if self.token_width else torch.ones(len(x_BW), 1)
             sums[side] = x_BW.sum(dim=0, dtype=torch.float64)
-            sums[f"{side}_there"] = there.sum(dim=0, dtype=torch.float64)
+            sums[f"{side}_count"] = present.sum(dim=0, dtype=torch.float64)
         return sums
 
 
-def mean_of(sum_W: Tensor, there_T: Tensor) -> Tensor:
-    """Mean (W,) over those that are there; zero where none is."""
-    return (sum_W.view(len(there_T), -1) / there_T.clamp(min=1.0)[:, None]).float().flatten()
+def mean_of(sum_W: Tensor, count_T: Tensor) -> Tensor:
+    """Divide sums by counts, (W,); zero where the count is."""
+    return (sum_W.view(len(count_T), -1) / count_T.clamp(min=1.0)[:, None]).float().flatten()
 
 
 class PowerSums:
-    """Xᵀ X · basis of each side, means taken off, (W, K)."""
+    """Sums of Xᵀ X · basis of each side, means taken off, (W, K)."""
 
-    def __init__(self, start: InitStats, basis: Mapping[str, Tensor]) -> None:
-        self.start, self.basis = dict(start), dict(basis)
+    def __init__(self, stats: InitStats, basis: Mapping[str, Tensor]) -> None:
+        self.stats, self.basis = dict(stats), dict(basis)
 
     def __call__(self, event_BE: Tensor, target_BD: Tensor) -> Sums:
         sums = {}
         for side, x_BW in (("event", event_BE), ("target", target_BD)):
-            mean_W = self.start[f"{side}_mean"]
-            seen_BK = coordinates(x_BW, mean_W, self.basis[side])
-            sums[side] = x_BW.T @ seen_BK - torch.outer(mean_W, seen_BK.sum(dim=0))
+            mean_W = self.stats[f"{side}_mean"]
+            coordinates_BK = coordinates(x_BW, mean_W, self.basis[side])
+            sums[side] = x_BW.T @ coordinates_BK - torch.outer(mean_W, coordinates_BK.sum(dim=0))
         return sums
 
 
 class GramSums:
-    """(X · basis)ᵀ (X · basis) of each side, means taken off, (K, K), float64."""
+    """Sums of (X · basis)ᵀ (X · basis) of each side, means taken off, (K, K), float64."""
 
-    def __init__(self, start: InitStats, basis: Mapping[str, Tensor]) -> None:
-        self.start, self.basis = dict(start), dict(basis)
+    def __init__(self, stats: InitStats, basis: Mapping[str, Tensor]) -> None:
+        self.stats, self.basis = dict(stats), dict(basis)
 
     def __call__(self, event_BE: Tensor, target_BD: Tensor) -> Sums:
         sums = {}
         for side, x_BW in (("event", event_BE), ("target", target_BD)):
-            seen_BK = coordinates(x_BW, self.start[f"{side}_mean"], self.basis[side]).double()
-            sums[side] = seen_BK.T @ seen_BK
+            coordinates_BK = coordinates(x_BW, self.stats[f"{side}_mean"], self.basis[side]).double()
+            sums[side] = coordinates_BK.T @ coordinates_BK
         return sums
 
 
 def coordinates(x_BW: Tensor, mean_W: Tensor, basis_WK: Tensor) -> Tensor:
-    """Of features, about their mean, in a basis: (B, K)."""
+    """Coordinates of features about their mean in a basis, (B, K)."""
     return x_BW @ basis_WK - mean_W @ basis_WK
 
 
 def orthonormal(columns_WK: Tensor) -> Tensor:
-    """An orthonormal basis of what the columns span. In float64: a power iteration spreads their lengths widely."""
+    """Orthonormalise columns, in float64: a power iteration spreads their lengths widely."""
     return torch.linalg.qr(columns_WK.double())[0].float()
 
 
 def leading(basis_WK: Tensor, gram_KK: Tensor, rank: int, pairs: int, side: str) -> tuple[Tensor, Tensor]:
-    """The principal directions (W, R), the largest component of each positive, and their standard deviations (R,).
+    """Return the principal directions (W, R), the largest component of each positive, and their deviations (R,).
 
-    ConfigError where fewer than R directions vary.
+    ConfigError: fewer than R directions vary.
     """
-    squares_K, turn_KK = torch.linalg.eigh(gram_KK)
+    squares_K, vectors_KK = torch.linalg.eigh(gram_KK)
     scale_R = (squares_K.flip(0)[:rank].clamp(min=0.0) / pairs).sqrt().float()
     varying = int((scale_R > FLAT * scale_R[0]).sum()) if scale_R[0] > 0 else 0
     if varying < rank:
-        way_out = f"try --rank {varying}" if varying else "there is nothing to learn from them"
+        remedy = f"try --rank {varying}" if varying else "there is nothing to learn from them"
         raise ConfigError(
             f"the {side} features of the training part vary in {varying} directions only, fewer than --rank "
-            f"({rank}): the rest of them is constant; {way_out}"
+            f"({rank}): the rest of them is constant; {remedy}"
         )
-    basis_WR = (basis_WK.double() @ turn_KK.flip(1)[:, :rank]).float()
+    basis_WR = (basis_WK.double() @ vectors_KK.flip(1)[:, :rank]).float()
     largest_R = basis_WR.abs().argmax(dim=0)
     return basis_WR * basis_WR[largest_R, torch.arange(rank)].sign(), scale_R
 
@@ -162,19 +162,19 @@ GRID = tuple(10.0**exponent for exponent in range(-4, 4))
 
 
 def solve_ridge(
-    start: InitStats,
+    stats: InitStats,
     event: tuple[Tensor, Tensor],
     target: tuple[Tensor, Tensor],
     units: tuple[float, float],
     grid: Sequence[float] = GRID,
 ) -> tuple[InitStats, dict[float, float]]:
-    """The start of `Ridge`, with the λ of the grid whose mean cosine on validation is best; and that cosine of each.
+    """Solve `Ridge` with the λ of the grid whose mean cosine on validation is best; return also the cosine of each.
 
     `event` and `target`: features of the training and the validation part, as stored; `units`: their scales.
     ConfigError: constant event features.
     """
     (train_x, val_x), (train_y, val_y) = (
-        tuple(part.float() * unit - start[f"{side}_mean"] for part in parts)
+        tuple(part.float() * unit - stats[f"{side}_mean"] for part in parts)
         for side, parts, unit in zip(SIDES, (event, target), units, strict=True)
     )
     kernel_NN = (train_x @ train_x.T).double()
@@ -184,7 +184,7 @@ def solve_ridge(
             "the event features of the training part are all the same: there is nothing to learn from them"
         )
     across_VN = (val_x @ train_x.T).double()
-    mean_D = start["target_mean"]
+    mean_D = stats["target_mean"]
     # a = mean + w Y, w = across · inverse: its products follow from these.
     target_NN, target_NV = (train_y @ train_y.T).double(), (train_y @ val_y.T).double()
     on_mean_N, on_mean_V = (train_y @ mean_D).double(), (val_y @ mean_D).double()
@@ -207,4 +207,4 @@ def solve_ridge(
         "event_unit": torch.tensor([units[0]]),
         "target_unit": torch.tensor([units[1]]),
     }
-    return {**start, **solved}, cosines
+    return {**stats, **solved}, cosines

@@ -70,6 +70,6 @@ class LowRank(Adapter):
         nn.init.zeros_(self.output.bias)
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, pca: bool) -> None:  # noqa: ARG002
+    def initialize_from(self, stats: InitStats, *, pca: bool) -> None:  # noqa: ARG002
         for name in BUFFERS:  # without a copy: nothing writes to them
-            setattr(self, name, start[name])
+            setattr(self, name, stats[name])

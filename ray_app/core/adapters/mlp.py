@@ -49,10 +49,10 @@ class LightweightAlignmentModule(Adapter):
         return aligned_BD + event_BE if self.residual else aligned_BD
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, pca: bool) -> None:
+    def initialize_from(self, stats: InitStats, *, pca: bool) -> None:
         if pca:
-            init_input_layer(self.input, start)
-            init_output_layer(self.output, start, float(self.residual))
+            init_input_layer(self.input, stats)
+            init_output_layer(self.output, stats, float(self.residual))
 
 
 class LightweightReference(Adapter):
@@ -85,10 +85,10 @@ class LightweightReference(Adapter):
         nn.init.ones_(self.scale)
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, pca: bool) -> None:
+    def initialize_from(self, stats: InitStats, *, pca: bool) -> None:
         if pca:
-            init_input_layer(self.input, start)
-            init_output_layer(self.output, start, self.RESIDUAL * self.residual)
+            init_input_layer(self.input, stats)
+            init_output_layer(self.output, stats, self.RESIDUAL * self.residual)
 
 
 class Linear(Adapter):
@@ -105,19 +105,19 @@ class Linear(Adapter):
         return self.output(event_BE)
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, pca: bool) -> None:
-        """`begin_input` and `begin_output` in one matrix: whitened event coordinates speak along the target's."""
+    def initialize_from(self, stats: InitStats, *, pca: bool) -> None:
+        """Join `init_input_layer` and `init_output_layer` in one matrix: event coordinates to the target's."""
         if pca:
             rank = self.config.rank
-            read_RE = (start["event_basis"] / start["event_scale"])[:, :rank].T
+            read_RE = (stats["event_basis"] / stats["event_scale"])[:, :rank].T
             self.output.weight.copy_(
-                OUTPUT_INIT_SCALE * (start["target_basis"] * start["target_scale"])[:, :rank] @ read_RE
+                OUTPUT_INIT_SCALE * (stats["target_basis"] * stats["target_scale"])[:, :rank] @ read_RE
             )
-            self.output.bias.copy_(start["target_mean"] - self.output.weight @ start["event_mean"])
+            self.output.bias.copy_(stats["target_mean"] - self.output.weight @ stats["event_mean"])
 
 
 class Bottleneck(Adapter):
-    """E → H → D without a residual connection: what passes, passes through H numbers. `depth`: hidden layers."""
+    """E → H → D without a residual connection. `depth`: hidden layers."""
 
     PCA_REQUIRES = "subspaces"
 
@@ -134,7 +134,7 @@ class Bottleneck(Adapter):
         return self.output(self.deeper(h_BH))
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, pca: bool) -> None:
+    def initialize_from(self, stats: InitStats, *, pca: bool) -> None:
         if pca:
-            init_input_layer(self.input, start)
-            init_output_layer(self.output, start, 0.0)
+            init_input_layer(self.input, stats)
+            init_output_layer(self.output, stats, 0.0)

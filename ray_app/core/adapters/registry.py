@@ -58,5 +58,5 @@ def build_adapter(config: AdapterConfig, seed: int) -> Adapter:
 
 
 def num_parameters(adapter: nn.Module) -> int:
-    """Number of trained numbers."""
+    """Count the trained numbers."""
     return sum(parameter.numel() for parameter in adapter.parameters())

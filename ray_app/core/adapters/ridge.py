@@ -15,12 +15,12 @@ from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.seeded_noise import BatchNoise
 
 CHUNK = 256
-"""Training pairs that are widened to float32 at a time."""
+"""Training pairs that are converted to float32 at a time."""
 BUFFERS = ("target_mean", "event_mean", "event_pairs", "target_pairs", "event_unit", "target_unit", "inverse")
 
 
 class Ridge(Adapter):
-    """Its `rank` is the number of training pairs."""
+    """The linear map; its `rank` is the number of training pairs."""
 
     SETTINGS = frozenset()
     REQUIRES = "pairs"
@@ -60,6 +60,6 @@ class Ridge(Adapter):
             torch.nn.init.constant_(getattr(self, name), float(name.endswith("unit")))
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, pca: bool) -> None:  # noqa: ARG002
+    def initialize_from(self, stats: InitStats, *, pca: bool) -> None:  # noqa: ARG002
         for name in BUFFERS:
-            setattr(self, name, start[name])
+            setattr(self, name, stats[name])

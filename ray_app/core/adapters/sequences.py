@@ -9,19 +9,17 @@ Shapes: B = pairs, T = positions, W = token width, D = T · W.
 import torch
 from torch import Tensor
 
-from ray_app.errors import InputError
-
 EPSILON = 1e-8
 """Smallest norm that is divided by."""
 
 
 def mask_of(x_BD: Tensor, width: int) -> Tensor:
-    """Which positions hold a token, (B, T), bool."""
+    """Mark the positions that hold a token, (B, T), bool."""
     return (x_BD.unflatten(1, (-1, width)) != 0).any(dim=2)
 
 
 def masked(x_BD: Tensor, like_BD: Tensor, width: int) -> Tensor:
-    """`x` with zeros where `like` holds no token."""
+    """Set `x` to zero where `like` holds no token."""
     return (x_BD.unflatten(1, (-1, width)) * mask_of(like_BD, width)[..., None]).flatten(1)
 
 
@@ -51,25 +49,3 @@ def next_position_cosine(a_BD: Tensor, b_BD: Tensor, width: int) -> Tensor:
     """Mean cosine of each aligned token with the target's token after it, (B,)."""
     a_BD, b_BD = a_BD[:, :-width], b_BD[:, width:]
     return sequence_cosine(a_BD, b_BD, width) if b_BD.shape[1] else a_BD.new_zeros(len(a_BD))
-
-
-def padded(sequences: list[Tensor], limit: int) -> Tensor:
-    """Sequences of (length, W) as one (B, limit · W), zeros behind each end.
-
-    InputError: one is longer than the limit, empty, of another width, or has a token of zeros, which would be
-    taken for padding.
-    """
-    rows = []
-    for n, tokens_LW in enumerate(sequences):
-        length, width = tokens_LW.shape
-        if not 0 < length <= limit:
-            raise InputError(
-                f"sequence {n} has {length} tokens, the limit is {limit}: cut it, or take an adapter and a store "
-                "with a higher limit"
-            )
-        if width != sequences[0].shape[1]:
-            raise InputError(f"sequence {n} has tokens of width {width}, the first has {sequences[0].shape[1]}")
-        if not (tokens_LW != 0).any(dim=1).all():
-            raise InputError(f"sequence {n} has a token of zeros, which would be taken for padding")
-        rows.append(torch.nn.functional.pad(tokens_LW, (0, 0, 0, limit - length)).flatten())
-    return torch.stack(rows)

@@ -26,13 +26,13 @@ from ray_app.core.adapters.sequences import mask_of
 from ray_app.errors import ConfigError
 
 SCALE = 0.1
-"""Where the learned scales start."""
+"""Initial value of the learned scales."""
 HEADS = 8
-"""Of the attention layer."""
+"""Heads of the attention layer."""
 
 
 class TokenAdapter(Adapter):
-    """Cuts features into tokens, and puts zeros back where there is none."""
+    """Cuts features into tokens, and sets positions without one to zero."""
 
     HIDDEN_DIM = 256
     SETTINGS = frozenset({"hidden_dim", "dropout"})
@@ -74,7 +74,7 @@ class TokenAdapter(Adapter):
 
     @abstractmethod
     def tokens(self, x_BTW: Tensor, mask_BT: Tensor, noise: BatchNoise | None) -> Tensor:
-        """Tokens with what is added to them, (B, T, W); what it says of padding does not matter."""
+        """Return tokens with the adapter's additions, (B, T, W); values at padding do not matter."""
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
@@ -83,9 +83,9 @@ class TokenAdapter(Adapter):
             nn.init.zeros_(self.mean_target)
 
     @torch.no_grad()
-    def initialize_from(self, start: InitStats, *, pca: bool) -> None:
+    def initialize_from(self, stats: InitStats, *, pca: bool) -> None:
         if pca:
-            self.mean_target.copy_(start["target_mean"].view_as(self.mean_target))
+            self.mean_target.copy_(stats["target_mean"].view_as(self.mean_target))
 
 
 class TokenBlock(nn.Module):
@@ -104,7 +104,7 @@ class TokenBlock(nn.Module):
         return x_BTW + self.scale * self.up(h_BTH)
 
     def begin_as_identity(self) -> None:
-        """With nothing added yet."""
+        """Start as the identity."""
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
         nn.init.constant_(self.scale, SCALE)
@@ -171,14 +171,16 @@ class TokenAttention(TokenAdapter):
         return x_BTW + self.scale * (self.block(x_BTW + self.attention(x_BTW, mask_BT), noise) - x_BTW)
 
     def attention(self, x_BTW: Tensor, mask_BT: Tensor) -> Tensor:
-        """What each position reads from those that it may see: tokens, and for `token_causal` none after it."""
+        """Attend from each position to the tokens that it may see; for `token_causal` none after it."""
         query, key, value = self.read(self.attention_norm(x_BTW)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        sees_BTT = mask_BT[:, None, :].expand(-1, self.limit, -1)
+        visible_BTT = mask_BT[:, None, :].expand(-1, self.limit, -1)
         if self.CAUSAL:
-            sees_BTT = sees_BTT & torch.ones(self.limit, self.limit, dtype=torch.bool, device=x_BTW.device).tril()
-        # A position without anything to see, as padding may be, sees itself: softmax over nothing is NaN.
-        sees_BTT = sees_BTT | torch.eye(self.limit, dtype=torch.bool, device=x_BTW.device)
-        read_BNTK = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=sees_BTT[:, None])
+            visible_BTT = (
+                visible_BTT & torch.ones(self.limit, self.limit, dtype=torch.bool, device=x_BTW.device).tril()
+            )
+        # A position that may see nothing, such as padding, sees itself: softmax over nothing is NaN.
+        visible_BTT = visible_BTT | torch.eye(self.limit, dtype=torch.bool, device=x_BTW.device)
+        read_BNTK = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible_BTT[:, None])
         return self.write(read_BNTK.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
