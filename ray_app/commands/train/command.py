@@ -1,7 +1,5 @@
 """Driver side of `ray-app train`: resolves the run, launches the workers, records progress in the event log."""
 
-import hashlib
-import json
 import signal
 import sys
 import time
@@ -10,14 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ray_app.cluster.connection import cluster, wait_for_autoscaler
-from ray_app.commands.train.context import RunContext, open_run_context, persisted_config
+from ray_app.cluster.connection import cluster
+from ray_app.commands.train.context import RunContext, open_run_context
 from ray_app.commands.train.launch import run_training, with_resume_hint
 from ray_app.commands.train.plan import ResourcePlan, make_plan
 from ray_app.commands.train.progress import TrainingProgress
 from ray_app.commands.train.summary import render_train, summary
 from ray_app.commands.train.worker import WorkerSpec
-from ray_app.config.base import flat
 from ray_app.config.train import TrainConfig
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.errors import RunInterrupted, RunStopped
@@ -39,26 +36,19 @@ def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]
     context = open_run_context(cfg)
     cfg = context.cfg
     with cluster(cfg.address) as info, open_run(cfg.out) as run:
-        info = wait_for_autoscaler(info, cfg.min_workers, cfg.cpus_per_worker or 1.0, cfg.use_gpu)
         plan = make_plan(context, run.path, info)
         if not cfg.resume:
             run.create(
                 {
-                    "name": _run_name(context),
+                    "name": context.name,
                     "key": uuid.uuid4().hex,
                     "store_fingerprint": context.store.fingerprint,
                     "parent_key": parent_key,
-                    "config": persisted_config(cfg),
+                    "config": context.recorded,
                 }
             )
         with run.exclusive(), with_resume_hint(run):
             return _train(context, plan, run)
-
-
-def _run_name(context: RunContext) -> str:
-    """Strategy and a hash of settings and data: Ray silently resumes an old run of the same name."""
-    content = json.dumps([flat(context.cfg), context.store.fingerprint], sort_keys=True).encode()
-    return f"{context.cfg.strategy}-{hashlib.sha256(content).hexdigest()[:10]}"
 
 
 def _train(context: RunContext, plan: ResourcePlan, run: RunDir) -> dict[str, Any]:
@@ -104,7 +94,7 @@ def _log_start(
             key=metadata["key"],
             parent_key=metadata.get("parent_key"),
             experiment=cfg.experiment,
-            params={**persisted_config(cfg), "parameters": context.parameters},
+            params={**context.recorded, "parameters": context.parameters},
             tags={
                 "dataset_fingerprint": store.fingerprint,
                 "test_fingerprint": fingerprint_of(store.index, split.test),

@@ -1,5 +1,7 @@
 """The facts of a run that follow from its settings and its store, resolved once when the command starts."""
 
+import hashlib
+import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -52,6 +54,8 @@ class RunContext:
     """Number of trained numbers."""
     buffer_bytes: int
     """Bytes that the adapter holds and does not train: means, bases, pairs."""
+    recorded: dict[str, Any] = field(repr=False)
+    """Settings as the run records them; a tracking URI with a password is left out."""
 
     @classmethod
     def of(cls, cfg: TrainConfig, store: PairStore, split: Split | None = None) -> Self:
@@ -71,7 +75,14 @@ class RunContext:
             _init_requirement(cfg),
             num_parameters(empty),
             sum(buffer.nbytes for buffer in empty.buffers()),
+            persisted_config(cfg),
         )
+
+    @property
+    def name(self) -> str:
+        """Strategy and a hash of settings and data: Ray silently resumes an old run of the same name."""
+        content = json.dumps([flat(self.cfg), self.store.fingerprint], sort_keys=True).encode()
+        return f"{self.cfg.strategy}-{hashlib.sha256(content).hexdigest()[:10]}"
 
     @property
     def init_from(self) -> Path | None:
@@ -94,7 +105,6 @@ def open_run_context(cfg: TrainConfig) -> RunContext:
     ConfigError: a setting is wrong, or may not change on a resume. StoreError: the pairs are too few, or others than
     those that the resumed run was trained on.
     """
-    tracking_uri(cfg)  # raises on a URI that cannot be used
     paths = {"store": absolute(cfg.store), "out": absolute(cfg.out)}
     solved = {"num_epochs": 1} if STRATEGIES[cfg.strategy].REQUIRES == "pairs" else {}
     init_from = cfg.init_from and cfg.init_from.absolute()
@@ -126,7 +136,7 @@ def require_pairs(store: PairStore, split: Split, parts: Iterable[str]) -> None:
 
 
 def persisted_config(cfg: TrainConfig) -> dict[str, Any]:
-    """Return the settings that a run records; a tracking URI with a password is left out."""
+    """Return the settings that a run records. ConfigError: the tracking URI cannot be used."""
     uri = tracking_uri(cfg)
     return {**flat(cfg), "tracking_uri": uri if uri == redact_password(uri) else None}
 

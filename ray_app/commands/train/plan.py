@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_app.cluster.connection import ClusterInfo, require_resources
+from ray_app.cluster.connection import ClusterInfo, require_resources, wait_for_autoscaler
 from ray_app.commands.train.context import RunContext
 from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError, ResourceError
@@ -30,7 +30,7 @@ class ResourcePlan:
 
 
 def make_plan(context: RunContext, folder: Path, info: ClusterInfo) -> ResourcePlan:
-    """Plan a run whose files go to `folder`.
+    """Plan a run whose files go to `folder`; wait for the autoscaler first, where the cluster has one.
 
     ConfigError: streaming cannot give the wanted batches. ResourceError: the cluster or the disk is too small.
     """
@@ -40,6 +40,7 @@ def make_plan(context: RunContext, folder: Path, info: ClusterInfo) -> ResourceP
     in_memory = shard_bytes <= cfg.shard_memory_gib * 2**30
     if not in_memory:
         _require_streamable(cfg, shard_bytes)
+    info = wait_for_autoscaler(info, cfg.min_workers, cfg.cpus_per_worker or 1.0, cfg.use_gpu)
     data_cpus = 0.0 if in_memory else 1.0
     share = 1.0 if cfg.use_gpu else info.max_cpus_per_worker(cfg.max_workers, data_cpus)
     share = max(share, 1.0) if cfg.elastic else share  # Ray's elastic policy counts whole CPUs
