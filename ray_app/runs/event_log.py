@@ -25,18 +25,18 @@ from ray_app.store.atomic import disk_errors
 
 EVENT_LOG = "events.jsonl"
 POLL_S = 0.25
-"""How often a follower looks for new lines."""
+"""Time between two looks for new lines."""
 HANDOVER_S = 20.0
-"""How long a writer waits for the one before it, which may be a process that has just been killed."""
+"""Longest wait for the writer before, which may be a process that has just been killed."""
 UNSYNCED = ("step",)
-"""Kinds that are left to the operating system; each other line is on the disk before `write` returns."""
+"""Kinds that may be in the operating system's buffers; other lines are on the disk when `write` returns."""
 
 
 class EventLog:
-    """The one writer of a run's event log; every line is with the operating system before `write` returns."""
+    """The only writer of a run's event log. A killed process loses no line for which `write` has returned."""
 
     def __init__(self, run: Path, patience_s: float = HANDOVER_S) -> None:
-        """StoreError: another process is writing, or a line is damaged."""
+        """Open `run`'s event log. StoreError: another process writes it, or a line is damaged."""
         self._path = run / EVENT_LOG
         with disk_errors(self._path):
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -44,22 +44,22 @@ class EventLog:
             self._lock(patience_s)
             data = self._path.read_bytes()
             if data and not data.endswith(b"\n"):
-                os.ftruncate(self._fd, data.rfind(b"\n") + 1)  # a line that its writer was killed in
+                os.ftruncate(self._fd, data.rfind(b"\n") + 1)  # its writer was killed within a line
             lines = entries(run)
         except BaseException:
             os.close(self._fd)
             raise
         self.last_step = max((line["global_step"] for line in lines if line["kind"] == "step"), default=0)
-        """Last optimizer step that is told."""
+        """Last optimizer step in the log."""
         self.last_validation = max(
             (line["global_step"] for line in lines if line["kind"] == "validation"), default=-1
         )
-        """Steps before the last validation within an epoch that is told."""
+        """Optimizer step of the last validation within an epoch in the log."""
         self.last_epoch = max((line["epoch"] for line in lines if line["kind"] == "epoch"), default=0)
-        """Last epoch that is told."""
+        """Last epoch in the log."""
 
     def write(self, kind: str, **values: Any) -> None:
-        """One line. ValueError: a number that is not finite, which JSON has not. StoreError: it cannot be written."""
+        """Write one line. ValueError: a number is not finite, which JSON cannot say. StoreError: the disk refuses."""
         line = format_line({"kind": kind, **values})
         size = os.fstat(self._fd).st_size
         with disk_errors(self._path, len(line)):
@@ -69,31 +69,31 @@ class EventLog:
                 if kind not in UNSYNCED:
                     os.fsync(self._fd)
             except OSError:
-                with suppress(OSError):  # what is left of a line is cut off by the next writer, too
+                with suppress(OSError):  # the next writer cuts off part of a line, too
                     os.ftruncate(self._fd, size)
                 raise
 
     def step(self, global_step: int, **values: Any) -> None:
-        """A `step` line, unless that step is told already."""
+        """Write a `step` line, unless the log has it."""
         if global_step > self.last_step:
             self.write("step", global_step=global_step, time=time.time(), **values)
             self.last_step = global_step
 
     def validation(self, global_step: int, **values: Any) -> None:
-        """A `validation` line, unless that of this step is told already."""
+        """Write a `validation` line, unless the log has it."""
         if global_step > self.last_validation:
             self.write("validation", global_step=global_step, time=time.time(), **values)
             self.last_validation = global_step
 
     def epoch(self, epoch: int, **values: Any) -> None:
-        """An `epoch` line, unless that epoch is told already."""
+        """Write an `epoch` line, unless the log has it."""
         if epoch > self.last_epoch:
             self.write("epoch", epoch=epoch, time=time.time(), **values)
             self.last_epoch = epoch
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Another process may write meanwhile; this one does not."""
+        """Let another process write in the meantime; this one does not."""
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         try:
             yield
@@ -120,29 +120,29 @@ class EventLog:
 
 
 def format_line(values: dict[str, Any]) -> bytes:
-    """One line with its checksum as the last value."""
+    """Return one line with its checksum as the last value."""
     text = json.dumps(values, allow_nan=False).encode()
     return b'%s, "crc": "%08x"}\n' % (text[:-1], zlib.crc32(text))
 
 
 def parse_line(line: bytes, where: str) -> dict[str, Any]:
-    """The values of a line without its checksum. StoreError, with `where`, if it does not hold."""
+    """Return the values of a line without its checksum. StoreError, naming `where`, if the checksum differs."""
     body, mark, tail = line.rpartition(b', "crc": "')
     text = body + b"}"
     if not mark or tail.rstrip(b"\n") != b'%08x"}' % zlib.crc32(text):
-        raise StoreError(f"{where} is damaged: its checksum does not hold. Set the file aside to go on without it.")
+        raise StoreError(f"{where} is damaged: its checksum differs. Move the file away to continue without it.")
     return json.loads(text)
 
 
 def entries(run: Path) -> list[dict[str, Any]]:
-    """All whole lines so far; a cut last one is not there yet. StoreError names a damaged line."""
+    """Return all whole lines so far, without a last one that is cut. StoreError names a damaged line."""
     path = run / EVENT_LOG
     lines = path.read_bytes().splitlines(keepends=True)
     return [parse_line(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.endswith(b"\n")]
 
 
 def is_locked(run: Path) -> bool:
-    """Whether a process on this machine, or on another that shares the disk, has the event log open to write."""
+    """Return True if a process on this machine, or on one that shares the disk, has the event log open to write."""
     with (run / EVENT_LOG).open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -152,27 +152,26 @@ def is_locked(run: Path) -> bool:
 
 
 def entries_since_start(run: Path) -> list[dict[str, Any]]:
-    """What came after the newest `start` line: the doing of one driver."""
+    """Return the lines after the newest `run_started`: those of one driver."""
     lines = entries(run)
     return lines[max(n for n, line in enumerate(lines, 1) if line["kind"] == "run_started") :]
 
 
 def last_start_time(run: Path) -> float:
-    """When the newest driver began, in Unix time."""
+    """Return when the newest driver started, in Unix time."""
     return [line["time"] for line in entries(run) if line["kind"] == "run_started"][-1]
 
 
 def require_latest_driver(run: Path, started: float) -> None:
-    """StoreError unless the driver that began then is the newest: after another on some other machine, neither it nor
-    its workers write any more."""
+    """Raise StoreError if another driver has started since; then neither this one nor its workers may write."""
     if (newest := last_start_time(run)) != started:
         raise StoreError(
-            f"this run goes on under another driver, which began {newest - started:.0f} s after this one, which ends"
+            f"another driver took over this run {newest - started:.0f} s after this one started; this one ends"
         )
 
 
 def tail(run: Path, stop: threading.Event) -> Iterator[list[dict[str, Any]]]:
-    """New lines as they come, in batches that may be empty; ends once `stop` is set and all has been read."""
+    """Yield new lines in batches, which may be empty, until `stop` is set and all is read."""
     path = run / EVENT_LOG
     done = 0
     while True:
@@ -181,7 +180,7 @@ def tail(run: Path, stop: threading.Event) -> Iterator[list[dict[str, Any]]]:
             file.seek(done)
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
-        yield [parse_line(line, f"{path}, byte {done} on") for line in whole.splitlines()]
+        yield [parse_line(line, f"{path}, after byte {done}") for line in whole.splitlines()]
         done += len(whole)
         if last:
             return

@@ -273,7 +273,7 @@ class Lease:
         self.take()
 
     def take(self) -> None:
-        """Write it, whoever had it."""
+        """Write it, also if another process has it."""
         self._remote.write(self._name, json.dumps({**self._holder, "renewed": time.time()}).encode())
 
     def require(self) -> None:

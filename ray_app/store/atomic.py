@@ -1,4 +1,4 @@
-"""Files that are either wholly there or not at all, and the checksums that prove it."""
+"""Files and folders that appear whole or not at all, and checksums."""
 
 import errno
 import hashlib
@@ -14,24 +14,24 @@ from safetensors import SafetensorError
 from ray_app.errors import StoreError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""A disk, a quota or the largest file is used up."""
+"""Errors of a full disk or quota, or of a file that is too large."""
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
-"""This is no place to write to."""
+"""Errors of a folder that cannot be written."""
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
-    """SHA-256 as 64 hexadecimal digits."""
+    """Return the SHA-256 as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Forces a file, or the names in a folder, onto the disk."""
+    """Force a file, or the names in a folder, onto the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -41,9 +41,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
-    """Around every write of ours: where the disk is full or closed to us, StoreError says so and how full it is.
+    """Turn errors of a full or read-only disk into StoreError, with the free space.
 
-    `num_bytes` is what the write needs, where that is known.
+    `num_bytes`: what the write needs, if known.
     """
     try:
         yield
@@ -60,12 +60,12 @@ def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
 
 
 def partial_file(path: Path) -> Path:
-    """Where `path` is written before it gets its name; what lies there later was left by a killed process."""
+    """Return the name under which `path` is written; a file of that name was left by a killed process."""
     return path.with_name(f".{path.name}.partial")
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Writes under another name, then renames: a reader sees the old file, or the whole new one."""
+    """Write under another name, then rename: a reader sees the old file or the whole new one."""
     partial = partial_file(path)
     with disk_errors(path, memoryview(data).nbytes):
         try:
@@ -75,7 +75,7 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
                 os.fsync(file.fileno())
             partial.rename(path)
         except BaseException:
-            with suppress(OSError):  # it takes room where there is none
+            with suppress(OSError):  # it takes space on a full disk
                 partial.unlink(missing_ok=True)
             raise
         sync(path.parent)
@@ -83,9 +83,9 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
 
 @contextmanager
 def staged_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when the block ends well. The name must be free.
+    """Yield a folder to fill, which gets its name when the block ends. The name must be free.
 
-    When the block raises, nothing is left; what a killed process left under the working name is replaced.
+    If the block raises, nothing is left. What a killed process left under the working name is replaced.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     with disk_errors(folder):
@@ -102,13 +102,13 @@ def staged_folder(folder: Path) -> Iterator[Path]:
             sync(partial)
             partial.rename(folder)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)  # a disk that became read-only keeps it: not under its name
+            shutil.rmtree(partial, ignore_errors=True)  # a read-only disk keeps it under the working name
             raise
         sync(folder.parent)
 
 
 def make_folder(folder: Path) -> None:
-    """A folder with those above it, each of whose names is on the disk before the next."""
+    """Make a folder and its parents, each on the disk before the next."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -116,8 +116,8 @@ def make_folder(folder: Path) -> None:
 
 
 def _errno(error: OSError | SafetensorError) -> int:
-    """The system's number of an error; safetensors tells it in words alone. 0 where there is none."""
+    """Return the system's number of an error, 0 if it has none; safetensors has it in its text."""
     if isinstance(error, OSError):
         return error.errno or 0
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else 0
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return int(number[1]) if number else 0

@@ -1,9 +1,8 @@
-"""Checkpoints: a folder that is wholly there or not at all, checked against its sums before anything is read.
+"""Checkpoints: folders that appear whole or not at all, and are verified before anything is read.
 
     config.json  model.safetensors  golden.safetensors  metrics.json  provenance.json  MANIFEST.sha256
 
-Training state (optimizer, position) lies in a folder of its own, in the same manner. Nothing is
-ever unpickled.
+Training state (optimizer, position) is a folder of the same kind. Nothing is ever unpickled.
 """
 
 import json
@@ -37,28 +36,28 @@ class Checkpoint:
     """A loaded checkpoint."""
 
     adapter: Adapter
-    """In evaluation mode, on the CPU."""
+    """Adapter in evaluation mode, on the CPU."""
     config: AdapterConfig
-    """What the adapter was built from."""
+    """Settings the adapter was built from."""
     metrics: dict[str, Any]
-    """As measured when it was saved."""
+    """Metrics measured when it was saved."""
     provenance: dict[str, Any]
-    """Where it comes from."""
+    """Command, code, versions, machine and data it comes from."""
     features: Features
-    """What it was trained on: type, shape and scale of both sides."""
+    """Type, shape and scale of the features it was trained on."""
     folder: Path
-    """Where it was read from."""
+    """Folder it was read from."""
     sha256: str
-    """Of MANIFEST.sha256, so of all its bytes: the checkpoint's identity."""
+    """SHA-256 of MANIFEST.sha256, so of all its bytes: the checkpoint's identity."""
 
     def require(self, features: Features) -> None:
-        """CheckpointError unless these are the features that the adapter was trained on."""
+        """Raise CheckpointError unless these are the features that the adapter was trained on."""
         for side in ("event", "target"):
-            mine, theirs = getattr(self.features, side), getattr(features, side)
-            if mine != theirs:
+            trained, given = getattr(self.features, side), getattr(features, side)
+            if trained != given:
                 raise CheckpointError(
-                    f"{self.folder} was trained on {side} features of {mine}, the store has {theirs}. "
-                    "Use the store it was trained for, or train anew."
+                    f"{self.folder} was trained on {side} features of {trained}, the store has {given}. "
+                    "Use the store it was trained for, or train again."
                 )
 
 
@@ -70,9 +69,9 @@ def save_checkpoint(
     provenance: Mapping[str, Any],
     features: Features,
 ) -> str:
-    """Writes a checkpoint and returns its identity. CheckpointError if the name is taken.
+    """Write a checkpoint and return its identity. CheckpointError if the folder exists.
 
-    The adapter may be training, on any device; it is left as it is.
+    The adapter may be training, on any device; it is not changed.
     """
     documents = {
         "config.json": {
@@ -89,7 +88,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Verifies every file, then reads. CheckpointError names the file that does not hold."""
+    """Verify every file, then read. CheckpointError names the bad file."""
     sha256 = verify_folder(folder)
     config_json = _read_json(folder / "config.json")
     if config_json.get("format") != FORMAT:
@@ -112,7 +111,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def replay_golden(checkpoint: Checkpoint) -> None:
-    """CheckpointError unless the adapter answers its golden inputs as it did when it was saved.
+    """Raise CheckpointError unless the adapter answers its golden inputs as it did when it was saved.
 
     Every number must be within `TOLERANCE` of its row's root mean square.
     """
@@ -120,7 +119,7 @@ def replay_golden(checkpoint: Checkpoint) -> None:
     if not path.is_file():
         raise CheckpointError(
             f"{checkpoint.folder} has no {GOLDEN}: an older version saved it, and nothing shows that it still "
-            "answers as it did then. Train it anew, or save it again with this version."
+            "answers as it did then. Train it again, or save it again with this version."
         )
     try:
         golden = load_file(path, backend="pread")
@@ -141,12 +140,12 @@ def replay_golden(checkpoint: Checkpoint) -> None:
 
 
 def save_training_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
-    """Writes what resuming needs beside the weights: tensors by name, and JSON values."""
+    """Write what resuming needs in addition to the weights: tensors by name, and JSON values."""
     return _save(folder, {"training_state.safetensors": tensors}, {"training_state.json": dict(meta)})
 
 
 def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by name, JSON values), verified. CheckpointError names the file that does not hold."""
+    """Return (tensors by name, JSON values), verified. CheckpointError names the bad file."""
     verify_folder(folder)
     return load_file(folder / "training_state.safetensors", backend="pread"), _read_json(
         folder / "training_state.json"
@@ -154,14 +153,14 @@ def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def verify_folder(folder: Path) -> str:
-    """Every file against MANIFEST.sha256, whose own SHA-256 is returned. CheckpointError names the file."""
+    """Check every file against MANIFEST.sha256 and return its own SHA-256. CheckpointError names the bad file."""
     path = folder / CHECKSUMS_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {CHECKSUMS_FILE}.")
     data = path.read_bytes()
     listed = parse_checksums(data, str(path))
-    found = {file.name for file in folder.glob("[!.]*")}
-    if unlisted := sorted(found - {CHECKSUMS_FILE, *listed}):  # a list that was cut at a line end
+    files = {file.name for file in folder.glob("[!.]*")}
+    if unlisted := sorted(files - {CHECKSUMS_FILE, *listed}):  # a list that was cut at a line end
         raise CheckpointError(f"{path} is damaged: it does not list {', '.join(unlisted)}. Use another checkpoint.")
     for name, sha256 in listed.items():
         file = folder / name
@@ -175,24 +174,11 @@ def verify_folder(folder: Path) -> str:
 
 
 def parse_checksums(data: bytes, where: str) -> dict[str, str]:
-    """SHA-256 of each file that a list names. CheckpointError, with `where` it lies, unless it is such a list."""
+    """Return the SHA-256 of each file in a list of checksums. CheckpointError, naming `where`: not such a list."""
     lines = re.findall(rb"^([0-9a-f]{64})  ([A-Za-z0-9_.]+)$", data, re.MULTILINE)
     if not lines or data != b"".join(b"%s  %s\n" % line for line in lines):
         raise CheckpointError(f"{where} is damaged: it is not a list of SHA-256 sums and file names.")
     return {name.decode(): sha256.decode() for sha256, name in lines}
-
-
-def newest_verified(parent: Path) -> tuple[Path | None, list[str]]:
-    """The last folder by name in `parent` that verifies, or None; and why each later one was passed over."""
-    damaged = []
-    for folder in sorted((p for p in parent.glob("[!.]*") if p.is_dir()), reverse=True):
-        try:
-            verify_folder(folder)
-        except CheckpointError as error:
-            damaged.append(str(error))
-        else:
-            return folder, damaged
-    return None, damaged
 
 
 def _save(
@@ -214,9 +200,9 @@ def _save(
 def _adapter_from(path: Path, empty: Adapter) -> Adapter:
     expected = {key: tuple(tensor.shape) for key, tensor in empty.state_dict().items()}
     tensors = load_file(path, backend="pread")
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    if expected != found:
-        differing = sorted(k for k in expected | found if expected.get(k) != found.get(k))
+    actual = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if expected != actual:
+        differing = sorted(k for k in expected | actual if expected.get(k) != actual.get(k))
         raise CheckpointError(f"{path} does not fit its config.json: {', '.join(differing)} differ.")
     return assembled(empty.config, tensors)
 

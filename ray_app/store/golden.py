@@ -1,8 +1,8 @@
-"""Golden answers: a few inputs, and what an adapter made of them when it was saved.
+"""Golden answers: a few inputs, and an adapter's outputs for them when it was saved.
 
-Checksums hold the bytes; this holds the meaning. Other weights, another formula or another config.json answer
-otherwise, and that is found before an adapter is promoted or served. The inputs are noise, drawn once and
-stored as they are, so that no generator has to draw the same again.
+Checksums protect the bytes, golden answers the meaning: other weights, another formula or another config.json give
+other answers, which is found before an adapter is promoted or served. The inputs are noise that is stored with them,
+so that no generator has to draw the same again.
 
 Shapes: G = golden rows, E = event width, D = target width.
 """
@@ -18,7 +18,7 @@ from ray_app.store.manifest import FeatureSpec
 NUM_ROWS = 2
 """Golden inputs in a checkpoint."""
 SEED = 20_259
-"""Of the noise; any would do."""
+"""Seed of the noise."""
 TOLERANCE = 1e-4
 """Largest error of one number, relative to the root mean square of its row.
 
@@ -29,16 +29,16 @@ Threads, kernels, batch sizes and float64 differ by 5e-6 at full width (150,528 
 
 
 def assembled(config: AdapterConfig, tensors: dict[str, Tensor]) -> Adapter:
-    """An adapter in evaluation mode whose weights are these very tensors: no memory of its own."""
+    """Return an adapter in evaluation mode that uses these tensors, without a copy."""
     adapter = meta_adapter(config)
     adapter.load_state_dict(tensors, assign=True)
     return adapter.eval()
 
 
 def golden_answers(adapter: Adapter, event: FeatureSpec) -> dict[str, Tensor]:
-    """Noise over the range of an event feature as a store holds it (G, E), and the adapter's answers (G, D).
+    """Return noise over the range of stored event features (G, E), and the adapter's answers (G, D).
 
-    uint8: every value it has; floats: [−1, 1). The adapter is in evaluation mode and on the CPU.
+    The range is 0 to 255 for uint8, [−1, 1) for floats. The adapter is in evaluation mode and on the CPU.
     """
     generator = torch.Generator().manual_seed(SEED)
     shape = (NUM_ROWS, adapter.config.event_dim)
@@ -50,15 +50,15 @@ def golden_answers(adapter: Adapter, event: FeatureSpec) -> dict[str, Tensor]:
 
 
 def run_golden(adapter: Adapter, event_GE: Tensor, scale: float) -> Tensor:
-    """What the adapter makes of stored inputs, in fp32 whatever surrounds the call, without a gradient."""
+    """Return the adapter's outputs for stored inputs, in fp32 also under autocast, without a gradient."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return adapter(event_GE.to(torch.float32) * scale)
 
 
 def relative_errors(aligned_GD: Tensor, golden_GD: Tensor) -> Tensor:
-    """The largest error of each row, relative to the golden row's root mean square, shape (G,), float64.
+    """Return each row's largest error relative to the golden row's root mean square, shape (G,), float64.
 
-    NaN where a number is not finite or where all of a row's golden numbers are 0 and the answer is too.
+    NaN if a number is not finite, or if all of a row's golden numbers and of its answers are 0.
     """
     error_G = (aligned_GD.double() - golden_GD.double()).abs().amax(dim=1)
     return error_G / golden_GD.double().square().mean(dim=1).sqrt()

@@ -1,4 +1,4 @@
-"""Where a result comes from: command, code, versions, machine, data."""
+"""Provenance of a result: command, code, versions, machine, data."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ PACKAGES = ("ray-app", "ray", "mlflow", "numpy", "pyarrow", "safetensors", "pill
 
 
 def provenance(argv: Sequence[str], dataset_fingerprint: str | None = None, **more: Any) -> dict[str, Any]:
-    """JSON values to keep beside a result. Passwords in URLs of `argv` are left out; `more` is added."""
+    """Return JSON values to store with a result, with `more`. Passwords in URLs of `argv` are left out."""
     return {
         "argv": [re.sub(r"(?<=://)[^/@\s]+@", "***@", arg) for arg in argv],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -25,14 +25,14 @@ def provenance(argv: Sequence[str], dataset_fingerprint: str | None = None, **mo
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))}
+        "versions": {name: installed for name in PACKAGES if (installed := _version(name))}
         | {"torch": str(torch.__version__)},
         **more,
     }
 
 
 def git_revision(root: Path) -> dict[str, Any] | None:
-    """{revision, dirty} of the checkout whose top folder is `root`; None where it is none, or has no git."""
+    """Return {revision, dirty} of the checkout at `root`; None if it is not one, or git is missing."""
     if not (root / ".git").exists():
         return None
     try:

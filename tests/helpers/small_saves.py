@@ -1,4 +1,4 @@
-"""Saves of a tiny run, each of whose numbers says of which epoch it is; and what such a run would go on from."""
+"""Saves of a tiny run whose numbers name their epoch, and the epoch that such a run would resume from."""
 
 import torch
 
@@ -30,9 +30,9 @@ def save(run: RunDir, epoch: int, hidden_dim: int = 3) -> None:
 
 
 def found(run: RunDir) -> int:
-    """The epoch that training would go on from, with every byte of it read and looked at."""
+    """Return the epoch that training would resume from, after checking every byte of it."""
     name = run.latest_resumable()
-    assert name is not None, "nothing to go on from"
+    assert name is not None, "nothing to resume from"
     tensors, meta = load_training_state(run.state(name))
     epoch = meta["epoch"]
     assert name == checkpoint_name(epoch)

@@ -176,10 +176,10 @@ def test_a_server_that_stays_away_ends_it_with_what_is_done_intact(s3: S3, small
     gate.touch()
     thread.join(400)
     s3.start()  # other tests use it, whatever comes of this one
-    told = str(errors[0])
-    assert "s3://bucket/away/" in told
-    assert re.search(r"\d+ tries in \d+ s failed", told)
-    assert "Finished files stay; repeat the command to go on." in told
+    printed = str(errors[0])
+    assert "s3://bucket/away/" in printed
+    assert re.search(r"\d+ tries in \d+ s failed", printed)
+    assert "Finished files stay; repeat the command to go on." in printed
     assert errors[0].exit_code == 2
     kept = {key: open_storage(s3.uri("bucket")).read(key) for key in done}
     result = prepare(source, flags, SMALL)
@@ -188,14 +188,14 @@ def test_a_server_that_stays_away_ends_it_with_what_is_done_intact(s3: S3, small
     assert kept == {key: open_storage(s3.uri("bucket")).read(key) for key in done}
 
 
-def test_a_bucket_that_is_missing_or_denies_is_told_before_work_starts(
+def test_a_bucket_that_is_missing_or_denies_is_reported_before_work_starts(
     s3: S3, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = ["prepare", "scenes", "--num-pairs", "2", "--num-sequences", "2", "--out"]
     assert cli.run([*words, s3.uri("none/s")]) == 2
-    assert "error: s3://none/s" in (told := capfd.readouterr().err)
-    assert "Create the bucket, or name another." in told
-    assert "started Ray" not in told
+    assert "error: s3://none/s" in (printed := capfd.readouterr().err)
+    assert "Create the bucket, or name another." in printed
+    assert "started Ray" not in printed
     with pytest.raises(StoreError, match=r"s3://none/s .*Create the bucket"):
         PairStore.open(s3.uri("none/s"))
     s3.ask("POST", "/moto-api/reset-auth", b"0")  # from now on the server knows no user
@@ -205,14 +205,14 @@ def test_a_bucket_that_is_missing_or_denies_is_told_before_work_starts(
             PairStore.open(s3.uri("bucket/denied"))
     finally:
         s3.ask("POST", "/moto-api/reset-auth", b"1000000")
-    told = capfd.readouterr().err
-    assert "The credentials of this environment are not known there." in told
-    assert "testing" not in told, "neither key is told"
+    printed = capfd.readouterr().err
+    assert "The credentials of this environment are not known there." in printed
+    assert "testing" not in printed, "neither key is printed"
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["prepare scenes --num-pairs 2 --num-sequences 2", "train --store {store}"])
-def test_a_bucket_that_may_only_be_read_is_told_before_work_starts(
+def test_a_bucket_that_may_only_be_read_is_reported_before_work_starts(
     s3: S3, small_store: Path, command: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     there = s3.uri("bucket/read-only")
@@ -221,37 +221,37 @@ def test_a_bucket_that_may_only_be_read_is_told_before_work_starts(
         assert cli.run([*command.format(store=small_store).split(), "--out", there]) == 2
     finally:
         s3.read_only.unlink()
-    told = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "error: s3://bucket/read-only/" in told
-    assert "cannot be written" in told
-    assert told.endswith("The credentials of this environment do not allow it.")
+    printed = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "error: s3://bucket/read-only/" in printed
+    assert "cannot be written" in printed
+    assert printed.endswith("The credentials of this environment do not allow it.")
     assert not open_storage(there).exists()
 
 
 def test_an_answer_that_is_wrong_for_too_long_is_an_error_with_the_number_of_tries(s3: S3) -> None:
-    told: list[str] = []
-    there = open_storage(s3.uri("bucket/wrong"), 8).with_logger(told.append)
+    printed: list[str] = []
+    there = open_storage(s3.uri("bucket/wrong"), 8).with_logger(printed.append)
     s3.broken.touch()
     try:
         with pytest.raises(StoreError, match=r"wrong/x cannot be written: \d+ tries in \d+ s failed"):
             there.write("x", b"1")
     finally:
         s3.broken.unlink()
-    assert len(told) == 1
+    assert len(printed) == 1
     there.write("x", b"1")
     assert there.read("x") == b"1"
 
 
 def test_that_a_file_is_missing_is_an_answer_too_after_an_outage(s3: S3) -> None:
-    told: list[str] = []
-    there = open_storage(s3.uri("bucket/missing"), 60).with_logger(told.append)
+    printed: list[str] = []
+    there = open_storage(s3.uri("bucket/missing"), 60).with_logger(printed.append)
     s3.broken.touch()
-    mend = threading.Timer(8.0, s3.broken.unlink)
-    mend.start()
+    repair = threading.Timer(8.0, s3.broken.unlink)
+    repair.start()
     with pytest.raises(FileNotFoundError):
         there.read("x")
-    mend.join()
-    assert [line.partition(";")[0].partition(",")[0] for line in told] == [
+    repair.join()
+    assert [line.partition(";")[0].partition(",")[0] for line in printed] == [
         "s3://bucket/missing does not answer",
         "s3://bucket/missing answers again",
     ]

@@ -1,4 +1,4 @@
-"""Runs in a real S3 server: what is finished lies there whole, and any other machine goes on from it."""
+"""Runs in a real S3 server: finished checkpoints are whole there, and any machine can resume from the URI."""
 
 import json
 import os
@@ -129,7 +129,7 @@ def test_killed_at_any_request_a_save_leaves_a_whole_epoch_and_the_next_works(
     assert epochs[-1] == 1
 
 
-def test_a_damaged_object_is_named_and_the_place_before_is_gone_on_from(
+def test_a_damaged_object_is_named_and_the_checkpoint_before_is_resumed(
     copy: Callable[[str], RunDir], s3: S3, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri = s3.uri("bucket/hurt")
@@ -209,7 +209,7 @@ def test_a_driver_that_another_has_followed_ends_and_so_do_its_workers(copy: Cal
     worker = copy("drivers")
     worker.refresh()
     require_latest_driver(worker.path, 1060.0)
-    with pytest.raises(StoreError, match="under another driver, which began 60 s after this one"):
+    with pytest.raises(StoreError, match="another driver took over this run 60 s after this one started"):
         require_latest_driver(worker.path, 1000.0)
 
 
@@ -406,7 +406,7 @@ def killer(s3: S3) -> Iterator[Callable[[str], list[int]]]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_run_whose_processes_died_is_gone_on_with_from_the_uri_alone_and_ends_with_the_same_bytes(
+def test_a_run_whose_processes_died_is_resumed_from_the_uri_alone_and_ends_with_the_same_bytes(
     s3: S3,
     small_store: Path,
     tmp_path: Path,
@@ -437,7 +437,7 @@ def test_a_run_whose_processes_died_is_gone_on_with_from_the_uri_alone_and_ends_
         run.refresh()
         lines = entries(run.path)
         steps = [line["global_step"] for line in lines if line["kind"] == "step"]
-        assert steps == list(range(1, result["steps"] + 1)), "each step is told once"
+        assert steps == list(range(1, result["steps"] + 1)), "each step is logged once"
         assert [line["kind"] for line in lines if line["kind"] in ("run_started", "run_ended")] == [
             "run_started",
             "run_ended",

@@ -76,17 +76,17 @@ def test_a_save_killed_at_any_call_leaves_a_whole_epoch_and_the_next_save_works(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    if "skip" in told:
-        pytest.skip(told["skip"])
-    calls, epochs = told["calls"], told["epochs"]
+    report = json.loads(done.stdout)
+    if "skip" in report:
+        pytest.skip(report["skip"])
+    calls, epochs = report["calls"], report["epochs"]
     assert len(calls) == len(epochs) > 50
     assert {"write", "fsync", "openat"} <= {*calls}
     assert all(any(call.startswith(kind) for call in calls) for kind in ("rename", "mkdir", "unlink"))
     assert set(epochs) == {OLD, NEW}
     assert epochs == sorted(epochs), "once the new epoch is there, it stays"
-    assert told["again"]
-    assert set(told["again"]) == {OLD}
+    assert report["again"]
+    assert set(report["again"]) == {OLD}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A disk that is full or read-only costs nothing that was whole, and is told with the place and the bytes.
+"""A disk that is full or read-only costs nothing that was whole, and the error names the file and the bytes.
 
 The disk is a real one: a small tmpfs of its own, where this user may mount one, filled to the last page.
 """
@@ -59,7 +59,7 @@ def fill(disk: Path, leave_pages: int) -> Path:
 
 
 def test_a_save_on_a_disk_with_any_room_is_whole_or_leaves_the_epoch_before(disk: Path) -> None:
-    told = []
+    errors = []
     for pages in range(DISK_PAGES):
         run = RunDir(disk / f"run_{pages}")
         run.create({})
@@ -68,9 +68,9 @@ def test_a_save_on_a_disk_with_any_room_is_whole_or_leaves_the_epoch_before(disk
         try:
             save(run, 2, HIDDEN)
         except StoreError as error:
-            told.append(str(error))
+            errors.append(str(error))
             epoch = found(run)
-            expected = 2 if "best.json" in told[-1] else 1
+            expected = 2 if "best.json" in errors[-1] else 1
             assert epoch == expected
             assert not list(run.path.rglob(".*.partial")), "what did not fit takes room"
             ballast.unlink()
@@ -80,17 +80,17 @@ def test_a_save_on_a_disk_with_any_room_is_whole_or_leaves_the_epoch_before(disk
             break
         shutil.rmtree(run.path)
     assert found(run) == 2
-    assert len(told) > 10
-    assert all("cannot be written: No space left on device" in text and "bytes are free" in text for text in told)
-    assert all(str(disk) in text for text in told)
+    assert len(errors) > 10
+    assert all("cannot be written: No space left on device" in text and "bytes are free" in text for text in errors)
+    assert all(str(disk) in text for text in errors)
     named = ("training_state/epoch_0002", "checkpoints/epoch_0002", "best.json")
-    assert all(any(name in text for text in told) for name in named), "the disk filled up at each of the three"
+    assert all(any(name in text for text in errors) for name in named), "the disk filled up at each of the three"
 
 
-def test_a_prepare_on_a_disk_with_any_room_keeps_what_is_finished_and_goes_on(disk: Path, small_store: Path) -> None:
+def test_a_prepare_on_a_disk_with_any_room_keeps_finished_files_and_continues(disk: Path, small_store: Path) -> None:
     source = NumpySource()
     tasks = source.tasks()
-    told = []
+    errors = []
     for pages in range(0, DISK_PAGES, 3):
         store = disk / "store"
         ballast = fill(disk, pages)
@@ -101,7 +101,7 @@ def test_a_prepare_on_a_disk_with_any_room_keeps_what_is_finished_and_goes_on(di
                 kept.append(build_task(source, task, store, BOTH))
             finish(store, source, kept, BOTH, 0.0)
         except StoreError as error:
-            told.append(str(error))
+            errors.append(str(error))
             assert not (store / "manifest.json").exists()
             assert [finished(store, task) for task in tasks] == kept + [None] * (len(tasks) - len(kept))
             ballast.unlink()
@@ -114,13 +114,13 @@ def test_a_prepare_on_a_disk_with_any_room_keeps_what_is_finished_and_goes_on(di
         assert _contents(store) == _contents(small_store)
         shutil.rmtree(store)
     assert _contents(store) == _contents(small_store)
-    assert len(told) > 5
-    assert all("cannot be written: No space left on device" in text and str(store) in text for text in told)
-    assert all("bytes are needed" in text for text in told if ".parquet" in text)
-    assert any(".parquet" in text for text in told)
+    assert len(errors) > 5
+    assert all("cannot be written: No space left on device" in text and str(store) in text for text in errors)
+    assert all("bytes are needed" in text for text in errors if ".parquet" in text)
+    assert any(".parquet" in text for text in errors)
 
 
-def test_an_event_log_on_a_full_disk_keeps_every_line_that_was_told(disk: Path) -> None:
+def test_an_event_log_on_a_full_disk_keeps_every_line_that_was_written(disk: Path) -> None:
     run = disk / "run"
     run.mkdir()
     with EventLog(run) as log:
@@ -163,7 +163,7 @@ def test_on_a_disk_that_has_become_read_only_all_that_is_there_can_be_read(disk:
     assert [line["global_step"] for line in entries(run.path)] == [1]
 
 
-def test_a_file_that_may_not_grow_so_large_is_told_with_its_bytes_and_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_file_that_may_not_grow_so_large_is_reported_with_its_bytes_and_leaves_the_old_one(tmp_path: Path) -> None:
     path, limit = tmp_path / "a", 8 << 20
     write_file(path, b"old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
