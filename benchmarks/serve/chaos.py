@@ -1,4 +1,4 @@
-"""The endpoint when things go wrong: too many callers, new and bad champions, killed replicas, a long time.
+"""Endpoint under faults: overload, new and bad champions, killed replicas, a long run.
 
     python -m benchmarks.serve.chaos overload
     python -m benchmarks.serve.chaos overload --precision fp32
@@ -77,7 +77,7 @@ def overload(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "server_counted": dict(sorted(server.items())),
         "counts_are_equal": {str(code): n for code, n in flood.codes.items()} == dict(server),
         "afterwards_4_callers": after.summary(),
-        "wanted": "accepted p99 at most 2 times that at capacity, the rest 429, counts equal",
+        "wanted": "accepted p99 at most 3.5 times that at capacity, the rest 429, counts equal",
     }
 
 

@@ -49,7 +49,7 @@ LINES: tuple[tuple[str, str], ...] = (
     ("expect", "nothing"), ("host", "evil.example"), ("host", ""), ("if-none-match", "*"), ("origin", "null"),
     ("inference-header-content-length", "-1"), ("range", "bytes=0-0"), ("sec-fetch-site", "cross-site"),
     ("traceparent", "00-zz"), ("traceparent", "00-" + "a" * 32 + "-" + "b" * 16 + "-01"), ("upgrade", "websocket"),
-    ("x-forwarded-for", "::1"), ("x-http-method-override", "DELETE"), ("x-request-id", "\xe9" * 60),
+    ("x-forwarded-for", "::1"), ("x-http-method-override", "DELETE"), ("x-request-id", "e" * 60),
     ("x-request-id", "a" * 5000), ("x-request-timeout-ms", "-5"), ("x-request-timeout-ms", "nan"),
     ("x-request-timeout-ms", "0"), ("x-request-timeout-seconds", "1"),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the endpoint is told: arguments, and config.yaml field by field, since Ray ignores what it does not know."""
+"""Settings of the endpoint: arguments, and config.yaml field by field, since Ray ignores unknown keys."""
 
 import re
 import signal
@@ -84,7 +84,7 @@ def test_the_builder_takes_checked_arguments_alone(tmp_path: Path) -> None:
     assert checked(good).checkpoint == checkpoint
 
 
-def test_a_deployment_that_cannot_be_is_told_once_in_a_sentence(
+def test_a_deployment_that_cannot_start_is_refused_once_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Ray builds it: what it returns here it does not try again, what it raises it tries four times."""
@@ -97,10 +97,10 @@ def test_a_deployment_that_cannot_be_is_told_once_in_a_sentence(
         ({"checkpoint": str(damaged)}, r"model\.safetensors is damaged"),
     ):
         args = {**args, "no_auth": True}
-        _, built, told = build("serve.app:build_app", "1", "alignment", args, LoggingConfig(), None, {}, {}, {})
+        _, built, reason = build("serve.app:build_app", "1", "alignment", args, LoggingConfig(), None, {}, {}, {})
         assert built is None
-        assert re.search(message, told)
-        assert len(told.splitlines()) == 1
+        assert re.search(message, reason)
+        assert len(reason.splitlines()) == 1
 
 
 def test_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ def cluster_endpoint(nodes: Nodes, checkpoint: Path, folder: Path, cpus: float =
         )
     )
     command = [str(Path(sys.executable).with_name("serve")), "run", str(config), "--address", nodes.address]
-    told = {**os.environ, **nodes.environment}
+    variables = {**os.environ, **nodes.environment}
     with (folder / "serve.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=told, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log, start_new_session=True)
     try:
         until = time.monotonic() + START_S
         while not replicas(url) >= 2:

@@ -181,7 +181,7 @@ def test_a_recording_is_drawn(browser: Any, endpoint: Any, tmp_path: Path) -> No
     closed(page, "console-recording")
 
 
-def test_what_the_endpoint_refuses_is_told_in_its_words(browser: Any, endpoint: Any, tmp_path: Path) -> None:
+def test_a_refusal_of_the_endpoint_is_shown_in_its_words(browser: Any, endpoint: Any, tmp_path: Path) -> None:
     page = opened(browser, endpoint[0])
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no picture")
     page.set_input_files("#event-file", tmp_path / "broken.png")
@@ -238,7 +238,7 @@ def test_everything_is_reached_by_tab_and_has_a_name(browser: Any, endpoint: Any
     closed(page)
 
 
-def test_it_tells_what_is_served_and_how_much_it_is_asked(browser: Any, endpoint: Any) -> None:
+def test_it_shows_the_model_in_service_and_the_live_numbers(browser: Any, endpoint: Any) -> None:
     server, evaluation = endpoint
     page = opened(browser, server)
     served = page.locator("#served").inner_text()

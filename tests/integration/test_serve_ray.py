@@ -88,15 +88,15 @@ def test_metrics_are_of_every_replica(server: RayServer) -> None:
 
 
 @pytest.mark.slow
-def test_in_a_flood_a_full_queue_is_told_before_the_body_is_sent(server: RayServer) -> None:
+def test_in_a_flood_a_full_queue_refuses_before_the_body_is_sent(server: RayServer) -> None:
     head = [f"POST {INFER} HTTP/1.1", f"Host: {server.url}", f"Authorization: Bearer {server.token}"]
     head += [f"{name}: {value}" for name, value in {**HEADERS, "Content-Length": str(len(BODY))}.items()]
     callers = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(600)]
     for caller in callers:
         caller.sendall("\r\n".join([*head, "", ""]).encode())
-    told, _, _ = select.select(callers, [], [], 5.0)
-    assert told, "the queues of two replicas have 128 places"
-    for caller in told:
+    refused, _, _ = select.select(callers, [], [], 5.0)
+    assert refused, "the queues of two replicas have 32 slots"
+    for caller in refused:
         assert caller.recv(12) == b"HTTP/1.1 429"
     for caller in callers:
         caller.close()

@@ -94,7 +94,7 @@ def test_tokens_are_exchanged_while_it_runs(server: LocalServer, tokens: Path, s
     assert server.ask("GET", "/v1/model", headers=bearer(secrets["reader"]))[0] == 200
 
 
-def test_a_file_that_becomes_unreadable_changes_nothing_and_is_told(
+def test_a_file_that_becomes_unreadable_changes_nothing_and_is_reported(
     server: LocalServer, tokens: Path, secrets: dict[str, str]
 ) -> None:
     whole = tokens.read_text()

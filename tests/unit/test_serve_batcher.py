@@ -65,7 +65,7 @@ def test_what_is_wrong_with_one_request_costs_that_one_alone() -> None:
     assert asyncio.run(drive(batcher, works)) == [works[0], problem, works[2]]
 
 
-def test_a_defect_is_told_to_its_callers_and_the_worker_goes_on() -> None:
+def test_a_bug_reaches_its_callers_and_the_worker_continues() -> None:
     calls = []
 
     def predict(works: Any) -> Any:

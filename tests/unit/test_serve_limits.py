@@ -69,8 +69,8 @@ def test_a_caller_may_ask_for_less_time(server: LocalServer) -> None:
 def test_a_body_that_does_not_arrive_holds_no_place(server: LocalServer, path: str) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
     connection.putrequest("POST", path)
-    told = {**GOOD_HEADERS, "content-type": "application/json", "x-request-timeout-ms": "200"}
-    for name, value in {**told, "content-length": str(len(GOOD))}.items():
+    headers = {**GOOD_HEADERS, "content-type": "application/json", "x-request-timeout-ms": "200"}
+    for name, value in {**headers, "content-length": str(len(GOOD))}.items():
         connection.putheader(name, value)
     connection.endheaders(GOOD[:10])
     answer = connection.getresponse()
@@ -128,7 +128,7 @@ def test_a_flood_fills_no_log(server: LocalServer, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("serve.http.request.REFUSAL_LOG_INTERVAL_S", 0.3)
     monkeypatch.setattr(server.endpoint.batcher, "queued_rows", 8)
     time.sleep(0.35)  # since another test's
-    told = server.metric("align_requests_total", code="429")
+    before = server.metric("align_requests_total", code="429")
     for _ in range(5):
         assert server.ask("POST", INFER, GOOD, GOOD_HEADERS)[0] == 429
     time.sleep(0.35)
@@ -136,7 +136,7 @@ def test_a_flood_fills_no_log(server: LocalServer, monkeypatch: pytest.MonkeyPat
     refused = [line for line in lines if line["problem"] == "busy"]
     assert [line["refused"] for line in refused][-1] == 5
     assert len(refused) == 2, "one at once, one for all that came within the time"
-    assert server.metric("align_requests_total", code="429") - told == 6
+    assert server.metric("align_requests_total", code="429") - before == 6
 
 
 def slow(server: LocalServer) -> None:

@@ -1,4 +1,4 @@
-"""What is told of requests: live numbers of several replicas as one, drift, a line of JSON each, spans."""
+"""Metrics and logs of requests: live numbers of several replicas as one, drift, a line of JSON each, spans."""
 
 import gzip
 import json
@@ -58,7 +58,7 @@ def test_the_baseline_is_of_the_test_part_where_there_is_one() -> None:
     assert drift_reference({"pairs": 3}, None) is None
 
 
-def test_drift_is_told_from_a_hundred_verified_pairs_on(server: LocalServer) -> None:
+def test_drift_is_reported_from_a_hundred_verified_pairs(server: LocalServer) -> None:
     """A target equal to what the adapter gives has cosine 1: above every percentile of the part it was judged on."""
     event = RNG.integers(1, 256, (10, WIDTH), dtype=np.uint8) / 255
     aligned = [row["aligned"] for row in server.json("POST", "/v1/align", {"event": event.tolist()})[1]["pairs"]]
@@ -113,14 +113,14 @@ def test_the_numbers_of_two_replicas_are_summed() -> None:
 
 
 def test_each_request_is_a_line_of_json_with_its_id(server: LocalServer) -> None:
-    told: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
 
     class Kept(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if (line := json.loads(record.getMessage()))[
                 "route"
             ] != "/v1/stats":  # of the test before, still under way
-                told.append(line)
+                lines.append(line)
 
     handler, level = Kept(), LOG.level
     LOG.addHandler(handler)
@@ -129,20 +129,20 @@ def test_each_request_is_a_line_of_json_with_its_id(server: LocalServer) -> None
         answer = server.ask("POST", INFER, BODY, {**HEADERS, "x-request-id": "mine/7"})
         wrong = server.json("POST", "/v1/align", {"event": [[1.0]]})[1]
         server.ask("GET", "/v2/health/live", headers={"x-request-id": 'a"}\x85{"'})
-        wait_for(lambda: len(told) == 3)  # a line is written when its answer is under way
+        wait_for(lambda: len(lines) == 3)  # a line is written when its answer is under way
     finally:
         LOG.removeHandler(handler)
         LOG.setLevel(level)
-    assert [(line["route"], line["code"]) for line in told] == [
+    assert [(line["route"], line["code"]) for line in lines] == [
         ("/v2/models/{model}/infer", 200),
         ("/v1/align", 422),
         ("/v2/health/live", 200),
     ]
-    assert told[0]["request_id"] == "mine/7"
-    assert (told[0]["pairs"], told[0]["model_version"]) == (2, answer[1]["x-model-version"])
-    assert told[0]["ms"] > 0
-    assert (told[1]["request_id"], told[1]["problem"]) == (wrong["request_id"], "width")
-    assert told[2]["request_id"] == "a_____", "nobody writes into the log but us"
+    assert lines[0]["request_id"] == "mine/7"
+    assert (lines[0]["pairs"], lines[0]["model_version"]) == (2, answer[1]["x-model-version"])
+    assert lines[0]["ms"] > 0
+    assert (lines[1]["request_id"], lines[1]["problem"]) == (wrong["request_id"], "width")
+    assert lines[2]["request_id"] == "a_____", "clients cannot write into the log"
 
 
 def test_a_span_takes_up_the_callers_trace(server: LocalServer, folder: Path) -> None:
@@ -200,7 +200,7 @@ def test_spans_go_to_a_collector_where_one_is_named(monkeypatch: pytest.MonkeyPa
     assert (span.name, span.trace_id.hex(), span.parent_span_id.hex()) == (f"GET {path}", TRACE, PARENT)
 
 
-def test_a_collector_without_its_exporter_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collector_without_its_exporter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OTLP, "http://127.0.0.1:4318")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(ConfigError, match=r"ray-app\[traces\]"):

@@ -57,7 +57,7 @@ def test_weights_that_lie_in_other_order_answer_as_those_that_do_not(checkpoint:
 
 @onednn
 @pytest.mark.parametrize("vendor", ["GenuineIntel", AMD])
-def test_float32_stays_float32_whoever_multiplies(
+def test_float32_stays_float32_with_either_library(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, vendor: str
 ) -> None:
     monkeypatch.setattr(serve.model.loaded_model, "cpu", lambda: {"vendor_id": vendor})

@@ -234,7 +234,7 @@ def test_other_types_of_body_are_refused(server: LocalServer) -> None:
     assert (status, problem["code"]) == (422, "unknown_field")
 
 
-def test_the_model_tells_of_itself(server: LocalServer) -> None:
+def test_the_model_describes_itself(server: LocalServer) -> None:
     status, about = server.json("GET", "/v1/model")
     assert status == 200
     assert about["dataset_fingerprint"] == "f" * 64
