@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ray_app.cluster.connection import BUSY_HINT, unwrap_user_errors
+from ray_app.commands.evaluate.latency import WARM_UP, latency_ms
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.registry import meta_adapter
 from ray_app.core.evaluation import AlignmentEvaluation, AlignmentEvaluator
@@ -27,10 +28,6 @@ from ray_app.store.checkpoint import Checkpoint
 from ray_app.store.pair_store import PairStore, previous_window
 from ray_app.store.split import Rows
 
-WARM_UP = 2
-"""Forward passes before timing starts."""
-TIMED = 20
-"""Forward passes of one pair, of which the median is the latency."""
 START_S = 300.0
 """Seconds that the actor may wait for CPUs or a GPU."""
 
@@ -91,20 +88,9 @@ class EvaluatorActor:
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         return {"seconds": self.forward_s, "device": device, "threads": torch.get_num_threads()}
 
-    def latency_ms(self, scale: float) -> float:
-        """Median milliseconds of one forward pass of one pair, on one core or the GPU."""
-        threads, spent = torch.get_num_threads(), []
-        torch.set_num_threads(1)
-        event_1E = torch.full((1, self.adapter.config.event_dim), scale, device=self.device)
-        with torch.no_grad():
-            for _ in range(TIMED + WARM_UP):
-                self._synchronize()
-                began = time.perf_counter()
-                self.adapter(event_1E)
-                self._synchronize()
-                spent.append(time.perf_counter() - began)
-        torch.set_num_threads(threads)
-        return 1e3 * float(np.median(spent[WARM_UP:]))
+    def latency_ms(self) -> float:
+        """Median milliseconds of one forward pass of one pair."""
+        return latency_ms(self.adapter)
 
     def _begin(self, *_: Any) -> None:
         self._synchronize()
@@ -177,7 +163,7 @@ class EvaluatorHandle:
 
     def latency_ms(self) -> float:
         """Median milliseconds of one forward pass of one pair, on one core or the GPU."""
-        return ray.get(self.worker.latency_ms.remote(self.store.feature("event").scale))
+        return ray.get(self.worker.latency_ms.remote())
 
     def timing(self) -> dict[str, Any]:
         """Seconds of each forward pass since the warm-up, with the device and the threads."""

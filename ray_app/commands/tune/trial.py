@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 
 from ray_app.cluster.reachability import node_is_alive
+from ray_app.commands.evaluate.latency import latency_ms
 from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.launch import run_worker_group
 from ray_app.commands.train.loop import WorkerContext, is_finished, train_epochs
@@ -31,8 +32,6 @@ from ray_app.runs.event_log import EventLog, entries, entries_since_start, last_
 from ray_app.runs.run_dir import RunDir, open_run
 
 RATE = f"cosine_accept_rate_{rate_key(THETA)}"
-TIMED_PASSES = 30
-"""Forward passes of one pair; their median is the latency."""
 GROUP_RESOURCES = {"CPU": 0.0, "memory": 1_000_000}
 """Resources of the process that waits for a worker group: no CPU, which its workers may need; Ray wants a claim."""
 
@@ -104,7 +103,7 @@ class TrialReporter:
         """Report one epoch. The end is logged first, since Tune may stop this process at a report."""
         lines = entries(self.run.path)
         if self.spec.measure_latency and not any(line["kind"] == "latency" for line in lines):
-            self.log.write("latency", ms=latency_ms(state))
+            self.log.write("latency", ms=latency_ms(state.objective.adapter))
         if is_finished(state, self.spec.train):
             self.end("FINISHED")
         self._report(lines, state.epoch)
@@ -235,19 +234,3 @@ def give_up_reason(lines: list[dict[str, Any]], dead: Set[str]) -> str | None:
     if len(deaths) >= 2 and deaths[-1] == step:
         return f"its process died twice before step {step + 1}"
     return None
-
-
-def latency_ms(state: TrainState) -> float:
-    """Median milliseconds of a forward pass of one pair, on the device of its training."""
-    adapter = state.objective.adapter.eval()
-    device = next(iter(adapter.state_dict().values())).device
-    event_1E = torch.zeros(1, adapter.config.event_dim, device=device)
-    seconds = []
-    with torch.no_grad():
-        for _ in range(TIMED_PASSES):
-            started = time.perf_counter()
-            adapter(event_1E)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-    return 1e3 * sorted(seconds)[len(seconds) // 2]
