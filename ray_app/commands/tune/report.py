@@ -109,41 +109,41 @@ def figures(spec: SweepSpec, trials: list[Trial], baselines: dict[str, float], s
     name = f"{'lift' if spec.objective == 'lift' else f'accepted at {rate_key(THETA)}'}, %"
     space, best = space_of(spec), best_of(trials)
     assert best is not None
-    judged = [trial for trial in trials if trial.objective is not None and trial.status != "failed"]
+    scored = [trial for trial in trials if trial.objective is not None and trial.status != "failed"]
     yield figure_section(
         "The best so far",
-        history_figure(judged, space, baselines, name),
+        history_figure(scored, space, baselines, name),
         f"The objective of each trial and the best so far, which reaches {100 * (best.objective or 0.0):.1f} "
         "percent.",
         "A dot is a trial: the objective of its best checkpoint.",
     )
     yield figure_section(
         "What was tried",
-        parallel_figure(judged, space, name),
-        f"Parallel coordinates of {len(judged)} trials. The best: {describe(best.setting)}.",
+        parallel_figure(scored, space, name),
+        f"Parallel coordinates of {len(scored)} trials. The best: {describe(best.setting)}.",
         "A line is a trial, the darker the better.",
     )
     records = [
-        TrialRecord(t.setting, "finished", (t.objective,), t.epochs) for t in judged if t.objective is not None
+        TrialRecord(t.setting, "finished", (t.objective,), t.epochs) for t in scored if t.objective is not None
     ]
     shares = importances(space, records, spec.seed)
     if shares:
         yield figure_section(
             "What mattered",
-            importance_figure(judged, space, list(shares), spec.seed, name),
+            importance_figure(scored, space, list(shares), spec.seed, name),
             "Importance of each setting: " + ", ".join(f"{k} {100 * v:.0f} percent" for k, v in shares.items()),
             "Share of the objective's variance, by fANOVA (Hutter et al. 2014) over the trials that did "
             "not fail. With a dozen trials it is a hint, with a hundred a measurement.",
         )
         yield figure_section(
             "Values of each setting",
-            slice_figures(judged, space, name),
+            slice_figures(scored, space, name),
             f"The objective of every trial over its value of {', '.join(space)}.",
             "A dot is a trial, the darker the later.",
         )
     yield figure_section(
         "What it costs",
-        pareto_figure(judged, space, second, name),
+        pareto_figure(scored, space, second, name),
         f"The objective against {second}, with the front of trials that no other beats in both.",
         "Red: no other trial is better in both.",
     )

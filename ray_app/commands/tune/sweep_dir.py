@@ -361,8 +361,8 @@ def active_seconds(lines: list[dict[str, Any]]) -> float:
 
 def best_of(trials: list[Trial]) -> Trial | None:
     """Trial with the best objective; of equal ones that with fewer parameters, then the earlier one."""
-    judged = [trial for trial in trials if trial.objective is not None and trial.status != "failed"]
-    return min(judged, key=lambda trial: trial.rank, default=None)
+    scored = [trial for trial in trials if trial.objective is not None and trial.status != "failed"]
+    return min(scored, key=lambda trial: trial.rank, default=None)
 
 
 def ranked(trials: list[Trial]) -> list[Trial]:
@@ -373,11 +373,11 @@ def ranked(trials: list[Trial]) -> list[Trial]:
 
 def pareto_front(trials: list[Trial], second: str) -> list[Trial]:
     """Trials that no other beats in the objective without losing in the second one, best objective first."""
-    judged = [
+    scored = [
         t for t in trials if t.objective is not None and t.status != "failed" and getattr(t, second) is not None
     ]
     front: list[Trial] = []
-    for trial in sorted(judged, key=lambda t: (t.rank[0], getattr(t, second))):
+    for trial in sorted(scored, key=lambda t: (t.rank[0], getattr(t, second))):
         if not front or getattr(trial, second) < getattr(front[-1], second):
             front.append(trial)
     return front
