@@ -108,7 +108,7 @@ class PrepareDsec(RecordedFlags):
 
 
 class PrepareDavis(RecordedFlags):
-    """Recordings of DAVIS sensors, whose pixels give events and frames at once. Needs: pip install ray-app[davis]"""
+    """Recordings of DAVIS sensors, whose pixels give events and frames at once. Needs: pip install ray-app[davis]."""
 
     files: tuple[Path, ...]
     """Recordings (.aedat4), a sequence each."""

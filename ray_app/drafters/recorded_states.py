@@ -71,8 +71,10 @@ def aligned(checkpoint: Checkpoint, states_TD: States, target_width: int) -> Sta
 
 
 def blocks(files: Sequence[TraceFile], block_rows: int) -> list[list[int]]:
-    """For each file and row the number of its block: its sequence where there are several, else a stretch of
-    neighbouring rows."""
+    """Number of the block of each file's rows.
+
+    A block is a sequence where there are several, else a stretch of neighbouring rows.
+    """
     numbers: dict[tuple[int, str | int], int] = {}
     several = len({trace.sequence for file in files for trace in file.traces}) > 1
     return [

@@ -72,8 +72,7 @@ def summarise(rows: Sequence[ReplayedRow], gamma: int, rng: np.random.Generator)
 
 
 def details(rows: Sequence[ReplayedRow], gamma: int, rng: np.random.Generator) -> dict[str, Any]:
-    """What the table does not hold: acceptance by place, histogram, baselines, time; `interval95` for `MORE` and for
-    each place.
+    """Acceptance by place, histogram, baselines, time; `interval95` for `MORE` and for each place.
 
     `shuffled_match_rate` compares drafts with answers in random order, within each fold: in another one the drafter
     would have learnt the answer.
@@ -132,8 +131,10 @@ def rate_of_group(rows: Sequence[ReplayedRow], rng: np.random.Generator) -> dict
 def match_rate_by_shift(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]], shifts: Sequence[int]
 ) -> dict[int, float]:
-    """Self-test: how well drafts match answers when moved by so many places. A best shift that is not 0 means that
-    one side carries a token at its start which the other lacks."""
+    """Self-test: share of tokens that match when drafts are moved by so many places.
+
+    A best shift that is not 0 means that one side carries a token at its start which the other lacks.
+    """
     tokens = sum(len(answer) for _, answer in pairs)
     return {shift: sum(num_matches(draft, answer, shift) for draft, answer in pairs) / tokens for shift in shifts}
 

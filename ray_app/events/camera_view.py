@@ -209,7 +209,7 @@ def _box_sums(frame: NDArray[np.uint8], box: int) -> NDArray[np.uint16]:
 
 
 def _blend(one: NDArray[Any], other: NDArray[Any], weight: NDArray[np.int32]) -> NDArray[np.int32]:
-    """(256 − weight) · one + weight · other"""
+    """(256 − weight) · one + weight · other."""
     total = np.subtract(other, one, dtype=np.int32)
     total *= weight
     total += np.multiply(one, ONE, dtype=np.int32)

@@ -296,8 +296,11 @@ class _Stamps:
 
 
 def _video_llava_processor(hf: ModuleType) -> Any:
-    """VideoLlavaProcessor without torchvision, which its class for videos needs: the frames of a video pass, one by
-    one, through the image processor that the checkpoint brings, with the same steps on Pillow and numpy."""
+    """VideoLlavaProcessor without torchvision, which its class for videos needs.
+
+    The frames of a video pass, one by one, through the image processor that the checkpoint brings, with the same
+    steps on Pillow and numpy.
+    """
 
     class Processor(hf.VideoLlavaProcessor):  # type: ignore[name-defined]
         def check_argument_for_proper_class(self, _: str, argument: Any) -> type:

@@ -111,8 +111,10 @@ def named_sequences(files: Iterable[Path]) -> list[tuple[str, Path]]:
 
 
 def require_visible(path: Path) -> None:
-    """ResourceError, with this machine's name, unless it sees the file or folder. A mount point is empty without its
-    mount."""
+    """ResourceError, with this machine's name, unless it sees the file or folder.
+
+    A mount point is empty without its mount.
+    """
     try:
         there, why = any(path.iterdir()) if path.is_dir() else path.exists(), "missing or empty"
     except OSError as error:

@@ -119,8 +119,7 @@ class WindowingConfig:
         }
 
     def portions(self, first_us: int, last_us: int, order: Callable[[Window], int]) -> list[list[Window]]:
-        """The windows of all durations between the first and the last frame, sorted by `order`, as many at a time as
-        one task draws."""
+        """Windows of all durations between the first and the last frame, sorted by `order`, a task's at a time."""
         windows = [
             window
             for duration_us in self.durations_us

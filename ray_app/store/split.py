@@ -150,7 +150,7 @@ def _whole_sequences(
 
 
 def _choose_sequences(index: PairIndex, rows: Rows, share: float, seed: int, leave: int) -> tuple[Rows, Rows]:
-    """(rows that stay, rows of the chosen sequences)"""
+    """(rows that stay, rows of the chosen sequences)."""
     names, counts = np.unique(index.sequence[rows], return_counts=True)
     order = np.random.default_rng(seed).permutation(len(names))
     chosen = closest_subset(counts[order].tolist(), share * len(rows), leave)

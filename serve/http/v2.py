@@ -83,7 +83,7 @@ async def server_metadata(_: Request) -> Response:
 
 
 async def live(_: Request) -> Response:
-    """This process answers."""
+    """Answer while the process runs."""
     return JSONResponse({"live": True})
 
 
@@ -98,7 +98,7 @@ async def ready(request: Request) -> Response:
 
 
 async def model_ready(request: Request) -> Response:
-    """This model, and version, is in service."""
+    """Answer like `ready`, for one model and version."""
     require_model(*context_of(request))
     return await ready(request)
 

@@ -79,8 +79,10 @@ def write_sequence(
     rgb_size: tuple[int, int] = (RGB_WIDTH, RGB_HEIGHT),
     pictures: Sequence[NDArray[np.uint8]] | None = None,
 ) -> DsecFiles:
-    """A whole sequence: `events` at absolute times, `pictures` as frames or frames that tell their number. No
-    `constants`, no calibration."""
+    """Write a whole sequence: `events` at absolute times, `pictures` as frames, or frames that show their number.
+
+    No `constants`, no calibration.
+    """
     write_events(files.events, events, t_offset_us, offset_form)
     times = list(image_times_us)
     files.timestamps.parent.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ class Server:
             connection.close()
 
     def json(self, method: str, path: str, body: Any = None, **more: Any) -> tuple[int, Any]:
-        """(status, JSON of the body)"""
+        """(status, JSON of the body)."""
         status, _, data = self.ask(method, path, body, **more)
         return status, json.loads(data)
 

@@ -72,7 +72,7 @@ REFUSED = 77
 
 
 class CannotTrace(Exception):
-    """This machine does not let a process be traced; the message says why."""
+    """No process can be traced on this machine; the message says why."""
 
 
 def writing_calls(action: Callable[[], None], kill_at: int | None = None) -> list[str]:

@@ -40,7 +40,7 @@ class Nodes:
 
 @contextmanager
 def variables(environment: Mapping[str, str]) -> Iterator[None]:
-    """This process has them meanwhile, and what it starts keeps them."""
+    """Set them in this process meanwhile; what it starts keeps them."""
     before = dict(os.environ)
     os.environ.update(environment)
     try:

@@ -1,5 +1,4 @@
-"""`ray-app serve` as it runs: HAProxy, two replicas, tokens; a replica killed, champions exchanged, and an end that
-loses nothing."""
+"""`ray-app serve` as it runs: HAProxy, two replicas, tokens, a killed replica, new champions, an orderly end."""
 
 import http.client
 import json

@@ -112,8 +112,10 @@ def test_a_folder_in_use_is_refused_and_left_alone(one_worker: tuple[TrainConfig
 def test_three_workers_on_batches_of_eight_equal_one(
     one_worker: tuple[TrainConfig, dict[str, Any]], config: Callable[..., TrainConfig]
 ) -> None:
-    """Dropout included, and validating within epochs, which changes nothing. Float32 sums in another order: weights
-    agree to 1e-5, metrics to 1e-6."""
+    """With dropout, and validation within epochs, which changes nothing.
+
+    Float32 sums in another order: weights agree to 1e-5, metrics to 1e-6.
+    """
     alone = one_worker[1]
     cfg = config("three", num_workers=3, val_every_steps=2)
     both = run_train(cfg)

@@ -22,8 +22,11 @@ COPIED = [source for name, rest in STEPS if name == "COPY" for source in rest.sp
 
 
 def test_its_instructions_keep_the_rules_of_the_trade() -> None:
-    """Those of a linter that apply here: known instructions, exec form, absolute folders, commands that sh can read,
-    packages without what they recommend, and no caches left in the image."""
+    """Rules of a linter that apply here.
+
+    Known instructions, exec form, absolute folders, commands that sh can read, packages without what they recommend,
+    and no caches left in the image.
+    """
     known = {"FROM", "ARG", "RUN", "WORKDIR", "COPY", "ENV", "USER", "CMD", "ENTRYPOINT", "EXPOSE", "LABEL", "SHELL"}
     assert {name for name, _ in STEPS} <= known
     assert "".join(f"{name} {rest}\n" for name, rest in INSTRUCTION.findall(TEXT)) == re.sub(r"\n+", "\n", TEXT)

@@ -54,7 +54,7 @@ def test_lightweight_is_the_diagram_of_the_reference() -> None:
 
 
 def test_lightweight_reference_scales_its_output_and_a_tenth_of_its_input() -> None:
-    """scale · (mlp(x) + 0.1 · x), written down in numpy and float64."""
+    """Scale · (mlp(x) + 0.1 · x), written down in numpy and float64."""
     adapter = build_adapter(AdapterConfig("lightweight_reference", 10, 10, 6), seed=0).eval()
     adapter.load_state_dict({**adapter.state_dict(), "scale": torch.tensor([0.7])})
     w = {key: value.double().numpy() for key, value in adapter.state_dict().items()}

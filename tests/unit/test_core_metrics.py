@@ -162,9 +162,12 @@ def grouped(names: tuple[str, ...], light: tuple[str, ...], accepted: np.ndarray
 
 
 def test_an_interval_within_a_light_is_over_its_sequences_and_within_a_sequence_over_its_blocks() -> None:
-    """By hand. Every day drive has a lift of one half, in whatever resample; each pair by itself would have ± 0.1.
-    Of 20 night pairs of one drive the first half is accepted: 10 blocks, so B(10, 1/2) / 10, whose quantiles are
-    2 and 8 (P(B ≤ 1) = 0.011, P(B ≤ 2) = 0.055)."""
+    """Worked by hand.
+
+    Every day drive has a lift of one half, in every resample; each pair by itself would have ± 0.1. Of 20 night pairs
+    of one drive the first half is accepted: 10 blocks, so B(10, 1/2) / 10, whose quantiles are 2 and 8
+    (P(B ≤ 1) = 0.011, P(B ≤ 2) = 0.055).
+    """
     names = tuple(f"day{n // 20}" for n in range(80)) + ("night",) * 20 + ("lone",)
     light = ("day",) * 80 + ("night",) * 20 + ("dusk",)
     accepted = np.concatenate([np.arange(80) % 2 == 0, np.arange(20) < 10, [True]])

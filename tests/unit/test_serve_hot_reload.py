@@ -1,5 +1,7 @@
-"""A new model takes over only if it is what was registered and answers as it did; and whatever else happens, the old
-one stays. The registry is a real one."""
+"""A new model takes over only if it is what was registered and answers as it did; otherwise the old one stays.
+
+The registry is a real one.
+"""
 
 import asyncio
 import json
@@ -124,7 +126,7 @@ def missing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flipped, forged, truncated, missing], ids=lambda f: f.__name__)
-def test_a_bad_champion_is_refused_with_its_reason_and_the_old_one_stays(
+def test_a_bad_champion_is_refused_and_told_and_the_old_one_goes_on(
     server: LocalServer, registry: Registry, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     served = server.json("GET", "/v1/model")[1]["version"]
@@ -188,7 +190,7 @@ def test_a_version_whose_evaluation_cannot_be_read_is_refused(
     assert (status, about["version"]) == (200, served)
 
 
-def test_the_watch_continues_after_a_bad_tag_and_after_a_defect(registry: Registry, tmp_path: Path) -> None:
+def test_the_watch_goes_on_after_a_bad_tag_and_after_a_defect(registry: Registry, tmp_path: Path) -> None:
     """The champion after them is taken."""
     registry.register(make_checkpoint(tmp_path / "first", seed=50))
     with local_server(f"models:/{MODEL}@champion", tracking_uri=registry.uri, reload_interval_s=0.05) as server:

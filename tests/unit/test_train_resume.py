@@ -169,8 +169,10 @@ def test_places_are_in_order_by_name_and_the_first_worker_decides(cfg: TrainConf
 def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weights_are_the_same_bytes(
     cfg: TrainConfig, store: PairStore, start: Start
 ) -> None:
-    """Saved after every second step, killed after the fifth of thirteen, asked to stop after the ninth; validated
-    within the epoch, which the one that nobody disturbs is not."""
+    """Saved after every second step, killed after the fifth of thirteen, asked to stop after the ninth.
+
+    Validated within the epoch, which the undisturbed one is not.
+    """
     event, target = (torch.tensor(side) for side in store.read_rows(np.arange(50)))
     held = PairTensors(np.arange(50), event, target)
     lanes = ShardedBatchOrder(50, cfg.batch_size, cfg.seed)

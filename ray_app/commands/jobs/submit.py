@@ -77,8 +77,10 @@ def requirement_lines(path: Path) -> list[str]:
 
 
 def job_environment(cfg: SubmitConfig) -> dict[str, str]:
-    """Variables by their names, from this process. What looks like a secret is refused: a job's environment can be
-    read by everyone who sees the cluster's dashboard."""
+    """Variables by their names, from this process.
+
+    Refuses what looks like a secret: everyone who sees the cluster's dashboard can read a job's environment.
+    """
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
     for name in cfg.env:
         value = os.environ.get(name)

@@ -43,8 +43,11 @@ class Places:
             raise InputError(f"{len(self.cos_N)} cosines, {len(self.match_N)} matches: each place needs both.")
 
     def sums(self, num_blocks: int) -> Floats:
-        """Sums of each block, shape (S, M): `HEAD`; for each θ how many lie above it and how many of those match;
-        the histograms of matching and of other places; the reliability bins' places, chances and matches."""
+        """Sums of each block, shape (S, M).
+
+        In order: `HEAD`; for each θ how many places are above it and how many of those match; the histograms of
+        matching and of other places; the reliability bins' places, chances and matches.
+        """
         cos_N, match_N = self.cos_N, self.match_N.astype(np.float64)
         chance_N = np.clip(cos_N, 0.0, 1.0)
         columns: list[Floats] = [np.ones_like(cos_N), cos_N, match_N, (chance_N - match_N) ** 2]
@@ -109,7 +112,7 @@ def judge(places: Places, num_blocks: int, rng: np.random.Generator) -> dict[str
 
 
 def rank_correlation(adapters: Mapping[str, Places], num_blocks: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Spearman's ρ over adapters: does a higher cosine acceptance go with more tokens matched?
+    """Spearman's ρ over adapters, of cosine acceptance and of tokens matched.
 
     Both against the match rate: `cosine_accept_rate` at θ 0.80 and `cos_mean`, each with its 95 % interval. None with
     fewer than three adapters, or where one side is the same for all.

@@ -63,8 +63,11 @@ class DraftCounts:
 
     @property
     def alpha(self) -> float:
-        """α, the chance that a judged token is accepted: num_accepted_tokens / (num_accepted_tokens +
-        num_rejections). It differs from draft_acceptance_rate, which counts tokens behind a rejection too."""
+        """α, the chance that a judged token is accepted.
+
+        num_accepted_tokens / (num_accepted_tokens + num_rejections). It differs from draft_acceptance_rate, which
+        counts tokens behind a rejection too.
+        """
         judged = self.num_accepted_tokens + self.num_rejections
         return self.num_accepted_tokens / judged if judged else 0.0
 
@@ -77,8 +80,10 @@ def expected_tokens(alpha: float, gamma: int) -> float:
 
 
 def expected_improvement(alpha: float, gamma: int, cost_coefficient: float) -> float:
-    """Speed-up of decoding, (1 − α^(γ+1)) / ((1 − α)(γc + 1)): c is the time of a drafted token over that of a
-    target pass."""
+    """Speed-up of decoding, (1 − α^(γ+1)) / ((1 − α)(γc + 1)).
+
+    c is the time of a drafted token over that of a target pass.
+    """
     if cost_coefficient < 0.0:
         raise InputError(f"the cost coefficient is a ratio of times, at least 0; given: {cost_coefficient}.")
     return expected_tokens(alpha, gamma) / (gamma * cost_coefficient + 1.0)

@@ -56,9 +56,10 @@ def verify_sampled(
     target_G1V: NDArray[np.floating],
     rng: np.random.Generator,
 ) -> Verified:
-    """Rejection sampling: token x drawn from q is kept with probability min(1, p(x) / q(x)); the first that is not
-    kept is replaced by a draw from the positive part of p − q, normalised; when all are kept, one more is drawn
-    from p.
+    """Rejection sampling: keep token x drawn from q with probability min(1, p(x) / q(x)).
+
+    The first that is not kept is replaced by a draw from the positive part of p − q, normalised; when all are kept,
+    one more is drawn from p.
 
     `drafter_GV[i]` is the q that `draft_G[i]` was drawn from, `target_G1V[i]` the target's p at the same place.
     InputError: tokens outside the vocabulary, shapes that do not fit, rows that are not distributions.

@@ -134,7 +134,7 @@ class EventGptSource:
         return RawPair(clip.sequence, t_start_us, t_start_us + self.duration_us, event_HWC, target_HWC)
 
     def _event_side(self, clip: Clip) -> tuple[NDArray[np.uint8], int | None]:
-        """(middle event image, start of the clip where its recording tells it)"""
+        """(middle event image, start of the clip where its recording tells it)."""
         npy, image = self.root / clip.npy, self.root / clip.image
         if image.exists():
             return read_image(image), None
