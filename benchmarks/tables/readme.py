@@ -1,7 +1,6 @@
 """Tables of the README."""
 
 from collections.abc import Callable
-from typing import Any
 
 from benchmarks.results_tables import Table, facts, percent, points, read
 from benchmarks.tables.adapters import adapters
@@ -31,17 +30,12 @@ def adapters_table() -> Table:
 def system_table() -> Table:
     drawn = "runs/middle_1_worker/million_events_drawn_per_s_per_core/median"
 
-    def busy(result: dict[str, Any]) -> float:
-        return next(c["pairs_per_s"] for c in result["cells"] if (c["callers"], c["pairs_a_request"]) == (16, 1))
-
     return facts(
         ("`train`: a step against a plain PyTorch loop", "train_step", "ratio", "{:.2f} times", "1.05"),
         ("`prepare dsec`: events drawn a core", "prepare_dsec", drawn, "{:.1f} million/s", "15 million/s"),
         ("10 nodes killed under `prepare`: pairs lost", "node_kills_prepare", "pairs_lost", "{}", "0"),
         ("`tune`: steps that ASHA takes of all", "tune_asha", "share_of_steps", percent, "40 %"),
         ("10 kills of a sweep: trials run twice", "tune_chaos", "trials_run_to_the_end_twice", "{}", "0"),
-        ("`serve`: 16 callers, width 150,528", "serve_load_matrix_150528", busy, "{:,.0f} pairs/s", ""),
-        ("10 replicas killed: failed requests", "serve_kills", "failures", "{}", "0"),
     )
 
 
