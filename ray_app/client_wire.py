@@ -27,7 +27,7 @@ ANSWERED = {"FP32": np.dtype("<f4"), "BOOL": np.dtype("?")}
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the endpoint says about B pairs. What was not asked for is None."""
+    """Answer of the endpoint for B pairs; None for outputs that were not requested."""
 
     aligned_BD: NDArray[np.float32] | None
     """Aligned features: views of what was received."""
@@ -36,9 +36,9 @@ class Answer:
     accepted_B: NDArray[np.bool_] | None
     """cos_sim > θ, strictly."""
     version: str
-    """Of the model that answered."""
+    """Version of the model that answered."""
     request_id: str
-    """Under which the endpoint's log knows the request."""
+    """Identity of the request in the endpoint's log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +48,14 @@ class Reply:
     status: int
     """HTTP status."""
     headers: Mapping[str, str]
-    """By name in lower case."""
+    """Headers by their names in lower case."""
     body: memoryview
-    """As received."""
+    """Body as received."""
     request_id: str = ""
-    """As it was asked under; the endpoint's log has it."""
+    """Identity of the request in the endpoint's log."""
 
     def json(self) -> dict[str, Any]:
-        """The body, or what stands for it where it is not a JSON object: then something else answered."""
+        """Return the body as an object; empty where it is not a JSON object, so something else answered."""
         try:
             document = json.loads(bytes(self.body))
         except ValueError:
@@ -64,7 +64,7 @@ class Reply:
 
 
 def checked(name: str, tensor: NDArray[Any]) -> NDArray[Any]:
-    """The tensor in little-endian rows, itself where it is that already. InputError names what cannot be sent."""
+    """Return the tensor as little-endian rows, without a copy where it is. InputError: it cannot be sent."""
     if not isinstance(tensor, np.ndarray) or tensor.ndim != 2:
         shape = getattr(tensor, "shape", None)
         raise InputError(
@@ -79,7 +79,7 @@ def checked(name: str, tensor: NDArray[Any]) -> NDArray[Any]:
 
 
 def octets(tensor: NDArray[Any]) -> memoryview:
-    """The tensor's own memory."""
+    """Return the tensor's own memory."""
     return tensor.reshape(-1).view(np.uint8).data
 
 
@@ -105,7 +105,7 @@ def binary_request(
 
 
 def binary_answer(reply: Reply) -> Answer:
-    """The arrays of a v2 answer, as views of its body. EndpointError if it is no such answer."""
+    """Return the arrays of a v2 answer, as views of its body. EndpointError if it is no such answer."""
     try:
         start = int(reply.headers["inference-header-content-length"])
         document = json.loads(bytes(reply.body[:start]))
@@ -123,7 +123,7 @@ def binary_answer(reply: Reply) -> Answer:
 
 
 def json_request(tensors: Mapping[str, NDArray[Any]], theta: float | None, outputs: Iterable[str]) -> dict[str, Any]:
-    """The document of /v1/align and /v1/verify."""
+    """Return the document of /v1/align and /v1/verify."""
     document: dict[str, Any] = {
         name: {
             "data": base64.b64encode(octets(tensor)).decode(),
@@ -137,7 +137,7 @@ def json_request(tensors: Mapping[str, NDArray[Any]], theta: float | None, outpu
 
 
 def json_answer(reply: Reply, outputs: Iterable[str]) -> Answer:
-    """The same from an answer of /v1."""
+    """Return the same from an answer of /v1."""
     document, found = reply.json(), {}
     try:
         for name in outputs:
@@ -157,7 +157,7 @@ def answer(reply: Reply, found: Mapping[str, NDArray[Any]], version: str) -> Ans
 
 
 def not_understood(reply: Reply, error: Exception) -> EndpointError:
-    """An answer of 200 that is not of the protocol."""
+    """Return an answer of 200 that is not of the protocol."""
     return EndpointError(
         f"the answer is not one of an alignment endpoint ({type(error).__name__}: {error}); is the address "
         "right, and is the endpoint of this version?",

@@ -1,4 +1,4 @@
-"""Every command: its settings, the functions that run it and print its result, and what the list says of it."""
+"""Table of commands: settings, the functions that run them and print their results, and help groups."""
 
 from dataclasses import dataclass
 
@@ -20,11 +20,11 @@ class Command:
     """Shown in the list of commands."""
     help: str
     positional: str | None = None
-    """Field that leading words without a dash are for."""
+    """Field for leading words without a dash."""
     failures: str | None = None
-    """Key of the result that counts what is wrong: where it is not 0, the exit code is 1."""
+    """Key of the result that counts problems; the exit code is 1 if it is not 0."""
     trailing: str | None = None
-    """Field for all words after `--`: a command of ours."""
+    """Field for the command after `--`."""
     exit_code: str | None = None
     """Key of the result that is the exit code."""
 
@@ -35,7 +35,7 @@ COMMANDS: dict[str, Command] = {
         "quickstart",
         "quickstart",
         "quickstart",
-        "everything below, small, on this machine",
+        "a small store, training, evaluation and promotion on this machine",
     ),
     "prepare scenes": Command(
         prepare.PrepareScenes,
@@ -81,7 +81,7 @@ COMMANDS: dict[str, Command] = {
         "inspect.command",
         "inspect",
         "inspect STORE",
-        "what is in a store: counts, leaks, checksums",
+        "show a store: counts, leaks, checksums",
         "store",
     ),
     "train": Command(
@@ -96,7 +96,7 @@ COMMANDS: dict[str, Command] = {
         "tune.command",
         "tune",
         "tune FILE | --resume SWEEP | --watch SWEEP",
-        "search for the best adapter, train it with several seeds, judge it",
+        "search for the best adapter, train it with several seeds, evaluate it",
         "file",
     ),
     "sync": Command(
@@ -112,7 +112,7 @@ COMMANDS: dict[str, Command] = {
         "evaluate.command",
         "evaluate",
         "evaluate --store STORE --checkpoint CKPT --out DIR",
-        "metrics of the test part beside every baseline, and report.html",
+        "metrics of the test part with every baseline, and report.html",
     ),
     "compare": Command(
         judge.CompareConfig,
@@ -127,14 +127,14 @@ COMMANDS: dict[str, Command] = {
         "evaluate.benchmark",
         "benchmark",
         "benchmark --store STORE --checkpoint CKPT --out DIR",
-        "the whole store through a checkpoint, with throughput",
+        "run the whole store through a checkpoint, with throughput",
     ),
     "promote": Command(
         judge.PromoteConfig,
         "promote.command",
         "promote",
         "promote RUN | --rollback | --list",
-        "register, compare with the champion and the baselines, move the alias (back)",
+        "register a run; make it champion if it beats the champion and the baselines",
         "run",
     ),
     "capture": Command(
@@ -142,7 +142,7 @@ COMMANDS: dict[str, Command] = {
         "capture.command",
         "capture",
         "capture CLIPS… --target DIR --drafter DIR --out TRACES",
-        "outputs of live models as traces for replay, with measured times",
+        "record outputs of live models as traces for replay, with measured times",
         "clips",
     ),
     "serve": Command(
@@ -150,7 +150,7 @@ COMMANDS: dict[str, Command] = {
         "serve.command",
         "serve",
         "serve [--checkpoint CKPT]",
-        "the endpoint on this machine: the champion over HTTP",
+        "serve the champion over HTTP on this machine",
     ),
     "serve-token create": Command(
         serve.ServeTokenConfig,
@@ -165,7 +165,7 @@ COMMANDS: dict[str, Command] = {
         "replay.command",
         "replay",
         "replay TRACES…",
-        "will it speed decoding up: token acceptance on recorded outputs",
+        "measure token acceptance and speed-up on recorded outputs",
         "traces",
     ),
     "correlate": Command(
@@ -173,7 +173,7 @@ COMMANDS: dict[str, Command] = {
         "correlate.command",
         "correlate",
         "correlate TRACES… --adapter CKPT… --out DIR",
-        "what cosine acceptance predicts about token acceptance",
+        "measure how well cosine acceptance predicts token acceptance",
         "traces",
     ),
     "import-checkpoint": Command(
@@ -181,7 +181,7 @@ COMMANDS: dict[str, Command] = {
         "import_checkpoint",
         "import_checkpoint",
         "import-checkpoint FILE --out CKPT",
-        "a checkpoint of the reference project as one of ours",
+        "convert a checkpoint of the reference project",
         "file",
     ),
     "submit": Command(
@@ -198,7 +198,7 @@ COMMANDS: dict[str, Command] = {
         "jobs.command",
         "jobs_list",
         "jobs list",
-        "the jobs of a cluster",
+        "list the jobs of a cluster",
     ),
     "jobs logs": Command(
         jobs.JobLogsConfig,
@@ -214,7 +214,7 @@ COMMANDS: dict[str, Command] = {
         "jobs.command",
         "jobs_fetch",
         "jobs fetch JOB --to DIR",
-        "a job's log and result as files",
+        "save a job's log and result as files",
         "job",
     ),
     "jobs stop": Command(
@@ -222,7 +222,7 @@ COMMANDS: dict[str, Command] = {
         "jobs.command",
         "jobs_stop",
         "jobs stop JOB",
-        "ask a job to end; training saves first",
+        "ask a job to stop; training saves first",
         "job",
     ),
     "doctor": Command(
@@ -230,7 +230,7 @@ COMMANDS: dict[str, Command] = {
         "doctor",
         "doctor",
         "doctor",
-        "what this machine or cluster lacks",
+        "check what this machine or cluster lacks",
         failures="problems",
     ),
 }

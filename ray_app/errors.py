@@ -1,4 +1,4 @@
-"""What the user can mend. One base class, one message; exit code 2 and no traceback on the command line.
+"""Errors that the user can fix. One base class, one message; exit code 2 and no traceback on the command line.
 
 A message gives the number found, the limit, and the way out. Every class takes the message alone, or passes on all
 that it takes, so that an error keeps its text when Ray pickles it from a worker to the driver.
@@ -6,7 +6,7 @@ that it takes, so that an error keeps its text when Ray pickles it from a worker
 
 
 class RayAppError(Exception):
-    """Base of every error that the user can mend."""
+    """Base of every error that the user can fix."""
 
     exit_code = 2
 
@@ -32,21 +32,21 @@ class ResourceError(RayAppError):
 
 
 class TrainingError(RayAppError):
-    """Training cannot go on, for instance because a loss is not finite."""
+    """Training cannot continue, for instance because a loss is not finite."""
 
 
 class RunStopped(RayAppError):
-    """Training was asked to stop, has saved, and can go on."""
+    """Training was asked to stop, has saved, and can be resumed."""
 
     exit_code = 143
-    """As of a process that SIGTERM ended."""
+    """Exit code of a process that SIGTERM ended."""
 
 
 class RunInterrupted(RunStopped):
     """The same, by Ctrl-C."""
 
     exit_code = 130
-    """As of a process that SIGINT ended."""
+    """Exit code of a process that SIGINT ended."""
 
 
 class RegistryError(RayAppError):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.provenance import require_commit, save
 from ray_app.events.recording import Events
 from ray_app.events.render import event_image
-from ray_app.sources.npy import read_events
+from ray_app.sources.npy import events_of, read_npy
 
 ROUNDS = 7
 
@@ -41,7 +41,7 @@ def seconds(function: Callable[[Events], NDArray[np.uint8]], events: Events, rep
 
 
 def main() -> None:
-    events = read_events(Path(sys.argv[1]))
+    events = events_of(read_npy(Path(sys.argv[1])), 640, 480, sys.argv[1])
     assert np.array_equal(per_event(events), event_image(events))
     loop, vectorised = [], []
     for _ in range(ROUNDS):

@@ -20,7 +20,8 @@ from benchmarks.provenance import require_commit, save
 from ray_app.commands.replay.rows import fold_of_rows, replayed_row
 from ray_app.config.speculative import ReplayConfig
 from ray_app.core.speculative.metrics import block_bootstrap
-from ray_app.drafters.base import AnsweredPrompt, Drafter, Prompt
+from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
+from ray_app.drafters.base import Drafter
 from ray_app.drafters.cost import Device
 from ray_app.drafters.hybrid import HybridDrafter
 from ray_app.drafters.replay import DRAFTERS, RowReplay, contiguous_folds, replay_rows

@@ -21,12 +21,12 @@ LOST_S = 600.0
 """A cluster that does not answer for so long is given up; its job is not."""
 LONGEST_PAUSE_S = 15.0
 SILENCE_S = 20.0
-"""After so long without a line the log is asked for anew: a connection can die without either end noticing."""
+"""Time without a line after which the log is requested again: a connection can die without a sign."""
 AGENT_S = 30.0
-"""For a young cluster's first node that takes jobs."""
+"""Longest wait for a new cluster's first node that takes jobs."""
 DASHBOARD_PORT = 8265
 EXIT_STOPPED = 143
-"""Of a job that was stopped by hand, as of a process that SIGTERM ended."""
+"""Exit code of a job that was stopped by hand, as of a process that SIGTERM ended."""
 PLACES = {
     "store": "store",
     "checkpoint": "checkpoint",
@@ -43,7 +43,7 @@ class JobClient:
     """One cluster's job server."""
 
     def __init__(self, address: str | None) -> None:
-        """ResourceError, with the way out: no address, nobody there, not let in, another version of Ray."""
+        """ResourceError: no address, no answer, no permission, or another version of Ray."""
         self.address = job_server(address)
         use_token()
         logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
@@ -60,7 +60,7 @@ class JobClient:
             )
 
     def submit(self, job: str, entrypoint: str, runtime_env: dict[str, Any]) -> None:
-        """Starts a job of this name. A cluster that has only just come up is waited for.
+        """Start a job of this name. A cluster that has only just come up is waited for.
 
         ResourceError: it has no node that takes jobs, or refuses this one.
         """
@@ -78,12 +78,12 @@ class JobClient:
                 if "No available agent" not in str(error) or time.monotonic() - began > AGENT_S:
                     raise ResourceError(
                         f"the cluster at {self.address} does not take the job ({str(error).splitlines()[0]}); "
-                        "`ray status` and its dashboard tell what it lacks"
+                        "`ray status` and its dashboard show what it lacks"
                     ) from error
                 time.sleep(1.0)
 
     async def follow(self, job: str) -> dict[str, Any] | None:
-        """Prints the log as it grows, to standard error, once; returns the result of a command with --json."""
+        """Print the log as it grows, to standard error, once; returns the result of a command with --json."""
         log, lost_s, pause_s = JobLog(), 0.0, 1.0
         while True:
             try:
@@ -102,7 +102,7 @@ class JobClient:
                     print(f"lost the connection ({error or type(error).__name__}); trying again", file=sys.stderr)
                 if lost_s >= LOST_S:
                     raise ResourceError(
-                        f"{self.address} has not answered for {LOST_S:.0f} s; the job may go on: try "
+                        f"{self.address} has not answered for {LOST_S:.0f} s; the job may still run: try "
                         f"ray-app jobs logs {job} later"
                     ) from error
             await asyncio.sleep(pause_s)
@@ -116,12 +116,10 @@ class JobClient:
             return
         except RuntimeError as error:
             if "404" in str(error):
-                raise ResourceError(
-                    f"{self.address} has no job '{job}'; ray-app jobs list tells which it has"
-                ) from None
+                raise ResourceError(f"{self.address} has no job '{job}'; ray-app jobs list shows its jobs") from None
 
     def state(self, job: str) -> dict[str, Any]:
-        """`status`, `exit_code` (0 while it goes on), `message` and `entrypoint` of a job."""
+        """Return `status`, `exit_code` (0 while it runs), `message` and `entrypoint` of a job."""
         info = call_job_api(self.address, lambda: self._client.get_job_info(job))
         status, code = str(info.status), info.driver_exit_code
         if status == "STOPPED":
@@ -157,7 +155,7 @@ class JobClient:
         return call_job_api(self.address, lambda: self._client.stop_job(job))
 
     def logs(self, job: str) -> str:
-        """What a job has printed so far."""
+        """Return the log of a job up to now."""
         self._known(job)
         return call_job_api(self.address, lambda: self._client.get_job_logs(job))
 
@@ -169,29 +167,29 @@ class JobLog:
         self._text, self._at = "", 0
 
     def again(self) -> None:
-        """It starts from the beginning."""
+        """Start again from the log's beginning."""
         self._at = 0
 
     def take(self, chunk: str) -> None:
-        """Prints what is new of this piece."""
+        """Print what is new of this piece."""
         new = chunk[max(len(self._text) - self._at, 0) :]
         self._at += len(chunk)
         self._text += new
         print(new, end="", file=sys.stderr, flush=True)
 
     def result(self) -> dict[str, Any] | None:
-        """What a command with --json printed."""
+        """Return the --json object that the command printed."""
         return result_in(self._text)
 
 
 def result_in(log: str) -> dict[str, Any] | None:
-    """The last line that is one JSON object."""
+    """Return the last line that is one JSON object."""
     found = [value for line in log.splitlines() if (value := as_object(line)) is not None]
     return found[-1] if found else None
 
 
 def as_object(line: str) -> dict[str, Any] | None:
-    """The JSON object that a line is, or None."""
+    """Return the JSON object that a line is, or None."""
     if not line.startswith("{"):
         return None
     try:
@@ -219,14 +217,14 @@ def job_server(address: str | None) -> str:
 
 
 def use_token() -> None:
-    """A token that is there is shown to the cluster: Ray's clients do so only when they are told."""
+    """Make Ray's clients send the token of this user, which they do only if RAY_AUTH_MODE says so."""
     held = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if held or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def call_job_api(address: str, call: Callable[[], T]) -> T:
-    """The call's value; what a user can mend is said as such."""
+    """Return the value of a call. ResourceError: the user can fix what went wrong."""
     from ray.exceptions import AuthenticationError
 
     try:
@@ -241,12 +239,12 @@ def call_job_api(address: str, call: Callable[[], T]) -> T:
 
 
 def show_ended(result: dict[str, Any], console: Console) -> None:
-    """How a job ended, where what it made is, and how to go on."""
+    """Print how a job ended, where its results are, and how to resume it."""
     lines = [f"job {result['job']}: {result['status'].lower()}, exit code {result['exit_code']}"]
     if result["status"] == "FAILED" and result["message"]:
         lines.append(str(result["message"]).strip().splitlines()[0])
     if result["exit_code"] == EXIT_STOPPED and (command := resume_command(result["entrypoint"])):
-        lines.append(f"what was saved is kept; go on with:  {command}")
+        lines.append(f"what was saved is kept; resume with:  {command}")
     found = result.get("result") or {}
     lines += [f"{name}: {found[key]}" for key, name in PLACES.items() if found.get(key)]
     for line in lines:
@@ -254,7 +252,7 @@ def show_ended(result: dict[str, Any], console: Console) -> None:
 
 
 def resume_command(entrypoint: str) -> str | None:
-    """The command that goes on with what a job has saved; None of one that saves nothing on its way."""
+    """Return the command that resumes a job; None for one that saves nothing before its end."""
     words = shlex.split(entrypoint.partition("-m ray_app ")[2])
     if words[:1] == ["prepare"]:
         return shlex.join(["ray-app", "submit", "--", *words])

@@ -7,7 +7,7 @@ from ray_app.errors import ConfigError
 
 BUILT = {"__pycache__", "node_modules", "venv", "build", "dist", "mlartifacts"}
 SECRET = {Path("deploy/ray-app.env"), Path("deploy/tokens")}
-"""Of this project; git ignores them."""
+"""Folders of this project that git ignores."""
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -39,7 +39,7 @@ MIN_MEMORY_GIB = 8
 MIN_SHM_GIB = 2
 MIN_DISK_GIB = 5
 RAY_S = 40.0
-"""For Ray: it tries a refused token for 20 s."""
+"""Longest time for Ray, which tries a refused token for 20 s."""
 JOIN_RAY = """
 import json, sys, ray
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
@@ -52,13 +52,13 @@ class DoctorCheck:
     """One thing that was looked at."""
 
     name: str
-    """What."""
+    """Thing that was checked."""
     state: State
     """A `problem` makes the exit code 1; `info` is neither good nor bad."""
     value: str
-    """What is there."""
+    """Value that was found."""
     fix: str = ""
-    """What to do about it."""
+    """Advice for fixing it; empty where nothing is wrong."""
 
 
 def run_doctor(cfg: DoctorConfig) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def run_doctor(cfg: DoctorConfig) -> dict[str, Any]:
 
 
 def render_doctor(result: dict[str, Any], console: Console) -> None:
-    """A line for each check, and the fix below what needs one."""
+    """Return a line for each check, and the fix below what needs one."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for column in ("name", "state"):
         table.add_column(column, no_wrap=True)
@@ -95,12 +95,12 @@ def render_doctor(result: dict[str, Any], console: Console) -> None:
 
 
 def literal(text: str) -> str:
-    """A text in which rich finds no markup."""
+    """Return a text in which rich finds no markup."""
     return text.replace("[", "\\[")
 
 
 def check_python(found: str) -> DoctorCheck:
-    """The interpreter against what the package declares."""
+    """Return the interpreter against what the package declares."""
     try:
         asked = metadata("ray-app")["Requires-Python"]
     except PackageNotFoundError:
@@ -111,7 +111,7 @@ def check_python(found: str) -> DoctorCheck:
 
 
 def check_package(name: str) -> DoctorCheck:
-    """An installed package against what the package declares."""
+    """Return an installed package against what the package declares."""
     try:
         declared = metadata("ray-app").get_all("Requires-Dist") or []
     except PackageNotFoundError:
@@ -148,7 +148,7 @@ def check_cpus(usable: int, present: int) -> DoctorCheck:
 
 
 def memory_bytes(limits: tuple[Path, ...] = (Path("/sys/fs/cgroup/memory.max"),)) -> int:
-    """The machine's memory, or the container's limit where that is lower."""
+    """Return the machine's memory, or the container's limit where that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     texts = [path.read_text().strip() for path in limits if path.is_file()]
     return min([total, *(int(text) for text in texts if text.isdigit())])
@@ -207,7 +207,7 @@ def check_gpu() -> DoctorCheck:
 
 
 def check_tracking(uri: str | None) -> DoctorCheck:
-    """Whether the tracking server or database answers. A database that is not there is not made."""
+    """Check that the tracking server or database answers. A database that does not exist is not created."""
     try:
         from mlflow import MlflowClient
 
@@ -235,7 +235,7 @@ def check_tracking(uri: str | None) -> DoctorCheck:
 
 
 def check_sqlite(path: Path) -> DoctorCheck | None:
-    """What keeps MLflow from opening this file, or None. MLflow would put its tables into any database."""
+    """Return the reason why MLflow cannot open this file, or None. MLflow puts its tables into any database."""
     if not path.exists():
         return DoctorCheck("MLflow", "info", f"{path} is not there yet; it will be made")
     try:
@@ -256,7 +256,7 @@ def check_sqlite(path: Path) -> DoctorCheck | None:
 
 
 def check_schema(uri: str, message: str) -> DoctorCheck | None:
-    """A database of another MLflow than the one installed, told apart by its schema's name; None for other errors."""
+    """Return a problem if the database's schema is of another MLflow than the one installed; None otherwise."""
     match = re.search(r"database schema \(found version (\w+)", message)
     if match is None:
         return None
@@ -275,7 +275,7 @@ def check_schema(uri: str, message: str) -> DoctorCheck | None:
 
 @contextmanager
 def short_requests() -> Iterator[None]:
-    """A tracking server that is silent is given up after a few seconds."""
+    """Return a tracking server that is silent is given up after a few seconds."""
     wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{CONNECT_S:.0f}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
@@ -290,7 +290,7 @@ def short_requests() -> Iterator[None]:
 
 
 def check_ray(address: str | None, limit_s: float = RAY_S) -> DoctorCheck:
-    """Whether the cluster lets this user in. Joins it for a moment; starts and stops none.
+    """Check that the cluster lets this user in. Joins it for a moment; starts and stops none.
 
     In a process of its own: at an address without Ray, `ray.init` ends the whole process after two minutes.
     """
@@ -314,7 +314,7 @@ def check_ray(address: str | None, limit_s: float = RAY_S) -> DoctorCheck:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return refused(address, done.stderr) or DoctorCheck(
-            "Ray", "problem", f"{address} cannot be joined: {last[:200]}", "`ray status` on its head tells more"
+            "Ray", "problem", f"{address} cannot be joined: {last[:200]}", "see `ray status` on its head"
         )
     has = json.loads(done.stdout.strip().splitlines()[-1])
     found = f"{address}: {has['nodes']} nodes, {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs"
@@ -322,7 +322,7 @@ def check_ray(address: str | None, limit_s: float = RAY_S) -> DoctorCheck:
 
 
 def refused(address: str, stderr: str) -> DoctorCheck | None:
-    """What Ray writes when the key is missing or wrong."""
+    """Return a problem if Ray says that the key is missing or wrong."""
     if not re.search(r"Unauthenticated|AuthToken|AuthenticationError", stderr):
         return None
     fix = "copy ~/.ray/auth_token from its head to this machine (mode 0600), and set RAY_AUTH_MODE=token"
@@ -330,7 +330,7 @@ def refused(address: str, stderr: str) -> DoctorCheck | None:
 
 
 def check_auth_mode(mode: str | None) -> DoctorCheck:
-    """Whether this user's clusters ask for a key."""
+    """Check that this user's clusters ask for a key."""
     name = "RAY_AUTH_MODE"
     if mode is None:
         return DoctorCheck(
@@ -338,17 +338,17 @@ def check_auth_mode(mode: str | None) -> DoctorCheck:
         )
     if mode.lower() == "token":
         return DoctorCheck(name, "ok", mode)
-    fix = "set RAY_AUTH_MODE=token: without it, whoever reaches a cluster's ports runs code there"
+    fix = "set RAY_AUTH_MODE=token: without it, anyone who reaches a cluster's ports can run code there"
     return DoctorCheck(name, "warning", mode, fix)
 
 
 def token_path() -> Path:
-    """The file with the key to this user's clusters."""
+    """Return the file with the key to this user's clusters."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def check_token(path: Path, *, fix: bool) -> DoctorCheck:
-    """The key must be its owner's alone; Ray writes it readable by everyone. `fix` sets mode 0600."""
+    """Check that the key is readable by its owner alone; Ray lets everyone read it. `fix` sets mode 0600."""
     name = "Ray token"
     if not path.is_file():
         return DoctorCheck(name, "info", f"{path} is not there; Ray makes it with the first cluster")

@@ -9,25 +9,25 @@ from ray_app.config.base import ClusterFlags, Positive, SplitFlags, StorePlace
 
 
 class PrepareFlags(ClusterFlags):
-    """What every source shares."""
+    """Settings of every source."""
 
     out: StorePlace
     """Folder of the new pair store, or a URI such as s3://bucket/store; must be new or empty."""
     storage_timeout_s: float = Field(default=60.0, ge=0.0)
-    """Seconds that an object store may fail to answer before the command ends; what is done stays."""
+    """Seconds to wait for an object store that does not answer; finished files stay."""
     num_workers: int = Field(default=0, ge=0)
-    """Ray tasks at a time; 0: one for each CPU of the cluster."""
+    """Ray tasks at a time; 0 means one for each CPU of the cluster."""
     max_rejected_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
-    """Largest share of pairs that may be rejected before the command ends with an error."""
+    """Largest fraction of pairs that may be rejected; above it the command fails."""
 
 
 class PrepareScenes(PrepareFlags):
-    """Rendered driving scenes with simulated events: needs no download."""
+    """Pairs of rendered driving scenes with simulated events; no download."""
 
     num_pairs: Positive = 1000
-    """Pairs in all."""
+    """Number of pairs in the store."""
     num_sequences: Positive = 60
-    """Drives; pairs are spread evenly over them."""
+    """Number of drives; pairs are spread evenly over them."""
     seed: int = 0
     """Seed of worlds, drives and sensor noise."""
     width: Annotated[int, Field(ge=32, le=4096)] = 640
@@ -39,16 +39,16 @@ class PrepareScenes(PrepareFlags):
     step: str | None = None
     """Distance between window starts; default: half the duration, as the reference."""
     event_span: str = "50ms"
-    """Events are simulated and drawn for this long in the middle of each window."""
+    """Length of the middle part of each window for which events are simulated and drawn."""
 
 
 class PrepareVideo(PrepareFlags):
-    """Real footage; its events are simulated, and the manifest says so."""
+    """Pairs of real footage with simulated events, as the manifest states."""
 
     files: tuple[Path, ...]
     """Video files, or folders of frames."""
     fps: float | None = Field(default=None, gt=0.0)
-    """Frames per second, for folders of frames (needed there) or to override a file's own."""
+    """Frames per second: required for folders of frames, overrides a file's own."""
     seed: int = 0
     """Seed of the sensor noise."""
     width: Annotated[int, Field(ge=32, le=4096)] = 640
@@ -58,69 +58,70 @@ class PrepareVideo(PrepareFlags):
     duration: str = "50ms"
     """Window length, centred on a frame."""
     frame_stride: Positive = 1
-    """One pair for every so many frames."""
+    """Frames between the starts of two pairs."""
 
 
 class PrepareEventGpt(PrepareFlags):
-    """The reference's dataset folder: event_image/, video/ and, where images are missing, event_npy/."""
+    """Pairs of the reference's dataset folder: event_image/, video/ and event_npy/ for images that are missing."""
 
     root: Path
     """Dataset folder."""
     duration: str | None = None
-    """Window length of the dataset's clips; default: what the folder's name ends with (…_500ms, …_20s), else 1s."""
+    """Window length of the dataset's clips; default: the end of the folder's name (…_500ms, …_20s), else 1s."""
     step: str | None = None
-    """Distance between the starts of following clips of a sequence, where recordings do not tell their times;
-    default: half the duration, and for 50ms and less all of it, as EventGPT cuts them."""
+    """Distance between the starts of consecutive clips of a sequence whose recordings have no times; default: half
+    the duration, or all of it up to 50ms, as EventGPT cuts them."""
     instructions: Path | None = None
-    """Instruction JSON that lists the clips; default: EventGPT_Instruction_Subset.json in the folder, where it is
-    there, else every clip that is found."""
+    """Instruction JSON that lists the clips; default: EventGPT_Instruction_Subset.json of the folder, else every clip
+    in it."""
     event_bins: Literal[1, 5] = 5
-    """5: the middle one of the five images of event_image/; 1: the single one of event_image_1f/."""
+    """5 takes the middle one of the five images of event_image/, 1 the single one of event_image_1f/."""
 
 
 class RecordedFlags(PrepareFlags):
-    """How recordings with events and frames become windows and pairs."""
+    """Settings by which recordings with events and frames become windows and pairs."""
 
     durations: tuple[str, ...] = ("1s",)
-    """Window lengths, one or several, 50ms to 20s."""
+    """One or several window lengths, 50ms to 20s."""
     step: str | None = None
     """Distance between window starts; default: half of each duration, as the reference."""
     pairs_per_window: Literal["middle", "all"] = "middle"
-    """The middle event image with the middle frame, as the reference; or each event image with its nearest frame."""
+    """middle pairs the middle event image with the middle frame, as the reference; all pairs each event image with
+    its nearest frame."""
     event_bins: Annotated[int, Field(ge=1, le=64)] = 5
-    """Event images of a window, by equal event count."""
+    """Number of event images of a window, of equal event count."""
     max_gap: str = "200ms"
-    """A window with a longer time without an event, or without a frame, is set aside."""
+    """Longest time without an event or a frame; a window with a longer one is rejected."""
     event_window: str | None = None
-    """Events are taken from this length in the middle of each window alone; default: the whole window."""
+    """Length of the middle part of each window from which events are taken; default: the whole window."""
 
 
 class PrepareDsec(RecordedFlags):
-    """DSEC recordings: events.h5 and rectified frames, as downloaded."""
+    """Pairs of DSEC recordings: events.h5 and rectified frames, as downloaded."""
 
     root: Path
-    """Dataset folder: train/ and test/ with a folder for each sequence, or per-sequence archives side by side."""
+    """Dataset folder: train/ and test/ with a folder for each sequence, or the unpacked archives of each sequence."""
     window_rounding: Literal["us", "ms"] = "us"
-    """Window ends to the microsecond, or brought down to whole milliseconds of the file's clock as EventGPT's."""
+    """us keeps window ends exact; ms rounds them down to milliseconds of the file's clock, as EventGPT does."""
     align: Literal["auto", "far-field", "none"] = "auto"
-    """far-field: frames as the event camera sees what is far away, both sides cut to the common part; none: whole
-    frames, as the reference; auto: far-field where there is a calibration."""
+    """far-field warps frames to the event camera's view of distant points and crops both sides to the common part;
+    none keeps whole frames, as the reference; auto means far-field where there is a calibration."""
 
 
 class PrepareDavis(RecordedFlags):
-    """Recordings of DAVIS sensors, whose pixels give events and frames at once. Needs: pip install ray-app[davis]."""
+    """Pairs of DAVIS recordings, with events and frames of one sensor; needs `pip install ray-app[davis]`."""
 
     files: tuple[Path, ...]
-    """Recordings (.aedat4), a sequence each."""
+    """Recordings (.aedat4); each is one sequence."""
 
 
 class InspectConfig(SplitFlags, ClusterFlags):
-    """What is in a store: counts, windows, split sizes, leaks, cosine before, checksums."""
+    """Show a store: counts, windows, split sizes, leaks, cosine before, checksums."""
 
     store: StorePlace
     """Pair store: a folder, or a URI such as s3://bucket/store."""
     against: StorePlace | None = None
-    """Also look for windows and pictures that this other store holds too."""
+    """Another store to search for the same windows and pictures."""
     picture: Path | None = None
     """Write a contact sheet of pairs to this PNG file."""
     html: Path | None = None

@@ -1,1 +1,1 @@
-"""What may draft the next tokens of a target, and exact replay of recorded outputs."""
+"""Drafters of the next tokens of a target, and exact replay of recorded outputs."""

@@ -1,4 +1,4 @@
-"""What a replayed row costs in measured time, with the drafter and without it.
+"""Measured time of a replayed row, with the drafter and without it.
 
 The plain decoding of L tokens is one prefill and L steps. A pass over γ drafted tokens costs verify(γ) where that was
 measured; where it was not, one plain step, which is the least it can cost: such speed-ups are upper bounds.
@@ -10,7 +10,7 @@ from typing import Literal
 from ray_app.drafters.replay import RowReplay
 
 Device = Literal["same", "separate"]
-"""Where EventGPT runs: on the target's device, before its prefill, or on one of its own, during it."""
+"""Device of EventGPT: the target's, before its prefill, or one of its own, during it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,13 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_app.drafters.base import AnsweredPrompt, Draft, Drafter, Prompt, States
+from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt, States
+from ray_app.drafters.base import Draft, Drafter
 from ray_app.errors import InputError
 
 
 class StateDrafter(Drafter):
-    """What the two share: a list of states, each with the target's token at its place."""
+    """Base of both: a list of states, each with the target's token at its place."""
 
     needs_event_tokens: ClassVar[bool] = True
     needs_states: ClassVar[bool] = True
@@ -53,7 +54,7 @@ class StateDrafter(Drafter):
         return Draft(self._found[1][len(accepted) : len(accepted) + num_tokens])
 
     def tokens(self, prompt: Prompt) -> tuple[int, ...]:
-        """The nearest state's token for each place; of equally near ones the first. InputError: another width."""
+        """Return the nearest state's token for each place; of equally near ones the first. InputError: width."""
         query_TD = self.query_states(prompt)
         if query_TD is None or not len(self._keys_ND) or not len(query_TD):
             return ()

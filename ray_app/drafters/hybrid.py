@@ -5,7 +5,7 @@ Each counts three times, once for good and twice with most of it forgotten by th
 that "what was said a moment ago" is a voice of its own; a fourth voice is a token's share of the recent ones. A
 token's score is the sum, over voices, of weight · log(1 + count / ε) or of weight · share, plus what earlier words of
 the same answer say for or against it. The weights follow the gradient of the log-likelihood (log-linear mixing, as in
-context-mixing compressors) and go on learning from every accepted answer. Those at a place are a sum of three: by the
+context-mixing compressors) and keep learning from every accepted answer. Those at a place are a sum of three: by the
 length of the longest known context, by the token before, and by the part of the answer.
 
 EventGPT's tokens are no voice: as contexts they made no drafts better on the recorded drives.
@@ -16,12 +16,13 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ray_app.drafters.base import NOTHING, AnsweredPrompt, Draft, Drafter, Prompt
+from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
+from ray_app.drafters.base import NOTHING, Draft, Drafter
 
 EPSILON = 0.1
 """A count below this says little."""
 DECAYS = (0.6, 0.2)
-"""What is left of each recent count after one more window."""
+"""Part of each recent count that is left after one more window."""
 FORGOTTEN = 40
 """Windows after which nothing is left of it; learning from other sequences ends with so many at once."""
 FIRST_WEIGHT = 0.05
@@ -50,7 +51,7 @@ Context = Callable[[Sequence[int], int], Hashable]
 
 
 def _last(size: int) -> Context:
-    """The last `size` tokens, or all of them where there are fewer."""
+    """Return the last `size` tokens, or all of them where there are fewer."""
     return lambda text, end: (size, *text[max(end - size, 0) : end])
 
 
@@ -67,28 +68,28 @@ MEMORIES: tuple[tuple[int, Context], ...] = (
 
 @dataclass(slots=True)
 class ContextCount:
-    """How often a token followed in one context."""
+    """Counts of a token in one context."""
 
     total: float
     """All times."""
     recent: list[float]
-    """Of late, as of `window`, for each of `FORGET`."""
+    """Recent counts, as of `window`, one for each of `FORGET`."""
     window: int
-    """When it last followed."""
+    """Window in which it last followed."""
 
 
 @dataclass(slots=True)
 class ScoredPosition:
-    """What is thought of one place before its token is known."""
+    """Prediction for one place before its token is known."""
 
     text: tuple[int, ...]
-    """All that stands before it."""
+    """Tokens before it."""
     sets: tuple[Hashable, ...]
     """Names of the weights that are added up here."""
     votes: dict[int, list[tuple[int, float]]]
-    """For each candidate: number of a weight, and what it is multiplied with."""
+    """Number of a weight, and its factor, for each candidate."""
     scores: dict[int, float]
-    """For each candidate that was asked about; empty where no context is known."""
+    """Probability of each candidate that was asked about; empty where no context is known."""
 
 
 class HybridDrafter(Drafter):
@@ -97,7 +98,7 @@ class HybridDrafter(Drafter):
     name = "hybrid"
     learns_online: ClassVar[bool] = True
     lengths: ClassVar[tuple[int, ...]] = tuple(length for length, _ in MEMORIES)
-    """For each memory, how many tokens it vouches for."""
+    """Number of tokens that each memory vouches for."""
 
     def __init__(self) -> None:
         self._tallies: dict[Hashable, dict[int, ContextCount]] = {}
@@ -136,7 +137,7 @@ class HybridDrafter(Drafter):
                 self._count(self._tallies.setdefault(context, {}), token)
 
     def contexts(self, prompt: Prompt, text: Sequence[int], end: int) -> list[Hashable]:
-        """What each memory goes by at a place."""
+        """Return the contexts of each memory at a place."""
         return [(prompt.question, context(text, end)) for _, context in MEMORIES]
 
     def _turn_to(self, prompt: Prompt) -> None:
@@ -187,7 +188,7 @@ class HybridDrafter(Drafter):
         return ScoredPosition(text, sets, votes, scores)
 
     def _recent_shares(self, tallies: dict[int, ContextCount]) -> dict[int, float]:
-        """What part of the slower forgotten counts each token has, times `SHARE_SCALE`."""
+        """Return each token's part of the slower forgotten counts, times `SHARE_SCALE`."""
         ages = {token: self._window - tally.window for token, tally in tallies.items()}
         fresh = {
             token: tally.recent[0] * DECAY_TABLE[ages[token]][0]
@@ -198,7 +199,7 @@ class HybridDrafter(Drafter):
         return {token: scale * count for token, count in fresh.items()}
 
     def _mixed(self, sets: tuple[Hashable, ...]) -> list[float]:
-        """The sum of the sets' weights. The first set begins with trust in all, the others correct it."""
+        """Return the sum of the sets' weights. The first set begins with trust in all, the others correct it."""
         for number, name in enumerate(sets):
             if name not in self._weights:
                 self._weights[name] = [0.0 if number else FIRST_WEIGHT] * (FEATURES_PER_CONTEXT * len(self.lengths))

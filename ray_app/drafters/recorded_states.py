@@ -1,4 +1,4 @@
-"""Recorded answers for whoever replays or judges them, with the states that `capture` kept beside them."""
+"""Recorded answers with the states that `capture` kept with them, for replay and correlation."""
 
 import sys
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_app.drafters.base import AnsweredPrompt, States
+from ray_app.core.speculative.prompts import AnsweredPrompt, States
 from ray_app.errors import CheckpointError, InputError
 from ray_app.store.capture_store import Side, StateReader
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
@@ -17,7 +17,7 @@ from ray_app.store.traces import Trace, TraceFile, read_traces
 
 
 def read_files(paths: Sequence[Path], vocabulary: int, end_token: int) -> list[TraceFile]:
-    """Every file; lines that were set aside are told on standard error. InputError as `read_traces`."""
+    """Read every file; rejected lines are printed on standard error. InputError as `read_traces`."""
     files = [read_traces(path, vocabulary, end_token) for path in paths]
     for line in damaged_lines(files):
         print(f"set aside: {line}", file=sys.stderr)
@@ -45,7 +45,7 @@ def answers(file: TraceFile) -> list[AnsweredPrompt]:
 
 
 def answers_with_states(file: TraceFile, adapter: Path | None) -> list[AnsweredPrompt]:
-    """The same with both models' states, and aligned ones where an adapter's checkpoint is named.
+    """Return the same with both models' states, and aligned ones where an adapter's checkpoint is named.
 
     InputError: states that are missing or damaged. CheckpointError: an adapter that does not fit them.
     """
@@ -71,10 +71,7 @@ def aligned(checkpoint: Checkpoint, states_TD: States, target_width: int) -> Sta
 
 
 def blocks(files: Sequence[TraceFile], block_rows: int) -> list[list[int]]:
-    """Number of the block of each file's rows.
-
-    A block is a sequence where there are several, else a stretch of neighbouring rows.
-    """
+    """Return the block number of each file's rows: their sequence where there are several, else neighbouring rows."""
     numbers: dict[tuple[int, str | int], int] = {}
     several = len({trace.sequence for file in files for trace in file.traces}) > 1
     return [

@@ -1,7 +1,7 @@
 """Exact replay of recorded greedy outputs: which drafted tokens the target would have accepted, pass by pass.
 
-A greedy target's next token depends on what stands before it alone, and what stands before it is its own recorded
-output whoever drafts. So the recording is the lossless result for every drafter, and no model is needed.
+A greedy target's next token depends only on what precedes it, and what precedes it is its own recorded output
+with any drafter. So the recording is the lossless result for every drafter, and no model is needed.
 """
 
 from collections import Counter
@@ -10,21 +10,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ray_app.core.speculative.metrics import DraftCounts
+from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
 from ray_app.core.speculative.verification import accepted_prefix, require_tokens
-from ray_app.drafters.base import (
-    AnsweredPrompt,
-    Draft,
-    Drafter,
-    EventGptDrafter,
-    NgramDrafter,
-    PositionalDrafter,
-    PreviousWindowDrafter,
-    Prompt,
-    PromptLookupDrafter,
-    RetrievalDrafter,
-)
+from ray_app.drafters.base import Draft, Drafter
 from ray_app.drafters.hidden_states import AdapterDrafter, HiddenStateDrafter
 from ray_app.drafters.hybrid import HybridDrafter
+from ray_app.drafters.ngram import NgramDrafter, PromptLookupDrafter
+from ray_app.drafters.positional import EventGptDrafter, PositionalDrafter
+from ray_app.drafters.previous_window import PreviousWindowDrafter
+from ray_app.drafters.retrieval import RetrievalDrafter
 from ray_app.errors import ConfigError, InputError
 
 
@@ -80,7 +74,7 @@ class Fold:
 
 
 def are_named(sequences: Sequence[str]) -> bool:
-    """Whether every row names its sequence, and there are two or more."""
+    """Return True if every row names its sequence, and there are two or more."""
     return len(set(sequences)) > 1 and "" not in sequences
 
 
@@ -125,7 +119,7 @@ def contiguous_folds(num_rows: int, num_folds: int, gap: int) -> list[Fold]:
 
 @dataclass(frozen=True, slots=True)
 class RowReplay:
-    """What a drafter did on one recorded answer."""
+    """Drafts and acceptance on one recorded answer."""
 
     length: int
     """Tokens of the answer."""

@@ -32,23 +32,23 @@ METRICS = (
     "one_shot_speedup",
     "expected_speedup",
 )
-"""What `--json` gives for each drafter, each with its interval."""
+"""Metrics of each drafter in `--json`, each with its interval."""
 MORE = ("alpha", "continuous_speedup", "one_shot_slower_share", "continuous_slower_share")
-"""What `details` gives with an interval, besides acceptance by place."""
+"""Metrics of `details` with an interval, besides acceptance by place."""
 TIMED = tuple(name for name in (*METRICS, *MORE) if name.endswith(("speedup", "slower_share")))
-"""What there is from measured times alone."""
+"""Metrics of measured times."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayedRow:
-    """A row's replay beside its identity and cost."""
+    """A row's replay with its identity and cost."""
 
     block: int
     """Neighbouring rows share one: they are drawn together."""
     fold: int
     """Rows of one fold met the same drafter."""
     replay: RowReplay
-    """What was accepted."""
+    """Outcome of the replay."""
     answer: tuple[int, ...]
     """The target's tokens."""
     cost: RowCost | None
@@ -72,7 +72,7 @@ def summarise(rows: Sequence[ReplayedRow], gamma: int, rng: np.random.Generator)
 
 
 def details(rows: Sequence[ReplayedRow], gamma: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Acceptance by place, histogram, baselines, time; `interval95` for `MORE` and for each place.
+    """Return the numbers beyond the table: acceptance by place, histogram, baselines, time, with `interval95`.
 
     `shuffled_match_rate` compares drafts with answers in random order, within each fold: in another one the drafter
     would have learnt the answer.
@@ -131,7 +131,7 @@ def rate_of_group(rows: Sequence[ReplayedRow], rng: np.random.Generator) -> dict
 def match_rate_by_shift(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]], shifts: Sequence[int]
 ) -> dict[int, float]:
-    """Self-test: share of tokens that match when drafts are moved by so many places.
+    """Return the match rate of drafts and answers for each shift between them, as a self-test.
 
     A best shift that is not 0 means that one side carries a token at its start which the other lacks.
     """
@@ -159,7 +159,7 @@ def _with_intervals(
 
 
 def _sums(rows: Sequence[ReplayedRow], gamma: int) -> NDArray[np.float64]:
-    """Sums of each block, shape (S, M): `SUMS`, how often each place was accepted, how many rows had each prefix."""
+    """Return sums of each block, (S, M): `SUMS`, acceptances of each place, rows that had each prefix."""
     longest = max(row.replay.length for row in rows)
     blocks = {block: n for n, block in enumerate(dict.fromkeys(row.block for row in rows))}
     prefixes = len(SUMMED_FIELDS) + gamma
@@ -183,7 +183,7 @@ def _sums(rows: Sequence[ReplayedRow], gamma: int) -> NDArray[np.float64]:
 
 
 def _ratio(over: NDArray[np.float64], under: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A ratio of nothing is 0."""
+    """Return a ratio of nothing is 0."""
     return np.divide(over, under, out=np.zeros_like(over), where=under > 0)
 
 

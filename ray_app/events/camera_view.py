@@ -87,16 +87,16 @@ class Rectangle:
     right: int
 
     def of(self, image: NDArray[Any]) -> NDArray[Any]:
-        """The rectangle of an (H, W, …) array: a view."""
+        """Return the rectangle of an (H, W, …) array: a view."""
         return image[self.top : self.bottom, self.left : self.right]
 
 
 @dataclass(frozen=True, slots=True)
 class EventView:
-    """How frames of one rig become pictures of its event camera. `event_view` makes it; a rig needs one."""
+    """Map from frames of one rig to pictures of its event camera. `event_view` makes it; a rig needs one."""
 
     valid_HW: NDArray[np.bool_]
-    """Event pixels whose part of the frame lies wholly within it."""
+    """True for event pixels whose part of the frame is wholly within it."""
     crop: Rectangle
     """The part that both sides are cut to: all of it is valid."""
     box: int
@@ -113,7 +113,7 @@ class EventView:
     """Weight of the lower two, in 1/256."""
 
     def target(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The frame in the event camera's view, cut to the common part: (h, w, 3). InputError: another size."""
+        """Return the frame in the event camera's view, cut to the common part: (h, w, 3). InputError: its size."""
         if frame.shape != (self.frame_height, self.frame_width, 3):
             raise InputError(
                 f"the frame has {frame.shape[1]} x {frame.shape[0]} pixels, but its calibration is for "
@@ -139,7 +139,7 @@ def frame_places(rig: StereoCalibration, rectified: NDArray[np.floating]) -> NDA
 
 
 def event_view(rig: StereoCalibration, rectify_map: NDArray[np.floating]) -> EventView:
-    """The view of raw event pixels; `rectify_map` (H, W, 2) holds the rectified place of each.
+    """Return the view of raw event pixels; `rectify_map` (H, W, 2) holds the rectified place of each.
 
     InputError: the two cameras have no part in common.
     """
@@ -167,7 +167,7 @@ def event_view(rig: StereoCalibration, rectify_map: NDArray[np.floating]) -> Eve
 
 
 def largest_part(valid_HW: NDArray[np.bool_]) -> Rectangle:
-    """A rectangle without an invalid pixel: the side with the largest share of them is cut off until none is left.
+    """Return a rectangle without an invalid pixel: the side with most of them is cut off until none is left.
 
     InputError: nothing is left, or the mask has holes.
     """
@@ -197,7 +197,7 @@ def _box(places: NDArray[np.float64]) -> int:
 
 
 def _box_sums(frame: NDArray[np.uint8], box: int) -> NDArray[np.uint16]:
-    """Sums over box x box pixels, one for each place where the box fits; at most 64 x 255."""
+    """Return sums over box x box pixels, one for each place where the box fits; at most 64 x 255."""
     rows, columns = frame.shape[0] - box + 1, frame.shape[1] - box + 1
     across = np.zeros((frame.shape[0], columns, 3), np.uint16)
     for i in range(box):
@@ -209,7 +209,7 @@ def _box_sums(frame: NDArray[np.uint8], box: int) -> NDArray[np.uint16]:
 
 
 def _blend(one: NDArray[Any], other: NDArray[Any], weight: NDArray[np.int32]) -> NDArray[np.int32]:
-    """(256 − weight) · one + weight · other."""
+    """Return (256 − weight) · one + weight · other."""
     total = np.subtract(other, one, dtype=np.int32)
     total *= weight
     total += np.multiply(one, ONE, dtype=np.int32)
@@ -217,7 +217,7 @@ def _blend(one: NDArray[Any], other: NDArray[Any], weight: NDArray[np.int32]) ->
 
 
 def _product(first: Matrix, *others: Matrix) -> Matrix:
-    """Of 3 x 3 matrices, summed in a fixed order: a BLAS may sum in another on another processor."""
+    """Product of 3 x 3 matrices, summed in a fixed order: a BLAS may sum in another on another processor."""
     result = first
     for other in others:
         terms = result[:, :, None] * other[None]

@@ -69,7 +69,7 @@ class Events:
             if len(column) and (column.min() < 0 or column.max() >= limit):
                 i = int(((column < 0) | (column >= limit)).argmax())
                 raise InputError(
-                    f"{where}: {name} = {columns[name][i]} at event {i} lies outside the sensor of "
+                    f"{where}: {name} = {columns[name][i]} at event {i} is outside the sensor of "
                     f"{width} x {height} pixels"
                 )
         polarity = columns["p"]

@@ -14,12 +14,12 @@ from ray_app.errors import InputError
 from ray_app.events.recording import Events
 
 COLOURS = np.array([[0, 0, 255], [255, 0, 0], [255, 255, 255]], np.uint8)
-"""Of polarity 0, polarity 1, and of a pixel without an event."""
+"""Colours of polarity 0, polarity 1, and of a pixel without an event."""
 NO_EVENT = 2
 ROUNDING = 3
 """Three colours, each rounded up to twice in a resize."""
 DRAWN_AT_A_TIME = 2**16
-"""So few that their indices stay in a processor's cache."""
+"""Events at a time, so few that their indices stay in a processor's cache."""
 
 Canvas = Literal["sensor", "bbox"]
 
@@ -58,11 +58,6 @@ class EventCanvas:
     def image(self) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 RGB, a new array."""
         return np.take(COLOURS, self._last, axis=0, mode="clip").reshape(*self._shape, 3)
-
-
-def event_images(events: Events, num_images: int, canvas: Canvas = "sensor") -> list[NDArray[np.uint8]]:
-    """`num_images` images of equal event count; the remainder goes to the last. InputError: too few."""
-    return [event_image(part, canvas) for part in equal_counts(events, num_images)]
 
 
 def equal_counts(events: Events, num_parts: int) -> list[Events]:

@@ -125,7 +125,7 @@ class EventSimulator:
         return self._t_us
 
     def start(self, grey_HW: Float, t_us: int, *, random_phase: bool = False) -> None:
-        """The first frame, grey levels 0 to 255, emits nothing.
+        """Return the first frame, grey levels 0 to 255, emits nothing.
 
         `random_phase` puts each pixel's memorised level anywhere between its two thresholds, as in a camera
         that has been running: without it no pixel fires until a whole threshold has been crossed.
@@ -202,7 +202,7 @@ class EventSimulator:
     def _outside_refractory(
         self, fired: NDArray[np.intp], source_N: NDArray[Any], nth_N: NDArray[Any], time_N: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
-        """Which events come late enough after the last one kept of their pixel; one round for each n."""
+        """Mark events that come late enough after the last one kept of their pixel; one round for each n."""
         kept_N = np.zeros(len(time_N), bool)
         by_nth = np.argsort(_narrow(nth_N), kind="stable")
         for members in np.split(by_nth, np.cumsum(np.bincount(nth_N)[1:])[:-1]) if len(nth_N) else []:
@@ -235,5 +235,5 @@ class EventSimulator:
 
 
 def _narrow(whole: NDArray[np.int64]) -> NDArray[Any]:
-    """The same numbers as uint16 where they fit: NumPy sorts those by radix, some ten times faster."""
+    """Return the same numbers as uint16 where they fit: NumPy sorts those by radix, some ten times faster."""
     return whole.astype(np.uint16) if whole.size and whole.min() >= 0 and whole.max() < 65536 else whole

@@ -36,7 +36,7 @@ def format_duration(length_us: int) -> str:
 
 
 def duration_suffix(name: str) -> str:
-    """The reference's mark for a duration in file names: `1s` → `S1`, `50ms` → `S50ms`."""
+    """Return the reference's mark for a duration in file names: `1s` → `S1`, `50ms` → `S50ms`."""
     name = format_duration(parse_duration(name))
     return f"S{name.removesuffix('s')}" if re.fullmatch(r"\d+s", name) else f"S{name}"
 

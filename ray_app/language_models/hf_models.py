@@ -44,14 +44,14 @@ class Answer:
     num_verified_otherwise: int
     """...and how many of them came out otherwise than step by step: rounding, where it is not 0."""
     states_TD: Tensor | None
-    """What each token was chosen from: the last hidden state before the head, bfloat16, on the CPU."""
+    """Last hidden state before the head for each token's choice, bfloat16, on the CPU."""
 
 
 class LiveModel:
     """A model with its tokenizer on one device. A subclass says how it is loaded and what it is shown."""
 
     shows: ClassVar[str]
-    """What the model is shown, for the manifest."""
+    """Description of the model's input, for the manifest."""
 
     def __init__(self, folder: Path, dtype: str, device: str) -> None:
         self._hf = transformers()
@@ -75,7 +75,7 @@ class LiveModel:
 
     @abstractmethod
     def model_class(self) -> Any:
-        """The class of transformers that loads it."""
+        """Return the class of transformers that loads it."""
 
     @abstractmethod
     def inputs(self, clip: Clip, question: str) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ class LiveModel:
     def answer(
         self, clip: Clip, question: str, *, max_new_tokens: int, verify: tuple[int, ...] = (), with_states: bool
     ) -> Answer:
-        """Decodes greedily, a token at a time. Preparing the inputs on the CPU is in no time."""
+        """Decode greedily, a token at a time. Preparing the inputs on the CPU is in no time."""
         inputs = {
             name: value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
             for name, value in self.inputs(clip, question).items()
@@ -114,7 +114,7 @@ class LiveModel:
         )
 
     def warm_up(self, clip: Clip, question: str, verify: tuple[int, ...]) -> None:
-        """The first answer of a process is slow: kernels are chosen, memory is claimed."""
+        """Return the first answer of a process is slow: kernels are chosen, memory is claimed."""
         self.answer(
             clip, question, max_new_tokens=max((*verify, WARM_UP_TOKENS)) + 2, verify=verify, with_states=False
         )
@@ -135,7 +135,7 @@ class LiveModel:
 
     @contextmanager
     def _last_states(self) -> Iterator[list[Tensor]]:
-        """Collects what goes into the head for each token's choice."""
+        """Collect the head's input for each token's choice."""
         states: list[Tensor] = []
 
         def keep(_: Any, arguments: tuple[Tensor]) -> None:
@@ -181,7 +181,7 @@ class VideoLlava(LiveModel):
 
 
 class TextModel(LiveModel):
-    """A language model that is told the question and shown nothing: what a drafter without eyes is worth."""
+    """A language model that sees the question alone: the worth of a drafter without eyes."""
 
     shows = "the question alone"
 
@@ -200,12 +200,12 @@ class TextModel(LiveModel):
 
 
 LOADERS: dict[str, type[LiveModel] | None] = {"video_llava": VideoLlava, "EventChat_llama": None}
-"""By `model_type` of config.json; every other model is a `TextModel`. EventGPT's place is kept: its classes are not
+"""Loaders by `model_type` of config.json; every other model is a `TextModel`. EventGPT has none: its classes are not
 part of transformers, and code from a checkpoint is never run."""
 
 
 def loader(folder: Path) -> type[LiveModel]:
-    """Who loads the model in a folder. InputError: no model, no loader, weights that are not safetensors."""
+    """Return the loader of a folder's model. InputError: no model, no loader, weights not in safetensors."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -225,7 +225,7 @@ def loader(folder: Path) -> type[LiveModel]:
 
 
 def load(folder: Path, dtype: str, device: str) -> LiveModel:
-    """The model in a folder. InputError: it cannot be read as what its config.json says."""
+    """Return the model in a folder. InputError: it cannot be read as what its config.json says."""
     kind = loader(folder)
     try:
         return kind(folder, dtype, device)
@@ -235,18 +235,18 @@ def load(folder: Path, dtype: str, device: str) -> LiveModel:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What `replay` must know of the target's tokens."""
+    """Facts about the target's tokens that `replay` needs."""
 
     size: int
     """Numbers that the model may choose."""
     start_token: int | None
-    """Stands before a text, where the tokenizer has one."""
+    """Token before a text, where the tokenizer has one."""
     end_token: int
     """Ends an answer."""
 
 
 def vocabulary(folder: Path) -> Vocabulary:
-    """Of the model in a folder. InputError: no tokenizer, or one without an end token."""
+    """Read the facts of the model in a folder. InputError: no tokenizer, or one without an end token."""
     hf = transformers()
     try:
         config, tokenizer = hf.AutoConfig.from_pretrained(folder, **SAFE), read_tokenizer(folder)
@@ -264,7 +264,7 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def same_tokens(one: Any, other: Any) -> bool:
-    """Whether two tokenizers give one meaning to every id that both have, added tokens apart."""
+    """Return True if two tokenizers give one meaning to every id that both have, added tokens apart."""
     mine, theirs = one.get_vocab(), other.get_vocab()
     added = one.get_added_vocab().keys() | other.get_added_vocab().keys()
     small, large = sorted((mine, theirs), key=len)
@@ -272,7 +272,7 @@ def same_tokens(one: Any, other: Any) -> bool:
 
 
 def transformers() -> ModuleType:
-    """The library, which only `capture` needs. ResourceError: it is not installed."""
+    """Return the library, which only `capture` needs. ResourceError: it is not installed."""
     try:
         import transformers as library
     except ImportError as error:
@@ -296,10 +296,9 @@ class _Stamps:
 
 
 def _video_llava_processor(hf: ModuleType) -> Any:
-    """VideoLlavaProcessor without torchvision, which its class for videos needs.
+    """Return a VideoLlavaProcessor that needs no torchvision, as its class for videos does.
 
-    The frames of a video pass, one by one, through the image processor that the checkpoint brings, with the same
-    steps on Pillow and numpy.
+    Frames go one by one through the checkpoint's image processor, which takes the same steps with Pillow and numpy.
     """
 
     class Processor(hf.VideoLlavaProcessor):  # type: ignore[name-defined]

@@ -1,4 +1,4 @@
-"""How the ego vehicle moves: a speed that changes and comes to halts, along a road that bends.
+"""Motion of the ego vehicle: a speed that changes and comes to halts, along a road that bends.
 
 Both are endless: speeds repeat after about `DRIVE_S`, bends after `ROAD_M`.
 """
@@ -14,21 +14,21 @@ Generator = np.random.Generator
 DRIVE_S = 300.0
 ROAD_M = 3000.0
 VIEW_M = 140.0
-"""How far things are drawn."""
+"""Distance up to which things are drawn."""
 FINE_M = 0.5
 """Distance between samples of the road's course."""
 
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """The ego vehicle stands."""
+    """A halt of the ego vehicle."""
 
     begin_s: float
-    """When it comes to a stop."""
+    """Time at which it comes to a stop."""
     end_s: float
-    """When it starts again."""
+    """Time at which it starts again."""
     s: float
-    """Where, in metres along the road."""
+    """Position in metres along the road."""
 
 
 class Drive:
@@ -108,7 +108,7 @@ class Road:
         return float(rounds * per_round + turned)
 
     def bend(self, s: float) -> Doubles:
-        """How far the road's middle lies to the right, in metres, at each distance of `GRID_M` from `s`."""
+        """Offset of the road's middle to the right, in metres, at each distance of `GRID_M` from `s`."""
         rest = s % ROAD_M
         ahead = np.interp(rest + self.GRID_M, self._s, self._aside)
         return ahead - ahead[0] - np.interp(rest, self._s, self._heading) * self.GRID_M

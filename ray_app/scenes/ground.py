@@ -33,7 +33,7 @@ BASE, DASHES, ZEBRA, STOP_LINE, LAMPLIT = range(5)
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Where the camera is at one moment."""
+    """Position of the camera at one moment."""
 
     t_s: float
     """Time since the drive began."""
@@ -42,7 +42,7 @@ class View:
     n: float
     """Metres to the right of the road's middle."""
     bend_m: Doubles
-    """How far the road's middle lies to the right at each distance of `Road.GRID_M`."""
+    """Offset of the road's middle to the right at each distance of `Road.GRID_M`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Ground:
             plane_HW[top:] = paint_RW
 
     def _grain(self, n_RW: Floats, s_R: Doubles, step_R: Doubles) -> Floats:
-        """The texture, as smooth in each row as the stretch of road that the row covers."""
+        """Return the texture, as smooth in each row as the stretch of road that the row covers."""
         levels, m, n = self._noise_LMN.shape
         level_R = np.clip(np.log2(step_R / TEXEL_M) + 0.5, 0, levels - 1).astype(np.int64)
         row_R = (level_R * m + (s_R / TEXEL_M).astype(np.int64) % m) * n
@@ -148,7 +148,7 @@ def marks_ahead(world: World, drive: Drive, view: View) -> list[Mark]:
 
 
 def shadows_ahead(world: World, view: View) -> list[tuple[float, float]]:
-    """Stretches of road in the shade of what stands beside it, as (from, to)."""
+    """Stretches of road in the shade of roadside things, as (from, to)."""
     if not world.light.shadow:
         return []
     bands = []
@@ -162,7 +162,7 @@ def shadows_ahead(world: World, view: View) -> list[tuple[float, float]]:
 
 
 def lamplight(s: Doubles, step_m: float) -> Doubles:
-    """How near a street lamp is, 0 to 1: lamps stand every `step_m` along the road."""
+    """Nearness of a street lamp, 0 to 1: there is one every `step_m` along the road."""
     off = (s / step_m + 0.5) % 1.0 - 0.5
     return np.exp(-((off * step_m / 6.0) ** 2))
 
@@ -187,7 +187,7 @@ def _albedo(world: World, rng: Generator, n: Doubles) -> tuple[Doubles, Doubles]
 
 
 def _levels(table_P: Doubles) -> Floats:
-    """The table and copies smoothed over twice as many samples each, one after the other."""
+    """Return the table and copies smoothed over twice as many samples each, one after the other."""
     row = table_P[None].astype(np.float32)
     return smoothed(row, [(0.0, 0.0), *((0.0, 0.4 * 2**i) for i in range(1, TABLE_LEVELS))]).reshape(-1)
 
@@ -210,7 +210,7 @@ def _beam(strength: float, distance_R: Doubles, x_W: Floats) -> Floats:
 
 
 def _inside(s_R: Doubles, step_R: Doubles, begin: float, end: float) -> Doubles:
-    """Share of each row's stretch of road, `step_R` long, that lies within [begin, end]."""
+    """Share of each row's stretch of road, `step_R` long, that is within [begin, end]."""
     low, high = np.maximum(s_R - step_R / 2, begin), np.minimum(s_R + step_R / 2, end)
     return np.clip((high - low) / step_R, 0, 1)
 

@@ -34,10 +34,10 @@ class Camera:
 
 @dataclass(frozen=True, slots=True)
 class Air:
-    """What distance does to contrast."""
+    """Effect of distance on contrast."""
 
     colour: Rgb
-    """What everything fades to."""
+    """Colour to which everything fades."""
     metres: float
     """Distance at which a thing keeps 37 % of its contrast."""
 
@@ -68,13 +68,13 @@ class Canvas:
         self.image_CHW = np.zeros((colours, camera.height, camera.width), np.float32)
 
     def tones(self, rgb: Rgb) -> tuple[np.float32, ...]:
-        """A colour as the canvas paints it: its three parts, or its grey."""
+        """Return a colour as the canvas paints it: its three parts, or its grey."""
         if len(self.image_CHW) == 3:
             return tuple(np.float32(part) for part in rgb)
         return (np.float32(luma(rgb)),)
 
     def planes(self, *colours: Rgb) -> Iterator[tuple[Any, ...]]:
-        """For each colour of the canvas its plane (H, W) and that part of each colour given."""
+        """Fill each colour's plane (H, W) of the canvas with that part of each colour given."""
         yield from zip(self.image_CHW, *(self.tones(rgb) for rgb in colours), strict=True)
 
     def rectangle(self, x: Pair, y: Pair, rgb: Rgb, opacity: float = 1.0) -> None:
@@ -87,7 +87,7 @@ class Canvas:
             part_RX += cover_RX * (tone - part_RX)
 
     def halo(self, x: Pair, y: Pair, rgb: Rgb) -> None:
-        """Adds a round Gaussian glow that has faded out at the rectangle's edge."""
+        """Add a round Gaussian glow that has faded out at the rectangle's edge."""
         if (box := self._box(x, y)) is None:
             return
         glow_RX = np.outer(_bell(y, box[0]), _bell(x, box[1]))
@@ -95,7 +95,7 @@ class Canvas:
             plane_HW[box] += tone * glow_RX
 
     def sprite(self, sprite: Sprite, x: Pair, y: Pair, rgb: Rgb, glow: Rgb) -> None:
-        """A picture, interpolated from the level nearest in size."""
+        """Return a picture, interpolated from the level nearest in size."""
         if (box := self._box(x, y)) is None:
             return
         size = min(x[1] - x[0], y[1] - y[0])
@@ -116,7 +116,7 @@ class Canvas:
                 part_RX += light * glow_RX
 
     def wall(self, pattern: Pattern, upright: Upright, rgb: Rgb, glow: Rgb) -> None:
-        """A patterned rectangle at any angle. The colour of its pixels fades into the air."""
+        """Return a patterned rectangle at any angle. The colour of its pixels fades into the air."""
         x, camera = upright.x, self.camera
         columns = _span(x, camera.width)
         if columns.start >= columns.stop:
@@ -154,7 +154,7 @@ class Canvas:
             part_RX += paint_RX
 
     def _box(self, x: Pair, y: Pair) -> tuple[slice, slice] | None:
-        """(rows, columns) touched by a rectangle; None: it lies outside."""
+        """Return (rows, columns) touched by a rectangle; None: it is outside."""
         rows, columns = _span(y, self.camera.height), _span(x, self.camera.width)
         return None if rows.start >= rows.stop or columns.start >= columns.stop else (rows, columns)
 
@@ -192,7 +192,7 @@ def _middles(pixels: slice) -> Floats:
 
 
 def _cover(edges: Pair, pixels: slice) -> Floats:
-    """Share of each pixel that lies between the edges."""
+    """Share of each pixel that is between the edges."""
     i = np.arange(pixels.start, pixels.stop, dtype=np.float32)
     return np.clip(np.minimum(i + 1, edges[1]) - np.maximum(i, edges[0]), 0, 1).astype(np.float32)
 

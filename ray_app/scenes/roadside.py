@@ -1,4 +1,4 @@
-"""What stands beside the road and what moves on it, as walls and boards.
+"""Things at the roadside and things that move on the road, as walls and boards.
 
 Both are functions of the world's seed and of a place or a time: what is drawn does not depend on where a drive
 was entered.
@@ -78,7 +78,7 @@ SIGNS: tuple[Rgb, ...] = ((215, 215, 215), (170, 25, 25), (30, 60, 150))
 
 
 def roadside(world: World, chunk: int) -> list[Thing]:
-    """All that stands on both sides of [chunk, chunk + 1) * `CHUNK_M` metres of road."""
+    """Everything on both sides of [chunk, chunk + 1) * `CHUNK_M` metres of road."""
     rng = np.random.default_rng([world.seed, 2, chunk + 1])
     start = chunk * CHUNK_M
     things: list[Thing] = []
@@ -174,7 +174,7 @@ def _posts(world: World, rng: Generator, start: float) -> Iterator[Thing]:
 
 
 def vehicle(s: float, n: float, paint: Rgb, towards_us: bool, tall: bool, *, parked: bool = False) -> Iterator[Thing]:
-    """A car or van whose near end is at `s`: the end that we see, its flank towards the road's middle, lights."""
+    """Return a car or van with its near end at `s`: the end that is seen, its flank towards the middle, lights."""
     width, height = (2.1, 2.5) if tall else (1.85, 1.5)
     inner = n - np.sign(n) * width / 2
     kind, glow = "van" if tall else "car", HEADLIGHT if towards_us else TAIL_LIGHT
@@ -221,7 +221,7 @@ def _stream(world: World, tag: int, s: float) -> Iterator[tuple[float, Rgb, bool
 
 
 def _crossing(world: World, t_s: float, halt: Halt, s: float) -> Iterator[Thing]:
-    """Vehicles and people that cross ahead while the ego vehicle stands, and the traffic light it stands at."""
+    """Vehicles and people that cross ahead while the ego vehicle waits, and the traffic light at which it waits."""
     rng = np.random.default_rng([world.seed, 21, int(halt.begin_s)])
     red = halt.begin_s - 4.0 < t_s < halt.end_s - 0.4
     n = world.kerb_m + 0.4

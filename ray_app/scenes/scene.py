@@ -45,12 +45,12 @@ class Scene:
         self._roadside = lru_cache(maxsize=16)(lambda chunk: roadside(self.world, chunk))
 
     def rgb(self, t_s: float) -> NDArray[np.uint8]:
-        """What the camera sees, (H, W, 3)."""
+        """Render the camera's picture, (H, W, 3)."""
         image_CHW = self._exposed(self._painted(t_s, 3))
         return np.ascontiguousarray(np.rint(image_CHW).astype(np.uint8).transpose(1, 2, 0))
 
     def grey(self, t_s: float) -> Floats:
-        """The same in grey, not rounded, (H, W), 0 to 255: what the event camera's pixels measure.
+        """Return the same in grey, not rounded, (H, W), 0 to 255: what the event camera's pixels measure.
 
         The luma of `rgb` to within 3 %: tinted light on coloured ground is multiplied in grey.
         """
@@ -65,7 +65,7 @@ class Scene:
         return self.road.heading(self.drive.at(t_s)[0])
 
     def _exposed(self, image_CHW: Floats) -> Floats:
-        """The tone curve, taken on the grey, so that colours and grey stay one picture; clipped to 0 to 255."""
+        """Apply the tone curve to the grey, so that colours and grey stay one picture; clipped to 0 to 255."""
         grey_HW = image_CHW[0] if len(image_CHW) == 1 else luma(image_CHW)
         bright_HW = np.clip(grey_HW, 0, 255) / np.float32(255)
         return np.clip(image_CHW * np.power(bright_HW, np.float32(self.world.contrast - 1)), 0, 255)
@@ -120,7 +120,7 @@ class Scene:
             plane_HW[rows] = sky_RW
 
     def _paint_things(self, canvas: Canvas, view: View) -> None:
-        """Walls and boards, the farthest first; a wall's far end counts, for what stands before it hides it."""
+        """Walls and boards, the farthest first; a wall's far end counts, for what is before it hides it."""
         things: list[Thing] = list(traffic(self.world, self.drive, view.t_s))
         for chunk in range(int(view.s // CHUNK_M) - 1, int((view.s + VIEW_M) // CHUNK_M) + 1):
             things += self._roadside(chunk)
@@ -136,7 +136,7 @@ class Scene:
 
     def _paint_wall(self, canvas: Canvas, view: View, wall: Wall) -> None:
         light = self.world.light
-        cut_m = max(view.s + NEAREST_M - wall.s0, 0.0)  # what lies behind the camera
+        cut_m = max(view.s + NEAREST_M - wall.s0, 0.0)  # the part behind the camera
         if wall.s0 - view.s > VIEW_M or wall.s0 + cut_m > wall.s1:
             return
         share = cut_m / (wall.s1 - wall.s0) if cut_m else 0.0

@@ -27,7 +27,7 @@ class Pattern:
     glow_LMN: Floats | None
     """Light given off at night, 0 to 1; None: none."""
     metres: tuple[float, float]
-    """What the M rows and the N columns measure."""
+    """Coordinates of the M rows and the N columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def luma(colours: Any) -> Any:
 
 
 def smoothed(field_MN: Floats, widths: Sequence[tuple[float, float]]) -> Floats:
-    """A copy for each (rows, columns): periodic Gaussian blur with these standard deviations, (L, M, N)."""
+    """Return a copy for each (rows, columns): periodic Gaussian blur with these standard deviations, (L, M, N)."""
     fy = np.fft.fftfreq(field_MN.shape[0])[:, None]
     fx = np.fft.rfftfreq(field_MN.shape[1])[None, :]
     spectrum = np.fft.rfft2(field_MN.astype(np.float32))
@@ -56,7 +56,7 @@ def smoothed(field_MN: Floats, widths: Sequence[tuple[float, float]]) -> Floats:
 
 
 def levels(field_MN: Floats) -> Floats:
-    """The field, and copies blurred over one sample, two, four, eight: (5, M, N)."""
+    """Return the field, and copies blurred over one sample, two, four, eight: (5, M, N)."""
     return smoothed(field_MN, [(0.0, 0.0), *((0.5 * 2**i, 0.5 * 2**i) for i in range(1, 5))])
 
 
@@ -193,7 +193,7 @@ def car_end(rng: Generator, front: bool, tall: bool) -> Sprite:
 
 
 def crossing_car(rng: Generator) -> Sprite:
-    """A whole car from the side, driving across, 128 x 128."""
+    """Return a whole car from the side, driving across, 128 x 128."""
     y, x = np.mgrid[0:128, 0:128].astype(np.float32)
     cabin = (y > 20) & (y < 66) & (np.abs(x - 62) < 26 + (y - 20) * 0.45)
     body = (y >= 60) & (y < 108) & (np.abs(x - 63.5) < 61)

@@ -1,4 +1,4 @@
-"""What a drive's world is like: place, light, road, roadside; all drawn from its seed, widely.
+"""World of a drive: place, light, road, roadside; all drawn from its seed, widely.
 
 Places are road coordinates: s = metres along the road, n = metres to the right of its middle. Colours are red,
 green, blue, 0 to 255, as they look in full daylight.
@@ -24,7 +24,7 @@ DAYTIMES: dict[Daytime, float] = {"day": 0.56, "dusk": 0.22, "night": 0.22}
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What is usual in a kind of place: (least, most) of each."""
+    """Usual ranges of a kind of place: (least, most) of each."""
 
     share: float
     """Share of drives."""
@@ -97,7 +97,7 @@ class Light:
     sun: float = 0.0
     """Strength of the low sun's glare."""
     sun_angle: float = 0.0
-    """Where the low sun stands, in radians to the right of the first heading."""
+    """Direction of the low sun, in radians to the right of the first heading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class World:
     """Everything about a drive that does not change while it lasts."""
 
     seed: int
-    """Seed of all that stands and moves."""
+    """Seed of everything at and on the road."""
     place: Place
     """Kind of surroundings."""
     daytime: Daytime
@@ -129,7 +129,7 @@ class World:
     kerb_m: float
     """From the road's middle to its edge."""
     walk_m: float
-    """Width of the walk beside it, 0 for none."""
+    """Width of the walk along it, 0 for none."""
     wall_m: float
     """From the road's middle to houses."""
     building_m: Range
@@ -151,22 +151,22 @@ class World:
     asphalt: Rgb
     """Colour of the road."""
     verge: Rgb
-    """Colour of the ground beside it."""
+    """Colour of the ground next to the road."""
     walk: Rgb
     """Colour of the walk."""
     grain: tuple[float, float]
-    """Contrast of the ground's texture, on the road and beside it."""
+    """Contrast of the ground's texture, on the road and next to it."""
     tones: tuple[Rgb, ...]
     """Colours of buildings."""
 
     @property
     def built(self) -> bool:
-        """In a town: walks, zebra crossings, people on foot."""
+        """True in a town: walks, zebra crossings, people on foot."""
         return self.place in ("city", "suburb")
 
 
 def make_world(seed: int) -> tuple[World, Drive, Road]:
-    """The world, the speeds and the road of a seed, which must not be negative."""
+    """Return the world, the speeds and the road of a seed, which must not be negative."""
     rng = np.random.default_rng([seed, 1])
     place = list(PLACES)[rng.choice(len(PLACES), p=[usual.share for usual in PLACES.values()])]
     daytime = list(DAYTIMES)[rng.choice(len(DAYTIMES), p=list(DAYTIMES.values()))]

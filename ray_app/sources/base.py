@@ -1,4 +1,4 @@
-"""What a source of pairs is: settings that describe it, tasks that cut it up, and a reader of one task.
+"""Interface of a source of pairs: settings that describe it, tasks that divide it, and a reader of one task.
 
 Shapes: H, W = pixels as recorded or rendered (no common size), C = 3 colours.
 """
@@ -36,9 +36,9 @@ class RawPair:
     num_drawn: int | None = None
     """Events that were drawn into the event image."""
     num_positive: int | None = None
-    """Those of them that are positive."""
+    """Positive events among those that were drawn."""
     target_t_us: int | None = None
-    """When the target's frame was taken."""
+    """Time of the target's frame, in microseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,9 @@ class RejectedPair:
     input: str
     """File or drive that it should have come from."""
     position: str
-    """Where in it, for instance `frame 17` or `window [500000, 1500000)`."""
+    """Position in it, for instance `frame 17` or `window [500000, 1500000)`."""
     reason: str
-    """What is wrong with it."""
+    """Reason of the rejection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class SourceTask:
     num_pairs: int
     """Pairs that the task yields, rejected ones included; at most 64."""
     spec: dict[str, Any]
-    """What `pairs` needs to find them; JSON values."""
+    """Data by which `pairs` finds them; JSON values."""
 
 
 class Source(Protocol):
@@ -86,11 +86,11 @@ class Source(Protocol):
         ...
 
     def tasks(self) -> list[SourceTask]:
-        """The cut into tasks. An input that is missing or empty as a whole raises InputError."""
+        """Return the cut into tasks. An input that is missing or empty as a whole raises InputError."""
         ...
 
     def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
-        """The task's pairs, in order of time. One bad pair is yielded as Rejected, and the rest follow.
+        """Return the task's pairs, in order of time. One bad pair is yielded as Rejected, and the rest follow.
 
         ResourceError: what `tasks` found is not to be seen from this machine; no pair is to blame for that.
         """
@@ -127,7 +127,7 @@ def require_visible(path: Path) -> None:
 
 
 def file_identity(path: Path) -> dict[str, Any]:
-    """What tells one file from another in a manifest. InputError: it cannot be read."""
+    """Return the facts that identify a file in a manifest. InputError: it cannot be read."""
     try:
         with path.open("rb") as file:
             return {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

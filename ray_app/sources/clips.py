@@ -35,10 +35,10 @@ class ClipWindow:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """What a model is shown."""
+    """Frames that a model sees."""
 
     source: ClipWindow
-    """Where it is from."""
+    """Window of the frames."""
     frames_THWC: NDArray[np.uint8]
     """The frames, RGB."""
 
@@ -68,7 +68,7 @@ def clip_windows(
 
 
 def clips(windows: Sequence[ClipWindow]) -> Iterator[Clip | RejectedPair]:
-    """The windows' frames, of one video in order of time, read once; a window that lacks one is rejected alone."""
+    """Yield the windows' frames, of one video in order of time; a window that lacks one is rejected alone."""
     path = windows[0].path
     first, last = windows[0].frames[0], max(window.frames[-1] for window in windows)
     wanted = {number for window in windows for number in window.frames}

@@ -37,7 +37,7 @@ class RecordedEvents(Protocol):
         ...
 
     def index(self, t_us: int) -> int:
-        """How many events come before `t_us`."""
+        """Return the number of events before `t_us`."""
         ...
 
     def parts(self, first: int, stop: int) -> Iterator[Events]:
@@ -45,7 +45,7 @@ class RecordedEvents(Protocol):
         ...
 
     def silence(self, t_start_us: int, t_end_us: int, longest_us: int) -> tuple[int, int] | None:
-        """The first stretch of [t_start_us, t_end_us) longer than `longest_us` without an event."""
+        """Return the first stretch of [t_start_us, t_end_us) longer than `longest_us` without an event."""
         ...
 
 
@@ -59,7 +59,7 @@ class EventImageBuilder:
         self.first_us = self.last_us = 0
         """Times of its first and its last event so far."""
         self.flaw: InputError | None = None
-        """Why it cannot be drawn."""
+        """Reason why it cannot be drawn."""
         self._size = width, height
         self._drawing: EventCanvas | None = None
 
@@ -82,9 +82,9 @@ class EventImageBuilder:
 
 
 def render_slices(events: RecordedEvents, slices: list[Slice]) -> Iterator[EventImageBuilder]:
-    """The sketch of each slice in the order given, as soon as it and those before it are done.
+    """Return the sketch of each slice in the order given, as soon as it and those before it are done.
 
-    No event is read twice, none that no slice needs, and a damaged place costs those slices alone that it lies in.
+    No event is read twice, none that no slice needs, and a damaged place costs only the slices that include it.
     """
     waiting = deque(EventImageBuilder(first, stop, events.width, events.height) for first, stop in slices)
     for first, stop in blocks(slices):
@@ -95,7 +95,7 @@ def render_slices(events: RecordedEvents, slices: list[Slice]) -> Iterator[Event
 
 
 def blocks(slices: list[Slice]) -> Iterator[Slice]:
-    """The union of the slices in order and in blocks."""
+    """Return the union of the slices in order and in blocks."""
     place = 0
     for first, stop in sorted(slices):
         place = max(place, first)

@@ -11,12 +11,12 @@ from PIL import Image, UnidentifiedImageError
 from ray_app.errors import InputError
 
 MAX_PIXELS = 2**27
-"""Of one image: 134 million, 400 MB as RGB."""
+"""Most pixels of an image: 134 million, 400 MB as RGB."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """An image file as (H, W, 3) uint8 RGB. InputError: missing, empty, truncated, or no image."""
+    """Return an image file as (H, W, 3) uint8 RGB. InputError: missing, empty, truncated, or no image."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -27,7 +27,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
 
 def decode_image(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """An image file's bytes as (H, W, 3) uint8 RGB. InputError: empty, truncated, no image, or too many pixels."""
+    """Return an image file's bytes as (H, W, 3) uint8 RGB. InputError: empty, truncated, no image, too large."""
     if not data:
         raise InputError(f"{where} is empty (0 bytes)")
     try:
@@ -52,7 +52,7 @@ def resized(image_HWC: NDArray[np.uint8], height: int, width: int) -> NDArray[np
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder, numbers in their names in numerical order."""
+    """Return the image files of a folder, numbers in their names in numerical order."""
     return sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=natural)
 
 

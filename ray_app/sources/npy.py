@@ -44,7 +44,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_npy(path: Path) -> dict[str, Any]:
-    """The dictionary that an `.npy` recording holds. InputError: unreadable, too large, or as `parse_npy` says."""
+    """Return the dictionary of an `.npy` recording. InputError: unreadable, too large, or as `parse_npy` says."""
     try:
         size = path.stat().st_size
         if size > LARGEST_BYTES:
@@ -56,7 +56,7 @@ def read_npy(path: Path) -> dict[str, Any]:
 
 
 def parse_npy(data: bytes, where: str) -> dict[str, Any]:
-    """The dictionary in an `.npy` file's bytes. InputError: empty, truncated, no dictionary, forbidden names."""
+    """Return the dictionary in an `.npy` file's bytes. InputError: empty, truncated, forbidden names."""
     if not data:
         raise InputError(f"{where} is empty (0 bytes)")
     stream = io.BytesIO(data)
@@ -96,20 +96,15 @@ def parse_npy(data: bytes, where: str) -> dict[str, Any]:
 
 
 def events_of(content: Mapping[str, Any], width: int, height: int, where: str) -> Events:
-    """Checked events of a recording's dictionary. InputError: columns that are missing or do not fit."""
+    """Return checked events of a recording's dictionary. InputError: columns that are missing or do not fit."""
     if missing := [name for name in COLUMNS if name not in content]:
         raise InputError(f"{where}: no column {', '.join(missing)}; it has {', '.join(map(str, content)) or 'none'}")
     x, y, t, p = (np.asarray(content[name]) for name in COLUMNS)
     return Events.checked(x, y, _unwrapped(t), p, width, height, where)
 
 
-def read_events(path: Path, width: int = 640, height: int = 480) -> Events:
-    """A recording's events on a sensor of this size; 640 x 480 is DSEC's."""
-    return events_of(read_npy(path), width, height, str(path))
-
-
 def _unwrapped(t: NDArray[Any]) -> NDArray[Any]:
-    """Times as int64; a 16-bit clock that starts again at 0 goes on instead (65.5 ms a turn)."""
+    """Return times as int64; a 16-bit clock that wraps to 0 continues instead (65.5 ms a turn)."""
     if t.dtype != np.uint16:
         return t
     wide = t.astype(np.int64)

@@ -37,7 +37,7 @@ Sides = Callable[[NDArray[np.uint8], int], tuple[NDArray[np.uint8], NDArray[np.u
 
 @dataclass(frozen=True, slots=True)
 class WindowPlan:
-    """What of a recording one window's pairs are made of."""
+    """Events and frames of which one window's pairs are made."""
 
     window: Window
     """The window."""
@@ -48,12 +48,12 @@ class WindowPlan:
     num_events: int = 0
     """All events of the window."""
     reason: InputError | None = None
-    """Why it has no pair."""
+    """Reason why it has no pair."""
 
 
 @dataclass(frozen=True)
 class WindowingConfig:
-    """How recordings become pairs, whatever their format."""
+    """Settings by which recordings become pairs, whatever their format."""
 
     durations_us: tuple[int, ...]
     """Window lengths."""
@@ -95,7 +95,7 @@ class WindowingConfig:
         return self.event_bins if self.pairs_per_window == "all" else 1
 
     def names(self) -> list[str]:
-        """The durations by name."""
+        """Return the durations by name."""
         return [format_duration(duration_us) for duration_us in self.durations_us]
 
     def describe(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class WindowingConfig:
         }
 
     def portions(self, first_us: int, last_us: int, order: Callable[[Window], int]) -> list[list[Window]]:
-        """Windows of all durations between the first and the last frame, sorted by `order`, a task's at a time."""
+        """Divide the windows from the first to the last frame, of all durations, sorted by `order`, into tasks."""
         windows = [
             window
             for duration_us in self.durations_us
@@ -137,21 +137,21 @@ class WindowingConfig:
         return portions
 
     def task(self, sequence: str, part: int, windows: list[Window], spec: dict[str, Any]) -> SourceTask:
-        """A task for one portion of a sequence's windows."""
+        """Return a task for one portion of a sequence's windows."""
         lengths = "several" if len(self.durations_us) > 1 else self.names()[0]
         spec = {**spec, "windows": [[window.t_start_us, window.t_end_us] for window in windows]}
         name = f"{file_name(sequence)}-{lengths}-{part:05d}"
         return SourceTask(name, len(windows) * self.num_pairs, spec)
 
     def without_windows(self, tasks: list[SourceTask]) -> str | None:
-        """The first duration of which the tasks have no window."""
+        """Return the first duration of which the tasks have no window."""
         found = {end_us - start_us for task in tasks for start_us, end_us in task.spec["windows"]}
         return next((format_duration(us) for us in self.durations_us if us not in found), None)
 
     def pairs(
         self, sequence: str, events: RecordedEvents, times_us: NDArray[np.int64], windows: list[Window], sides: Sides
     ) -> Iterator[RawPair | RejectedPair]:
-        """The pairs of the windows in their order, in one sweep over their events; `times_us` are the frames'.
+        """Return the pairs of the windows in their order, in one sweep over their events; `times_us` are the frames'.
 
         Too few events, no frame or a gap costs all pairs of a window, what cannot be read those that need it.
         """
@@ -235,7 +235,7 @@ class WindowingConfig:
 
 
 def first_gap(times_us: Iterable[int], longest_us: int) -> tuple[int, int] | None:
-    """The first two neighbours that are further apart than `longest_us`."""
+    """Return the first two neighbours that are further apart than `longest_us`."""
     return next(((a, b) for a, b in pairwise(times_us) if b - a > longest_us), None)
 
 
@@ -250,7 +250,7 @@ def by_middle(window: Window) -> int:
 
 
 def file_name(sequence: str) -> str:
-    """The sequence's name as part of a file name: where that changes it, a hash keeps two of them apart."""
+    """Return the sequence's name as part of a file name: where that changes it, a hash keeps two of them apart."""
     safe = re.sub(r"[^A-Za-z0-9_]", "_", sequence)[:80]
     if safe == sequence:
         return safe

@@ -119,12 +119,12 @@ class ScenesSource:
             )
 
     def scene(self, drive: int) -> Scene:
-        """The world and motion of a drive."""
+        """Return the world and motion of a drive."""
         seed = int(np.random.SeedSequence([self.seed, drive]).generate_state(1)[0])
         return Scene(seed, self.height, self.width)
 
     def events(self, scene: Scene, drive: int, window: int) -> Events:
-        """Simulated events of the span in the middle of a window, in time order."""
+        """Return simulated events of the span in the middle of a window, in time order."""
         begin_us = window * self.step_us + (self.duration_us - self.event_span_us) // 2
         frames = -(-self.event_span_us // FRAME_US)
         first_us, *times_us = [begin_us + self.event_span_us * i // frames for i in range(frames + 1)]

@@ -39,7 +39,7 @@ Frame = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class VideoSource:
-    """A pair for every `every`-th frame whose window lies within its video."""
+    """Pairs of every `frame_stride`-th frame whose window is within its video."""
 
     files: tuple[Path, ...]
     """Video files, or folders of frames."""
@@ -103,7 +103,7 @@ class VideoSource:
         return tasks
 
     def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
-        """The task's pairs in order. A frame that is missing costs the pairs whose windows touch it."""
+        """Return the task's pairs in order. A frame that is missing costs the pairs whose windows touch it."""
         name, path = named_sequences(self.files)[task.spec["video"]]
         require_visible(path)
         wanted = task.spec["frames"]
@@ -166,7 +166,7 @@ class _Footage:
         self.until_us = -1
 
     def add(self, i: int, frame: Frame | str) -> None:
-        """The next frame, or what is wrong with it: then no window may reach from the one before to the next."""
+        """Return the next frame, or an error: then no window may reach from the one before to the next."""
         t_us = self._times_us[i]
         self.last = i
         if isinstance(frame, str):
@@ -190,11 +190,11 @@ class _Footage:
         self._grey, self.until_us = grey, t_us
 
     def time_us(self, i: int) -> int:
-        """When a frame was taken."""
+        """Return when a frame was taken."""
         return self._times_us[i]
 
     def flaw(self, start_us: int, end_us: int) -> str:
-        """What is wrong within a window, or nothing."""
+        """Return the error within a window, or None."""
         return next((what for a, b, what in self._flaws if a < end_us and b > start_us), "")
 
     def take(self, start_us: int, end_us: int, width: int, height: int) -> Events:
@@ -218,7 +218,7 @@ def frame_times(path: Path, fps: float | None) -> list[int]:
 
 
 def frames(path: Path, first: int, stop: int) -> Iterator[tuple[int, Frame | str]]:
-    """(number, picture or what is wrong with it) from `first` on; ends early where the video does."""
+    """Yield (number, picture or error) from `first` on; ends early where the video does."""
     if path.is_dir():
         numbers = _numbered(path)
         low = min(numbers)
@@ -234,7 +234,7 @@ def frames(path: Path, first: int, stop: int) -> Iterator[tuple[int, Frame | str
 
 
 def identity(path: Path) -> dict[str, Any]:
-    """A video's name and content, for a manifest. InputError: it cannot be read."""
+    """Return a video's name and content, for a manifest. InputError: it cannot be read."""
     return {"file": path.name, "frames": len(images_in(path))} if path.is_dir() else file_identity(path)
 
 

@@ -1,4 +1,4 @@
-"""What `capture` leaves on disk: rows of traces and the models' states, in shards that are checked before use.
+"""Files of `capture`: rows of traces and the models' states, in shards that are checked before use.
 
     capture.json  traces.jsonl  rejected.jsonl
     shards/NAME.jsonl  shards/NAME.rejected.jsonl  shards/NAME.safetensors  shards/NAME.sha256
@@ -30,7 +30,7 @@ Side = Literal["draft", "target"]
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Makes the folder ours. StoreError unless it is new, empty, or a capture of these very settings."""
+    """Make the folder ours. StoreError unless it is new, empty, or a capture of these very settings."""
     path, text = folder / SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n"
     if path.is_file():
         if path.read_text() != text:
@@ -59,7 +59,7 @@ class Shard:
 
 
 def write_shard(folder: Path, name: str, shard: Shard, states: Mapping[str, Tensor]) -> None:
-    """Writes the lines, and the states by `state_key`, where there are any; the sums last."""
+    """Write the lines, and the states by `state_key`, where there are any; the sums last."""
     shards = folder / SHARDS
     with disk_errors(shards):
         make_folder(shards)
@@ -73,7 +73,7 @@ def write_shard(folder: Path, name: str, shard: Shard, states: Mapping[str, Tens
 
 
 def read_shard(folder: Path, name: str) -> Shard | None:
-    """A shard that verifies; None where it is missing, unfinished or damaged."""
+    """Return a shard that verifies; None where it is missing, unfinished or damaged."""
     shards = folder / SHARDS
     try:
         verify_shard(shards, name)
@@ -99,12 +99,12 @@ def verify_shard(shards: Path, name: str) -> None:
         if not (shards / file).is_file() or sha256_file(shards / file) != sha256:
             raise InputError(
                 f"{shards / file} is missing or damaged: its SHA-256 differs from {path.name}. Repeat the "
-                "`ray-app capture` that wrote it: it captures this shard anew."
+                "`ray-app capture` that wrote it: it captures this shard again."
             )
 
 
 def publish(folder: Path, rows: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> None:
-    """Writes traces.jsonl, all rows in order, and rejected.jsonl."""
+    """Write traces.jsonl, all rows in order, and rejected.jsonl."""
     for file, lines in ((TRACES, rows), (REJECTED, rejected)):
         write_file(folder / file, as_lines(lines))
 
@@ -132,7 +132,7 @@ class StateReader:
         """
         path = self._folder / states
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*\.safetensors", states, re.ASCII):
-            raise InputError(f"row {row}: '{states}' is no name of a states file beside the traces.")
+            raise InputError(f"row {row}: '{states}' does not name a states file in the folder of the traces.")
         if states not in self._verified:
             verify_shard(path.parent, path.stem)
             self._verified.add(states)
@@ -144,7 +144,7 @@ class StateReader:
         if found.ndim != 2 or len(found) != num_tokens or not torch.isfinite(found).all():
             raise InputError(
                 f"{path}, row {row}: {side} states of shape {list(found.shape)} for {num_tokens} tokens, or not all "
-                "finite; capture the row anew."
+                "finite; capture the row again."
             )
         return found.float()
 

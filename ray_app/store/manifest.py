@@ -1,4 +1,4 @@
-"""What a pair store says of itself: features, source, counts, a checksum for each file, one fingerprint."""
+"""Manifest of a pair store: features, source, counts, a checksum for each file, one fingerprint."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 
 
 class FeatureSpec(Config):
-    """How the bytes of one feature are read: a little-endian array of this type and shape, times `scale`.
+    """Layout of one feature's bytes: a little-endian array of this type and shape, times `scale`.
 
     A shape of two is a sequence: at most so many tokens of one width. Only the tokens that are there are stored;
     read, a feature is as wide as the longest, with zeros behind its end.
@@ -99,7 +99,7 @@ class Manifest(Config):
     """`manifest.json`. Written last: a folder without it is no store."""
 
     format: Literal["ray_app pair store"] = "ray_app pair store"
-    """What this file is."""
+    """Kind of this file."""
     version: Literal[1] = 1
     """Version of this layout."""
     pairs: int = Field(ge=1)
@@ -115,7 +115,7 @@ class Manifest(Config):
     source: dict[str, Any]
     """Kind of source and every setting that shaped a pixel."""
     fingerprint: Sha256
-    """Of all pairs and how they are read; independent of files and their order."""
+    """Hash of all pairs and of their features' layout; independent of files and their order."""
     files: tuple[PartRecord, ...]
     """Parquet files, sorted by name."""
     rejected_file: FileRecord
@@ -124,17 +124,17 @@ class Manifest(Config):
     """SHA-256 of this manifest as written with this field empty."""
 
     def sealed(self) -> "Manifest":
-        """The same manifest with its checksum."""
+        """Return the same manifest with its checksum."""
         bare = self.model_copy(update={"checksum": ""})
         return self.model_copy(update={"checksum": sha256_bytes(_dump(bare))})
 
     def write(self, folder: StorageDir) -> None:
-        """Makes the folder a store."""
+        """Make the folder a store."""
         folder.write(MANIFEST, _dump(self.sealed()))
 
     @staticmethod
     def read(where: Where) -> "Manifest":
-        """The folder's manifest. StoreError where there is none, or where a single byte of it has changed."""
+        """Return the folder's manifest. StoreError: there is none, or a byte of it has changed."""
         folder = open_storage(where)
         path = folder.file(MANIFEST)
         try:

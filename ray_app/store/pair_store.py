@@ -38,7 +38,7 @@ INDEX_COLUMNS = {
     "t_end_us": pa.int64(),
 }
 FACT_COLUMNS = ("num_events", "num_drawn", "num_positive", "target_t_us")
-"""What a source may know of a window: int64, null where it does not. Older stores are without these columns."""
+"""Facts that a source may know of a window: int64, null where it does not. Older stores lack these columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +60,9 @@ class Pair:
     num_drawn: int | None = None
     """Events that were drawn into the event image."""
     num_positive: int | None = None
-    """Those of them that are positive."""
+    """Positive events among those that were drawn."""
     target_t_us: int | None = None
-    """When the target's frame was taken."""
+    """Time of the target's frame, in microseconds."""
 
     @property
     def sample_id(self) -> str:
@@ -97,7 +97,7 @@ class PairIndex:
         return len(self.sample_id)
 
     def take(self, rows: NDArray[Any]) -> "PairIndex":
-        """The index of some rows, by positions or by a mask."""
+        """Return the index of some rows, by positions or by a mask."""
         return PairIndex(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
@@ -106,15 +106,15 @@ class PairStore:
     """An opened store. Positions in `index` are what splits, readers and metrics call rows."""
 
     folder: StorageDir
-    """Where it lies."""
+    """Folder of the store."""
     manifest: Manifest
-    """What it says of itself."""
+    """Manifest as read."""
     index: PairIndex
     """Its pairs, of the wanted durations."""
 
     @staticmethod
     def open(where: Where, durations: Sequence[str] = ()) -> "PairStore":
-        """Reads manifest and index, not the features. `durations` keeps these window lengths alone.
+        """Read manifest and index, not the features. `durations` keeps these window lengths alone.
 
         StoreError: not a store, damaged, or a duration that it does not have.
         """
@@ -140,11 +140,11 @@ class PairStore:
 
     @property
     def fingerprint(self) -> str:
-        """Of the whole store, whatever durations are in use."""
+        """Return the fingerprint of the whole store, whatever durations are in use."""
         return self.manifest.fingerprint
 
     def feature(self, side: str) -> FeatureSpec:
-        """How the `event` or the `target` side is read."""
+        """Return the layout of the `event` or the `target` feature."""
         return {"event": self.manifest.features.event, "target": self.manifest.features.target}[side]
 
     def verify(self) -> None:
@@ -177,7 +177,7 @@ class PairStore:
 
 
 def write_part(folder: Where, name: str, pairs: Sequence[Pair], features: Features) -> PartRecord:
-    """Writes one Parquet file at once or not at all; the same pairs give the same bytes.
+    """Write one Parquet file at once or not at all; the same pairs give the same bytes.
 
     A feature of another length than `features` says raises ValueError; of a sequence, one that is too long, empty or
     no whole number of tokens raises StoreError.
@@ -199,7 +199,7 @@ def write_part(folder: Where, name: str, pairs: Sequence[Pair], features: Featur
 
 
 def column_type(spec: FeatureSpec) -> pa.DataType:
-    """How a feature's bytes are stored: all of one length, but for sequences."""
+    """Return the type of a feature's column: bytes of one length, but for sequences."""
     return pa.binary() if spec.token_width else pa.binary(spec.num_bytes)
 
 
@@ -214,7 +214,7 @@ def check_length(feature: bytes, spec: FeatureSpec, what: str) -> None:
 
 
 def write_table(folder: StorageDir, name: str, table: pa.Table) -> PartRecord:
-    """Writes a table that has the columns of a part."""
+    """Write a table that has the columns of a part."""
     buffer = io.BytesIO()
     pq.write_table(
         table,
@@ -244,7 +244,7 @@ def read_part(folder: StorageDir, record: PartRecord) -> pa.Table:
 
 
 def read_index(folder: StorageDir, record: PartRecord) -> pa.Table:
-    """The columns of one Parquet file that are not features, under page checksums alone."""
+    """Return the columns of one Parquet file that are not features, under page checksums alone."""
     path = folder.file(record.name)
     try:
         table = _parse(path, folder.open(record.name), list(INDEX_COLUMNS))
@@ -266,7 +266,7 @@ def verify_file(folder: StorageDir, record: FileRecord) -> None:
 
 
 def feature_matrix(column: pa.ChunkedArray, spec: FeatureSpec) -> NDArray[Any]:
-    """A binary column as an (N, D) array. A read-only view where it is one chunk of fixed size as it is stored.
+    """Return a binary column as an (N, D) array; a read-only view where it is one chunk of the stored size.
 
     Sequences have zeros behind their ends.
     """
@@ -292,7 +292,7 @@ def _padded(chunk: pa.Array, spec: FeatureSpec) -> NDArray[Any]:
 
 
 def _numbers(flat: NDArray[np.uint8], spec: FeatureSpec) -> NDArray[Any]:
-    """Stored bytes as numbers. bfloat16 is the upper half of a float32."""
+    """Return stored bytes as numbers. bfloat16 is the upper half of a float32."""
     if spec.dtype != "bfloat16":
         return flat.view(np.dtype(spec.dtype).newbyteorder("<"))
     return (flat.view("<u2").astype(np.uint32) << 16).view(np.float32)
@@ -307,7 +307,7 @@ def publish(
     source: dict[str, Any],
     rejected: bytes,
 ) -> Manifest:
-    """Writes rejected.jsonl and, last, manifest.json: from then on the folder is a store.
+    """Write rejected.jsonl and, last, manifest.json: from then on the folder is a store.
 
     `durations` names window lengths in microseconds; those that occur go into the manifest.
     """
@@ -332,7 +332,7 @@ def publish(
 
 
 def previous_window(index: PairIndex, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each of `rows` the place in `rows` of the window before it, shape (N,); −1 where there is none.
+    """Return for each of `rows` the place in `rows` of the window before it, shape (N,); −1 where there is none.
 
     Before: the nearest earlier start among `rows`, in the same sequence, at the same duration.
     """
@@ -388,4 +388,4 @@ def _parse(path: str, where: Any, columns: list[str] | None) -> pa.Table:
 
 
 def _damaged(path: str, what: str) -> StoreError:
-    return StoreError(f"{path} is damaged: {what}. Prepare the store again, or copy the file anew.")
+    return StoreError(f"{path} is damaged: {what}. Prepare the store again, or copy the file again.")

@@ -45,7 +45,7 @@ LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """First bytes of what torch.save wrote before torch 1.6: not a zip archive, but pickles one after the other."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ZIP_ERRORS = (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, zlib.error, struct.error)
-"""What a damaged or odd archive makes of a read."""
+"""Exceptions of a read from a damaged or odd archive."""
 UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
     OSError,
@@ -59,15 +59,15 @@ UNPICKLING_ERRORS = (
     ValueError,
     struct.error,
 )
-"""How torch's restricted unpickler fails on a stream that was not written by torch.save."""
+"""Exceptions of torch's restricted unpickler on a stream that torch.save did not write."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceCheckpoint:
-    """What a file of the reference holds, as ours."""
+    """Contents of a reference file in our form."""
 
     adapter: Adapter
-    """In evaluation mode, on the CPU."""
+    """Adapter in evaluation mode, on the CPU."""
     features: Features
     """Pixels where the width is that of an image, else floats of the config's width."""
     settings: dict[str, Any]
@@ -75,11 +75,11 @@ class ReferenceCheckpoint:
     left_out: tuple[str, ...]
     """Keys of the file that are not carried over, such as the optimizer's state."""
     sha256: str
-    """Of the file."""
+    """Checksum of the file."""
 
 
 class _PickledConfig:
-    """Stands in for the reference's config class: keeps the fields and does nothing."""
+    """Replaces the reference's config class: keeps the fields and does nothing."""
 
     __slots__ = ("fields",)
 
@@ -142,7 +142,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _load(path: Path) -> Any:
-    """The file's values. What it asks for is listed first, and all but the config's class is refused by name."""
+    """Return the file's values. Refuses, by name, every class that it asks for but the config's."""
     try:
         asked = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     except UNPICKLING_ERRORS as error:
@@ -160,7 +160,7 @@ def _load(path: Path) -> Any:
 
 
 def _settings(path: Path, config: Any) -> dict[str, Any]:
-    """The fields of the config, pickled or plain."""
+    """Return the fields of the config, pickled or plain."""
     fields = getattr(config, "fields", None) if isinstance(config, _PickledConfig) else config
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: config is a {type(config).__name__} without fields; it must name the widths.")
@@ -193,7 +193,7 @@ def _adapter_config(path: Path, settings: Mapping[str, Any]) -> AdapterConfig:
 
 
 def _weights(path: Path, state: Any, adapter: Adapter) -> dict[str, Tensor]:
-    """The reference's weights under our names. CheckpointError names the key that lacks, is too many or unfit."""
+    """Return the reference's weights under our names. CheckpointError names a missing, extra or unfit key."""
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: model_state_dict is a {type(state).__name__}, not a dict of tensors.")
     if missing := [key for key in KEYS if key not in state]:

@@ -1,4 +1,4 @@
-"""Which pairs train, validate and test: a pure function of the index, computed anew by everyone who needs it.
+"""Division into training, validation and test pairs: a pure function of the index, computed by each reader.
 
 Shapes: N = pairs of the index. Rows are positions in its canonical order.
 """
@@ -19,10 +19,10 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The three parts. Rows in none of them lie in the gap beside a block."""
+    """The three parts. Rows in none of them are in the gap next to a block."""
 
     by: Literal["sequence", "window", "block"]
-    """What was divided; `block` is what `sequence` falls back to where there is one sequence."""
+    """Unit that was divided; `block` replaces `sequence` where there is one sequence."""
     train: Rows
     """Sorted rows to fit on."""
     val: Rows
@@ -35,7 +35,7 @@ class Split:
     """The division in words, for reports."""
 
     def without_validation(self) -> "Split":
-        """The same test part; the validation part trains too."""
+        """Return the same test part; the validation part trains too."""
         both = np.union1d(self.train, self.val)
         return replace(self, train=both, val=self.val[:0], label=f"{self.label}; the validation part trains too")
 
@@ -73,7 +73,7 @@ def overlapping_share(index: PairIndex, rows: Rows, others: Rows) -> float:
 
 
 def overlapping_row(index: PairIndex, rows: Rows, others: Rows) -> Rows:
-    """For each of `rows`, one of `others` whose window overlaps its own in the same sequence, or −1.
+    """Return for each of `rows` one of `others` whose window overlaps it in the same sequence, or −1.
 
     Of several, one that ends latest among those that start before its own window ends.
     """

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ray_app.drafters.base import Prompt
+from ray_app.core.speculative.prompts import Prompt
 from ray_app.errors import InputError
 
 FIRST_WORD = re.compile(r"\w+")
@@ -49,7 +49,7 @@ class Trace(BaseModel):
     row: Annotated[int, Field(ge=0)]
     """Place in the recording order."""
     question: str
-    """What both models were asked."""
+    """Question to both models."""
     draft_tokens: list[Token]
     """EventGPT's output; may be empty."""
     target_tokens: list[Token]
@@ -61,9 +61,9 @@ class Trace(BaseModel):
     target_text: str | None = None
     """The target's output as text."""
     temperature: float = 0.0
-    """Of the target's decoding; above 0 it was sampled."""
+    """Temperature of the target's decoding; above 0 it was sampled."""
     do_sample: bool = False
-    """Whether the target sampled."""
+    """True if the target sampled."""
     timing_ms: Timing | None = None
     """Measured times of this row."""
     sequence: str = ""
@@ -85,7 +85,7 @@ class BadLine:
     line: int
     """Its number, from 1."""
     reason: str
-    """What is wrong with it."""
+    """Reason of the rejection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,9 @@ class TraceFile:
     """One file's rows that can be replayed."""
 
     path: Path
-    """Where they were read."""
+    """File of the rows."""
     traces: tuple[Trace, ...]
-    """In order."""
+    """Rows in the file's order."""
     rejected: tuple[BadLine, ...]
     """Lines that were set aside."""
     cut_off: int
@@ -138,7 +138,7 @@ def read_traces(path: Path, vocabulary: int, end_token: int) -> TraceFile:
 
 
 def read_timing(path: Path) -> Timing:
-    """`--timing FILE`: one JSON object with the fields of `Timing`, in milliseconds. InputError: anything else."""
+    """Return the times of a `--timing FILE`: an object with fields of `Timing`. InputError: anything else."""
     try:
         return Timing.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -151,7 +151,7 @@ def read_timing(path: Path) -> Timing:
 
 
 def tokenizer_conflict(traces: list[Trace]) -> str | None:
-    """Why the two models cannot share a tokenizer, or None where the texts do not show it.
+    """Return the reason why the two models cannot share a tokenizer, or None where the texts do not show it.
 
     Equal texts must have equal tokens (but for an end token), and outputs that begin with the same word must begin
     with the same token, in some row at least: a word can be the start of a longer one.
@@ -211,7 +211,7 @@ def _trace(line: bytes, vocabulary: int, end_token: int) -> Trace:
                 "tokenizer?"
             )
         if end_token in tokens[:-1]:
-            raise InputError(f"{side}_tokens goes on behind the end token {end_token}")
+            raise InputError(f"{side}_tokens has tokens after the end token {end_token}")
     return trace
 
 

@@ -156,7 +156,7 @@ def test_a_job_is_listed_and_stopped_by_hand(head: Head, small_dir: Path) -> Non
     code, stdout, stderr = ended(follower)
     assert code == 143
     assert "stopped" in stdout
-    assert "go on with:  ray-app submit -- train --resume '/mnt/a run'" in stdout
+    assert "resume with:  ray-app submit -- train --resume '/mnt/a run'" in stdout
     assert "saved" in stderr, "it was given longer than Ray's three seconds"
 
 
@@ -175,7 +175,7 @@ def test_a_stopped_job_tells_how_to_go_on(command: str, way: str | None) -> None
     assert resume_command(f"python -m ray_app {command}") == (way and f"ray-app submit -- {way}")
 
 
-def test_what_is_refused_says_how_to_mend_it(head: Head) -> None:
+def test_what_is_refused_says_how_to_fix_it(head: Head) -> None:
     processes = {
         "wrong token": app(head, "jobs", "list", token="0" * 64),
         "no such job": app(head, "jobs", "stop", "nothing"),

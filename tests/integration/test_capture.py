@@ -22,8 +22,8 @@ from ray_app.commands.capture.capture_worker import CaptureActor
 from ray_app.commands.capture.command import plan_of, run_capture, settings_of
 from ray_app.commands.replay.command import run_replay
 from ray_app.config.speculative import CaptureConfig, ReplayConfig
+from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
 from ray_app.core.speculative.verification import verify_greedy
-from ray_app.drafters.base import AnsweredPrompt, Prompt
 from ray_app.drafters.recorded_states import answers_with_states
 from ray_app.drafters.replay import DRAFTERS
 from ray_app.errors import InputError, ResourceError, StoreError

@@ -16,7 +16,7 @@ from ray_app.config.speculative import CorrelateConfig, ReplayConfig
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.registry import build_adapter
 from ray_app.core.speculative.correlation import Places, cosines, judge, rank_correlation, spearman
-from ray_app.drafters.base import AnsweredPrompt, Prompt
+from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
 from ray_app.drafters.hidden_states import AdapterDrafter, HiddenStateDrafter
 from ray_app.errors import CheckpointError, ConfigError, InputError
 from ray_app.store.atomic import write_file
@@ -251,7 +251,7 @@ def test_states_that_cannot_be_used(world: Path, tmp_path: Path, shared_data: Pa
         )
     lines = (world / TRACES).read_text().replace("shards/all", "../shards/all")
     (tmp_path / "away.jsonl").write_text(lines)
-    with pytest.raises(InputError, match="is no name of a states file"):
+    with pytest.raises(InputError, match="does not name a states file"):
         run_correlate(CorrelateConfig(traces=(tmp_path / "away.jsonl",), out=tmp_path / "out", folds=3, fold_gap=3))
 
 

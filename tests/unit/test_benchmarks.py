@@ -182,7 +182,7 @@ def test_the_replay_script_finds_the_cost_of_a_pass_at_which_nothing_is_gained()
 @pytest.mark.parametrize("name", ["EventPlaceHybrid", "EventSetHybrid"])
 def test_the_replay_scripts_hybrids_see_what_eventgpt_said(name: str) -> None:
     """Two answers that begin alike, each with an EventGPT text of its own."""
-    from ray_app.drafters.base import AnsweredPrompt, Prompt
+    from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
 
     one, other = (
         AnsweredPrompt(Prompt("q", (1, 2, 3)), (7, 8, 9)),

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from ray_app.drafters.base import AnsweredPrompt, Continuation, Distribution, Draft, Drafter, Prompt
+from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
+from ray_app.drafters.base import Distribution, Draft, Drafter
+from ray_app.drafters.previous_window import Continuation
 from ray_app.drafters.replay import DRAFTERS, contiguous_folds, folds_of, num_matches, replay_fold
 from ray_app.errors import ConfigError, InputError
 
@@ -174,7 +176,7 @@ def test_hybrid_is_the_same_whether_or_not_its_thoughts_were_kept() -> None:
     assert kept.draft(QUESTION, rows[0].answer[:2], 8) == fresh.draft(QUESTION, rows[0].answer[:2], 8)
 
 
-def test_hybrid_thinks_anew_for_another_question() -> None:
+def test_hybrid_starts_again_for_another_question() -> None:
     drafter, other = DRAFTERS["hybrid"](), Prompt("another", ())
     drafter.fit([AnsweredPrompt(QUESTION, (1, 2, 3)), AnsweredPrompt(other, (4, 5, 6))] * 3)
     assert drafter.draft(QUESTION, (), 3).tokens == (1, 2, 3)

@@ -104,7 +104,7 @@ def test_coordinates_outside_the_sensor_are_refused(own: DsecFiles) -> None:
         x = file["events/x"][()]
     x[:] = 640
     edit(own.events, put("events/x", x))
-    assert all("x = 640 at event 0 lies outside" in item.reason for item in rejected(dsec(own.root, SECOND)))
+    assert all("x = 640 at event 0 is outside" in item.reason for item in rejected(dsec(own.root, SECOND)))
 
 
 @pytest.mark.parametrize(

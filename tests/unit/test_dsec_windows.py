@@ -34,6 +34,7 @@ from dsec_writer import (
     write_sequence,
 )
 from numpy_source import SMALL
+from recordings import read_events
 
 from ray_app.commands.prepare.store_builder import claim
 from ray_app.errors import InputError, StoreError
@@ -42,7 +43,6 @@ from ray_app.events.render import equal_counts, event_image
 from ray_app.sources.base import RawPair
 from ray_app.sources.dsec.events_file import DsecEvents
 from ray_app.sources.dsec.layout import find_sequences, read_rig
-from ray_app.sources.npy import read_events
 from ray_app.store.manifest import Features
 
 

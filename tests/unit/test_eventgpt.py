@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from recordings import read_events
 from test_sources import everything, recording, saved
 
 from ray_app import cli
@@ -17,7 +18,6 @@ from ray_app.errors import InputError
 from ray_app.events.render import equal_counts, event_image
 from ray_app.sources.base import RawPair, RejectedPair
 from ray_app.sources.eventgpt.source import EventGptSource
-from ray_app.sources.npy import read_events
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from recordings import read_events
 
 from ray_app.errors import ConfigError, InputError
 from ray_app.events.recording import Events
-from ray_app.events.render import equal_counts, event_image, event_images
+from ray_app.events.render import equal_counts, event_image
 from ray_app.events.simulator import EventSimulator, SimulatorConfig, log_intensity
 from ray_app.events.windows import duration_suffix, format_duration, parse_duration, windows_between
-from ray_app.sources.npy import read_events
 
 REAL = ["000069.npy", "000079.npy", "000099.npy"]
 
@@ -32,9 +32,8 @@ def drawn_event_by_event(events: Events, height: int, width: int) -> np.ndarray:
 def test_rendering_equals_the_per_event_loop_on_real_windows(shared_data: Path, name: str) -> None:
     events = read_events(shared_data / "events" / name)
     assert np.array_equal(event_image(events), drawn_event_by_event(events, 480, 640))
-    images = event_images(events, 5)
-    for part, image in zip(equal_counts(events, 5), images, strict=True):
-        assert np.array_equal(image, drawn_event_by_event(part, 480, 640))
+    for part in equal_counts(events, 5):
+        assert np.array_equal(event_image(part), drawn_event_by_event(part, 480, 640))
 
 
 def test_rendering_equals_the_per_event_loop_where_pixels_fire_often() -> None:
@@ -61,7 +60,7 @@ def test_images_hold_equal_counts_and_the_last_one_the_remainder() -> None:
     ("change", "words"),
     [
         ({"t": [5, 4, 6]}, "backwards at event 1: 5 µs, then 4"),
-        ({"x": [0, 40, 1]}, "x = 40 at event 1 lies outside the sensor of 40 x 30"),
+        ({"x": [0, 40, 1]}, "x = 40 at event 1 is outside the sensor of 40 x 30"),
         ({"y": [0, 0, -1]}, "y = -1 at event 2"),
         ({"p": [0, 1, 2]}, "polarity 2 at event 2"),
         ({"p": [0, 1]}, "differ in length"),

@@ -16,9 +16,9 @@ import torch
 from endpoints import SHAPE, WIDTH, LocalServer, local_server, make_checkpoint
 from openapi_spec_validator import validate
 from PIL import Image
+from recordings import read_events
 
 from ray_app.events.render import equal_counts, event_image
-from ray_app.sources.npy import read_events
 from serve.http.request import ROUTES, TEMPLATES
 
 README = Path(__file__).parents[2] / "README.md"

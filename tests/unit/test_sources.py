@@ -9,10 +9,11 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from recordings import read_events
 
 from ray_app.errors import InputError
 from ray_app.sources.base import RawPair, RejectedPair, Source
-from ray_app.sources.npy import ArrayUnpickler, events_of, read_events, read_npy
+from ray_app.sources.npy import ArrayUnpickler, events_of, read_npy
 from ray_app.sources.video import VideoSource
 
 

@@ -35,7 +35,7 @@ def test_answers_without_an_end_token_are_counted(tmp_path: Path) -> None:
     [
         ({"target_tokens": []}, "output is empty"),
         ({"target_tokens": [5, 32_000]}, "outside --vocabulary"),
-        ({"draft_tokens": [5, 2, 7]}, "goes on behind the end token 2"),
+        ({"draft_tokens": [5, 2, 7]}, "has tokens after the end token 2"),
         ({"draft_tokens": [1.5]}, "draft_tokens.0"),
         ({"target_tokens": [-1]}, "target_tokens.0"),
         ({"question": None}, "question"),

@@ -1,6 +1,6 @@
 """The actor of `capture`: both models on one device, and the rows of a shard.
 
-What the user can mend comes back as a row: Ray Data would wrap it in an error of its own.
+Errors that the user can fix come back as rows: Ray Data would wrap them in an error of its own.
 """
 
 from dataclasses import asdict, replace
@@ -78,7 +78,7 @@ class CaptureActor:
 
 
 def _row(cfg: CaptureConfig, clip: Clip, drafted: Answer, spoken: Answer) -> dict[str, Any]:
-    """A line of traces, but for its states."""
+    """Return a line of traces, but for its states."""
     source = clip.source
     row: dict[str, Any] = {
         "row": source.row,
@@ -93,7 +93,7 @@ def _row(cfg: CaptureConfig, clip: Clip, drafted: Answer, spoken: Answer) -> dic
         "target_text": spoken.text,
         "do_sample": False,
     }
-    if spoken.step_ms is not None:  # an answer of one token tells nothing of steps
+    if spoken.step_ms is not None:  # an answer of one token has no steps
         times = {
             "draft_prefill": drafted.prefill_ms,
             "draft_per_token": drafted.step_ms,

@@ -1,7 +1,7 @@
 """`ray-app capture`: outputs of live models as traces, shard by shard; one replica of both models for each GPU.
 
 Ray Data hands shards (a few windows of one video) to a pool of actors, each of which loads the models once. A shard
-that is finished and holds is not captured again, so the same command goes on where it was cut off.
+that is finished and holds is not captured again, so the same command continues an interrupted capture.
 """
 
 import shlex
@@ -39,7 +39,7 @@ FEW_ROWS = 80
 
 
 def run_capture(cfg: CaptureConfig) -> dict[str, Any]:
-    """Captures what is not captured yet; returns the --json object.
+    """Capture what is not captured yet; returns the --json object.
 
     InputError: a model or video that cannot be read. StoreError: --out holds something else. ResourceError: no
     transformers, too few GPUs.
@@ -78,7 +78,7 @@ def run_capture(cfg: CaptureConfig) -> dict[str, Any]:
 
 
 def render_capture(result: dict[str, Any], console: Console) -> None:
-    """Prints the result for people, and the command that comes next."""
+    """Print the result for people, and the command that comes next."""
     table = Table(show_header=False, box=None)
     table.add_column()
     table.add_column(overflow="fold")
@@ -124,7 +124,7 @@ def _capture(cfg: CaptureConfig, info: ClusterInfo, missing: CapturePlan, num_wo
         for done in dataset.iter_rows():
             if done["error"]:
                 raise getattr(errors, done["kind"])(
-                    f"{done['error']} Finished shards stay; repeat the command to go on."
+                    f"{done['error']} Finished shards stay; repeat the command to continue."
                 )
             verified += np.asarray(done["verified"])
             bar.advance(task, done["rows"])
@@ -201,7 +201,7 @@ def _mean_times(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _replay_command(cfg: CaptureConfig, target: Vocabulary, num_rows: int) -> str:
-    """The command that takes the captured traces up, with a gap that leaves something to learn from."""
+    """Return the command that takes the captured traces up, with a gap that leaves something to learn from."""
     words = ["ray-app", "replay", str(cfg.out / TRACES), "--vocabulary", str(target.size)]
     words += ["--end-token", str(target.end_token)]
     words += ["--start-token", str(target.start_token)] if target.start_token is not None else []

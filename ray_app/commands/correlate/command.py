@@ -1,6 +1,6 @@
 """`ray-app correlate`: what cosine acceptance predicts about token acceptance, on captured traces with states.
 
-An aligned state stands for the token whose target state, among other stretches' rows, is nearest to it; it matches
+An aligned state means the token whose target state, among other stretches' rows, is nearest to it; it matches
 where that is the target's own token at the same place. Ray Data runs one task for each file and adapter.
 """
 
@@ -21,8 +21,8 @@ from ray_app.cluster.connection import cluster
 from ray_app.config.base import flat
 from ray_app.config.speculative import CorrelateConfig
 from ray_app.core.speculative.correlation import THETAS, Places, cosines, judge, rank_correlation
+from ray_app.core.speculative.prompts import AnsweredPrompt, States
 from ray_app.core.speculative.verification import accepted_prefix
-from ray_app.drafters.base import AnsweredPrompt, States
 from ray_app.drafters.hidden_states import AdapterDrafter
 from ray_app.drafters.recorded_states import answers_with_states, blocks, read_files, require_states
 from ray_app.drafters.replay import Fold, folds_of
@@ -47,17 +47,17 @@ class AdapterScore:
     """One adapter on one file."""
 
     row_N: np.ndarray
-    """For each place its row's number in the file."""
+    """Row number in the file for each place."""
     cos_N: np.ndarray
     """Cosines."""
     match_N: np.ndarray
     """Matches."""
     prefixes: list[int]
-    """For each row the tokens that match in a row from the start."""
+    """Tokens that match in a row from the start, for each row."""
 
 
 def run_correlate(cfg: CorrelateConfig) -> dict[str, Any]:
-    """Writes correlation.json and correlation.html; returns the --json object.
+    """Write correlation.json and correlation.html; returns the --json object.
 
     InputError: traces without states, or damaged ones. CheckpointError: an adapter that does not verify or fit.
     ConfigError: too few rows. StoreError: a folder that cannot be written.
@@ -111,7 +111,7 @@ def run_correlate(cfg: CorrelateConfig) -> dict[str, Any]:
 
 
 def render_correlate(result: dict[str, Any], console: Console) -> None:
-    """The table, the plain sentences and the files."""
+    """Return the table, the plain sentences and the files."""
     table = TerminalTable(
         title=f"{result['rows']:,} rows, {result['blocks']} sequences or stretches", title_justify="left"
     )
@@ -128,7 +128,7 @@ def render_correlate(result: dict[str, Any], console: Console) -> None:
 
 
 def verdict(result: dict[str, Any]) -> list[str]:
-    """What it comes to, in plain sentences."""
+    """Return the conclusions in plain sentences."""
     said = ["Cosine acceptance is not token acceptance: a place is accepted by cosine where cos_sim > θ."]
     for name, numbers in result["adapters"].items():
         rate, above = numbers["cosine_accept_rate"]["0.80"], numbers["match_rate_above"]["0.80"]
@@ -167,7 +167,7 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def correlation_page(result: dict[str, Any]) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     everyone = {**result["baselines"], **result["adapters"]}
     thetas = [f"{theta:.2f}" for theta in THETAS]
     above = [Row(name, [match_cell(numbers, theta) for theta in thetas]) for name, numbers in everyone.items()]
@@ -215,7 +215,7 @@ def _auc(numbers: dict[str, Any]) -> str:
 
 
 def _named(adapters: Sequence[Path]) -> dict[str, Path]:
-    """Adapters by the end of their path that tells them apart."""
+    """Return adapters by the end of their path that is unique."""
     for parts in range(1, 1 + max((len(path.parts) for path in adapters), default=0)):
         named = {"/".join(path.parts[-parts:]): path for path in adapters}
         if len(named) == len(adapters) and not named.keys() & set(BASELINES):
@@ -226,7 +226,7 @@ def _named(adapters: Sequence[Path]) -> dict[str, Path]:
 def _judge_all(
     cfg: CorrelateConfig, files: Sequence[TraceFile], folds: Sequence[Sequence[Fold]], adapters: dict[str, Path]
 ) -> dict[str, list[AdapterScore]]:
-    """For each baseline and adapter, each file."""
+    """Return the scores of each file for each baseline and adapter."""
     tasks = [(name, n) for name in (*BASELINES, *adapters) for n in range(len(files))]
     files = [replace(file, path=file.path.absolute()) for file in files]  # workers have a folder of their own
 
@@ -285,7 +285,7 @@ def _judge_file(file: TraceFile, name: str, adapter: Path | None, folds: Sequenc
 
 
 def _states_of(name: str, each: AnsweredPrompt, mean_D: States) -> States | None:
-    """What takes the part of the aligned states; None where raw states have another width than the target's."""
+    """Return the states of a baseline or adapter; None where raw states have another width than the target's."""
     event_TD = each.prompt.event_states
     assert event_TD is not None
     if name == "raw":

@@ -21,7 +21,7 @@ def run_jobs_list(cfg: JobsConfig) -> dict[str, Any]:
 
 
 def render_jobs_list(result: dict[str, Any], console: Console) -> None:
-    """A row for each job."""
+    """Return a row for each job."""
     table = Table("job", "status", "exit code", "started", "seconds", "command", box=None)
     for job in result["jobs"]:
         table.add_row(
@@ -36,7 +36,7 @@ def render_jobs_list(result: dict[str, Any], console: Console) -> None:
 
 
 def run_jobs_logs(cfg: JobLogsConfig) -> dict[str, Any]:
-    """A job's log, followed to its end, or with --no-follow what there is of it; then how the job stands."""
+    """Print a job's log to its end, or with --no-follow what there is of it; then its state."""
     client = JobClient(cfg.address)
     found = asyncio.run(client.follow(cfg.job)) if cfg.follow else None
     if not cfg.follow:
@@ -45,12 +45,12 @@ def run_jobs_logs(cfg: JobLogsConfig) -> dict[str, Any]:
 
 
 def render_jobs_logs(result: dict[str, Any], console: Console) -> None:
-    """How the job stands."""
+    """Print the state of a job."""
     show_ended(result, console)
 
 
 def run_jobs_fetch(cfg: JobFetchConfig) -> dict[str, Any]:
-    """Writes JOB.log and JOB.json. StoreError: not there."""
+    """Write JOB.log and JOB.json. StoreError: not there."""
     client = JobClient(cfg.address)
     log = client.logs(cfg.job)
     result = {"job": cfg.job, "result": result_in(log), **client.state(cfg.job)}
@@ -61,7 +61,7 @@ def run_jobs_fetch(cfg: JobFetchConfig) -> dict[str, Any]:
 
 
 def render_jobs_fetch(result: dict[str, Any], console: Console) -> None:
-    """How the job stands, and the files."""
+    """Print the state of a job, and the files."""
     show_ended(result, console)
     console.print(*result["files"], sep="\n", markup=False, highlight=False, soft_wrap=True)
 
@@ -74,7 +74,7 @@ def run_jobs_stop(cfg: JobConfig) -> dict[str, Any]:
 
 
 def render_jobs_stop(result: dict[str, Any], console: Console) -> None:
-    """Whether there was anything to stop."""
+    """Print whether there was anything to stop."""
     if result["asked"]:
         console.print(
             f"asked {result['job']} to stop; training saves within a step. ray-app jobs logs {result['job']} shows "

@@ -30,7 +30,7 @@ SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
 
 
 def run_submit(cfg: SubmitConfig) -> dict[str, Any]:
-    """Submits, follows and returns the --json object; `exit_code` is the job's own."""
+    """Submit, follows and returns the --json object; `exit_code` is the job's own."""
     environment = job_environment(cfg)
     with staged(cfg.working_dir, cfg.max_upload_mib) as (folder, size):
         client = JobClient(cfg.address)
@@ -56,19 +56,19 @@ def run_submit(cfg: SubmitConfig) -> dict[str, Any]:
         result["result"] = asyncio.run(client.follow(job))
     except KeyboardInterrupt:
         print(
-            f"the job goes on; ray-app jobs logs {job} follows it, ray-app jobs stop {job} ends it", file=sys.stderr
+            f"the job continues; ray-app jobs logs {job} follows it, ray-app jobs stop {job} ends it", file=sys.stderr
         )
         raise
     return {**result, **client.state(job), "seconds": round(time.perf_counter() - began, 3)}
 
 
 def entrypoint(cfg: SubmitConfig) -> str:
-    """The command line that the cluster's head runs."""
+    """Return the command line that the cluster's head runs."""
     return shlex.join((cfg.python, "-m", "ray_app", *cfg.command))
 
 
 def requirement_lines(path: Path) -> list[str]:
-    """The requirements of a file, one a line, comments left out."""
+    """Return the requirements of a file, one a line, comments left out."""
     try:
         lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
     except OSError as error:
@@ -77,9 +77,9 @@ def requirement_lines(path: Path) -> list[str]:
 
 
 def job_environment(cfg: SubmitConfig) -> dict[str, str]:
-    """Variables by their names, from this process.
+    """Return variables of this process by name. ConfigError: a name looks like a secret's.
 
-    Refuses what looks like a secret: everyone who sees the cluster's dashboard can read a job's environment.
+    Everyone who sees the cluster's dashboard can read a job's environment.
     """
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
     for name in cfg.env:
@@ -97,16 +97,16 @@ def job_environment(cfg: SubmitConfig) -> dict[str, str]:
 
 @contextmanager
 def staged(folder: Path, max_mib: float) -> Iterator[tuple[Path, int]]:
-    """A copy of the folder's own files, and their bytes. ResourceError where they are more than a few MiB."""
+    """Return a copy of the folder's own files, and their bytes. ResourceError where they are more than a few MiB."""
     files = files_of(folder)
     sizes = {file: (folder / file).stat().st_size for file in files}
     total = sum(sizes.values())
     if total > max_mib * 2**20:
         largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
-        told = ", ".join(f"{file} ({sizes[file] / 2**20:.1f} MiB)" for file in largest)
+        listing = ", ".join(f"{file} ({sizes[file] / 2**20:.1f} MiB)" for file in largest)
         raise ResourceError(
             f"--working-dir {folder} holds {total / 2**20:.1f} MiB, the limit is {max_mib:g} MiB; the largest: "
-            f"{told}. Data does not travel with a job: put it where the cluster finds it, and name its folders in "
+            f"{listing}. Data does not travel with a job: put it where the cluster finds it, and name its folders in "
             ".gitignore"
         )
     if not any(file.parts[0] == "ray_app" for file in files):
@@ -120,7 +120,7 @@ def staged(folder: Path, max_mib: float) -> Iterator[tuple[Path, int]]:
 
 
 def render_submit(result: dict[str, Any], console: Console) -> None:
-    """How the job ended, or how to follow it; its log has been printed already."""
+    """Print how the job ended, or how to follow it; its log has been printed already."""
     if result["status"] == "SUBMITTED":
         console.print(
             f"follow it:  ray-app jobs logs {result['job']}\nend it:     ray-app jobs stop {result['job']}",

@@ -36,16 +36,16 @@ from ray_app.store.manifest import PIXELS, REJECTED, Features, FeatureSpec
 LONGEST_SILENCE_S = 600.0
 """Longest time in which no task of the cluster ends: on a slow core one may take minutes."""
 
-GO_ON = "Finished files stay; repeat the command to go on."
+REPEAT = "Finished files stay; repeat the command to continue."
 
 
 def run_prepare(cfg: PrepareFlags) -> dict[str, Any]:
-    """Builds the store that a `prepare` command asks for."""
+    """Build the store that a `prepare` command asks for."""
     return prepare(source_of(cfg), cfg)
 
 
 def source_of(cfg: PrepareFlags) -> Source:
-    """The source that a `prepare` command names, with its defaults filled in.
+    """Return the source that a `prepare` command names, with its defaults filled in.
 
     Only its own module is imported: each brings libraries that the others do without.
     """
@@ -98,7 +98,7 @@ def source_of(cfg: PrepareFlags) -> Source:
 
 
 def cut_of(cfg: RecordedFlags) -> WindowingConfig:
-    """How a command wants recordings cut."""
+    """Return how a command wants recordings divided into windows."""
     return WindowingConfig(
         durations_us=tuple(parse_duration(name) for name in cfg.durations),
         step_us=parse_duration(cfg.step) if cfg.step else None,
@@ -110,7 +110,7 @@ def cut_of(cfg: RecordedFlags) -> WindowingConfig:
 
 
 def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) -> dict[str, Any]:
-    """Builds a store of `source` in `cfg.out` on the cluster of `cfg.address`; returns the --json object.
+    """Build a store of `source` in `cfg.out` on the cluster of `cfg.address`; returns the --json object.
 
     `feature` is the shape (3, height, width) and scale of both sides, uint8. StoreError: the folder is in the
     way or cannot be written, or too many pairs are rejected. ResourceError: the cluster loses workers, hangs, or
@@ -124,15 +124,15 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
 
     def build(row: dict[str, Any]) -> dict[str, Any]:
         task = tasks[row["task"]]
-        told: list[str] = []
-        here = folder.with_logger(told.append)
+        messages: list[str] = []
+        here = folder.with_logger(messages.append)
         try:
             kept = finished(here, task)
             done = kept or build_task(source, task, here, features)
         except (StoreError, ResourceError) as error:  # Ray Data would wrap it in an error of its own
-            return {"error": f"{error} {GO_ON}", "kind": type(error).__name__}
+            return {"error": f"{error} {REPEAT}", "kind": type(error).__name__}
         built = {"built": done.model_dump_json(), "kept": kept is not None}
-        return {"error": "", **built, "told": "\n".join(told), "peak_bytes": peak_memory_bytes()}
+        return {"error": "", **built, "messages": "\n".join(messages), "peak_bytes": peak_memory_bytes()}
 
     built, new, peak_bytes = {}, [], 0
     with cluster(cfg.address) as info, PrepareProgress(sum(task.num_pairs for task in tasks)) as progress:
@@ -151,20 +151,20 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
                     raise (StoreError if row["kind"] == "StoreError" else ResourceError)(row["error"])
                 done = BuiltTask.model_validate_json(row["built"])
                 built[done.task] = done
-                progress.add(done, row["kept"], row["told"])
+                progress.add(done, row["kept"], row["messages"])
                 peak_bytes = max(peak_bytes, row["peak_bytes"])
                 if not row["kept"]:
                     new.append(done)
         except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
             raise ResourceError(
                 f"a task lost its worker time and again ({str(error).splitlines()[0]}). Take fewer --num-workers if "
-                f"memory is short. {GO_ON}"
+                f"memory is short. {REPEAT}"
             ) from error
         except ExecutionTimeoutError as error:
             raise ResourceError(
                 f"no task ended for {LONGEST_SILENCE_S:.0f} s, and {len(built)} of {len(tasks)} are done. See by "
                 "`ray status` whether the cluster has CPUs for them, look for a node whose disk or network hangs, or "
-                f"take fewer --num-workers if all are slow. {GO_ON}"
+                f"take fewer --num-workers if all are slow. {REPEAT}"
             ) from error
         seconds = time.perf_counter() - began
     manifest = finish(folder, source, [built[task.name] for task in tasks], features, cfg.max_rejected_fraction)
@@ -194,7 +194,7 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
 
 
 def render_prepare(result: dict[str, Any], console: Console) -> None:
-    """Prints the result for people."""
+    """Print the result for people."""
     speed = f"{result['pairs_per_second']:,.2f} pairs/s, {result['pairs_per_second_per_core']:,.2f} for each core"
     kept = f", {result['pairs_reused']:,} kept from an earlier start" if result["pairs_reused"] else ""
     lost = f" (reasons in {REJECTED})" if result["rejected"] else ""
@@ -218,6 +218,6 @@ def render_prepare(result: dict[str, Any], console: Console) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held at a time, by the system's count."""
+    """Return the most memory that this process has held at a time, by the system's count."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024

@@ -30,7 +30,7 @@ class PrepareProgress:
         self._task = self._bar.add_task("", total=total, speed="", rejected=0)
         self._total, self._done, self._kept, self._rejected = total, 0, 0, 0
         self._windows = self._events = 0
-        self._began = self._told_at = time.monotonic()
+        self._began = self._printed_at = time.monotonic()
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -39,21 +39,21 @@ class PrepareProgress:
     def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
         self._bar.stop()
 
-    def add(self, done: BuiltTask, kept: bool, told: str) -> None:
-        """A task is done, or `kept` from an earlier start; `told` is what its worker heard of the store."""
+    def add(self, done: BuiltTask, kept: bool, messages: str) -> None:
+        """Count a finished task, or one `kept` from an earlier start; `messages` come from its worker's store."""
         pairs = done.num_pairs + len(done.rejected)
         self._done, self._rejected = self._done + pairs, self._rejected + len(done.rejected)
         if kept:
             self._kept += pairs
         else:
             self._windows, self._events = self._windows + done.windows, self._events + done.events_drawn
-        for sentence in told.splitlines():
+        for sentence in messages.splitlines():
             self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
         now = time.monotonic()
         speed = self._speed(now - self._began)
         self._bar.update(self._task, completed=self._done, speed=speed, rejected=self._rejected)
-        if not self._console.is_terminal and now - self._told_at >= SECONDS_PER_LINE:
-            self._told_at = now
+        if not self._console.is_terminal and now - self._printed_at >= SECONDS_PER_LINE:
+            self._printed_at = now
             left_s = (self._total - self._done) * (now - self._began) / max(self._done - self._kept, 1)
             self._console.print(
                 f"{self._done:,} of {self._total:,} pairs, {speed}, {left_s:,.0f} s left, {self._rejected} rejected",

@@ -1,7 +1,7 @@
 """Building a pair store part by part, resumably: what `prepare` does on each worker, and at the end.
 
 While it is built the folder holds `.prepare/`, with the settings and a record for each finished task. A
-second start with the same settings keeps what is finished and goes on.
+second start with the same settings keeps what is finished and continues.
 """
 
 import json
@@ -39,13 +39,13 @@ class RejectedLine(Config):
     input: str
     """File or drive that it should have come from."""
     position: str
-    """Where in it."""
+    """Position in the input."""
     reason: str
-    """What is wrong with it."""
+    """Reason of the rejection."""
 
 
 class BuiltTask(Config):
-    """What one task left behind; also its record in `.prepare/`."""
+    """Outcome of one task; also its record in `.prepare/`."""
 
     task: str
     """Name of the task."""
@@ -56,7 +56,7 @@ class BuiltTask(Config):
     windows: int = 0
     """Windows of its pairs: one window can give several."""
     events_covered: int = 0
-    """Events that lie in these windows, as far as the source tells; those that windows share count in each."""
+    """Events in these windows, if the source knows; events that windows share count in each."""
     events_drawn: int = 0
     """Events that were read and drawn, likewise."""
 
@@ -67,7 +67,7 @@ class BuiltTask(Config):
 
 
 def claim(where: Where, source: Source, tasks: list[SourceTask], features: Features) -> None:
-    """Makes the folder ours. StoreError unless it is new, empty, or a cut-off prepare of these settings."""
+    """Make the folder ours. StoreError unless it is new, empty, or a cut-off prepare of these settings."""
     folder = open_storage(where)
     names = [task.name for task in tasks]
     assert names, "a source without tasks raises InputError"
@@ -87,8 +87,7 @@ def claim(where: Where, source: Source, tasks: list[SourceTask], features: Featu
         there = {""}
     if MANIFEST in there:
         raise StoreError(
-            f"{folder} already holds a pair store, complete (`ray-app inspect` tells of it); "
-            "name another folder for --out."
+            f"{folder} already holds a complete pair store (see `ray-app inspect`); name another folder for --out."
         )
     claimed = _read(folder, SETTINGS) if SCRATCH in there else None
     if claimed is not None:
@@ -104,7 +103,7 @@ def claim(where: Where, source: Source, tasks: list[SourceTask], features: Featu
 
 
 def build_task(source: Source, task: SourceTask, where: Where, features: Features) -> BuiltTask:
-    """Builds one file, and its record after it. A pair that cannot be built costs itself alone."""
+    """Build one file, and its record after it. A pair that cannot be built costs itself alone."""
     folder = open_storage(where)
     lengths_us = {parse_duration(name): name for name in source.durations()}
     pairs: dict[str, Pair] = {}
@@ -145,7 +144,7 @@ def build_task(source: Source, task: SourceTask, where: Where, features: Feature
 
 
 def finished(where: Where, task: SourceTask) -> BuiltTask | None:
-    """What an interrupted prepare left of a task, where its file verifies and no pair of it is missing."""
+    """Return what an interrupted prepare left of a task, if its file verifies and has all its pairs."""
     folder = open_storage(where)
     record = _read(folder, f"{task.name}.json")
     try:
@@ -160,7 +159,7 @@ def finished(where: Where, task: SourceTask) -> BuiltTask | None:
 def finish(
     where: Where, source: Source, built: list[BuiltTask], features: Features, max_rejected_fraction: float
 ) -> Manifest:
-    """Sets pairs aside that an earlier file holds too, then publishes the store.
+    """Set pairs aside that an earlier file holds too, then publishes the store.
 
     StoreError where more than the share `max_rejected_fraction` of all pairs could not be built; everything stays.
     """
@@ -176,7 +175,7 @@ def finish(
         raise StoreError(
             f"{len(lines)} of {total} pairs could not be built ({len(lines) / max(total, 1):.1%}; "
             f"--max-rejected-fraction allows {max_rejected_fraction:.1%}). The first: {first}. All are in "
-            f"{folder.file(REJECTED)}. What was built stays: mend the input or allow more, and start again."
+            f"{folder.file(REJECTED)}. What was built stays: fix the input or allow more, and start again."
         )
     manifest = publish(
         folder,
@@ -196,7 +195,7 @@ def described(source: Source) -> dict[str, Any]:
 
 
 def _all_of(source: Source, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
-    """The task's pairs; where its input breaks off, each pair that is missing as Rejected."""
+    """Return the task's pairs; where its input breaks off, each pair that is missing as Rejected."""
     seen = 0
     try:
         for item in source.pairs(task):
@@ -208,7 +207,7 @@ def _all_of(source: Source, task: SourceTask) -> Iterator[RawPair | RejectedPair
 
 
 def _flaw(pair: Pair, lengths_us: dict[int, str]) -> str:
-    """Why a pair cannot be stored, or nothing."""
+    """Return the reason why a pair cannot be stored, or an empty text."""
     length_us = pair.t_end_us - pair.t_start_us
     if length_us not in lengths_us:
         return f"the window is {length_us} µs long, not {' or '.join(lengths_us.values())}"
@@ -227,7 +226,7 @@ def _record(folder: StorageDir, done: BuiltTask) -> None:
 
 
 def _read(folder: StorageDir, name: str) -> bytes | None:
-    """A file of the scratch folder, or None."""
+    """Return a file of the scratch folder, or None."""
     try:
         return folder.read(f"{SCRATCH}/{name}")
     except FileNotFoundError:

@@ -23,7 +23,7 @@ from ray_app.store.traces import Timing, TraceFile, read_timing
 BARS = ("positional", "previous_window")
 """Drafters that cost nothing: one that does not beat both has not earned its place."""
 BASELINES = ("constant", *BARS)
-"""Replayed beside whatever is asked for."""
+"""Drafters that are replayed with every choice."""
 BLOCK_ROWS = 20
 """Neighbouring rows that the bootstrap draws together where sequences are not named."""
 ACCEPTANCE = ("tokens per pass", "τ", "accepted", "match rate", "shuffled", "in a row (median)")
@@ -38,20 +38,20 @@ SHIFTED_LEAST = 0.1
 
 @dataclass(frozen=True, slots=True)
 class ReplayReport:
-    """What is shown to people beside the `--json` object."""
+    """Results that people see in addition to the `--json` object."""
 
     details: dict[str, dict[str, Any]]
-    """For each drafter: acceptance by place, histogram, baselines, time."""
+    """Acceptance by place, histogram, baselines and time of each drafter."""
     groups: dict[str, dict[str, dict[str, Any]]]
-    """For each duration, and question where there are several: tokens per target pass by drafter, with interval."""
+    """Tokens per target pass by drafter, with interval, for each duration, and question where there are several."""
     behind: tuple[str, ...]
     """Drafters that do not beat both of `BARS`."""
     notes: tuple[str, ...]
-    """What to know about the input."""
+    """Warnings about the input."""
     rejected: tuple[str, ...]
     """Lines that were set aside, with their reasons."""
     folds_by: str
-    """What a fold is made of."""
+    """Composition of a fold."""
     html: Path | None
     """The page that was written."""
 
@@ -80,7 +80,7 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
     replayed = replay_files(cfg, files, names)
     block_of, fold_of = blocks(files, BLOCK_ROWS), [fold_of_rows(each) for each in folds]
     most_folds = max(len(each) for each in folds)
-    results, told, groups = {}, {}, {}
+    results, details_of, groups = {}, {}, {}
     for number, name in enumerate(names):
         rows = [
             replayed_row(
@@ -96,7 +96,7 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
             for place, (trace, replay) in enumerate(zip(traces.traces, replayed[name][file], strict=True))
         ]
         results[name] = summarise(rows, cfg.num_speculative_tokens, np.random.default_rng(0))
-        told[name] = details(rows, cfg.num_speculative_tokens, np.random.default_rng(number))
+        details_of[name] = details(rows, cfg.num_speculative_tokens, np.random.default_rng(number))
         groups[name] = _groups(files, rows)
     result = ReplayResult(
         results=results,
@@ -106,7 +106,7 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
         rows=sum(len(file.traces) for file in files),
     )
     result.report = ReplayReport(
-        details=told,
+        details=details_of,
         groups={group: {name: groups[name][group] for name in names} for group in groups[names[0]]},
         behind=_behind(results),
         notes=tuple(_notes(cfg, files, timing)),
@@ -120,7 +120,7 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
 
 
 def render_replay(result: ReplayResult, console: Console) -> None:
-    """Prints the result for people; the table's first line says which drafters are behind."""
+    """Print the result for people; the table's first line says which drafters are behind."""
     report = result.report
     for title, heads, cells in (
         (_headline(report.behind), ACCEPTANCE, acceptance_cells),
@@ -148,7 +148,7 @@ def render_replay(result: ReplayResult, console: Console) -> None:
 
 
 def acceptance_cells(result: ReplayResult, name: str) -> list[str]:
-    """A drafter's line below `ACCEPTANCE`."""
+    """Return a drafter's line below `ACCEPTANCE`."""
     numbers, more = result["results"][name], result.report.details[name]
     return [
         f"{numbers['tokens_per_target_pass']:.2f}{span(numbers['interval95']['tokens_per_target_pass'])}",
@@ -161,7 +161,7 @@ def acceptance_cells(result: ReplayResult, name: str) -> list[str]:
 
 
 def times_cells(result: ReplayResult, name: str) -> list[str]:
-    """A drafter's line below `TIMES`."""
+    """Return a drafter's line below `TIMES`."""
     numbers, more = result["results"][name], result.report.details[name]
     return [
         _times(numbers["one_shot_speedup"]),
@@ -264,11 +264,11 @@ def _notes(cfg: ReplayConfig, files: Sequence[TraceFile], timing: Timing | None)
         {tokens[0] for tokens in side if tokens}
         for side in ([t.draft_tokens for t in traces], [t.target_tokens for t in traces])
     ]
-    told = ", ".join(f"{shift:+d}: {rate:.1%}" for shift, rate in rates.items())
+    shifts = ", ".join(f"{shift:+d}: {rate:.1%}" for shift, rate in rates.items())
     if best and rates[best] >= max(SHIFTED * rates[0], SHIFTED_LEAST):
-        notes.append(f"SHIFT: EventGPT's tokens match best when moved by {best:+d} ({told}).")
+        notes.append(f"SHIFT: EventGPT's tokens match best when moved by {best:+d} ({shifts}).")
     else:
-        notes.append(f"self-test: EventGPT's match rate when moved by {told}; no shift is needed.")
+        notes.append(f"self-test: EventGPT's match rate when moved by {shifts}; no shift is needed.")
     if (cfg.start_token in starts[0]) != (cfg.start_token in starts[1]):
         side = "drafts" if cfg.start_token in starts[0] else "targets"
         notes.append(f"BOS: only the {side} begin with the start token {cfg.start_token}; drop it there.")
@@ -298,7 +298,7 @@ def _table(title: str, *headings: str) -> TerminalTable:
 
 
 def _break_even(more: dict[str, Any]) -> str:
-    """The least α that pays, and the α that was measured."""
+    """Return the least α that pays, and the α that was measured."""
     if not more["timed_rows"]:
         return "–"
     least = "none" if more["break_even_alpha"] is None else f"{more['break_even_alpha']:.2f}"

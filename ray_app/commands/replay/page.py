@@ -25,7 +25,7 @@ EXPLANATION = (
 )
 Numbers = Mapping[str, Mapping[str, Any]]
 Groups = Mapping[str, Numbers]
-"""For each group and drafter `tokens_per_target_pass` and its `interval95`."""
+"""`tokens_per_target_pass` and its `interval95` for each group and drafter."""
 
 
 def replay_page(
@@ -39,7 +39,7 @@ def replay_page(
     conditions: str,
     notes: Sequence[str],
 ) -> str:
-    """The page as HTML: `result` is the `--json` object, `details` and `groups` those of a `ReplayReport`."""
+    """Return the page as HTML: `result` is the `--json` object, `details` and `groups` those of a `ReplayReport`."""
     rows = [Row(group, [rate_cell(rate) for rate in rates.values()]) for group, rates in groups.items()]
     sections = [
         Section("Results", [*tables, Text(EXPLANATION)]),
@@ -57,12 +57,12 @@ def replay_page(
 
 
 def span(interval: Sequence[float] | None) -> str:
-    """An interval behind its number."""
+    """Return an interval behind its number."""
     return f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
 
 
 def rate_cell(rate: Mapping[str, Any]) -> str:
-    """A group's tokens per target pass."""
+    """Return a group's tokens per target pass."""
     return f"{rate['tokens_per_target_pass']:.2f}{span(rate['interval95'])}"
 
 
@@ -158,7 +158,7 @@ def intervals_figure(name: str, results: Numbers, metrics: Mapping[str, str], ma
 
 
 def places_figure(details: Numbers) -> str:
-    """Acceptance at each place of a draft, a curve for each drafter."""
+    """Draw acceptance at each place of a draft, a curve for each drafter."""
 
     def draw(figure: Canvas) -> None:
         axes = figure.subplots()

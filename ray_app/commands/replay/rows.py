@@ -38,13 +38,13 @@ def file_folds(cfg: ReplayConfig, file: TraceFile) -> list[Fold]:
 
 
 def fold_of_rows(folds: Sequence[Fold]) -> list[int]:
-    """For each row the number of the fold that it is replayed in."""
+    """Return the number of the fold in which each row is replayed."""
     number = {row: n for n, fold in enumerate(folds) for row in fold.test}
     return [number[row] for row in range(len(number))]
 
 
 def replay_files(cfg: ReplayConfig, files: Sequence[TraceFile], names: list[str]) -> dict[str, list[list[RowReplay]]]:
-    """For each drafter and file, the rows in order."""
+    """Rows in order, for each drafter and file."""
     folds = [file_folds(cfg, file) for file in files]
     tasks = [Task(n, fold, name) for name in names for n in range(len(files)) for fold in range(len(folds[n]))]
     gamma, vocabulary, adapter = cfg.num_speculative_tokens, cfg.vocabulary, cfg.adapter and cfg.adapter.absolute()
@@ -88,7 +88,7 @@ def replay_files(cfg: ReplayConfig, files: Sequence[TraceFile], names: list[str]
 def replayed_row(
     cfg: ReplayConfig, name: str, trace: Trace, replay: RowReplay, times: Timing | None, block: int, fold: int
 ) -> ReplayedRow:
-    """A row with its cost; `block` is the same for rows that the bootstrap draws together."""
+    """Return a row with its cost; `block` is the same for rows that the bootstrap draws together."""
     needs_event = DRAFTERS[name].needs_event_tokens
     cost, step_ms, verify_ms, event_step_ms = None, 0.0, 0.0, 0.0
     if times is not None and not (needs_event and (times.draft_prefill is None or times.draft_per_token is None)):

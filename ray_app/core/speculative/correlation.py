@@ -1,7 +1,7 @@
-"""Proxy against truth: what the cosine of aligned and target states says about tokens that are accepted.
+"""Correlation of the cosine of aligned and target states with the acceptance of tokens.
 
-A place is one token of an answer: its cosine, and whether the token that the aligned state stands for is the one of
-the target. Both are kept as sums over blocks of neighbouring rows, so that every number has an interval.
+A place is one token of an answer: its cosine, and whether the token of the aligned state is the target's. Both
+are kept as sums over blocks of neighbouring rows, so that every number has an interval.
 Shapes: N = places, S = blocks, K = samples of the bootstrap, H = bins, A = adapters, M = sums of a block.
 """
 
@@ -17,9 +17,9 @@ from ray_app.errors import InputError
 
 THETAS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 BINS = 200
-"""Of the cosine's histogram, from -1 to 1: cosines of one bin count as equal in `auc`."""
+"""Bins of the cosine's histogram, from -1 to 1: cosines of one bin count as equal in `auc`."""
 RELIABILITY_BINS = 10
-"""Of predicted chances, from 0 to 1."""
+"""Bins of predicted chances, from 0 to 1."""
 LEAST_ADAPTERS = 3
 """A rank correlation of two says nothing."""
 HEAD = ("places", "cos", "matches", "squared_error")
@@ -34,7 +34,7 @@ class Places:
     cos_N: Floats
     """Cosine of the aligned state with the target's state at the same place."""
     match_N: NDArray[np.bool_]
-    """Whether the aligned state's token is the target's."""
+    """True if the aligned state's token is the target's."""
     block_N: NDArray[np.int64]
     """Places of one block are drawn together."""
 
@@ -43,10 +43,10 @@ class Places:
             raise InputError(f"{len(self.cos_N)} cosines, {len(self.match_N)} matches: each place needs both.")
 
     def sums(self, num_blocks: int) -> Floats:
-        """Sums of each block, shape (S, M).
+        """Return sums of each block, (S, M).
 
-        In order: `HEAD`; for each θ how many places are above it and how many of those match; the histograms of
-        matching and of other places; the reliability bins' places, chances and matches.
+        Columns: `HEAD`; for each θ the places above it and the matches among them; the histograms of matching and of
+        other places; places, chances and matches of the reliability bins.
         """
         cos_N, match_N = self.cos_N, self.match_N.astype(np.float64)
         chance_N = np.clip(cos_N, 0.0, 1.0)
@@ -73,12 +73,12 @@ class Places:
 
 
 def judge(places: Places, num_blocks: int, rng: np.random.Generator) -> dict[str, Any]:
-    """What one adapter's cosine predicts, as JSON values, each number with `interval95` where there are two blocks.
+    """Return what one adapter's cosine predicts, as JSON values with `interval95` where there are two blocks.
 
     `match_rate_above` is P(match | cos > θ); `auc` the chance that a matching place has the higher cosine than one
     that does not match (0.5: the cosine says nothing); `calibration_error` the mean distance between the cosine,
-    taken as a chance, and the share that matches, over bins; `brier` the mean squared error of that chance, beside
-    `brier_constant`, that of the match rate itself. None: nothing lies there.
+    taken as a chance, and the share that matches, over bins; `brier` the mean squared error of that chance,
+    `brier_constant` that of the match rate itself. None: there is nothing to average.
     """
     sums_SM = places.sums(num_blocks)
     names = _names()

@@ -23,13 +23,13 @@ class DraftCounts:
     num_accepted_tokens: int = 0
     """Drafted tokens that the target accepted."""
     num_accepted_tokens_per_pos: tuple[int, ...] = ()
-    """For each place in a draft, how often the token there was accepted."""
+    """Number of drafts whose token at each place was accepted."""
     num_rejections: int = 0
     """Passes in which a drafted token was rejected: the tokens behind it were never judged."""
 
     @staticmethod
     def of(drafted: list[int], accepted: list[int], gamma: int) -> "DraftCounts":
-        """Counts of passes, each with so many drafted and accepted tokens, at most γ."""
+        """Count of passes, each with so many drafted and accepted tokens, at most γ."""
         accepted_M = np.asarray(accepted, dtype=np.int64)
         return DraftCounts(
             num_drafts=len(drafted),
@@ -63,10 +63,9 @@ class DraftCounts:
 
     @property
     def alpha(self) -> float:
-        """α, the chance that a judged token is accepted.
+        """α, the acceptance rate of verified tokens: num_accepted_tokens / (num_accepted_tokens + num_rejections).
 
-        num_accepted_tokens / (num_accepted_tokens + num_rejections). It differs from draft_acceptance_rate, which
-        counts tokens behind a rejection too.
+        It differs from draft_acceptance_rate, which also counts tokens after a rejection.
         """
         judged = self.num_accepted_tokens + self.num_rejections
         return self.num_accepted_tokens / judged if judged else 0.0
@@ -80,7 +79,7 @@ def expected_tokens(alpha: float, gamma: int) -> float:
 
 
 def expected_improvement(alpha: float, gamma: int, cost_coefficient: float) -> float:
-    """Speed-up of decoding, (1 − α^(γ+1)) / ((1 − α)(γc + 1)).
+    """Return the speed-up of decoding, (1 − α^(γ+1)) / ((1 − α)(γc + 1)).
 
     c is the time of a drafted token over that of a target pass.
     """
@@ -90,7 +89,7 @@ def expected_improvement(alpha: float, gamma: int, cost_coefficient: float) -> f
 
 
 def break_even_alpha(gamma: int, cost_per_pass: float) -> float | None:
-    """The least α at which passes pay that cost `cost_per_pass` plain target steps each; None: at no α."""
+    """Return the least α at which passes pay that cost `cost_per_pass` plain target steps each; None: at no α."""
     if cost_per_pass <= 1.0:
         return 0.0
     if cost_per_pass > gamma + 1:
@@ -108,7 +107,7 @@ def block_bootstrap(
     rng: np.random.Generator,
     num_samples: int = 1000,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """95 % interval of `statistic` when whole sequences are drawn anew: rows of one sequence are not independent.
+    """Return the 95 % interval of `statistic` when whole sequences are resampled: rows of one are not independent.
 
     `sums_SM` holds each sequence's sums; `statistic` takes totals over sequences, shape (samples, M), and gives
     what is wanted for each. InputError: fewer than two sequences.

@@ -1,6 +1,6 @@
 """Verification of drafts: what a target model does with the tokens that a cheaper drafter proposes.
 
-All three rules are lossless: whoever drafts, the output is that of the target alone (token for token where it
+All three rules are lossless: with any drafter, the output is that of the target alone (token for token where it
 decodes greedily, in distribution where it samples). Leviathan et al., arXiv 2211.17192; trees: Miao et al.,
 arXiv 2305.09781.
 
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from ray_app.errors import InputError
 
 SUM_TOLERANCE = 1e-4
-"""How far from one a distribution's sum may lie: float32 softmax over 32,000 tokens stays well within it."""
+"""Largest distance of a distribution's sum from one: float32 softmax over 32,000 tokens stays well within it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What one target pass gave."""
+    """Outcome of one target pass."""
 
     tokens: tuple[int, ...]
     """Accepted tokens and behind them one of the target's own: never empty."""
@@ -30,7 +30,7 @@ class Verified:
 
 
 def accepted_prefix(draft: Sequence[int], answer: Sequence[int], start: int = 0) -> int:
-    """How many drafted tokens equal the answer from `start` on, before the first that does not."""
+    """Return the number of drafted tokens that equal the answer from `start` on, before the first that does not."""
     num_accepted = 0
     for drafted, right in zip(draft, answer[start : start + len(draft)], strict=False):
         if drafted != right:
@@ -56,10 +56,10 @@ def verify_sampled(
     target_G1V: NDArray[np.floating],
     rng: np.random.Generator,
 ) -> Verified:
-    """Rejection sampling: keep token x drawn from q with probability min(1, p(x) / q(x)).
+    """Verify by rejection sampling.
 
-    The first that is not kept is replaced by a draw from the positive part of p − q, normalised; when all are kept,
-    one more is drawn from p.
+    A token x drawn from q is kept with probability min(1, p(x) / q(x)); the first that is not kept is replaced by a
+    draw from the positive part of p − q, normalised; when all are kept, one more is drawn from p.
 
     `drafter_GV[i]` is the q that `draft_G[i]` was drawn from, `target_G1V[i]` the target's p at the same place.
     InputError: tokens outside the vocabulary, shapes that do not fit, rows that are not distributions.
@@ -96,12 +96,12 @@ class DraftTree:
                 raise InputError(f"node {node} of a tree has parent {parent}; a parent comes before its children.")
 
     def children(self, node: int) -> list[int]:
-        """In the order in which they are tried."""
+        """Drafted tokens in the order in which they are tried."""
         return [n for n in range(1, len(self.tokens)) if self.parents[n] == node]
 
 
 def verify_tree_greedy(tree: DraftTree, target_N: Sequence[int]) -> Verified:
-    """The longest branch that the target would have taken; `target_N[n]` is its greedy token behind node n."""
+    """Return the longest branch that the target would have taken; `target_N[n]` is its greedy token behind node n."""
     if len(target_N) != len(tree.tokens):
         raise InputError(f"a tree of {len(tree.tokens)} nodes needs as many greedy tokens, not {len(target_N)}.")
     node, taken = 0, []
@@ -144,7 +144,7 @@ def verify_tree_sampled(
 
 
 def require_tokens(tokens: Sequence[int], vocabulary: int, who: str) -> None:
-    """InputError where a token lies outside the vocabulary."""
+    """InputError if a token is outside the vocabulary."""
     if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocabulary:
         wrong = next(token for token in tokens if not 0 <= token < vocabulary)
         raise InputError(
@@ -154,7 +154,7 @@ def require_tokens(tokens: Sequence[int], vocabulary: int, who: str) -> None:
 
 
 def distributions(rows_NV: NDArray[np.floating], who: str) -> NDArray[np.float64]:
-    """The rows in float64, summing to one exactly. InputError: negative, not finite, or a sum other than one."""
+    """Return the rows in float64, summing to one exactly. InputError: negative, not finite, or another sum."""
     wide_NV = np.asarray(rows_NV, dtype=np.float64)
     sums_N = wide_NV.sum(axis=-1)
     bad_N = ~np.isfinite(sums_N) | (wide_NV < 0).any(axis=-1) | (np.abs(sums_N - 1) > SUM_TOLERANCE)

@@ -106,7 +106,7 @@ class Aedat4:
 
 
 def frame_span(path: Path) -> tuple[int, int]:
-    """Times of the first and the last frame. The whole file is decoded for it, in another process.
+    """Return the times of the first and the last frame. The whole file is decoded for it, in another process.
 
     InputError: see Aedat4; no frame, no event, or damage that ends the decoder.
     """
@@ -125,7 +125,7 @@ def frame_span(path: Path) -> tuple[int, int]:
 
 
 def decoded_to_the_end(path: Path) -> dict[str, Any]:
-    """Times of the first and the last frame, or what is wrong, as JSON values."""
+    """Return the times of the first and the last frame, or an error, as JSON values."""
     try:
         file = Aedat4(path)
         frames_us = [packet[0] for packet in file if not isinstance(packet, Events)]

@@ -4,9 +4,9 @@ Both sides show the same view, so they are true pairs without alignment: the eve
 geometry, and squeezed as its frames are. Windows and their pairs are those of sources/recorded.py; a frame's time is
 the middle of its exposure, by the clock of the events.
 
-A file can be decoded from its beginning alone (sources/aedat4.py). A worker's reader is left open where its last task
+A file can be decoded from its beginning alone (aedat4.py). A worker's reader is left open where its last task
 ended, so that tasks in order decode a file once for each worker, for all durations, and not once each. What was
-decoded of a window lies on disk until it is drawn (sources/spool.py): memory holds one packet of it, and a note of
+decoded of a window is on disk until it is drawn (spool.py): memory holds one packet of it, and a note of
 each, whatever its length.
 """
 
@@ -65,7 +65,7 @@ class DavisSource:
         return sorted(tasks, key=lambda task: task.name)
 
     def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
-        """The task's pairs in order of their windows; a window that cannot be built costs its own pairs alone."""
+        """Yield the task's pairs in order of their windows; one that cannot be built costs its own pairs alone."""
         name, path = named_sequences(self.files)[task.spec["file"]]
         require_visible(path)
         windows = [Window(*ends) for ends in task.spec["windows"]]
@@ -103,13 +103,13 @@ class EventSpan:
     height: int
     """Sensor rows."""
     packets: list[Packet]
-    """In order of time."""
+    """Frames in order of time."""
     stop: int
     """Place after the last event."""
     frames_us: NDArray[np.int64]
     """Times of the frames, rising."""
     frames: list[Frame]
-    """As they were decoded, but for `pixels`, which are Spooled."""
+    """Columns as decoded, but for `pixels`, which are Spooled."""
 
     def index(self, t_us: int) -> int:
         place = bisect_left(self.packets, t_us, key=lambda packet: packet.last_us)
@@ -158,7 +158,7 @@ class EventSpan:
 
 
 class Reader:
-    """Excerpts of one file for windows in order of time: it goes forwards only, and forgets what lies behind."""
+    """Spans of one file for windows in order of time: reads forwards only, and forgets what is behind."""
 
     def __init__(self, path: Path) -> None:
         self._file = Aedat4(path)
@@ -177,7 +177,7 @@ class Reader:
         try:
             self._read_until(window)
         except InputError:
-            self.forgotten_until_us = 2**63  # what breaks off is not gone on with
+            self.forgotten_until_us = 2**63  # an interrupted read is not continued
             raise
         self._events = [packet for packet in self._events if packet.last_us >= window.t_start_us]
         self._frames = [frame for frame in self._frames if frame[0] >= window.t_start_us]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ray_app.errors import ResourceError
 
 FILE_BYTES = 2**26
-"""After this size a new file is begun, so that the space of what is no longer needed is free again."""
+"""Size after which a new file is started, so that the space of what is no longer needed is free again."""
 
 
 class UnlinkedFile:
@@ -28,7 +28,7 @@ class UnlinkedFile:
         self.size = 0
 
     def append(self, data: memoryview) -> int:
-        """The offset of what was written."""
+        """Return the offset of what was written."""
         self.file.write(data)
         self.file.flush()
         self.size += data.nbytes
@@ -44,12 +44,12 @@ class Spooled:
     offset: int
     """First byte."""
     shape: tuple[int, ...]
-    """Of the array."""
+    """Type of the array."""
     dtype: np.dtype[Any]
-    """Of the array."""
+    """Shape of the array."""
 
     def read(self) -> NDArray[Any]:
-        """The array, read-only."""
+        """Return the array, read-only."""
         size = int(np.prod(self.shape)) * self.dtype.itemsize
         return np.frombuffer(os.pread(self.held.file.fileno(), size, self.offset), self.dtype).reshape(self.shape)
 
@@ -61,7 +61,7 @@ class Spool:
         self._file: UnlinkedFile | None = None
 
     def put(self, array: NDArray[Any]) -> Spooled:
-        """Where the array is. ResourceError: the disk is full."""
+        """Write an array and return its position. ResourceError: the disk is full."""
         try:
             if self._file is None or self._file.size >= FILE_BYTES:
                 self._file = UnlinkedFile()

@@ -25,7 +25,7 @@ WIDTH, HEIGHT = 640, 480
 EVENTS_AT_A_TIME = 2**18
 """Largest part of a slice in memory: some 6 MB while it is checked and drawn."""
 CHUNK_CACHE_BYTES = 4 * 2**20
-"""For each column: the chunk that one part ends in is not decompressed again for the next."""
+"""Size of the cache of each column: the chunk at the end of a part is not decompressed again for the next."""
 COLUMNS = ("x", "y", "t", "p")
 
 
@@ -57,7 +57,7 @@ class DsecEvents:
         return self._count
 
     def index(self, t_us: int) -> int:
-        """How many events come before `t_us`: the place of the first one at or after it.
+        """Return the number of events before `t_us`: the place of the first one at or after it.
 
         `ms_to_idx` gives the millisecond, and only its own times are read.
         """
@@ -92,9 +92,9 @@ class DsecEvents:
             yield Events.checked(x, y, t_us, p, WIDTH, HEIGHT, f"{self.path}, counted from event {a}")
 
     def silence(self, t_start_us: int, t_end_us: int, longest_us: int) -> tuple[int, int] | None:
-        """The first stretch of [t_start_us, t_end_us) longer than `longest_us` without an event, exactly.
+        """Return the first stretch of [t_start_us, t_end_us) longer than `longest_us` without an event, exactly.
 
-        `longest_us` is 2000 or more: a longer stretch holds a whole empty millisecond, so only the events beside
+        `longest_us` is 2000 or more: a longer stretch holds a whole empty millisecond, so only the events next to
         empty milliseconds are read.
         """
         assert longest_us >= 2000
@@ -114,7 +114,7 @@ class DsecEvents:
         return None
 
     def _column(self, name: str) -> h5py.Dataset:
-        """A dataset of whole numbers in one column, with its filter at hand."""
+        """Return a dataset of whole numbers in one column, with its filter at hand."""
         try:
             dataset = self._file.get(name)
             missing = [] if not isinstance(dataset, h5py.Dataset) else _missing_filters(dataset)
@@ -136,7 +136,7 @@ class DsecEvents:
         return dataset
 
     def _check_form(self) -> None:
-        """What can be said without reading events: lengths, index, clock."""
+        """Check what needs no events: lengths, index, clock."""
         lengths = {name: len(column) for name, column in self._columns.items()}
         if len(set(lengths.values())) > 1:
             raise InputError(f"{self.path}: the columns differ in length: {lengths}; is the file truncated?")
@@ -183,7 +183,7 @@ class DsecEvents:
         return np.where(ms < 0, 0, np.where(ms >= len(self._ms), self._count, known))
 
     def _times(self, first: int, stop: int) -> NDArray[np.int64]:
-        """Times by the file's clock, wide enough to add t_offset. InputError: not in order."""
+        """Return times by the file's clock, wide enough to add t_offset. InputError: not in order."""
         t = self._read("t", first, stop).astype(np.int64)
         backwards = np.flatnonzero(np.diff(t) < 0)
         if backwards.size:

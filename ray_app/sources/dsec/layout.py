@@ -1,4 +1,4 @@
-"""Where the parts of a DSEC sequence lie, its image times, and its calibration.
+"""Files of a DSEC sequence, its image times, and its calibration.
 
 Two layouts. The tree of the coarse archives:
 
@@ -36,7 +36,7 @@ class DsecSequence:
     name: str
     """Name of the drive."""
     folder: Path
-    """Where its parts lie, by `find_sequences`."""
+    """Folder of its files, by `find_sequences`."""
     events: Path
     """events.h5"""
     timestamps: Path
@@ -47,7 +47,7 @@ class DsecSequence:
     """cam_to_cam.yaml, where it is present."""
 
     def frame(self, number: int) -> NDArray[np.uint8]:
-        """A frame, (h, w, 3). InputError: missing or unreadable."""
+        """Return a frame, (h, w, 3). InputError: missing or unreadable."""
         return read_image(self.images / f"{number:06d}.png")
 
     def times_us(self) -> NDArray[np.int64]:
@@ -62,7 +62,7 @@ class DsecSequence:
         return times
 
     def view(self) -> EventView:
-        """How its frames become pictures of its event camera. InputError: calibration missing or damaged."""
+        """Return the map from its frames to its event camera. InputError: calibration missing or damaged."""
         if self.calibration is None:
             raise InputError(
                 f"sequence '{self.name}' has no calibration/cam_to_cam.yaml; add it, or take --align none"
@@ -74,7 +74,7 @@ class DsecSequence:
             raise InputError(f"sequence '{self.name}': {error}") from error
 
     def rectify_map(self) -> Path:
-        """The file of it. InputError: missing."""
+        """Return the file of it. InputError: missing."""
         folder = self.events.parent
         names = ("rectify_map.h5", "rectify_maps.h5")  # what files and code say, and what the documentation says
         found = next((folder / name for name in names if (folder / name).is_file()), None)
@@ -98,14 +98,14 @@ def find_sequences(root: Path) -> list[tuple[Path, str]]:
         raise InputError(f"{error.filename or root} cannot be read: {error.strerror}") from error
     if not found:
         raise InputError(
-            f"{root} holds no DSEC sequence; it needs train/<seq>/events/left/events.h5 and images/ beside it, or "
+            f"{root} holds no DSEC sequence; it needs train/<seq>/events/left/events.h5 and images/ next to it, or "
             "<seq>_events_left/, <seq>_images_rectified_left/ and <seq>_image_timestamps.txt"
         )
     return [(found[name], name) for name in sorted(found)]
 
 
 def sequence_in(folder: Path, name: str) -> DsecSequence:
-    """The files of a sequence that `find_sequences` found. InputError: one that every pair needs is missing."""
+    """Return the files of a sequence from `find_sequences`. InputError: one that every pair needs is missing."""
     events = _first(folder, name, "events/left/events.h5", "events_left/events.h5")
     timestamps = _first(folder, name, "images/timestamps.txt", "image_timestamps.txt")
     images = _first(folder, name, "images/left/rectified", "images_rectified_left")
@@ -119,7 +119,7 @@ def sequence_in(folder: Path, name: str) -> DsecSequence:
 
 
 def read_rig(path: Path) -> StereoCalibration:
-    """The left cameras of a cam_to_cam.yaml. InputError: no YAML, or a camera or rotation that is missing."""
+    """Return the left cameras of a cam_to_cam.yaml. InputError: no YAML, or a camera or rotation that is missing."""
     try:
         lines = path.read_text().splitlines()
         content = yaml.safe_load("\n".join(line for line in lines if not line.startswith("%YAML")))
@@ -219,11 +219,11 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def _dead_link(path: Path) -> str:
-    return f"{path} is a symbolic link that leads nowhere, or back to itself; remove it or mend it"
+    return f"{path} is a symbolic link that leads nowhere, or back to itself; remove it or fix it"
 
 
 def _first(folder: Path, name: str, tree: str, flat: str) -> Path:
-    """The part's place by the tree or by flat names, whichever exists; else where it is missing."""
+    """Return the part's place by the tree or by flat names, whichever exists; else where it is missing."""
     own = [folder / tree, folder / flat] if folder.name == name else []
     places = [*own, folder / f"{name}_{flat}"]
     return next((place for place in places if place.exists()), places[0])

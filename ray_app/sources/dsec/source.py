@@ -99,7 +99,7 @@ class DsecSource:
         return sorted(tasks, key=lambda task: task.name)
 
     def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
-        """The task's pairs in order of their windows' middles, in one sweep over the recording."""
+        """Return the task's pairs in order of their windows' middles, in one sweep over the recording."""
         spec = task.spec
         require_visible(self.root)
         require_visible(self.root / spec["events"])
@@ -119,7 +119,7 @@ class DsecSource:
             yield from self.cut.pairs(sequence.name, events, sequence.times_us(), windows, sides)
 
     def _bounded(self, window: Window, t_offset_us: int) -> Window:
-        """The window by `window_rounding`; its length stays the same, for it is whole milliseconds where floored."""
+        """Return the window by `window_rounding`; its length is the same, for it is whole milliseconds if rounded."""
         early_us = (window.t_start_us - t_offset_us) % 1000 if self.window_rounding == "ms" else 0
         return Window(window.t_start_us - early_us, window.t_end_us - early_us)
 
@@ -139,7 +139,7 @@ class DsecSource:
         return sequences
 
     def _alignment(self, sequences: list[DsecSequence]) -> Align:
-        """What --align asks for, or what the sequences allow; the same for all of them."""
+        """Return the alignment that --align asks for, or that the sequences allow; the same for all of them."""
         lacking = [sequence.name for sequence in sequences if sequence.calibration is None]
         if self.align == "none" or (self.align == "auto" and len(lacking) == len(sequences)):
             return "none"
@@ -152,7 +152,7 @@ class DsecSource:
 
 
 def _identity(sequence: DsecSequence, align: Align) -> dict[str, Any]:
-    """What tells one recording from another in the manifest."""
+    """Return the facts that identify a recording in the manifest."""
     with DsecEvents(sequence.events) as events:
         identity = {
             "sequence": sequence.name,
@@ -172,7 +172,7 @@ def _identity(sequence: DsecSequence, align: Align) -> dict[str, Any]:
 
 
 def _cut_alike(cut: dict[str, Any]) -> dict[str, str]:
-    """What alignment makes of the two pictures, in words."""
+    """Describe in words how alignment changes the two pictures."""
     return {
         "event_image": f"{cut['event_image']}, cut to the crop of its sequence, which both cameras see",
         "target": f"{cut['target']}, as the event camera sees it, cut alike",

@@ -1,4 +1,4 @@
-"""The clips of an EventGPT dataset folder: from its instruction JSON, or from what lies in its folders.
+"""Clips of an EventGPT dataset folder: from its instruction JSON, or from the files in its folders.
 
 The JSON is a list of entries with `event_data` (`<seq>/<clip>.npy`, below event_npy/), and where they were made
 `event_image` and `event_image_1f` (lists of images, below folders of these names) and `video_data` (a folder of
@@ -21,7 +21,7 @@ LARGEST_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Where the parts of one clip lie; paths are relative to the dataset folder."""
+    """Files of one clip; paths are relative to the dataset folder."""
 
     sequence: str
     """The drive."""
@@ -34,7 +34,7 @@ class Clip:
     video: str
     """Folder of its frames."""
     flaw: str = ""
-    """What is wrong with its entry."""
+    """Reason why its entry is rejected."""
 
     def spec(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,7 +104,7 @@ def _listed(entry: Any, number: int, file: str, event_bins: int) -> Clip:
 
 
 def _path(entry: dict[str, Any], key: str) -> str:
-    """A path below the dataset folder. InputError: missing, or one that leads out of it."""
+    """Return a path below the dataset folder. InputError: missing, or one that leads out of it."""
     value = entry.get(key)
     if not isinstance(value, str) or not value or "\0" in value:
         raise InputError(f"it has no {key}" if value is None else f"{key} is no path")
@@ -115,7 +115,7 @@ def _path(entry: dict[str, Any], key: str) -> str:
 
 
 def _clip(sequence: str, name: str, event_bins: int) -> Clip:
-    """A clip whose parts lie where the reference puts them."""
+    """Return a clip whose parts lie where the reference puts them."""
     return Clip(
         sequence,
         name,

@@ -64,7 +64,7 @@ class EventGptSource:
         instructions: Path | None = None,
         event_bins: int = 5,
     ) -> Self:
-        """What the folder's name (`…_500ms`) and its list tell, where it is not given."""
+        """Read from the folder's name (`…_500ms`) and its list what is not given."""
         duration_us = duration_us or named_duration(root) or 1_000_000
         step_us = step_us or (duration_us if duration_us <= ADJOINING_US else duration_us // 2)
         own = root / INSTRUCTIONS
@@ -111,7 +111,7 @@ class EventGptSource:
         return sorted(tasks, key=lambda task: task.name)
 
     def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
-        """The task's clips in order; each that cannot be read costs itself alone."""
+        """Return the task's clips in order; each that cannot be read costs itself alone."""
         require_visible(self.root)
         for number, spec in enumerate(task.spec["clips"], start=task.spec["first"]):
             clip = Clip(**spec)
@@ -134,7 +134,7 @@ class EventGptSource:
         return RawPair(clip.sequence, t_start_us, t_start_us + self.duration_us, event_HWC, target_HWC)
 
     def _event_side(self, clip: Clip) -> tuple[NDArray[np.uint8], int | None]:
-        """(middle event image, start of the clip where its recording tells it)."""
+        """Return the middle event image, and the start of the clip if its recording has one."""
         npy, image = self.root / clip.npy, self.root / clip.image
         if image.exists():
             return read_image(image), None
@@ -156,6 +156,6 @@ class EventGptSource:
 
 
 def named_duration(root: Path) -> int | None:
-    """The clips' length by the folder's name, as the reference names it: `my_egpt_dsec_train_500ms`."""
+    """Return the clips' length by the folder's name, as the reference names it: `my_egpt_dsec_train_500ms`."""
     match = re.search(r"_([1-9]\d*m?s)$", root.name)
     return parse_duration(match[1]) if match else None
