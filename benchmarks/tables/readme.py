@@ -21,7 +21,13 @@ def adapters_table() -> Table:
     parameters = f"{split['train']['result']['parameters']:,}"
     rows.append(("mean target, a constant", "0", "–", percent(baseline), "0.0", "–", "–"))
     rows.append(
-        ("`lightweight`, on 5,208 pairs", parameters, "1", percent(job["cosine_accept_rate"]["0.80"]), *lifts)
+        (
+            f"`lightweight`, on {job['pairs']:,} other pairs",
+            parameters,
+            "1",
+            percent(job["cosine_accept_rate"]["0.80"]),
+            *lifts,
+        )
     )
     columns = ("adapter", "parameters", "seeds", "accepted, θ 0.80", "lift, points", "95 % from", "to")
     return Table(columns, rows, ["adapters_scenes", "reference_job"])
