@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real recordings beside the checkout; not part of the project."""
+    """Real recordings next to the checkout; not part of the project."""
     if not (SHARED / "data" / "MANIFEST.md").is_file():
         pytest.skip("the shared recordings (../shared/data) are not on this machine")
     return SHARED / "data"

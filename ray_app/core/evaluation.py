@@ -42,7 +42,7 @@ class TrainingMeans:
     target_sum_D: NDArray[np.float64]
     """Sum of target features as stored, before the scale."""
     tokens_T: NDArray[np.int64] | None = None
-    """Of token sequences: pairs with a token at each position, shape (T,)."""
+    """Token sequences only: pairs with a token at each position, shape (T,)."""
 
     @staticmethod
     def of(target_BD: NDArray[Any], token_width: int | None = None) -> "TrainingMeans":
@@ -189,7 +189,7 @@ class AlignmentEvaluator:
     target_scale: float
     """Factor from stored target features to values."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where to compute."""
+    """Device to compute on."""
     precision: Precision = "fp32"
     """bf16: autocast in the forward pass."""
     images: bool = False

@@ -18,7 +18,7 @@ from ray_app.core.metrics import THETA
 EPSILON = 1e-8
 """Smallest norm that is divided by: an adapter's output may be zero early on."""
 INITIAL_TEMPERATURE = 0.07
-"""Where the learned temperature of the contrastive loss starts (CLIP, arXiv 2103.00020)."""
+"""Initial value of the learned temperature of the contrastive loss (CLIP, arXiv 2103.00020)."""
 
 
 @dataclass(frozen=True, slots=True)

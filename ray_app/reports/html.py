@@ -29,7 +29,7 @@ class Cell:
     """A table cell that is more than its text."""
 
     text: str
-    """What it says."""
+    """Its words."""
     kind: Literal["", "good", "bad"] = ""
     """Colour."""
     href: str = ""
@@ -59,7 +59,7 @@ class Table:
     rows: Sequence[Row]
     """Lines of the table."""
     caption: str = ""
-    """What the numbers mean."""
+    """Meaning of the numbers."""
     key: str = ""
     """Heading of the highlighted column."""
     wrapped: str = ""
@@ -109,7 +109,7 @@ class Text:
     """A paragraph in small print."""
 
     text: str
-    """What it says."""
+    """Its words."""
     href: str = ""
     """Relative link that the text is."""
     block: str = field(default="text", init=False)
@@ -122,7 +122,7 @@ class Group:
     title: str
     """Heading, or summary of what is folded."""
     blocks: Sequence["Block"]
-    """What it holds."""
+    """Blocks inside."""
     block: Literal["group", "fold"] = "group"
 
 

@@ -1,1 +1,1 @@
-"""What requests and answers look like."""
+"""Forms of requests and answers."""

@@ -78,11 +78,11 @@ class AlignRequest(Strict):
     event: Event
     """Numbers [B][W], raw numbers, an image, or an event recording."""
     target: Target | None = None
-    """As many target features."""
+    """Target features, as many as event features."""
     theta: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.8
     """A pair is accepted where cos_sim > theta."""
     wanted: Annotated[list[Wanted] | None, Field(alias="return", default=None, max_length=4)]
-    """What to return with the verdicts; default: ["aligned"] for /v1/align, nothing for /v1/verify."""
+    """Values to return with the verdicts; default: ["aligned"] for /v1/align, nothing for /v1/verify."""
     encoding: Literal["json", "base64", "png"] = "json"
     """Form of `aligned`: numbers, raw FP32, or a picture with values clipped to 0..1."""
     id: Annotated[str | None, Field(max_length=128)] = None
@@ -93,7 +93,7 @@ class VerifyRequest(AlignRequest):
     """Event features and their targets."""
 
     target: Target
-    """As many target features."""
+    """Target features, as many as event features."""
 
 
 class ModelName(BaseModel):

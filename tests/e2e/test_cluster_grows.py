@@ -27,8 +27,8 @@ def test_a_command_waits_for_the_nodes_that_it_asks_for(tmp_path: Path) -> None:
     )
     try:
         assert process.stderr
-        told = next((line for line in process.stderr if "waiting" in line), "")
-        assert "up to 100 s for nodes with 2 CPUs" in told
+        output = next((line for line in process.stderr if "waiting" in line), "")
+        assert "up to 100 s for nodes with 2 CPUs" in output
         nodes.add_node(num_cpus=2, **NODE)
         stdout, stderr = process.communicate(timeout=400)
     finally:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from dsec_drives import BEGIN_US, SceneDrive, write_scene
 from numpy.typing import NDArray
-from pages import assert_has_words, assert_light_and_dark, assert_opens, assert_stands_alone
+from pages import assert_has_words, assert_light_and_dark, assert_opens, assert_self_contained
 from s3_process import S3
 
 from ray_app.commands.inspect.command import run_inspect
@@ -38,7 +38,7 @@ def prepared(scene_drive: SceneDrive, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def windows(drive: SceneDrive) -> list[tuple[int, int, Events, int]]:
-    """(start, end, events, number of the middle frame) of each window in the store's order, worked out anew."""
+    """(start, end, events, number of the middle frame) of each window in the store's order, worked out again."""
     found = []
     for start_us, length_us in sorted((s, d) for d, starts in STARTS_US.items() for s in starts):
         start_us += BEGIN_US
@@ -76,13 +76,13 @@ def test_its_pairs_are_its_events_and_frames(scene_drive: SceneDrive, prepared: 
     assert not found
 
 
-def test_inspect_tells_the_numbers_that_numpy_gives(
+def test_inspect_gives_the_numbers_that_numpy_gives(
     scene_drive: SceneDrive, prepared: dict[str, Any], tmp_path: Path
 ) -> None:
     page = tmp_path / "store.html"
     result = run_inspect(InspectConfig(store=prepared["store"], html=page))
     worked = windows(scene_drive)
-    told = result["windows"]
+    output = result["windows"]
     for name, values in (
         ("events_per_window", [len(events) for _, _, events, _ in worked]),
         (
@@ -93,8 +93,8 @@ def test_inspect_tells_the_numbers_that_numpy_gives(
         ("overlap_with_previous", [0.5] * 4),
     ):
         want = {"min": min(values), "median": np.median(values), "max": max(values), "mean": np.mean(values)}
-        assert told[name]["known"] == len(values)
-        assert {key: told[name][key] for key in want} == pytest.approx(want), name
+        assert output[name]["known"] == len(values)
+        assert {key: output[name][key] for key in want} == pytest.approx(want), name
     target_ND = PairStore.open(prepared["store"]).read_rows(np.arange(6))[1]
     grey = np.einsum("nchw,c->nhw", target_ND.reshape(-1, 3, 224, 224), [0.299, 0.587, 0.114])
     cells = grey.reshape(-1, 16, 14, 16, 14).mean(axis=(2, 4)).reshape(-1, 256)
@@ -103,7 +103,7 @@ def test_inspect_tells_the_numbers_that_numpy_gives(
     assert line["brightness"] == pytest.approx(bright, abs=0.5)
     assert line["daytime"] == ("night" if bright < NIGHT_BELOW else "day")
     text = page.read_text()
-    for check in (assert_stands_alone, assert_has_words, assert_light_and_dark):
+    for check in (assert_self_contained, assert_has_words, assert_light_and_dark):
         check(text)
     assert "Share of each window that the one before it covers: median 50 %" in text
     assert_opens(page)

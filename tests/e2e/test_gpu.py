@@ -118,7 +118,7 @@ def test_a_run_validates_as_on_the_cpu(small_store: Path, tmp_path: Path, settin
         assert there["val"][key] == pytest.approx(here["val"][key], rel=1e-3 if exact else 2e-2)
 
 
-def test_a_killed_worker_goes_on_and_ends_as_one_that_was_not(small_store: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_resumes_and_ends_as_one_that_was_not(small_store: Path, tmp_path: Path) -> None:
     cfg = config(small_store, tmp_path / "killed", strategy="lightweight", use_gpu=True, num_epochs=6)
     killed: list[int] = []
 

@@ -1,4 +1,4 @@
-"""`prepare` that is killed goes on with what is finished, and ends with the bytes of one that was left alone."""
+"""`prepare` that is killed resumes with what is finished, and ends with the bytes of one that was left alone."""
 
 import os
 import signal
@@ -74,7 +74,7 @@ def test_killed_twice_it_keeps_every_finished_file_and_ends_with_the_same_bytes(
     assert left == {path.name: sha256_file(path) for path in whole.iterdir()}
     PairStore.open(store).verify()
     leftovers = [path.name for path in store.iterdir() if path.name.startswith(".")]
-    assert not leftovers, "files that a kill left half written are written anew under the same name"
+    assert not leftovers, "files that a kill left half written are written again under the same name"
 
 
 def working_processes() -> list[psutil.Process]:

@@ -60,10 +60,10 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.fixture
 def small_dir(tmp_path: Path) -> Path:
-    """A working directory with a package of this name that stands for long and failing work."""
+    """A working directory with a package of this name with commands that take long and that fail."""
     package = tmp_path / "work" / "ray_app"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text('"""Stands in for a long command."""\n')
+    (package / "__init__.py").write_text('"""A long command."""\n')
     (package / "__main__.py").write_text(
         "import signal, sys, time\n"
         "def save(*_):\n"
@@ -93,16 +93,16 @@ def test_a_real_command_runs_there_and_its_result_comes_back(head: Head, tmp_pat
         app(head, "submit", "--json", "--", *prepare, "--event-span", "5ms", "--out", str(store), "--json")
     )
     assert code == 0, stderr
-    told = json.loads(stdout)
-    assert (told["status"], told["exit_code"], told["result"]["pairs"]) == ("SUCCEEDED", 0, 4)
-    assert told["uploaded_bytes"] < 5 * 2**20
+    output = json.loads(stdout)
+    assert (output["status"], output["exit_code"], output["result"]["pairs"]) == ("SUCCEEDED", 0, 4)
+    assert output["uploaded_bytes"] < 5 * 2**20
     assert (store / "manifest.json").is_file()
-    code, stdout, stderr = ended(app(head, "jobs", "fetch", told["job"], "--to", str(tmp_path / "fetched")))
+    code, stdout, stderr = ended(app(head, "jobs", "fetch", output["job"], "--to", str(tmp_path / "fetched")))
     assert code == 0, stderr
     assert f"store: {store}\n" in stdout
-    fetched = json.loads((tmp_path / "fetched" / f"{told['job']}.json").read_text())
-    assert (fetched["status"], fetched["result"]) == ("SUCCEEDED", told["result"])
-    assert json.dumps(told["result"]) in (tmp_path / "fetched" / f"{told['job']}.log").read_text()
+    fetched = json.loads((tmp_path / "fetched" / f"{output['job']}.json").read_text())
+    assert (fetched["status"], fetched["result"]) == ("SUCCEEDED", output["result"])
+    assert json.dumps(output["result"]) in (tmp_path / "fetched" / f"{output['job']}.log").read_text()
 
 
 def test_rays_own_client_submits_a_command_as_well(head: Head) -> None:
@@ -127,7 +127,7 @@ def test_a_lost_connection_costs_no_line_and_doubles_none(head: Head, small_dir:
             time.sleep(5)
             relay.cut()
             time.sleep(1.5)
-            relay.mend()
+            relay.repair()
 
     cutter = threading.Thread(target=cut_twice)
     assert process.stderr
@@ -171,7 +171,7 @@ def test_a_job_is_listed_and_stopped_by_hand(head: Head, small_dir: Path) -> Non
         ("doctor", None),
     ],
 )
-def test_a_stopped_job_tells_how_to_go_on(command: str, way: str | None) -> None:
+def test_a_stopped_job_says_how_to_resume(command: str, way: str | None) -> None:
     assert resume_command(f"python -m ray_app {command}") == (way and f"ray-app submit -- {way}")
 
 
@@ -179,7 +179,7 @@ def test_what_is_refused_says_how_to_fix_it(head: Head) -> None:
     processes = {
         "wrong token": app(head, "jobs", "list", token="0" * 64),
         "no such job": app(head, "jobs", "stop", "nothing"),
-        "nobody there": app(head, "jobs", "list", address="http://127.0.0.1:9"),
+        "nothing there": app(head, "jobs", "list", address="http://127.0.0.1:9"),
         "no server of jobs": app(head, "jobs", "list", address=head.address),
         "no command": app(head, "submit"),
         "a wrong flag": app(head, "submit", "--", "train", "--no-such-flag"),
@@ -187,7 +187,7 @@ def test_what_is_refused_says_how_to_fix_it(head: Head) -> None:
     expected = {
         "wrong token": "RAY_AUTH_TOKEN",
         "no such job": "jobs list",
-        "nobody there": "tunnel",
+        "nothing there": "tunnel",
         "no server of jobs": "--address",
         "no command": "after `--`",
         "a wrong flag": "no-such-flag",
@@ -220,7 +220,7 @@ except ResourceError as error:
 """
 
 
-def test_another_version_of_ray_is_told_with_both_versions(head: Head) -> None:
+def test_another_version_of_ray_is_named_with_both_versions(head: Head) -> None:
     import ray
 
     words = [sys.executable, "-c", OTHER_VERSIONS, head.address, head.dashboard]
@@ -285,12 +285,12 @@ def test_a_log_that_starts_again_is_printed_once(capsys: pytest.CaptureFixture[s
     assert log.result() == {"pairs": 3}
 
 
-def test_where_a_training_is_tracked_is_told_at_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_a_training_is_tracked_is_printed_at_its_end(capsys: pytest.CaptureFixture[str]) -> None:
     found = {"mlflow_run_id": "abc", "tracking_uri": "http://mlflow:5000", "artifacts": "s3://b/0/abc/artifacts"}
     state = {"job": "j", "status": "SUCCEEDED", "exit_code": 0, "message": "", "entrypoint": "-m ray_app train"}
     show_ended({**state, "result": found}, Console(width=20))
-    told = "job j: succeeded, exit code 0\nMLflow run: abc\nMLflow: http://mlflow:5000\nartifacts: s3://b/0/abc/artifacts\n"
-    assert capsys.readouterr().out == told
+    output = "job j: succeeded, exit code 0\nMLflow run: abc\nMLflow: http://mlflow:5000\nartifacts: s3://b/0/abc/artifacts\n"
+    assert capsys.readouterr().out == output
 
 
 def test_results_are_read_whatever_else_a_log_holds() -> None:

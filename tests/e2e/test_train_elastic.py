@@ -44,7 +44,7 @@ def three_raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 
 def alone(store: Path, out: Path, num_epochs: int) -> list[dict[str, Any]]:
-    """The same training on one worker, without Ray: what it tells of its epochs."""
+    """The same training on one worker, without Ray: the epochs of its event log."""
     cfg = TrainConfig(store=str(store), out=out, num_epochs=num_epochs, **SETTINGS)
     opened = PairStore.open(store)
     split = split_pairs(opened.index, cfg.split_config)
@@ -93,12 +93,12 @@ def test_a_node_goes_and_one_comes_and_every_epoch_is_that_of_one_worker(
     three_raylets.add_node(**NODE)
     wait_until(run, process, lambda steps: len(steps) > 8 and {step["workers"] for step in steps[-8:]} == {3})
     process.send_signal(signal.SIGTERM)
-    told = process.communicate(timeout=400)[1]
-    assert process.returncode == 128 + signal.SIGTERM, told
-    assert "on: 2 workers" in told
+    output = process.communicate(timeout=400)[1]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "on: 2 workers" in output
     steps, epochs = of_kind(run, "step"), of_kind(run, "epoch")
     assert [size["workers"] for size in worker_counts(steps)] == [3, 2, 3]
-    assert [step["global_step"] for step in steps] == list(range(1, len(steps) + 1)), "each step is told once"
+    assert [step["global_step"] for step in steps] == list(range(1, len(steps) + 1)), "each step is logged once"
     best = RunDir(run).best()
     assert best is not None
     expected = alone(small_store, tmp_path / "alone", int(best.name.removeprefix("epoch_")))

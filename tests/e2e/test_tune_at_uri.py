@@ -53,7 +53,7 @@ def kill_with_children(process: "subprocess.Popen[bytes]") -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_sweep_of_which_nothing_is_left_but_the_uri_goes_on_and_finds_the_same_winner(
+def test_a_sweep_of_which_nothing_is_left_but_the_uri_resumes_and_finds_the_same_winner(
     s3: S3,
     small_store: Path,
     tmp_path: Path,
@@ -126,7 +126,7 @@ def attempts(sweep: SweepDir) -> dict[str, int]:
     }
 
 
-def test_what_lies_at_a_uri_is_no_sweep_or_names_a_folder_outside_of_it(tmp_path: Path) -> None:
+def test_what_is_at_a_uri_is_no_sweep_or_names_a_folder_outside_of_it(tmp_path: Path) -> None:
     there = RemoteDir(f"file://{tmp_path}/there", 1.0)
     copy = SweepDir(tmp_path / "copy", there)
     with pytest.raises(StoreError, match=r"is not the folder of a sweep: it has no sweep.json"):

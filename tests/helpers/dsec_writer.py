@@ -173,7 +173,7 @@ def undistorted_rays(constants: Mapping[str, Any]) -> NDArray[np.float64]:
 
 
 def frame(number: int, width: int = RGB_WIDTH, height: int = RGB_HEIGHT) -> NDArray[np.uint8]:
-    """A frame whose blue tells its number, with ramps to the right and down; never black."""
+    """A frame whose blue is its number, with ramps to the right and down; never black."""
     image = np.empty((height, width, 3), np.uint8)
     image[..., 0] = np.linspace(0, 255, width, dtype=np.uint8)
     image[..., 1] = np.linspace(0, 255, height, dtype=np.uint8)[:, None]

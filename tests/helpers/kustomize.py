@@ -36,7 +36,7 @@ def build(folder: Path) -> list[dict[str, Any]]:
 
 
 def retag(node: Any, name: str, tag: str) -> None:
-    """Every container image of this name, wherever it stands."""
+    """Every container image of this name, wherever it is."""
     if isinstance(node, dict):
         if str(node.get("image", "")).rpartition(":")[0] == name:
             node["image"] = f"{name}:{tag}"

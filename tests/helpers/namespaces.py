@@ -48,8 +48,8 @@ def no_discipline(words: str) -> str:
     try:
         tc(f"-n {name} qdisc add dev lo root {words}")
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        told = getattr(error, "stderr", b"").decode().strip() or error
-        return f"tc (iproute2) cannot do `{words}` here: {told}"
+        output = getattr(error, "stderr", b"").decode().strip() or error
+        return f"tc (iproute2) cannot do `{words}` here: {output}"
     finally:
         ip(f"netns delete {name}")
     return ""
@@ -79,10 +79,10 @@ class Node:
     """`ray start --block`."""
 
     def cut(self) -> None:
-        """Nothing passes any more, and nobody is told."""
+        """Drop all packets silently."""
         ip(f"link set {self.link} nomaster")
 
-    def mend(self, bridge: str) -> None:
+    def repair(self, bridge: str) -> None:
         """It passes again."""
         ip(f"link set {self.link} master {bridge}")
 
@@ -134,20 +134,20 @@ class Network:
         """Until the head does: a worker that comes before it may never join."""
         until = time.monotonic() + START_S
         while connection_error(self.address):
-            assert time.monotonic() < until, self.told()
+            assert time.monotonic() < until, self.log_tails()
             time.sleep(0.1)
 
     def wait(self) -> None:
         """Until all nodes are there; one that did not come up in Ray's 30 s starts again."""
         until = time.monotonic() + START_S
         while not {node.address for node in self.nodes} <= self.alive():
-            assert time.monotonic() < until, self.told()
+            assert time.monotonic() < until, self.log_tails()
             for node in self.nodes:
                 if node.process and node.process.poll() is not None:
                     self.start(node)
             time.sleep(0.5)
 
-    def told(self) -> str:
+    def log_tails(self) -> str:
         """The end of each node's log."""
         return "\n".join(path.read_text()[-1000:] for path in sorted(self.folder.glob("*.log")))
 

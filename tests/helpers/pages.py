@@ -30,7 +30,7 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def assert_stands_alone(page: str) -> None:
+def assert_self_contained(page: str) -> None:
     """Nothing in it is fetched or run."""
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", re.sub(r"base64,[A-Za-z0-9+/=]+", "", page))
     for tag, attributes in Elements(page).found:

@@ -77,7 +77,7 @@ def wait_for(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 class Relay:
-    """Passes TCP connections on to a port; `cut` breaks those that are open, and refuses more until `mend`."""
+    """Passes TCP connections on to a port; `cut` breaks those that are open, and refuses more until `repair`."""
 
     def __init__(self, to_port: int) -> None:
         self._to, self._open, self._refuse = to_port, set[socket.socket](), False
@@ -119,7 +119,7 @@ class Relay:
             except OSError:
                 end.close()
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         self._refuse = False
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Every strategy on small features, begun as in training, without Ray."""
+"""Every strategy on small features, initialised as in training, without Ray."""
 
 from functools import reduce
 
@@ -42,7 +42,7 @@ def small_start(strategy: str, event: Tensor, target: Tensor, rank: int) -> Init
 
 
 def small_adapter(strategy: str, seed: int = 0, *, width: int = 48, pca: bool = False) -> Adapter:
-    """A begun adapter for features of shape (3, width / 12, 4), or for sequences (width / 8, 8)."""
+    """An initialised adapter for features of shape (3, width / 12, 4), or for sequences (width / 8, 8)."""
     event, target = small_pairs(width)
     shape = (width // 8, 8) if strategy.startswith("token_") else (3, width // 12, 4)
     config = AdapterConfig(

@@ -106,7 +106,7 @@ def writing_calls(action: Callable[[], None], kill_at: int | None = None) -> lis
         if _ptrace(GET_SYSCALL_INFO, pid, ctypes.addressof(info), len(info)) < 0:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            raise CannotTrace("this kernel tells nothing of a call (Linux 5.3 does)")
+            raise CannotTrace("this kernel reports nothing of a call (Linux 5.3 does)")
         op, _, _, _, number, *arguments = INFO.unpack_from(info)
         name = names.get(number)
         if op != ENTRY or name is None:

@@ -252,7 +252,7 @@ def test_nothing_is_captured_twice_and_a_damaged_shard_alone_again(
 
 
 @pytest.mark.slow
-def test_a_killed_capture_goes_on_where_it_was(models: Path, footage: Path, captured: Path, tmp_path: Path) -> None:
+def test_a_killed_capture_resumes_where_it_was(models: Path, footage: Path, captured: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     cfg = config(models, footage, out)
     words = ["capture", str(footage), "--target", str(cfg.target), "--drafter", str(cfg.drafter), "--out", str(out)]
@@ -295,8 +295,8 @@ def test_a_window_without_a_frame_is_set_aside_until_it_is_there(models: Path, f
     assert [line["position"].split(",")[0] for line in shard.rejected] == ["row 2", "row 3", "row 4"]
     assert "0009.png" in shard.rejected[0]["reason"]
     (broken / "0009.png").write_bytes(good)
-    mended = run_capture(cfg)
-    assert (mended["rows"], mended["rows_kept"], mended["rejected"]) == (5, 0, 0)
+    repaired = run_capture(cfg)
+    assert (repaired["rows"], repaired["rows_kept"], repaired["rejected"]) == (5, 0, 0)
 
 
 def test_another_tokenizer_is_translated_and_states_are_refused(models: Path, footage: Path, tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_the_vision_model_may_draft_too(models: Path, footage: Path, tmp_path: P
     assert all(row["draft_tokens"] == row["target_tokens"] for row in here(cfg).rows)
 
 
-def test_what_the_user_can_mend(models: Path, footage: Path, captured: Path, tmp_path: Path) -> None:
+def test_what_the_user_can_fix(models: Path, footage: Path, captured: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="holds a capture of other max_new_tokens, question"):
         run_capture(config(models, footage, captured, question="Why ?", max_new_tokens=5))
     with pytest.raises(StoreError, match="already holds something else"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pages import assert_has_words, assert_light_and_dark, assert_opens, assert_stands_alone
+from pages import assert_has_words, assert_light_and_dark, assert_opens, assert_self_contained
 from small_runs import make_run
 
 from ray_app import cli
@@ -62,7 +62,7 @@ def test_checkpoints_get_the_numbers_of_evaluate_and_one_page(
     assert 0 < metrics["latency_ms"] < 1000
     assert result["verdict"].startswith("bottleneck (a) ")
     page = (out / "comparison.html").read_text()
-    assert_stands_alone(page)
+    assert_self_contained(page)
     assert_light_and_dark(page)
     assert_has_words(page)
     for word in ("bottleneck (a)", "bottleneck (b)", "mean_target", "R@1/5/10", "What acceptance costs"):

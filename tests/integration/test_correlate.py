@@ -194,18 +194,18 @@ def test_adapters_of_known_worth(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("form", [["--json"], []])
-def test_lines_that_were_set_aside_are_told(
+def test_lines_that_were_set_aside_are_printed(
     form: list[str], world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path, out = world / "cut.jsonl", tmp_path / "out"
     path.write_text((world / TRACES).read_text() + '{"row": 60, "<questi')
     assert cli.run(["correlate", str(path), "--out", str(out), *form]) == 0
-    told = capfd.readouterr()
-    assert f"set aside: {path}, line 61: cut short, or not JSON" in told.err
+    printed = capfd.readouterr()
+    assert f"set aside: {path}, line 61: cut short, or not JSON" in printed.err
     result = json.loads((out / "correlation.json").read_text())
     assert result["rejected"] == [{"file": str(path), "line": 61, "reason": "cut short, or not JSON"}]
     assert f"set aside: {path}, line 61: cut short, or not JSON" in (out / "correlation.html").read_text()
-    assert form != ["--json"] or json.loads(told.out)["rejected"] == result["rejected"]
+    assert form != ["--json"] or json.loads(printed.out)["rejected"] == result["rejected"]
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -144,7 +144,7 @@ def test_tasks_in_any_order_give_the_same_pairs(sample: Path) -> None:
         assert np.array_equal(one.target_HWC, other.target_HWC)
 
 
-def test_a_reader_forgets_what_lies_behind(sample: Path) -> None:
+def test_a_reader_forgets_what_is_behind(sample: Path) -> None:
     reader = Reader(sample)
     whole = Reader(sample).excerpt(Window(0, 2**62))
     for start_us in range(int(whole.frames_us[0]), int(whole.frames_us[-1]), 10_000):
@@ -195,7 +195,7 @@ def test_a_frame_that_shows_a_part_or_another_format_is_refused(sample: Path) ->
 def test_every_truncation_is_refused_and_says_how_far_the_recording_goes(sample: Path, tmp_path: Path) -> None:
     whole = sample.read_bytes()
     cut = tmp_path / "cut.aedat4"
-    data_end = 428_314  # behind it stands an index of the file, which nothing here reads
+    data_end = 428_314  # behind it is an index of the file, which nothing here reads
     for size in [1, 14, 100, 2_000, *range(5_000, data_end, data_end // 40), data_end - 1]:
         cut.write_bytes(whole[:size])
         error = decoded_to_the_end(cut)["error"]
@@ -234,7 +234,7 @@ def test_a_decoder_that_takes_its_process_with_it_is_an_error(
         DavisSource((sample,), SHORT).tasks()
 
 
-def test_a_reader_that_broke_off_is_not_gone_on_with(sample: Path, tmp_path: Path) -> None:
+def test_a_reader_that_broke_off_is_not_resumed(sample: Path, tmp_path: Path) -> None:
     file = tmp_path / "sample.aedat4"
     shutil.copy(sample, file)
     source = DavisSource((file,), SHORT)
@@ -272,7 +272,7 @@ def test_events_that_run_backwards_over_packets_are_refused(sample: Path) -> Non
         file._events(np.rec.fromarrays(columns_of(packets[0]), names=["x", "y", "t", "on"]))
 
 
-def test_a_machine_without_the_library_is_told_what_to_install(sample: Path) -> None:
+def test_a_machine_without_the_library_learns_what_to_install(sample: Path) -> None:
     script = (
         "import sys; sys.modules['aedat'] = None\n"
         "from pathlib import Path\n"

@@ -1,4 +1,4 @@
-"""The doctor tells what is wrong and what to do, changes nothing unasked, and its exit code says so."""
+"""The doctor says what is wrong and what to do, changes nothing unasked, and its exit code says so."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def test_a_machine_without_a_gpu_is_no_problem() -> None:
     assert doctor.check_gpu().state in expected
 
 
-def test_a_token_that_others_can_read_is_a_problem_until_it_is_mended(token: Path) -> None:
+def test_a_token_that_others_can_read_is_a_problem_until_it_is_fixed(token: Path) -> None:
     check = doctor.check_token(doctor.token_path(), fix=False)
     assert check.state == "problem"
     assert "mode 0644" in check.value
@@ -152,7 +152,7 @@ def test_a_database_of_mlflow_answers(database: Path) -> None:
         ("451aebb31d03", "was made by an older MLflow than", "mlflow db upgrade"),  # MLflow's first schema
     ],
 )
-def test_a_database_of_another_mlflow_is_told_with_which(
+def test_a_database_of_another_mlflow_is_named_with_its_version(
     schema: str, words: str, fix: str, database: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "other.db"
@@ -184,9 +184,9 @@ def test_files_that_are_no_database_of_mlflow_are_left_as_they_are(tmp_path: Pat
 
 
 def test_a_tracking_server_that_is_away_is_found_out_soon_and_its_password_not_shown() -> None:
-    begun, environment = time.monotonic(), dict(os.environ)
+    started_at, environment = time.monotonic(), dict(os.environ)
     check = doctor.check_tracking(f"http://user:secret@127.0.0.1:{closed_port()}")
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - started_at < 60
     assert (check.state, "does not answer" in check.value) == ("problem", True)
     assert "secret" not in check.value
     assert dict(os.environ) == environment
@@ -202,13 +202,13 @@ def test_without_an_address_no_cluster_is_looked_for() -> None:
 
 
 def test_an_address_where_nothing_listens_is_found_out_soon() -> None:
-    begun = time.monotonic()
+    started_at = time.monotonic()
     for address in (f"127.0.0.1:{closed_port()}", f"ray://127.0.0.1:{closed_port()}"):
         check = doctor.check_ray(address)
         assert (check.state, "Connection refused" in check.value) == ("problem", True)
     assert "dashboard" in doctor.check_ray("http://127.0.0.1:8265").value
     assert doctor.check_ray("host:port").state == "problem"
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - started_at < 60
 
 
 def test_a_port_that_is_not_rays_is_given_up() -> None:

@@ -247,7 +247,7 @@ def test_a_checkpoint_that_is_not_there_is_one_sentence(
         run_evaluate(cfg)
 
 
-def test_a_cluster_without_room_for_the_evaluator_is_told_instead_of_waited_for(
+def test_a_cluster_without_room_for_the_evaluator_is_refused_instead_of_waited_for(
     small_store: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judge, "START_S", 1.0)

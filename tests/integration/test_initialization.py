@@ -169,7 +169,7 @@ def test_conv_learns_with_augmentation_on_two_workers(small_store: Path, tmp_pat
         ("token_wide", {}, r"token_wide works on sequences .* shape \[3, 16, 16\]"),
     ],
 )
-def test_what_cannot_be_trained_is_told_before_anything_is_written(
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     small_store: Path, tmp_path: Path, strategy: str, settings: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy_source import SMALL, NumpySource, build_store
-from pages import assert_has_words, assert_light_and_dark, assert_stands_alone
+from pages import assert_has_words, assert_light_and_dark, assert_self_contained
 from PIL import Image
 from rich.console import Console
 
@@ -129,7 +129,7 @@ def test_a_page_shows_windows_leaks_and_their_pictures(small_store: Path, tmp_pa
     path = tmp_path / "pages" / "store.html"
     result = run_inspect(InspectConfig(store=small_store, split="window", html=path))
     page = path.read_text()
-    for check in (assert_stands_alone, assert_has_words, assert_light_and_dark):
+    for check in (assert_self_contained, assert_has_words, assert_light_and_dark):
         check(page)
     assert result["html"] == str(path)
     assert '<h1 class="loses">LEAKS: ' in page

@@ -208,7 +208,7 @@ def test_shares_of_a_drawn_image_outlive_its_resize() -> None:
     assert np.isnan(found_positive[1:]).all()
 
 
-def test_night_is_told_by_the_brightest_tenth_of_the_cells() -> None:
+def test_night_is_recognised_by_the_brightest_tenth_of_the_cells() -> None:
     street = np.full((1, 3, 64, 64), 12, np.uint8)
     street[:, :, 30:38, 28:40] = 240  # a lamp: 6 of 256 cells
     by_day = street.copy()

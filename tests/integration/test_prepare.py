@@ -1,4 +1,4 @@
-"""`prepare` writes the same bytes with any number of workers, loses only the bad pair, and goes on."""
+"""`prepare` writes the same bytes with any number of workers, loses only the bad pair, and resumes."""
 
 import json
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def test_one_two_and_four_workers_write_the_same_bytes(small_store: Path, tmp_pa
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_second_start_goes_on_where_the_first_was_cut_off(small_store: Path, tmp_path: Path) -> None:
+def test_a_second_start_resumes_where_the_first_was_cut_off(small_store: Path, tmp_path: Path) -> None:
     source, out = NumpySource(), tmp_path / "s"
     start(source, out)
     build(source, out, 0, 1, 4)
@@ -180,7 +180,7 @@ def test_a_task_counts_as_finished_only_where_its_record_and_file_hold(tmp_path:
     tasks = source.tasks()
     assert finished(folder, tasks[0]) == whole
     assert partly.rejected
-    assert finished(folder, tasks[1]) is None  # the input may have been mended
+    assert finished(folder, tasks[1]) is None  # the input may have been repaired
     assert finished(folder, tasks[2]) is None
     (folder / ".prepare" / "drive_0000.json").write_text("{")
     assert finished(folder, tasks[0]) is None

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_up_traces import LENGTH, TIMING, rows, write
-from pages import assert_has_words, assert_light_and_dark, assert_stands_alone
+from pages import assert_has_words, assert_light_and_dark, assert_self_contained
 from rich.console import Console
 
 from ray_app import cli
@@ -157,7 +157,7 @@ def test_shuffled_drafts_are_exchanged_within_a_fold_alone() -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_input_that_looks_shifted_or_is_set_aside_is_told(tmp_path: Path) -> None:
+def test_input_that_looks_shifted_or_is_set_aside_is_printed(tmp_path: Path) -> None:
     made = rows(60, timed=False)
     for row in made:
         row["draft_tokens"] = [1, *row["target_tokens"]]
@@ -172,7 +172,7 @@ def test_input_that_looks_shifted_or_is_set_aside_is_told(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("form", [["--json"], []])
-def test_lines_that_were_set_aside_are_told_on_standard_error(
+def test_lines_that_were_set_aside_are_printed_on_standard_error(
     form: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / "a.jsonl", rows(60))
@@ -227,7 +227,7 @@ def test_times_of_ones_own_replace_the_traces(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_what_the_user_can_mend(tmp_path: Path) -> None:
+def test_what_the_user_can_fix(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", rows(60))
     with pytest.raises(ConfigError, match="no drafter 'psychic'; there are: none"):
         run_replay(ReplayConfig(traces=(path,), drafter=("psychic",)))
@@ -245,7 +245,7 @@ def test_the_page_holds_the_flag_the_numbers_and_every_plot(timed: bool, tmp_pat
     path, page_path = write(tmp_path / "a.jsonl", made), tmp_path / "pages" / "replay.html"
     result = run_replay(ReplayConfig(traces=(path,), drafter=("eventgpt", "ngram"), fold_gap=5, html=page_path))
     page = page_path.read_text()
-    for check in (assert_stands_alone, assert_has_words, assert_light_and_dark):
+    for check in (assert_self_contained, assert_has_words, assert_light_and_dark):
         check(page)
     assert '<h1 class="loses">NOT better than positional and previous_window, which cost nothing: eventgpt' in page
     for numbers in result["results"].values():

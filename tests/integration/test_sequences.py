@@ -155,7 +155,7 @@ def test_dropout_of_tokens_is_the_same_however_a_batch_is_divided() -> None:
     torch.testing.assert_close(whole, torch.cat(parts))
 
 
-def test_sequences_that_do_not_fit_are_told() -> None:
+def test_sequences_that_do_not_fit_are_refused() -> None:
     adapter = token_adapter("token_bottleneck")
     with pytest.raises(ConfigError, match="sequences of 7 tokens of 16 were given, the adapter's limit is 5"):
         adapter(torch.randn(2, 7 * WIDTH))

@@ -160,7 +160,7 @@ def same_result(result: dict[str, Any], clean: dict[str, Any]) -> bool:
     return all(result[key] == clean[key] for key in ("model_sha256", "val", "steps", "epochs"))
 
 
-def test_a_killed_worker_goes_on_and_ends_with_the_same_bytes(
+def test_a_killed_worker_resumes_and_ends_with_the_same_bytes(
     config: Callable[..., TrainConfig], uninterrupted: dict[str, Any]
 ) -> None:
     cfg = config("killed", **LONG)
@@ -181,8 +181,8 @@ def in_a_process(words: list[str], run: Path, until_step: int, send: signal.Sign
     process = subprocess.Popen([sys.executable, "-m", "ray_app", *words], start_new_session=True)
     deadline = time.monotonic() + 400
     while True:
-        told = entries(run) if (run / "events.jsonl").is_file() else []
-        if any(line["kind"] == "step" and line["global_step"] >= until_step for line in told):
+        output = entries(run) if (run / "events.jsonl").is_file() else []
+        if any(line["kind"] == "step" and line["global_step"] >= until_step for line in output):
             break
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline, f"step {until_step} was not reached"
@@ -214,7 +214,7 @@ def test_all_of_it_killed_then_asked_to_stop_then_resumed_the_run_ends_with_the_
     assert result["resumed_from_step"] == stopped[0]
     assert same_result(result, uninterrupted)
     steps = [line["global_step"] for line in entries(cfg.folder) if line["kind"] == "step"]
-    assert steps == list(range(1, result["steps"] + 1)), "each step is told once"
+    assert steps == list(range(1, result["steps"] + 1)), "each step is logged once"
     client = MlflowClient(tracking_uri(cfg))
     runs = client.search_runs([client.get_experiment_by_name(cfg.experiment).experiment_id])
     (tracked,) = [run for run in runs if run.data.tags["event_log"] == str(cfg.folder)]
@@ -224,7 +224,7 @@ def test_all_of_it_killed_then_asked_to_stop_then_resumed_the_run_ends_with_the_
 
 
 @pytest.mark.slow
-def test_another_number_of_workers_may_go_on_and_is_told_what_it_costs(
+def test_another_number_of_workers_may_resume_and_the_cost_is_printed(
     one_worker: tuple[TrainConfig, dict[str, Any]], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "moved"  # a run may be moved, too
@@ -232,10 +232,10 @@ def test_another_number_of_workers_may_go_on_and_is_told_what_it_costs(
     for place in ("checkpoints/epoch_0003", "training_state/epoch_0003"):
         shutil.rmtree(run / place)
     assert cli.run(["train", "--resume", str(run), "--num-workers", "1:2", "--json"]) == 0
-    told = capfd.readouterr()
-    assert "num_workers changed" in told.err
-    assert "not be byte-identical" in told.err
-    result, alone = json.loads(told.out), one_worker[1]
+    output = capfd.readouterr()
+    assert "num_workers changed" in output.err
+    assert "not be byte-identical" in output.err
+    result, alone = json.loads(output.out), one_worker[1]
     assert result["workers"] == 2
     assert result["resumed_from_step"] == alone["steps"] * 2 // 3
     assert result["steps"] == alone["steps"]
@@ -289,9 +289,9 @@ def test_a_tracking_server_that_is_away_costs_neither_run_nor_point(
     assert result["mlflow_run_id"] is None
     assert not result["tracked"]
     assert sum(line["kind"] == "epoch" for line in entries(cfg.folder)) == 2
-    told = capfd.readouterr().err
-    assert told.count("does not answer") == 1
-    assert "secret" not in told
+    output = capfd.readouterr().err
+    assert output.count("does not answer") == 1
+    assert "secret" not in output
 
 
 def test_a_file_store_is_refused(config: Callable[..., TrainConfig]) -> None:

@@ -184,7 +184,7 @@ def test_a_sweep_can_be_watched_and_synced(
 
 
 @pytest.mark.slow
-def test_a_changed_store_is_not_gone_on_with(swept: dict[str, Any], root: Path) -> None:
+def test_a_changed_store_is_not_resumed(swept: dict[str, Any], root: Path) -> None:
     folder, other = SweepDir(root / "moved"), build_store(NumpySource(seed=9), root / "other")
     shutil.copytree(swept["sweep"], folder.path)
     about = folder.metadata()
@@ -251,7 +251,7 @@ def test_an_estimate_above_the_budget_needs_a_word_and_ctrl_c_and_the_budget_end
 
 
 @pytest.mark.slow
-def test_asha_stops_what_falls_behind_and_optuna_goes_on_from_the_record(small_store: Path, root: Path) -> None:
+def test_asha_stops_what_falls_behind_and_optuna_resumes_from_the_record(small_store: Path, root: Path) -> None:
     space = {"hidden_dim": [8, 12, 16], "learning_rate": {"log": [1.0e-12, 1.0e-2]}}
     lines = {
         "space": space,
@@ -304,7 +304,7 @@ def kill_a_trial(folder: SweepDir, killed: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_trial_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes(
+def test_a_killed_trial_resumes_from_its_checkpoint_and_ends_with_the_same_bytes(
     small_store: Path, root: Path
 ) -> None:
     """Two trials, one after the other, that differ in a patience that neither comes to need: the first is killed."""
@@ -332,7 +332,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint_and_ends_with_the_same_bytes
 
 
 @pytest.mark.slow
-def test_the_shipped_smoke_sweep_all_of_it_killed_goes_on_and_the_winner_is_judged_with_several_seeds(
+def test_the_shipped_smoke_sweep_all_of_it_killed_resumes_and_the_winner_is_judged_with_several_seeds(
     small_store: Path, root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As it is but for the workers of the last training."""

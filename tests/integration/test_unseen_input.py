@@ -48,7 +48,7 @@ def frames(folder: Path) -> Source:
 
 @pytest.mark.parametrize("made", [drive, clips, frames])
 @pytest.mark.parametrize("how", ["missing", "empty"])
-def test_a_root_that_is_missing_or_an_empty_mount_point_is_told_with_the_machines_name(
+def test_a_root_that_is_missing_or_an_empty_mount_point_is_named_with_the_machine(
     made: Any, how: str, tmp_path: Path
 ) -> None:
     root = tmp_path / "input"
@@ -62,7 +62,7 @@ def test_a_root_that_is_missing_or_an_empty_mount_point_is_told_with_the_machine
         list(source.pairs(task))
 
 
-def test_a_recording_that_is_not_there_is_told_so_too(shared_data: Path, tmp_path: Path) -> None:
+def test_a_recording_that_is_not_there_is_named_too(shared_data: Path, tmp_path: Path) -> None:
     file = tmp_path / "sample.aedat4"
     shutil.copy(shared_data / "pairs" / "sample.aedat4", file)
     of_davis, root = DavisSource((file,), WindowingConfig((50_000,))), tmp_path / "dsec"
@@ -79,7 +79,7 @@ def test_a_recording_that_is_not_there_is_told_so_too(shared_data: Path, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_prepare_ends_with_it_and_goes_on_once_the_input_is_there(tmp_path: Path) -> None:
+def test_prepare_ends_with_it_and_resumes_once_the_input_is_there(tmp_path: Path) -> None:
     mount = tmp_path / "mount"
 
     @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def test_prepare_ends_with_it_and_goes_on_once_the_input_is_there(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_cluster_on_which_no_task_ends_is_told_with_the_mend(
+def test_a_cluster_on_which_no_task_ends_is_named_with_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparing, "LONGEST_SILENCE_S", 3.0)

@@ -1,4 +1,4 @@
-"""Links between head and workers that are cut or slow: what goes on, what is started again, and that nothing is lost.
+"""Links between head and workers that are cut or slow: what continues, what starts again, and that nothing is lost.
 
 Run by `make test-net`, as root; writes what it saw to benchmarks/results/link_cuts.json and slow_links.json.
 """
@@ -48,7 +48,7 @@ def command(net: Network, words: str) -> "subprocess.Popen[bytes]":
 
 
 def cut(net: Network, process: "subprocess.Popen[bytes]", seconds: float, sign: Any) -> dict[str, Any]:
-    """Cuts the first worker's link, mends it, starts its raylet again if it ends, and waits for the command.
+    """Cuts the first worker's link, repairs it, starts its raylet again if it ends, and waits for the command.
 
     A raylet ends when it hears that the head has counted it as dead.
     """
@@ -57,16 +57,16 @@ def cut(net: Network, process: "subprocess.Popen[bytes]", seconds: float, sign: 
     cut_at = time.monotonic()
     node.cut()
     time.sleep(seconds)
-    node.mend(net.bridge)
-    mended_at, at, over = time.monotonic(), sign(), process.poll() is not None
+    node.repair(net.bridge)
+    repaired_at, at, over = time.monotonic(), sign(), process.poll() is not None
     started = False
     while process.poll() is None and sign() <= at:
-        assert time.monotonic() - mended_at < LONGEST_S, "nothing moves any more"
+        assert time.monotonic() - repaired_at < LONGEST_S, "nothing moves any more"
         if not started and node.process.poll() is not None:
             net.start(node)
             started = True
         time.sleep(0.1)
-    moved = time.monotonic() - mended_at
+    moved = time.monotonic() - repaired_at
     code = process.wait(LONGEST_S)
     if not started and node.address not in net.alive():
         node.process.wait(60)
@@ -74,7 +74,7 @@ def cut(net: Network, process: "subprocess.Popen[bytes]", seconds: float, sign: 
         started = True
     assert code == 0
     return {
-        "cut_s": round(mended_at - cut_at, 1),
+        "cut_s": round(repaired_at - cut_at, 1),
         "progress_meanwhile": at - before,
         "counted_as_dead_and_started_again": started,
         "seconds_from_repair_to_progress": None if over else round(moved, 1),
@@ -115,11 +115,11 @@ def test_training_ends_with_the_same_bytes(
     words, clean = trained
     run = tmp_path / "run"
     process = command(net, f"{words} --out {run}")
-    sign = lambda: sum(line["kind"] == "epoch" for line in told(run))  # noqa: E731
+    sign = lambda: sum(line["kind"] == "epoch" for line in logged(run))  # noqa: E731
     until(process, sign, 2)
     found = cut(net, process, seconds, sign)
     equal = sha256_file(newest(clean)) == sha256_file(newest(run))
-    attempts = sum(line["kind"] == "workers_started" for line in told(run))
+    attempts = sum(line["kind"] == "workers_started" for line in logged(run))
     seen["train"].append({**found, "restarts": attempts - 1, "weights_equal": equal})
     assert equal
 
@@ -141,7 +141,7 @@ def test_training_over_slow_links_ends_with_the_same_bytes(
         for node in net.nodes:
             node.send_freely()
     equal = sha256_file(newest(clean)) == sha256_file(newest(run))
-    attempts = sum(line["kind"] == "workers_started" for line in told(run))
+    attempts = sum(line["kind"] == "workers_started" for line in logged(run))
     times = {"step_s": step_seconds(run), "step_s_of_a_free_link": step_seconds(clean)}
     slow.append({"tc_at_both_ends": how, **times, "restarts": attempts - 1, "weights_equal": equal})
     assert equal
@@ -154,20 +154,20 @@ def test_prepare_loses_and_doubles_nothing(net: Network, prepared: Path, tmp_pat
     process = command(net, f"prepare scenes --out {out} {SCENES}")
     sign = lambda: len(list(out.glob("*.parquet")))  # noqa: E731
     until(process, sign, 2)
-    told = cut(net, process, seconds, sign)
+    output = cut(net, process, seconds, sign)
     wanted, found = PairStore.open(prepared), PairStore.open(out)
-    seen["prepare"].append({**told, "files_equal": wanted.manifest.files == found.manifest.files})
+    seen["prepare"].append({**output, "files_equal": wanted.manifest.files == found.manifest.files})
     assert wanted.manifest.files == found.manifest.files
     assert wanted.index.sample_id.tolist() == found.index.sample_id.tolist()
 
 
-def told(run: Path) -> list[dict[str, Any]]:
+def logged(run: Path) -> list[dict[str, Any]]:
     return list(entries(run)) if (run / "events.jsonl").is_file() else []
 
 
 def step_seconds(run: Path) -> float:
     """Of a step, on average over the run."""
-    epochs = [line for line in told(run) if line["kind"] == "epoch"]
+    epochs = [line for line in logged(run) if line["kind"] == "epoch"]
     return round(sum(line["train"]["seconds"] for line in epochs) / epochs[-1]["global_step"], 4)
 
 

@@ -45,7 +45,7 @@ def test_subspaces_are_those_of_a_singular_value_decomposition_however_the_pairs
         assert (basis.max(axis=0) >= -basis.min(axis=0)).all(), "the largest component is positive"
 
 
-def test_what_cannot_give_a_start_is_told() -> None:
+def test_what_cannot_give_a_start_is_refused() -> None:
     event, target = small_pairs()
     with pytest.raises(ConfigError, match=r"--rank \(24\) is not below the number of training pairs \(24\)"):
         compute_stats(in_batches(event, target), "subspaces", 24, PAIRS, seed=0)
@@ -164,7 +164,7 @@ def test_a_changed_patch_of_events_moves_the_whole_answer_through_the_context() 
         ({"patch": 5}, r"--patch \(5\) must divide .* try 2, 4, 8, 16"),
     ],
 )
-def test_features_that_conv_cannot_take_are_told(changes: dict[str, object], words: str) -> None:
+def test_features_that_conv_cannot_take_are_refused(changes: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         meta_adapter(conv_config(**changes))
 

@@ -1,4 +1,4 @@
-"""The benchmark scripts' own functions, at small sizes: a script that nobody can run here still has to work."""
+"""The benchmark scripts' own functions, at small sizes: a script that cannot be run here still has to work."""
 
 import json
 import subprocess
@@ -132,7 +132,7 @@ def test_the_long_drive_is_a_true_sequence_of_the_density_asked_for(tmp_path: Pa
     assert task.num_pairs == 2
 
 
-def test_the_script_of_dsec_tells_medians_and_ranges_of_rounds_that_agree() -> None:
+def test_the_script_of_dsec_gives_medians_and_ranges_of_rounds_that_agree() -> None:
     same = {"pairs": 8, "rejected": 0, "windows": 8, "events_covered": 10**9, "events_drawn": 2 * 10**8}
     same |= {"workers": 2, "fingerprint": "f"}
     rounds = [same | {"seconds": seconds, "worker_peak_bytes": 2**28} for seconds in (4.0, 2.0, 5.0)]

@@ -78,7 +78,7 @@ def test_a_projection_worked_by_hand() -> None:
 
 
 def test_a_turned_camera_worked_by_hand() -> None:
-    """Frames taken 45° to the right: a ray straight ahead, at the event axis, lies 45° to their left."""
+    """Frames taken 45° to the right: a ray straight ahead, at the event axis, is 45° to their left."""
     turn = np.array([[0.5**0.5, 0, -(0.5**0.5)], [0, 1, 0], [0.5**0.5, 0, 0.5**0.5]])
     rig = rig_of(MADE_UP | {"T_10": np.block([[turn, np.zeros((3, 1))], [np.eye(4)[3:]]])})
     assert frame_places(rig, np.array([335.0, 221.0])) == pytest.approx([714 - 1165, 571])
@@ -159,7 +159,7 @@ def test_the_common_part_is_valid_throughout_and_cuts_the_real_bottom_alone(
     assert 440 <= view.crop.bottom <= 452
     assert not view.valid_HW[view.crop.bottom].all()
     assert (~view.valid_HW).mean() == pytest.approx(0.058, abs=0.002)
-    # A pixel is valid where its whole 2 x 2 box and the sample beside it are: half a pixel within the border.
+    # A pixel is valid where its whole 2 x 2 box and the sample next to it are: half a pixel within the border.
     assert np.array_equal(view.valid_HW, places[..., 1] <= RGB_HEIGHT - 1.5)
 
 

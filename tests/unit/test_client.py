@@ -101,7 +101,7 @@ def test_the_other_forms_of_v1(client: AlignmentClient) -> None:
 
 
 @pytest.mark.parametrize("wire", WIRES)
-def test_a_refusal_is_told_in_the_endpoints_words(client: AlignmentClient, wire: Wire) -> None:
+def test_a_refusal_is_given_in_the_endpoints_words(client: AlignmentClient, wire: Wire) -> None:
     with pytest.raises(
         EndpointError, match=r"'event' is 5 wide, the model takes 768\. \(HTTP 422, request \w+\)"
     ) as caught:
@@ -203,7 +203,7 @@ def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
         assert server.metric("align_requests_total", code="200", route="/v2/models/{model}/infer") == 6
 
 
-def test_a_queue_that_stays_full_is_told_when_the_time_is_over(tmp_path: Path) -> None:
+def test_a_queue_that_stays_full_is_reported_when_the_time_is_over(tmp_path: Path) -> None:
     with local_server(make_checkpoint(tmp_path / "checkpoint"), max_batch=3, max_queue=2) as server:
         url, batcher = f"http://{server.url}", server.endpoint.batcher
         predict, started, release = batcher._predict, threading.Event(), threading.Event()

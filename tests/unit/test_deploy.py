@@ -83,7 +83,7 @@ def test_a_launched_cluster_asks_for_its_token_and_keeps_its_dashboard_to_itself
     head = " ".join(plan["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in head
     for commands in (plan["head_start_ray_commands"], plan["worker_start_ray_commands"]):
-        assert ". ~/ray-app.env" in " ".join(commands), "where RAY_AUTH_MODE=token stands"
+        assert ". ~/ray-app.env" in " ".join(commands), "which sets RAY_AUTH_MODE=token"
     assert "/home/ray/.ray/auth_token" in plan["file_mounts"]
     assert "chmod 600 ~/.ray/auth_token" in " ".join(plan["setup_commands"])
     assert "IpPermissions" not in plan["provider"].get("security_group", {}), "Ray's own rules: ssh, and the group"
@@ -107,7 +107,7 @@ def test_the_environment_example_turns_authentication_on_and_holds_no_secret() -
     assert not values["MLFLOW_TRACKING_TOKEN"]
 
 
-def test_nodes_and_pods_are_told_the_same() -> None:
+def test_nodes_and_pods_get_the_same() -> None:
     nodes, pods = environment_of_nodes(), environment_of_pods()
     elsewhere = {"RAY_AUTH_MODE", "MLFLOW_TRACKING_TOKEN"}  # KubeRay's authOptions; a secret, of which pods need none
     assert set(nodes) - set(pods) == elsewhere
@@ -201,7 +201,7 @@ def test_the_endpoint_on_kubernetes_is_the_one_of_this_repository() -> None:
     ServeDeploySchema.model_validate(theirs)
     assert theirs == ours
     for application in ours["applications"]:
-        assert "tracking_uri" not in application["args"], "MLFLOW_TRACKING_URI of the nodes tells it"
+        assert "tracking_uri" not in application["args"], "MLFLOW_TRACKING_URI of the nodes sets it"
 
 
 def test_the_gpu_overlay_is_the_endpoint_of_the_base_with_a_gpu_for_each_replica() -> None:

@@ -72,7 +72,7 @@ def test_a_drafter_that_has_learnt_nothing_may_draft_nothing(name: str) -> None:
     assert len(drafter.draft(QUESTION, (1, 2), 3).tokens) <= 3
 
 
-def test_probabilities_stand_beside_the_tokens_that_they_made_likely() -> None:
+def test_probabilities_go_with_the_tokens_that_they_made_likely() -> None:
     rows = drive(20)
     for name in ("positional", "ngram"):
         drafter = DRAFTERS[name]()
@@ -128,7 +128,7 @@ def test_prompt_lookup_finds_the_latest_earlier_place() -> None:
     assert drafter.draft(QUESTION, (5, 6), 2).tokens == ()
 
 
-def test_previous_window_goes_on_from_where_the_words_are_found() -> None:
+def test_previous_window_continues_from_where_the_words_are_found() -> None:
     drafter = DRAFTERS["previous_window"]()
     drafter.update(QUESTION, (1, 2, 3, 4, 5))
     assert drafter.draft(QUESTION, (), 2).tokens == (1, 2)
@@ -204,7 +204,7 @@ def test_folds_of_named_sequences_never_cut_one() -> None:
 
 
 @pytest.mark.parametrize("sequences", [[""] * 30, ["a"] * 30, ["a", ""] * 15])
-def test_folds_are_stretches_where_sequences_are_not_told_apart(sequences: list[str]) -> None:
+def test_folds_are_stretches_where_sequences_are_not_distinguished(sequences: list[str]) -> None:
     assert folds_of(sequences, 5, 2) == contiguous_folds(30, 5, 2)
 
 

@@ -212,7 +212,7 @@ def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
         dsec(tmp_path, (100_000,)).tasks()
 
 
-def test_a_machine_without_the_filter_is_told_what_to_install(two_seconds: DsecFiles) -> None:
+def test_a_machine_without_the_filter_learns_what_to_install(two_seconds: DsecFiles) -> None:
     script = (
         "import sys; sys.modules['hdf5plugin'] = None\n"
         "from pathlib import Path\n"

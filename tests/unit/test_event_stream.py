@@ -96,7 +96,7 @@ def test_blocks_are_the_union_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(blocks([(30, 34), (0, 25), (5, 8), (20, 31)])) == [(0, 10), (10, 20), (20, 25), (25, 31), (31, 34)]
 
 
-def test_a_damaged_place_costs_the_slices_alone_that_it_lies_in(tmp_path: Path) -> None:
+def test_a_damaged_place_costs_the_slices_alone_that_it_is_in(tmp_path: Path) -> None:
     events = events_until(1_000_000)
     path = tmp_path / "events.h5"
     write_events(path, events, OFFSET_US, chunks=512)

@@ -190,7 +190,7 @@ def test_clips_drawn_as_one_image_come_from_their_own_folder(dataset: Path) -> N
         ("train_0s", 1_000_000, 500_000),
     ],
 )
-def test_the_folders_name_tells_the_length_of_its_clips(name: str, duration_us: int, step_us: int) -> None:
+def test_the_folders_name_gives_the_length_of_its_clips(name: str, duration_us: int, step_us: int) -> None:
     source = EventGptSource.of_folder(Path("/data") / name)
     assert (source.duration_us, source.step_us) == (duration_us, step_us)
     given = EventGptSource.of_folder(Path("/data") / name, duration_us=2_000_000, step_us=100_000)

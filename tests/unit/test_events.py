@@ -126,7 +126,7 @@ def test_crossing_times_are_interpolated_between_frames() -> None:
     simulator.start(dark, 1000)
     found = simulator.step(bright, 2000)
     np.testing.assert_allclose(found.t_us, [1200, 1400, 1600, 1800, 2000][: len(found.t_us)], atol=1)
-    assert len(found.t_us) in (4, 5)  # the fifth threshold lies at the end itself
+    assert len(found.t_us) in (4, 5)  # the fifth threshold is at the end itself
     assert found.p.tolist() == [1] * len(found.t_us)
 
 

@@ -40,7 +40,7 @@ def test_a_query_finds_its_metrics_and_labels(exposition: str, query: str) -> No
             assert f'{label}="' in exposition
 
 
-def test_every_panel_says_what_it_shows_and_where_it_lies() -> None:
+def test_every_panel_says_what_it_shows_and_where_it_is() -> None:
     panels: list[dict[str, Any]] = DASHBOARD["panels"]
     assert len({panel["title"] for panel in panels}) == len(panels) >= 12
     cells = {

@@ -178,7 +178,7 @@ class Command:
         return os.system, (f"touch '{self.marker}'",)
 
 
-@pytest.mark.parametrize("place", ["config", "model_state_dict", "beside", "whole"])
+@pytest.mark.parametrize("place", ["config", "model_state_dict", "next to it", "whole"])
 def test_a_pickle_that_calls_a_program_does_not_run(place: str, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     command = Command(marker)
@@ -213,7 +213,7 @@ def with_pickle(file: Path, stream: bytes) -> Path:
 
 
 def changed_state(**changes: Any) -> dict[str, Any]:
-    """A document whose state dict has these keys changed, or left out where they are None; `__` stands for a dot."""
+    """A document whose state dict has these keys changed, or left out where they are None; `__` is a dot."""
     state = state_of(mlp()) | {key.replace("__", "."): value for key, value in changes.items()}
     return document(model_state_dict={key: value for key, value in state.items() if value is not None})
 
@@ -265,7 +265,7 @@ def test_what_does_not_fit_is_named_in_one_sentence(content: Any, message: str, 
     assert [path.name for path in tmp_path.iterdir()] == ["r.pt"]
 
 
-def test_a_file_that_is_no_whole_archive_of_torch_is_told_for_what_it_is(tmp_path: Path) -> None:
+def test_a_file_that_is_no_whole_archive_of_torch_is_named_for_what_it_is(tmp_path: Path) -> None:
     content = document()
     whole = saved(tmp_path / "r.pt", content)
     data = whole.read_bytes()

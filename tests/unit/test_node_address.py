@@ -17,10 +17,10 @@ def test_an_interface_is_found_by_each_address_that_the_kernel_gives_it() -> Non
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         for _, name in socket.if_nameindex():
             try:
-                told = ioctl(asked, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                output = ioctl(asked, SIOCGIFADDR, struct.pack("256s", name.encode()))
             except OSError:  # it has none
                 continue
-            found[socket.inet_ntoa(told[20:24])] = name
+            found[socket.inet_ntoa(output[20:24])] = name
     assert found["127.0.0.1"] == "lo"
     assert {address: interface_of(address) for address in found} == found
 

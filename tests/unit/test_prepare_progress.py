@@ -34,7 +34,7 @@ def built(pairs: int, rejected: int, windows: int, events_drawn: int) -> BuiltTa
     )
 
 
-def test_a_line_tells_windows_and_events_a_second_and_the_time_left(
+def test_a_line_shows_windows_and_events_a_second_and_the_time_left(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with PrepareProgress(1_100) as progress:
@@ -64,7 +64,9 @@ def test_without_event_counts_nothing_is_said_of_them(clock: Clock, capsys: pyte
         assert capsys.readouterr().err == "10 of 20 pairs, 0.33 windows/s, 30 s left, 0 rejected\n"
 
 
-def test_what_a_worker_heard_of_the_store_is_told_at_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_worker_heard_of_the_store_is_printed_at_once(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     with PrepareProgress(20) as progress:
         clock.now += 1
         progress.add(built(10, 0, 10, 0), False, "s3://bucket/s does not answer; trying\ns3://bucket/s answers again")

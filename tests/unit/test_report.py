@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from pages import Elements, assert_has_words, assert_light_and_dark, assert_stands_alone
+from pages import Elements, assert_has_words, assert_light_and_dark, assert_self_contained
 from rich.console import Console
 
 from ray_app.commands.evaluate.report import (
@@ -105,7 +105,7 @@ def page() -> str:
 
 
 def test_a_page_refers_to_nothing_outside_itself(page: str) -> None:
-    assert_stands_alone(page)
+    assert_self_contained(page)
 
 
 def test_a_report_links_to_the_page_about_tokens() -> None:

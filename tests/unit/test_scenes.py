@@ -141,7 +141,7 @@ def test_distance_is_the_integral_of_speed(seed: int) -> None:
     assert np.abs(np.diff(v)).max() < 0.2  # no jumps: at most 20 m/s² in 10 ms
 
 
-def test_a_halt_is_where_and_when_the_vehicle_stands() -> None:
+def test_a_halt_is_where_and_when_the_vehicle_waits() -> None:
     drive = Drive(np.random.default_rng(0), 10.0, 0.5)
     for now in (0.0, 100.0, 500.0):
         for halt in drive.halts_near(now):
@@ -160,7 +160,7 @@ def test_a_bend_is_the_integral_of_the_heading(s: float) -> None:
     np.testing.assert_allclose(road.bend(s)[at], np.interp(at, ahead, aside), atol=0.05)
 
 
-def test_what_stands_beside_the_road_stays_where_it_is() -> None:
+def test_what_is_next_to_the_road_stays_where_it_is() -> None:
     world, _, _ = make_world(5)
     assert roadside(world, 7) == roadside(world, 7)
     for thing in roadside(world, 7):
@@ -188,14 +188,14 @@ def test_vehicles_move_steadily() -> None:
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.1, 0.25, 0.5, 0.9])
-def test_a_rectangle_gives_the_light_of_its_area_wherever_it_lies(shift: float) -> None:
+def test_a_rectangle_gives_the_light_of_its_area_wherever_it_is(shift: float) -> None:
     canvas = grey_canvas()
     canvas.rectangle((10.0 + shift, 13.5 + shift), (5.0 + shift, 6.25 + shift), (100.0, 100.0, 100.0))
     assert canvas.image_CHW.sum() == pytest.approx(100.0 * 3.5 * 1.25, rel=1e-5)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.1, 0.37, 0.5])
-def test_a_sprite_gives_the_same_light_wherever_it_lies(shift: float) -> None:
+def test_a_sprite_gives_the_same_light_wherever_it_is(shift: float) -> None:
     y, x = np.mgrid[0:64, 0:64]
     disc = sprite((np.hypot(x - 31.5, y - 31.5) < 28).astype(float), np.ones((64, 64)))
     canvas = grey_canvas()

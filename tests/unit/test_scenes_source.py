@@ -106,12 +106,12 @@ def test_events_come_from_the_middle_of_the_window_at_true_motion(source: Scenes
     assert (np.diff(events.t_us) >= 0).all()
 
 
-def test_the_description_tells_every_setting_and_that_events_are_simulated(source: ScenesSource) -> None:
-    told = json.loads(json.dumps(source.describe()))
-    assert told["events"] == "simulated"
-    assert told["simulator"]["theta_on"] < told["simulator"]["theta_off"]
+def test_the_description_gives_every_setting_and_that_events_are_simulated(source: ScenesSource) -> None:
+    output = json.loads(json.dumps(source.describe()))
+    assert output["events"] == "simulated"
+    assert output["simulator"]["theta_on"] < output["simulator"]["theta_off"]
     for name in ("num_pairs", "num_sequences", "seed", "width", "height", "duration_us", "step_us", "event_span_us"):
-        assert told[name] == getattr(source, name)
+        assert output[name] == getattr(source, name)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def missing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flipped, forged, truncated, missing], ids=lambda f: f.__name__)
-def test_a_bad_champion_is_refused_and_told_and_the_old_one_goes_on(
+def test_a_bad_champion_is_refused_and_reported_and_the_old_one_stays(
     server: LocalServer, registry: Registry, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     served = server.json("GET", "/v1/model")[1]["version"]
@@ -190,7 +190,7 @@ def test_a_version_whose_evaluation_cannot_be_read_is_refused(
     assert (status, about["version"]) == (200, served)
 
 
-def test_the_watch_goes_on_after_a_bad_tag_and_after_a_defect(registry: Registry, tmp_path: Path) -> None:
+def test_the_watch_continues_after_a_bad_tag_and_after_a_defect(registry: Registry, tmp_path: Path) -> None:
     """The champion after them is taken."""
     registry.register(make_checkpoint(tmp_path / "first", seed=50))
     with local_server(f"models:/{MODEL}@champion", tracking_uri=registry.uri, reload_interval_s=0.05) as server:

@@ -115,7 +115,7 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
         read_npy(tmp_path / "nothing.npy")
 
 
-def test_a_16_bit_clock_that_starts_again_goes_on() -> None:
+def test_a_16_bit_clock_that_starts_again_continues() -> None:
     content = recording(4) | {"t": np.array([65_000, 65_500, 100, 200], np.uint16)}
     assert events_of(content, 640, 480, "it").t_us.tolist() == [65_000, 65_500, 65_636, 65_736]
 
@@ -225,7 +225,7 @@ def test_what_is_no_video_is_refused(tmp_path: Path, video: Path) -> None:
     with pytest.raises(InputError, match="no readable video"):
         source_of(tmp_path / "nothing.mp4").tasks()
     whole = video.read_bytes()
-    text.write_bytes(whole[: len(whole) // 2])  # the index stands at the end of the file
+    text.write_bytes(whole[: len(whole) // 2])  # the index is at the end of the file
     with pytest.raises(InputError, match="no readable video"):
         source_of(text).tasks()
 

@@ -1,4 +1,4 @@
-"""Whoever drafts, the output is the target's: token for token where greedy, in distribution where sampled."""
+"""With any drafter, the output is the target's: token for token where greedy, in distribution where sampled."""
 
 import numpy as np
 import pytest

@@ -46,7 +46,7 @@ def test_a_file_has_no_name_and_is_gone_with_the_last_of_its_arrays(
     assert second.read().tolist() == [0, 1]
 
 
-def test_a_full_disk_is_told_with_the_folder_and_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_with_the_folder_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def write(self, data: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), len(data))

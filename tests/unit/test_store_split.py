@@ -155,7 +155,7 @@ def test_windows_that_touch_do_not_overlap() -> None:
     assert overlapping_share(index, np.array([1]), np.array([0])) == 0.0
 
 
-def test_the_fingerprint_of_rows_ignores_their_order_and_tells_sets_apart() -> None:
+def test_the_fingerprint_of_rows_ignores_their_order_and_distinguishes_sets() -> None:
     index = drives(10)
     fingerprint = split_module.test_fingerprint
     assert fingerprint(index, np.array([1, 5, 3])) == fingerprint(index, np.array([3, 1, 5]))

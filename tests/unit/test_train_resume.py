@@ -1,4 +1,4 @@
-"""Going on after a worker was killed, at each point of a save; no Ray is needed to see it."""
+"""Resuming after a worker was killed, at each point of a save; no Ray is needed to see it."""
 
 import json
 import signal
@@ -67,7 +67,7 @@ def end_epoch(cfg: TrainConfig, store: PairStore, state: TrainState, val_loss: f
         keeper(cfg, store, log).end_of_epoch(state, {"loss": 1.0}, {"loss": val_loss})
 
 
-def test_killed_before_the_weights_it_goes_on_from_the_epoch_before(
+def test_killed_before_the_weights_it_resumes_from_the_epoch_before(
     cfg: TrainConfig, store: PairStore, start: Start
 ) -> None:
     run, state = RunDir(cfg.folder), start()
@@ -82,7 +82,7 @@ def test_killed_before_the_weights_it_goes_on_from_the_epoch_before(
     assert (state.epoch, state.best_loss) == (2, 1.0)
 
 
-def test_killed_before_it_is_told_an_epoch_is_told_by_the_next_start_and_only_once(
+def test_killed_before_it_is_logged_an_epoch_is_logged_by_the_next_start_and_only_once(
     cfg: TrainConfig, store: PairStore, start: Start
 ) -> None:
     run, state = RunDir(cfg.folder), start()
@@ -96,12 +96,12 @@ def test_killed_before_it_is_told_an_epoch_is_told_by_the_next_start_and_only_on
             keeper(cfg, store, log).begin(start(), 1)
     assert run.best() == run.checkpoint(checkpoint_name(2))
     lines = entries(cfg.folder)
-    told = [(line["kind"], line["epoch"]) for line in lines]
-    assert told == [("epoch", 1), ("resumed", 2), ("epoch", 2), ("resumed", 2)]
+    printed = [(line["kind"], line["epoch"]) for line in lines]
+    assert printed == [("epoch", 1), ("resumed", 2), ("epoch", 2), ("resumed", 2)]
     assert lines[2]["val"] == {"loss": 1.0}
 
 
-def test_a_damaged_state_is_set_aside_and_the_place_before_is_gone_on_from(
+def test_a_damaged_state_is_set_aside_and_the_place_before_is_resumed_from(
     cfg: TrainConfig, store: PairStore, start: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = start()
@@ -166,7 +166,7 @@ def test_places_are_in_order_by_name_and_the_first_worker_decides(cfg: TrainConf
     assert broadcast_resume_point(RunDir(cfg.folder), 0, 1, CPU) is None
 
 
-def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weights_are_the_same_bytes(
+def test_stopped_and_resumed_within_an_epoch_every_pair_comes_once_and_the_weights_are_the_same_bytes(
     cfg: TrainConfig, store: PairStore, start: Start
 ) -> None:
     """Saved after every second step, killed after the fifth of thirteen, asked to stop after the ninth.
@@ -219,7 +219,7 @@ def test_stopped_and_gone_on_within_an_epoch_every_pair_comes_once_and_the_weigh
     for key, value in whole.tensors().items():
         assert torch.equal(value, state.tensors()[key]), key
     steps = [line["global_step"] for line in entries(cfg.folder) if line["kind"] == "step"]
-    assert steps == list(range(1, 14)), "each step is told once"
+    assert steps == list(range(1, 14)), "each step is logged once"
     validations = [line for line in entries(cfg.folder) if line["kind"] == "validation"]
     assert [line["global_step"] for line in validations] == [0, 3, 6, 9, 12], "and each validation"
     assert validations[0]["val"] == at_start
@@ -252,7 +252,7 @@ def test_a_run_has_one_driver_and_its_event_log_one_writer(cfg: TrainConfig) -> 
 
 
 @pytest.mark.parametrize("answer", [KeyboardInterrupt, SystemExit])
-def test_after_ctrl_c_a_run_says_how_to_go_on(cfg: TrainConfig, answer: type[BaseException]) -> None:
+def test_after_ctrl_c_a_run_says_how_to_resume(cfg: TrainConfig, answer: type[BaseException]) -> None:
     """Ray Train puts a handler of its own in place, which ends the process, and leaves it there."""
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
@@ -264,22 +264,24 @@ def test_after_ctrl_c_a_run_says_how_to_go_on(cfg: TrainConfig, answer: type[Bas
             signal.signal(signal.SIGINT, leave)
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(RunInterrupted, match=r"resume with: ray-app train --resume") as told:
+    with pytest.raises(RunInterrupted, match=r"resume with: ray-app train --resume") as caught:
         interrupted()
-    assert told.value.exit_code == 130
+    assert caught.value.exit_code == 130
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_a_disk_that_fails_a_worker_is_told_with_the_way_on_and_a_defect_of_ours_is_not(cfg: TrainConfig) -> None:
+def test_a_disk_that_fails_a_worker_is_named_with_the_resume_command_and_a_defect_of_ours_is_not(
+    cfg: TrainConfig,
+) -> None:
     run = RunDir(cfg.folder)
 
     def ended_by(cause: Exception) -> WorkerGroupError:
         return WorkerGroupError("Training failed", {0: UserExceptionWithTraceback(cause, "Traceback …")})
 
     full = StoreError("best.json cannot be written: No space left on device; Make room for it.")
-    way_on = r"Make room for it\. What was saved is whole; resume with: ray-app train"
+    hint = r"Make room for it\. What was saved is whole; resume with: ray-app train"
     for error in (ended_by(full), full):
-        with pytest.raises(StoreError, match=way_on), with_resume_hint(run):
+        with pytest.raises(StoreError, match=hint), with_resume_hint(run):
             raise error
     with pytest.raises(WorkerGroupError), with_resume_hint(run):
         raise ended_by(ValueError("ours"))

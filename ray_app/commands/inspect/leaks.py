@@ -31,7 +31,7 @@ class Example:
     """Two windows that should not both be there. Rows are positions in the compared index."""
 
     kind: Kind
-    """What both have in common."""
+    """Kind of what both have in common."""
     side: Side | None
     """Feature they share; None for overlapping windows."""
     correlation: float | None
@@ -66,7 +66,7 @@ class Leaks:
     """The worst cases."""
 
     def as_json(self, index: PairIndex) -> dict[str, Any]:
-        """As JSON values, with the windows of the examples by name and time."""
+        """JSON values, with the windows of the examples by name and time."""
         examples = [
             {
                 **asdict(example),

@@ -33,7 +33,7 @@ class AliasMove:
     """One sentence."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, with `before` as `from`."""
+        """JSON values, with `before` as `from`."""
         values = asdict(self)
         return {"from": values.pop("before"), **values}
 

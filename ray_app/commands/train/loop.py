@@ -57,7 +57,7 @@ class WorkerData:
 
 @dataclass(frozen=True, slots=True)
 class BaselineContext:
-    """What the adapter is compared with at every epoch."""
+    """Baselines that the adapter is compared with at every epoch."""
 
     baselines: Baselines
     """Baselines of all validation pairs."""
@@ -129,7 +129,7 @@ class WorkerContext:
     world: int
     """Number of workers."""
     device: torch.device
-    """Where it computes."""
+    """Device that it computes on."""
     init: InitStats | None = None
     """Initial statistics, if they are in memory; otherwise they are read from the run."""
 

@@ -1,4 +1,4 @@
-"""What a run needs of the cluster and the disk, by arithmetic, before anything is started."""
+"""Needs of a run from the cluster and the disk, by arithmetic, before anything is started."""
 
 import shutil
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ WEIGHTS_AND_MOMENTS_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class ResourcePlan:
-    """What each worker of a run takes."""
+    """Resources that each worker of a run takes."""
 
     in_memory: bool
     """A worker holds its training pairs in memory; otherwise it streams them each epoch."""

@@ -29,7 +29,7 @@ from ray_app.runs.run_dir import open_run
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """What a driver sends to each of its workers. Ray shows its text to all users of the cluster."""
+    """Message from a driver to each of its workers. Ray shows its text to all users of the cluster."""
 
     run: str
     """Path or URI of the run."""

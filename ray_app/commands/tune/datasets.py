@@ -95,7 +95,7 @@ def with_starts(spec: SweepSpec, placed: dict[str, SharedDataset], folder: Path)
 
 
 def make_shared_init(cfg: TrainConfig, ranks: list[int], part: SharedDataset) -> SharedInit:
-    """What trials start from, of the first of these ranks that the pairs have."""
+    """Initial weights of trials, of the first of these ranks that the pairs have."""
     problem = ""
     for rank in ranks:
         ranked = cfg.at(cfg.folder / str(rank)).model_copy(update={"rank": rank})

@@ -1,4 +1,4 @@
-"""What a sweep needs, before its first trial: memory by arithmetic, time from one measured training step.
+"""Needs of a sweep, before its first trial: memory by arithmetic, time from one measured training step.
 
 Shapes: B = pairs of a batch, E, D = widths of event and target.
 """

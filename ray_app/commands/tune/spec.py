@@ -95,7 +95,7 @@ class Choice:
     """One of some values."""
 
     values: tuple[Any, ...]
-    """As JSON values."""
+    """JSON values."""
 
     @property
     def bounds(self) -> tuple[Any, ...]:

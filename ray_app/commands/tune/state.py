@@ -64,7 +64,7 @@ class SweepState:
         return None
 
     def record_of(self, trial: Trial) -> TrialRecord:
-        """What the search algorithm needs to know of a trial."""
+        """Facts about a trial that the search algorithm needs."""
         values: tuple[float, ...] = () if trial.objective is None else (trial.objective,)
         if values and self.spec.secondary_objective:
             second = getattr(trial, self.spec.secondary_objective)

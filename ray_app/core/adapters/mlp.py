@@ -56,7 +56,7 @@ class LightweightAlignmentModule(Adapter):
 
 
 class LightweightReference(Adapter):
-    """What the reference really ran: scale · (mlp(x) + 0.1 · x), of one hidden layer with LayerNorm and GELU.
+    """Model that the reference really ran: scale · (mlp(x) + 0.1 · x), of one hidden layer with LayerNorm and GELU.
 
     154,292,737 parameters at E = D = 150,528 and H = 512. Where E ≠ D the residual connection is off. `depth`: hidden
     layers.
