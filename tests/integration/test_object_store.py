@@ -76,7 +76,7 @@ def test_a_store_in_a_bucket_has_the_files_of_one_on_a_disk(s3: S3, small_store:
     there, local = open_storage(where), {path.name: path.read_bytes() for path in small_store.iterdir()}
     assert there.listdir() == set(local), "the scratch folder is gone"
     assert {name: there.read(name) for name in local} == local
-    with pytest.raises(StoreError, match="s3://bucket/deep/er/s already holds a pair store"):
+    with pytest.raises(StoreError, match="s3://bucket/deep/er/s already holds a complete pair store"):
         claim(where, source, source.tasks(), BOTH)
 
 

@@ -156,7 +156,7 @@ def test_the_folder_must_be_new_or_empty(small_store: Path, tmp_path: Path) -> N
         start(source, full / "thesis.txt")
     with pytest.raises(StoreError, match="cannot be written"):
         start(source, full / "thesis.txt" / "s")
-    with pytest.raises(StoreError, match="already holds a pair store"):
+    with pytest.raises(StoreError, match="already holds a complete pair store"):
         start(source, small_store)
     assert contents(full) == {"thesis.txt": b"dear"}
 
