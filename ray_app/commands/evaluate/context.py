@@ -34,7 +34,7 @@ class EvaluationContext:
     """Pairs, split and device of one command."""
 
     store: PairStore
-    """Where the pairs are."""
+    """Path or URI of the pair store, as given."""
     split_config: SplitConfig
     """How they are divided."""
     split: Split
