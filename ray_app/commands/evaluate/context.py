@@ -34,11 +34,11 @@ class EvaluationContext:
     """Pairs, split and device of one command."""
 
     store: PairStore
-    """Path or URI of the pair store, as given."""
+    """The opened pair store."""
     split_config: SplitConfig
-    """How they are divided."""
+    """Settings of the split."""
     split: Split
-    """The division: rows of each part."""
+    """Rows of each part."""
     batch_size: int
     """Pairs per forward pass."""
     use_gpu: bool
