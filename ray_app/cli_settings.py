@@ -61,7 +61,7 @@ def parse(
         values |= {each.name: getattr(part, each.name) for each in fields(part)}
     if trailing:
         values[str(command.trailing)] = tuple(trailing)
-    return checked(lambda: command.config.model_validate(values), lambda key: f"--{key.replace('_', '-')}")
+    return validated(lambda: command.config.model_validate(values), lambda key: f"--{key.replace('_', '-')}")
 
 
 def grouped_form(known: Mapping[str, FieldInfo], given: Mapping[str, Any]) -> type:
@@ -115,11 +115,11 @@ def typed(settings: Mapping[str, Any], known: Mapping[str, FieldInfo], source: s
             value = str(value)  # YAML reads `num_workers: 4` as a number where the setting is text
         kind: Any = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
         adapter: TypeAdapter[Any] = TypeAdapter(kind)
-        values[name] = checked(lambda: adapter.validate_python(value), lambda _: f"{source}: {name}")  # noqa: B023
+        values[name] = validated(lambda: adapter.validate_python(value), lambda _: f"{source}: {name}")  # noqa: B023
     return values
 
 
-def checked(validate: Callable[[], Any], label: Callable[[str], str]) -> Any:
+def validated(validate: Callable[[], Any], label: Callable[[str], str]) -> Any:
     """Return what `validate` returns; its first ValidationError as a ConfigError with the label of the field."""
     try:
         return validate()

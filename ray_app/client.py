@@ -34,7 +34,7 @@ from ray_app.client_wire import (
     Wire,
     binary_answer,
     binary_request,
-    checked,
+    check_arrays,
     json_answer,
     json_request,
 )
@@ -129,7 +129,7 @@ class AlignmentClient:
     def _infer(
         self, wire: Wire, tensors: Mapping[str, NDArray[Any]], theta: float | None, outputs: Sequence[str]
     ) -> Answer:
-        ready = {name: checked(name, tensor) for name, tensor in tensors.items()}
+        ready = {name: check_arrays(name, tensor) for name, tensor in tensors.items()}
         if wire == "binary":
             head, blocks = binary_request(ready, theta, outputs)
             path = f"/v2/models/{self.model_name}/infer"

@@ -63,7 +63,7 @@ class Reply:
         return document if isinstance(document, dict) else {}
 
 
-def checked(name: str, tensor: NDArray[Any]) -> NDArray[Any]:
+def check_arrays(name: str, tensor: NDArray[Any]) -> NDArray[Any]:
     """Return the tensor as little-endian rows, without a copy where it is. InputError: it cannot be sent."""
     if not isinstance(tensor, np.ndarray) or tensor.ndim != 2:
         shape = getattr(tensor, "shape", None)

@@ -19,20 +19,20 @@ from ray_app.store.token_file import read_tokens
 
 from .deployment import application
 from .model.loaded_model import load_served
-from .model.model_source import source_of
+from .model.model_source import model_source
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
     """Check arguments and model, then build the app. RayServeException, which Ray does not retry: what to change."""
     try:
-        cfg = checked(args)
-        require_model(cfg)
+        cfg = checked_config(args)
+        require_registered_model(cfg)
     except RayAppError as error:
         raise RayServeException(str(error)) from error
     return application(cfg)
 
 
-def checked(args: Mapping[str, Any]) -> EndpointConfig:
+def checked_config(args: Mapping[str, Any]) -> EndpointConfig:
     """Parse the arguments. ConfigError: an unknown one, or one with which no replica could start."""
     try:
         cfg = EndpointConfig.model_validate(dict(args))
@@ -60,16 +60,16 @@ def local_app(cfg: EndpointConfig) -> serve.Application:
         read_tokens(cfg.token_file)
     known = {name: getattr(cfg, name) for name in EndpointConfig.model_fields}
     cfg = with_model(EndpointConfig.model_validate(known))
-    require_model(cfg)
+    require_registered_model(cfg)
     return application(cfg)
 
 
-def require_model(cfg: EndpointConfig) -> None:
+def require_registered_model(cfg: EndpointConfig) -> None:
     """Load the model once. CheckpointError, RegistryError, StoreError: no replica could serve it.
 
     Ray would restart a replica that cannot load again and again, with the reason only in its log.
     """
-    source = source_of(cfg.checkpoint, cfg.tracking_uri)
+    source = model_source(cfg.checkpoint, cfg.tracking_uri)
     identity = source.current()
     with source.files(identity) as folder:
         load_served(folder, identity, "fp32", use_gpu=False, max_batch=1)

@@ -16,10 +16,10 @@ from ray_app.config.serve import EndpointConfig
 from .http.auth import TokenStore
 from .http.routes import build_api
 from .model.batcher import Batcher
-from .model.hot_reload import ModelReloader, Outcome, iso_time
+from .model.hot_reload import ModelReloader, ReloadOutcome, iso_time
 from .model.loaded_model import ServedModel
-from .model.model_source import source_of
-from .model.predict import Answer, InferenceRequest, predict
+from .model.model_source import model_source
+from .model.predict import InferenceRequest, InferenceResult, predict
 from .observability.metrics import Telemetry
 from .observability.stats import Snapshot
 from .observability.tracing import Tracing
@@ -45,7 +45,7 @@ class ReplicaState:
         self.telemetry = Telemetry(name)
         self.tracing = Tracing(cfg.traces, name)
         self.reloader = ModelReloader(
-            source_of(cfg.checkpoint, cfg.tracking_uri),
+            model_source(cfg.checkpoint, cfg.tracking_uri),
             precision=cfg.precision,
             use_gpu=cfg.use_gpu,
             max_batch=cfg.max_batch,
@@ -69,13 +69,13 @@ class ReplicaState:
         """Model in service now."""
         return self.reloader.model
 
-    async def answer(self, work: InferenceRequest, timeout_s: float) -> Answer:
+    async def answer(self, work: InferenceRequest, timeout_s: float) -> InferenceResult:
         """Return the model's answer, counted in the metrics. ApiError: see `Batcher.answer`."""
         answer = await self.batcher.answer(work, timeout_s)
         self.telemetry.answered(answer, work.rows)
         return answer
 
-    async def reload(self, retry_refused: bool = False) -> Outcome:
+    async def reload(self, retry_refused: bool = False) -> ReloadOutcome:
         """Check the model source once; a new model takes over if its answers are right."""
         outcome = await self.reloader.check(retry_refused)
         self.telemetry.reload(outcome)

@@ -27,7 +27,7 @@ AGENT_S = 30.0
 DASHBOARD_PORT = 8265
 EXIT_STOPPED = 143
 """Exit code of a job that was stopped by hand, as of a process that SIGTERM ended."""
-PLACES = {
+ADDRESS_SOURCES = {
     "store": "store",
     "checkpoint": "checkpoint",
     "mlflow_run_id": "MLflow run",
@@ -246,7 +246,7 @@ def show_ended(result: dict[str, Any], console: Console) -> None:
     if result["exit_code"] == EXIT_STOPPED and (command := resume_command(result["entrypoint"])):
         lines.append(f"what was saved is kept; resume with:  {command}")
     found = result.get("result") or {}
-    lines += [f"{name}: {found[key]}" for key, name in PLACES.items() if found.get(key)]
+    lines += [f"{name}: {found[key]}" for key, name in ADDRESS_SOURCES.items() if found.get(key)]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

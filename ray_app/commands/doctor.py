@@ -33,7 +33,7 @@ from ray_app.errors import ConfigError
 State = Literal["ok", "info", "warning", "problem"]
 STYLES: dict[State, str] = {"ok": "green", "info": "dim", "warning": "yellow", "problem": "bold red"}
 GIB = 2**30
-PACKAGES = ("ray", "torch", "mlflow", "pyarrow")
+REQUIRED_PACKAGES = ("ray", "torch", "mlflow", "pyarrow")
 MIN_CPUS = 2
 MIN_MEMORY_GIB = 8
 MIN_SHM_GIB = 2
@@ -65,7 +65,7 @@ def run_doctor(cfg: DoctorConfig) -> dict[str, Any]:
     """All checks, in the order of the screen, and how many of them are a problem."""
     checks = [
         check_python(platform.python_version()),
-        *(check_package(name) for name in PACKAGES),
+        *(check_package(name) for name in REQUIRED_PACKAGES),
         check_cpus(len(os.sched_getaffinity(0)), os.cpu_count() or 1),
         check_memory(memory_bytes()),
         check_shm(Path("/dev/shm")),

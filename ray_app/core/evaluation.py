@@ -25,7 +25,7 @@ from ray_app.errors import InputError
 
 BASELINES = ("before", "white", "mean_target", "shuffled")
 """Rules without learning; lift is over the best of them."""
-CHUNK = 128
+RETRIEVAL_CHUNK = 128
 """Rows of the aligned features that are compared with all targets at a time."""
 DARK = 0.5
 """A target below this share of the mean training target's brightness is called night."""
@@ -259,7 +259,7 @@ class AlignmentEvaluator:
     def _against(self, aligned_ND: Tensor, target_ND: Tensor, others: NDArray[np.int64]) -> Cosines:
         """Cosines of aligned feature i with target others[i]."""
         parts = []
-        for rows in torch.arange(len(others)).split(CHUNK):
+        for rows in torch.arange(len(others)).split(RETRIEVAL_CHUNK):
             target = decode(target_ND[torch.from_numpy(others)[rows]], self.target_scale, self.device)
             parts.append(pair_cosine(aligned_ND[rows].float(), target, self.token_width).cpu())
         return torch.cat(parts).double().numpy()
@@ -268,7 +268,7 @@ class AlignmentEvaluator:
         """Cosines of target i with target previous[i]; NaN where that is −1."""
         cosines = np.full(len(previous), np.nan)
         (known,) = np.nonzero(previous >= 0)
-        for rows in np.array_split(known, max(1, len(known) // CHUNK)):
+        for rows in np.array_split(known, max(1, len(known) // RETRIEVAL_CHUNK)):
             if rows.size:
                 now, past = (
                     decode(target_ND[torch.from_numpy(which)], self.target_scale, self.device)
@@ -281,9 +281,9 @@ class AlignmentEvaluator:
         """Retrieval by centred cosine, of token sequences as a whole: uncentred, all features look alike."""
         similarity_NN = torch.empty(len(target_ND), len(target_ND))
         unit = torch.nn.functional.normalize
-        for columns in torch.arange(len(target_ND)).split(CHUNK):
+        for columns in torch.arange(len(target_ND)).split(RETRIEVAL_CHUNK):
             target = unit(self._centred(decode(target_ND[columns], self.target_scale, self.device)), dim=1)
-            for rows in torch.arange(len(aligned_ND)).split(CHUNK):
+            for rows in torch.arange(len(aligned_ND)).split(RETRIEVAL_CHUNK):
                 aligned = unit(self._centred(aligned_ND[rows].float()), dim=1)
                 similarity_NN[rows[:, None], columns] = (aligned @ target.T).cpu()
         return retrieval(similarity_NN)

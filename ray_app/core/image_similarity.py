@@ -10,7 +10,7 @@ Shapes: N, M = pictures, H, W = pixels, G = 16 cells a side, K = G · G numbers 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+Descriptors = NDArray[np.float32]
 
 CELLS = 16
 NEAR = 0.9
@@ -21,11 +21,11 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """Weights of red, green and blue in brightness (ITU-R BT.601)."""
 FLAT = 1e-3
 """A picture whose descriptor is shorter than this before scaling (brightness from 0 to 255) is blank."""
-BLOCK = 2048
+ROWS_PER_BLOCK = 2048
 """Pictures of either side that are compared at a time: 16 MB."""
 
 
-def brightness(pictures_NCHW: NDArray[np.uint8]) -> Floats:
+def brightness(pictures_NCHW: NDArray[np.uint8]) -> Descriptors:
     """Mean brightness of each cell, 0 to 255, shape (N, G, G). Cells may share pixels, each by its area."""
     count, colours, height, width = pictures_NCHW.shape
     narrow = pictures_NCHW.reshape(-1, width).astype(np.float32) @ _cells(width).T
@@ -33,7 +33,7 @@ def brightness(pictures_NCHW: NDArray[np.uint8]) -> Floats:
     return np.einsum("c,ncij->nij", LUMA, cells_NCGG.reshape(count, colours, CELLS, CELLS))
 
 
-def descriptors(brightness_NGG: Floats) -> Floats:
+def descriptors(brightness_NGG: Descriptors) -> Descriptors:
     """Unit vectors, shape (N, K); zero for a blank picture, which is similar to none."""
     around = np.pad(brightness_NGG, ((0, 0), (1, 1), (1, 1)), mode="edge")
     rows = around[:, :-2] + around[:, 1:-1] + around[:, 2:]
@@ -44,17 +44,19 @@ def descriptors(brightness_NGG: Floats) -> Floats:
     return np.where(length_N1 > FLAT, contrast_NK / np.maximum(length_N1, FLAT), 0.0).astype(np.float32)
 
 
-def nearest(descriptor_NK: NDArray[np.floating], others_MK: NDArray[np.floating]) -> tuple[NDArray[np.int64], Floats]:
+def nearest(
+    descriptor_NK: NDArray[np.floating], others_MK: NDArray[np.floating]
+) -> tuple[NDArray[np.int64], Descriptors]:
     """Row of the most similar of the others, and the correlation with it: two arrays of shape (N,).
 
     Needs M > 0. Memory does not depend on N and M beyond the results.
     """
     row_N, best_N = np.zeros(len(descriptor_NK), np.int64), np.full(len(descriptor_NK), -2.0, np.float32)
-    for i in range(0, len(descriptor_NK), BLOCK):
-        part = slice(i, i + BLOCK)
+    for i in range(0, len(descriptor_NK), ROWS_PER_BLOCK):
+        part = slice(i, i + ROWS_PER_BLOCK)
         rows = descriptor_NK[part].astype(np.float32)
-        for j in range(0, len(others_MK), BLOCK):
-            correlation = rows @ others_MK[j : j + BLOCK].astype(np.float32).T
+        for j in range(0, len(others_MK), ROWS_PER_BLOCK):
+            correlation = rows @ others_MK[j : j + ROWS_PER_BLOCK].astype(np.float32).T
             column = correlation.argmax(axis=1)
             value = correlation[np.arange(len(correlation)), column]
             better = value > best_N[part]
@@ -63,7 +65,7 @@ def nearest(descriptor_NK: NDArray[np.floating], others_MK: NDArray[np.floating]
     return row_N, best_N
 
 
-def _cells(pixels: int) -> Floats:
+def _cells(pixels: int) -> Descriptors:
     """Weights that average a side's pixels into cells, shape (G, pixels)."""
     edges = np.linspace(0, pixels, CELLS + 1)
     pixel = np.arange(pixels)

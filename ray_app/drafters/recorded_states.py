@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ray_app.core.speculative.prompts import AnsweredPrompt, States
 from ray_app.errors import CheckpointError, InputError
-from ray_app.store.capture_store import Side, StateReader
+from ray_app.store.capture_store import ModelSide, StateReader
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
 from ray_app.store.traces import Trace, TraceFile, read_traces
 
@@ -70,7 +70,7 @@ def aligned(checkpoint: Checkpoint, states_TD: States, target_width: int) -> Sta
         return checkpoint.adapter(torch.from_numpy(states_TD)).numpy()
 
 
-def blocks(files: Sequence[TraceFile], block_rows: int) -> list[list[int]]:
+def bootstrap_blocks(files: Sequence[TraceFile], block_rows: int) -> list[list[int]]:
     """Return the block number of each file's rows: their sequence where there are several, else neighbouring rows."""
     numbers: dict[tuple[int, str | int], int] = {}
     several = len({trace.sequence for file in files for trace in file.traces}) > 1
@@ -88,7 +88,7 @@ def _with_states(
 ) -> AnsweredPrompt:
     assert trace.states is not None, "require_states comes first"
 
-    def read(side: Side, tokens: Sequence[int]) -> States:
+    def read(side: ModelSide, tokens: Sequence[int]) -> States:
         state_TD: Tensor = reader.read(trace.states or "", trace.row, side, len(tokens))
         return np.asarray(state_TD.numpy(), np.float32)
 

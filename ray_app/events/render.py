@@ -21,10 +21,10 @@ ROUNDING = 3
 DRAWN_AT_A_TIME = 2**16
 """Events at a time, so few that their indices stay in a processor's cache."""
 
-Canvas = Literal["sensor", "bbox"]
+CanvasSize = Literal["sensor", "bbox"]
 
 
-def event_image(events: Events, canvas: Canvas = "sensor") -> NDArray[np.uint8]:
+def event_image(events: Events, canvas: CanvasSize = "sensor") -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB. `bbox`: only as many rows and columns as the largest y and x need, as EventGPT.
 
     One byte for each event is assigned through a flat index, then bytes become colours. NumPy gives a repeated

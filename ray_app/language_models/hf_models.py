@@ -26,7 +26,7 @@ WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ModelAnswer:
     """One model's answer to one question about one clip."""
 
     tokens: list[int]
@@ -84,7 +84,7 @@ class LiveModel:
     @torch.inference_mode()
     def answer(
         self, clip: Clip, question: str, *, max_new_tokens: int, verify: tuple[int, ...] = (), with_states: bool
-    ) -> Answer:
+    ) -> ModelAnswer:
         """Decode greedily, a token at a time. Preparing the inputs on the CPU is in no time."""
         inputs = {
             name: value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
@@ -102,7 +102,7 @@ class LiveModel:
         tokens = made.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         assert len(stamps) == len(tokens) + 1, "generate puts the prompt, then each token"
         passes = [self._verify(made.cache, tokens, gamma) for gamma in verify if gamma + 1 < len(tokens)]
-        return Answer(
+        return ModelAnswer(
             tokens=tokens,
             text=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
             prefill_ms=1e3 * (stamps[1] - stamps[0]),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ray_app.core.metrics import THETA, rate_key
 
-Cosines = Mapping[str, NDArray[np.floating]]
+CosineSeries = Mapping[str, NDArray[np.floating]]
 """Cosine of each pair by name; NaN where a baseline does not exist for a pair."""
 
 INK, FAINT, PAGE = "#0a0b01", "#0a0b02", "#0a0b03"
@@ -79,7 +79,7 @@ def log_scale(axes: Axes, values: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def acceptance_figure(cosines: Cosines) -> str:
+def acceptance_figure(cosines: CosineSeries) -> str:
     """cosine_accept_rate against theta, for the adapter and every baseline, as SVG."""
     theta = np.linspace(0.0, 1.0, 401)
 

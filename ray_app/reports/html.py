@@ -171,12 +171,12 @@ def picture(name: str, alt: str, pixels: NDArray[np.uint8]) -> dict[str, Any]:
     return {"name": name, "alt": alt, "png": png, "width": pixels.shape[1], "height": pixels.shape[0]}
 
 
-def flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flat_rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested values as facts with dotted names."""
     lines: list[tuple[str, str]] = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            lines += flattened(value, f"{prefix}{name}.")
+            lines += flat_rows(value, f"{prefix}{name}.")
         elif isinstance(value, list | tuple):
             lines.append((f"{prefix}{name}", " ".join(map(str, value))))
         else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Doubles = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 Generator = np.random.Generator
 
 DRIVE_S = 300.0
@@ -83,7 +83,7 @@ class Road:
     Bends are small-angle: distance ahead is distance along the road, and a bend moves what is there aside.
     """
 
-    GRID_M: Doubles = np.arange(0.0, VIEW_M + 41.0)
+    GRID_M: FloatArray = np.arange(0.0, VIEW_M + 41.0)
     """Distances at which `bend` answers."""
 
     def __init__(self, rng: Generator, most: float) -> None:
@@ -107,12 +107,12 @@ class Road:
         per_round, turned = np.interp([ROAD_M, rest], self._s, self._heading)
         return float(rounds * per_round + turned)
 
-    def bend(self, s: float) -> Doubles:
+    def bend(self, s: float) -> FloatArray:
         """Offset of the road's middle to the right, in metres, at each distance of `GRID_M` from `s`."""
         rest = s % ROAD_M
         ahead = np.interp(rest + self.GRID_M, self._s, self._aside)
         return ahead - ahead[0] - np.interp(rest, self._s, self._heading) * self.GRID_M
 
 
-def _integral(values: Doubles) -> Doubles:
+def _integral(values: FloatArray) -> FloatArray:
     return np.concatenate([[0.0], np.cumsum((values[1:] + values[:-1]) / 2 * FINE_M)])

@@ -18,7 +18,7 @@ Doubles = NDArray[np.float64]
 
 ACROSS_M = 0.02
 """Distance between samples of an albedo table."""
-SAMPLES = 4096
+TEXTURE_SAMPLES = 4096
 TABLE_LEVELS = 5
 TEXEL_M = 0.025
 """Distance between samples of the texture."""
@@ -62,7 +62,7 @@ class Ground:
     def __init__(self, world: World, rng: Generator, focal: float) -> None:
         self._world = world
         self._noise_LMN = ground_noise(rng, TEXEL_M, focal, world.camera_m, 9)
-        n = np.arange(-SAMPLES // 2, SAMPLES // 2) * np.float64(ACROSS_M)
+        n = np.arange(-TEXTURE_SAMPLES // 2, TEXTURE_SAMPLES // 2) * np.float64(ACROSS_M)
         base_CP, rough_P = _albedo(world, rng, n)
         white_C1 = (PAINT - np.array(world.asphalt))[:, None]
         inner = np.abs(n) < world.lanes * world.lane_m
@@ -196,9 +196,9 @@ def _places(n_RW: Floats, pixel_m_R: Doubles) -> NDArray[np.int32]:
     """Flat indices into tables of `_levels`, as smooth in each row as one pixel is wide."""
     level_R = np.clip(np.log2(pixel_m_R / ACROSS_M) + 0.5, 0, TABLE_LEVELS - 1).astype(np.int32)
     place_RW = n_RW * np.float32(1 / ACROSS_M)
-    place_RW += np.float32(SAMPLES // 2)
-    np.clip(place_RW, 0, SAMPLES - 1, out=place_RW)
-    return place_RW.astype(np.int32) + (level_R * SAMPLES)[:, None]
+    place_RW += np.float32(TEXTURE_SAMPLES // 2)
+    np.clip(place_RW, 0, TEXTURE_SAMPLES - 1, out=place_RW)
+    return place_RW.astype(np.int32) + (level_R * TEXTURE_SAMPLES)[:, None]
 
 
 def _beam(strength: float, distance_R: Doubles, x_W: Floats) -> Floats:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from ray_app.scenes.textures import Floats, Pattern, Sprite, luma
 
-Pair = tuple[float, float]
-Rgb = Sequence[float]
+PointPair = tuple[float, float]
+Colour = Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Camera:
 class Air:
     """Effect of distance on contrast."""
 
-    colour: Rgb
+    colour: Colour
     """Colour to which everything fades."""
     metres: float
     """Distance at which a thing keeps 37 % of its contrast."""
@@ -46,13 +46,13 @@ class Air:
 class Upright:
     """An upright rectangle as the camera sees it; each pair gives its left and its right end."""
 
-    x: Pair
+    x: PointPair
     """Columns, the smaller first."""
-    distance_m: Pair
+    distance_m: PointPair
     """Distances along the viewing direction."""
-    along_m: Pair
+    along_m: PointPair
     """Places on its pattern."""
-    light: Pair
+    light: PointPair
     """Factors on its colour."""
     bottom_m: float
     """Height of its foot above the ground."""
@@ -67,17 +67,17 @@ class Canvas:
         self.camera, self.horizon, self.air = camera, horizon, air
         self.image_CHW = np.zeros((colours, camera.height, camera.width), np.float32)
 
-    def tones(self, rgb: Rgb) -> tuple[np.float32, ...]:
+    def tones(self, rgb: Colour) -> tuple[np.float32, ...]:
         """Return a colour as the canvas paints it: its three parts, or its grey."""
         if len(self.image_CHW) == 3:
             return tuple(np.float32(part) for part in rgb)
         return (np.float32(luma(rgb)),)
 
-    def planes(self, *colours: Rgb) -> Iterator[tuple[Any, ...]]:
+    def planes(self, *colours: Colour) -> Iterator[tuple[Any, ...]]:
         """Fill each colour's plane (H, W) of the canvas with that part of each colour given."""
         yield from zip(self.image_CHW, *(self.tones(rgb) for rgb in colours), strict=True)
 
-    def rectangle(self, x: Pair, y: Pair, rgb: Rgb, opacity: float = 1.0) -> None:
+    def rectangle(self, x: PointPair, y: PointPair, rgb: Colour, opacity: float = 1.0) -> None:
         """One colour."""
         if (box := self._box(x, y)) is None:
             return
@@ -86,7 +86,7 @@ class Canvas:
             part_RX = plane_HW[box]
             part_RX += cover_RX * (tone - part_RX)
 
-    def halo(self, x: Pair, y: Pair, rgb: Rgb) -> None:
+    def halo(self, x: PointPair, y: PointPair, rgb: Colour) -> None:
         """Add a round Gaussian glow that has faded out at the rectangle's edge."""
         if (box := self._box(x, y)) is None:
             return
@@ -94,7 +94,7 @@ class Canvas:
         for plane_HW, tone in self.planes(rgb):
             plane_HW[box] += tone * glow_RX
 
-    def sprite(self, sprite: Sprite, x: Pair, y: Pair, rgb: Rgb, glow: Rgb) -> None:
+    def sprite(self, sprite: Sprite, x: PointPair, y: PointPair, rgb: Colour, glow: Colour) -> None:
         """Return a picture, interpolated from the level nearest in size."""
         if (box := self._box(x, y)) is None:
             return
@@ -115,7 +115,7 @@ class Canvas:
             if light:
                 part_RX += light * glow_RX
 
-    def wall(self, pattern: Pattern, upright: Upright, rgb: Rgb, glow: Rgb) -> None:
+    def wall(self, pattern: Pattern, upright: Upright, rgb: Colour, glow: Colour) -> None:
         """Return a patterned rectangle at any angle. The colour of its pixels fades into the air."""
         x, camera = upright.x, self.camera
         columns = _span(x, camera.width)
@@ -153,7 +153,7 @@ class Canvas:
             paint_RX *= cover_RX
             part_RX += paint_RX
 
-    def _box(self, x: Pair, y: Pair) -> tuple[slice, slice] | None:
+    def _box(self, x: PointPair, y: PointPair) -> tuple[slice, slice] | None:
         """Return (rows, columns) touched by a rectangle; None: it is outside."""
         rows, columns = _span(y, self.camera.height), _span(x, self.camera.width)
         return None if rows.start >= rows.stop or columns.start >= columns.stop else (rows, columns)
@@ -182,7 +182,7 @@ def _mix(first: float, second: float, share: Floats) -> Floats:
     return np.float32(first) + np.float32(second - first) * share
 
 
-def _span(edges: Pair, size: int) -> slice:
+def _span(edges: PointPair, size: int) -> slice:
     """Pixels touched, within the picture."""
     return slice(max(int(np.floor(edges[0])), 0), min(int(np.ceil(edges[1])), size))
 
@@ -191,18 +191,18 @@ def _middles(pixels: slice) -> Floats:
     return np.arange(pixels.start, pixels.stop, dtype=np.float32) + np.float32(0.5)
 
 
-def _cover(edges: Pair, pixels: slice) -> Floats:
+def _cover(edges: PointPair, pixels: slice) -> Floats:
     """Share of each pixel that is between the edges."""
     i = np.arange(pixels.start, pixels.stop, dtype=np.float32)
     return np.clip(np.minimum(i + 1, edges[1]) - np.maximum(i, edges[0]), 0, 1).astype(np.float32)
 
 
-def _bell(edges: Pair, pixels: slice) -> Floats:
+def _bell(edges: PointPair, pixels: slice) -> Floats:
     middle, width = (edges[0] + edges[1]) / 2, (edges[1] - edges[0]) / 5
     return np.exp(-(((_middles(pixels) - middle) / width) ** 2)).astype(np.float32)
 
 
-def _between(edges: Pair, pixels: slice, size: int) -> tuple[NDArray[np.intp], Floats]:
+def _between(edges: PointPair, pixels: slice, size: int) -> tuple[NDArray[np.intp], Floats]:
     """Texel before each pixel's middle, and how far that middle is on the way to the next texel's."""
     at = (_middles(pixels) - edges[0]) / (edges[1] - edges[0]) * size - 0.5
     before = np.clip(at, 0, size - 2).astype(np.intp)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Generator = np.random.Generator
 
-LUMA = (0.299, 0.587, 0.114)
+LUMA_WEIGHTS = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey (ITU-R BT.601)."""
 
 
@@ -40,7 +40,7 @@ class Sprite:
 
 def luma(colours: Any) -> Any:
     """Grey of red, green and blue, numbers or arrays. Written out: a matrix product may round by its threads."""
-    return LUMA[0] * colours[0] + LUMA[1] * colours[1] + LUMA[2] * colours[2]
+    return LUMA_WEIGHTS[0] * colours[0] + LUMA_WEIGHTS[1] * colours[1] + LUMA_WEIGHTS[2] * colours[2]
 
 
 def smoothed(field_MN: Floats, widths: Sequence[tuple[float, float]]) -> Floats:

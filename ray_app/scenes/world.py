@@ -12,7 +12,7 @@ import numpy as np
 from ray_app.scenes.drive import Drive, Generator, Road
 
 Rgb = tuple[float, float, float]
-Range = tuple[float, float]
+Interval = tuple[float, float]
 Place = Literal["city", "suburb", "country", "highway"]
 Daytime = Literal["day", "dusk", "night"]
 
@@ -30,23 +30,23 @@ class Surroundings:
     """Share of drives."""
     lanes: tuple[int, int]
     """Lanes each way."""
-    cruise: Range
+    cruise: Interval
     """Usual speed of the ego vehicle in metres per second."""
     halts: float
     """Share of speed changes that are halts."""
-    walk_m: Range
+    walk_m: Interval
     """Width of the walk."""
-    setback_m: Range
+    setback_m: Interval
     """From the walk to houses."""
-    lowest_m: Range
+    lowest_m: Interval
     """Height of the lowest building."""
-    highest_m: Range
+    highest_m: Interval
     """Height of the highest building."""
-    gaps: Range
+    gaps: Interval
     """Share of the roadside without a building."""
-    trees: Range
+    trees: Interval
     """Trees for each chunk and side."""
-    hedges: Range
+    hedges: Interval
     """Share of the roadside with a hedge, fence or rail."""
     traffic: float
     """Speed of other vehicles in metres per second."""
@@ -132,7 +132,7 @@ class World:
     """Width of the walk along it, 0 for none."""
     wall_m: float
     """From the road's middle to houses."""
-    building_m: Range
+    building_m: Interval
     """Height of the lowest and of the highest building."""
     gaps: float
     """Share of the roadside without a building."""

@@ -78,14 +78,14 @@ def clips(windows: Sequence[ClipWindow]) -> Iterator[Clip | RejectedPair]:
         if number in wanted:
             seen[number] = frame
         while pending and number >= pending[0].frames[-1]:
-            yield _clip(pending.pop(0), seen)
+            yield _read_clip(pending.pop(0), seen)
             for old in [n for n in seen if pending and n < pending[0].frames[0]]:
                 del seen[old]
     for window in pending:
-        yield _clip(window, seen)
+        yield _read_clip(window, seen)
 
 
-def _clip(window: ClipWindow, seen: dict[int, Frame | str]) -> Clip | RejectedPair:
+def _read_clip(window: ClipWindow, seen: dict[int, Frame | str]) -> Clip | RejectedPair:
     found = [seen.get(number, f"frame {number} cannot be decoded") for number in window.frames]
     if flaws := [frame for frame in found if isinstance(frame, str)]:
         start, end = window.window.t_start_us, window.window.t_end_us

@@ -16,7 +16,7 @@ from ray_app.errors import InputError
 from ray_app.events.recording import Events
 from ray_app.events.render import EventCanvas
 
-BLOCK = 2**18
+EVENTS_PER_BLOCK = 2**18
 """Most events that are asked for at a time."""
 
 Slice = tuple[int, int]
@@ -87,20 +87,20 @@ def render_slices(events: RecordedEvents, slices: list[Slice]) -> Iterator[Event
     No event is read twice, none that no slice needs, and a damaged place costs only the slices that include it.
     """
     waiting = deque(EventImageBuilder(first, stop, events.width, events.height) for first, stop in slices)
-    for first, stop in blocks(slices):
+    for first, stop in iter_blocks(slices):
         _feed(events, first, stop, [sketch for sketch in waiting if sketch.first < stop and sketch.stop > first])
         while waiting and waiting[0].stop <= stop:
             yield waiting.popleft()
     yield from waiting
 
 
-def blocks(slices: list[Slice]) -> Iterator[Slice]:
+def iter_blocks(slices: list[Slice]) -> Iterator[Slice]:
     """Return the union of the slices in order and in blocks."""
     place = 0
     for first, stop in sorted(slices):
         place = max(place, first)
         while place < stop:
-            after = min(place + BLOCK, stop)
+            after = min(place + EVENTS_PER_BLOCK, stop)
             yield place, after
             place = after
 

@@ -26,9 +26,9 @@ ADMITTED = {
     ("_codecs", "encode"),
 }
 """Names that NumPy's own pickles consist of (those of NumPy 1 and 2, and bytes as Python 2 wrote them)."""
-LARGEST_BYTES = 8 * 2**30
+MAX_ARRAY_BYTES = 8 * 2**30
 """A file above this is refused before it is read: 400 million events."""
-COLUMNS = ("x", "y", "t", "p")
+EVENT_COLUMNS = ("x", "y", "t", "p")
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -47,8 +47,8 @@ def read_npy(path: Path) -> dict[str, Any]:
     """Return the dictionary of an `.npy` recording. InputError: unreadable, too large, or as `parse_npy` says."""
     try:
         size = path.stat().st_size
-        if size > LARGEST_BYTES:
-            raise InputError(f"{path}: {size} bytes, more than the {LARGEST_BYTES} that are read at a time")
+        if size > MAX_ARRAY_BYTES:
+            raise InputError(f"{path}: {size} bytes, more than the {MAX_ARRAY_BYTES} that are read at a time")
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
@@ -97,9 +97,9 @@ def parse_npy(data: bytes, where: str) -> dict[str, Any]:
 
 def events_of(content: Mapping[str, Any], width: int, height: int, where: str) -> Events:
     """Return checked events of a recording's dictionary. InputError: columns that are missing or do not fit."""
-    if missing := [name for name in COLUMNS if name not in content]:
+    if missing := [name for name in EVENT_COLUMNS if name not in content]:
         raise InputError(f"{where}: no column {', '.join(missing)}; it has {', '.join(map(str, content)) or 'none'}")
-    x, y, t, p = (np.asarray(content[name]) for name in COLUMNS)
+    x, y, t, p = (np.asarray(content[name]) for name in EVENT_COLUMNS)
     return Events.checked(x, y, _unwrapped(t), p, width, height, where)
 
 

@@ -21,7 +21,7 @@ from ray_app.events.windows import format_duration
 from ray_app.scenes.scene import RENDERER, Scene
 from ray_app.sources.base import RawPair, SourceTask
 
-SENSOR = SimulatorConfig(
+SCENE_SENSOR = SimulatorConfig(
     theta_on=0.24,
     theta_off=0.29,
     sigma=0.035,
@@ -34,7 +34,7 @@ SENSOR = SimulatorConfig(
 benchmarks/data/scene_statistics.py. The ON threshold is the lower one, so more than half of the events are ON."""
 FRAME_US = 5000
 """Longest time between two rendered frames of a simulation: 200 frames a second or more."""
-PAIRS_PER_TASK = 24
+SCENE_PAIRS_PER_TASK = 24
 """Most pairs of a task."""
 
 
@@ -82,7 +82,7 @@ class ScenesSource:
             "renderer": RENDERER,
             **asdict(self),
             "longest_frame_us": FRAME_US,
-            "simulator": asdict(SENSOR),
+            "simulator": asdict(SCENE_SENSOR),
         }
 
     def durations(self) -> list[str]:
@@ -93,7 +93,7 @@ class ScenesSource:
         tasks = []
         for k, windows in enumerate(_evenly(self.num_pairs, self.num_sequences)):
             first = 0
-            for part in _evenly(windows, -(-windows // PAIRS_PER_TASK)):
+            for part in _evenly(windows, -(-windows // SCENE_PAIRS_PER_TASK)):
                 spec = {"drive": k, "sequence": f"scene_{k:0{digits}d}", "first": first}
                 tasks.append(SourceTask(f"{spec['sequence']}_{first:06d}", part, spec))
                 first += part
@@ -129,7 +129,7 @@ class ScenesSource:
         frames = -(-self.event_span_us // FRAME_US)
         first_us, *times_us = [begin_us + self.event_span_us * i // frames for i in range(frames + 1)]
         rng = np.random.default_rng([self.seed, drive, window])
-        sensor = EventSimulator(SENSOR, self.height, self.width, rng)
+        sensor = EventSimulator(SCENE_SENSOR, self.height, self.width, rng)
         sensor.start(scene.grey(first_us * 1e-6), first_us, random_phase=True)
         found = SimulatedEvents.joined([sensor.step(scene.grey(t_us * 1e-6), t_us) for t_us in times_us])
         return Events(found.x, found.y, found.t_us, found.p, self.width, self.height)

@@ -32,7 +32,7 @@ SUBSTEP_US = 10_000
 """Frames further apart than this are blended linearly in between; finer steps change counts by under 1 %."""
 LEAD_FRAMES = 5
 """Frames that the simulation runs through before a task's first window, to forget where it began."""
-PAIRS_PER_TASK = 48
+VIDEO_PAIRS_PER_TASK = 48
 
 Frame = NDArray[np.uint8]
 
@@ -96,8 +96,8 @@ class VideoSource:
                     f"{path} has {len(times_us)} frames in {length_us / 1e6:.3f} s, too short for a window of "
                     f"{format_duration(self.duration_us)}; take a shorter --duration"
                 )
-            for part, first in enumerate(range(0, len(frames), PAIRS_PER_TASK)):
-                mine = frames[first : first + PAIRS_PER_TASK]
+            for part, first in enumerate(range(0, len(frames), VIDEO_PAIRS_PER_TASK)):
+                mine = frames[first : first + VIDEO_PAIRS_PER_TASK]
                 spec = {"video": number, "frames": mine}
                 tasks.append(SourceTask(f"{name}-{part:04d}", len(mine), spec))
         return tasks

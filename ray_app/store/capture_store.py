@@ -22,16 +22,16 @@ from torch import Tensor
 from ray_app.errors import InputError, StoreError
 from ray_app.store.atomic import disk_errors, make_folder, sha256_bytes, sha256_file, write_file
 
-SETTINGS = "capture.json"
+CAPTURE_SETTINGS = "capture.json"
 TRACES = "traces.jsonl"
-REJECTED = "rejected.jsonl"
+REJECTED_ROWS = "rejected.jsonl"
 SHARDS = "shards"
-Side = Literal["draft", "target"]
+ModelSide = Literal["draft", "target"]
 
 
-def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+def claim_capture(folder: Path, settings: Mapping[str, Any]) -> None:
     """Make the folder ours. StoreError unless it is new, empty, or a capture of these very settings."""
-    path, text = folder / SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n"
+    path, text = folder / CAPTURE_SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n"
     if path.is_file():
         if path.read_text() != text:
             theirs = _json(path)
@@ -103,9 +103,9 @@ def verify_shard(shards: Path, name: str) -> None:
             )
 
 
-def publish(folder: Path, rows: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> None:
+def publish_capture(folder: Path, rows: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> None:
     """Write traces.jsonl, all rows in order, and rejected.jsonl."""
-    for file, lines in ((TRACES, rows), (REJECTED, rejected)):
+    for file, lines in ((TRACES, rows), (REJECTED_ROWS, rejected)):
         write_file(folder / file, as_lines(lines))
 
 
@@ -113,7 +113,7 @@ def as_lines(values: Sequence[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
 
 
-def state_key(row: int, side: Side) -> str:
+def state_key(row: int, side: ModelSide) -> str:
     """Name of a row's states (T, D) in its shard."""
     return f"{row}.{side}"
 
@@ -125,7 +125,7 @@ class StateReader:
         self._folder = traces.parent
         self._verified: set[str] = set()
 
-    def read(self, states: str, row: int, side: Side, num_tokens: int) -> Tensor:
+    def read(self, states: str, row: int, side: ModelSide, num_tokens: int) -> Tensor:
         """States (T, D) as float32 of a row whose trace names the file `states`.
 
         InputError: a file that is missing, damaged or elsewhere; states that do not fit the tokens or are not finite.

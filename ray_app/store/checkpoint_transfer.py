@@ -24,7 +24,7 @@ CHUNK_BYTES = 32 * 2**20
 def upload_dir(folder: Path, remote: RemoteDir, name: str) -> None:
     """Make `name` in `remote` a copy of `folder`; nothing is sent if it is one already."""
     sums = (folder / CHECKSUMS_FILE).read_bytes()
-    before = _sums(remote, name)
+    before = _download_checksums(remote, name)
     if before == sums:
         return
     if before is not None:
@@ -39,7 +39,7 @@ def download_dir(remote: RemoteDir, name: str, folder: Path) -> Path:
 
     CheckpointError names the object that is missing or damaged. A `folder` that is a copy already stays.
     """
-    sums = _sums(remote, name)
+    sums = _download_checksums(remote, name)
     if sums is None:
         raise CheckpointError(f"{remote.file(name)} is not a checkpoint: it has no {CHECKSUMS_FILE}.")
     if folder.is_dir():
@@ -86,7 +86,7 @@ def _send_file(path: Path, remote: RemoteDir, name: str) -> None:
             remote.write(name, view)
 
 
-def _sums(remote: RemoteDir, name: str) -> bytes | None:
+def _download_checksums(remote: RemoteDir, name: str) -> bytes | None:
     try:
         return remote.read(f"{name}/{CHECKSUMS_FILE}".lstrip("/"))
     except FileNotFoundError:

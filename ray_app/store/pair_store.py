@@ -277,7 +277,7 @@ def feature_matrix(column: pa.ChunkedArray, spec: FeatureSpec) -> NDArray[Any]:
             continue
         flat = np.frombuffer(chunk.buffers()[1], np.uint8)
         first, last = chunk.offset * spec.num_bytes, (chunk.offset + len(chunk)) * spec.num_bytes
-        views.append(_numbers(flat[first:last], spec).reshape(len(chunk), spec.width))
+        views.append(_number_column(flat[first:last], spec).reshape(len(chunk), spec.width))
     return views[0] if len(views) == 1 else np.concatenate(views)
 
 
@@ -287,11 +287,11 @@ def _padded(chunk: pa.Array, spec: FeatureSpec) -> NDArray[Any]:
     flat = np.frombuffer(chunk.buffers()[2], np.uint8)
     rows = np.zeros((len(chunk), spec.width), spec.read_as)
     for row, first, last in zip(rows, offsets[:-1], offsets[1:], strict=True):
-        row[: (last - first) // spec.item_bytes] = _numbers(flat[first:last], spec)
+        row[: (last - first) // spec.item_bytes] = _number_column(flat[first:last], spec)
     return rows
 
 
-def _numbers(flat: NDArray[np.uint8], spec: FeatureSpec) -> NDArray[Any]:
+def _number_column(flat: NDArray[np.uint8], spec: FeatureSpec) -> NDArray[Any]:
     """Return stored bytes as numbers. bfloat16 is the upper half of a float32."""
     if spec.dtype != "bfloat16":
         return flat.view(np.dtype(spec.dtype).newbyteorder("<"))

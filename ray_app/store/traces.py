@@ -18,7 +18,7 @@ from ray_app.core.speculative.prompts import Prompt
 from ray_app.errors import InputError
 
 FIRST_WORD = re.compile(r"\w+")
-Token = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0)]
 Milliseconds = Annotated[float, Field(gt=0.0)]
 
 
@@ -50,9 +50,9 @@ class Trace(BaseModel):
     """Place in the recording order."""
     question: str
     """Question to both models."""
-    draft_tokens: list[Token]
+    draft_tokens: list[TokenId]
     """EventGPT's output; may be empty."""
-    target_tokens: list[Token]
+    target_tokens: list[TokenId]
     """The target's output, decoded greedily."""
     duration: str = ""
     """Window length."""
@@ -145,7 +145,7 @@ def read_timing(path: Path) -> Timing:
         raise InputError(f"--timing {path} cannot be read: {error.strerror}.") from error
     except ValidationError as error:
         raise InputError(
-            f"--timing {path}: {_first(error)}. It needs target_prefill and target_per_token, and may have "
+            f"--timing {path}: {_first_problem(error)}. It needs target_prefill and target_per_token, and may have "
             "draft_vision, draft_prefill, draft_per_token, and verify by γ, all in milliseconds."
         ) from error
 
@@ -201,7 +201,7 @@ def _trace(line: bytes, vocabulary: int, end_token: int) -> Trace:
     try:
         trace = Trace.model_validate(values)
     except ValidationError as error:
-        raise InputError(_first(error)) from error
+        raise InputError(_first_problem(error)) from error
     if not trace.target_tokens:
         raise InputError("the target's output is empty: there is nothing to verify")
     for side, tokens in (("draft", trace.draft_tokens), ("target", trace.target_tokens)):
@@ -215,7 +215,7 @@ def _trace(line: bytes, vocabulary: int, end_token: int) -> Trace:
     return trace
 
 
-def _first(error: ValidationError) -> str:
+def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"]) or "the line"
     return f"{place}: {first['msg'].lower()}"

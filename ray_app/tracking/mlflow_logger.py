@@ -29,11 +29,11 @@ from ray_app.store.checkpoint import CHECKSUMS_FILE
 
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 """Errors of a tracking server that is away, slow or broken; those of requests are OSErrors."""
-BATCH = 900
+METRICS_PER_REQUEST = 900
 """Points in one request; MLflow takes at most 1,000."""
 FLUSH_S = 5.0
 """Time between two requests: each costs a core tens of milliseconds, which workers on a small machine would miss."""
-LONGEST_PAUSE_S = 30.0
+MAX_PAUSE_S = 30.0
 """Longest pause between two tries to reach a server that is away."""
 PATIENCE_S = 20.0
 """Longest wait at a run's end for a server that never answered."""
@@ -148,7 +148,7 @@ class Tracker:
         except (*TRACKING_ERRORS, StoreError) as error:
             self._warn(redact_password((str(error) or type(error).__name__).splitlines()[0])[:200])
             self._next_try = time.monotonic() + self._pause_s
-            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+            self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
             return False
         self._pause_s = 1.0
         return True
@@ -234,8 +234,8 @@ def send_points(client: MlflowClient, run: Path, uri: str, run_id: str) -> int:
     lines = data[begin : data.rfind(b"\n") + 1].splitlines(keepends=True)
     where = f"{run / EVENT_LOG}, after byte {begin}"
     points = [point for line in lines for point in to_metrics(parse_line(line, where))]
-    for first in range(0, len(points), BATCH):
-        client.log_batch(run_id, metrics=points[first : first + BATCH])
+    for first in range(0, len(points), METRICS_PER_REQUEST):
+        client.log_batch(run_id, metrics=points[first : first + METRICS_PER_REQUEST])
     if lines:
         watermark = {**server, "bytes": begin + sum(map(len, lines)), "ended": False}
         write_file(run / MLFLOW_SYNC, json.dumps(watermark).encode())
@@ -278,20 +278,20 @@ def to_metrics(line: Mapping[str, Any]) -> list[Metric]:
         values = {f"trial/{key}": line[key] for key in TRIAL_POINTS if line[key] is not None}
         at_ms, step = int(line["ended_at"] * 1000), line["index"]
     elif prefix := {"step": "train", "validation": "validation", "epoch": "epoch"}.get(line["kind"]):
-        values = flattened({k: v for k, v in line.items() if k not in ("kind", "time", "global_step")}, prefix)
+        values = flat_params({k: v for k, v in line.items() if k not in ("kind", "time", "global_step")}, prefix)
         at_ms, step = int(line["time"] * 1000), int(line["global_step"])
     else:
         return []
     return [Metric(key, value, at_ms, step) for key, value in values.items()]
 
 
-def flattened(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
+def flat_params(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
     """Return nested numbers by names such as `epoch/val/cosine_accept_rate_0.80`, without other values."""
     flat: dict[str, float] = {}
     for key, value in values.items():
         name = f"{prefix}_{key}" if prefix.endswith("cosine_accept_rate") else f"{prefix}/{key}"
         if isinstance(value, Mapping):
-            flat |= flattened(value, name)
+            flat |= flat_params(value, name)
         elif isinstance(value, int | float):
             flat[name] = float(value)
     return flat

@@ -10,7 +10,7 @@ from ray_app.store.token_file import read_tokens, sha256_of
 
 from ..protocol.errors import ApiError
 
-POLL_INTERVAL_S = 1.0
+TOKEN_POLL_INTERVAL_S = 1.0
 """Time between two checks of the file."""
 
 
@@ -49,7 +49,7 @@ class TokenStore:
 
     def _refresh(self) -> None:
         now = time.monotonic()
-        if now - self._checked < POLL_INTERVAL_S:
+        if now - self._checked < TOKEN_POLL_INTERVAL_S:
             return
         self._checked = now
         file_id = self._stat()

@@ -40,7 +40,7 @@ DESCRIPTIONS = {
     503: "Unavailable",
     504: "Too late",
 }
-HEADER_LENGTH = {
+HEADER_LENGTH_PARAMETER = {
     "name": "Inference-Header-Content-Length",
     "in": "header",
     "required": False,
@@ -85,7 +85,7 @@ def path_parameters(path: str, *more: dict[str, Any]) -> dict[str, Any]:
     return {"parameters": [*own, *more]}
 
 
-def describe(app: FastAPI, with_tokens: bool) -> Callable[[], dict[str, Any]]:
+def describe_infer(app: FastAPI, with_tokens: bool) -> Callable[[], dict[str, Any]]:
     """Return FastAPI's `openapi` function, extended by the schemas that the routes refer to."""
 
     def openapi() -> dict[str, Any]:

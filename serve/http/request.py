@@ -27,11 +27,11 @@ REFUSAL_LOG_INTERVAL_S = 1.0
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 UNSAFE = re.compile(r"[^A-Za-z0-9._:/+-]")
 TIMEOUT = b"x-request-timeout-ms"
-MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?"
+MODEL_PATH = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?"
 TEMPLATES = (
-    (re.compile(MODEL + "/infer"), "/v2/models/{model}/infer"),
-    (re.compile(MODEL + "/ready"), "/v2/models/{model}/ready"),
-    (re.compile(MODEL), "/v2/models/{model}"),
+    (re.compile(MODEL_PATH + "/infer"), "/v2/models/{model}/infer"),
+    (re.compile(MODEL_PATH + "/ready"), "/v2/models/{model}/ready"),
+    (re.compile(MODEL_PATH), "/v2/models/{model}"),
 )
 ROUTES = {
     *OPEN,

@@ -14,7 +14,7 @@ from ..observability.stats import summed
 from ..protocol.errors import ApiError
 from ..protocol.schemas import AlignAnswer, AlignRequest, InferRequestDocument, InferResponseDocument, VerifyRequest
 from . import v1, v2
-from .openapi import HEADER_LENGTH, OCTETS, body, describe, path_parameters, problems
+from .openapi import HEADER_LENGTH_PARAMETER, OCTETS, body, describe_infer, path_parameters, problems
 from .request import RequestMiddleware
 
 if TYPE_CHECKING:
@@ -101,11 +101,11 @@ def build_api(replica: "ReplicaState", broadcast: Broadcast) -> FastAPI:
         get(path, v2.model_metadata, 401, 404, openapi_extra=path_parameters(path))
         get(f"{path}/ready", v2.model_ready, 401, 404, 503, openapi_extra=path_parameters(path))
         described = body(InferRequestDocument, InferResponseDocument, 404, also=(OCTETS,))
-        described["openapi_extra"] |= path_parameters(path, HEADER_LENGTH)
+        described["openapi_extra"] |= path_parameters(path, HEADER_LENGTH_PARAMETER)
         add(f"{path}/infer", v2.infer, methods=["POST"], **described)
     app.add_exception_handler(HTTPException, as_api_error)
     app.add_middleware(RequestMiddleware, replica=replica)
-    app.openapi = describe(app, bool(replica.tokens.path))  # type: ignore[method-assign]
+    app.openapi = describe_infer(app, bool(replica.tokens.path))  # type: ignore[method-assign]
     return app
 
 

@@ -14,10 +14,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
-from ..model.predict import Answer, InferenceRequest, gathered
+from ..model.predict import InferenceRequest, InferenceResult, gathered
 from ..protocol.body import read_body
 from ..protocol.errors import ApiError
-from ..protocol.inputs import parse_request, picture, pixels, png_of, rendered, require_pixels, rows_of
+from ..protocol.inputs import decode_picture, parse_request, pixels, png_of, rendered, require_pixels, rows_of
 from ..protocol.schemas import AlignRequest, Recording, VerifyRequest
 from .request import context_of
 
@@ -110,7 +110,7 @@ def bare_event(replica: "ReplicaState", data: bytes, content_type: str) -> Tenso
     """Event row (1, E) of a picture's or a recording's bytes."""
     spec = replica.limits.features.event
     require_pixels(spec, "event")
-    image = picture(data, "event") if content_type in IMAGES else rendered(data, Recording(recording=""))
+    image = decode_picture(data, "event") if content_type in IMAGES else rendered(data, Recording(recording=""))
     return pixels(image, spec)
 
 
@@ -128,7 +128,9 @@ def require_images(replica: "ReplicaState", wanted: list[str], target_BD: Tensor
         raise ApiError(422, "missing", "target_image is wanted but 'target' is missing.")
 
 
-def pairs_of(asked: AlignRequest, wanted: list[str], work: InferenceRequest, answer: Answer) -> list[dict[str, Any]]:
+def pairs_of(
+    asked: AlignRequest, wanted: list[str], work: InferenceRequest, answer: InferenceResult
+) -> list[dict[str, Any]]:
     """Members of `pairs` in the answer."""
     features = answer.model.features
     pairs: list[dict[str, Any]] = []
@@ -151,7 +153,7 @@ def pairs_of(asked: AlignRequest, wanted: list[str], work: InferenceRequest, ans
     return pairs
 
 
-def encoded(row_D: Tensor, encoding: str, answer: Answer) -> Any:
+def encoded(row_D: Tensor, encoding: str, answer: InferenceResult) -> Any:
     """Encode an aligned row as numbers, raw numbers or a picture."""
     if encoding == "png":
         require_pixels(answer.model.features.target, "target")

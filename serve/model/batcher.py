@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ..protocol.errors import ApiError
-from .predict import Answer, InferenceRequest
+from .predict import InferenceRequest, InferenceResult
 
 SMOOTHING = 0.1
 """Weight of the newest forward pass in the moving average of their times."""
@@ -24,7 +24,7 @@ ARRIVAL_S = 1.0
 STUCK_S = 60.0
 """A forward pass that takes longer is taken for stuck."""
 
-Predict = Callable[[Sequence[InferenceRequest]], list[Answer | ApiError]]
+Predict = Callable[[Sequence[InferenceRequest]], list[InferenceResult | ApiError]]
 
 
 @dataclass(slots=True, eq=False)
@@ -35,7 +35,7 @@ class QueuedRequest:
     """Its input."""
     deadline: float
     """Latest time to start its forward pass, on the clock of time.monotonic."""
-    answer: asyncio.Future[Answer]
+    answer: asyncio.Future[InferenceResult]
     """Set when the answer is known."""
     arrived: float = field(default_factory=time.monotonic)
     """Time of arrival, on the same clock."""
@@ -101,7 +101,7 @@ class Batcher:
         finally:
             self._arriving.pop(key, None)
 
-    async def answer(self, work: InferenceRequest, timeout_s: float) -> Answer:
+    async def answer(self, work: InferenceRequest, timeout_s: float) -> InferenceResult:
         """Return the model's answer. ApiError 429: the queue is full; 504: too late; others: the input is wrong.
 
         Ray Serve cancels this call when the client disconnects; the work is then dropped from the queue.

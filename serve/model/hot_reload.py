@@ -9,9 +9,9 @@ from typing import Any, Literal
 from ray_app.errors import CheckpointError, RayAppError, RegistryError, StoreError
 
 from .loaded_model import Identity, ServedModel, load_served
-from .model_source import Source
+from .model_source import ModelSource
 
-Outcome = Literal["swapped", "unchanged", "refused", "unreachable"]
+ReloadOutcome = Literal["swapped", "unchanged", "refused", "unreachable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class WatchStatus:
 class ModelReloader:
     """Owns the model in service. `check` looks for a new one; if that fails, the current one stays."""
 
-    def __init__(self, source: Source, *, precision: str, use_gpu: bool, max_batch: int) -> None:
+    def __init__(self, source: ModelSource, *, precision: str, use_gpu: bool, max_batch: int) -> None:
         self.source = source
         self._load = (precision, use_gpu, max_batch)
         self._lock = threading.Lock()
@@ -51,11 +51,11 @@ class ModelReloader:
         self.since = self.model.loaded_at
         self.watch.last_checked = datetime.now(UTC)
 
-    async def check(self, retry_refused: bool = False) -> Outcome:
+    async def check(self, retry_refused: bool = False) -> ReloadOutcome:
         """Check the source once, in a thread. A version that was refused is skipped unless `retry_refused`."""
         return await asyncio.to_thread(self._check, retry_refused)
 
-    def _check(self, retry_refused: bool) -> Outcome:
+    def _check(self, retry_refused: bool) -> ReloadOutcome:
         with self._lock:
             try:
                 identity = self.source.current()

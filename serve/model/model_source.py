@@ -22,7 +22,7 @@ POLL_INTERVAL_S = 2.0
 """Seconds that a check waits for an object store."""
 
 
-class Source(Protocol):
+class ModelSource(Protocol):
     """Identifies the model that should be served now and provides its files."""
 
     def current(self) -> Identity:
@@ -98,7 +98,7 @@ class RegistrySource:
             yield self._client
 
 
-def source_of(checkpoint: str, tracking_uri: str | None) -> Source:
+def model_source(checkpoint: str, tracking_uri: str | None) -> ModelSource:
     """Choose the source by the form of the argument."""
     if checkpoint.startswith("models:"):
         assert tracking_uri is not None, "checked by EndpointConfig"

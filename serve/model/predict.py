@@ -38,7 +38,7 @@ class InferenceRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class InferenceResult:
     """Output of the model, float32 on the CPU."""
 
     model: ServedModel
@@ -52,13 +52,13 @@ class Answer:
 
 
 @torch.inference_mode()
-def predict(model: ServedModel, works: Sequence[InferenceRequest]) -> list[Answer | ApiError]:
+def predict(model: ServedModel, works: Sequence[InferenceRequest]) -> list[InferenceResult | ApiError]:
     """Return an answer for each request, or an ApiError 422: a number that is not finite, or a zero vector."""
     features = model.features
     event_NE = gathered([work.event_BE for work in works], features.event, model.device)
     aligned_ND = model.forward(event_NE)
     event_norm_N, norm_N = (torch.linalg.vector_norm(side, dim=1).cpu() for side in (event_NE, aligned_ND))
-    answers: list[Answer | ApiError] = []
+    answers: list[InferenceResult | ApiError] = []
     start = 0
     for work in works:
         own = slice(start, start + work.rows)
@@ -71,7 +71,9 @@ def predict(model: ServedModel, works: Sequence[InferenceRequest]) -> list[Answe
     return answers
 
 
-def _answer(model: ServedModel, work: InferenceRequest, event_BE: Tensor, aligned_BD: Tensor) -> Answer | ApiError:
+def _answer(
+    model: ServedModel, work: InferenceRequest, event_BE: Tensor, aligned_BD: Tensor
+) -> InferenceResult | ApiError:
     cos_B = before_B = None
     if work.target_BD is not None:
         target_BD = gathered([work.target_BD], model.features.target, model.device)
@@ -81,7 +83,7 @@ def _answer(model: ServedModel, work: InferenceRequest, event_BE: Tensor, aligne
         cos_B = pair_cosine(aligned_BD, target_BD, width).cpu()
         if work.before and event_BE.shape == target_BD.shape:
             before_B = pair_cosine(event_BE, target_BD, width).cpu()
-    return Answer(model, aligned_BD.cpu() if work.aligned else None, cos_B, before_B)
+    return InferenceResult(model, aligned_BD.cpu() if work.aligned else None, cos_B, before_B)
 
 
 def gathered(parts: Sequence[Tensor], spec: FeatureSpec, device: torch.device = CPU) -> Tensor:

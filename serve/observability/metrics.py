@@ -12,7 +12,7 @@ from ray_app.core.promotion_policy import accept
 
 from ..model.batcher import BatchTimes
 from ..model.loaded_model import ServedModel
-from ..model.predict import Answer
+from ..model.predict import InferenceResult
 from .stats import Snapshot, drift
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -97,7 +97,7 @@ class Telemetry:
         for queued_s in times.queued_s:
             self._queue_seconds.observe(queued_s)
 
-    def answered(self, answer: Answer, rows: int) -> None:
+    def answered(self, answer: InferenceResult, rows: int) -> None:
         """Record the pairs of an answer; verified ones count at θ 0.80, whatever threshold the client sent."""
         version = answer.model.version
         self._pairs += rows

@@ -19,7 +19,7 @@ from torch import Tensor
 from ray_app.errors import InputError
 from ray_app.events.render import equal_counts, event_image
 from ray_app.sources.images import decode_image, resized
-from ray_app.sources.npy import COLUMNS, events_of, parse_npy
+from ray_app.sources.npy import EVENT_COLUMNS, events_of, parse_npy
 from ray_app.store.manifest import FeatureSpec
 
 from .body import number_rows, parse_object
@@ -29,7 +29,7 @@ from .schemas import AlignRequest, Picture, RawTensor, Recording
 
 NUM_IMAGES = 5
 """Event images per recording, by equal event count; the middle one is the event feature."""
-MAX_PIXELS = 2**24
+MAX_PICTURE_PIXELS = 2**24
 """Largest number of pixels in a picture: 16.8 million."""
 
 
@@ -65,7 +65,7 @@ def _rows(value: Any, name: str, limits: Limits) -> Tensor:
         return raw_rows(data, value.datatype, value.shape, name, limits)
     if isinstance(value, Picture):
         require_pixels(spec, name)
-        return pixels(picture(unbase64(value.png, name), name), spec)
+        return pixels(decode_picture(unbase64(value.png, name), name), spec)
     if isinstance(value, Recording):
         require_pixels(spec, name)
         return pixels(rendered(unbase64(value.recording, name), value), spec)
@@ -94,10 +94,10 @@ def require_pixels(spec: FeatureSpec, name: str) -> None:
         )
 
 
-def picture(data: bytes, name: str) -> NDArray[np.uint8]:
+def decode_picture(data: bytes, name: str) -> NDArray[np.uint8]:
     """Decode an image file to (H, W, 3). ApiError 422: unreadable."""
     try:
-        return decode_image(data, f"the picture '{name}'", MAX_PIXELS)
+        return decode_image(data, f"the picture '{name}'", MAX_PICTURE_PIXELS)
     except InputError as error:
         raise ApiError(422, "image", f"{error}.") from error
 
@@ -107,7 +107,7 @@ def rendered(data: bytes, how: Recording) -> NDArray[np.uint8]:
     what = "the recording"
     try:
         content = parse_npy(data, what)
-        for name in COLUMNS:  # an array that claims more than was sent would be filled here
+        for name in EVENT_COLUMNS:  # an array that claims more than was sent would be filled here
             column = content.get(name)
             if column is not None and not (isinstance(column, np.ndarray) and column.nbytes <= len(data)):
                 raise InputError(f"{what}: '{name}' is not a plain array of the bytes sent")

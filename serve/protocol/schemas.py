@@ -58,16 +58,16 @@ def form(value: Any) -> str:
     return "rows"
 
 
-Rows = Annotated[list[list[float]], Field(min_length=1)]
+NumberRows = Annotated[list[list[float]], Field(min_length=1)]
 Event = Annotated[
-    Annotated[Rows, Tag("rows")]
+    Annotated[NumberRows, Tag("rows")]
     | Annotated[RawTensor, Tag("data")]
     | Annotated[Picture, Tag("png")]
     | Annotated[Recording, Tag("recording")],
     Discriminator(form),
 ]
 Target = Annotated[
-    Annotated[Rows, Tag("rows")] | Annotated[RawTensor, Tag("data")] | Annotated[Picture, Tag("png")],
+    Annotated[NumberRows, Tag("rows")] | Annotated[RawTensor, Tag("data")] | Annotated[Picture, Tag("png")],
     Discriminator(form),
 ]
 

@@ -33,7 +33,7 @@ from ray_app.errors import ResourceError
 from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.pair_store import PairStore
 from serve.model.loaded_model import load_served
-from serve.model.model_source import source_of
+from serve.model.model_source import model_source
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine"),
@@ -186,7 +186,7 @@ def test_a_sweep_runs_its_trials_and_its_winner_on_the_gpu(small_store: Path, tm
 
 def test_a_model_in_service_answers_in_bf16_as_in_float32_on_the_cpu(small_store: Path, tmp_path: Path) -> None:
     run = make_run(small_store, tmp_path / "run", steps=10)
-    source = source_of(str(run / "checkpoints" / "epoch_0001"), None)
+    source = model_source(str(run / "checkpoints" / "epoch_0001"), None)
     identity = source.current()
     with source.files(identity) as folder:
         served = load_served(folder, identity, "auto", use_gpu=True, max_batch=8)

@@ -16,7 +16,7 @@ import pytest
 from numpy_source import SMALL, NumpySource
 
 from ray_app.commands.prepare.command import prepare, run_prepare
-from ray_app.commands.prepare.store_builder import SCRATCH, SETTINGS
+from ray_app.commands.prepare.store_builder import SCRATCH, SETTINGS_FILE
 from ray_app.config.prepare import PrepareFlags, PrepareScenes
 from ray_app.sources.base import RawPair, RejectedPair, SourceTask
 from ray_app.store.atomic import sha256_file
@@ -32,7 +32,7 @@ def scenes(out: Path) -> PrepareScenes:
 
 def finished_tasks(store: Path) -> set[str]:
     """Names of the tasks that have their record; it is written after the file."""
-    return {path.stem for path in (store / SCRATCH).glob("[!.]*.json")} - {Path(SETTINGS).stem}
+    return {path.stem for path in (store / SCRATCH).glob("[!.]*.json")} - {Path(SETTINGS_FILE).stem}
 
 
 def killed_after(store: Path, num_finished: int) -> dict[str, int]:

@@ -27,7 +27,7 @@ from ray_app.commands.serve.command import environment, resolved
 from ray_app.commands.serve.haproxy import write_binary
 from ray_app.config.serve import EndpointConfig, ServeConfig
 from ray_app.errors import CheckpointError, ConfigError, RegistryError
-from serve.app import build_app, checked, local_app
+from serve.app import build_app, checked_config, local_app
 from serve.deployment import DEPLOYMENT, replica_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,10 +78,10 @@ def test_the_builder_takes_checked_arguments_alone(tmp_path: Path) -> None:
         ({"checkpoint": str(tmp_path / "none")}, "neither a folder"),
     ):
         with pytest.raises(ConfigError, match=message):
-            checked({**good, **changes})
+            checked_config({**good, **changes})
         with pytest.raises(RayServeException, match=message):
             build_app({**good, **changes})
-    assert checked(good).checkpoint == checkpoint
+    assert checked_config(good).checkpoint == checkpoint
 
 
 def test_a_deployment_that_cannot_start_is_refused_once_in_a_sentence(

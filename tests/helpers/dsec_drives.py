@@ -16,7 +16,7 @@ from ray_app.scenes.scene import Scene
 from ray_app.sources.base import RawPair, RejectedPair
 from ray_app.sources.dsec.source import DsecSource
 from ray_app.sources.recorded import WindowingConfig
-from ray_app.sources.scenes import FRAME_US, SENSOR
+from ray_app.sources.scenes import FRAME_US, SCENE_SENSOR
 
 OFFSET_US = 49_599_300_776
 """Start of the file's clock, as large and as odd as real ones."""
@@ -67,7 +67,7 @@ def write_scene(root: Path, name: str, seed: int, num_frames: int) -> SceneDrive
     Both cameras are one here, without distortion, so that alignment changes nothing.
     """
     scene, rng = Scene(seed, HEIGHT, WIDTH), np.random.default_rng(seed)
-    sensor = EventSimulator(SENSOR, HEIGHT, WIDTH, rng)
+    sensor = EventSimulator(SCENE_SENSOR, HEIGHT, WIDTH, rng)
     sensor.start(scene.grey(0.0), 0, random_phase=True)
     steps_us = range(FRAME_US, num_frames * 50_000, FRAME_US)
     found = SimulatedEvents.joined([sensor.step(scene.grey(t_us * 1e-6), t_us) for t_us in steps_us])

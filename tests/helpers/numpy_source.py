@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_app.commands.prepare.store_builder import build_task, claim, finish
+from ray_app.commands.prepare.store_builder import build_task, claim_store, finish
 from ray_app.errors import InputError
 from ray_app.sources.base import RawPair, RejectedPair, SourceTask
 from ray_app.store.manifest import Features, FeatureSpec
@@ -84,6 +84,6 @@ def build_store(source: NumpySource, folder: Path, feature: FeatureSpec = SMALL)
     """The store as `prepare` builds it, one task after the other and without Ray."""
     features = Features(event=feature, target=feature)
     tasks = source.tasks()
-    claim(folder, source, tasks, features)
+    claim_store(folder, source, tasks, features)
     finish(folder, source, [build_task(source, task, folder, features) for task in tasks], features, 0.5)
     return folder

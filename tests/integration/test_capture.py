@@ -29,7 +29,7 @@ from ray_app.drafters.replay import DRAFTERS
 from ray_app.errors import InputError, ResourceError, StoreError
 from ray_app.language_models.hf_models import same_tokens
 from ray_app.sources.clips import Clip, clip_windows, clips
-from ray_app.store.capture_store import TRACES, Shard, claim, read_shard
+from ray_app.store.capture_store import TRACES, Shard, claim_capture, read_shard
 from ray_app.store.traces import read_traces
 
 QUESTION = "What is there ?"
@@ -99,7 +99,7 @@ def spoken(out: Path) -> list[tuple]:
 def here(cfg: CaptureConfig) -> Shard:
     """The first shard, captured in this process."""
     plan = plan_of(cfg)
-    claim(cfg.out, settings_of(cfg))
+    claim_capture(cfg.out, settings_of(cfg))
     done = CaptureActor(cfg, plan, "cpu", 1)({"shard": plan[0][0]})
     if done["error"]:
         raise getattr(errors, done["kind"])(done["error"])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ray_app import cli
-from ray_app.commands.prepare.command import run_prepare, source_of
+from ray_app.commands.prepare.command import run_prepare, source_from_config
 from ray_app.config.prepare import PrepareDavis
 from ray_app.errors import InputError
 from ray_app.events.recording import Events
@@ -354,7 +354,7 @@ def test_flags_make_the_source_that_they_name() -> None:
     words += " --pairs-per-window all --event-bins 3"
     flags = cli.parse("prepare davis", cli.COMMANDS["prepare davis"], None, words.split())
     assert isinstance(flags, PrepareDavis)
-    assert source_of(flags) == DavisSource(
+    assert source_from_config(flags) == DavisSource(
         (Path.cwd() / "a.aedat4", Path.cwd() / "b.aedat4"),
         WindowingConfig(
             (50_000, 1_000_000), step_us=100_000, pairs_per_window="all", event_bins=3, max_gap_us=1_000_000

@@ -74,7 +74,7 @@ def test_a_version_is_compared_number_by_number(found: str, asked: str, holds: b
 
 def test_what_is_installed_is_what_is_declared() -> None:
     assert doctor.check_python(sys.version.split()[0]).state == "ok"
-    for name in doctor.PACKAGES:
+    for name in doctor.REQUIRED_PACKAGES:
         assert doctor.check_package(name) == DoctorCheck(name, "ok", version(name))
 
 

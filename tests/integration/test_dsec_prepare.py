@@ -10,8 +10,8 @@ from dsec_writer import DsecFiles, random_events, write_sequence
 from numpy_source import SMALL
 
 from ray_app import cli
-from ray_app.commands.prepare.command import run_prepare, source_of
-from ray_app.commands.prepare.store_builder import build_task, claim, finish
+from ray_app.commands.prepare.command import run_prepare, source_from_config
+from ray_app.commands.prepare.store_builder import build_task, claim_store, finish
 from ray_app.config.prepare import PrepareDsec
 from ray_app.errors import ConfigError
 from ray_app.sources.base import RawPair, SourceTask
@@ -31,7 +31,7 @@ def test_tasks_are_bounded_json_and_independent_of_each_other(tmp_path: Path) ->
         assert all(re.fullmatch(r"\w[\w.-]*", name, re.ASCII) and len(name) < 150 for name in names)
         assert all(0 < task.num_pairs <= 64 for task in tasks)
         assert all(json.loads(json.dumps(task.spec)) == task.spec for task in tasks)
-        claim(tmp_path / f"store-{pick}", source, tasks, Features(event=SMALL, target=SMALL))
+        claim_store(tmp_path / f"store-{pick}", source, tasks, Features(event=SMALL, target=SMALL))
     (first, *_), again = tasks, source.tasks()
     assert [task.num_pairs for task in tasks if task.spec["sequence"] == "a b"] == [60, 60, 60, 15]
     one = list(source.pairs(first))
@@ -71,7 +71,7 @@ def test_settings_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
 
 def built(source: DsecSource, folder: Path, tasks: list[SourceTask]) -> PairStore:
     both = Features(event=SMALL, target=SMALL)
-    claim(folder, source, source.tasks(), both)
+    claim_store(folder, source, source.tasks(), both)
     finish(folder, source, [build_task(source, task, folder, both) for task in tasks], both, 0.0)
     return PairStore.open(folder)
 
@@ -145,12 +145,12 @@ def test_events_are_counted_covered_and_drawn(tmp_path: Path) -> None:
 
 
 def test_flags_make_the_source_that_they_name(tmp_path: Path) -> None:
-    assert source_of(PrepareDsec(out=tmp_path, root=Path("dsec"))) == dsec(Path.cwd() / "dsec", SECOND)
+    assert source_from_config(PrepareDsec(out=tmp_path, root=Path("dsec"))) == dsec(Path.cwd() / "dsec", SECOND)
     words = "dsec --out s --durations 50ms 1s --step 100ms --window-rounding ms --pairs-per-window all --align none"
     words += " --event-bins 3 --max-gap 1s --event-window 50ms"
     flags = cli.parse("prepare dsec", cli.COMMANDS["prepare dsec"], None, words.split())
     assert isinstance(flags, PrepareDsec)
-    assert source_of(flags) == dsec(
+    assert source_from_config(flags) == dsec(
         root=Path.cwd() / "dsec",
         durations_us=(50_000, 1_000_000),
         step_us=100_000,

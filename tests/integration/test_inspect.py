@@ -151,12 +151,12 @@ def test_parts_by_whole_drives_share_nothing_and_drives_of_one_name_overlap(
 
 
 def test_what_the_source_counted_is_reported(tmp_path: Path) -> None:
-    from ray_app.commands.prepare.store_builder import build_task, claim, finish
+    from ray_app.commands.prepare.store_builder import build_task, claim_store, finish
     from ray_app.sources.scenes import ScenesSource
 
     source = ScenesSource(num_pairs=4, num_sequences=2, seed=0, width=64, height=48)
     features = Features(event=SMALL, target=SMALL)
-    claim(tmp_path / "s", source, source.tasks(), features)
+    claim_store(tmp_path / "s", source, source.tasks(), features)
     built = [build_task(source, task, tmp_path / "s", features) for task in source.tasks()]
     finish(tmp_path / "s", source, built, features, 0.0)
     events = [source.events(source.scene(drive), drive, window) for drive in range(2) for window in range(2)]

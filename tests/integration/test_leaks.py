@@ -165,7 +165,7 @@ def test_drives_of_one_name_and_another_seed_or_file_are_not_the_same_recording(
 def test_the_most_alike_is_the_same_in_blocks_and_by_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(n, 8)).astype(np.float32) for n in (23, 37))
-    monkeypatch.setattr("ray_app.core.image_similarity.BLOCK", 5)
+    monkeypatch.setattr("ray_app.core.image_similarity.ROWS_PER_BLOCK", 5)
     place, best = nearest(a, b)
     product = np.einsum("nk,mk->nm", a.astype(np.float64), b.astype(np.float64))
     assert place.tolist() == product.argmax(axis=1).tolist()

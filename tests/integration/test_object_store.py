@@ -18,7 +18,7 @@ from s3_process import S3
 from ray_app import cli
 from ray_app.commands.inspect.command import run_inspect
 from ray_app.commands.prepare.command import prepare
-from ray_app.commands.prepare.store_builder import SCRATCH, build_task, claim, finish, finished
+from ray_app.commands.prepare.store_builder import SCRATCH, build_task, claim_store, finish, finished
 from ray_app.config.prepare import InspectConfig, PrepareFlags
 from ray_app.config.train import TrainConfig
 from ray_app.data.pairs_dataset import pairs_dataset, to_arrays
@@ -66,7 +66,7 @@ def wait_for(s3: S3, prefix: str, num_files: int) -> list[str]:
 
 def test_a_store_in_a_bucket_has_the_files_of_one_on_a_disk(s3: S3, small_store: Path) -> None:
     where, source = s3.uri("bucket/deep/er/s"), NumpySource()
-    claim(where, source, source.tasks(), BOTH)
+    claim_store(where, source, source.tasks(), BOTH)
     done = [build_task(source, task, where, BOTH) for task in source.tasks()]
     assert finished(where, source.tasks()[0]) == done[0]
     assert finished(where, SourceTask("other", 1, {})) is None
@@ -77,7 +77,7 @@ def test_a_store_in_a_bucket_has_the_files_of_one_on_a_disk(s3: S3, small_store:
     assert there.listdir() == set(local), "the scratch folder is gone"
     assert {name: there.read(name) for name in local} == local
     with pytest.raises(StoreError, match="s3://bucket/deep/er/s already holds a complete pair store"):
-        claim(where, source, source.tasks(), BOTH)
+        claim_store(where, source, source.tasks(), BOTH)
 
 
 def test_commands_read_and_write_it_by_its_uri(s3: S3, small_store: Path) -> None:
@@ -101,7 +101,7 @@ def test_commands_read_and_write_it_by_its_uri(s3: S3, small_store: Path) -> Non
 
 def test_a_damaged_or_missing_object_is_found_and_named(s3: S3) -> None:
     where, source = s3.uri("bucket/damaged"), NumpySource(num_sequences=2)
-    claim(where, source, source.tasks(), BOTH)
+    claim_store(where, source, source.tasks(), BOTH)
     finish(where, source, [build_task(source, task, where, BOTH) for task in source.tasks()], BOTH, 0.0)
     there = open_storage(where)
     whole = there.read("drive_0001.parquet")

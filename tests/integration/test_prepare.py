@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from numpy_source import SMALL, NumpySource, build_store
 
-from ray_app.commands.prepare.command import prepare, render_prepare, source_of
-from ray_app.commands.prepare.store_builder import BuiltTask, build_task, claim, finish, finished
+from ray_app.commands.prepare.command import prepare, render_prepare, source_from_config
+from ray_app.commands.prepare.store_builder import BuiltTask, build_task, claim_store, finish, finished
 from ray_app.config.prepare import PrepareEventGpt, PrepareFlags, PrepareScenes, PrepareVideo
 from ray_app.errors import StoreError
 from ray_app.store.manifest import Features
@@ -27,7 +27,7 @@ def rejected(folder: Path) -> list[dict[str, str]]:
 
 
 def start(source: NumpySource, folder: Path) -> None:
-    claim(folder, source, source.tasks(), BOTH)
+    claim_store(folder, source, source.tasks(), BOTH)
 
 
 def build(source: NumpySource, folder: Path, *tasks: int) -> list[BuiltTask]:
@@ -191,13 +191,13 @@ def test_every_prepare_command_has_its_source_with_defaults_filled_in(tmp_path: 
     from ray_app.sources.scenes import ScenesSource
     from ray_app.sources.video import VideoSource
 
-    scenes = source_of(PrepareScenes(out=tmp_path, num_pairs=7, num_sequences=2, duration="500ms"))
+    scenes = source_from_config(PrepareScenes(out=tmp_path, num_pairs=7, num_sequences=2, duration="500ms"))
     assert isinstance(scenes, ScenesSource)
     assert (scenes.duration_us, scenes.step_us, scenes.event_span_us) == (500_000, 250_000, 50_000)
-    video = source_of(PrepareVideo(out=tmp_path, files=(Path("a.mp4"),)))
+    video = source_from_config(PrepareVideo(out=tmp_path, files=(Path("a.mp4"),)))
     assert isinstance(video, VideoSource)
     assert video.files == (Path.cwd() / "a.mp4",)
-    eventgpt = source_of(PrepareEventGpt(out=tmp_path, root=Path("set"), step="1s"))
+    eventgpt = source_from_config(PrepareEventGpt(out=tmp_path, root=Path("set"), step="1s"))
     assert isinstance(eventgpt, EventGptSource)
     assert (eventgpt.root, eventgpt.duration_us, eventgpt.step_us) == (
         Path.cwd() / "set",

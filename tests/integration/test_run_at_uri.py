@@ -41,7 +41,7 @@ from ray_app.store.filesystem import RemoteDir
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 from ray_app.tracking.model_registry import best_of_run, checkpoint_folder
-from serve.model.model_source import source_of
+from serve.model.model_source import model_source
 
 TINY: dict[str, Any] = {
     "num_epochs": 8,
@@ -324,7 +324,7 @@ def test_every_reader_takes_a_checkpoint_or_a_run_at_a_uri(s3: S3, small_store: 
         with checkpoint_folder(where, TrackingFlags()) as folder:
             assert load_checkpoint(folder).sha256 == expected.sha256
         assert not folder.exists()
-    source = source_of(there.uri_of(best), None)
+    source = model_source(there.uri_of(best), None)
     identity = source.current()
     assert (identity.digest, identity.source) == (expected.sha256, "epoch_0001")
     with source.files(identity) as folder:

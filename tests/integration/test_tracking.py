@@ -85,7 +85,7 @@ def test_a_server_that_is_killed_and_comes_back_gets_every_point_in_one_run(
     server: MlflowServer, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Away at the start, up, killed in the middle, up again: no write to the event log waits for it."""
-    monkeypatch.setattr(tracking, "LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr(tracking, "MAX_PAUSE_S", 0.5)
     slowest = 0.0
     with EventLog(run) as log:
         begin(log)

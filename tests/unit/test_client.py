@@ -21,7 +21,7 @@ from PIL import Image
 from weak_network import Fate, certificate, weak_network
 
 from ray_app.client import AlignmentClient
-from ray_app.client_wire import Wire, checked, octets
+from ray_app.client_wire import Wire, check_arrays, octets
 from ray_app.errors import ConfigError, EndpointBusy, EndpointError, EndpointUnreachable, InputError
 from ray_app.store.checkpoint import load_checkpoint
 
@@ -79,14 +79,14 @@ def test_every_type_arrives_as_what_it_is(server: LocalServer, client: Alignment
 
 
 def test_arrays_are_sent_from_where_they_lie_and_read_where_they_stay(client: AlignmentClient) -> None:
-    assert np.shares_memory(octets(checked("event", EVENT)), EVENT)
+    assert np.shares_memory(octets(check_arrays("event", EVENT)), EVENT)
     aligned = client.verify(EVENT, TARGET, aligned=True)
     assert aligned.aligned_BD is not None
     assert aligned.cos_sim_B is not None
     whole = memoryview(aligned.aligned_BD.base)  # type: ignore[arg-type]
     assert np.shares_memory(whole, aligned.aligned_BD)
     strided = np.concatenate([EVENT, EVENT], axis=1)[:, ::2]
-    assert octets(checked("event", strided)).nbytes == EVENT.nbytes
+    assert octets(check_arrays("event", strided)).nbytes == EVENT.nbytes
 
 
 def test_the_other_forms_of_v1(client: AlignmentClient) -> None:

@@ -13,7 +13,7 @@ import pytest
 from numpy_source import SMALL, NumpySource
 from small_saves import found, save
 
-from ray_app.commands.prepare.store_builder import build_task, claim, finish, finished
+from ray_app.commands.prepare.store_builder import build_task, claim_store, finish, finished
 from ray_app.errors import StoreError
 from ray_app.runs.event_log import EventLog, entries
 from ray_app.runs.run_dir import RunDir
@@ -96,7 +96,7 @@ def test_a_prepare_on_a_disk_with_any_room_keeps_finished_files_and_continues(di
         ballast = fill(disk, pages)
         kept = []
         try:
-            claim(store, source, tasks, BOTH)
+            claim_store(store, source, tasks, BOTH)
             for task in tasks:
                 kept.append(build_task(source, task, store, BOTH))
             finish(store, source, kept, BOTH, 0.0)
@@ -105,7 +105,7 @@ def test_a_prepare_on_a_disk_with_any_room_keeps_finished_files_and_continues(di
             assert not (store / "manifest.json").exists()
             assert [finished(store, task) for task in tasks] == kept + [None] * (len(tasks) - len(kept))
             ballast.unlink()
-            claim(store, source, tasks, BOTH)
+            claim_store(store, source, tasks, BOTH)
             rest = [build_task(source, task, store, BOTH) for task in tasks[len(kept) :]]
             finish(store, source, [*kept, *rest], BOTH, 0.0)
         else:
@@ -156,7 +156,7 @@ def test_on_a_disk_that_has_become_read_only_all_that_is_there_can_be_read(disk:
     with pytest.raises(StoreError, match=f"epoch_0002 {where}"):
         save(run, 2, HIDDEN)
     with pytest.raises(StoreError, match=f"store.* {where}"):
-        claim(disk / "store", NumpySource(), NumpySource().tasks(), BOTH)
+        claim_store(disk / "store", NumpySource(), NumpySource().tasks(), BOTH)
     with pytest.raises(StoreError, match=f"a {where}"):
         write_file(disk / "a", b"1")
     assert found(run) == 1

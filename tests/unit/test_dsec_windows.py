@@ -36,7 +36,7 @@ from dsec_writer import (
 from numpy_source import SMALL
 from recordings import read_events
 
-from ray_app.commands.prepare.store_builder import claim
+from ray_app.commands.prepare.store_builder import claim_store
 from ray_app.errors import InputError, StoreError
 from ray_app.events.camera_view import event_view
 from ray_app.events.render import equal_counts, event_image
@@ -167,11 +167,11 @@ def test_the_manifest_says_what_alignment_cut_away(own: DsecFiles) -> None:
 
 def test_a_start_over_another_rectify_map_is_refused(own: DsecFiles, tmp_path: Path) -> None:
     source, both = dsec(own.root, SECOND), Features(event=SMALL, target=SMALL)
-    claim(tmp_path / "s", source, source.tasks(), both)
-    claim(tmp_path / "s", source, source.tasks(), both)
+    claim_store(tmp_path / "s", source, source.tasks(), both)
+    claim_store(tmp_path / "s", source, source.tasks(), both)
     edit(own.rectify_map, lambda file: file["rectify_map"].write_direct(file["rectify_map"][()] + np.float32(1e-3)))
     with pytest.raises(StoreError, match="of other settings or inputs"):
-        claim(tmp_path / "s", source, source.tasks(), both)
+        claim_store(tmp_path / "s", source, source.tasks(), both)
 
 
 def test_the_real_cameras_give_a_pair_of_full_size(shared_data: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dsec_writer import random_events, write_events
 from ray_app.events.render import event_image
 from ray_app.sources import event_stream as sweep
 from ray_app.sources.dsec.events_file import DsecEvents
-from ray_app.sources.event_stream import Slice, blocks, render_slices
+from ray_app.sources.event_stream import Slice, iter_blocks, render_slices
 from ray_app.sources.recorded import PAIRS_PER_TASK, SECONDS_PER_TASK_US, WindowingConfig, by_middle, by_start
 
 FOUR = (200_000, 500_000, 1_000_000, 2_000_000)
@@ -76,7 +76,7 @@ def test_a_frame_that_several_windows_share_is_decoded_once(tmp_path: Path, monk
 
 
 def test_overlapping_slices_give_the_images_of_each_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "BLOCK", 700)
+    monkeypatch.setattr(sweep, "EVENTS_PER_BLOCK", 700)
     events = random_events(9_000, OFFSET_US, OFFSET_US + 50_000)
     write_events(tmp_path / "events.h5", events, OFFSET_US)
     rng = np.random.default_rng(1)
@@ -92,8 +92,14 @@ def test_overlapping_slices_give_the_images_of_each_alone(tmp_path: Path, monkey
 
 
 def test_blocks_are_the_union_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "BLOCK", 10)
-    assert list(blocks([(30, 34), (0, 25), (5, 8), (20, 31)])) == [(0, 10), (10, 20), (20, 25), (25, 31), (31, 34)]
+    monkeypatch.setattr(sweep, "EVENTS_PER_BLOCK", 10)
+    assert list(iter_blocks([(30, 34), (0, 25), (5, 8), (20, 31)])) == [
+        (0, 10),
+        (10, 20),
+        (20, 25),
+        (25, 31),
+        (31, 34),
+    ]
 
 
 def test_a_damaged_place_costs_the_slices_alone_that_it_is_in(tmp_path: Path) -> None:

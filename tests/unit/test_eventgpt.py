@@ -13,7 +13,7 @@ from recordings import read_events
 from test_sources import everything, recording, saved
 
 from ray_app import cli
-from ray_app.commands.prepare.command import source_of
+from ray_app.commands.prepare.command import source_from_config
 from ray_app.errors import InputError
 from ray_app.events.render import equal_counts, event_image
 from ray_app.sources.base import RawPair, RejectedPair
@@ -222,6 +222,6 @@ def test_the_real_50_ms_recordings_begin_at_their_first_event(shared_data: Path,
 def test_flags_make_the_source_that_they_name(dataset: Path) -> None:
     words = f"{dataset} --out s --duration 2s --step 1s --instructions list.json --event-bins 1".split()
     flags = cli.parse("prepare eventgpt", cli.COMMANDS["prepare eventgpt"], None, words)
-    assert source_of(flags) == EventGptSource(dataset, 2_000_000, 1_000_000, Path.cwd() / "list.json", 1)
+    assert source_from_config(flags) == EventGptSource(dataset, 2_000_000, 1_000_000, Path.cwd() / "list.json", 1)
     plain = cli.parse("prepare eventgpt", cli.COMMANDS["prepare eventgpt"], None, [str(dataset), "--out", "s"])
-    assert source_of(plain) == EventGptSource(dataset, 1_000_000, 500_000)
+    assert source_from_config(plain) == EventGptSource(dataset, 1_000_000, 500_000)

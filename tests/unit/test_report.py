@@ -15,7 +15,7 @@ from rich.console import Console
 from ray_app.commands.evaluate.report import (
     PairPicture,
     outcome,
-    render_html,
+    report_page,
     report_warnings,
     results_table,
     verdict_sentence,
@@ -101,7 +101,7 @@ def picture(sequence: str = "drive") -> PairPicture:
 @pytest.fixture(scope="module")
 def page() -> str:
     result, cosines = made_up()
-    return render_html(result, cosines, [picture()], [picture("<script>alert(1)</script>")])
+    return report_page(result, cosines, [picture()], [picture("<script>alert(1)</script>")])
 
 
 def test_a_page_refers_to_nothing_outside_itself(page: str) -> None:
@@ -110,11 +110,11 @@ def test_a_page_refers_to_nothing_outside_itself(page: str) -> None:
 
 def test_a_report_links_to_the_page_about_tokens() -> None:
     result, cosines = made_up()
-    with_link = render_html(result, cosines, token_report="../tokens%20of%20today/page.html")
+    with_link = report_page(result, cosines, token_report="../tokens%20of%20today/page.html")
     links = [attributes["href"] for tag, attributes in Elements(with_link).found if tag == "a"]
     assert links == ["../tokens%20of%20today/page.html"]
     assert "What cosine acceptance predicted about tokens" in with_link
-    assert "<a " not in render_html(result, cosines)
+    assert "<a " not in report_page(result, cosines)
 
 
 def test_what_the_data_says_is_never_markup(page: str) -> None:
@@ -189,7 +189,7 @@ def test_what_a_reader_must_know_is_said(changes: dict[str, Any], words: str, wa
     split = {**base["split"], **changes.pop("split", {})}
     result = {**base, **changes, "split": split}
     assert [note["warning"] for note in report_warnings(result) if words in note["text"]] == [warning]
-    assert words in render_html(result, cosines)
+    assert words in report_page(result, cosines)
 
 
 def test_recorded_events_under_a_clean_split_need_no_warning() -> None:
@@ -222,4 +222,4 @@ def test_a_logarithmic_axis_leaves_out_what_has_no_place_there(values: list[floa
 
 def test_features_that_are_no_images_leave_the_pictures_out() -> None:
     result, cosines = made_up()
-    assert "Best and worst" not in render_html(result, cosines)
+    assert "Best and worst" not in report_page(result, cosines)

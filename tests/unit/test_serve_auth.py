@@ -39,7 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tokens: Path, secrets: dict
 
 @pytest.fixture(autouse=True)
 def _look_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth, "POLL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(auth, "TOKEN_POLL_INTERVAL_S", 0.0)
 
 
 def bearer(secret: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ from serve.model.loaded_model import (
     optimise_for_device,
     use_packed_linear,
 )
-from serve.model.model_source import source_of
+from serve.model.model_source import model_source
 
 CPU = torch.device("cpu")
 onednn = pytest.mark.skipif(not use_packed_linear("bf16"), reason="oneDNN does not multiply bfloat16 on this machine")
@@ -86,7 +86,7 @@ def test_a_model_that_answers_otherwise_here_is_not_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
 ) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint")
-    identity = source_of(str(folder), None).current()
+    identity = model_source(str(folder), None).current()
     assert load_served(folder, identity, precision, use_gpu=False, max_batch=1).precision == precision
     monkeypatch.setitem(serve.model.loaded_model.LIMITS, precision, -1.0)
     monkeypatch.setattr(serve.model.loaded_model, "cpu", lambda: {"vendor_id": AMD})

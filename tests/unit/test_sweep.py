@@ -22,7 +22,7 @@ from ray_app.commands.tune.command import confirm_estimate, new_sweep_spec
 from ray_app.commands.tune.estimate import Estimate, MemoryNeed, kept_share, largest, max_concurrent
 from ray_app.commands.tune.search import Budget
 from ray_app.commands.tune.searchers import TrialRecord, draw, propose
-from ray_app.commands.tune.spec import Choice, Range, describe, read_spec, space_of, train_config
+from ray_app.commands.tune.spec import Choice, Range, describe_space, read_spec, space_of, train_config
 from ray_app.commands.tune.state import SweepState
 from ray_app.commands.tune.sweep_dir import (
     SweepDir,
@@ -188,7 +188,7 @@ def test_a_trials_name_is_its_number_and_its_setting() -> None:
     assert trial_name(7, {"a": 1, "b": 2}) == trial_name(7, {"b": 2, "a": 1})
     assert trial_name(7, {"a": 1}) != trial_name(7, {"a": 2})
     assert trial_name(7, {"a": 1}).startswith("trial_0007-")
-    assert describe({"a": 0.12345, "b": "x", "c": ["1s"]}) == 'a 0.123, b x, c ["1s"]'
+    assert describe_space({"a": 0.12345, "b": "x", "c": ["1s"]}) == 'a 0.123, b x, c ["1s"]'
 
 
 def epoch(n: int, loss: float, rate: float, cos: float = 0.0) -> dict[str, Any]:
@@ -405,7 +405,7 @@ def test_what_is_no_sweep_or_lacks_its_record_is_one_sentence(
 def test_a_sweep_with_a_driver_is_not_resumed_by_another_and_stays_as_it_is(
     small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ray_app.commands.tune.sweep_dir.HANDOVER_S", 0.1)
+    monkeypatch.setattr("ray_app.commands.tune.sweep_dir.SWEEP_HANDOVER_S", 0.1)
     sweep = SweepDir(tmp_path / "s")
     settings = sized(tmp_path, small_store, out=str(sweep.path)).model_dump(mode="json", exclude_unset=True)
     sweep.create({"name": "s", "key": "k", "spec": settings, "store_fingerprint": "f"})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ray_app.config.speculative import CaptureConfig
 from ray_app.errors import InputError, RayAppError
-from ray_app.language_models.hf_models import Answer, LiveModel, load, same_tokens
+from ray_app.language_models.hf_models import LiveModel, ModelAnswer, load, same_tokens
 from ray_app.sources.base import RejectedPair
 from ray_app.sources.clips import Clip, ClipWindow, clips
 from ray_app.store.capture_store import SHARDS, Shard, state_key, write_shard
@@ -54,7 +54,7 @@ class CaptureActor:
         write_shard(self._cfg.out, name, Shard(rows, rejected), states)
         return len(rows), num_verified, otherwise
 
-    def _answers(self, clip: Clip) -> tuple[Answer, Answer]:
+    def _answers(self, clip: Clip) -> tuple[ModelAnswer, ModelAnswer]:
         cfg = self._cfg
         if self._models is None:
             drafter, target = (load(folder, cfg.dtype, self._device) for folder in (cfg.drafter, cfg.target))
@@ -77,7 +77,7 @@ class CaptureActor:
         return drafted, target.answer(clip, cfg.question, verify=cfg.verify, **how)
 
 
-def _row(cfg: CaptureConfig, clip: Clip, drafted: Answer, spoken: Answer) -> dict[str, Any]:
+def _row(cfg: CaptureConfig, clip: Clip, drafted: ModelAnswer, spoken: ModelAnswer) -> dict[str, Any]:
     """Return a line of traces, but for its states."""
     source = clip.source
     row: dict[str, Any] = {

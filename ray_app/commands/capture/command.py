@@ -28,7 +28,7 @@ from ray_app.sources.base import named_sequences
 from ray_app.sources.clips import ClipWindow, clip_windows
 from ray_app.sources.video import identity
 from ray_app.store.atomic import sha256_file
-from ray_app.store.capture_store import REJECTED, SHARDS, TRACES, claim, publish, read_shard
+from ray_app.store.capture_store import REJECTED_ROWS, SHARDS, TRACES, claim_capture, publish_capture, read_shard
 
 SHARD_ROWS = 16
 """Windows of a shard: what a kill costs each replica at most."""
@@ -47,7 +47,7 @@ def run_capture(cfg: CaptureConfig) -> dict[str, Any]:
     target = vocabulary(cfg.target)
     plan = plan_of(cfg)
     folder = cfg.out.absolute()
-    claim(folder, settings_of(cfg))
+    claim_capture(folder, settings_of(cfg))
     kept = {name for name, _ in plan if (shard := read_shard(folder, name)) and not shard.rejected}
     missing = [(name, windows) for name, windows in plan if name not in kept]
     verified, num_workers = np.zeros(2, dtype=np.int64), 0
@@ -60,9 +60,9 @@ def run_capture(cfg: CaptureConfig) -> dict[str, Any]:
         raise StoreError(f"{folder / SHARDS / lost[0]}: what was just written does not verify; repeat the command.")
     rows = [row for shard in shards.values() for row in shard.rows]
     rejected = [line for shard in shards.values() for line in shard.rejected]
-    publish(folder, rows, rejected)
+    publish_capture(folder, rows, rejected)
     if not rows:
-        raise InputError(f"no window could be captured; the reasons are in {folder / REJECTED}.")
+        raise InputError(f"no window could be captured; the reasons are in {folder / REJECTED_ROWS}.")
     return {
         "traces": str(cfg.out / TRACES),
         "rows": len(rows),
@@ -83,7 +83,7 @@ def render_capture(result: dict[str, Any], console: Console) -> None:
     table.add_column()
     table.add_column(overflow="fold")
     kept = f", {result['rows_kept']:,} kept from an earlier start" if result["rows_kept"] else ""
-    lost = f" (reasons in {REJECTED})" if result["rejected"] else ""
+    lost = f" (reasons in {REJECTED_ROWS})" if result["rejected"] else ""
     table.add_row("traces", result["traces"])
     table.add_row("rows", f"{result['rows']:,}{kept}")
     table.add_row("rejected", f"{result['rejected']:,}{lost}")

@@ -20,11 +20,11 @@ from ray_app import errors
 from ray_app.cluster.connection import cluster
 from ray_app.config.base import flat
 from ray_app.config.speculative import CorrelateConfig
-from ray_app.core.speculative.correlation import THETAS, Places, cosines, judge, rank_correlation
+from ray_app.core.speculative.correlation import REPORT_THETAS, Places, cosines, judge, rank_correlation
 from ray_app.core.speculative.prompts import AnsweredPrompt, States
 from ray_app.core.speculative.verification import accepted_prefix
 from ray_app.drafters.hidden_states import AdapterDrafter
-from ray_app.drafters.recorded_states import answers_with_states, blocks, read_files, require_states
+from ray_app.drafters.recorded_states import answers_with_states, bootstrap_blocks, read_files, require_states
 from ray_app.drafters.replay import Fold, folds_of
 from ray_app.errors import CheckpointError, InputError, StoreError
 from ray_app.reports.figures import reliability_figure
@@ -33,12 +33,20 @@ from ray_app.store.atomic import write_file
 from ray_app.store.provenance import provenance
 from ray_app.store.traces import TraceFile
 
-BASELINES = ("raw", "mean_target")
+REFERENCE_ADAPTERS = ("raw", "mean_target")
 """The drafter's states as they are; the mean of the target's, the same at every place."""
 PAGE, NUMBERS = "correlation.html", "correlation.json"
-HEADS = ("mean cos", "cos > 0.80", "match rate", "P(match | cos > 0.80)", "AUC", "calibration error", "in a row")
+CORRELATION_HEADS = (
+    "mean cos",
+    "cos > 0.80",
+    "match rate",
+    "P(match | cos > 0.80)",
+    "AUC",
+    "calibration error",
+    "in a row",
+)
 """Columns of the results table."""
-BLOCK_ROWS = 20
+BOOTSTRAP_BLOCK = 20
 """Neighbouring rows that the bootstrap draws together where sequences are not named."""
 
 
@@ -70,7 +78,7 @@ def run_correlate(cfg: CorrelateConfig) -> dict[str, Any]:
     adapters = _named([path.absolute() for path in cfg.adapter])
     folds = [folds_of([trace.sequence for trace in file.traces], cfg.folds, cfg.fold_gap) for file in files]
     judged = _judge_all(cfg, files, folds, adapters)
-    block_of = blocks(files, BLOCK_ROWS)
+    block_of = bootstrap_blocks(files, BOOTSTRAP_BLOCK)
     num_blocks = 1 + max(block for each in block_of for block in each)
     places = {
         name: Places(
@@ -96,7 +104,7 @@ def run_correlate(cfg: CorrelateConfig) -> dict[str, Any]:
         "rejected": [asdict(bad) for file in files for bad in file.rejected],
         "folds": max(len(each) for each in folds),
         "fold_gap": cfg.fold_gap,
-        "baselines": {name: numbers[name] for name in BASELINES if name in numbers},
+        "baselines": {name: numbers[name] for name in REFERENCE_ADAPTERS if name in numbers},
         "adapters": {name: numbers[name] for name in adapters if name in numbers},
         "rank_correlation": rank_correlation(
             {name: places[name] for name in adapters if name in places}, num_blocks, np.random.default_rng(0)
@@ -116,7 +124,7 @@ def render_correlate(result: dict[str, Any], console: Console) -> None:
         title=f"{result['rows']:,} rows, {result['blocks']} sequences or stretches", title_justify="left"
     )
     table.add_column("states", overflow="fold", min_width=12)
-    for heading in HEADS:
+    for heading in CORRELATION_HEADS:
         table.add_column(heading, justify="right")
     for name, cells in table_rows(result):
         table.add_row(name, *cells)
@@ -169,7 +177,7 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, list[str]]]:
 def correlation_page(result: dict[str, Any]) -> str:
     """Return the page as HTML."""
     everyone = {**result["baselines"], **result["adapters"]}
-    thetas = [f"{theta:.2f}" for theta in THETAS]
+    thetas = [f"{theta:.2f}" for theta in REPORT_THETAS]
     above = [Row(name, [match_cell(numbers, theta) for theta in thetas]) for name, numbers in everyone.items()]
     figure = Figure(
         reliability_figure({name: numbers["reliability"] for name, numbers in everyone.items()}),
@@ -191,7 +199,10 @@ def correlation_page(result: dict[str, Any]) -> str:
             *({"text": line, "warning": True} for line in rejected),
         ],
         [
-            Section("Results", [Table(["states", *HEADS], [Row(name, cells) for name, cells in table_rows(result)])]),
+            Section(
+                "Results",
+                [Table(["states", *CORRELATION_HEADS], [Row(name, cells) for name, cells in table_rows(result)])],
+            ),
             Section("P(match | cos > θ)", [Table(["states", *(f"θ {theta}" for theta in thetas)], above)]),
             Section("The cosine taken as a probability", [figure]),
         ],
@@ -218,7 +229,7 @@ def _named(adapters: Sequence[Path]) -> dict[str, Path]:
     """Return adapters by the end of their path that is unique."""
     for parts in range(1, 1 + max((len(path.parts) for path in adapters), default=0)):
         named = {"/".join(path.parts[-parts:]): path for path in adapters}
-        if len(named) == len(adapters) and not named.keys() & set(BASELINES):
+        if len(named) == len(adapters) and not named.keys() & set(REFERENCE_ADAPTERS):
             return named
     return {str(path): path for path in adapters}
 
@@ -227,7 +238,7 @@ def _judge_all(
     cfg: CorrelateConfig, files: Sequence[TraceFile], folds: Sequence[Sequence[Fold]], adapters: dict[str, Path]
 ) -> dict[str, list[AdapterScore]]:
     """Return the scores of each file for each baseline and adapter."""
-    tasks = [(name, n) for name in (*BASELINES, *adapters) for n in range(len(files))]
+    tasks = [(name, n) for name in (*REFERENCE_ADAPTERS, *adapters) for n in range(len(files))]
     files = [replace(file, path=file.path.absolute()) for file in files]  # workers have a folder of their own
 
     def task(item: dict[str, Any]) -> dict[str, Any]:

@@ -55,11 +55,11 @@ def run_benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     everything = joined(evaluated)
     parts = {name: of_part for name, of_part in parts_of(context.split, rows).items() if len(of_part)}
     result: dict[str, Any] = {
-        **measured(everything),
+        **measure_store(everything),
         **described,
         "checkpoint": cfg.checkpoint,
         "parts": {
-            name: {"training_data": name in ("train", "val"), **measured(selected(everything, of_part))}
+            name: {"training_data": name in ("train", "val"), **measure_store(selected(everything, of_part))}
             for name, of_part in parts.items()
         },
         "timing": timing(passes, len(rows), cfg.batch_size),
@@ -132,7 +132,7 @@ def joined(evaluations: list[AlignmentEvaluation]) -> AlignmentEvaluation:
     )
 
 
-def measured(evaluation: AlignmentEvaluation) -> dict[str, Any]:
+def measure_store(evaluation: AlignmentEvaluation) -> dict[str, Any]:
     """Means of some pairs for the adapter and every baseline, and the lift."""
     previous = evaluation.previous_window[~np.isnan(evaluation.previous_window)]
     baselines = {**evaluation.baselines, **({"previous_window": previous} if previous.size else {})}

@@ -19,7 +19,7 @@ from ray_app.cluster.connection import cluster
 from ray_app.commands.evaluate.context import EvaluationContext
 from ray_app.commands.evaluate.evaluator import EvaluatorHandle
 from ray_app.commands.evaluate.reference_files import alignment_metrics
-from ray_app.commands.evaluate.report import PairPicture, print_warnings, render_html, report_warnings, results_table
+from ray_app.commands.evaluate.report import PairPicture, print_warnings, report_page, report_warnings, results_table
 from ray_app.config.base import flat
 from ray_app.config.evaluate import EvaluateConfig, EvaluationFlags
 from ray_app.core.evaluation import AlignmentEvaluation
@@ -61,7 +61,7 @@ def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     metrics = alignment_metrics(result, before, checkpoint.adapter)
     files = {
         cfg.out / f"alignment_metrics_{context.suffix}.json": as_json(metrics),
-        cfg.out / "report.html": render_html(result, curves(evaluation), best, worst, token_report).encode(),
+        cfg.out / "report.html": report_page(result, curves(evaluation), best, worst, token_report).encode(),
     }
     cfg.out.mkdir(parents=True, exist_ok=True)
     for path, data in files.items():

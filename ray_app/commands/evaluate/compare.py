@@ -31,7 +31,7 @@ from ray_app.store.pair_store import PairStore
 from ray_app.store.provenance import provenance
 from ray_app.tracking.model_registry import checkpoint_folder
 
-NUM_PICTURES = 4
+NUM_EXAMPLE_PAIRS = 4
 """Test pairs, of different sequences where there are enough, that are drawn as every adapter aligns them."""
 FILES = ("comparison.json", "comparison.html", ".*")
 KEY, HIGH = rate_key(THETA), "0.90"
@@ -76,7 +76,7 @@ def run_compare(cfg: CompareConfig) -> dict[str, Any]:
         "provenance": record,
     }
     drawings = pictures(store, drawn, event_PE, target_PD, adapters)
-    files = dict(zip(FILES[:2], (as_json(result), render_html(result, best, drawings).encode()), strict=True))
+    files = dict(zip(FILES[:2], (as_json(result), comparison_page(result, best, drawings).encode()), strict=True))
     cfg.out.mkdir(parents=True, exist_ok=True)
     for file, data in files.items():
         write_file(cfg.out / file, data)
@@ -124,10 +124,10 @@ def has_images(store: PairStore) -> bool:
 def pictured(sequences: NDArray[np.str_]) -> NDArray[np.int64]:
     """Positions of the pairs that are drawn: the middle one of sequences spread over all."""
     names = np.unique(sequences)
-    chosen = names[np.linspace(0, len(names) - 1, min(NUM_PICTURES, len(names))).astype(int)]
+    chosen = names[np.linspace(0, len(names) - 1, min(NUM_EXAMPLE_PAIRS, len(names))).astype(int)]
     places = [np.flatnonzero(sequences == name) for name in chosen]
-    if len(names) < NUM_PICTURES:  # one drive: spread over its windows
-        return np.linspace(0, len(sequences) - 1, min(NUM_PICTURES, len(sequences))).astype(int)
+    if len(names) < NUM_EXAMPLE_PAIRS:  # one drive: spread over its windows
+        return np.linspace(0, len(sequences) - 1, min(NUM_EXAMPLE_PAIRS, len(sequences))).astype(int)
     return np.array([of_one[len(of_one) // 2] for of_one in places])
 
 
@@ -164,8 +164,8 @@ def result_rows(result: dict[str, Any]) -> list[Row]:
         rates = baseline["cosine_accept_rate"]
         kind = "baseline" if name in BASELINES else "context"
         cells = [f"{baseline['cos_sim_mean']:.4f}", f"{100 * rates[KEY]:.1f} %", f"{100 * rates[HIGH]:.1f} %"]
-        rows.append(Row(name, cells + [""] * (len(HEADS) - 4), kind))
-    for name, metrics in ranked(result):
+        rows.append(Row(name, cells + [""] * (len(COMPARISON_HEADS) - 4), kind))
+    for name, metrics in rank_candidates(result):
         rates, retrieval = metrics["cosine_accept_rate"], metrics["retrieval"]
         low, high = (100 * bound for bound in metrics["interval95"]["lift"])
         cells = [
@@ -191,26 +191,26 @@ def cost_rows(result: dict[str, Any]) -> list[Row]:
                 f"{metrics['latency_ms']:,.2f} ms",
             ],
         )
-        for name, metrics in ranked(result)
+        for name, metrics in rank_candidates(result)
     ]
 
 
-def ranked(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def rank_candidates(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Adapters with their names, by falling lift."""
     return sorted(result["adapters"].items(), key=lambda item: -item[1]["lift"])
 
 
-HEADS = ["answer", "cos_sim", f"θ {KEY}", f"θ {HIGH}", "lift, 95 % interval", "centred", "R@1/5/10, %"]
+COMPARISON_HEADS = ["answer", "cos_sim", f"θ {KEY}", f"θ {HIGH}", "lift, 95 % interval", "centred", "R@1/5/10, %"]
 COST_HEADS = ["adapter", "parameters", "checkpoint", "one pair"]
 
 
-def render_html(result: dict[str, Any], best: CandidateResult, drawings: list[Pictures]) -> str:
+def comparison_page(result: dict[str, Any], best: CandidateResult, drawings: list[Pictures]) -> str:
     """comparison.html."""
     named_rates = [
         f"{name} {100 * metrics['cosine_accept_rate'][KEY]:.1f} percent"
         for name, metrics in result["adapters"].items()
     ]
-    solved = [name for name, metrics in ranked(result) if not metrics["parameters"]]
+    solved = [name for name, metrics in rank_candidates(result) if not metrics["parameters"]]
     cost = Figure(
         cost_figure(result),
         f"Acceptance at θ {KEY} against trained parameters and against latency: {', '.join(named_rates)}.",
@@ -221,7 +221,7 @@ def render_html(result: dict[str, Any], best: CandidateResult, drawings: list[Pi
             "Results",
             [
                 Table(
-                    HEADS,
+                    COMPARISON_HEADS,
                     result_rows(result),
                     "cos_sim: mean over the test pairs. θ: share of test pairs with cos_sim > θ. Lift: acceptance at "
                     f"θ {KEY} minus that of the best baseline (shuffled is each adapter's own), in percentage "
@@ -256,7 +256,7 @@ def render_html(result: dict[str, Any], best: CandidateResult, drawings: list[Pi
     )
 
 
-MARKERS = "osD^vP*X<>"
+ADAPTER_MARKERS = "osD^vP*X<>"
 """One for each adapter in the figure, next to its colour."""
 
 
@@ -265,7 +265,7 @@ def cost_figure(result: dict[str, Any]) -> str:
     baseline = max(
         result["baselines"][name]["cosine_accept_rate"][KEY] for name in result["baselines"] if name in BASELINES
     )
-    adapters = ranked(result)
+    adapters = rank_candidates(result)
     counts = [each["parameters"] for _, each in adapters]
     latencies = [max(each["latency_ms"], 1e-3) for _, each in adapters]
     none_trained = min(filter(None, counts), default=10) / 10  # x of a solved adapter: a log axis has no 0
@@ -274,7 +274,11 @@ def cost_figure(result: dict[str, Any]) -> str:
         left, right = figure.subplots(1, 2, sharey=True)
         for n, (name, each) in enumerate(adapters):
             rate, label = each["cosine_accept_rate"][KEY], name if each["parameters"] else f"{name} (none trained)"
-            look: dict[str, Any] = {"color": PALETTE[n % len(PALETTE)], "marker": MARKERS[n % len(MARKERS)], "s": 52}
+            look: dict[str, Any] = {
+                "color": PALETTE[n % len(PALETTE)],
+                "marker": ADAPTER_MARKERS[n % len(ADAPTER_MARKERS)],
+                "s": 52,
+            }
             left.scatter(each["parameters"] or none_trained, rate, label=label, **look)
             right.scatter(latencies[n], rate, **look)
         for axes, label in ((left, "trained parameters"), (right, "ms for one pair")):
@@ -296,10 +300,10 @@ def render_compare(result: dict[str, Any], console: Console) -> None:
     first = next(iter(result["adapters"].values()))
     title = f"{first['pairs']:,} test pairs; split: {first['split']['label']}"
     rows = result_rows(result)
-    console.print(terminal_table(HEADS[:6], [replace(row, cells=row.cells[:5]) for row in rows], title))
+    console.print(terminal_table(COMPARISON_HEADS[:6], [replace(row, cells=row.cells[:5]) for row in rows], title))
     further = {row.name: row.cells[5:] for row in rows}
     costs = [replace(row, cells=[*further[row.name], *row.cells]) for row in cost_rows(result)]
-    console.print(terminal_table([COST_HEADS[0], *HEADS[6:], *COST_HEADS[1:]], costs))
+    console.print(terminal_table([COST_HEADS[0], *COMPARISON_HEADS[6:], *COST_HEADS[1:]], costs))
     console.print(result["verdict"], style="bold", highlight=False, markup=False)
     print_warnings(data_warnings(first), console)
     for path in result["files"]:

@@ -9,7 +9,7 @@ from ray_app.core.adapters.base import Adapter
 
 WARM_UP = 2
 """Forward passes before timing starts."""
-TIMED = 20
+TIMED_CALLS = 20
 """Timed forward passes, of which the median is the latency."""
 
 
@@ -21,7 +21,7 @@ def latency_ms(adapter: Adapter) -> float:
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
-            for _ in range(WARM_UP + TIMED):
+            for _ in range(WARM_UP + TIMED_CALLS):
                 started = time.perf_counter()
                 adapter(event_1E)
                 if device.type == "cuda":

@@ -15,7 +15,7 @@ from rich.text import Text as TerminalText
 
 from ray_app.core.evaluation import BASELINES, DARK
 from ray_app.core.metrics import THETA, rate_key
-from ray_app.reports.figures import Cosines, acceptance_figure, histogram_figure
+from ray_app.reports.figures import CosineSeries, acceptance_figure, histogram_figure
 from ray_app.reports.html import (
     Cell,
     Facts,
@@ -27,7 +27,7 @@ from ray_app.reports.html import (
     Section,
     Table,
     Text,
-    flattened,
+    flat_rows,
     page,
     picture,
 )
@@ -164,9 +164,9 @@ def results_table(result: Mapping[str, Any], title: str) -> TerminalTable:
     return table
 
 
-def render_html(
+def report_page(
     result: Mapping[str, Any],
-    cosines: Cosines,
+    cosines: CosineSeries,
     best: Sequence[PairPicture] = (),
     worst: Sequence[PairPicture] = (),
     token_report: str | None = None,
@@ -186,7 +186,7 @@ def render_html(
         *(group_section(result, key) for key in ("by_lighting", "by_sequence") if len(result[key]) > 1),
         Section("Further measures", [Facts(list(measures(result)))]),
         Section("Split", [Facts(list(split_lines(result)))]),
-        Section("Provenance", [Facts(flattened(result["provenance"]))]),
+        Section("Provenance", [Facts(flat_rows(result["provenance"]))]),
     ]
     return page(
         f"Alignment report: {result['checkpoint']}",
@@ -229,7 +229,7 @@ def lift_cell(lift: float) -> Cell:
     return Cell(f"{100 * lift:+.1f}", "good" if lift > 0 else "bad" if lift < 0 else "")
 
 
-def acceptance_block(result: Mapping[str, Any], cosines: Cosines) -> Figure:
+def acceptance_block(result: Mapping[str, Any], cosines: CosineSeries) -> Figure:
     """Curves of acceptance against θ."""
     named = [f"{name} {100 * numbers['cosine_accept_rate'][KEY]:.1f} percent" for name, _, numbers in lines(result)]
     return Figure(
@@ -240,7 +240,7 @@ def acceptance_block(result: Mapping[str, Any], cosines: Cosines) -> Figure:
     )
 
 
-def histogram_block(result: Mapping[str, Any], cosines: Cosines) -> Figure:
+def histogram_block(result: Mapping[str, Any], cosines: CosineSeries) -> Figure:
     """Histograms of the cosine of each pair, before and after."""
     before = result["baselines"]["before"]
     return Figure(

@@ -17,7 +17,7 @@ from ray_app.store.split import Rows, Split, overlapping_row
 
 Kind = Literal["identical", "near", "overlapping"]
 Side = Literal["event", "target"]
-SIDES: tuple[Side, ...] = ("event", "target")
+FEATURE_SIDES: tuple[Side, ...] = ("event", "target")
 SHOWN = 2
 """Examples of each kind, from different sequences where possible."""
 MEASURE = (
@@ -94,10 +94,10 @@ class LeakComparison:
         store = self.stores[0]
         if row >= len(store.index):
             row, store = row - len(store.index), self.stores[1]
-        values = dict(zip(SIDES, store.read_rows([row]), strict=True))
+        values = dict(zip(FEATURE_SIDES, store.read_rows([row]), strict=True))
         return {
             side: np.ascontiguousarray(values[side][0].reshape(store.feature(side).shape).transpose(1, 2, 0))
-            for side in SIDES
+            for side in FEATURE_SIDES
             if is_picture(store.feature(side))
         }
 
@@ -116,7 +116,7 @@ def find_leaks(index: PairIndex, scan: StoreScan, part: tuple[str, Rows], other:
     """Compare the rows of `part` with those of `other`; neither is empty."""
     (name, rows), (other_name, other_rows) = part, other
     matches: list[tuple[Kind, Side | None, Rows, NDArray[np.floating]]] = []
-    for side in SIDES:
+    for side in FEATURE_SIDES:
         same = _identical(getattr(scan, f"{side}_hash"), rows, other_rows)
         sketch_NK = getattr(scan, f"{side}_sketch")
         nearest_N, correlation_N = nearest(sketch_NK[rows], sketch_NK[other_rows])
@@ -135,8 +135,8 @@ def find_leaks(index: PairIndex, scan: StoreScan, part: tuple[str, Rows], other:
         against=other_name,
         windows=len(rows),
         compared_with=len(other_rows),
-        identical={side: count["identical", side] for side in SIDES},
-        near={side: count["near", side] for side in SIDES},
+        identical={side: count["identical", side] for side in FEATURE_SIDES},
+        near={side: count["near", side] for side in FEATURE_SIDES},
         overlapping=count["overlapping", None],
         any=int(np.count_nonzero(np.any([partner >= 0 for _, _, partner, _ in matches], axis=0))),
         examples=tuple(examples),

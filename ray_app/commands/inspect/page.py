@@ -16,12 +16,12 @@ from ray_app.commands.inspect.leaks import Example, LeakComparison, describe_pai
 from ray_app.commands.inspect.scan import StoreScan
 from ray_app.commands.inspect.statistics import NIGHT_BELOW, overlap_with_previous, positive_share
 from ray_app.reports.figures import INK, PALETTE, log_scale, svg
-from ray_app.reports.html import Facts, Figure, Group, Pictures, Row, Section, Table, Text, flattened, page, picture
+from ray_app.reports.html import Facts, Figure, Group, Pictures, Row, Section, Table, Text, flat_rows, page, picture
 from ray_app.store.pair_store import PairIndex
 
 MOST_BARS = 100
 """Sequences that get a bar each; of more, a histogram is drawn."""
-BINS = 40
+HISTOGRAM_BINS = 40
 LEAK_HEADS = ["compared", "windows", "same event", "same target", "near event", "near target", "overlap", "any"]
 SEQUENCE_HEADS = [
     "sequence",
@@ -50,15 +50,15 @@ def inspect_page(result: dict[str, Any], index: PairIndex, scan: StoreScan, leak
         Section(
             "Leaks",
             [
-                *([leaks_table(result["leaks"])] if leaks else []),
+                *([leaks_block(result["leaks"])] if leaks else []),
                 text,
                 *(examples(each) for each in leaks if each.leaks.examples),
             ],
         ),
         Section("Windows", [Facts(list(statistics_lines(result["windows"])))]),
-        *(Section(title, [figure]) for title, figure in figures(result, index, scan)),
+        *(Section(title, [figure]) for title, figure in store_figures(result, index, scan)),
         Section("Sequences", [Group(f"{len(result['by_sequence']):,} sequences, one by one", [sequences], "fold")]),
-        Section("Source", [Facts([*flattened(result["source"]), ("fingerprint", result["fingerprint"])])]),
+        Section("Source", [Facts([*flat_rows(result["source"]), ("fingerprint", result["fingerprint"])])]),
     ]
     return page(
         f"Pair store: {result['store']}",
@@ -102,7 +102,7 @@ def leaks_headline(leaks: list[dict[str, Any]]) -> str:
     )
 
 
-def leaks_table(leaks: list[dict[str, Any]]) -> Table:
+def leaks_block(leaks: list[dict[str, Any]]) -> Table:
     """Windows of each part that another one has too: counts and shares."""
     rows = []
     for leak in leaks:
@@ -155,7 +155,7 @@ def _window(comparison: LeakComparison, row: int) -> str:
     return f"{window['sequence']}, {window['t_start_us'] / 1e6:.3f} to {window['t_end_us'] / 1e6:.3f} s"
 
 
-def figures(result: dict[str, Any], index: PairIndex, scan: StoreScan) -> Iterator[tuple[str, Figure]]:
+def store_figures(result: dict[str, Any], index: PairIndex, scan: StoreScan) -> Iterator[tuple[str, Figure]]:
     """Title and plot of everything that there is data for."""
     windows = result["windows"]
     for values, name, title, caption in (
@@ -220,7 +220,7 @@ def events_figure(values: NDArray[np.float64], name: str) -> str:
         axes = figure.subplots()
         if some.size:
             low, high = some.min(), max(some.max(), some.min() * 1.1)
-            axes.hist(some, bins=np.geomspace(low, high, BINS).tolist(), color=BLUE)
+            axes.hist(some, bins=np.geomspace(low, high, HISTOGRAM_BINS).tolist(), color=BLUE)
             log_scale(axes, [low, high])
         axes.set_title(f"{known.size - some.size:,} windows without events", loc="left", fontsize=10)
         axes.set_xlabel("events")
@@ -239,7 +239,7 @@ def drawn_figure(scan: StoreScan) -> str:
         left.set_xlabel("active pixels of the drawn image")
         histogram(right, scan.positive, RED, "pixels of the drawn image")
         if not np.isnan(of_events).all():
-            counts, edges = np.histogram(of_events[~np.isnan(of_events)], bins=np.linspace(0, 1, BINS + 1))
+            counts, edges = np.histogram(of_events[~np.isnan(of_events)], bins=np.linspace(0, 1, HISTOGRAM_BINS + 1))
             right.stairs(counts, edges, color=INK, linewidth=1.4, label="all events drawn")
             right.legend(frameon=False, fontsize=9, loc="upper left")
         right.set_xlim(-0.02, 1.02)
@@ -255,7 +255,7 @@ def histogram(axes: Axes, values: NDArray[np.float64], colour: str, label: str |
     """Histogram of the known values of a share."""
     known = values[~np.isnan(values)]
     top = 1.0 if label else max(float(known.max()) * 1.05, 0.01)
-    axes.hist(known, bins=np.linspace(0, top, BINS + 1).tolist(), color=colour, label=label)
+    axes.hist(known, bins=np.linspace(0, top, HISTOGRAM_BINS + 1).tolist(), color=colour, label=label)
 
 
 def brightness_figure(bright: NDArray[np.float64], sequences: list[dict[str, Any]]) -> str:
@@ -290,7 +290,7 @@ def sequences_figure(sequences: list[dict[str, Any]]) -> str:
             axes.set_ylabel("pairs")
             axes.set_xticks([])
         else:
-            axes.hist(counts, bins=BINS, color=TEAL)
+            axes.hist(counts, bins=HISTOGRAM_BINS, color=TEAL)
             axes.set_xlabel("pairs of a sequence")
             axes.set_ylabel("sequences")
 
@@ -304,7 +304,7 @@ def offset_figure(offset_ms: NDArray[np.float64]) -> str:
     def draw(figure: Canvas) -> None:
         axes = figure.subplots()
         reach = max(float(np.abs(known).max()) * 1.05, 0.001)
-        axes.hist(known, bins=np.linspace(-reach, reach, BINS + 2).tolist(), color=BLUE)
+        axes.hist(known, bins=np.linspace(-reach, reach, HISTOGRAM_BINS + 2).tolist(), color=BLUE)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_xlabel("frame's time minus that of the window's centre, ms")
         axes.set_ylabel("windows")

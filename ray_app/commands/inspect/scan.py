@@ -28,14 +28,14 @@ AT_A_TIME = 64
 BRIGHT = 0.9
 """Quantile of the brightness of a picture's cells that separates day from night: lamps are small, the sky is not."""
 
-Floats = NDArray[np.float64]
+ScanColumn = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class StoreScan:
     """Measures of each pair, in the index's order; NaN or empty where unknown or without meaning."""
 
-    cosine: Floats
+    cosine: ScanColumn
     """cos_sim of the raw event feature with its target, shape (N,)."""
     event_hash: NDArray[np.str_]
     """BLAKE2b-128 of the event feature; empty where all of its numbers are the same."""
@@ -45,19 +45,19 @@ class StoreScan:
     """Descriptor of the event picture, shape (N, K); zero if it is not a picture or blank."""
     target_sketch: NDArray[np.float16]
     """Descriptor of the target picture, shape (N, K)."""
-    active: Floats
+    active: ScanColumn
     """Share of the drawn event image's pixels that have an event."""
-    positive: Floats
+    positive: ScanColumn
     """Positive share of these pixels."""
-    bright: Floats
+    bright: ScanColumn
     """Brightness, 0 to 255, that a tenth of the target picture's cells reach."""
-    num_events: Floats
+    num_events: ScanColumn
     """Events of the window, counted by `prepare`."""
-    num_drawn: Floats
+    num_drawn: ScanColumn
     """Events that were drawn, counted by `prepare`."""
-    num_positive: Floats
+    num_positive: ScanColumn
     """Positive events that were drawn, counted by `prepare`."""
-    frame_offset_us: Floats
+    frame_offset_us: ScanColumn
     """Time of the target's frame minus that of the window's middle."""
 
     @staticmethod
@@ -90,7 +90,7 @@ def scan_store(store: PairStore) -> StoreScan:
         rows, positions = (np.asarray(item[name][0], np.int64) for name in ("row", "position"))
         for first in range(0, len(rows), AT_A_TIME):
             some = slice(first, first + AT_A_TIME)
-            yield pa.table({"position": positions[some], **measured(opened, table.take(pa.array(rows[some])))})
+            yield pa.table({"position": positions[some], **measure_pairs(opened, table.take(pa.array(rows[some])))})
 
     blocks = ray.data.from_items(work, override_num_blocks=len(work))
     batches = blocks.map_batches(read, batch_size=1, batch_format="numpy").iter_batches(
@@ -107,7 +107,7 @@ def scan_store(store: PairStore) -> StoreScan:
     return StoreScan(**{f.name: _array(f.name, table[f.name]) for f in fields(StoreScan)})
 
 
-def measured(store: PairStore, table: pa.Table) -> dict[str, pa.Array]:
+def measure_pairs(store: PairStore, table: pa.Table) -> dict[str, pa.Array]:
     """Columns of a `StoreScan` for some rows of a file."""
     unknown = np.full(len(table), np.nan)
     columns: dict[str, Any] = dict.fromkeys(("cosine", "active", "positive", "bright"), unknown)

@@ -24,13 +24,13 @@ QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p
 def window_statistics(index: PairIndex, scan: StoreScan) -> dict[str, Any]:
     """Summaries over windows, each with the number of windows for which it is known; None if for none."""
     return {
-        "events_per_window": summary(scan.num_events),
-        "events_drawn": summary(scan.num_drawn),
-        "positive_share_of_events_drawn": summary(positive_share(scan)),
-        "active_share_of_drawn_image": summary(scan.active),
-        "positive_share_of_drawn_image": summary(scan.positive),
-        "frame_minus_window_centre_ms": summary(scan.frame_offset_us / 1000),
-        "overlap_with_previous": summary(overlap_with_previous(index)),
+        "events_per_window": summarize(scan.num_events),
+        "events_drawn": summarize(scan.num_drawn),
+        "positive_share_of_events_drawn": summarize(positive_share(scan)),
+        "active_share_of_drawn_image": summarize(scan.active),
+        "positive_share_of_drawn_image": summarize(scan.positive),
+        "frame_minus_window_centre_ms": summarize(scan.frame_offset_us / 1000),
+        "overlap_with_previous": summarize(overlap_with_previous(index)),
         "blank": {side: int((getattr(scan, f"{side}_hash") == "").sum()) for side in ("event", "target")},
     }
 
@@ -57,7 +57,7 @@ def sequence_statistics(index: PairIndex, scan: StoreScan) -> list[dict[str, Any
     return lines
 
 
-def summary(values: NDArray[np.float64]) -> dict[str, Any] | None:
+def summarize(values: NDArray[np.float64]) -> dict[str, Any] | None:
     """Quantiles, mean and number of the known values; None if there is none."""
     known = values[~np.isnan(values)]
     if not known.size:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ray_app.cluster.connection import cluster, wait_for_autoscaler
 from ray_app.commands.prepare.progress import PrepareProgress
-from ray_app.commands.prepare.store_builder import BuiltTask, build_task, claim, finish, finished
+from ray_app.commands.prepare.store_builder import BuiltTask, build_task, claim_store, finish, finished
 from ray_app.config.prepare import (
     PrepareDavis,
     PrepareDsec,
@@ -41,10 +41,10 @@ REPEAT = "Finished files stay; repeat the command to continue."
 
 def run_prepare(cfg: PrepareFlags) -> dict[str, Any]:
     """Build the store that a `prepare` command asks for."""
-    return prepare(source_of(cfg), cfg)
+    return prepare(source_from_config(cfg), cfg)
 
 
-def source_of(cfg: PrepareFlags) -> Source:
+def source_from_config(cfg: PrepareFlags) -> Source:
     """Return the source that a `prepare` command names, with its defaults filled in.
 
     Only its own module is imported: each brings libraries that the others do without.
@@ -120,7 +120,7 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
     features = Features(event=feature, target=feature)
     folder = open_storage(cfg.out, cfg.storage_timeout_s)
     tasks = source.tasks()
-    claim(folder, source, tasks, features)
+    claim_store(folder, source, tasks, features)
 
     def build(row: dict[str, Any]) -> dict[str, Any]:
         task = tasks[row["task"]]

@@ -29,7 +29,7 @@ from ray_app.store.pair_store import (
 )
 
 SCRATCH = ".prepare"
-SETTINGS = "settings.json"
+SETTINGS_FILE = "settings.json"
 NAMED_IN_ERROR = 3
 
 
@@ -66,7 +66,7 @@ class BuiltTask(Config):
         return self.part.pairs if self.part else 0
 
 
-def claim(where: Where, source: Source, tasks: list[SourceTask], features: Features) -> None:
+def claim_store(where: Where, source: Source, tasks: list[SourceTask], features: Features) -> None:
     """Make the folder ours. StoreError unless it is new, empty, or a cut-off prepare of these settings."""
     folder = open_storage(where)
     names = [task.name for task in tasks]
@@ -89,7 +89,7 @@ def claim(where: Where, source: Source, tasks: list[SourceTask], features: Featu
         raise StoreError(
             f"{folder} already holds a complete pair store (see `ray-app inspect`); name another folder for --out."
         )
-    claimed = _read(folder, SETTINGS) if SCRATCH in there else None
+    claimed = _read(folder, SETTINGS_FILE) if SCRATCH in there else None
     if claimed is not None:
         if claimed != text.encode():
             raise StoreError(
@@ -99,7 +99,7 @@ def claim(where: Where, source: Source, tasks: list[SourceTask], features: Featu
     elif there - {SCRATCH}:
         raise StoreError(f"{folder} already holds something else; --out must be a new or empty folder.")
     else:
-        folder.write(f"{SCRATCH}/{SETTINGS}", text.encode())
+        folder.write(f"{SCRATCH}/{SETTINGS_FILE}", text.encode())
 
 
 def build_task(source: Source, task: SourceTask, where: Where, features: Features) -> BuiltTask:

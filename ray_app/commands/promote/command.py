@@ -25,7 +25,7 @@ from ray_app.commands.evaluate.context import EvaluationContext, training_config
 from ray_app.commands.evaluate.report import results_table
 from ray_app.commands.promote.champions import EARNED, registry_warnings
 from ray_app.commands.promote.rollback import (
-    RATE,
+    RATE_TAG,
     list_champions,
     render_list,
     render_rollback,
@@ -166,8 +166,8 @@ def champion_metrics(
     key = rate_key(THETA)
     tags = registry.tags(champion)
     tagged: dict[str, Any] = {
-        "cosine_accept_rate": {key: float(tags.get(RATE, 0.0))},
-        "test_fingerprint": tags.get("test_fingerprint", "") if RATE in tags else "",
+        "cosine_accept_rate": {key: float(tags.get(RATE_TAG, 0.0))},
+        "test_fingerprint": tags.get("test_fingerprint", "") if RATE_TAG in tags else "",
     }
     if tagged["test_fingerprint"] == test_fingerprint:
         return tagged
@@ -249,7 +249,7 @@ def version_tags(
     """Tags of a version. A promoted one keeps the verdict and reason of its promotion until it is promoted again."""
     metrics = challenger.metrics
     tags = {
-        RATE: repr(metrics["cosine_accept_rate"][rate_key(THETA)]),
+        RATE_TAG: repr(metrics["cosine_accept_rate"][rate_key(THETA)]),
         "cos_sim_mean": repr(metrics["cos_sim_mean"]),
         "lift": repr(metrics["lift"]),
         "lift_interval95": " ".join(map(repr, metrics["interval95"]["lift"])),

@@ -12,7 +12,7 @@ from ray_app.core.metrics import THETA, rate_key
 from ray_app.errors import RegistryError
 from ray_app.tracking.model_registry import CHAMPION, ModelRegistry
 
-RATE = f"cosine_accept_rate_{rate_key(THETA)}"
+RATE_TAG = f"cosine_accept_rate_{rate_key(THETA)}"
 """Tag of a version: its acceptance on the test part."""
 
 
@@ -90,7 +90,7 @@ def version_row(version: ModelVersion, champion: str | None) -> dict[str, Any]:
         "version": str(version.version),
         "champion": str(version.version) == champion,
         "registered_at": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
-        RATE: float(tags[RATE]) if RATE in tags else None,
+        RATE_TAG: float(tags[RATE_TAG]) if RATE_TAG in tags else None,
         "lift": float(tags["lift"]) if "lift" in tags else None,
         **{key: tags.get(key) for key in ("best_baseline", "pairs", "source", "verdict_code", "reason")},
     }
@@ -110,7 +110,8 @@ def render_list(result: dict[str, Any], console: Console) -> None:
         table.add_column(heading)
     for row in result["versions"]:
         rate, lift = (
-            f"{row[key]:{form}}" if row[key] is not None else "" for key, form in ((RATE, ".4f"), ("lift", "+.4f"))
+            f"{row[key]:{form}}" if row[key] is not None else ""
+            for key, form in ((RATE_TAG, ".4f"), ("lift", "+.4f"))
         )
         mark = f"→ {row['version']}" if row["champion"] else f"  {row['version']}"
         cells = [row[key] or "" for key in ("best_baseline", "pairs", "source", "verdict_code")]

@@ -13,7 +13,7 @@ from ray_app.commands.replay.page import rate_cell, replay_page, span
 from ray_app.commands.replay.rows import file_folds, fold_of_rows, replay_files, replayed_row
 from ray_app.config.speculative import ReplayConfig
 from ray_app.drafters.hidden_states import AdapterDrafter
-from ray_app.drafters.recorded_states import blocks, damaged_lines, read_files, require_states
+from ray_app.drafters.recorded_states import bootstrap_blocks, damaged_lines, read_files, require_states
 from ray_app.drafters.replay import DRAFTERS, are_named
 from ray_app.drafters.summary import ReplayedRow, details, match_rate_by_shift, rate_of_group, summarise
 from ray_app.errors import ConfigError
@@ -22,7 +22,7 @@ from ray_app.store.traces import Timing, TraceFile, read_timing
 
 BARS = ("positional", "previous_window")
 """Drafters that cost nothing: one that does not beat both has not earned its place."""
-BASELINES = ("constant", *BARS)
+BASELINE_DRAFTERS = ("constant", *BARS)
 """Drafters that are replayed with every choice."""
 BLOCK_ROWS = 20
 """Neighbouring rows that the bootstrap draws together where sequences are not named."""
@@ -75,10 +75,10 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
     for name in cfg.drafter:
         _require_what_it_needs(cfg, files, name)
     timing = read_timing(cfg.timing) if cfg.timing else None
-    names = list(dict.fromkeys((*BASELINES, *cfg.drafter)))
+    names = list(dict.fromkeys((*BASELINE_DRAFTERS, *cfg.drafter)))
     folds = [file_folds(cfg, file) for file in files]
     replayed = replay_files(cfg, files, names)
-    block_of, fold_of = blocks(files, BLOCK_ROWS), [fold_of_rows(each) for each in folds]
+    block_of, fold_of = bootstrap_blocks(files, BLOCK_ROWS), [fold_of_rows(each) for each in folds]
     most_folds = max(len(each) for each in folds)
     results, details_of, groups = {}, {}, {}
     for number, name in enumerate(names):
@@ -241,7 +241,7 @@ def _behind(results: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     return tuple(
         name
         for name, numbers in results.items()
-        if name not in BASELINES and numbers["tokens_per_target_pass"] <= bar
+        if name not in BASELINE_DRAFTERS and numbers["tokens_per_target_pass"] <= bar
     )
 
 

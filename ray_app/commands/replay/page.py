@@ -23,14 +23,14 @@ EXPLANATION = (
     "against other rows' answers. least α: the acceptance at which a drafter pays at its measured cost. Cosine "
     "acceptance of features plays no part here."
 )
-Numbers = Mapping[str, Mapping[str, Any]]
-Groups = Mapping[str, Numbers]
+DrafterMetrics = Mapping[str, Mapping[str, Any]]
+Groups = Mapping[str, DrafterMetrics]
 """`tokens_per_target_pass` and its `interval95` for each group and drafter."""
 
 
 def replay_page(
     result: Mapping[str, Any],
-    details: Numbers,
+    details: DrafterMetrics,
     groups: Groups,
     *,
     headline: str,
@@ -43,7 +43,7 @@ def replay_page(
     rows = [Row(group, [rate_cell(rate) for rate in rates.values()]) for group, rates in groups.items()]
     sections = [
         Section("Results", [*tables, Text(EXPLANATION)]),
-        *(Section(title, [figure]) for title, figure in figures(result["results"], details, groups)),
+        *(Section(title, [figure]) for title, figure in replay_figures(result["results"], details, groups)),
         Section("Tokens per target pass, by duration and question", [Table(["rows", *result["results"]], rows)]),
     ]
     return page(
@@ -66,7 +66,7 @@ def rate_cell(rate: Mapping[str, Any]) -> str:
     return f"{rate['tokens_per_target_pass']:.2f}{span(rate['interval95'])}"
 
 
-def figures(results: Numbers, details: Numbers, groups: Groups) -> Iterator[tuple[str, Figure]]:
+def replay_figures(results: DrafterMetrics, details: DrafterMetrics, groups: Groups) -> Iterator[tuple[str, Figure]]:
     """Title and plot of everything that there is data for."""
     rates = ", ".join(f"{name} {numbers['tokens_per_target_pass']:.2f}" for name, numbers in results.items())
     yield (
@@ -123,7 +123,7 @@ def figures(results: Numbers, details: Numbers, groups: Groups) -> Iterator[tupl
         )
 
 
-def intervals_figure(name: str, results: Numbers, metrics: Mapping[str, str], mark: float) -> str:
+def intervals_figure(name: str, results: DrafterMetrics, metrics: Mapping[str, str], mark: float) -> str:
     """Each drafter's metrics as points with their intervals, one line a drafter; `mark` is where nothing changes."""
 
     def draw(figure: Canvas) -> None:
@@ -157,7 +157,7 @@ def intervals_figure(name: str, results: Numbers, metrics: Mapping[str, str], ma
     return svg(name, draw, (WIDTH, 1.0 + LINE * len(results) * (1 if len(metrics) == 1 else 1.4)))
 
 
-def places_figure(details: Numbers) -> str:
+def places_figure(details: DrafterMetrics) -> str:
     """Draw acceptance at each place of a draft, a curve for each drafter."""
 
     def draw(figure: Canvas) -> None:
@@ -176,7 +176,7 @@ def places_figure(details: Numbers) -> str:
     return svg("places", draw)
 
 
-def rows_figure(details: Numbers) -> str:
+def rows_figure(details: DrafterMetrics) -> str:
     """Rows by how many tokens were accepted in a row at the start, a small histogram for each drafter."""
     longest = max(len(more["rows_by_prefix"]) for more in details.values())
     lines = -(-len(details) // 3)

@@ -13,7 +13,7 @@ from ray_app.commands.train.context import RunContext, open_run_context
 from ray_app.commands.train.launch import run_training, with_resume_hint
 from ray_app.commands.train.plan import ResourcePlan, make_plan
 from ray_app.commands.train.progress import TrainingProgress
-from ray_app.commands.train.summary import render_train, summary
+from ray_app.commands.train.summary import render_train, run_summary
 from ray_app.commands.train.worker import WorkerSpec
 from ray_app.config.train import TrainConfig
 from ray_app.data.batch_order import ShardedBatchOrder
@@ -77,7 +77,7 @@ def _train(context: RunContext, plan: ResourcePlan, run: RunDir) -> dict[str, An
             artifacts = str(best.relative_to(run.path)) if best else None
             log.write("run_ended", status=status, artifacts=artifacts, time=time.time())
         tracked = {"tracked": tracker.close(), **tracker.summary()}
-    return summary(context, run, plan, tracked, time.perf_counter() - clock)
+    return run_summary(context, run, plan, tracked, time.perf_counter() - clock)
 
 
 def _log_start(

@@ -64,7 +64,7 @@ class RunContext:
         ConfigError: settings and store do not fit.
         """
         split = split or training_split(cfg, store)
-        adapter = _adapter_config(cfg, store, len(split.train))
+        adapter = _resolve_adapter_config(cfg, store, len(split.train))
         empty = meta_adapter(adapter)
         return cls(
             cfg,
@@ -176,7 +176,7 @@ def _init_requirement(cfg: TrainConfig) -> InitRequirement:
     return "means" if strategy.REQUIRES == "nothing" and cfg.centred_weight else strategy.REQUIRES
 
 
-def _adapter_config(cfg: TrainConfig, store: PairStore, num_train_pairs: int) -> AdapterConfig:
+def _resolve_adapter_config(cfg: TrainConfig, store: PairStore, num_train_pairs: int) -> AdapterConfig:
     """Choose the adapter that fits a store. ConfigError: the adapter or a loss does not work on such features."""
     event, target = store.feature("event"), store.feature("target")
     sequences = target.token_width is not None

@@ -29,7 +29,7 @@ from ray_app.store.checkpoint import load_training_state, save_training_state
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import Split, split_pairs
 
-BATCH = 128
+PAIRS_PER_PASS = 128
 """Pairs that one task sums: 154 MB of float32 a side at 150,528 wide."""
 CPU = torch.device("cpu")
 
@@ -145,7 +145,9 @@ class PairsInMemory:
         return {"train": self.train, "val": self.val}[part]
 
     def _batches(self, held: PairTensors) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for event_BE, target_BD in zip(held.event_BE.split(BATCH), held.target_BD.split(BATCH), strict=True):
+        for event_BE, target_BD in zip(
+            held.event_BE.split(PAIRS_PER_PASS), held.target_BD.split(PAIRS_PER_PASS), strict=True
+        ):
             yield decode_pair(self.store, event_BE, target_BD)
 
 
@@ -173,7 +175,7 @@ class PairsThroughRay:
     def _batches(self, part: str, task: Callable[[pa.Table], dict[str, NDArray[Any]]]) -> Dataset:
         dataset = self.datasets[part]
         dataset.context.execution_options.preserve_order = True
-        return dataset.map_batches(task, batch_size=BATCH, batch_format="pyarrow")
+        return dataset.map_batches(task, batch_size=PAIRS_PER_PASS, batch_format="pyarrow")
 
 
 def sums_of(store: PairStore, part: ray.ObjectRef, batch: pa.Table) -> dict[str, NDArray[Any]]:

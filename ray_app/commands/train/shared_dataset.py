@@ -35,10 +35,10 @@ from ray_app.store.split import Split
 
 SHARE = 0.8
 """Fraction of a node's shared memory that the pairs may take."""
-CHUNK = 128
+PAIRS_PER_CHUNK = 128
 """Pairs decoded at a time for the baselines."""
 
-Side = Any
+SharedSide = Any
 """Reference to an array (N, width) in shared memory."""
 InitKey = tuple[str, str]
 """Folder of given statistics (empty: computed here), and the kind of statistics."""
@@ -62,9 +62,9 @@ class SharedDataset:
     """The opened store."""
     split: Split
     """Its parts."""
-    train: tuple[Side, Side] | None
+    train: tuple[SharedSide, SharedSide] | None
     """Event and target features; None if they do not fit, and trials stream them."""
-    val: tuple[Side, Side]
+    val: tuple[SharedSide, SharedSide]
     """Event and target features of the validation part."""
     baselines: Baselines
     """Baselines of the validation part."""
@@ -134,7 +134,7 @@ def baselines_of(
     width = store.feature("target").token_width
     scales, cpu = [store.feature(side).scale for side in ("event", "target")], torch.device("cpu")
     fixed: dict[str, AlignmentCounts] = {}
-    for rows in np.array_split(np.arange(len(event_NE)), -(-len(event_NE) // CHUNK)):
+    for rows in np.array_split(np.arange(len(event_NE)), -(-len(event_NE) // PAIRS_PER_CHUNK)):
         event_BE, target_BD = (
             decode(torch.from_numpy(side[rows]), scale, cpu)
             for side, scale in zip((event_NE, target_ND), scales, strict=True)
@@ -189,7 +189,7 @@ def shared_init(data: SharedDataset, context: RunContext) -> InitStats | None:
     return truncate_rank(init, context.cfg.rank) if context.requires == "subspaces" else init
 
 
-def shared_pairs(sides: tuple[Side, Side]) -> PairTensors:
+def shared_pairs(sides: tuple[SharedSide, SharedSide]) -> PairTensors:
     """View all pairs of a part, without a copy."""
     event_NE, target_ND = ray.get(list(sides))
     return PairTensors(np.arange(len(event_NE)), as_readonly_tensor(event_NE), as_readonly_tensor(target_ND))

@@ -14,7 +14,7 @@ from ray_app.store.atomic import sha256_file
 from ray_app.store.checkpoint import verify_folder
 
 
-def summary(
+def run_summary(
     context: RunContext, run: RunDir, plan: ResourcePlan, tracked: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """Build the --json object from what the run left on disk. CheckpointError: the best checkpoint is damaged."""

@@ -20,9 +20,9 @@ from ray_app.commands.tune.final_training import run_final
 from ray_app.commands.tune.progress import trials_table, watch
 from ray_app.commands.tune.report import write_page
 from ray_app.commands.tune.search import search
-from ray_app.commands.tune.spec import SweepSpec, describe, read_spec
+from ray_app.commands.tune.spec import SweepSpec, describe_space, read_spec
 from ray_app.commands.tune.state import SweepState
-from ray_app.commands.tune.summary import summary
+from ray_app.commands.tune.summary import sweep_summary
 from ray_app.commands.tune.sweep_dir import SWEEP, SweepDir, Trial, best_of, open_sweep
 from ray_app.commands.tune.trial import normalise_error
 from ray_app.config.base import TrackingFlags, flat
@@ -45,7 +45,7 @@ def run_tune(cfg: TuneConfig) -> dict[str, Any]:
     if cfg.watch:
         with open_sweep(cfg.watch) as folder:
             watch(folder)
-            return summary(folder)
+            return sweep_summary(folder)
     uri = tracking_uri(cfg)  # fails early on a bad URI
     with ExitStack() as stack:
         if cfg.resume:
@@ -74,7 +74,7 @@ def run_tune(cfg: TuneConfig) -> dict[str, Any]:
         log_start(folder, spec, log, cfg, {"concurrent_trials": concurrent, "cpus": info.cpus})
         tracking = {"tracking_uri": uri, "experiment": cfg.experiment, "model_name": cfg.model_name}
         run_sweep(cfg, SweepState(folder, log, stores, tracking), placed, concurrent)
-        return summary(folder)
+        return sweep_summary(folder)
 
 
 def run_sweep(cfg: TuneConfig, state: SweepState, placed: dict[str, SharedDataset], concurrent: int) -> None:
@@ -212,8 +212,8 @@ def render_tune(result: dict[str, Any], console: Console) -> None:
     if best:
         verdict = "" if best["lift"] > 0 else ": no better than a rule without learning"
         console.print(
-            f"best: {best['trial']} ({describe(best['config'])}), {100 * best['objective']:.1f} % on the validation "
-            f"part, lift {100 * best['lift']:+.1f} points{verdict}",
+            f"best: {best['trial']} ({describe_space(best['config'])}), "
+            f"{100 * best['objective']:.1f} % on the validation part, lift {100 * best['lift']:+.1f} points{verdict}",
             markup=False,
         )
     if final:

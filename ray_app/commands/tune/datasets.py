@@ -35,7 +35,7 @@ from ray_app.errors import ConfigError, ResourceError, StoreError
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 
-INIT = "init"
+INITS_DIR = "init"
 """Folder of a sweep that keeps what its trials start from."""
 
 

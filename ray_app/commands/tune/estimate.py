@@ -20,7 +20,16 @@ from ray_app.commands.train.plan import WEIGHTS_AND_MOMENTS_BYTES
 from ray_app.commands.train.shared_dataset import SharedDataset
 from ray_app.commands.train.state import make_objective
 from ray_app.commands.tune.searchers import grid, sample_random
-from ray_app.commands.tune.spec import Choice, Setting, Space, SweepSpec, data_key, describe, space_of, train_config
+from ray_app.commands.tune.spec import (
+    Choice,
+    Setting,
+    Space,
+    SweepSpec,
+    data_key,
+    describe_space,
+    space_of,
+    train_config,
+)
 from ray_app.core.adapters.registry import build_adapter
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.core.optimizer_step import make_optimizer, training_step
@@ -30,7 +39,7 @@ from ray_app.store.split import split_pairs
 
 PROCESS_BYTES = 2**30
 """Memory of a trial's process without its model: Python, torch, Ray, the activations of a batch."""
-SAMPLES = 64
+SAMPLED_SETTINGS = 64
 """Random settings that the estimate averages over."""
 STEPS = 3
 """Timed steps, after one that is not timed."""
@@ -82,7 +91,9 @@ def candidates(spec: SweepSpec) -> list[Setting]:
     space = space_of(spec)
     if spec.search_alg == "grid":
         return grid(space)[: spec.max_trials]
-    return [setting for k in range(SAMPLES) if (setting := sample_random(space, spec.seed + k, [])) is not None]
+    return [
+        setting for k in range(SAMPLED_SETTINGS) if (setting := sample_random(space, spec.seed + k, [])) is not None
+    ]
 
 
 def corners(space: Space) -> list[Setting]:
@@ -151,9 +162,9 @@ def max_concurrent(spec: SweepSpec, info: ClusterInfo, placed: dict[str, SharedD
         shared = sum(part.num_bytes for part in placed.values()) / 2**30
         buffers = f" and {most.buffers / 2**30:.1f} GiB of other tensors" if most.buffers else ""
         raise ResourceError(
-            f"the space cannot fit the memory: {describe(most.setting)} has {most.parameters:,} parameters{buffers}, "
-            f"which take {most.num_bytes / 2**30:.1f} GiB in each of {spec.num_workers} workers, with "
-            f"{shared:.1f} GiB of shared pairs; the largest node has {max(memory) / 2**30:.1f} GiB for it. "
+            f"the space cannot fit the memory: {describe_space(most.setting)} has "
+            f"{most.parameters:,} parameters{buffers}, which take {most.num_bytes / 2**30:.1f} GiB in each of "
+            f"{spec.num_workers} workers, with {shared:.1f} GiB of shared pairs; the largest node has {max(memory) / 2**30:.1f} GiB for it. "
             "Take a smaller `hidden_dim` or `rank`, or another `strategy`."
         )
     fit = min([workers // spec.num_workers, *([int(info.gpus // spec.num_workers)] if spec.use_gpu else [])])

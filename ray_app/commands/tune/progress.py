@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ray_app.commands.tune.spec import describe
+from ray_app.commands.tune.spec import describe_space
 from ray_app.commands.tune.sweep_dir import SweepDir, Trial, ranked
 
 NUM_SHOWN = 15
@@ -102,7 +102,7 @@ def trials_table(trials: list[Trial]) -> Table:
                 style="green" if (trial.lift or 0) > 0 else "red",
             ),
             f"{trial.parameters:,}",
-            describe(trial.setting) + (f": {trial.reason}" if trial.reason else ""),
+            describe_space(trial.setting) + (f": {trial.reason}" if trial.reason else ""),
         )
     return table
 
@@ -113,4 +113,6 @@ def trial_line(trial: Trial) -> str:
     if trial.accept_rate is not None and trial.lift is not None:
         numbers = f"accepted at 0.80 {100 * trial.accept_rate:.1f} %, lift {100 * trial.lift:+.1f}"
     why = f": {trial.reason}" if trial.reason else ""
-    return f"{trial.name} {trial.status} after {trial.epochs} epochs: {numbers}  ({describe(trial.setting)}){why}"
+    return (
+        f"{trial.name} {trial.status} after {trial.epochs} epochs: {numbers}  ({describe_space(trial.setting)}){why}"
+    )

@@ -13,7 +13,7 @@ from ray_app.commands.tune.figures import (
 )
 from ray_app.commands.tune.final_training import final_result
 from ray_app.commands.tune.searchers import TrialRecord, importances
-from ray_app.commands.tune.spec import SweepSpec, describe, space_of
+from ray_app.commands.tune.spec import SweepSpec, describe_space, space_of
 from ray_app.commands.tune.sweep_dir import PAGE, SweepDir, Trial, best_of, ranked
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.reports.html import Cell, Facts, Figure, Outcome, Row, Section, Table, page
@@ -37,9 +37,9 @@ def render_page(folder: SweepDir) -> str:
         baselines = dict.fromkeys(baselines, 0.0)
     sections = [
         *([Section("The winner on the test part", [finals_table(finals)])] if finals else []),
-        *(figures(spec, trials, baselines, second) if best else []),
+        *(sweep_figures(spec, trials, baselines, second) if best else []),
         Section("Baselines on the validation part", [baselines_table(about["data"])]),
-        Section("Trials", [trials_table(folder, ranked(trials), spec.secondary_objective == "latency_ms")]),
+        Section("Trials", [trials_block(folder, ranked(trials), spec.secondary_objective == "latency_ms")]),
         Section("The sweep", [Facts(list(facts(about, spec, lines)))]),
     ]
     return page(
@@ -48,7 +48,7 @@ def render_page(folder: SweepDir) -> str:
         f"Sweep {about['name']}",
         notes(about, trials, best),
         sections,
-        outcome(best, final),
+        sweep_outcome(best, final),
     )
 
 
@@ -65,7 +65,7 @@ def headline(best: Trial | None, final: dict[str, Any] | None, num: int) -> str:
     )
 
 
-def outcome(best: Trial | None, final: dict[str, Any] | None) -> Outcome:
+def sweep_outcome(best: Trial | None, final: dict[str, Any] | None) -> Outcome:
     """Return `beats`, `unsure` or `loses`; never `beats` from validation alone."""
     if final:
         lift = final["test"]["lift"]
@@ -104,7 +104,9 @@ def figure_section(title: str, svg: str, alt: str, caption: str) -> Section:
     return Section(title, [Figure(svg, alt, caption)])
 
 
-def figures(spec: SweepSpec, trials: list[Trial], baselines: dict[str, float], second: str) -> Iterator[Section]:
+def sweep_figures(
+    spec: SweepSpec, trials: list[Trial], baselines: dict[str, float], second: str
+) -> Iterator[Section]:
     """Section of each figure."""
     name = f"{'lift' if spec.objective == 'lift' else f'accepted at {rate_key(THETA)}'}, %"
     space, best = space_of(spec), best_of(trials)
@@ -120,7 +122,7 @@ def figures(spec: SweepSpec, trials: list[Trial], baselines: dict[str, float], s
     yield figure_section(
         "What was tried",
         parallel_figure(scored, space, name),
-        f"Parallel coordinates of {len(scored)} trials. The best: {describe(best.setting)}.",
+        f"Parallel coordinates of {len(scored)} trials. The best: {describe_space(best.setting)}.",
         "A line is a trial, the darker the better.",
     )
     records = [
@@ -154,7 +156,7 @@ def row(folder: SweepDir, trial: Trial) -> dict[str, Any]:
     best = folder.run(trial.name).best_on_disk
     return {
         "trial": trial,
-        "setting": describe(trial.setting),
+        "setting": describe_space(trial.setting),
         "checkpoint": f"trials/{trial.name}/{best}" if best else None,
     }
 
@@ -174,7 +176,7 @@ def facts(about: dict[str, Any], spec: SweepSpec, lines: list[dict[str, Any]]) -
     yield "fingerprint of the store", about["store_fingerprint"]
 
 
-def lift_cell(lift: float) -> Cell:
+def trial_lift_cell(lift: float) -> Cell:
     """A lift in percentage points, coloured by its sign."""
     return Cell(f"{100 * lift:+.1f}", "good" if lift > 0 else "bad")
 
@@ -187,7 +189,7 @@ def finals_table(finals: list[dict[str, Any]]) -> Table:
         low, high = (100 * bound for bound in test["interval95"]["lift"])
         cells = [
             f"{100 * test['accept_rate']:.1f} %",
-            lift_cell(test["lift"]),
+            trial_lift_cell(test["lift"]),
             f"{low:+.1f} to {high:+.1f}",
             test["best_baseline"],
             f"{test['centered_cos_sim_mean']:.3f}",
@@ -231,7 +233,7 @@ def baselines_table(data: dict[str, Any]) -> Table:
     )
 
 
-def trials_table(folder: SweepDir, trials: list[Trial], latency: bool) -> Table:
+def trials_block(folder: SweepDir, trials: list[Trial], latency: bool) -> Table:
     """Every trial; `latency`: with the milliseconds for one pair."""
     rows = []
     for trial in trials:
@@ -240,7 +242,7 @@ def trials_table(folder: SweepDir, trials: list[Trial], latency: bool) -> Table:
             trial.status,
             str(trial.epochs),
             "" if trial.accept_rate is None else f"{100 * trial.accept_rate:.1f} %",
-            "" if trial.lift is None else lift_cell(trial.lift),
+            "" if trial.lift is None else trial_lift_cell(trial.lift),
             f"{trial.parameters:,}",
             *(["" if trial.latency_ms is None else f"{trial.latency_ms:.2f}"] if latency else []),
             f"{trial.seconds / 60:.1f}",

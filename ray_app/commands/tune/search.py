@@ -14,7 +14,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ray_app.commands.train.shared_dataset import SharedDataset
-from ray_app.commands.tune.datasets import INIT, with_starts
+from ray_app.commands.tune.datasets import INITS_DIR, with_starts
 from ray_app.commands.tune.progress import SweepView
 from ray_app.commands.tune.spec import SweepSpec
 from ray_app.commands.tune.state import SweepState
@@ -34,7 +34,7 @@ def search(state: SweepState, placed: dict[str, SharedDataset], concurrent: int)
     num_trials = len(state.queue) + state.left
     if not num_trials or budget.stop_all():
         return
-    placed = with_starts(spec, placed, folder.path / INIT)
+    placed = with_starts(spec, placed, folder.path / INITS_DIR)
     run, resources = run_trial, {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
     if spec.num_workers > 1:
         run, resources = run_group_trial, GROUP_RESOURCES

@@ -265,7 +265,7 @@ def data_key(cfg: TrainConfig) -> str:
     return "+".join(cfg.durations) or "all"
 
 
-def describe(setting: Setting) -> str:
+def describe_space(setting: Setting) -> str:
     """Return a setting on one line."""
     return ", ".join(f"{name} {shown_value(value)}" for name, value in setting.items())
 

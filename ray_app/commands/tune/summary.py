@@ -8,7 +8,7 @@ from ray_app.commands.tune.sweep_dir import SweepDir, best_of, pareto_front
 STATUS_WORDS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
 
 
-def summary(folder: SweepDir) -> dict[str, Any]:
+def sweep_summary(folder: SweepDir) -> dict[str, Any]:
     """Return the --json object, from what the sweep left on disk."""
     trials, lines = folder.trials(), folder.entries()
     best = best_of(trials)

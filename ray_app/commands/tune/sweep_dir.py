@@ -28,7 +28,7 @@ from ray_app.store.atomic import disk_errors, write_file
 from ray_app.store.filesystem import LocalDir, RemoteDir, open_storage
 
 SWEEP, PAGE = "sweep.json", "sweep.html"
-HANDOVER_S = 5.0
+SWEEP_HANDOVER_S = 5.0
 """How long a driver waits for the one before it, which may have just been killed."""
 RUNS = ("trials/*", "final/*/*")
 """Patterns of run folders in a sweep."""
@@ -189,7 +189,7 @@ class SweepDir:
     @contextmanager
     def exclusive(self) -> Iterator[EventLog]:
         """Open the sweep's event log for its one driver. StoreError: another process drives the sweep."""
-        with self.mirror.lease(), self.mirror.writing(), EventLog(self.path, HANDOVER_S) as log:
+        with self.mirror.lease(), self.mirror.writing(), EventLog(self.path, SWEEP_HANDOVER_S) as log:
             yield log
 
     def has_driver(self) -> bool:

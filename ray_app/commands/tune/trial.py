@@ -31,7 +31,7 @@ from ray_app.core.metrics import THETA, rate_key
 from ray_app.runs.event_log import EventLog, entries, entries_since_start, last_start_time, tail
 from ray_app.runs.run_dir import RunDir, open_run
 
-RATE = f"cosine_accept_rate_{rate_key(THETA)}"
+RATE_METRIC = f"cosine_accept_rate_{rate_key(THETA)}"
 GROUP_RESOURCES = {"CPU": 0.0, "memory": 1_000_000}
 """Resources of the process that waits for a worker group: no CPU, which its workers may need; Ray wants a claim."""
 
@@ -196,7 +196,7 @@ def metrics_of(lines: list[dict[str, Any]], epoch: int, objective: str) -> dict[
     return {
         "epoch": epoch,
         "compared": scheduler_metric(lines, objective),
-        RATE: best["accept_rate"],
+        RATE_METRIC: best["accept_rate"],
         "lift": best["lift"],
     }
 

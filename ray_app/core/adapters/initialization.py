@@ -25,7 +25,7 @@ OVERSAMPLING = 16
 """Directions searched beyond the rank, and dropped: they make the last ones exact."""
 POWER_ITERATIONS = 2
 """Number of passes that sharpen the subspace."""
-FLAT = 1e-5
+MIN_VARIANCE_SHARE = 1e-5
 """A direction whose spread is below this share of the first one's does not vary."""
 SIDES = ("event", "target")
 
@@ -145,7 +145,7 @@ def leading(basis_WK: Tensor, gram_KK: Tensor, rank: int, pairs: int, side: str)
     """
     squares_K, vectors_KK = torch.linalg.eigh(gram_KK)
     scale_R = (squares_K.flip(0)[:rank].clamp(min=0.0) / pairs).sqrt().float()
-    varying = int((scale_R > FLAT * scale_R[0]).sum()) if scale_R[0] > 0 else 0
+    varying = int((scale_R > MIN_VARIANCE_SHARE * scale_R[0]).sum()) if scale_R[0] > 0 else 0
     if varying < rank:
         remedy = f"try --rank {varying}" if varying else "there is nothing to learn from them"
         raise ConfigError(

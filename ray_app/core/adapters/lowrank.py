@@ -14,7 +14,7 @@ from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.seeded_noise import BatchNoise
 from ray_app.errors import ConfigError
 
-BUFFERS = ("target_mean", "target_basis", "target_scale", "event_mean", "event_basis", "event_scale")
+LOWRANK_BUFFERS = ("target_mean", "target_basis", "target_scale", "event_mean", "event_basis", "event_scale")
 """Names of the statistics in `InitStats`; scales are standard deviations along the basis vectors."""
 
 
@@ -64,12 +64,12 @@ class LowRank(Adapter):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         super().reset_parameters(generator)
-        for name in BUFFERS:
+        for name in LOWRANK_BUFFERS:
             nn.init.constant_(getattr(self, name), float(name.endswith("scale")))
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
     @torch.no_grad()
     def initialize_from(self, stats: InitStats, *, pca: bool) -> None:  # noqa: ARG002
-        for name in BUFFERS:  # without a copy: nothing writes to them
+        for name in LOWRANK_BUFFERS:  # without a copy: nothing writes to them
             setattr(self, name, stats[name])

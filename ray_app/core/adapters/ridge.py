@@ -14,9 +14,9 @@ from ray_app.core.adapters.base import Adapter, InitStats
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.seeded_noise import BatchNoise
 
-CHUNK = 256
+KERNEL_CHUNK = 256
 """Training pairs that are converted to float32 at a time."""
-BUFFERS = ("target_mean", "event_mean", "event_pairs", "target_pairs", "event_unit", "target_unit", "inverse")
+RIDGE_BUFFERS = ("target_mean", "event_mean", "event_pairs", "target_pairs", "event_unit", "target_unit", "inverse")
 
 
 class Ridge(Adapter):
@@ -45,21 +45,23 @@ class Ridge(Adapter):
         centred_BE, kind = event_BE - self.event_mean, event_BE.dtype
         kernel = [
             centred_BE @ (rows.to(kind) * self.event_unit - self.event_mean).T
-            for rows in self.event_pairs.split(CHUNK)
+            for rows in self.event_pairs.split(KERNEL_CHUNK)
         ]
         weights_BN = torch.cat(kernel, dim=1) @ self.inverse
         # Σ w (y − mean) = Σ w y − mean Σ w
         aligned_BD = self.target_mean * (1.0 - weights_BN.sum(dim=1, keepdim=True))
-        for part_BN, rows in zip(weights_BN.split(CHUNK, dim=1), self.target_pairs.split(CHUNK), strict=True):
+        for part_BN, rows in zip(
+            weights_BN.split(KERNEL_CHUNK, dim=1), self.target_pairs.split(KERNEL_CHUNK), strict=True
+        ):
             aligned_BD = aligned_BD + (part_BN * self.target_unit) @ rows.to(kind)
         return aligned_BD
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:  # noqa: ARG002
-        for name in BUFFERS:
+        for name in RIDGE_BUFFERS:
             torch.nn.init.constant_(getattr(self, name), float(name.endswith("unit")))
 
     @torch.no_grad()
     def initialize_from(self, stats: InitStats, *, pca: bool) -> None:  # noqa: ARG002
-        for name in BUFFERS:
+        for name in RIDGE_BUFFERS:
             setattr(self, name, stats[name])

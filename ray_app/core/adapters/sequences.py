@@ -9,7 +9,7 @@ Shapes: B = pairs, T = positions, W = token width, D = T · W.
 import torch
 from torch import Tensor
 
-EPSILON = 1e-8
+MIN_NORM = 1e-8
 """Smallest norm that is divided by."""
 
 
@@ -31,7 +31,7 @@ def mean_over_tokens(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
 def token_cosines(a_BD: Tensor, b_BD: Tensor, width: int) -> Tensor:
     """Cosine at each position, (B, T), safe to differentiate at zero vectors."""
     a_BTW, b_BTW = (x.unflatten(1, (-1, width)) for x in (a_BD, b_BD))
-    return torch.nn.functional.cosine_similarity(a_BTW, b_BTW, dim=2, eps=EPSILON)
+    return torch.nn.functional.cosine_similarity(a_BTW, b_BTW, dim=2, eps=MIN_NORM)
 
 
 def sequence_cosine(a_BD: Tensor, b_BD: Tensor, width: int) -> Tensor:

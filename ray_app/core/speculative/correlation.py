@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ray_app.core.speculative.metrics import block_bootstrap
 from ray_app.errors import InputError
 
-THETAS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-BINS = 200
+REPORT_THETAS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+RELIABILITY_BINS = 200
 """Bins of the cosine's histogram, from -1 to 1: cosines of one bin count as equal in `auc`."""
 RELIABILITY_BINS = 10
 """Bins of predicted chances, from 0 to 1."""
@@ -24,14 +24,14 @@ LEAST_ADAPTERS = 3
 """A rank correlation of two says nothing."""
 HEAD = ("places", "cos", "matches", "squared_error")
 
-Floats = NDArray[np.float64]
+FloatArray1D = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
     """All judged places of one adapter."""
 
-    cos_N: Floats
+    cos_N: FloatArray1D
     """Cosine of the aligned state with the target's state at the same place."""
     match_N: NDArray[np.bool_]
     """True if the aligned state's token is the target's."""
@@ -42,7 +42,7 @@ class Places:
         if not len(self.cos_N) == len(self.match_N) == len(self.block_N) or not len(self.cos_N):
             raise InputError(f"{len(self.cos_N)} cosines, {len(self.match_N)} matches: each place needs both.")
 
-    def sums(self, num_blocks: int) -> Floats:
+    def sums(self, num_blocks: int) -> FloatArray1D:
         """Return sums of each block, (S, M).
 
         Columns: `HEAD`; for each θ the places above it and the matches among them; the histograms of matching and of
@@ -50,22 +50,22 @@ class Places:
         """
         cos_N, match_N = self.cos_N, self.match_N.astype(np.float64)
         chance_N = np.clip(cos_N, 0.0, 1.0)
-        columns: list[Floats] = [np.ones_like(cos_N), cos_N, match_N, (chance_N - match_N) ** 2]
-        for theta in THETAS:
+        columns: list[FloatArray1D] = [np.ones_like(cos_N), cos_N, match_N, (chance_N - match_N) ** 2]
+        for theta in REPORT_THETAS:
             columns += [(cos_N > theta).astype(np.float64), (cos_N > theta) * match_N]
         head_SM = np.stack([np.bincount(self.block_N, weights=c, minlength=num_blocks) for c in columns], axis=1)
-        fine_N = np.clip(((cos_N + 1.0) / 2.0 * BINS).astype(np.int64), 0, BINS - 1)
+        fine_N = np.clip(((cos_N + 1.0) / 2.0 * RELIABILITY_BINS).astype(np.int64), 0, RELIABILITY_BINS - 1)
         coarse_N = np.minimum((chance_N * RELIABILITY_BINS).astype(np.int64), RELIABILITY_BINS - 1)
 
-        def histogram(bin_N: NDArray[np.int64], weight_N: Floats, bins: int) -> Floats:
+        def histogram(bin_N: NDArray[np.int64], weight_N: FloatArray1D, bins: int) -> FloatArray1D:
             flat = np.bincount(self.block_N * bins + bin_N, weights=weight_N, minlength=num_blocks * bins)
             return flat.reshape(num_blocks, bins).astype(np.float64)
 
         return np.concatenate(
             [
                 head_SM,
-                histogram(fine_N, match_N, BINS),
-                histogram(fine_N, 1.0 - match_N, BINS),
+                histogram(fine_N, match_N, RELIABILITY_BINS),
+                histogram(fine_N, 1.0 - match_N, RELIABILITY_BINS),
                 *(histogram(coarse_N, w_N, RELIABILITY_BINS) for w_N in (np.ones_like(cos_N), chance_N, match_N)),
             ],
             axis=1,
@@ -81,7 +81,7 @@ def judge(places: Places, num_blocks: int, rng: np.random.Generator) -> dict[str
     `brier_constant` that of the match rate itself. None: there is nothing to average.
     """
     sums_SM = places.sums(num_blocks)
-    names = _names()
+    names = _row_names()
     values = _numbers(sums_SM.sum(axis=0, keepdims=True))[0]
     numbers: dict[str, Any] = {name: _value(value) for name, value in zip(names, values, strict=True)}
     low_M = high_M = np.full(len(names), np.nan)
@@ -124,13 +124,16 @@ def rank_correlation(adapters: Mapping[str, Places], num_blocks: int, rng: np.ra
     per_adapter = [each.sums(num_blocks) for each in adapters.values()]
     width = per_adapter[0].shape[1]
 
-    def both(total_KM: Floats) -> Floats:
+    def both(total_KM: FloatArray1D) -> FloatArray1D:
         rows = []
         for total_M in total_KM:
             total_AM = total_M.reshape(len(per_adapter), width)
             numbers_AM = _numbers(total_AM)
-            match_A, mean_A = numbers_AM[:, _names().index("match_rate")], numbers_AM[:, _names().index("cos_mean")]
-            rate_A = numbers_AM[:, _names().index("cosine_accept_rate_0.80")]
+            match_A, mean_A = (
+                numbers_AM[:, _row_names().index("match_rate")],
+                numbers_AM[:, _row_names().index("cos_mean")],
+            )
+            rate_A = numbers_AM[:, _row_names().index("cosine_accept_rate_0.80")]
             rows.append([spearman(rate_A, match_A), spearman(mean_A, match_A)])
         return np.array(rows)
 
@@ -147,7 +150,7 @@ def rank_correlation(adapters: Mapping[str, Places], num_blocks: int, rng: np.ra
     return result
 
 
-def spearman(one_A: Sequence[float] | Floats, other_A: Sequence[float] | Floats) -> float:
+def spearman(one_A: Sequence[float] | FloatArray1D, other_A: Sequence[float] | FloatArray1D) -> float:
     """Correlation of ranks, equal values sharing their mean rank; NaN where one side is constant."""
     a, b = (_ranks(np.asarray(side, np.float64)) for side in (one_A, other_A))
     a, b = a - a.mean(), b - b.mean()
@@ -155,32 +158,37 @@ def spearman(one_A: Sequence[float] | Floats, other_A: Sequence[float] | Floats)
     return float(a @ b / scale) if scale > 0 else float("nan")
 
 
-def cosines(one_TD: NDArray[np.float32], other_TD: NDArray[np.float32]) -> Floats:
+def cosines(one_TD: NDArray[np.float32], other_TD: NDArray[np.float32]) -> FloatArray1D:
     """Cosine of each row, shape (T,); 0 for a row of zeros."""
     a, b = one_TD.astype(np.float64), other_TD.astype(np.float64)
     length_T = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return np.divide((a * b).sum(axis=1), length_T, out=np.zeros(len(a)), where=length_T > 0)
 
 
-def _names() -> list[str]:
-    per_theta = [f"{what}_{theta:.2f}" for theta in THETAS for what in ("cosine_accept_rate", "match_rate_above")]
+def _row_names() -> list[str]:
+    per_theta = [
+        f"{what}_{theta:.2f}" for theta in REPORT_THETAS for what in ("cosine_accept_rate", "match_rate_above")
+    ]
     return ["cos_mean", "match_rate", *per_theta, "auc", "calibration_error", "brier", "brier_constant"]
 
 
-def _numbers(total_KM: Floats) -> Floats:
+def _numbers(total_KM: FloatArray1D) -> FloatArray1D:
     """`_names` from totals, shape (K, len(_names())); a ratio of nothing is NaN."""
 
-    def ratio(over: Floats, under: Floats) -> Floats:
+    def ratio(over: FloatArray1D, under: FloatArray1D) -> FloatArray1D:
         return np.divide(over, under, out=np.full_like(over, np.nan), where=under > 0)
 
     at = {name: total_KM[:, n] for n, name in enumerate(HEAD)}
     match_K = ratio(at["matches"], at["places"])
     columns = [ratio(at["cos"], at["places"]), match_K]
-    for n in range(len(THETAS)):
+    for n in range(len(REPORT_THETAS)):
         above, matching = total_KM[:, len(HEAD) + 2 * n], total_KM[:, len(HEAD) + 2 * n + 1]
         columns += [ratio(above, at["places"]), ratio(matching, above)]
-    first = len(HEAD) + 2 * len(THETAS)
-    hit_KH, miss_KH = total_KM[:, first : first + BINS], total_KM[:, first + BINS : first + 2 * BINS]
+    first = len(HEAD) + 2 * len(REPORT_THETAS)
+    hit_KH, miss_KH = (
+        total_KM[:, first : first + RELIABILITY_BINS],
+        total_KM[:, first + RELIABILITY_BINS : first + 2 * RELIABILITY_BINS],
+    )
     below_KH = miss_KH.cumsum(axis=1) - miss_KH / 2
     columns.append(ratio((hit_KH * below_KH).sum(axis=1), hit_KH.sum(axis=1) * miss_KH.sum(axis=1)))
     n_KH, chance_KH, matches_KH = _reliability(total_KM)
@@ -189,7 +197,7 @@ def _numbers(total_KM: Floats) -> Floats:
     return np.stack(columns, axis=1)
 
 
-def _reliability(total_KM: Floats) -> tuple[Floats, Floats, Floats]:
+def _reliability(total_KM: FloatArray1D) -> tuple[FloatArray1D, FloatArray1D, FloatArray1D]:
     """Places, sums of chances and matches of each bin, each of shape (K, H)."""
     n, chance, match = np.split(total_KM[:, -3 * RELIABILITY_BINS :], 3, axis=1)
     return n, chance, match
@@ -211,7 +219,7 @@ def _value(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _ranks(values_A: Floats) -> Floats:
+def _ranks(values_A: FloatArray1D) -> FloatArray1D:
     order = np.argsort(values_A, kind="stable")
     ranks = np.empty(len(values_A))
     ranks[order] = np.arange(len(values_A), dtype=np.float64)

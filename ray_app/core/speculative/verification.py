@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ray_app.errors import InputError
 
-SUM_TOLERANCE = 1e-4
+PROBABILITY_TOLERANCE = 1e-4
 """Largest distance of a distribution's sum from one: float32 softmax over 32,000 tokens stays well within it."""
 
 
@@ -157,7 +157,7 @@ def distributions(rows_NV: NDArray[np.floating], who: str) -> NDArray[np.float64
     """Return the rows in float64, summing to one exactly. InputError: negative, not finite, or another sum."""
     wide_NV = np.asarray(rows_NV, dtype=np.float64)
     sums_N = wide_NV.sum(axis=-1)
-    bad_N = ~np.isfinite(sums_N) | (wide_NV < 0).any(axis=-1) | (np.abs(sums_N - 1) > SUM_TOLERANCE)
+    bad_N = ~np.isfinite(sums_N) | (wide_NV < 0).any(axis=-1) | (np.abs(sums_N - 1) > PROBABILITY_TOLERANCE)
     if bad_N.any():
         row = int(np.flatnonzero(bad_N)[0])
         raise InputError(

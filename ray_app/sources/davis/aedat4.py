@@ -21,7 +21,7 @@ from ray_app.events.recording import Events
 WIDEST = 4096
 """Rows and columns of a sensor; larger ones are a damaged header."""
 
-Frame = dict[str, Any]
+RecordedFrame = dict[str, Any]
 """A frame as it is decoded: pixels, format, width, height, offset_x, offset_y and times."""
 
 
@@ -54,7 +54,7 @@ class Aedat4:
         self.events_until_us = self.frames_until_us = -(2**63)
         """Time of the last event and of the last frame so far."""
 
-    def __iter__(self) -> Iterator[Events | tuple[int, Frame]]:
+    def __iter__(self) -> Iterator[Events | tuple[int, RecordedFrame]]:
         """Events, or (time, frame as decoded), one packet after the other."""
         while True:
             packet = self._decoded(lambda: next(self._decoder, None), "is truncated or damaged")
@@ -74,7 +74,7 @@ class Aedat4:
         self.events_until_us = int(events.t_us[-1])
         return events
 
-    def _frame(self, found: Frame) -> tuple[int, Frame]:
+    def _frame(self, found: RecordedFrame) -> tuple[int, RecordedFrame]:
         t_us = (found["exposure_begin_t"] + found["exposure_end_t"]) // 2
         self._check_order("frame", t_us, self.frames_until_us + 1)
         self.num_frames += 1

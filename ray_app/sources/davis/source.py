@@ -23,7 +23,7 @@ from ray_app.errors import InputError
 from ray_app.events.recording import Events
 from ray_app.events.windows import Window
 from ray_app.sources.base import RawPair, RejectedPair, SourceTask, file_identity, named_sequences, require_visible
-from ray_app.sources.davis.aedat4 import Aedat4, Frame, frame_span
+from ray_app.sources.davis.aedat4 import Aedat4, RecordedFrame, frame_span
 from ray_app.sources.davis.spool import Spool, Spooled
 from ray_app.sources.recorded import WindowingConfig, by_start
 
@@ -108,7 +108,7 @@ class EventSpan:
     """Place after the last event."""
     frames_us: NDArray[np.int64]
     """Times of the frames, rising."""
-    frames: list[Frame]
+    frames: list[RecordedFrame]
     """Columns as decoded, but for `pixels`, which are Spooled."""
 
     def index(self, t_us: int) -> int:
@@ -166,7 +166,7 @@ class Reader:
         self._ended = False
         self._spool = Spool()
         self._events: list[Packet] = []
-        self._frames: list[tuple[int, Frame]] = []
+        self._frames: list[tuple[int, RecordedFrame]] = []
         self.forgotten_until_us = -(2**63)
         """Start of the last window; earlier ones cannot be had any more."""
 

@@ -16,11 +16,11 @@ from ray_app.sources.images import natural
 
 INSTRUCTIONS = "EventGPT_Instruction_Subset.json"
 """Name of the list in a dataset folder."""
-LARGEST_BYTES = 2**30
+MAX_LIST_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
+class EventGptClip:
     """Files of one clip; paths are relative to the dataset folder."""
 
     sequence: str
@@ -45,7 +45,7 @@ def image_folder(event_bins: int) -> str:
     return "event_image_1f" if event_bins == 1 else "event_image"
 
 
-def found_clips(root: Path, event_bins: int) -> list[Clip]:
+def found_clips(root: Path, event_bins: int) -> list[EventGptClip]:
     """Clips that any of the folders knows of, by sequence and number: what one of them lacks is found out later."""
     kinds = (image_folder(event_bins), "event_npy", "video")
     folders = [root / kind for kind in kinds]
@@ -62,11 +62,11 @@ def found_clips(root: Path, event_bins: int) -> list[Clip]:
     return _in_order(clips)
 
 
-def listed_clips(path: Path, event_bins: int) -> list[Clip]:
+def listed_clips(path: Path, event_bins: int) -> list[EventGptClip]:
     """Clips of an instruction JSON, each once. InputError: not such a file. A flawed entry is a clip with a flaw."""
     try:
-        if path.stat().st_size > LARGEST_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size} bytes, more than the {LARGEST_BYTES} that are read")
+        if path.stat().st_size > MAX_LIST_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size} bytes, more than the {MAX_LIST_BYTES} that are read")
         entries = json.loads(path.read_text())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
@@ -79,7 +79,7 @@ def listed_clips(path: Path, event_bins: int) -> list[Clip]:
     return _in_order({_listed(entry, i, path.name, event_bins): None for i, entry in enumerate(entries)})
 
 
-def _listed(entry: Any, number: int, file: str, event_bins: int) -> Clip:
+def _listed(entry: Any, number: int, file: str, event_bins: int) -> EventGptClip:
     where = f"{file}, entry {number}"
     if isinstance(entry, dict) and isinstance(entry.get("id"), str | int):
         where += f" (id {str(entry['id'])[:80]!r})"
@@ -98,9 +98,9 @@ def _listed(entry: Any, number: int, file: str, event_bins: int) -> Clip:
             image = f"{key}/{_path({key: images[event_bins // 2]}, key)}"
         if entry.get("video_data"):
             video = f"video/{_path(entry, 'video_data')}"
-        return Clip(clip.sequence, clip.name, f"event_npy/{data}", image, video)
+        return EventGptClip(clip.sequence, clip.name, f"event_npy/{data}", image, video)
     except InputError as error:
-        return Clip(file, f"{number:08d}", "", "", "", f"{where}: {error}")
+        return EventGptClip(file, f"{number:08d}", "", "", "", f"{where}: {error}")
 
 
 def _path(entry: dict[str, Any], key: str) -> str:
@@ -114,9 +114,9 @@ def _path(entry: dict[str, Any], key: str) -> str:
     return str(path)
 
 
-def _clip(sequence: str, name: str, event_bins: int) -> Clip:
+def _clip(sequence: str, name: str, event_bins: int) -> EventGptClip:
     """Return a clip whose parts lie where the reference puts them."""
-    return Clip(
+    return EventGptClip(
         sequence,
         name,
         npy=f"event_npy/{sequence}/{name}.npy",
@@ -125,7 +125,7 @@ def _clip(sequence: str, name: str, event_bins: int) -> Clip:
     )
 
 
-def _in_order(clips: Any) -> list[Clip]:
+def _in_order(clips: Any) -> list[EventGptClip]:
     return sorted(clips, key=lambda clip: (clip.sequence, natural(Path(clip.name)), clip.spec()["image"], clip.video))
 
 

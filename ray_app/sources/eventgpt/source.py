@@ -23,7 +23,7 @@ from ray_app.errors import InputError
 from ray_app.events.render import equal_counts, event_image
 from ray_app.events.windows import format_duration, parse_duration
 from ray_app.sources.base import RawPair, RejectedPair, SourceTask, file_identity, require_visible
-from ray_app.sources.eventgpt.clips import INSTRUCTIONS, Clip, found_clips, image_folder, listed_clips
+from ray_app.sources.eventgpt.clips import INSTRUCTIONS, EventGptClip, found_clips, image_folder, listed_clips
 from ray_app.sources.images import images_in, read_image
 from ray_app.sources.npy import events_of, read_npy
 from ray_app.sources.recorded import PAIRS_PER_TASK, file_name
@@ -114,13 +114,13 @@ class EventGptSource:
         """Return the task's clips in order; each that cannot be read costs itself alone."""
         require_visible(self.root)
         for number, spec in enumerate(task.spec["clips"], start=task.spec["first"]):
-            clip = Clip(**spec)
+            clip = EventGptClip(**spec)
             try:
                 yield self._pair(clip, number)
             except InputError as error:
                 yield RejectedPair(f"{clip.sequence}/{clip.name}", f"clip {clip.name}", str(error))
 
-    def _pair(self, clip: Clip, number: int) -> RawPair:
+    def _pair(self, clip: EventGptClip, number: int) -> RawPair:
         if clip.flaw:
             raise InputError(clip.flaw)
         event_HWC, t_start_us = self._event_side(clip)
@@ -133,7 +133,7 @@ class EventGptSource:
         target_HWC = read_image(frames[len(frames) // 2])
         return RawPair(clip.sequence, t_start_us, t_start_us + self.duration_us, event_HWC, target_HWC)
 
-    def _event_side(self, clip: Clip) -> tuple[NDArray[np.uint8], int | None]:
+    def _event_side(self, clip: EventGptClip) -> tuple[NDArray[np.uint8], int | None]:
         """Return the middle event image, and the start of the clip if its recording has one."""
         npy, image = self.root / clip.npy, self.root / clip.image
         if image.exists():
