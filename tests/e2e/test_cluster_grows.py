@@ -10,7 +10,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from ray_app.cluster.connection import WAIT_NODES_S, cluster, wait_for_autoscaler
+from ray_app.cluster.autoscaler import WAIT_NODES_S, wait_for_autoscaler
+from ray_app.cluster.connection import cluster
 
 NODE = {"object_store_memory": 100 * 2**20}
 

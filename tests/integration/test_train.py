@@ -19,7 +19,7 @@ import torch
 from mlflow import MlflowClient
 
 from ray_app import cli
-from ray_app.cluster.connection import ClusterInfo, require_resources
+from ray_app.cluster.resources import ClusterInfo, require_resources
 from ray_app.commands.train.command import run_train
 from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError, ResourceError, StoreError, TrainingError

@@ -16,7 +16,7 @@ import torch
 from sweeps import sized, spec_file
 
 from ray_app import cli
-from ray_app.cluster.connection import ClusterInfo
+from ray_app.cluster.resources import ClusterInfo
 from ray_app.commands.train.shared_dataset import baselines_of
 from ray_app.commands.tune.command import confirm_estimate, new_sweep_spec
 from ray_app.commands.tune.estimate import Estimate, MemoryNeed, kept_share, largest, max_concurrent

@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ray_app import errors
-from ray_app.cluster.connection import ClusterInfo, cluster
+from ray_app.cluster.connection import cluster
+from ray_app.cluster.resources import ClusterInfo
 from ray_app.commands.capture.capture_worker import CaptureActor, CapturePlan
 from ray_app.config.speculative import CaptureConfig
 from ray_app.errors import InputError, ResourceError, StoreError

@@ -14,7 +14,8 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 from rich.console import Console
 from rich.table import Table
 
-from ray_app.cluster.connection import cluster, wait_for_autoscaler
+from ray_app.cluster.autoscaler import wait_for_autoscaler
+from ray_app.cluster.connection import cluster
 from ray_app.commands.prepare.progress import PrepareProgress
 from ray_app.commands.prepare.store_builder import BuiltTask, build_task, claim_store, finish, finished
 from ray_app.config.prepare import (

@@ -4,7 +4,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_app.cluster.connection import ClusterInfo, require_resources, wait_for_autoscaler
+from ray_app.cluster.autoscaler import wait_for_autoscaler
+from ray_app.cluster.resources import ClusterInfo, require_resources
 from ray_app.commands.train.context import RunContext
 from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError, ResourceError

@@ -12,7 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ray_app.cluster.connection import cluster, wait_for_autoscaler
+from ray_app.cluster.autoscaler import wait_for_autoscaler
+from ray_app.cluster.connection import cluster
 from ray_app.commands.train.shared_dataset import SharedDataset
 from ray_app.commands.tune.datasets import open_stores, require_same_store, share_parts
 from ray_app.commands.tune.estimate import Estimate, estimate_sweep, largest, max_concurrent

@@ -14,7 +14,7 @@ import numpy as np
 import ray
 import torch
 
-from ray_app.cluster.connection import ClusterInfo
+from ray_app.cluster.resources import ClusterInfo
 from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.plan import WEIGHTS_AND_MOMENTS_BYTES
 from ray_app.commands.train.shared_dataset import SharedDataset
@@ -164,7 +164,8 @@ def max_concurrent(spec: SweepSpec, info: ClusterInfo, placed: dict[str, SharedD
         raise ResourceError(
             f"the space cannot fit the memory: {describe_space(most.setting)} has "
             f"{most.parameters:,} parameters{buffers}, which take {most.num_bytes / 2**30:.1f} GiB in each of "
-            f"{spec.num_workers} workers, with {shared:.1f} GiB of shared pairs; the largest node has {max(memory) / 2**30:.1f} GiB for it. "
+            f"{spec.num_workers} workers, with {shared:.1f} GiB of shared pairs; "
+            f"the largest node has {max(memory) / 2**30:.1f} GiB for it. "
             "Take a smaller `hidden_dim` or `rank`, or another `strategy`."
         )
     fit = min([workers // spec.num_workers, *([int(info.gpus // spec.num_workers)] if spec.use_gpu else [])])
