@@ -205,20 +205,27 @@ def receive(response: urllib3.BaseHTTPResponse, deadline: float) -> memoryview:
     """Return the whole body in writable memory. HTTPError: the connection ended early, or the deadline has passed."""
     length = int(response.headers.get("content-length", -1))
     if length < 0:  # chunked
-        return memoryview(bytearray(response.read()))
+        chunks = bytearray()
+        while piece := _piece(response, deadline, 2**20, len(chunks)):
+            chunks += piece
+        return memoryview(chunks)
     body, received = np.empty(length, np.uint8).data, 0
     while received < length:
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            raise HTTPError(f"timed out after {received} of {length} bytes of the answer")
-        if sock := getattr(response.connection, "sock", None):
-            sock.settimeout(left_s)
-        piece = response.read1(length - received)
+        piece = _piece(response, deadline, length - received, received)
         if not piece:
             raise IncompleteRead(received, length - received)
         body[received : received + len(piece)] = piece
         received += len(piece)
     return body
+
+
+def _piece(response: urllib3.BaseHTTPResponse, deadline: float, most: int, received: int) -> bytes:
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        raise HTTPError(f"timed out after {received} bytes of the answer")
+    if sock := getattr(response.connection, "sock", None):
+        sock.settimeout(left_s)
+    return response.read1(most)
 
 
 def worth_another(reply: Reply) -> bool:

@@ -302,6 +302,8 @@ class Lease:
             return json.loads(self._remote.read(self._name))
         except FileNotFoundError:
             return None
+        except ValueError as error:  # half-written, where the file system does not write whole objects
+            raise StoreError(f"{self._remote.file(self._name)} cannot be read: {error}") from error
 
 
 @contextmanager

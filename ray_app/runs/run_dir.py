@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ray_app.core.adapters.base import Adapter
 from ray_app.errors import CheckpointError, StoreError
-from ray_app.runs.event_log import POLL_S, EventLog, entries
+from ray_app.runs.event_log import POLL_S, EventLog, entries, require_latest_driver
 from ray_app.runs.mirror import InPlace, Mirror, scratch_dir
 from ray_app.store.atomic import disk_errors, partial_file
 from ray_app.store.checkpoint import save_checkpoint, save_training_state
@@ -74,9 +74,18 @@ class RunDir:
         return str(self) if path == self.path else self.mirror.storage.uri_of(str(path.relative_to(self.path)))
 
     @contextmanager
-    def event_log(self) -> Iterator[EventLog]:
-        """Open the event log for the one process that writes it now."""
+    def event_log(self, started: float | None = None) -> Iterator[EventLog]:
+        """Open the event log for the one process that writes it now.
+
+        `started`: when this process's driver started. StoreError: another driver has started since; a process that
+        has been taken over so takes nothing from the one that continues.
+        """
+        if started is not None:
+            self.mirror.pull()
+            require_latest_driver(self.path, started)
         with self.mirror.writing(STOP, RESIZE), EventLog(self.path) as log:
+            if started is not None:
+                require_latest_driver(self.path, started)
             yield log
 
     def synced(self) -> AbstractContextManager[None]:
@@ -280,6 +289,8 @@ class RunDir:
         if name is None:
             return None
         self.mirror.download(name)
+        if not (self.path / name).is_dir():
+            raise CheckpointError(f"{self.shown(self.path / name)} is missing, though {BEST} names it.")
         return self.path / name
 
     @property

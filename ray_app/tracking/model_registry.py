@@ -208,6 +208,13 @@ class ModelRegistry:
                 raise
 
     @_answered
+    def clear_tags(self, version: ModelVersion, *keys: str) -> None:
+        """Delete those tags of a version that it has."""
+        for key in keys:
+            if key in version.tags:
+                self.client.delete_model_version_tag(self.model, str(version.version), key)
+
+    @_answered
     def tag_version(self, number: str, key: str, value: str) -> None:
         """Set one tag of a version."""
         self.client.set_model_version_tag(self.model, number, key, value)

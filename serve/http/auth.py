@@ -21,8 +21,8 @@ class TokenStore:
         self.path = path
         self.error: str | None = None
         """Why the file could not be read the last time; None if it could."""
+        self._file_id = self._stat()  # before it is read: a change in between is seen the next time
         self._tokens = read_tokens(path) if path else []
-        self._file_id = self._stat()
         self._checked = time.monotonic()
 
     def check(self, authorization: bytes | None, scope: str) -> str | None:

@@ -1,5 +1,6 @@
 """The record of champions says what happened whatever was interrupted; rollback and --list follow it."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +246,33 @@ def test_a_rollback_killed_before_any_of_its_writes_is_listed_as_it_is(writes: i
     listed = list_champions(contest.registry)
     assert listed["champion"] == ("2" if writes == 0 else "1")
     assert [("rollback was interrupted" in warning) for warning in listed["warnings"]] == [True] * (writes > 0)
+
+
+@pytest.mark.parametrize("writes", range(12))
+def test_a_version_that_was_rolled_back_is_promoted_again_whatever_is_interrupted(
+    writes: int, contest: Contest
+) -> None:
+    contest.promote("first", 0.1, None)
+    contest.promote("second", 0.2, "1")
+    roll_back(contest.registry)
+    with contextlib.suppress(RegistryError):
+        contest.promote("second", 0.2, "1", killed_after(contest, writes))
+    again = contest.promote("second", 0.2, contest.registry.champion())
+    assert (again["champion"], again["warnings"]) == ("2", [])
+    assert roll_back(contest.registry)["champion"] == "1"
+
+
+def test_a_rollback_that_a_promotion_overtakes_moves_nothing(
+    contest: Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contest.promote("first", 0.1, None)
+    contest.promote("second", 0.2, "1")
+    champions = iter(["2", "3"])
+    monkeypatch.setattr(ModelRegistry, "champion", lambda _: next(champions))
+    with pytest.raises(RegistryError, match="the champion changed in the meantime"):
+        roll_back(contest.registry)
+    monkeypatch.undo()
+    assert contest.registry.champion() == "2"
 
 
 def test_a_version_that_was_interrupted_shows_in_the_next_promotion(contest: Contest) -> None:

@@ -213,6 +213,34 @@ def test_a_driver_that_another_has_followed_ends_and_so_do_its_workers(copy: Cal
         require_latest_driver(worker.path, 1000.0)
 
 
+def test_a_process_that_was_taken_over_takes_nothing_from_the_one_that_continues(
+    copy: Callable[[str], RunDir],
+) -> None:
+    for started in (1000.0, 1060.0):
+        with copy("overtaken").event_log() as log:
+            log.write("run_started", time=started)
+    old, new = copy("overtaken"), copy("overtaken")
+    with new.event_log(1060.0) as log:
+        with pytest.raises(StoreError, match="another driver took over this run"), old.event_log(1000.0):
+            pass
+        log.write("note", n=1)
+        new.mirror.push()
+
+
+def test_a_lease_that_is_half_written_is_no_answer(copy: Callable[[str], RunDir]) -> None:
+    run = copy("half")
+    run.mirror.storage.write(mirror.DRIVER_LEASE, b'{"token": ')
+    with pytest.raises(StoreError, match=r"driver\.lease cannot be read"), run.mirror.lease():
+        pass
+
+
+def test_a_best_checkpoint_that_is_gone_is_named(copy: Callable[[str], RunDir]) -> None:
+    run = copy("gone")
+    run.mirror.storage.write("best.json", b'{"checkpoint": "checkpoints/epoch_0001"}')
+    with pytest.raises(CheckpointError, match=r"checkpoints/epoch_0001 is missing, though best.json names it"):
+        run.best()
+
+
 def test_an_upload_whose_answer_is_lost_is_not_taken_for_another_writer(
     copy: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:

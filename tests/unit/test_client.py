@@ -167,15 +167,16 @@ def test_the_time_limit_spans_all_attempts(server: LocalServer) -> None:
     assert network.connections == 1, "the first attempt used up the time"
 
 
-def test_an_answer_that_drips_in_ends_at_the_time_limit() -> None:
+@pytest.mark.parametrize("framing", [b"Content-Length: 100000", b"Transfer-Encoding: chunked"])
+def test_an_answer_that_drips_in_ends_at_the_time_limit(framing: bytes) -> None:
     over = threading.Event()
 
     def drip(listener: socket.socket) -> None:
         connection, _ = listener.accept()
         with connection, contextlib.suppress(OSError):
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            connection.sendall(b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n\r\n")
             while not over.wait(0.02):
-                connection.sendall(b".")
+                connection.sendall(b"1\r\n.\r\n" if b"chunked" in framing else b".")
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=drip, args=(listener,))

@@ -198,6 +198,8 @@ def register(
     reason = verdict.reason + (f" ({opponent['error']})" if opponent and "error" in opponent else "")
     moves = verdict.promoted and not is_champion
     tags = version_tags(challenger, version, verdict, reason)
+    if moves and version is not None:  # what an earlier promotion left says nothing about this one
+        registry.clear_tags(version, "promoted_at", "rolled_back_at", "rolled_back_to")
     number = registry.write_version(
         version, challenger.run_id, {**tags, "previous_champion": champion or ""} if moves else tags
     )

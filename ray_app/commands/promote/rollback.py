@@ -52,6 +52,10 @@ def roll_back(registry: ModelRegistry) -> dict[str, Any]:
     tags = next(version.tags for version in versions if str(version.version) == target)
     since = f", promoted {tags['promoted_at']} ({tags.get('verdict_code')})" if "promoted_at" in tags else ""
     at = timestamp()
+    if registry.champion() != champion:
+        raise RegistryError(
+            f"{registry.model}: the champion changed in the meantime; look at it, then roll back again"
+        )
     registry.move_alias(target)
     if champion is not None:
         registry.tag_version(champion, "rolled_back_to", target)

@@ -18,7 +18,7 @@ from ray_app.commands.train.worker import WorkerSpec
 from ray_app.config.train import TrainConfig
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.errors import RunInterrupted, RunStopped
-from ray_app.runs.event_log import entries, require_latest_driver
+from ray_app.runs.event_log import entries
 from ray_app.runs.run_dir import RunDir, open_run
 from ray_app.runs.signals import handle_signals
 from ray_app.store.provenance import provenance
@@ -72,8 +72,7 @@ def _train(context: RunContext, plan: ResourcePlan, run: RunDir) -> dict[str, An
         status = "KILLED"
         raise
     finally:
-        with run.event_log() as log:
-            require_latest_driver(run.path, started)
+        with run.event_log(started) as log:
             artifacts = str(best.relative_to(run.path)) if best else None
             log.write("run_ended", status=status, artifacts=artifacts, time=time.time())
         tracked = {"tracked": tracker.close(), **tracker.summary()}

@@ -23,7 +23,6 @@ from ray_app.commands.train.shared_dataset import SharedDataset, shared_init, sh
 from ray_app.commands.train.state import TrainState
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pairs_dataset import iter_batches, load_pair_tensors
-from ray_app.runs.event_log import require_latest_driver
 from ray_app.runs.run_dir import open_run
 
 
@@ -53,12 +52,11 @@ def train_loop_per_worker(config: dict[str, WorkerSpec]) -> None:
     train_context = ray.train.get_context()
     rank, world = train_context.get_world_rank(), train_context.get_world_size()
     torch.set_num_threads(spec.threads)
-    with open_run(spec.run) as run, run.event_log() if rank == 0 else nullcontext() as log:
+    with open_run(spec.run) as run, run.event_log(spec.started) if rank == 0 else nullcontext() as log:
         context = spec.context.at(run.path)
         init = shared_init(spec.shared, context) if spec.shared else None
         worker = WorkerContext(context, rank, world, get_device(), init)
         if log:
-            require_latest_driver(run.path, spec.started)
             sleep_before_retry(run)
             log.write("workers_started", workers=world, time=time.time())
         run.download(INIT)
