@@ -19,7 +19,7 @@ from typing import ClassVar
 from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
 from ray_app.drafters.base import NOTHING, Draft, Drafter
 
-SMOOTHING = 0.1
+COUNT_SMOOTHING = 0.1
 """A count below this says little."""
 DECAYS = (0.6, 0.2)
 """Part of each recent count that is left after one more window."""
@@ -27,7 +27,7 @@ FORGOTTEN = 40
 """Windows after which nothing is left of it; learning from other sequences ends with so many at once."""
 FIRST_WEIGHT = 0.05
 """All memories are trusted alike at first, and little: votes of nested contexts repeat each other."""
-LEARNING_RATE = 0.0005
+VOTE_LEARNING_RATE = 0.0005
 """Step of the memories' weights."""
 WORD_RATE = 0.02
 """Step of the weights between words of one answer."""
@@ -166,11 +166,13 @@ class HybridDrafter(Drafter):
             all_of_them = len(tallies) <= LARGE or not votes
             for token in tallies if all_of_them else [token for token in votes if token in tallies]:
                 mine, tally = votes.setdefault(token, []), tallies[token]
-                mine.append((FEATURES_PER_CONTEXT * number, math.log1p(tally.total / SMOOTHING)))
+                mine.append((FEATURES_PER_CONTEXT * number, math.log1p(tally.total / COUNT_SMOOTHING)))
                 age = self._window - tally.window
                 if age < FORGOTTEN:
                     for voice, (count, left) in enumerate(zip(tally.recent, DECAY_TABLE[age], strict=True), start=1):
-                        mine.append((FEATURES_PER_CONTEXT * number + voice, math.log1p(count * left / SMOOTHING)))
+                        mine.append(
+                            (FEATURES_PER_CONTEXT * number + voice, math.log1p(count * left / COUNT_SMOOTHING))
+                        )
                 if token in shares:
                     mine.append((FEATURES_PER_CONTEXT * number + FEATURES_PER_CONTEXT - 1, shares[token]))
         sets = (("length", length), ("behind", text[-1] if text else -1), ("part", len(text) // PART))
@@ -216,7 +218,7 @@ class HybridDrafter(Drafter):
         for candidate, odd in odds.items():
             error = (candidate == token) - odd / total
             for number, vote in scored.votes[candidate]:
-                step = LEARNING_RATE * error * vote
+                step = VOTE_LEARNING_RATE * error * vote
                 for weights in learning:
                     weights[number] += step
             if abs(error) > LEAST_STEP:
