@@ -16,7 +16,7 @@ from ray_app.core.speculative.metrics import block_bootstrap
 from ray_app.errors import InputError
 
 REPORT_THETAS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-RELIABILITY_BINS = 200
+AUC_BINS = 200
 """Bins of the cosine's histogram, from -1 to 1: cosines of one bin count as equal in `auc`."""
 RELIABILITY_BINS = 10
 """Bins of predicted chances, from 0 to 1."""
@@ -54,7 +54,7 @@ class Places:
         for theta in REPORT_THETAS:
             columns += [(cos_N > theta).astype(np.float64), (cos_N > theta) * match_N]
         head_SM = np.stack([np.bincount(self.block_N, weights=c, minlength=num_blocks) for c in columns], axis=1)
-        fine_N = np.clip(((cos_N + 1.0) / 2.0 * RELIABILITY_BINS).astype(np.int64), 0, RELIABILITY_BINS - 1)
+        fine_N = np.clip(((cos_N + 1.0) / 2.0 * AUC_BINS).astype(np.int64), 0, AUC_BINS - 1)
         coarse_N = np.minimum((chance_N * RELIABILITY_BINS).astype(np.int64), RELIABILITY_BINS - 1)
 
         def histogram(bin_N: NDArray[np.int64], weight_N: FloatArray1D, bins: int) -> FloatArray1D:
@@ -64,8 +64,8 @@ class Places:
         return np.concatenate(
             [
                 head_SM,
-                histogram(fine_N, match_N, RELIABILITY_BINS),
-                histogram(fine_N, 1.0 - match_N, RELIABILITY_BINS),
+                histogram(fine_N, match_N, AUC_BINS),
+                histogram(fine_N, 1.0 - match_N, AUC_BINS),
                 *(histogram(coarse_N, w_N, RELIABILITY_BINS) for w_N in (np.ones_like(cos_N), chance_N, match_N)),
             ],
             axis=1,
@@ -186,8 +186,8 @@ def _numbers(total_KM: FloatArray1D) -> FloatArray1D:
         columns += [ratio(above, at["places"]), ratio(matching, above)]
     first = len(HEAD) + 2 * len(REPORT_THETAS)
     hit_KH, miss_KH = (
-        total_KM[:, first : first + RELIABILITY_BINS],
-        total_KM[:, first + RELIABILITY_BINS : first + 2 * RELIABILITY_BINS],
+        total_KM[:, first : first + AUC_BINS],
+        total_KM[:, first + AUC_BINS : first + 2 * AUC_BINS],
     )
     below_KH = miss_KH.cumsum(axis=1) - miss_KH / 2
     columns.append(ratio((hit_KH * below_KH).sum(axis=1), hit_KH.sum(axis=1) * miss_KH.sum(axis=1)))
