@@ -113,7 +113,8 @@ class Tracker:
         return self._complete
 
     def _follow(self) -> None:
-        for earlier in pending_runs(self._run.parent):
+        # A run at a URI works in a scratch folder: what is next to it is other people's.
+        for earlier in pending_runs(self._run.parent) if self._name == str(self._run) else ():
             if earlier != self._run and not self._attempt(partial(sync_run, earlier, self._uri)):
                 break  # the server is away: this run comes first
         self._attempt(self._send_new)
