@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ray_app.config.base import ClusterFlags, Positive, SplitFlags, StorePlace
+from ray_app.config.base import ClusterFlags, Config, Positive, SplitFlags, StorePlace
 
 
 class PrepareFlags(ClusterFlags):
@@ -113,6 +113,32 @@ class PrepareDavis(RecordedFlags):
 
     files: tuple[Path, ...]
     """Recordings (.aedat4); each is one sequence."""
+
+
+class PrepareArrays(Config):
+    """Pairs of your own arrays: features of any encoder, of any two widths, or sequences of tokens.
+
+    A column is a name in FILE, or FILE.npy, FILE.txt (one name a line), or FILE:NAME. Event and target are needed.
+    """
+
+    file: Path | None = None
+    """.npz, .safetensors or .parquet file, or a folder of Parquet files or of Hugging Face `save_to_disk`."""
+    out: StorePlace
+    """Folder of the new pair store, or a URI such as s3://bucket/store; must be new or empty."""
+    event: str = "event"
+    """Event features: (pairs, width), (pairs, tokens, width) or (pairs, channels, height, width)."""
+    target: str = "target"
+    """Target features, likewise; the width may be another."""
+    sequence: str = "sequence"
+    """Name of each pair's continuous recording, which a split never cuts; without it all pairs are one."""
+    t_start_us: str = "t_start_us"
+    """Start of each pair's window in microseconds; without it the pairs of a sequence follow each other."""
+    t_end_us: str = "t_end_us"
+    """End of each pair's window; default: --duration after its start."""
+    duration: str = "1s"
+    """Window length."""
+    max_rejected_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Largest fraction of pairs that may be rejected (numbers that are not finite, all zeros, a pair twice)."""
 
 
 class InspectConfig(SplitFlags, ClusterFlags):

@@ -3,19 +3,23 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
 
 from ray_app.config.base import Config
-from ray_app.errors import StoreError
+from ray_app.errors import CheckpointError, StoreError
 from ray_app.store.atomic import sha256_bytes
 from ray_app.store.filesystem import StorageDir, Where, open_storage
 
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
+SCRATCH = ".prepare"
+"""Folder in a store that is not finished."""
+NUM_REJECTED_NAMED = 3
+"""Rejected pairs that an error names."""
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
@@ -42,6 +46,12 @@ class FeatureSpec(Config):
     def width(self) -> int:
         """Numbers in one feature."""
         return math.prod(self.shape)
+
+    @property
+    def kind(self) -> Literal["images", "sequences", "vectors"]:
+        """Kind of the feature, by its shape."""
+        kinds: dict[int, Literal["images", "sequences"]] = {3: "images", 2: "sequences"}
+        return kinds.get(len(self.shape), "vectors")
 
     @property
     def token_width(self) -> int | None:
@@ -75,6 +85,13 @@ class Features(Config):
     """The drafter's side."""
     target: FeatureSpec
     """The side that an adapter is trained to reach."""
+
+
+class CheckpointDocument(Config, extra="ignore"):
+    """Part of a checkpoint's config.json that says which features it takes."""
+
+    features: Features
+    """Type, shape and scale of the features it was trained on."""
 
 
 class FileRecord(Config):
@@ -155,12 +172,74 @@ class Manifest(Config):
         return manifest
 
 
+def require_claimable(folder: StorageDir) -> set[str]:
+    """Return names in a folder for a new store: none, or those of a prepare that was interrupted.
+
+    StoreError: it holds a store, or something else.
+    """
+    try:
+        existing = folder.listdir()
+    except FileNotFoundError:
+        return set()
+    except NotADirectoryError:
+        existing = {""}
+    if MANIFEST in existing:
+        raise StoreError(
+            f"{folder} already holds a complete pair store (see `ray-app inspect`); name another folder for --out."
+        )
+    if existing and SCRATCH not in existing:
+        raise StoreError(f"{folder} already holds something else; --out must be a new or empty folder.")
+    return existing
+
+
+def require_same_features(trained: Features, given: Features, checkpoint: str) -> None:
+    """Raise CheckpointError unless a store has the features that a checkpoint was trained on."""
+    for side in ("event", "target"):
+        was, now = getattr(trained, side), getattr(given, side)
+        if was != now:
+            raise CheckpointError(
+                f"{checkpoint} was trained on {side} features of {was}, the store has {now}. Use the store it was "
+                "trained for, or train again."
+            )
+
+
 def content_fingerprint(sample_ids: Iterable[str], features: Features) -> str:
     """SHA-256 over the sorted identities of pairs and the features' types, shapes and scales."""
     digest = hashlib.sha256(json.dumps(features.model_dump(mode="json"), sort_keys=True).encode())
     for sample_id in sorted(sample_ids):
         digest.update(sample_id.encode())
     return digest.hexdigest()
+
+
+class RejectedLine(Config):
+    """One line of rejected.jsonl: a pair that is not in the store."""
+
+    input: str
+    """File or drive that it should have come from."""
+    position: str
+    """Position in the input."""
+    reason: str
+    """Reason of the rejection."""
+
+
+def rejected_lines(lines: Sequence[RejectedLine]) -> bytes:
+    """Return the bytes of rejected.jsonl."""
+    return "".join(json.dumps(line.model_dump(), ensure_ascii=False) + "\n" for line in lines).encode()
+
+
+def require_few_rejected(
+    folder: StorageDir, lines: Sequence[RejectedLine], total: int, max_rejected_fraction: float
+) -> None:
+    """StoreError if more than a fraction of all pairs is rejected, or all are; the lines are written first."""
+    if len(lines) <= max_rejected_fraction * total and len(lines) < total:
+        return
+    folder.write(REJECTED, rejected_lines(lines))
+    first = "; ".join(f"{line.input}, {line.position}: {line.reason}" for line in lines[:NUM_REJECTED_NAMED])
+    raise StoreError(
+        f"{len(lines)} of {total} pairs could not be built ({len(lines) / max(total, 1):.1%}; "
+        f"--max-rejected-fraction allows {max_rejected_fraction:.1%}). The first: {first}. All are in "
+        f"{folder.file(REJECTED)}. What was built stays: fix the input or allow more, and start again."
+    )
 
 
 def _dump(manifest: Manifest) -> bytes:

@@ -17,7 +17,16 @@ from ray_app.events.windows import parse_duration
 from ray_app.sources.base import RawPair, RejectedPair, Source, SourceTask
 from ray_app.sources.images import resized
 from ray_app.store.filesystem import StorageDir, Where, open_storage
-from ray_app.store.manifest import MANIFEST, REJECTED, Features, Manifest, PartRecord
+from ray_app.store.manifest import (
+    SCRATCH,
+    Features,
+    Manifest,
+    PartRecord,
+    RejectedLine,
+    rejected_lines,
+    require_claimable,
+    require_few_rejected,
+)
 from ray_app.store.pair_store import (
     FACT_COLUMNS,
     Pair,
@@ -28,20 +37,7 @@ from ray_app.store.pair_store import (
     write_table,
 )
 
-SCRATCH = ".prepare"
 SETTINGS_FILE = "settings.json"
-NAMED_IN_ERROR = 3
-
-
-class RejectedLine(Config):
-    """One line of rejected.jsonl: a pair that is not in the store."""
-
-    input: str
-    """File or drive that it should have come from."""
-    position: str
-    """Position in the input."""
-    reason: str
-    """Reason of the rejection."""
 
 
 class BuiltTask(Config):
@@ -79,16 +75,7 @@ def claim_store(where: Where, source: Source, tasks: list[SourceTask], features:
         "tasks": [[task.name, task.num_pairs, task.spec] for task in tasks],
     }
     text = json.dumps(settings, sort_keys=True)
-    try:
-        there = folder.listdir()
-    except FileNotFoundError:
-        there = set()
-    except NotADirectoryError:
-        there = {""}
-    if MANIFEST in there:
-        raise StoreError(
-            f"{folder} already holds a complete pair store (see `ray-app inspect`); name another folder for --out."
-        )
+    there = require_claimable(folder)
     claimed = _read(folder, SETTINGS_FILE) if SCRATCH in there else None
     if claimed is not None:
         if claimed != text.encode():
@@ -166,24 +153,15 @@ def finish(
     folder = open_storage(where)
     built = _without_duplicates(folder, built)
     lines = [line for done in built for line in done.rejected]
-    rejected_lines = "".join(json.dumps(line.model_dump(), ensure_ascii=False) + "\n" for line in lines).encode()
     pairs = sum(done.num_pairs for done in built)
-    total = pairs + len(lines)
-    if len(lines) > max_rejected_fraction * total or not pairs:
-        folder.write(REJECTED, rejected_lines)
-        first = "; ".join(f"{line.input}, {line.position}: {line.reason}" for line in lines[:NAMED_IN_ERROR])
-        raise StoreError(
-            f"{len(lines)} of {total} pairs could not be built ({len(lines) / max(total, 1):.1%}; "
-            f"--max-rejected-fraction allows {max_rejected_fraction:.1%}). The first: {first}. All are in "
-            f"{folder.file(REJECTED)}. What was built stays: fix the input or allow more, and start again."
-        )
+    require_few_rejected(folder, lines, pairs + len(lines), max_rejected_fraction)
     manifest = publish(
         folder,
         [done.part for done in built if done.part],
         features=features,
         durations={name: parse_duration(name) for name in source.durations()},
         source=described(source),
-        rejected=rejected_lines,
+        rejected=rejected_lines(lines),
     )
     folder.delete(SCRATCH)
     return manifest
