@@ -37,8 +37,7 @@ from benchmarks.serve.process import checkpoint_of, endpoint, scraped, tree
 from benchmarks.serve.traffic import Request, Traffic, closed_loop, infer_request, open_loop, quantiles_ms
 from ray_app.client import AlignmentClient
 from ray_app.errors import RayAppError
-from ray_app.store.atomic import sha256_bytes
-from ray_app.store.checkpoint import verify_folder
+from ray_app.store.atomic import sha256_bytes, verify_folder
 
 WIDTH, HIDDEN = 4096, 512
 ROUTE = "/v2/models/{model}/infer"

@@ -24,7 +24,8 @@ from ray_app.core.adapters.registry import build_adapter, num_parameters
 from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.core.optimizer_step import make_optimizer
 from ray_app.runs.run_dir import RunDir, checkpoint_name
-from ray_app.store.checkpoint import load_checkpoint, verify_folder
+from ray_app.store.atomic import verify_folder
+from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.manifest import PIXELS, Features
 
 WIDTH, HIDDEN, EPOCHS = 150_528, 512, 3

@@ -11,22 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ray_app.core.thresholds import THETA, THETAS, rate_key
 from ray_app.errors import InputError
 
-THETAS = (0.50, 0.60, 0.70, 0.80, 0.85, 0.90, 0.95)
-"""Thresholds of the reference."""
-THETA = 0.80
-"""Threshold of lift, promotion and sweeps."""
 PERCENTILES = (10, 25, 50, 75, 90, 95, 99)
 """Percentiles of the reference."""
 BIN_WIDTH = 1e-4
 """Percentiles are read from a histogram of this bin width over [−1, 1]: their error is at most half of it."""
 NUM_BINS = 20_000
-
-
-def rate_key(theta: float) -> str:
-    """Key of a threshold, such as `0.80`: two digits, so that 0.57 and 0.58 differ."""
-    return f"{theta:.2f}"
 
 
 def cos_sim(a_BD: Tensor, b_BD: Tensor) -> Tensor:

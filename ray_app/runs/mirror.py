@@ -22,8 +22,7 @@ from typing import Any
 
 from ray_app.errors import StoreError
 from ray_app.runs.event_log import EVENT_LOG
-from ray_app.store.atomic import disk_errors, write_file
-from ray_app.store.checkpoint import CHECKSUMS_FILE, verify_folder
+from ray_app.store.atomic import CHECKSUMS_FILE, disk_errors, verify_folder, write_file
 from ray_app.store.checkpoint_transfer import download_dir, upload_dir
 from ray_app.store.filesystem import LocalDir, RemoteDir, StorageDir
 

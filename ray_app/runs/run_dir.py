@@ -15,18 +15,19 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from ray_app.core.adapters.base import Adapter
 from ray_app.errors import CheckpointError, StoreError
 from ray_app.runs.event_log import POLL_S, EventLog, entries, require_latest_driver
 from ray_app.runs.mirror import InPlace, Mirror, scratch_dir
 from ray_app.store.atomic import disk_errors, partial_file
-from ray_app.store.checkpoint import save_checkpoint, save_training_state
 from ray_app.store.filesystem import LocalDir, RemoteDir, StorageDir, absolute, open_storage
 from ray_app.store.manifest import Features
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a run's records are read without it
+    from torch import Tensor
+
+    from ray_app.core.adapters.base import Adapter
 
 RUN, BEST, STOP, RESIZE = "run.json", "best.json", "stop", "resize"
 CHECKPOINTS, STATES = "checkpoints", "training_state"
@@ -203,16 +204,18 @@ class RunDir:
     def save(
         self,
         name: str,
-        adapter: Adapter,
+        adapter: "Adapter",
         *,
         features: Features,
         metrics: Mapping[str, Any],
         provenance: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
+        tensors: "Mapping[str, Tensor]",
         meta: Mapping[str, Any],
         best_epoch: int,
     ) -> None:
         """Save state, then weights, then prune. If interrupted at any point, the checkpoint before is still whole."""
+        from ray_app.store.checkpoint import save_checkpoint, save_training_state
+
         self.mirror.push()  # a checkpoint never holds more steps than the event log
         with disk_errors(self.path):
             if self.state(name).exists():  # of a save that ended between the two
@@ -323,3 +326,18 @@ def best_name(storage: StorageDir) -> str | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{storage.file(BEST)} is damaged: it names no checkpoint ({error}).") from error
+
+
+def best_of_run(where: str) -> str:
+    """Path of a run's best checkpoint; any other path unchanged. CheckpointError: there is no such folder."""
+    storage = open_storage(where)
+    try:
+        names = storage.listdir()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{storage} is not a folder; name a checkpoint, or the folder of a run.") from error
+    if RUN not in names:
+        return where
+    best = best_name(storage)
+    if best is None:
+        raise CheckpointError(f"{storage} is a run without a finished epoch: it has no checkpoint yet.")
+    return storage.uri_of(best)

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ray_app.errors import StoreError
+from ray_app.errors import CheckpointError, StoreError
 
+CHECKSUMS_FILE = "MANIFEST.sha256"
+"""List of checksums in a folder, such as a checkpoint."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Errors of a full disk or quota, or of a file that is too large."""
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
@@ -121,3 +123,32 @@ def _errno(error: OSError | SafetensorError) -> int:
         return error.errno or 0
     number = re.search(r"\(os error (\d+)\)", str(error))
     return int(number[1]) if number else 0
+
+
+def verify_folder(folder: Path) -> str:
+    """Check every file against MANIFEST.sha256 and return its own SHA-256. CheckpointError names the bad file."""
+    path = folder / CHECKSUMS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no {CHECKSUMS_FILE}.")
+    data = path.read_bytes()
+    listed = parse_checksums(data, str(path))
+    files = {file.name for file in folder.glob("[!.]*")}
+    if unlisted := sorted(files - {CHECKSUMS_FILE, *listed}):  # a list that was cut at a line end
+        raise CheckpointError(f"{path} is damaged: it does not list {', '.join(unlisted)}. Use another checkpoint.")
+    for name, sha256 in listed.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing, though {CHECKSUMS_FILE} lists it.")
+        if sha256_file(file) != sha256:
+            raise CheckpointError(
+                f"{file} is damaged: its SHA-256 differs from {CHECKSUMS_FILE}. Use another checkpoint."
+            )
+    return sha256_bytes(data)
+
+
+def parse_checksums(data: bytes, where: str) -> dict[str, str]:
+    """Return the SHA-256 of each file in a list of checksums. CheckpointError, naming `where`: not such a list."""
+    lines = re.findall(rb"^([0-9a-f]{64})  ([A-Za-z0-9_.]+)$", data, re.MULTILINE)
+    if not lines or data != b"".join(b"%s  %s\n" % line for line in lines):
+        raise CheckpointError(f"{where} is damaged: it is not a list of SHA-256 sums and file names.")
+    return {name.decode(): sha256.decode() for sha256, name in lines}

@@ -6,7 +6,6 @@ Training state (optimizer, position) is a folder of the same kind. Nothing is ev
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,10 @@ from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.registry import meta_adapter
 from ray_app.errors import CheckpointError, ConfigError
-from ray_app.store.atomic import sha256_bytes, sha256_file, staged_folder
+from ray_app.store.atomic import CHECKSUMS_FILE, sha256_bytes, sha256_file, staged_folder, verify_folder
 from ray_app.store.golden import TOLERANCE, assembled, golden_answers, relative_errors, run_golden
-from ray_app.store.manifest import Features
+from ray_app.store.manifest import Features, require_same_features
 
-CHECKSUMS_FILE = "MANIFEST.sha256"
 MODEL = "model.safetensors"
 GOLDEN = "golden.safetensors"
 FORMAT = "ray_app checkpoint 1"
@@ -52,13 +50,7 @@ class Checkpoint:
 
     def require(self, features: Features) -> None:
         """Raise CheckpointError unless these are the features that the adapter was trained on."""
-        for side in ("event", "target"):
-            trained, given = getattr(self.features, side), getattr(features, side)
-            if trained != given:
-                raise CheckpointError(
-                    f"{self.folder} was trained on {side} features of {trained}, the store has {given}. "
-                    "Use the store it was trained for, or train again."
-                )
+        require_same_features(self.features, features, str(self.folder))
 
 
 def save_checkpoint(
@@ -150,35 +142,6 @@ def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]
     return load_file(folder / "training_state.safetensors", backend="pread"), _read_json(
         folder / "training_state.json"
     )
-
-
-def verify_folder(folder: Path) -> str:
-    """Check every file against MANIFEST.sha256 and return its own SHA-256. CheckpointError names the bad file."""
-    path = folder / CHECKSUMS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no {CHECKSUMS_FILE}.")
-    data = path.read_bytes()
-    listed = parse_checksums(data, str(path))
-    files = {file.name for file in folder.glob("[!.]*")}
-    if unlisted := sorted(files - {CHECKSUMS_FILE, *listed}):  # a list that was cut at a line end
-        raise CheckpointError(f"{path} is damaged: it does not list {', '.join(unlisted)}. Use another checkpoint.")
-    for name, sha256 in listed.items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing, though {CHECKSUMS_FILE} lists it.")
-        if sha256_file(file) != sha256:
-            raise CheckpointError(
-                f"{file} is damaged: its SHA-256 differs from {CHECKSUMS_FILE}. Use another checkpoint."
-            )
-    return sha256_bytes(data)
-
-
-def parse_checksums(data: bytes, where: str) -> dict[str, str]:
-    """Return the SHA-256 of each file in a list of checksums. CheckpointError, naming `where`: not such a list."""
-    lines = re.findall(rb"^([0-9a-f]{64})  ([A-Za-z0-9_.]+)$", data, re.MULTILINE)
-    if not lines or data != b"".join(b"%s  %s\n" % line for line in lines):
-        raise CheckpointError(f"{where} is damaged: it is not a list of SHA-256 sums and file names.")
-    return {name.decode(): sha256.decode() for sha256, name in lines}
 
 
 def _save(

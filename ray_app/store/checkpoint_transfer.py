@@ -13,8 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ray_app.errors import CheckpointError
-from ray_app.store.atomic import disk_errors, sha256_file, staged_folder
-from ray_app.store.checkpoint import CHECKSUMS_FILE, parse_checksums, verify_folder
+from ray_app.store.atomic import (
+    CHECKSUMS_FILE,
+    disk_errors,
+    parse_checksums,
+    sha256_file,
+    staged_folder,
+    verify_folder,
+)
 from ray_app.store.filesystem import LocalDir, RemoteDir, open_storage
 
 CHUNK_BYTES = 32 * 2**20

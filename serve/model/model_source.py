@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ray_app.errors import CheckpointError
-from ray_app.store.atomic import sha256_bytes
-from ray_app.store.checkpoint import CHECKSUMS_FILE
+from ray_app.store.atomic import CHECKSUMS_FILE, sha256_bytes
 from ray_app.store.checkpoint_transfer import local_folder
 from ray_app.store.filesystem import open_storage
 

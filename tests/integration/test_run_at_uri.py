@@ -33,14 +33,14 @@ from ray_app.errors import CheckpointError, ConfigError, StoreError, TrainingErr
 from ray_app.runs import mirror
 from ray_app.runs.event_log import EVENT_LOG, EventLog, entries, require_latest_driver
 from ray_app.runs.mirror import Mirror
-from ray_app.runs.run_dir import RunDir, open_run
-from ray_app.store.atomic import sha256_file
-from ray_app.store.checkpoint import CHECKSUMS_FILE, MODEL, load_checkpoint, verify_folder
+from ray_app.runs.run_dir import RunDir, best_of_run, open_run
+from ray_app.store.atomic import CHECKSUMS_FILE, sha256_file, verify_folder
+from ray_app.store.checkpoint import MODEL, load_checkpoint
 from ray_app.store.checkpoint_transfer import upload_dir
 from ray_app.store.filesystem import RemoteDir
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
-from ray_app.tracking.model_registry import best_of_run, checkpoint_folder
+from ray_app.tracking.model_registry import checkpoint_folder
 from serve.model.model_source import model_source
 
 TINY: dict[str, Any] = {

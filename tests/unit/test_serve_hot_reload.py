@@ -16,8 +16,7 @@ import pytest
 from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint, wait_for
 from mlflow import MlflowClient
 
-from ray_app.store.atomic import sha256_bytes
-from ray_app.store.checkpoint import verify_folder
+from ray_app.store.atomic import sha256_bytes, verify_folder
 
 MODEL = "alignment-adapter"
 BODY, HEADERS = binary_request(np.full((2, WIDTH), 0.5))

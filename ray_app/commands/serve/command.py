@@ -22,10 +22,10 @@ from ray_app.commands.serve.haproxy import write_binary
 from ray_app.config.base import TrackingFlags
 from ray_app.config.serve import ServeConfig
 from ray_app.errors import ConfigError, ResourceError
+from ray_app.runs.run_dir import best_of_run
 from ray_app.runs.signals import handle_signals
 from ray_app.store.filesystem import absolute
 from ray_app.tracking.mlflow_logger import tracking_uri
-from ray_app.tracking.model_registry import best_of_run
 
 ROOT = Path(__file__).resolve().parents[3]
 APP = "alignment"
