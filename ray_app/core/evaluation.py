@@ -24,7 +24,7 @@ from ray_app.core.optimizer_step import Precision, decode
 from ray_app.errors import InputError
 
 BASELINES = ("before", "white", "mean_target", "shuffled")
-"""Rules without learning; lift is over the best of them."""
+"""Rules without learning; lift is over the best of them. `before` needs features of one width, `white` images."""
 RETRIEVAL_CHUNK = 128
 """Rows of the aligned features that are compared with all targets at a time."""
 DARK = 0.5
@@ -84,11 +84,11 @@ class AlignmentEvaluation:
     after: Cosines
     """Aligned feature with its own target."""
     baselines: dict[str, Cosines]
-    """Cosines of each of `BASELINES`, by name."""
+    """Cosines of those of `BASELINES` that such features have, by name."""
     previous_window: Cosines
     """The preceding window's target with this one; NaN where there is none."""
     centered: dict[str, float]
-    """Mean cosine `after` and `before` with the mean training target subtracted from both sides."""
+    """Mean cosine `after` and, where widths agree, `before` with the mean training target subtracted from both."""
     retrieval: dict[str, float]
     """R@1, R@5, R@10 by centred cosine: share of pairs whose own target is among the k nearest; and chance."""
     seed: int
@@ -98,7 +98,7 @@ class AlignmentEvaluation:
 
     def best_baseline(self, theta: float = THETA) -> str:
         """Name of the baseline that accepts most at θ; of equals the first of `BASELINES`."""
-        return max(BASELINES, key=lambda name: float((self.baselines[name] > theta).mean()))
+        return max(self.baselines, key=lambda name: float((self.baselines[name] > theta).mean()))
 
     def lift(self, theta: float = THETA) -> float:
         """cosine_accept_rate of the adapter minus that of the best baseline."""
@@ -107,7 +107,7 @@ class AlignmentEvaluation:
     def metrics(self) -> dict[str, Any]:
         """All metrics as JSON values; rates and lifts are fractions."""
         previous = self.previous_window[~np.isnan(self.previous_window)]
-        baselines: dict[str, Any] = {name: _summary(self.baselines[name]) for name in BASELINES}
+        baselines: dict[str, Any] = {name: _summary(cos) for name, cos in self.baselines.items()}
         better = False
         if previous.size:
             baselines["previous_window"] = _summary(previous)
@@ -121,7 +121,7 @@ class AlignmentEvaluation:
             "lift_by_theta": {rate_key(theta): self.lift(theta) for theta in THETAS},
             "previous_window_better": better,
             "centered_cos_sim_mean": self.centered["after"],
-            "centered_cos_sim_mean_before": self.centered["before"],
+            "centered_cos_sim_mean_before": self.centered.get("before"),
             "retrieval": self.retrieval,
             "interval95": self.intervals(),
             "by_sequence": self.groups(self.sequences),
@@ -159,10 +159,10 @@ class AlignmentEvaluation:
         blocks of windows. The best baseline is chosen again in every resample.
         """
         unit, units = resampled_units(self.sequences)
-        columns = (self.after, *(self.baselines[name] for name in BASELINES))
+        columns = (self.after, *self.baselines.values())
         rates = [cos > theta for theta in THETAS for cos in columns]
         means_RC = resampled_means(units, [self.after, *rates], self.seed)
-        rates_RTC = means_RC[:, 1:].reshape(RESAMPLES, len(THETAS), 1 + len(BASELINES))
+        rates_RTC = means_RC[:, 1:].reshape(RESAMPLES, len(THETAS), len(columns))
         lift_RT = rates_RTC[:, :, 0] - rates_RTC[:, :, 1:].max(axis=2)
         lifts = {rate_key(theta): interval95(lift_RT[:, n]) for n, theta in enumerate(THETAS)}
         return {
@@ -213,13 +213,11 @@ class AlignmentEvaluator:
         cosines = {
             "after": pair_cosine(aligned, target, self.token_width),
             "centered_after": _cos_or_zero(self._centred(aligned), self._centred(target), self.token_width),
-            **fixed_baselines(event, target, mean_1D, self.token_width),
+            **fixed_baselines(event, target, mean_1D, self.token_width, images=self.images),
         }
         if event.shape == target.shape:
             centred = self._centred(event), self._centred(target)
             cosines["centered_before"] = _cos_or_zero(*centred, self.token_width)
-        else:
-            cosines["centered_before"] = torch.zeros(len(target))
         cosines = {name: cos_B.cpu() for name, cos_B in cosines.items()}
         for name, cos_B in cosines.items():
             self._cosines.setdefault(name, []).append(cos_B)
@@ -239,13 +237,15 @@ class AlignmentEvaluator:
             sequences=tuple(sequences),
             after=cosines["after"],
             baselines={
-                "before": cosines["before"],
-                "white": cosines["white"],
-                "mean_target": cosines["mean_target"],
+                **{name: cosines[name] for name in BASELINES if name in cosines},
                 "shuffled": self._against(aligned_ND, target_ND, others),
             },
             previous_window=self._targets_against(target_ND, previous),
-            centered={name: float(cosines[f"centered_{name}"].mean()) for name in ("after", "before")},
+            centered={
+                name: float(cosines[f"centered_{name}"].mean())
+                for name in ("after", "before")
+                if f"centered_{name}" in cosines
+            },
             retrieval=self._retrieval(aligned_ND, target_ND),
             seed=seed,
             light=self._light() if self.images else (),
@@ -308,15 +308,15 @@ def pair_cosine(feature_BD: Tensor, target_BD: Tensor, token_width: int | None =
 
 
 def fixed_baselines(
-    event_BE: Tensor, target_BD: Tensor, mean_1D: Tensor, token_width: int | None = None
+    event_BE: Tensor, target_BD: Tensor, mean_1D: Tensor, token_width: int | None = None, *, images: bool
 ) -> dict[str, Tensor]:
-    """Cosines (B,) of the baselines that need no adapter. Features of different widths get 0: never accepted."""
-    same = event_BE.shape == target_BD.shape
-    return {
-        "before": pair_cosine(event_BE, target_BD, token_width) if same else torch.zeros(len(target_BD)),
-        "white": pair_cosine(torch.ones_like(mean_1D).expand_as(target_BD), target_BD, token_width),
-        "mean_target": pair_cosine(mean_1D.expand_as(target_BD), target_BD, token_width),
+    """Cosines (B,) of the baselines that need no adapter: `before` where widths agree, `white` for images."""
+    answers = {
+        **({"before": event_BE} if event_BE.shape == target_BD.shape else {}),
+        **({"white": torch.ones_like(mean_1D).expand_as(target_BD)} if images else {}),
+        "mean_target": mean_1D.expand_as(target_BD),
     }
+    return {name: pair_cosine(answer_BD, target_BD, token_width) for name, answer_BD in answers.items()}
 
 
 @dataclass(frozen=True, slots=True)

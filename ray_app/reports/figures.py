@@ -107,15 +107,15 @@ def acceptance_figure(cosines: CosineSeries) -> str:
     return svg("acceptance", draw)
 
 
-def histogram_figure(before: NDArray[np.floating], after: NDArray[np.floating]) -> str:
-    """Histograms of cos_sim before and after on one axis, as SVG."""
-    low = float(min(before.min(), after.min(), THETA - 0.05))
+def histogram_figure(name: str, other: NDArray[np.floating], after: NDArray[np.floating]) -> str:
+    """Histograms of cos_sim of the baseline `name` and of the adapter on one axis, as SVG."""
+    low = float(min(other.min(), after.min(), THETA - 0.05))
     bins = np.linspace(np.floor(low * 20) / 20, 1.0, 61)
 
     def draw(figure: Figure) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True)
-        for axes, name, cos in ((upper, "before", before), (lower, "adapter", after)):
-            draw_histogram(axes, name, cos, bins)
+        for axes, series, cos in ((upper, name, other), (lower, "adapter", after)):
+            draw_histogram(axes, series, cos, bins)
             mark_theta(axes, labelled=axes is upper)
         lower.set_xlabel("cos_sim of one pair")
 
@@ -126,7 +126,7 @@ def draw_histogram(axes: Axes, name: str, cos: NDArray[np.floating], bins: NDArr
     """Draw one histogram with its mean and standard deviation."""
     axes.hist(cos, bins=bins.tolist(), color=SERIES[name][0])
     axes.set_ylabel("pairs")
-    title = "before (raw event against target)" if name == "before" else "after (adapter)"
+    title = {"before": "before (raw event against target)", "adapter": "after (adapter)"}.get(name, name)
     axes.set_title(f"{title}: mean {cos.mean():.3f}, std {cos.std():.3f}", loc="left", fontsize=10)
 
 

@@ -16,11 +16,12 @@ from rich.console import Console
 from small_runs import keys, make_run
 
 from ray_app.commands.evaluate import evaluator as judge
-from ray_app.commands.evaluate.command import claim_report_folder, render_evaluate, run_evaluate, varied
+from ray_app.commands.evaluate.command import render_evaluate, run_evaluate, varied
 from ray_app.config.base import SplitConfig
 from ray_app.config.evaluate import EvaluateConfig
 from ray_app.data.training_means import training_means
 from ray_app.errors import CheckpointError, RegistryError, ResourceError, StoreError
+from ray_app.reports.folder import claim_report_folder
 from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs

@@ -98,7 +98,7 @@ def evaluated(
     event, target = (rng.integers(1, 256, (n, 30)).astype(np.uint8) for _ in range(2))
     adapter = build_adapter(AdapterConfig(strategy, 30, 30, 8), seed=0).eval()
     means = TrainingMeans.of(target[: n // 2]) + TrainingMeans.of(target[n // 2 :])
-    evaluator = AlignmentEvaluator(adapter, means.mean_target(1 / 255), 1 / 255, 1 / 255)
+    evaluator = AlignmentEvaluator(adapter, means.mean_target(1 / 255), 1 / 255, 1 / 255, images=True)
     for start in range(0, n, 5):
         evaluator.add(torch.from_numpy(event[start : start + 5]), torch.from_numpy(target[start : start + 5]))
     previous = np.array([i - 1 if i % 4 else -1 for i in range(n)])
@@ -190,13 +190,14 @@ def test_the_lift_of_a_light_is_over_the_best_baseline_of_all_pairs_pair_by_pair
     assert (day["lift_interval95"], night["lift_interval95"]) == ([0.0, 1.0], [-1.0, 0.0])
 
 
-def test_features_of_other_width_have_no_cosine_before() -> None:
+def test_vectors_of_other_width_have_neither_before_nor_white() -> None:
     adapter = build_adapter(AdapterConfig("linear", 6, 4), seed=0).eval()
     evaluator = AlignmentEvaluator(adapter, torch.full((4,), 0.5), 1.0, 1.0)
     rng = torch.Generator().manual_seed(0)
     evaluator.add(torch.rand(3, 6, generator=rng), torch.rand(3, 4, generator=rng))
     found = evaluator.result(["a", "b", "c"], np.full(3, -1))
-    assert (found.baselines["before"] == 0).all()
+    assert list(found.baselines) == ["mean_target", "shuffled"]
+    assert found.metrics()["centered_cos_sim_mean_before"] is None
 
 
 def metrics_of(rate: float, lift: float, fingerprint: str = "f") -> dict[str, object]:
@@ -221,7 +222,16 @@ def test_the_first_version_is_champion_in_any_case_and_labelled() -> None:
         (metrics_of(0.9, 0.1), metrics_of(0.8, 0.05), 0.0, True, "0.9000 against the champion's 0.8000"),
         (metrics_of(0.8, 0.1), metrics_of(0.8, 0.05), 0.0, False, "not better"),
         (metrics_of(0.82, 0.1), metrics_of(0.8, 0.05), 0.05, False, "0.0500"),
-        (metrics_of(0.9, 0.0), metrics_of(0.8, 0.05), 0.0, False, "does not beat the best baseline"),
+        (
+            metrics_of(0.9, 0.0),
+            metrics_of(0.8, 0.05),
+            0.0,
+            False,
+            "does not beat the best baseline, and the champion",
+        ),
+        (metrics_of(0.9, -0.1), metrics_of(0.8, -0.2), 0.0, True, "and neither does the champion"),
+        (metrics_of(0.9, 0.1), metrics_of(0.8, -0.2), 0.0, True, "0.9000 against the champion's 0.8000"),
+        (metrics_of(0.7, -0.3), metrics_of(0.8, -0.2), 0.0, False, "not better than the champion"),
         (metrics_of(0.9, 0.1, "g"), metrics_of(0.8, 0.05), 0.0, False, "other test pairs"),
     ],
 )

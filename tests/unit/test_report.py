@@ -82,7 +82,7 @@ def made_up(**changes: Any) -> tuple[dict[str, Any], dict[str, NDArray[np.float6
             "test_windows_overlapping_train": 0.0,
             "test_pairs_trained_on": 0,
         },
-        "data": {"source": "npy", "events": "recorded"},
+        "data": {"source": "npy", "events": "recorded", "features": {"event": "images", "target": "images"}},
         "fingerprint": "f" * 64,
         "test_fingerprint": "7" * 64,
         "checkpoint_sha256": "c" * 64,
@@ -186,8 +186,8 @@ def test_the_sentence_says_who_is_ahead_by_how_much_and_how_surely(
 )
 def test_what_a_reader_must_know_is_said(changes: dict[str, Any], words: str, warning: bool) -> None:
     base, cosines = made_up()
-    split = {**base["split"], **changes.pop("split", {})}
-    result = {**base, **changes, "split": split}
+    merged = {key: {**base[key], **changes.pop(key, {})} for key in ("split", "data")}
+    result = {**base, **changes, **merged}
     assert [note["warning"] for note in report_warnings(result) if words in note["text"]] == [warning]
     assert words in report_page(result, cosines)
 
@@ -223,3 +223,57 @@ def test_a_logarithmic_axis_leaves_out_what_has_no_place_there(values: list[floa
 def test_features_that_are_no_images_leave_the_pictures_out() -> None:
     result, cosines = made_up()
     assert "Best and worst" not in report_page(result, cosines)
+
+
+def of_an_encoder() -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+    """A result of vectors of two widths: no baseline of pixels, none of the raw event."""
+    result, cosines = made_up()
+    features = {"event": "vectors", "target": "vectors"}
+    result |= {
+        "baselines": {name: of for name, of in result["baselines"].items() if name not in ("before", "white")},
+        "centered_cos_sim_mean_before": None,
+        "by_lighting": {},
+        "data": {"source": "arrays", "events": "unknown", "features": features},
+    }
+    return result, {name: cos for name, cos in cosines.items() if name not in ("before", "white")}
+
+
+def test_a_report_of_encoder_features_says_nothing_of_pixels() -> None:
+    result, cosines = of_an_encoder()
+    page = report_page(result, cosines)
+    words = html.unescape(re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)).lower()
+    for word in ("pixel", "white", "before", "image", "picture"):
+        assert not re.search(rf"\b{word}", words), word
+    assert_self_contained(page)
+    out = io.StringIO()
+    Console(width=140, file=out).print(results_table(result, "test part"))
+    assert "before" not in out.getvalue()
+
+
+def test_retrieval_is_with_the_results_of_the_first_screen() -> None:
+    result, cosines = of_an_encoder()
+    out = io.StringIO()
+    Console(width=140, file=out).print(results_table(result, "test part"))
+    page = report_page(result, cosines)
+    for text in (" ".join(out.getvalue().split()), page[: page.index("Acceptance against")]):
+        assert "R@1 10.0 %, R@5 30.0 %, R@10 40.0 %" in text
+
+
+def test_a_theta_that_shows_nothing_is_pointed_out() -> None:
+    result, cosines = of_an_encoder()
+    for numbers in (result, *result["baselines"].values()):
+        numbers["cosine_accept_rate"] = {
+            **dict.fromkeys(("0.50", "0.60"), 1.0),
+            **{theta: rate for theta, rate in numbers["cosine_accept_rate"].items() if theta > "0.60"},
+            **dict.fromkeys(("0.80", "0.85", "0.90", "0.95"), 0.0),
+        }
+    out = io.StringIO()
+    Console(width=140, file=out).print(results_table(result, "test part"))
+    note = "at θ 0.50, 0.60 every row is 100%, and at θ 0.80, 0.85, 0.90, 0.95 every row is 0%"
+    assert note in " ".join(out.getvalue().split())
+    assert note in html.unescape(report_page(result, cosines))
+    warnings = [line["text"] for line in report_warnings(result) if line["warning"]]
+    assert any("At θ 0.80 every row is 0%, so acceptance and lift show nothing" in text for text in warnings)
+    heads = out.getvalue().splitlines()[2]
+    assert "θ 0.70" in heads
+    assert "θ 0.95" not in heads

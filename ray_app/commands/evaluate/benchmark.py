@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_app.cluster.connection import cluster
-from ray_app.commands.evaluate.command import as_json, claim_report_folder, settings
+from ray_app.commands.evaluate.command import as_json, settings
 from ray_app.commands.evaluate.context import EvaluationContext
 from ray_app.commands.evaluate.evaluator import WARM_UP, selected
 from ray_app.commands.evaluate.reference_files import benchmark_adapter_full
 from ray_app.commands.evaluate.report import data_warnings, print_warnings, results_table
 from ray_app.config.evaluate import BenchmarkConfig
-from ray_app.core.evaluation import BASELINES, AlignmentEvaluation
+from ray_app.core.evaluation import AlignmentEvaluation
 from ray_app.core.metrics import THETA, THETAS, AlignmentCounts, rate_key
+from ray_app.reports.folder import claim_report_folder
 from ray_app.store.atomic import write_file
 from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.provenance import provenance
@@ -66,10 +67,12 @@ def run_benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         "provenance": {**record, "checkpoint": checkpoint.provenance},
     }
     result["warnings"] = [line["text"] for line in data_warnings(result)]
-    samples = zip(context.store.index.sample_id, everything.baselines["before"], everything.after, strict=True)
-    document = benchmark_adapter_full(
-        result, [(str(name), float(a), float(b)) for name, a, b in list(samples)[:NUM_SAMPLES]]
-    )
+    before = everything.baselines.get("before")
+    samples = [
+        (str(name), None if before is None else float(before[n]), float(everything.after[n]))
+        for n, name in enumerate(context.store.index.sample_id[:NUM_SAMPLES])
+    ]
+    document = benchmark_adapter_full(result, samples)
     path = cfg.out / f"benchmark_adapter_full_{context.suffix}.json"
     cfg.out.mkdir(parents=True, exist_ok=True)
     write_file(path, as_json(document))
@@ -124,7 +127,9 @@ def joined(evaluations: list[AlignmentEvaluation]) -> AlignmentEvaluation:
         evaluations[0],
         sequences=tuple(name for run in evaluations for name in run.sequences),
         after=np.concatenate([run.after for run in evaluations]),
-        baselines={name: np.concatenate([run.baselines[name] for run in evaluations]) for name in BASELINES},
+        baselines={
+            name: np.concatenate([run.baselines[name] for run in evaluations]) for name in evaluations[0].baselines
+        },
         previous_window=np.concatenate([run.previous_window for run in evaluations]),
         light=tuple(name for run in evaluations for name in run.light),
         centered={},

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -24,16 +23,17 @@ from ray_app.config.base import flat
 from ray_app.config.evaluate import EvaluateConfig, EvaluationFlags
 from ray_app.core.evaluation import AlignmentEvaluation
 from ray_app.core.metrics import AlignmentCounts
-from ray_app.errors import InputError, StoreError
+from ray_app.errors import InputError
+from ray_app.reports.folder import claim_report_folder
 from ray_app.store.atomic import write_file
 from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.manifest import FeatureSpec
 from ray_app.store.provenance import provenance
+from ray_app.tracking.evaluation_log import log_evaluation
 from ray_app.tracking.mlflow_logger import redact_password
 from ray_app.tracking.model_registry import checkpoint_folder
 
 NUM_PICTURES = 3
-REPORT_FILES = ("alignment_metrics_*.json", "benchmark_adapter_full_*.json", "report.html", ".*")
 
 
 def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
@@ -57,7 +57,8 @@ def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         "checkpoint": cfg.checkpoint,
         "provenance": {**record, "checkpoint": checkpoint.provenance},
     }
-    before = AlignmentCounts.of(evaluation.baselines["before"]).means()
+    raw = evaluation.baselines.get("before")
+    before = None if raw is None else AlignmentCounts.of(raw).means()
     metrics = alignment_metrics(result, before, checkpoint.adapter)
     files = {
         cfg.out / f"alignment_metrics_{context.suffix}.json": as_json(metrics),
@@ -66,7 +67,8 @@ def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     cfg.out.mkdir(parents=True, exist_ok=True)
     for path, data in files.items():
         write_file(path, data)
-    return {**result, "files": [str(path) for path in files]}
+    run_id = log_evaluation(cfg, checkpoint.provenance.get("run_key"), result, list(files))
+    return {**result, "files": [str(path) for path in files], "mlflow_run_id": run_id}
 
 
 def render_evaluate(result: dict[str, Any], console: Console) -> None:
@@ -74,6 +76,8 @@ def render_evaluate(result: dict[str, Any], console: Console) -> None:
     console.print(results_table(result, f"{result['pairs']:,} test pairs; split: {result['split']['label']}"))
     console.print(result["verdict"], style="bold", highlight=False, markup=False)
     print_warnings(report_warnings(result), console)
+    if result["try_next"]:
+        console.print(result["try_next"], style="bold", highlight=False, markup=False)
     for path in result["files"]:
         console.print(path, soft_wrap=True, markup=False)
 
@@ -87,19 +91,6 @@ def token_report_link(cfg: EvaluateConfig) -> str | None:
             f"--token-report {cfg.token_report} is not a file; name the HTML page that `ray-app correlate` wrote."
         )
     return quote(os.path.relpath(cfg.token_report.absolute(), cfg.out.absolute()))
-
-
-def claim_report_folder(folder: Path, files: tuple[str, ...] = REPORT_FILES) -> None:
-    """StoreError unless `folder` is new or holds only `files`: what evaluate and benchmark write."""
-    if folder.exists() and not folder.is_dir():
-        raise StoreError(f"{folder} is a file; --out names the folder for the report.")
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if not any(path.match(pattern) for pattern in files):
-                raise StoreError(
-                    f"{folder} already holds another file ({path.name}); nothing is deleted or mixed in. "
-                    f"Name another folder, for instance --out {folder.with_name(folder.name + '-report')}."
-                )
 
 
 def as_json(document: dict[str, Any]) -> bytes:
@@ -127,19 +118,20 @@ def best_and_worst(
     """Pictures of the test pairs with the highest and the lowest cosine; none if features are not images."""
     index, rows = context.store.index, context.split.test
     specs = [context.store.feature("event"), context.store.feature("target")]
-    if not all(len(spec.shape) == 3 and spec.shape[0] == 3 for spec in specs):
+    if not all(spec.kind == "images" and spec.shape[0] == 3 for spec in specs):
         return [], []
     order = np.argsort(evaluation.after, kind="stable")
     worst, best = (varied(places, index.sequence[rows]) for places in (order, order[::-1]))
     places = np.concatenate([best, worst])
     event_ND, target_ND = context.store.read_rows(rows[places])
     aligned_ND = evaluator.align(event_ND)
+    before = evaluation.baselines.get("before")
     pictures = [
         PairPicture(
             sequence=str(index.sequence[rows[place]]),
             t_start_us=int(index.t_start_us[rows[place]]),
             t_end_us=int(index.t_end_us[rows[place]]),
-            before=float(evaluation.baselines["before"][place]),
+            before=float(before[place]) if before is not None else None,
             after=float(evaluation.after[place]),
             event=as_image(event * specs[0].scale, specs[0]),
             aligned=as_image(aligned, specs[1]),

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from ray_app.cluster.connection import cluster
-from ray_app.commands.evaluate.command import as_image, as_json, claim_report_folder, settings
+from ray_app.commands.evaluate.command import as_image, as_json, settings
 from ray_app.commands.evaluate.context import EvaluationContext
 from ray_app.commands.evaluate.evaluator import EvaluatorHandle
 from ray_app.commands.evaluate.report import data_warnings, outcome, print_warnings, verdict_sentence
@@ -24,6 +24,7 @@ from ray_app.core.adapters.registry import num_parameters
 from ray_app.core.evaluation import BASELINES
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.reports.figures import INK, PALETTE, log_scale, svg
+from ray_app.reports.folder import COMPARISON_FILES, claim_report_folder
 from ray_app.reports.html import Figure, Pictures, Row, Section, Table, page, picture
 from ray_app.store.atomic import write_file
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
@@ -33,7 +34,6 @@ from ray_app.tracking.model_registry import checkpoint_folder
 
 NUM_EXAMPLE_PAIRS = 4
 """Test pairs, of different sequences where there are enough, that are drawn as every adapter aligns them."""
-FILES = ("comparison.json", "comparison.html", ".*")
 KEY, HIGH = rate_key(THETA), "0.90"
 
 
@@ -51,7 +51,7 @@ class CandidateResult:
 
 def run_compare(cfg: CompareConfig) -> dict[str, Any]:
     """Evaluate the checkpoints one after the other. StoreError, CheckpointError, RegistryError: as of `evaluate`."""
-    claim_report_folder(cfg.out, FILES)
+    claim_report_folder(cfg.out, COMPARISON_FILES)
     context = EvaluationContext.open(cfg, cfg.store)
     store, test = context.store, context.split.test
     record = provenance(sys.argv, store.fingerprint, config=settings(cfg))
@@ -76,7 +76,8 @@ def run_compare(cfg: CompareConfig) -> dict[str, Any]:
         "provenance": record,
     }
     drawings = pictures(store, drawn, event_PE, target_PD, adapters)
-    files = dict(zip(FILES[:2], (as_json(result), comparison_page(result, best, drawings).encode()), strict=True))
+    contents = as_json(result), comparison_page(result, best, drawings).encode()
+    files = dict(zip(COMPARISON_FILES[:2], contents, strict=True))
     cfg.out.mkdir(parents=True, exist_ok=True)
     for file, data in files.items():
         write_file(cfg.out / file, data)
@@ -118,7 +119,7 @@ def label_of(adapters: dict[str, CandidateResult], wanted: CandidateResult) -> s
 
 def has_images(store: PairStore) -> bool:
     """True if both features can be drawn."""
-    return all(len(shape) == 3 and shape[0] == 3 for shape in (store.feature(s).shape for s in ("event", "target")))
+    return all(spec.kind == "images" and spec.shape[0] == 3 for spec in map(store.feature, ("event", "target")))
 
 
 def pictured(sequences: NDArray[np.str_]) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from ray_app.commands.evaluate.report import report_warnings, verdict_sentence
 from ray_app.config.base import SplitConfig
 from ray_app.config.evaluate import EvaluationFlags
 from ray_app.config.train import TrainConfig
+from ray_app.core.advice import what_to_try
 from ray_app.core.evaluation import AlignmentEvaluation
 from ray_app.data.training_means import mean_target
 from ray_app.errors import ResourceError
@@ -92,6 +93,7 @@ class EvaluationContext:
         result = {**metrics, **self.describe(checkpoint)}
         result["verdict"] = verdict_sentence(result)
         result["warnings"] = [line["text"] for line in report_warnings(result)]
+        result["try_next"] = what_to_try(result)
         return result
 
     def describe(self, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -102,6 +104,7 @@ class EvaluationContext:
             "fingerprint": self.store.fingerprint,
             "test_fingerprint": test_fingerprint(self.store.index, self.split.test),
             "checkpoint_sha256": checkpoint.sha256,
+            "strategy": checkpoint.config.strategy,
             "split": {
                 "by": self.split.by,
                 "label": self.split.label,
@@ -112,7 +115,11 @@ class EvaluationContext:
                 "test_windows_overlapping_train": self.split.test_windows_overlapping_train,
                 "test_pairs_trained_on": self.trained_on(checkpoint),
             },
-            "data": {"source": source.get("name", "unknown"), "events": source.get("events", "unknown")},
+            "data": {
+                "source": source.get("name", "unknown"),
+                "events": source.get("events", "unknown"),
+                "features": {side: self.store.feature(side).kind for side in ("event", "target")},
+            },
         }
 
     def trained_on(self, checkpoint: Checkpoint) -> int | None:

@@ -59,7 +59,7 @@ class EvaluatorActor:
             target_scale=store.feature("target").scale,
             device=self.device,
             token_width=store.feature("target").token_width,
-            images=len(store.feature("target").shape) == 3,
+            images=store.feature("target").kind == "images",
         )
         seen = [np.zeros(0, np.int64)]
         done = 0

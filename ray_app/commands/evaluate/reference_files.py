@@ -21,9 +21,15 @@ BENCHMARK_UNITS = (
 )
 
 
-def alignment_metrics(result: Mapping[str, Any], before: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """`alignment_metrics_<S>.json`. `before` and `result` hold the means of `AlignmentCounts`."""
-    gain = result["cos_sim_mean"] - before["cos_sim_mean"]
+def alignment_metrics(
+    result: Mapping[str, Any], before: Mapping[str, Any] | None, adapter: Adapter
+) -> dict[str, Any]:
+    """`alignment_metrics_<S>.json`. `before` and `result` hold the means of `AlignmentCounts`.
+
+    Without a `before`, where widths differ, the values that need it are null.
+    """
+    mean = before["cos_sim_mean"] if before else None
+    gain = None if mean is None else result["cos_sim_mean"] - mean
     config = adapter.config
     ours = ("baselines", "best_baseline", "lift", "lift_by_theta", "verdict", "retrieval", "interval95", "split")
     further = (
@@ -41,12 +47,12 @@ def alignment_metrics(result: Mapping[str, Any], before: Mapping[str, Any], adap
         "checkpoint": result["checkpoint"],
         "test_samples": result["pairs"],
         "feature_dim": config.event_dim,
-        "before_alignment": statistics(before, "{}_cosine_similarity"),
+        "before_alignment": before and statistics(before, "{}_cosine_similarity"),
         "after_alignment": statistics(result, "{}_cosine_similarity"),
         "percentiles_after": result["percentiles"],
         "improvement": {
             "cosine_similarity_gain": gain,
-            "relative_improvement": 100 * gain / before["cos_sim_mean"] if before["cos_sim_mean"] else None,
+            "relative_improvement": 100 * gain / mean if gain is not None and mean else None,
         },
         "config": {
             "event_dim": config.event_dim,
@@ -65,8 +71,10 @@ def alignment_metrics(result: Mapping[str, Any], before: Mapping[str, Any], adap
     }
 
 
-def benchmark_adapter_full(result: Mapping[str, Any], samples: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
-    """`benchmark_adapter_full_<S>.json`. `samples`: identity, cos_sim before and after of some pairs.
+def benchmark_adapter_full(
+    result: Mapping[str, Any], samples: Sequence[tuple[str, float | None, float]]
+) -> dict[str, Any]:
+    """`benchmark_adapter_full_<S>.json`. `samples`: identity, cos_sim before (None: no such) and after of some pairs.
 
     `result` and each of its `parts` hold the means of `AlignmentCounts`, for the adapter and every baseline.
     """
@@ -104,15 +112,15 @@ def benchmark_adapter_full(result: Mapping[str, Any], samples: Sequence[tuple[st
 
 def before_and_after(result: Mapping[str, Any]) -> dict[str, Any]:
     """Statistics of some pairs under the reference's keys."""
-    before, key = result["baselines"]["before"], rate_key(THETA)
+    before, key = result["baselines"].get("before"), rate_key(THETA)
+    rates = [part["cosine_accept_rate"][key] for part in (result, before) if part]
     return {
-        "before_adapter": statistics(before, "{}"),
+        "before_adapter": before and statistics(before, "{}"),
         "after_adapter": statistics(result, "{}"),
         "percentiles_after": result["percentiles"],
         "improvement": {
-            "cosine_sim_gain": result["cos_sim_mean"] - before["cos_sim_mean"],
-            f"acceptance_gain_{THETA:g}": 100
-            * (result["cosine_accept_rate"][key] - before["cosine_accept_rate"][key]),
+            "cosine_sim_gain": result["cos_sim_mean"] - before["cos_sim_mean"] if before else None,
+            f"acceptance_gain_{THETA:g}": 100 * (rates[0] - rates[1]) if before else None,
         },
     }
 

@@ -46,8 +46,8 @@ class PairPicture:
     sequence: str
     t_start_us: int
     t_end_us: int
-    before: float
-    """cos_sim of the raw event feature with the target."""
+    before: float | None
+    """cos_sim of the raw event feature with the target, where widths agree."""
     after: float
     """cos_sim of the aligned output with the target."""
     event: NDArray[np.uint8]
@@ -85,6 +85,11 @@ def verdict_sentence(result: Mapping[str, Any]) -> str:
 def report_warnings(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Lines to read with the numbers of a test part, warnings first: `text` and `warning` (False: context)."""
     lines = []
+    if (rate := flat_thetas(result).get(KEY)) is not None:
+        lines.append(
+            f"At θ {KEY} every row is {rate:.0%}, so acceptance and lift show nothing: read mean cos_sim, the "
+            "centred cosine and R@1."
+        )
     if result["previous_window_better"]:
         same = result["baselines"]["previous_window"]
         lines.append(
@@ -142,12 +147,52 @@ def lines(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]
     return [*baselines, ("adapter", "adapter", result)]
 
 
+def flat_thetas(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return each θ at which all answers have one rate, 0 or 1: it shows no difference."""
+    rates = [numbers["cosine_accept_rate"] for _, _, numbers in lines(result)]
+    common = {theta: {rate[theta] for rate in rates} for theta in rates[0]}
+    return {theta: values.pop() for theta, values in common.items() if values in ({0.0}, {1.0})}
+
+
+def flat_note(result: Mapping[str, Any]) -> str:
+    """Return a sentence about each θ that shows no difference; empty if there is none."""
+    flat = flat_thetas(result)
+    groups = [
+        f"at θ {', '.join(theta for theta in flat if flat[theta] == rate)} every row is {rate:.0%}"
+        for rate in (1.0, 0.0)
+        if rate in flat.values()
+    ]
+    return f"Acceptance shows nothing {', and '.join(groups)}." if groups else ""
+
+
+def shown_thetas(result: Mapping[str, Any]) -> list[str]:
+    """Return up to four θ for a narrow table: the usual ones, or others that show a difference; θ 0.80 always."""
+    flat, usual = flat_thetas(result), ["0.70", KEY, "0.90", "0.95"]
+    telling = [theta for theta in result["cosine_accept_rate"] if theta not in flat]
+    wanted = [theta for theta in usual if theta in telling] + [theta for theta in telling[::-1] if theta not in usual]
+    return sorted({KEY, *wanted[:4]}) if telling else usual
+
+
+def retrieval_line(result: Mapping[str, Any]) -> str:
+    """Return retrieval and the centred cosine in one line; empty where they were not measured."""
+    if not result.get("retrieval"):
+        return ""
+    rates = ", ".join(f"{name} {100 * rate:.1f} %" for name, rate in result["retrieval"].items() if name[:2] == "R@")
+    return (
+        f"{rates} (chance of R@1: {100 * result['retrieval']['chance_R@1']:.1f} %); centred cosine "
+        f"{result['centered_cos_sim_mean']:.3f}"
+    )
+
+
 def results_table(result: Mapping[str, Any], title: str) -> TerminalTable:
-    """Terminal table: before, every baseline, the adapter, lift."""
-    table = TerminalTable(title=title, title_justify="left", header_style="bold")
+    """Terminal table: every baseline, the adapter, lift; below it retrieval, and each θ that shows no difference."""
+    notes = [note for note in (retrieval_line(result), flat_note(result)) if note]
+    table = TerminalTable(
+        title=title, title_justify="left", header_style="bold", caption="\n".join(notes), caption_justify="left"
+    )
     table.add_column("answer")
     table.add_column("mean cos_sim", justify="right")
-    thetas = ("0.70", KEY, "0.90", "0.95")
+    thetas = shown_thetas(result)
     for theta in thetas:
         table.add_column(f"θ {theta}", justify="right")
     for name, kind, numbers in lines(result):
@@ -181,12 +226,12 @@ def report_page(
     sections = [
         Section("Results", [rates_table(result), *([link] if token_report else [])]),
         Section("Acceptance against θ", [acceptance_block(result, cosines)]),
-        Section("Cosine before and after", [histogram_block(result, cosines)]),
+        Section("Cosine of each pair", [histogram_block(result, cosines)]),
         *([Section("Best and worst pairs", groups, columns=True)] if groups else []),
         *(group_section(result, key) for key in ("by_lighting", "by_sequence") if len(result[key]) > 1),
         Section("Further measures", [Facts(list(measures(result)))]),
         Section("Split", [Facts(list(split_lines(result)))]),
-        Section("Provenance", [Facts(flat_rows(result["provenance"]))]),
+        Section("Provenance", provenance_blocks(result["provenance"])),
     ]
     return page(
         f"Alignment report: {result['checkpoint']}",
@@ -197,6 +242,14 @@ def report_page(
         sections,
         outcome(result),
     )
+
+
+def provenance_blocks(provenance: Mapping[str, Any]) -> list[Facts | Group]:
+    """Facts about both commands; the settings of the training are folded away."""
+    checkpoint = dict(provenance.get("checkpoint") or {})
+    config = checkpoint.pop("config", None)
+    facts = Facts(flat_rows({**provenance, **({"checkpoint": checkpoint} if checkpoint else {})}))
+    return [facts, *([Group("Settings of the training", [Facts(flat_rows(config))], "fold")] if config else [])]
 
 
 def rates_table(result: Mapping[str, Any]) -> Table:
@@ -219,7 +272,8 @@ def rates_table(result: Mapping[str, Any]) -> Table:
         ["answer", "pairs", "mean cos_sim", *(f"θ {theta}" for theta in thetas)],
         [*rows, Row("lift", ["", "", *lifts], "lift")],
         "cosine_accept_rate: share of test pairs with cos_sim > θ, in percent. Lift: adapter minus the best of "
-        "before, white, mean_target and shuffled at that θ, in percentage points.",
+        f"{', '.join(name for name in result['baselines'] if name in BASELINES)} at that θ, in percentage points. "
+        f"Retrieval by centred cosine: {retrieval_line(result)}. {flat_note(result)}".rstrip(),
         key=f"θ {KEY}",
     )
 
@@ -242,14 +296,16 @@ def acceptance_block(result: Mapping[str, Any], cosines: CosineSeries) -> Figure
 
 def histogram_block(result: Mapping[str, Any], cosines: CosineSeries) -> Figure:
     """Histograms of the cosine of each pair, before and after."""
-    before = result["baselines"]["before"]
+    name = "before" if "before" in result["baselines"] else "shuffled"
+    other = result["baselines"][name]
     return Figure(
-        histogram_figure(cosines["before"], cosines["adapter"]),
-        f"Two histograms of the cosine of each pair. Before: mean {before['cos_sim_mean']:.3f}, standard deviation "
-        f"{before['cos_sim_std']:.3f}. After: mean {result['cos_sim_mean']:.3f}, standard deviation "
+        histogram_figure(name, cosines[name], cosines["adapter"]),
+        f"Two histograms of the cosine of each pair. {name}: mean {other['cos_sim_mean']:.3f}, standard deviation "
+        f"{other['cos_sim_std']:.3f}. After: mean {result['cos_sim_mean']:.3f}, standard deviation "
         f"{result['cos_sim_std']:.3f}.",
-        "Pixel features are all positive, so their cosine is high by construction: compare with the baselines, not "
-        "with 0.",
+        "Pixels are all positive, so their cosine is high by construction: compare with the baselines, not with 0."
+        if result["data"]["features"]["target"] == "images"
+        else "Cosines of an encoder's features depend on its mean feature: compare with the baselines, not with 0.",
     )
 
 
@@ -266,8 +322,9 @@ def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield (
         "centred cosine",
         (
-            f"{result['centered_cos_sim_mean']:.4f} (before: {result['centered_cos_sim_mean_before']:.4f}); "
-            "the mean training target is subtracted from both sides"
+            f"{result['centered_cos_sim_mean']:.4f}"
+            + (f" (before: {raw:.4f})" if (raw := result["centered_cos_sim_mean_before"]) is not None else "")
+            + "; the mean training target is subtracted from both sides"
         ),
     )
     for name, value in result["retrieval"].items():
@@ -333,6 +390,8 @@ def pair_pictures(pair: PairPicture, name: str) -> Pictures:
             picture(side, f"{side} of the {name}, {pair.sequence} at {start_s:.3f} s", pixels)
             for side, pixels in sides
         ],
-        f": cos_sim {pair.before:.3f} before, {pair.after:.3f} after; aligned values are clipped to 0…1",
+        ": cos_sim "
+        + ("" if pair.before is None else f"{pair.before:.3f} before, ")
+        + f"{pair.after:.3f} after; aligned values are clipped to 0…1",
         strong=f"{pair.sequence}, {start_s:.3f} s to {end_s:.3f} s",
     )

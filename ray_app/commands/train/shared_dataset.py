@@ -139,7 +139,8 @@ def baselines_of(
             decode(torch.from_numpy(side[rows]), scale, cpu)
             for side, scale in zip((event_NE, target_ND), scales, strict=True)
         )
-        for name, cos_B in fixed_baselines(event_BE, target_BD, mean_target_D[None], width).items():
+        images = store.feature("target").kind == "images"
+        for name, cos_B in fixed_baselines(event_BE, target_BD, mean_target_D[None], width, images=images).items():
             fixed[name] = fixed.get(name, AlignmentCounts()) + AlignmentCounts.of(cos_B)
     return Baselines(fixed, derangement(store.index.sequence[split.val].tolist(), seed=0))
 
