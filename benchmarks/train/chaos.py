@@ -29,7 +29,8 @@ from ray_app.store.atomic import sha256_file
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
 KINDS = ("worker", "saving worker", "controller", "everything")
-FLAGS = "--hidden-dim 16 --batch-size 8 --num-epochs 40 --early-stop-patience 40 --num-workers 2 --checkpoint-every 3"
+FLAGS = "--strategy lightweight --hidden-dim 16 --batch-size 8 --num-epochs 40 --early-stop-patience 40"
+FLAGS += " --num-workers 2 --checkpoint-every 3"
 LONGEST_S = 300.0
 """For one command to move on, before it counts as hung."""
 

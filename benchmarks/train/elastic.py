@@ -31,7 +31,8 @@ from ray_app.runs.event_log import EVENT_LOG, entries
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
 SCENES = "--num-pairs 72 --num-sequences 6 --width 160 --height 120"
-FLAGS = "--hidden-dim 16 --batch-size 8 --num-epochs 60 --early-stop-patience 60 --checkpoint-every 3"
+FLAGS = "--strategy lightweight --hidden-dim 16 --batch-size 8 --num-epochs 60"
+FLAGS += " --early-stop-patience 60 --checkpoint-every 3"
 ELASTIC = "--num-workers 1:3 --elastic-check-interval-s 2 --max-failures 2"
 NODE = {"num_cpus": 1, "object_store_memory": 300 * 2**20}
 LONGEST_S = 300.0

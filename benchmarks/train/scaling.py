@@ -126,7 +126,9 @@ def on_raylets(workers: int, folder: Path) -> dict[str, Any]:
             run = folder / f"run-{workers}-{name}"
             words = f"train --store {store} --out {run} --tracking-uri sqlite:///{folder}/mlflow.db"
             words += f" --batch-size {BATCH} --num-epochs {EPOCHS} --early-stop-patience {EPOCHS}"
-            run_command(f"{words} --hidden-dim {hidden} --num-workers {workers} --cpus-per-worker 1")
+            run_command(
+                f"{words} --strategy lightweight --hidden-dim {hidden} --num-workers {workers} --cpus-per-worker 1"
+            )
             seen[f"step_s_{name}"] = step_seconds(run, BATCH)
         return seen
     finally:
@@ -138,6 +140,7 @@ def alone(folder: Path, out: Path, hidden: int, batch: int) -> float:
     cfg = TrainConfig(
         store=str(folder),
         out=out,
+        strategy="lightweight",
         hidden_dim=hidden,
         batch_size=batch,
         num_epochs=2,

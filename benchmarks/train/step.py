@@ -91,7 +91,16 @@ def plain(store: Path, steps: int) -> dict[str, list[float]]:
 def ours(store: Path, run: Path, workers: int, epochs: int) -> dict[str, Any]:
     """Seconds of each whole step after the first epoch, and the share of waiting, from the run's event log."""
     flags = ["--store", store, "--out", run, "--num-epochs", epochs, "--num-workers", workers]
-    flags += ["--batch-size", BATCH, "--hidden-dim", HIDDEN, "--early-stop-patience", epochs]
+    flags += [
+        "--strategy",
+        "lightweight",
+        "--batch-size",
+        BATCH,
+        "--hidden-dim",
+        HIDDEN,
+        "--early-stop-patience",
+        epochs,
+    ]
     flags += ["--tracking-uri", f"sqlite:///{run.parent}/mlflow.db", "--json"]
     done = subprocess.run([str(RAY_APP), "train", *map(str, flags)], stdout=subprocess.PIPE, check=True)
     lines = entries(run)

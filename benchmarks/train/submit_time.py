@@ -24,7 +24,7 @@ from benchmarks.provenance import require_commit, save
 from ray_app.runs.event_log import entries
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = "--hidden-dim 16 --batch-size 8 --num-epochs 1"
+FLAGS = "--strategy lightweight --hidden-dim 16 --batch-size 8 --num-epochs 1"
 JOBS = 3
 
 

@@ -26,7 +26,7 @@ from benchmarks.provenance import require_commit, save
 from ray_app.runs.event_log import EVENT_LOG, EventLog, entries
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
-FLAGS = "--hidden-dim 64 --batch-size 32 --early-stop-patience 1000"
+FLAGS = "--strategy lightweight --hidden-dim 64 --batch-size 32 --early-stop-patience 1000"
 AWAY_S = 60.0
 
 

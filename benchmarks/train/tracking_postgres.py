@@ -37,8 +37,8 @@ RAY_APP = Path(sys.executable).with_name("ray-app")
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = ROOT / "deploy" / "kuberay" / "base" / "mlflow.yaml"
 PASSWORD = "only-for-this-run"
-TRAIN = "--hidden-dim 16 --batch-size 8 --num-epochs 3"
-LONG = "--hidden-dim 16 --batch-size 8 --num-epochs 200 --early-stop-patience 200"
+TRAIN = "--strategy lightweight --hidden-dim 16 --batch-size 8 --num-epochs 3"
+LONG = "--strategy lightweight --hidden-dim 16 --batch-size 8 --num-epochs 200 --early-stop-patience 200"
 THREADS, CALLS, POINTS = 4, 15, 50
 
 

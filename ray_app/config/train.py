@@ -19,8 +19,9 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     resume: StorePlace | None = None
     """Resume the run in this folder, or at this URI. It gives --store, --out and all other settings; of these, only
     where and how it runs may be changed, such as --num-workers."""
-    strategy: Strategy = "lightweight"
-    """Adapter. The reference's: lightweight (its diagram), lightweight_reference (its code). For images: conv.
+    strategy: Strategy | None = None
+    """Adapter; default: the best known for the store's features (images: conv, vectors: lowrank, sequences:
+    token_bottleneck with --init pca). The reference's: lightweight (its diagram), lightweight_reference (its code).
     Between principal subspaces: lowrank. Plain: linear, bottleneck. Solved: ridge.
     For sequences of hidden states: token_bottleneck, token_multilayer, token_wide, token_attention, token_causal."""
     hidden_dim: Positive | None = None

@@ -71,9 +71,10 @@ def promotion_verdict(
 ) -> Verdict:
     """Compare two evaluations: `AlignmentEvaluation.metrics()` with a `test_fingerprint` each.
 
-    Without a champion the first version is promoted in any case, labelled with its lift. Otherwise it must have lift,
-    and gain more than `min_gain` over the champion at θ = 0.80. `force` overrides that verdict and is recorded; it
-    never promotes an invalid checkpoint. `is_champion`: both are the same version.
+    Without a champion the first version is promoted in any case, labelled with its lift. Otherwise it must gain more
+    than `min_gain` over the champion at θ = 0.80, on the same pairs; and have lift if the champion has, so that a
+    champion that beats the baselines is never replaced by one that does not. `force` overrides that verdict and is
+    recorded; it never promotes an invalid checkpoint. `is_champion`: both are the same version.
     """
     if isinstance(challenger, InvalidCheckpoint):
         return Verdict(challenger.code, challenger.reason)
@@ -88,13 +89,16 @@ def promotion_verdict(
         return Verdict("first", reason)
     rate, best = (m["cosine_accept_rate"][rate_key(THETA)] for m in (challenger, champion))
     compared = f"cosine_accept_rate_0.80 {rate:.4f} against the champion's {best:.4f}"
-    verdict = Verdict("promoted", f"{compared}; {lift_words}")
+    neither = "; it does not beat that baseline, and neither does the champion" if lift <= 0 else ""
+    verdict = Verdict("promoted", f"{compared}; {lift_words}{neither}")
     if challenger["test_fingerprint"] != champion["test_fingerprint"]:
         verdict = Verdict("other_test_set", "the champion was evaluated on other test pairs")
-    elif lift <= 0:
-        verdict = Verdict("beaten_by_baseline", f"does not beat the best baseline: {lift_words}")
     elif rate - best <= min_gain:
         verdict = Verdict("no_gain", f"not better than the champion by more than {min_gain:.4f}: {compared}")
+    elif lift <= 0 < champion["lift"]:
+        verdict = Verdict(
+            "beaten_by_baseline", f"does not beat the best baseline, and the champion does: {lift_words}"
+        )
     if force and not verdict.promoted:
         return Verdict("forced", f"forced, though {verdict.reason}")
     return verdict

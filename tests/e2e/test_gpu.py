@@ -94,7 +94,10 @@ def test_held_pairs_lie_where_they_are_used() -> None:
 
 
 def config(store: Path, out: Path, **settings: Any) -> TrainConfig:
-    small: dict[str, Any] = {"num_epochs": 3, "hidden_dim": 16, "batch_size": 8, "rank": 6, "patch": 4}
+    small: dict[str, Any] = {
+        **{"strategy": "lightweight", "num_epochs": 3, "hidden_dim": 16},
+        **{"batch_size": 8, "rank": 6, "patch": 4},
+    }
     uri = f"sqlite:///{out.parent / 'mlflow.db'}"
     return TrainConfig(store=store, out=out, tracking_uri=uri, **(small | settings))
 

@@ -25,7 +25,10 @@ from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 
-SETTINGS: dict[str, Any] = {"hidden_dim": 16, "batch_size": 8, "learning_rate": 1e-4, "early_stop_patience": 5_000}
+SETTINGS: dict[str, Any] = {
+    **{"strategy": "lightweight", "hidden_dim": 16, "batch_size": 8},
+    **{"learning_rate": 1e-4, "early_stop_patience": 5_000},
+}
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 SOON = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
 """The head hears of a node that has gone after 2 s instead of 15."""

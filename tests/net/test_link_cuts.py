@@ -23,7 +23,8 @@ from ray_app.store.pair_store import PairStore
 CUTS_S = [float(seconds) for seconds in os.environ.get("CUTS_S", "5 30 120").split()]
 DISCIPLINES = ["netem delay 20ms", "tbf rate 20mbit burst 64kb latency 2s"]
 SCENES = "--num-pairs 64 --num-sequences 16 --width 160 --height 120"
-TRAIN = "--hidden-dim 16 --batch-size 8 --num-epochs 60 --early-stop-patience 60 --num-workers 2 --cpus-per-worker 1"
+TRAIN = "--strategy lightweight --hidden-dim 16 --batch-size 8 --num-epochs 60 --early-stop-patience 60"
+TRAIN += " --num-workers 2 --cpus-per-worker 1"
 LONGEST_S = 400.0
 NODES = "a head and two workers of one CPU, an address each"
 seen: dict[str, list[dict[str, Any]]] = {"prepare": [], "train": []}

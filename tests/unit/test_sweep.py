@@ -88,7 +88,7 @@ def test_every_strategy_but_the_widest_and_every_loss_is_in_a_shipped_space() ->
         ({"search_alg": "bohb"}, "search_alg: .*'grid', 'random' or 'optuna'"),
         ({"scheduler": "pbt"}, "scheduler: .*'none' or 'asha'"),
         ({"max_trials": 0}, "max_trials"),
-        ({"space": {"rank": [4, 8]}}, "rank changes nothing in lightweight,"),
+        ({"space": {"rank": [4, 8]}, "base": {"strategy": "lightweight"}}, "rank changes nothing in lightweight,"),
         ({"space": {"patch": [4, 8], "strategy": ["lightweight", "lowrank"]}}, "patch changes nothing in light"),
         ({"space": {"depth": [1, 2]}, "base": {"strategy": "linear"}}, "depth changes nothing in linear"),
     ],
@@ -284,7 +284,7 @@ def test_baselines_and_lift_are_those_of_the_one_evaluator(small_store: Path) ->
         def forward(self, event_BE: torch.Tensor) -> torch.Tensor:
             return event_BE
 
-    evaluator = AlignmentEvaluator(Same().eval(), mean, 1 / 255, 1 / 255)  # type: ignore[arg-type]
+    evaluator = AlignmentEvaluator(Same().eval(), mean, 1 / 255, 1 / 255, images=True)  # type: ignore[arg-type]
     evaluator.add(torch.from_numpy(event), torch.from_numpy(target))
     sequences = store.index.sequence[split.val].tolist()
     result = evaluator.result(sequences, np.full(len(event), -1))

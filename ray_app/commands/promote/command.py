@@ -36,11 +36,12 @@ from ray_app.config.evaluate import PromoteConfig
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.core.promotion_policy import InvalidCheckpoint, Verdict, promotion_verdict
 from ray_app.errors import CheckpointError, ConfigError
-from ray_app.store.atomic import sha256_file
-from ray_app.store.checkpoint import MODEL, Checkpoint, load_checkpoint, replay_golden, verify_folder
+from ray_app.runs.run_dir import best_of_run
+from ray_app.store.atomic import sha256_file, verify_folder
+from ray_app.store.checkpoint import MODEL, Checkpoint, load_checkpoint, replay_golden
 from ray_app.store.checkpoint_transfer import local_folder
 from ray_app.tracking.mlflow_logger import tracking_uri
-from ray_app.tracking.model_registry import CHAMPION, ModelRegistry, best_of_run
+from ray_app.tracking.model_registry import CHAMPION, ModelRegistry
 
 
 def run_promote(cfg: PromoteConfig) -> dict[str, Any]:
@@ -168,6 +169,7 @@ def champion_metrics(
     tagged: dict[str, Any] = {
         "cosine_accept_rate": {key: float(tags.get(RATE_TAG, 0.0))},
         "test_fingerprint": tags.get("test_fingerprint", "") if RATE_TAG in tags else "",
+        "lift": float(tags.get("lift", 0.0)),
     }
     if tagged["test_fingerprint"] == test_fingerprint:
         return tagged
@@ -179,6 +181,7 @@ def champion_metrics(
     return {
         "cosine_accept_rate": {key: metrics["cosine_accept_rate"][key]},
         "test_fingerprint": metrics["test_fingerprint"],
+        "lift": metrics["lift"],
     }
 
 
@@ -243,6 +246,8 @@ def render_outcome(result: dict[str, Any], console: Console) -> None:
         )
     for warning in result["warnings"]:
         console.print(f"- {warning}", style="yellow", markup=False)
+    if result["metrics"]["try_next"]:
+        console.print(result["metrics"]["try_next"], style="bold", highlight=False, markup=False)
 
 
 def version_tags(
@@ -254,6 +259,7 @@ def version_tags(
         RATE_TAG: repr(metrics["cosine_accept_rate"][rate_key(THETA)]),
         "cos_sim_mean": repr(metrics["cos_sim_mean"]),
         "lift": repr(metrics["lift"]),
+        "beats_baseline": str(metrics["lift"] > 0).lower(),
         "lift_interval95": " ".join(map(repr, metrics["interval95"]["lift"])),
         "best_baseline": metrics["best_baseline"],
         "previous_window_better": str(metrics["previous_window_better"]).lower(),

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_app.commands.promote.champions import alias_moves, predecessor, registry_warnings
-from ray_app.core.metrics import THETA, rate_key
+from ray_app.core.thresholds import THETA, rate_key
 from ray_app.errors import RegistryError
 from ray_app.tracking.model_registry import CHAMPION, ModelRegistry
 

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray_app.cluster.connection import cluster
-from ray_app.commands.train.context import RunContext, open_run_context
+from ray_app.commands.train.context import RunContext, open_run_context, strategy_of
 from ray_app.commands.train.launch import run_training, with_resume_hint
 from ray_app.commands.train.plan import ResourcePlan, make_plan
 from ray_app.commands.train.progress import TrainingProgress
 from ray_app.commands.train.summary import render_train, run_summary
 from ray_app.commands.train.worker import WorkerSpec
 from ray_app.config.train import TrainConfig
+from ray_app.core.advice import WHY
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.errors import RunInterrupted, RunStopped
 from ray_app.runs.event_log import entries
@@ -34,6 +35,9 @@ def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]
     RunStopped: SIGTERM came and the run is saved. ConfigError, StoreError, ResourceError: raised before training.
     """
     context = open_run_context(cfg)
+    if cfg.strategy is None:
+        chosen = strategy_of(context.cfg)
+        print(f"strategy: {chosen} ({WHY[chosen]}); --strategy lightweight is the reference's", file=sys.stderr)
     cfg = context.cfg
     with cluster(cfg.address) as info, open_run(cfg.out) as run:
         plan = make_plan(context, run.path, info)
@@ -55,7 +59,8 @@ def _train(context: RunContext, plan: ResourcePlan, run: RunDir) -> dict[str, An
     """Train on the connected cluster, in a run that this process drives."""
     clock, started = time.perf_counter(), time.time()
     cfg, metadata = context.cfg, run.metadata()
-    origin = provenance(sys.argv, context.store.fingerprint, run=metadata["name"], run_key=metadata["key"])
+    named = {"run": metadata["name"], "run_key": metadata["key"], "config": context.recorded}
+    origin = provenance(sys.argv, context.store.fingerprint, **named)
     _log_start(context, run, metadata, origin, started)
     spec = WorkerSpec(str(run), context, started, plan.in_memory, plan.threads, origin)
     tracker = Tracker(cfg, run.path, str(run))
@@ -99,6 +104,8 @@ def _log_start(
                 "test_fingerprint": fingerprint_of(store.index, split.test),
                 "split": split.label,
                 "source": str(store.manifest.source.get("name")),
+                "strategy": strategy_of(cfg),
+                "features": store.feature("target").kind,
                 "git": str(origin.get("git")),
             },
             workers=cfg.max_workers,

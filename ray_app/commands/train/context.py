@@ -15,6 +15,7 @@ from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.initialization import check_rank
 from ray_app.core.adapters.registry import STRATEGIES, meta_adapter, num_parameters
 from ray_app.core.adapters.token import TokenAdapter
+from ray_app.core.advice import default_settings
 from ray_app.core.augmentation import Augmentation
 from ray_app.errors import ConfigError, StoreError
 from ray_app.runs.run_dir import run_metadata
@@ -64,6 +65,7 @@ class RunContext:
         ConfigError: settings and store do not fit.
         """
         split = split or training_split(cfg, store)
+        cfg = with_default_strategy(cfg, store, len(split.train))
         adapter = _resolve_adapter_config(cfg, store, len(split.train))
         empty = meta_adapter(adapter)
         return cls(
@@ -106,18 +108,36 @@ def open_run_context(cfg: TrainConfig) -> RunContext:
     those that the resumed run was trained on.
     """
     paths = {"store": absolute(cfg.store), "out": absolute(cfg.out)}
-    solved = {"num_epochs": 1} if STRATEGIES[cfg.strategy].REQUIRES == "pairs" else {}
     init_from = cfg.init_from and cfg.init_from.absolute()
-    cfg = cfg.model_copy(update={**paths, **solved, "init_from": init_from})
+    cfg = cfg.model_copy(update={**paths, "init_from": init_from})
     store = PairStore.open(cfg.store, cfg.durations)
+    split = training_split(cfg, store)
+    cfg = with_default_strategy(cfg, store, len(split.train))
+    if STRATEGIES[strategy_of(cfg)].REQUIRES == "pairs":  # solved in one pass
+        cfg = cfg.model_copy(update={"num_epochs": 1})
     if cfg.resume:
         _check_resume_compatible(cfg, store, run_metadata(open_storage(cfg.out)))
-    split = training_split(cfg, store)
     require_pairs(store, split, ("train",) if cfg.train_on_val else ("train", "val"))
     context = RunContext.of(cfg, store, split)
     if context.requires == "subspaces":
         check_rank(cfg.rank, len(split.train))
     return context
+
+
+def with_default_strategy(cfg: TrainConfig, store: PairStore, pairs: int) -> TrainConfig:
+    """Return the settings with the strategy that is best known for a store's features, where none is named."""
+    if cfg.strategy is not None:
+        return cfg
+    update = default_settings(store.feature("event").shape, store.feature("target").shape, pairs)
+    if cfg.rank != TrainConfig.model_fields["rank"].default:
+        update.pop("rank", None)
+    return cfg.model_copy(update=update)
+
+
+def strategy_of(cfg: TrainConfig) -> str:
+    """Return the strategy of resolved settings."""
+    assert cfg.strategy is not None, "with_default_strategy names one"
+    return cfg.strategy
 
 
 def training_split(cfg: TrainConfig, store: PairStore) -> Split:
@@ -164,7 +184,7 @@ def _check_resume_compatible(cfg: TrainConfig, store: PairStore, metadata: Mappi
 
 def _init_requirement(cfg: TrainConfig) -> InitRequirement:
     """Decide which statistics a run needs. ConfigError: --init pca for a strategy that has no layers for it."""
-    strategy = STRATEGIES[cfg.strategy]
+    strategy = STRATEGIES[strategy_of(cfg)]
     if cfg.init == "pca" and strategy.REQUIRES != "subspaces":
         if strategy.PCA_REQUIRES == "nothing":
             able = [name for name, kind in STRATEGIES.items() if "subspaces" in (kind.PCA_REQUIRES, kind.REQUIRES)]
@@ -187,7 +207,7 @@ def _resolve_adapter_config(cfg: TrainConfig, store: PairStore, num_train_pairs:
             "--centred-weight and --contrastive-weight compare whole features, and sequences differ in length; leave "
             "them out"
         )
-    strategy = STRATEGIES[cfg.strategy]
+    strategy = STRATEGIES[strategy_of(cfg)]
     if sequences and not issubclass(strategy, TokenAdapter):
         raise ConfigError(
             f"{cfg.strategy} takes whole features, and these are sequences of different lengths, whose mask "
@@ -195,7 +215,7 @@ def _resolve_adapter_config(cfg: TrainConfig, store: PairStore, num_train_pairs:
             + ", ".join(name for name, kind in STRATEGIES.items() if issubclass(kind, TokenAdapter))
         )
     return AdapterConfig(
-        cfg.strategy,
+        strategy_of(cfg),
         event.width,
         target.width,
         cfg.hidden_dim or strategy.HIDDEN_DIM,

@@ -10,8 +10,7 @@ from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.plan import ResourcePlan
 from ray_app.runs.event_log import entries
 from ray_app.runs.run_dir import RunDir
-from ray_app.store.atomic import sha256_file
-from ray_app.store.checkpoint import verify_folder
+from ray_app.store.atomic import sha256_file, verify_folder
 
 
 def run_summary(

@@ -220,7 +220,14 @@ def render_tune(result: dict[str, Any], console: Console) -> None:
     if final:
         console.print(final["sentence"], style="bold", markup=False, highlight=False)
         command = f"ray-app promote {shlex.quote(final['run'])}"
-        console.print(f"promote it with:\n  {command}", soft_wrap=True, markup=False, highlight=False)
+        if (lift := final["seeds"][0]["lift"]) > 0:
+            offer = f"promote it with:\n  {command}"
+        else:
+            offer = (
+                f"its first seed is not above the best baseline (lift {100 * lift:+.1f} points). {final['try_next']}"
+            )
+            offer += f"\nas it is, it is promoted with:\n  {command}"
+        console.print(offer, soft_wrap=True, markup=False, highlight=False)
     for path in result["files"]:
         if path.endswith(".html"):
             console.print(path, soft_wrap=True, markup=False)

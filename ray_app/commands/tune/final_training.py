@@ -23,7 +23,16 @@ from ray_app.core.metrics import THETA, rate_key
 from ray_app.runs.event_log import EventLog
 from ray_app.runs.run_dir import RunDir
 
-LOGGED_KEYS = ("lift", "best_baseline", "interval95", "cos_sim_mean", "centered_cos_sim_mean", "pairs", "verdict")
+LOGGED_KEYS = (
+    "lift",
+    "best_baseline",
+    "interval95",
+    "cos_sim_mean",
+    "centered_cos_sim_mean",
+    "pairs",
+    "verdict",
+    "try_next",
+)
 """Keys of an evaluation that are logged with its rate."""
 
 
@@ -111,6 +120,7 @@ def final_result(finals: Sequence[dict[str, Any]], folder: SweepDir) -> dict[str
         "test": spread,
         "seeds": [{"seed": line["seed"], "run": run, **line["test"]} for line, run in zip(finals, runs, strict=True)],
         "run": runs[0],
+        "try_next": finals[0]["test"]["try_next"],
         "sentence": (
             f"On the test part the winner {verdict}: cosine_accept_rate_{rate_key(THETA)} {100 * rate['mean']:.1f} % "
             f"± {100 * rate['std']:.1f} over {len(finals)} seeds, lift {100 * lift['mean']:+.1f} ± "

@@ -185,7 +185,9 @@ def check_used(spec: SweepSpec, space: Space) -> None:
     def values(name: str) -> tuple[Any, ...]:
         return space[name].bounds if name in space else (spec.base.get(name, TrainConfig.model_fields[name].default),)
 
-    kinds = {name: STRATEGIES[name] for name in values("strategy")}
+    kinds = {
+        name: STRATEGIES[name] for name in (values("strategy") if None not in values("strategy") else STRATEGIES)
+    }
     used = frozenset[str]().union(*(kind.SETTINGS for kind in kinds.values()))
     if "pca" in values("init") and any(kind.PCA_REQUIRES == "subspaces" for kind in kinds.values()):
         used |= {"rank"}
