@@ -25,7 +25,7 @@ from ray_app.config.base import TrackingFlags
 from ray_app.errors import ConfigError, StoreError
 from ray_app.runs.event_log import EVENT_LOG, entries, parse_line, tail
 from ray_app.store.atomic import write_file
-from ray_app.store.checkpoint import CHECKSUMS_FILE
+from ray_app.tracking.artifacts import log_dataset, upload_artifacts
 
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 """Errors of a tracking server that is away, slow or broken; those of requests are OSErrors."""
@@ -39,8 +39,6 @@ PATIENCE_S = 20.0
 """Longest wait at a run's end for a server that never answered."""
 KEY_TAG = "run_key"
 """Tag that identifies a run's MLflow run, so that there is exactly one."""
-ARTIFACTS = "checkpoint"
-"""Artifact folder of a run that holds its checkpoint."""
 TRIAL_POINTS = ("objective", "lift", "accept_rate", "epochs", "steps", "parameters", "seconds")
 """Metrics of each trial in the MLflow run of its sweep."""
 MLFLOW_SYNC = "mlflow_sync.json"
@@ -176,6 +174,7 @@ def get_or_create_run(client: MlflowClient, uri: str, name: str, lines: list[dic
     if run_id is None:
         identity = {KEY_TAG: first["key"], "event_log": name}
         run_id = client.create_run(experiment, run_name=first["name"], tags=identity).info.run_id
+    log_dataset(client, run_id, {**first["params"], **first["tags"]})
     logged = client.get_run(run_id).data
     # MLflow refuses another value for a parameter: those of the first start stay, later ones are in its tag.
     params = [Param(key, str(value)[:6000]) for key, value in first["params"].items() if key not in logged.params]
@@ -249,14 +248,6 @@ def acknowledged(run: Path) -> dict[str, Any]:
         return {"bytes": 0, "ended": False} | json.loads((run / MLFLOW_SYNC).read_text())
     except (OSError, ValueError):
         return {"bytes": 0, "ended": False}
-
-
-def upload_artifacts(client: MlflowClient, run_id: str, folder: Path) -> None:
-    """Copy a checkpoint as artifact `checkpoint`, its checksums last; one that is complete on the server stays."""
-    if any(Path(item.path).name == CHECKSUMS_FILE for item in client.list_artifacts(run_id, ARTIFACTS)):
-        return
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name == CHECKSUMS_FILE, path.name)):
-        client.log_artifact(run_id, str(path), ARTIFACTS)
 
 
 def pending_runs(folder: Path) -> list[Path]:

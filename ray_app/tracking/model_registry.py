@@ -4,8 +4,8 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
@@ -13,19 +13,20 @@ from mlflow.exceptions import MlflowException
 
 from ray_app.config.base import MODEL_URI, TrackingFlags
 from ray_app.errors import CheckpointError, RegistryError
-from ray_app.runs.run_dir import RUN, best_name
-from ray_app.store.atomic import sha256_file
-from ray_app.store.checkpoint import CHECKSUMS_FILE, Checkpoint, verify_folder
+from ray_app.runs.run_dir import best_of_run
+from ray_app.store.atomic import CHECKSUMS_FILE, sha256_file, verify_folder
 from ray_app.store.checkpoint_transfer import local_folder
-from ray_app.store.filesystem import open_storage
+from ray_app.tracking.artifacts import ARTIFACTS, MODEL_ARTIFACTS, upload_artifacts
 from ray_app.tracking.mlflow_logger import (
-    ARTIFACTS,
     TRACKING_ERRORS,
     experiment_id,
     redact_password,
     run_of_key,
     tracking_uri,
 )
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a list of versions needs none of it
+    from ray_app.store.checkpoint import Checkpoint
 
 CHAMPION = "champion"
 """Alias of the version that the endpoint serves."""
@@ -52,21 +53,6 @@ def checkpoint_folder(checkpoint: str, cfg: TrackingFlags) -> Iterator[Path]:
             yield folder
 
 
-def best_of_run(where: str) -> str:
-    """Path of a run's best checkpoint; any other path unchanged. CheckpointError: there is no such folder."""
-    storage = open_storage(where)
-    try:
-        names = storage.listdir()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{storage} is not a folder; name a checkpoint, or the folder of a run.") from error
-    if RUN not in names:
-        return where
-    best = best_name(storage)
-    if best is None:
-        raise CheckpointError(f"{storage} is a run without a finished epoch: it has no checkpoint yet.")
-    return storage.uri_of(best)
-
-
 def find_version(client: MlflowClient, uri: str) -> ModelVersion:
     """Return the version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names. RegistryError: another form."""
     match = MODEL_URI.fullmatch(uri)
@@ -84,6 +70,8 @@ def artifact_path(version: ModelVersion) -> tuple[str, str]:
     """(run id, path below its artifacts) of a version's checkpoint. CheckpointError: it is stored anywhere else."""
     source = str(version.source)
     run_id, _, path = source.removeprefix("runs:/").partition("/")
+    if path.rpartition("/")[2] == MODEL_ARTIFACTS:  # an MLflow model; else a version of before them
+        path = f"{path}/{PurePath(ARTIFACTS).name}"
     if not source.startswith("runs:/") or not path or ".." in path.split("/"):
         raise CheckpointError(
             f"{version.name} version {version.version} is stored at {source}, not in the artifacts of a run; "
@@ -190,7 +178,7 @@ class ModelRegistry:
         if version is None:
             self.create_model()
             created = self.client.create_model_version(
-                self.model, f"runs:/{run_id}/{ARTIFACTS}", run_id, tags=dict(tags), await_creation_for=0
+                self.model, f"runs:/{run_id}/{MODEL_ARTIFACTS}", run_id, tags=dict(tags), await_creation_for=0
             )
             return str(created.version)
         number = str(version.version)
@@ -225,7 +213,7 @@ class ModelRegistry:
         self.client.set_registered_model_alias(self.model, CHAMPION, number)
 
     @_answered
-    def ensure_uploaded(self, checkpoint: Checkpoint) -> str:
+    def ensure_uploaded(self, checkpoint: "Checkpoint") -> str:
         """Id of the run whose artifacts are this checkpoint; uploaded to a new run if there is none.
 
         RegistryError: what the server returns is not what was sent.
@@ -235,7 +223,7 @@ class ModelRegistry:
             flags = TrackingFlags(tracking_uri=self.uri, experiment=self.experiment)
             name = f"promote-{checkpoint.sha256[:10]}"
             run_id = str(self.client.create_run(experiment_id(self.client, flags), run_name=name).info.run_id)
-            self.client.log_artifacts(run_id, str(checkpoint.folder), ARTIFACTS)
+            upload_artifacts(self.client, run_id, checkpoint.folder)
             self.client.set_terminated(run_id)
         with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
             copy = download_checkpoint(self.client, run_id, ARTIFACTS, scratch)
@@ -245,7 +233,7 @@ class ModelRegistry:
                 )
         return run_id
 
-    def find_source_run(self, checkpoint: Checkpoint) -> str | None:
+    def find_source_run(self, checkpoint: "Checkpoint") -> str | None:
         """Id of the checkpoint's own run, if this server has it and its artifacts are this very checkpoint."""
         key = checkpoint.provenance.get("run_key")
         experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]

@@ -17,7 +17,8 @@ from ray_app.commands.evaluate.command import run_evaluate
 from ray_app.commands.promote.command import render_promote, run_promote
 from ray_app.config.evaluate import EvaluateConfig, PromoteConfig
 from ray_app.errors import CheckpointError, ConfigError, RegistryError
-from ray_app.tracking.model_registry import ModelRegistry, best_of_run
+from ray_app.runs.run_dir import best_of_run
+from ray_app.tracking.model_registry import ModelRegistry
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -143,7 +144,7 @@ def test_a_champion_of_other_test_pairs_is_evaluated_again_and_a_run_keeps_its_o
     experiment = client.create_experiment(tracking["experiment"], artifact_location=(tmp_path / "artifacts").as_uri())
     run_id = client.create_run(experiment, tags={"run_key": "k1"}).info.run_id
     run = make_run(small_store, tmp_path / "run", steps=3, run_key="k1")
-    client.log_artifacts(run_id, str(run / "checkpoints" / "epoch_0001"), "checkpoint")
+    client.log_artifacts(run_id, str(run / "checkpoints" / "epoch_0001"), "model/checkpoint")
     first = promote(run, tracking)
     assert first["mlflow_run_id"] == run_id
 

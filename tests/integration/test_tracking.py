@@ -137,7 +137,7 @@ def test_a_run_that_was_never_carried_over_is_brought_by_sync_and_a_second_sync_
     client = MlflowClient(tracking_uri(flags))
     (tracked,) = client.search_runs([client.get_experiment_by_name("alignment").experiment_id])
     assert (tracked.info.status, tracked.data.params, tracked.data.tags["t"]) == ("FINISHED", {"lr": "0.1"}, "x")
-    artifacts = client.list_artifacts(tracked.info.run_id, "checkpoint")
+    artifacts = client.list_artifacts(tracked.info.run_id, "model/checkpoint")
     assert [Path(item.path).name for item in artifacts] == ["MANIFEST.sha256", "model.safetensors"]
 
 

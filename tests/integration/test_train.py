@@ -39,7 +39,10 @@ def config(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     uri = f"sqlite:///{root / 'mlflow.db'}"
 
     def make(name: str, **settings: Any) -> TrainConfig:
-        small: dict[str, Any] = {"num_epochs": 3, "hidden_dim": 16, "batch_size": 8, "tracking_uri": uri}
+        small: dict[str, Any] = {
+            **{"strategy": "lightweight", "num_epochs": 3, "hidden_dim": 16, "batch_size": 8},
+            "tracking_uri": uri,
+        }
         return TrainConfig(store=small_store, out=root / name, **(small | settings))
 
     return make
@@ -86,7 +89,7 @@ def test_mlflow_holds_every_point_of_the_event_log(one_worker: tuple[TrainConfig
     for key, values in expected.items():
         found = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
         assert sorted(found) == sorted(values)
-    names = {Path(item.path).name for item in client.list_artifacts(run.info.run_id, "checkpoint")}
+    names = {Path(item.path).name for item in client.list_artifacts(run.info.run_id, "model/checkpoint")}
     assert {"model.safetensors", "config.json", "MANIFEST.sha256"} <= names
 
 
@@ -201,6 +204,7 @@ def test_all_of_it_killed_then_asked_to_stop_then_resumed_the_run_ends_with_the_
     """Within epochs: saved every fourth step, killed after step 30, asked to stop after step 100."""
     cfg = config("stopped", **LONG)
     words = f"train --store {cfg.store} --out {cfg.folder} --num-epochs 60 --early-stop-patience 60 --hidden-dim 16"
+    words += " --strategy lightweight"
     words += f" --batch-size 8 --tracking-uri {cfg.tracking_uri} --checkpoint-every 4"
     resume = ["train", "--resume", str(cfg.folder)]
     assert in_a_process(words.split(), cfg.folder, 30, signal.SIGKILL) == -signal.SIGKILL
