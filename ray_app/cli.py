@@ -16,7 +16,9 @@ from rich.console import Console
 from ray_app.cli_settings import COMMON, parse, suggestion
 from ray_app.cluster.env_defaults import set_defaults
 from ray_app.command_table import COMMANDS, Command
+from ray_app.completion import completion_script
 from ray_app.errors import ConfigError, RayAppError
+from ray_app.preflight import refuse_early
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,11 +36,15 @@ def run(argv: list[str]) -> int:
         print(f"ray-app {own_version()}")
         return 0
     try:
+        if argv[0] == "--completion":
+            print(completion_script(" ".join(argv[1:]), COMMANDS), end="")
+            return 0
         name, rest = find_command(argv)
         command = COMMANDS[name]
         rest, trailing = split_trailing(command, rest)
         as_json, config_file, rest = take_common(rest)
         settings = parse(name, command, config_file, rest, trailing)
+        refuse_early(settings)
         set_defaults()
         module = importlib.import_module(f"ray_app.commands.{command.module}")
         if as_json:
@@ -65,7 +71,9 @@ def overview(commands: dict[str, Command]) -> str:
     """Return the list of these commands."""
     width = max(len(command.usage) for command in commands.values())
     lines = [f"  ray-app {command.usage:<{width}}  {command.help}" for command in commands.values()]
-    return "\n".join(["usage: ray-app COMMAND …", "", *lines, "", f"{COMMON}\n  ray-app --version"])
+    return "\n".join(
+        ["usage: ray-app COMMAND …", "", *lines, "", f"{COMMON}\n  ray-app --version | --completion bash"]
+    )
 
 
 def own_version() -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, fields, make_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 import yaml
@@ -27,6 +27,12 @@ Every command also takes
   --json          one JSON object on standard output, and nothing else there
   --help          its settings, with their defaults
 """
+
+
+TYPE_HINTS: dict[Any, str] = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
+"""Values in `--help`, as tyro calls them where they may not be absent."""
+MOST_CHOICES = 4
+"""Choices that `--help` lists next to a flag; more are in its text."""
 
 
 def parse(
@@ -69,15 +75,33 @@ def grouped_form(known: Mapping[str, FieldInfo], given: Mapping[str, Any]) -> ty
     groups: dict[str, list[Any]] = {}
     for key, info in known.items():
         title = next((title for title, names in GROUPS.items() if key in names), "")
-        annotation: Any = Annotated[info.annotation, tyro.conf.arg(help=" ".join((info.description or "").split()))]
         required = info.is_required() and key not in given
-        default = field() if required else field(default=given.get(key, info.get_default()))
+        value = None if required else given.get(key, info.get_default())
+        help_text = tyro.conf.arg(
+            help=" ".join((info.description or "").split()),
+            metavar=type_hint(info.annotation),
+            help_behavior_hint="" if not required and value in (None, (), "") else None,
+        )
+        annotation: Any = Annotated[info.annotation, help_text]
+        default = field() if required else field(default=value)
         groups.setdefault(title, []).append((key, annotation, default))
     parts = []
     for title in ("", *GROUPS):
         if title in groups:
             parts.append((title or "command", make_dataclass(title or "command", groups[title], kw_only=True)))
     return make_dataclass("Settings", parts, kw_only=True)
+
+
+def type_hint(annotation: Any) -> str | None:
+    """Return a short name for the values of a setting that may be absent or one of many; None: tyro's own."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    if type(None) not in get_args(annotation) or len(kinds) != 1:
+        return None
+    kind = get_args(kinds[0])[0] if get_origin(kinds[0]) is Annotated else kinds[0]
+    if get_origin(kind) is Literal:
+        names = get_args(kind)
+        return f"{{{','.join(names)}}}" if len(names) <= MOST_CHOICES else "NAME"
+    return TYPE_HINTS.get(kind)
 
 
 def refuse_unknown_flags(name: str, known: Mapping[str, FieldInfo], argv: Sequence[str]) -> None:

@@ -76,6 +76,14 @@ COMMANDS: dict[str, Command] = {
         "a pair store of DAVIS recordings (.aedat4)",
         "files",
     ),
+    "prepare arrays": Command(
+        prepare.PrepareArrays,
+        "prepare.arrays",
+        "prepare_arrays",
+        "prepare arrays FILE --out STORE",
+        "a pair store of your own features",
+        "file",
+    ),
     "inspect": Command(
         prepare.InspectConfig,
         "inspect.command",
