@@ -1,11 +1,16 @@
 """Code of the MLflow model: MLflow runs it, from the model's own copy, when a model is saved or loaded."""
 
+import warnings
 from typing import Any
 
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 import ray_app
+
+
+# The signature says what comes in: types of `predict` would replace it.
+warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method", category=UserWarning)
 
 
 class AlignmentPythonModel(PythonModel):
@@ -15,7 +20,6 @@ class AlignmentPythonModel(PythonModel):
         """Load the checkpoint, verified against its checksums."""
         self.model = ray_app.load(context.artifacts["checkpoint"])
 
-    # MLflow would read a type of `model_input` as the model's schema, instead of the signature.
     def predict(self, context, model_input, params=None) -> Any:  # type: ignore[no-untyped-def]  # noqa: ARG002
         """Return aligned features, float32. InputError: `ray_app.AlignmentModel.align` refuses the events."""
         return self.model.align(model_input)

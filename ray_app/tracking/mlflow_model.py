@@ -7,7 +7,6 @@ The weights are the checkpoint's own files, with their checksums; `alignment_mod
 """
 
 import json
-import logging
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ REQUIREMENTS = ("ray-app", "torch", "numpy")
 def write_mlflow_model(checkpoint: Path, folder: Path, run_id: str) -> Model:
     """Write the files of an MLflow model but the checkpoint's own into the new `folder`."""
     features = CheckpointDocument.model_validate_json((checkpoint / "config.json").read_bytes()).features
-    logging.getLogger("mlflow.pyfunc").setLevel(logging.ERROR)  # advice about type hints, on every save
     model = Model(run_id=run_id, artifact_path="model")
     pyfunc.save_model(
         folder,
