@@ -8,7 +8,6 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 import ray_app
 
-
 # The signature says what comes in: types of `predict` would replace it.
 warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method", category=UserWarning)
 

@@ -269,7 +269,7 @@ def test_a_theta_that_shows_nothing_is_pointed_out() -> None:
         }
     out = io.StringIO()
     Console(width=140, file=out).print(results_table(result, "test part"))
-    note = "at θ 0.50, 0.60 every row is 100%, and at θ 0.80, 0.85, 0.90, 0.95 every row is 0%"
+    note = "At θ 0.50, 0.60 every row is 100%, at θ 0.80, 0.85, 0.90, 0.95 every row is 0%: acceptance"
     assert note in " ".join(out.getvalue().split())
     assert note in html.unescape(report_page(result, cosines))
     warnings = [line["text"] for line in report_warnings(result) if line["warning"]]

@@ -162,7 +162,7 @@ def flat_note(result: Mapping[str, Any]) -> str:
         for rate in (1.0, 0.0)
         if rate in flat.values()
     ]
-    return f"Acceptance shows nothing {', and '.join(groups)}." if groups else ""
+    return f"{', '.join(groups).capitalize()}: acceptance shows nothing there." if groups else ""
 
 
 def shown_thetas(result: Mapping[str, Any]) -> list[str]:
