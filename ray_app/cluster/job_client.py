@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from ray_app.cluster.reachability import connection_error
+from ray_app.core.back_off import back_off_s
 from ray_app.errors import ResourceError
 
 LOST_S = 600.0
@@ -84,13 +85,13 @@ class JobClient:
 
     async def follow(self, job: str) -> dict[str, Any] | None:
         """Print the log as it grows, to standard error, once; returns the result of a command with --json."""
-        log, lost_s, pause_s = JobLog(), 0.0, 1.0
+        log, lost_s, pauses = JobLog(), 0.0, 0
         while True:
             try:
                 log.again()
                 chunks = aiter(self._client.tail_job_logs(job))
                 while (chunk := await asyncio.wait_for(anext(chunks, None), SILENCE_S)) is not None:
-                    lost_s, pause_s = 0.0, 1.0
+                    lost_s, pauses = 0.0, 0
                     log.take(chunk)
                 if self._client.get_job_status(job).is_terminal():
                     return log.result()
@@ -105,8 +106,10 @@ class JobClient:
                         f"{self.address} has not answered for {LOST_S:.0f} s; the job may still run: try "
                         f"ray-app jobs logs {job} later"
                     ) from error
+            pauses += 1
+            pause_s = back_off_s(pauses, LONGEST_PAUSE_S)
             await asyncio.sleep(pause_s)
-            lost_s, pause_s = lost_s + pause_s, min(pause_s * 2, LONGEST_PAUSE_S)
+            lost_s += pause_s
 
     def _known(self, job: str) -> None:
         """ResourceError if the server answers and does not know the job."""

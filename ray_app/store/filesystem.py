@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
+from ray_app.core.back_off import back_off_s
 from ray_app.errors import ConfigError, StoreError
 from ray_app.store.atomic import disk_errors, make_folder, sha256_bytes, sha256_file, write_file
 
@@ -180,7 +181,7 @@ class RemoteDir:
 
     def retry(self, verb: str, name: str, ask: Callable[[fs.FileSystem, str], T]) -> T:
         """Return what `ask` returns for pyarrow's file system and the path of `name` in it."""
-        what, began, wait_s = f"{self.file(name)} cannot be {verb}", time.monotonic(), FIRST_WAIT_S
+        what, began = f"{self.file(name)} cannot be {verb}", time.monotonic()
         for tries in itertools.count(1):
             try:
                 answer: T | FileNotFoundError = ask(*_connect(self.uri, name, what))
@@ -188,6 +189,7 @@ class RemoteDir:
                 answer = error
             except OSError as error:
                 why, waited_s = _first_line(error), time.monotonic() - began
+                wait_s = back_off_s(tries, LONGEST_WAIT_S, FIRST_WAIT_S)
                 if remedy := next((remedy for code, remedy in NON_RETRYABLE.items() if code in why), ""):
                     raise StoreError(f"{what}: {why}. {remedy}") from error
                 if waited_s + wait_s > self.timeout_s:
@@ -195,7 +197,6 @@ class RemoteDir:
                 if tries == 1:
                     self.tell(f"{self} does not answer; trying again for {self.timeout_s:g} s ({why})")
                 time.sleep(wait_s)
-                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
                 continue
             if tries > 1:
                 self.tell(f"{self} answers again, after {time.monotonic() - began:.1f} s")

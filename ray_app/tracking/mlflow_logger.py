@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from ray_app.config.base import TrackingFlags
+from ray_app.core.back_off import back_off_s
 from ray_app.errors import ConfigError, StoreError
 from ray_app.runs.event_log import EVENT_LOG, entries, parse_line, tail
 from ray_app.store.atomic import write_file
@@ -90,7 +91,7 @@ class Tracker:
         self._uri, self._run, self._name = tracking_uri(cfg), run, name or str(run)
         self._client: MlflowClient | None = None
         self._warned = False
-        self._pause_s, self._next_try = 1.0, 0.0
+        self._failures, self._next_try = 0, 0.0
         self._complete = False
         self._stop = threading.Event()
         self.run_id: str | None = None
@@ -146,10 +147,10 @@ class Tracker:
             action()
         except (*TRACKING_ERRORS, StoreError) as error:
             self._warn(redact_password((str(error) or type(error).__name__).splitlines()[0])[:200])
-            self._next_try = time.monotonic() + self._pause_s
-            self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
+            self._failures += 1
+            self._next_try = time.monotonic() + back_off_s(self._failures, MAX_PAUSE_S)
             return False
-        self._pause_s = 1.0
+        self._failures = 0
         return True
 
     def _warn(self, reason: str) -> None:

@@ -22,6 +22,7 @@ from ray_app.commands.train.state import Checkpointer, TrainState, broadcast_res
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.base import InitStats
 from ray_app.core.adapters.seeded_noise import BatchNoise
+from ray_app.core.back_off import back_off_s
 from ray_app.core.evaluation import Baselines
 from ray_app.core.losses import AlignmentObjective
 from ray_app.core.metrics import AlignmentCounts
@@ -115,7 +116,7 @@ def sleep_before_retry(run: RunDir) -> None:
     kinds = [line["kind"] for line in entries_since_start(run.path)]
     in_vain = kinds[::-1].index("step") if "step" in kinds else len(kinds)
     if attempts := kinds[len(kinds) - in_vain :].count("workers_started"):
-        time.sleep(min(2.0 ** (attempts - 1), LONGEST_BACK_OFF_S))
+        time.sleep(back_off_s(attempts, LONGEST_BACK_OFF_S))
 
 
 @dataclass(frozen=True, slots=True)
