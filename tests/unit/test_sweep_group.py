@@ -1,6 +1,5 @@
 """The process of a trial of several workers, at a URI: it passes on what they log, and leaves signals alone."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,9 +33,8 @@ def test_a_stop_of_the_sweeps_driver_stays_until_the_workers_have_seen_it(
 
     def group(_: trial.TrialSpec, run: RunDir, __: Any) -> None:
         """What the workers do while the group's process waits for them."""
-        user = threading.Thread(target=driver.request_stop)
-        user.start()
-        wait_until(lambda: STOP in there.listdir())
+        driver.stop_file.touch()
+        driver.mirror.push_signals(STOP)
         for n in range(2, 5):
             with worker.event_log() as log:
                 log.write("step", global_step=n)
@@ -45,7 +43,6 @@ def test_a_stop_of_the_sweeps_driver_stays_until_the_workers_have_seen_it(
         with worker.event_log() as log:
             wait_until(worker.stop_file.exists)
             log.write("stopped", global_step=4)
-        user.join()
 
     monkeypatch.setattr(trial, "open_run", open_copy)
     monkeypatch.setattr(trial, "train_group", group)

@@ -147,7 +147,7 @@ def run_group_trial(config: dict[str, TrialSpec], placed: dict[str, SharedDatase
     spec = config["trial"]
     with open_run(spec.train.out) as run:
         run.refresh()
-        with run.mirror.syncing():  # without signals: they are the sweep's driver's, and this process would delete them
+        with run.mirror.syncing():  # without signals, which are the sweep driver's: this process would delete them
             error = train_group(spec, run, placed[spec.data])
         if error and not isinstance(error, RayActorError | WorkerGroupError):
             raise error
