@@ -28,9 +28,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# At most 8 minutes on 2 quiet cores: unit tests, and integration tests on one Ray cluster.
+# At most 8 minutes on 2 quiet cores: unit and integration tests. A file stays in one process, so that its fixtures are
+# made once; in the order of names, in which the long integration tests come before the short unit tests.
 test: check
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 # What `make test` leaves out.
 test-slow: setup

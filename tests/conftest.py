@@ -44,13 +44,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests/e2e as slow. With xdist, all tests that use Ray share a process, as do those of a module."""
-    uses_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    """Mark tests/e2e as slow."""
     for item in items:
         if item.path.is_relative_to(ROOT / "tests" / "e2e"):
             item.add_marker(pytest.mark.slow)
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group("ray" if item.path in uses_ray else item.path.stem))
 
 
 @pytest.fixture(scope="session")
