@@ -19,7 +19,7 @@ from ray_app.datatypes import V2_DATATYPES
 from ray_app.errors import EndpointError, InputError
 
 Wire = Literal["binary", "json"]
-"""`binary`: Open Inference Protocol v2, tensors as they lie in memory. `json`: /v1, tensors in base64."""
+"""`binary`: Open Inference Protocol v2, tensors as they are in memory. `json`: /v1, tensors in base64."""
 
 ANSWERED = {"FP32": np.dtype("<f4"), "BOOL": np.dtype("?")}
 """Types in an answer."""

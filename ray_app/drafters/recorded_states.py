@@ -20,7 +20,7 @@ def read_files(paths: Sequence[Path], vocabulary: int, end_token: int) -> list[T
     """Read every file; rejected lines are printed on standard error. InputError as `read_traces`."""
     files = [read_traces(path, vocabulary, end_token) for path in paths]
     for line in damaged_lines(files):
-        print(f"set aside: {line}", file=sys.stderr)
+        print(f"rejected: {line}", file=sys.stderr)
     return files
 
 

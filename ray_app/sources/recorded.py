@@ -75,7 +75,7 @@ class WindowingConfig:
         for duration_us in self.durations_us:
             name = format_duration(duration_us)
             if not SHORTEST_US <= duration_us <= LONGEST_US:
-                raise ConfigError(f"--durations ({name}) must lie between 50ms and 20s")
+                raise ConfigError(f"--durations ({name}) must be between 50ms and 20s")
             if self.event_window_us is not None and self.event_window_us > duration_us:
                 raise ConfigError(
                     f"--event-window ({format_duration(self.event_window_us)}) is longer than the window ({name}); "
@@ -88,7 +88,7 @@ class WindowingConfig:
         if self.max_gap_us < SHORTEST_GAP_US:
             raise ConfigError(f"--max-gap ({format_duration(self.max_gap_us)}) must be 2ms or more")
         if not 1 <= self.event_bins <= PAIRS_PER_TASK:
-            raise ConfigError(f"--event-bins ({self.event_bins}) must lie between 1 and {PAIRS_PER_TASK}")
+            raise ConfigError(f"--event-bins ({self.event_bins}) must be between 1 and {PAIRS_PER_TASK}")
 
     @property
     def num_pairs(self) -> int:

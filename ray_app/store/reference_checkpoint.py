@@ -26,7 +26,7 @@ from ray_app.store.atomic import sha256_file
 from ray_app.store.manifest import PIXELS, Features, FeatureSpec
 
 CONFIG_CLASSES = ("LightweightAlignmentConfig", "AlignmentConfig")
-"""The only classes that a file may ask for; a stand-in is given for them, whatever module they lie in."""
+"""The only classes that a file may ask for; a stand-in is given for them, whatever module they are in."""
 STRATEGY = "lightweight_reference"
 KEYS = {
     "adapter.mlp.0.weight": "input.weight",

@@ -1,4 +1,4 @@
-"""Recorded outputs of both models, a JSON object on each line: read, checked, and bad lines set aside.
+"""Recorded outputs of both models, a JSON object on each line: read, checked, and bad lines rejected.
 
 A line has row, question, draft_tokens and target_tokens, and may have duration, draft_text, target_text,
 temperature, do_sample, timing_ms, sequence and states. The rows of a file are one stretch of windows in order of
@@ -78,7 +78,7 @@ class Trace(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line that was set aside."""
+    """A line that was rejected."""
 
     file: str
     """Its file."""
@@ -97,13 +97,13 @@ class TraceFile:
     traces: tuple[Trace, ...]
     """Rows in the file's order."""
     rejected: tuple[BadLine, ...]
-    """Lines that were set aside."""
+    """Lines that were rejected."""
     cut_off: int
     """Answers without an end token: recorded up to a length limit."""
 
 
 def read_traces(path: Path, vocabulary: int, end_token: int) -> TraceFile:
-    """Every row of a file, checked. A line that cannot be used is set aside with its number.
+    """Every row of a file, checked. A line that cannot be used is rejected with its number.
 
     InputError: no such file, no usable row, rows out of order or twice, a sampled target, two tokenizers.
     """
@@ -193,7 +193,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _trace(line: bytes, vocabulary: int, end_token: int) -> Trace:
-    """InputError: the reason why the line is set aside."""
+    """InputError: the reason why the line is rejected."""
     try:
         values: Any = json.loads(line)
     except ValueError as error:  # UnicodeDecodeError is one too

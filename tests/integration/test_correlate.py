@@ -201,10 +201,10 @@ def test_lines_that_were_set_aside_are_printed(
     path.write_text((world / TRACES).read_text() + '{"row": 60, "<questi')
     assert cli.run(["correlate", str(path), "--out", str(out), *form]) == 0
     printed = capfd.readouterr()
-    assert f"set aside: {path}, line 61: cut short, or not JSON" in printed.err
+    assert f"rejected: {path}, line 61: cut short, or not JSON" in printed.err
     result = json.loads((out / "correlation.json").read_text())
     assert result["rejected"] == [{"file": str(path), "line": 61, "reason": "cut short, or not JSON"}]
-    assert f"set aside: {path}, line 61: cut short, or not JSON" in (out / "correlation.html").read_text()
+    assert f"rejected: {path}, line 61: cut short, or not JSON" in (out / "correlation.html").read_text()
     assert form != ["--json"] or json.loads(printed.out)["rejected"] == result["rejected"]
 
 

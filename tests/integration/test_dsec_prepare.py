@@ -55,7 +55,7 @@ def test_long_windows_are_few_to_a_task(tmp_path: Path) -> None:
 
 def test_settings_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     for settings, message in (
-        ({"durations_us": (49_999,)}, r"--durations \(49999us\) must lie between 50ms and 20s"),
+        ({"durations_us": (49_999,)}, r"--durations \(49999us\) must be between 50ms and 20s"),
         ({"durations_us": (20_000_001,)}, "between 50ms and 20s"),
         ({"durations_us": ()}, "names no window length"),
         ({"durations_us": (1_000_000, 1_000_000)}, "names 1s twice"),

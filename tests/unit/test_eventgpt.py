@@ -1,4 +1,4 @@
-"""The reference's dataset folder as pairs: from its list or from its folders, with what cannot be read set aside."""
+"""The reference's dataset folder as pairs: from its list or from its folders, with what cannot be read rejected."""
 
 import json
 import shutil

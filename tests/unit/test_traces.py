@@ -1,4 +1,4 @@
-"""Traces are read whole, bad lines are set aside with their number, and what would mislead is refused."""
+"""Traces are read whole, bad lines are rejected with their number, and what would mislead is refused."""
 
 import json
 from pathlib import Path

@@ -186,7 +186,7 @@ def correlation_page(result: dict[str, Any]) -> str:
         "Share of positions with the target's token, against their mean cosine. On the diagonal the cosine would be "
         "the probability of acceptance.",
     )
-    rejected = [f"set aside: {bad['file']}, line {bad['line']}: {bad['reason']}" for bad in result["rejected"]]
+    rejected = [f"rejected: {bad['file']}, line {bad['line']}: {bad['reason']}" for bad in result["rejected"]]
     return page(
         "Cosine acceptance against token acceptance",
         "Cosine acceptance against token acceptance",

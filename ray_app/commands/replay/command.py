@@ -49,7 +49,7 @@ class ReplayReport:
     notes: tuple[str, ...]
     """Warnings about the input."""
     rejected: tuple[str, ...]
-    """Lines that were set aside, with their reasons."""
+    """Lines that were rejected, with their reasons."""
     folds_by: str
     """Composition of a fold."""
     html: Path | None
@@ -188,7 +188,7 @@ def _write_page(result: ReplayResult, path: Path) -> None:
         behind=bool(report.behind),
         tables=tables,
         conditions=_conditions(result),
-        notes=[*report.notes, *(f"set aside: {line}" for line in report.rejected)],
+        notes=[*report.notes, *(f"rejected: {line}" for line in report.rejected)],
     )
     write_output("--html", path, html.encode())
 
@@ -253,7 +253,7 @@ def _headline(behind: tuple[str, ...]) -> str:
 
 def _notes(cfg: ReplayConfig, files: Sequence[TraceFile], timing: Timing | None) -> list[str]:
     traces = [trace for file in files for trace in file.traces]
-    notes = [f"{path.path}: {len(path.traces):,} rows, {len(path.rejected)} set aside" for path in files]
+    notes = [f"{path.path}: {len(path.traces):,} rows, {len(path.rejected)} rejected" for path in files]
     if cut_off := sum(file.cut_off for file in files):
         notes.append(
             f"{cut_off:,} answers have no end token {cfg.end_token}: they were recorded up to a length limit."

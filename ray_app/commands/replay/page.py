@@ -50,7 +50,7 @@ def replay_page(
         "Replay of recorded outputs",
         headline,
         conditions,
-        [{"text": text, "warning": text.startswith(("SHIFT", "BOS", "set aside"))} for text in notes],
+        [{"text": text, "warning": text.startswith(("SHIFT", "BOS", "rejected"))} for text in notes],
         sections,
         "loses" if behind else "beats",
     )

@@ -196,7 +196,7 @@ def _found(root: Path) -> dict[str, Path]:
 
 
 def _names(folder: Path) -> list[str]:
-    """Sequences whose parts lie in this folder: its own name for the tree, the files' for flat names."""
+    """Sequences whose parts are in this folder: its own name for the tree, the files' for flat names."""
     names = {
         entry.name.removesuffix(ending)
         for ending in ("_events_left", "_images_rectified_left", "_image_timestamps.txt")
