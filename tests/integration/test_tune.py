@@ -267,6 +267,7 @@ def test_asha_stops_what_falls_behind_and_optuna_resumes_from_the_record(small_s
     )
     assert [trial["config"] for trial in more["trials"][:4]] == [trial["config"] for trial in first["trials"]]
     stopped = [trial for trial in more["trials"] if trial["status"] == "stopped"]
+    assert stopped
     assert all(trial["epochs"] < 3 for trial in stopped)
     assert more["best"]["objective"] == max(trial["objective"] for trial in more["trials"])
 

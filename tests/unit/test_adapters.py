@@ -302,3 +302,51 @@ def test_a_deeper_adapter_has_that_many_hidden_layers_more(strategy: str) -> Non
     with torch.no_grad():
         deep.deeper[1].linear.weight.zero_()
     assert not deep(event).allclose(answers), "its answers go through them"
+
+
+def test_conv_reads_a_white_patch_as_zero() -> None:
+    """No events are no input: white patches give the bias alone, whatever the weights."""
+    adapter = perturbed(build_adapter(conv_config(), 0)).eval()
+    event = torch.ones(1, *IMAGE)
+    event[..., :8, :8] = 0.25
+    patches = adapter.patches(event.flatten(1))
+    assert float(patches.flatten(1, 2)[0].abs().sum(dim=1).ne(0).sum()) == 64 / adapter.config.patch**2
+    assert torch.equal(patches.unique(), torch.tensor([0.0, 0.75]))
+
+
+def test_lowrank_reads_whitened_coordinates_and_answers_in_the_targets_units() -> None:
+    """By hand: h = W (Bᵀ(x − m) / s), aligned = mean + C · t · out, with scales that are far from one."""
+    event, _ = small_pairs()
+    adapter = perturbed(small_adapter("lowrank")).eval()
+    stats = {name: getattr(adapter, name) for name in ("event_basis", "event_mean", "event_scale")}
+    seen = {}
+    adapter.input.register_forward_hook(lambda _, args, __: seen.update(coordinates=args[0]))
+    adapter.output.register_forward_hook(lambda _, __, out: seen.update(out=out))
+    aligned = adapter(event).detach()
+    whitened = (event - stats["event_mean"]) @ stats["event_basis"] / stats["event_scale"]
+    torch.testing.assert_close(seen["coordinates"], whitened, atol=1e-4, rtol=1e-4)
+    training = whitened[:-VAL]
+    np.testing.assert_allclose(training.std(dim=0, correction=0), 1.0, atol=0.05)
+    assert float((stats["event_scale"] - 1).abs().min()) > 0.05
+    expected = adapter.target_mean + (seen["out"] * adapter.target_scale) @ adapter.target_basis.T
+    torch.testing.assert_close(aligned, expected.detach())
+
+
+@pytest.mark.parametrize("finished", [0, 1, 3])
+def test_a_schedule_that_resumes_gives_the_rates_of_one_that_never_stopped(finished: int) -> None:
+    def rates(schedule: CosineByEpoch, epochs: int) -> list[float]:
+        seen = []
+        for _ in range(epochs):
+            schedule.step(0.0)
+            seen.append(schedule.optimizer.param_groups[0]["lr"])
+        return seen
+
+    def new() -> CosineByEpoch:
+        return CosineByEpoch(make_optimizer(build_adapter(conv_config(), 0), 0.2, 0.0), 0.2, 5)
+
+    whole, first, second = new(), new(), new()
+    expected = rates(whole, 5)
+    before = rates(first, finished)
+    second.load_state_dict(first.state_dict())
+    assert before + rates(second, 5 - finished) == expected
+    assert len(set(expected)) == 5

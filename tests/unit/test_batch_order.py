@@ -53,3 +53,15 @@ def test_pairs_too_many_for_what_is_free_on_a_gpu_stay_in_main_memory(monkeypatc
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4 * 80 - 1, 1000))
     assert held.on(torch.device("cuda")) is held
     assert held.on(torch.device("cpu")) is held
+
+
+def test_the_lanes_are_permuted_independently_of_each_other() -> None:
+    """Of 40 pairs of a lane two independent orders agree in one place on average, and far from all."""
+    order = ShardedBatchOrder(8 * 40, 8, seed=5)
+    place_of = {int(pair): (lane, n) for lane, pairs in enumerate(order.lanes()) for n, pair in enumerate(pairs)}
+    drawn = np.array([[place_of[int(pair)][1] for pair in batch.positions] for batch in order.epoch(1, 0, 1)])
+    assert [place_of[int(pair)][0] for pair in next(iter(order.epoch(1, 0, 1))).positions] == list(range(8))
+    for a in range(8):
+        for b in range(a):
+            assert (drawn[:, a] == drawn[:, b]).sum() < 8, (a, b)
+    assert (drawn[:, 0] == np.arange(40)).sum() < 8, "nor is a lane left in the order it was dealt"

@@ -136,18 +136,20 @@ def test_the_map_is_what_each_raw_pixels_ray_hits_and_rectification_cancels(
     assert np.abs(direct - places).max() < 1e-3  # rectify_map is float32
 
 
-@pytest.mark.parametrize(("distance_m", "off"), [(5, 5.2), (10, 2.6), (20, 1.3), (50, 0.5), (1e6, 0.0)])
+@pytest.mark.parametrize("distance_m", [5, 10, 20, 50, 1e6])
 def test_near_things_are_off_by_the_parallax(
-    real: dict[str, Any], rays: np.ndarray, places: np.ndarray, distance_m: float, off: float
+    real: dict[str, Any], rays: np.ndarray, places: np.ndarray, distance_m: float
 ) -> None:
-    """A point at a distance, projected with the 4.6 cm between the cameras, against the same without."""
+    """A point projected with the 4.6 cm between the cameras, against the same without: f · baseline / distance."""
     point = rays[240, 320] * distance_m
     transform = np.array(real["T_10"])
     seen = np.array(real["R_rect1"]) @ (transform[:3, :3] @ point + transform[:3, 3])
     fx, fy, cx, cy = real["camRect1"]
     hit = np.array([fx * seen[0] / seen[2] + cx, fy * seen[1] / seen[2] + cy])
     away = np.linalg.norm(places[240, 320] - hit) / 2.1
-    assert away == pytest.approx(off, abs=0.35 if off else 0.001)
+    by_hand = fx * np.linalg.norm(transform[:2, 3]) / distance_m / 2.1
+    assert away == pytest.approx(by_hand, rel=0.01, abs=1e-4)
+    assert by_hand == pytest.approx(24.5 / distance_m, rel=0.01), "2.4 event pixels at 10 m"
 
 
 def test_the_common_part_is_valid_throughout_and_cuts_the_real_bottom_alone(

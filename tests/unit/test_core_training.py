@@ -150,3 +150,13 @@ def test_stored_bytes_become_features() -> None:
     stored = torch.tensor([[0, 51, 255]], dtype=torch.uint8)
     assert decode(stored, 1 / 255, torch.device("cpu")).tolist() == [pytest.approx([0.0, 0.2, 1.0])]
     assert stored.dtype == torch.uint8
+
+
+def test_decoding_leaves_the_callers_features_as_they_are() -> None:
+    """Float32 features need no conversion, so the scale must not be applied to the caller's own tensor."""
+    for dtype in (torch.float32, torch.uint8, torch.bfloat16):
+        stored = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).to(dtype)
+        before = stored.clone()
+        decoded = decode(stored, 0.5, torch.device("cpu"))
+        assert torch.equal(decoded, torch.tensor([[0.5, 1.0], [1.5, 2.0]]))
+        assert torch.equal(stored, before)

@@ -21,6 +21,7 @@ from dsec_writer import (
     write_events,
 )
 
+from ray_app.errors import InputError
 from ray_app.events.render import EventCanvas, event_image
 from ray_app.sources.dsec import events_file as dsec_events
 from ray_app.sources.dsec.events_file import DsecEvents
@@ -128,3 +129,39 @@ def test_memory_does_not_grow_with_the_slice(tmp_path: Path, monkeypatch: pytest
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] < 12e6  # a million events are 13 MB, and checked as int64 far more
+
+
+@pytest.mark.parametrize("gap_us", [2001, 2002, 2500, 2998, 2999, 3000, 3001, 3999, 4001])
+def test_a_silence_just_above_the_limit_is_found_wherever_it_begins_within_a_millisecond(
+    tmp_path: Path, gap_us: int
+) -> None:
+    """A gap of little more than 2 ms holds one or two empty milliseconds, by where in a millisecond it begins."""
+    for first in (10_000, 10_001, 10_499, 10_998, 10_999):
+        clock = np.array([*range(9_000, first, 100), first, first + gap_us, first + gap_us + 50])
+        events = replace(random_events(len(clock), 0, 1), t_us=clock + OFFSET_US)
+        write_events(tmp_path / f"{first}.h5", events, OFFSET_US)
+        whole = OFFSET_US + 9_000, OFFSET_US + first + gap_us + 50
+        gap = OFFSET_US + first, OFFSET_US + first + gap_us
+        with DsecEvents(tmp_path / f"{first}.h5") as file:
+            for longest_us in (2000, gap_us - 1):
+                assert file.silence(*whole, longest_us) == gap, (first, longest_us)
+            assert file.silence(*whole, gap_us) is None, first
+
+
+@pytest.mark.parametrize("step_us", [1, 3, 24, 400, 999])
+@pytest.mark.parametrize("place", [400, 401, 420, 439])
+def test_a_small_step_back_in_time_is_refused_by_the_index(tmp_path: Path, step_us: int, place: int) -> None:
+    """Within one millisecond and across its edge: the index by milliseconds alone does not show it."""
+    clock = np.arange(0, 20_000, 25)
+    before = int(clock[place - 1])
+    clock[place] = before - step_us
+    events = replace(random_events(len(clock), 0, 1), t_us=clock + OFFSET_US)
+    write_events(tmp_path / "events.h5", events, OFFSET_US)
+    with DsecEvents(tmp_path / "events.h5") as file:
+
+        def ask_around() -> None:
+            for t_us in (before - step_us, before, before + 25):
+                file.index(OFFSET_US + t_us)
+
+        with pytest.raises(InputError, match=r"backwards|does not fit"):
+            ask_around()

@@ -81,6 +81,8 @@ def test_the_event_side_may_come_from_the_windows_middle_alone(two_seconds: Dsec
     for pair in pairs_of(source):
         mine = events.between(pair.t_start_us + 475_000, pair.t_start_us + 525_000)
         assert np.array_equal(pair.event_HWC, event_image(equal_counts(mine, 3)[1]))
+        assert pair.num_events == len(events.between(pair.t_start_us, pair.t_end_us)) > len(mine)
+        assert pair.num_drawn == len(equal_counts(mine, 3)[1])
         assert pair.t_end_us - pair.t_start_us == 1_000_000
 
 

@@ -197,3 +197,75 @@ def test_settings_that_make_no_camera_are_refused() -> None:
         SimulatorConfig(theta_on=0.0)
     with pytest.raises(ConfigError, match="must not be negative"):
         SimulatorConfig(cutoff_hz=-1.0)
+
+
+def step_of(start: float, *greys: float, every_us: int = 1000, **settings: float) -> list[tuple[int, int]]:
+    """(time, polarity) of the events of one pixel whose grey level is each of these in turn."""
+    simulator = simulator_of(1, 1, **settings)
+    simulator.start(np.full((1, 1), start), 0)
+    steps = [simulator.step(np.full((1, 1), grey), (n + 1) * every_us) for n, grey in enumerate(greys)]
+    return [(int(t), int(p)) for step in steps for t, p in zip(step.t_us, step.p, strict=True)]
+
+
+@pytest.mark.parametrize(("refractory_us", "times_us"), [(399, [400, 800]), (400, [400])])
+def test_an_event_at_exactly_the_refractory_time_is_lost(refractory_us: int, times_us: list[int]) -> None:
+    """Log intensity rises by 0.5 in a millisecond: with a threshold of 0.2 there are crossings at 400 and 800 µs."""
+    found = step_of(50.0, 50.0 * np.exp(0.5), refractory_us=refractory_us)
+    assert [t_us for t_us, _ in found] == pytest.approx(times_us, abs=0)
+
+
+def test_a_lost_event_leaves_the_memorised_level_where_it_was() -> None:
+    """Two crossings, the second lost: 0.3 above the memorised level, so the next small rise fires at once."""
+    found = step_of(50.0, 50.0 * np.exp(0.5), 50.0 * np.exp(0.51), refractory_us=500)
+    assert [(t_us, p) for t_us, p in found] == [(400, 1), (1000, 1)]
+
+
+def test_a_noise_event_sets_its_pixel_s_memorised_level_to_the_present_one() -> None:
+    """Every pixel is 0.15 above its memorised level and then rises by 0.1, which 0.25 in all would show.
+
+    Of the pixels that noise has hit in between none fires, and of the others every one does.
+    """
+    simulator = simulator_of(100, 100, shot_noise_hz=200.0)
+    flat = np.full((100, 100), 60.0)
+    simulator.start(flat, 0)
+    between = simulator.step(flat * np.exp(0.15), 5_000)
+    hit = np.zeros((100, 100), bool)
+    hit[between.y, between.x] = True
+    assert 0.1 < hit.mean() < 0.9
+    simulator.config = SimulatorConfig(**{**QUIET, "cutoff_hz": 0.0})
+    after = simulator.step(flat * np.exp(0.25), 6_000)
+    fired = np.zeros((100, 100), bool)
+    fired[after.y, after.x] = True
+    assert not (fired & hit).any()
+    assert fired[~hit].all()
+
+
+def test_shot_noise_goes_by_each_pixel_s_own_threshold() -> None:
+    """Thresholds spread by half of their mean: the rate of a pixel is in inverse proportion to its own."""
+    simulator = simulator_of(60, 60, sigma=0.05, shot_noise_hz=20.0)
+    flat = np.full((60, 60), 20.0)
+    simulator.start(flat, 0)
+    counts = np.zeros((2, 3600))
+    for n in range(1, 101):
+        found = simulator.step(flat, n * 10_000)
+        np.add.at(counts, (found.p, found.y.astype(int) * 60 + found.x), 1)
+    share = (0.25 - 1) * (20 + 20) / 275 + 1
+    for polarity, theta in ((1, simulator._theta_on), (0, simulator._theta_off)):
+        expected = 20.0 / 2 * share * 0.2 / theta
+        low, high = theta < np.quantile(theta, 0.1), theta > np.quantile(theta, 0.9)
+        for group in (low, high):
+            noise = float(4 / np.sqrt(expected[group].sum()))
+            assert counts[polarity][group].sum() == pytest.approx(expected[group].sum(), rel=noise)
+        assert expected[low].mean() > 2 * expected[high].mean(), "the two groups differ by much more than chance"
+
+
+def test_the_low_pass_moves_by_the_brightness_of_the_pixel() -> None:
+    """v2e: share = (grey + 20) / 275 · 2π · cutoff · dt, at most 1; worked for one step of 1 ms at 50 Hz."""
+    share = (200.0 + 20.0) / 275.0 * 2 * np.pi * 50.0 * 1e-3
+    assert 0.2 < share < 0.3
+    simulator = simulator_of(1, 1, cutoff_hz=50.0)
+    simulator.start(np.full((1, 1), 20.0), 0)
+    found = simulator.step(np.full((1, 1), 200.0), 1000)
+    risen = share * (np.log(200.0) - np.log(20.0))
+    assert len(found.t_us) == int(risen / 0.2)
+    np.testing.assert_allclose(found.t_us, [1000 * 0.2 * (n + 1) / risen for n in range(len(found.t_us))], atol=1)

@@ -82,7 +82,7 @@ def test_a_body_that_does_not_arrive_holds_no_place(server: LocalServer, path: s
 def test_overload_is_answered_429_and_callers_counts_are_the_servers(server: LocalServer) -> None:
     slow(server)
     before = {code: server.metric("align_requests_total", code=code, method="POST") for code in ("200", "429")}
-    refused_ms = []
+    times_ms: dict[int, list[float]] = {200: [], 429: []}
 
     def caller(_: int) -> list[int]:
         codes = []
@@ -93,8 +93,8 @@ def test_overload_is_answered_429_and_callers_counts_are_the_servers(server: Loc
             answer = connection.getresponse()
             answer.read()
             codes.append(answer.status)
+            times_ms[answer.status].append((time.perf_counter() - began) * 1e3)
             if answer.status == 429:
-                refused_ms.append((time.perf_counter() - began) * 1e3)
                 assert int(answer.getheader("retry-after")) >= 1
                 assert answer.getheader("content-type") == "application/problem+json"
         connection.close()
@@ -107,7 +107,7 @@ def test_overload_is_answered_429_and_callers_counts_are_the_servers(server: Loc
     for code, earlier in before.items():
         assert server.metric("align_requests_total", code=code, method="POST") - earlier == codes[int(code)]
     assert server.metric("align_rejected_total", reason="busy") == codes[429]
-    assert float(np.median(refused_ms)) < 20.0
+    assert 3 * np.median(times_ms[429]) < np.median(times_ms[200]), "a refusal waits for no forward pass"
     assert server.endpoint.batcher.queued_rows == 0
 
 

@@ -304,3 +304,22 @@ def test_a_checkpoint_without_golden_answers_loads_but_cannot_be_replayed(tmp_pa
     checkpoint = load_checkpoint(folder)
     with pytest.raises(CheckpointError, match=r"has no golden\.safetensors.*Train it again"):
         replay_golden(checkpoint)
+
+
+@pytest.mark.parametrize("row", range(NUM_ROWS))
+def test_every_golden_row_is_compared(row: int, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "c")
+    golden = load_file(folder / "golden.safetensors")
+    golden["aligned"][row] *= 1.01
+    rewrite(folder, "golden.safetensors", save(golden))
+    with pytest.raises(CheckpointError, match=f"golden row {row} is answered"):
+        replay_golden(load_checkpoint(folder))
+
+
+def test_a_golden_answer_of_zeros_is_right_only_if_the_answer_is_zeros(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "c")
+    golden = load_file(folder / "golden.safetensors")
+    golden["aligned"][1] = 0.0
+    rewrite(folder, "golden.safetensors", save(golden))
+    with pytest.raises(CheckpointError, match="golden row 1"):
+        replay_golden(load_checkpoint(folder))

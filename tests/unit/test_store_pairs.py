@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from numpy_source import SMALL, NumpySource, build_store
 from PIL import Image
@@ -12,7 +13,7 @@ from PIL import Image
 from ray_app.errors import StoreError
 from ray_app.sources.base import RawPair
 from ray_app.store.manifest import PIXELS, Features, FeatureSpec, Manifest
-from ray_app.store.pair_store import Pair, PairStore, publish, write_part
+from ray_app.store.pair_store import INDEX_COLUMNS, Pair, PairStore, publish, write_part
 
 BOTH_SMALL = Features(event=SMALL, target=SMALL)
 WIDE = FeatureSpec(dtype="float32", shape=(5,), scale=1.0)
@@ -199,3 +200,23 @@ def test_a_manifest_that_was_edited_by_hand_is_refused(copy: Path) -> None:
         path.write_text(json.dumps(manifest | changed, indent=1) + "\n")
         with pytest.raises(StoreError, match=r"manifest\.json is damaged"):
             Manifest.read(copy)
+
+
+def test_a_flipped_byte_in_an_index_column_is_found_when_a_store_is_opened(copy: Path) -> None:
+    """The index is read without the features and their checksum, so pages have checksums of their own."""
+    path = copy / "drive_0003.parquet"
+    intact = path.read_bytes()
+    layout = pq.ParquetFile(path).metadata
+    for group in range(layout.num_row_groups):
+        for column in range(len(INDEX_COLUMNS)):
+            chunk = layout.row_group(group).column(column)
+            assert chunk.path_in_schema in INDEX_COLUMNS
+            last = chunk.data_page_offset + chunk.total_compressed_size - 1
+            for place in np.linspace(last - chunk.total_compressed_size // 2, last, 12).astype(int):
+                flipped = bytearray(intact)
+                flipped[place] ^= 1
+                path.write_bytes(flipped)
+                with pytest.raises(StoreError, match=r"drive_0003\.parquet"):
+                    PairStore.open(copy)
+    path.write_bytes(intact)
+    PairStore.open(copy)
