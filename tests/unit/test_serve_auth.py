@@ -117,9 +117,10 @@ def test_no_secret_is_kept_and_the_file_is_private(tmp_path: Path) -> None:
         append_token(file, "me", ("admin",))
     with pytest.raises(ConfigError, match="is not allowed"):
         append_token(file, "a:b", ("admin",))
-    os.chmod(file, 0o622)
-    with pytest.raises(ConfigError, match="written by others"):
-        read_tokens(file)
+    for mode in (0o622, 0o620, 0o602, 0o660):
+        os.chmod(file, mode)
+        with pytest.raises(ConfigError, match="written by others"):
+            read_tokens(file)
 
 
 @pytest.mark.parametrize(

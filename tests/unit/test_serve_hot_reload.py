@@ -85,7 +85,9 @@ def test_the_first_champion_is_served_with_what_promotion_noted(server: LocalSer
 def test_a_good_champion_takes_over(server: LocalServer, registry: Registry) -> None:
     before = server.ask("POST", INFER, BODY, HEADERS)[2]
     version = registry.register(make_checkpoint(registry.folder / "second", seed=1))
+    since = server.endpoint.reloader.since
     assert server.json("POST", "/v1/reload")[1]["action"] == "swapped"
+    assert server.endpoint.reloader.since > since, "serving since the exchange, not since the start"
     status, headers, after = server.ask("POST", INFER, BODY, HEADERS)
     assert (status, headers["x-model-version"]) == (200, version)
     assert headers["x-model-digest"] == verify_folder(registry.folder / "second")
@@ -140,6 +142,23 @@ def test_a_bad_champion_is_refused_and_reported_and_the_old_one_stays(
     assert server.ask("POST", INFER, BODY, HEADERS)[1]["x-model-version"] == served
     assert server.ask("GET", "/v2/health/ready")[0] == 200
     assert asyncio.run(server.endpoint.reloader.check()) == "unchanged", "the watch does not try it again and again"
+
+
+def test_a_refused_version_is_tried_again_when_someone_asks_for_it(
+    server: LocalServer, registry: Registry, tmp_path: Path
+) -> None:
+    version = registry.register(make_checkpoint(tmp_path / "mended", seed=70))
+    weights = registry.files(version) / "model.safetensors"
+    whole = weights.read_bytes()
+    flipped(registry.files(version))
+    assert server.json("POST", "/v1/reload")[0] == 409
+    weights.write_bytes(whole)
+    assert asyncio.run(server.endpoint.reloader.check()) == "unchanged"
+    status, answer = server.json("POST", "/v1/reload")
+    assert (status, answer["action"]) == (200, "swapped")
+    about = server.json("GET", "/v1/model")[1]
+    assert not about["refused"]
+    assert about["version"] == version
 
 
 def test_weights_that_answer_otherwise_are_refused(server: LocalServer, registry: Registry, tmp_path: Path) -> None:

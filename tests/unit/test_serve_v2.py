@@ -385,3 +385,38 @@ def test_a_body_in_many_small_chunks_is_read(server: LocalServer) -> None:
     thread.start()
     thread.join(400)
     assert status == [200]
+
+
+def json_request(data: list[list[float]], datatype: str, **more: Any) -> bytes:
+    tensors = [
+        {"name": name, "shape": [1, WIDTH], "datatype": datatype, "data": data[n]} for n, name in enumerate(NAMES)
+    ]
+    return json.dumps({"inputs": tensors, **more}).encode()
+
+
+NAMES = ("event", "target")
+
+
+def test_without_a_theta_a_pair_is_accepted_above_0_80(server: LocalServer, expected: Any) -> None:
+    """Targets whose cosine with the aligned feature is 0.79, 0.81 and 0.84."""
+    (aligned,) = expected(EVENT[:1]).astype(np.float64)
+    unit = aligned / np.linalg.norm(aligned)
+    rng = np.random.default_rng(0)
+    for cosine, accepted in ((0.79, False), (0.81, True), (0.84, True)):
+        across = rng.standard_normal(WIDTH)
+        across -= (across @ unit) * unit
+        target = cosine * unit + (1 - cosine**2) ** 0.5 * across / np.linalg.norm(across)
+        inputs = [tensor("event", EVENT[:1], "FP32"), tensor("target", target[None].astype(np.float32), "FP32")]
+        result = ask(server, inputs)
+        assert result.as_numpy("cos_sim")[0] == pytest.approx(cosine, abs=1e-4)
+        assert result.as_numpy("accepted").tolist() == [accepted]
+
+
+@pytest.mark.parametrize("value", [0.5, 254.75, -1, 256])
+def test_what_is_no_pixel_is_refused_as_uint8_and_not_cut(server: LocalServer, value: float) -> None:
+    pixels = [[7] * WIDTH, [7] * WIDTH]
+    assert server.ask("POST", INFER, json_request(pixels, "UINT8"))[0] == 200
+    pixels[0] = [*[7] * (WIDTH - 1), value]
+    status, problem = server.json("POST", INFER, json_request(pixels, "UINT8"))
+    assert status in (400, 422)
+    assert "event" in problem["detail"]
