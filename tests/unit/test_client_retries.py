@@ -102,7 +102,7 @@ def test_without_retry_after_pauses_grow_and_stay_small(server: ScriptedServer, 
     assert max(pauses) <= 1.0 + 0.05
 
 
-def test_a_pause_that_would_end_after_the_limit_is_not_begun(server: ScriptedServer, pauses: list[float]) -> None:
+def test_a_pause_that_would_end_after_the_limit_is_not_started(server: ScriptedServer, pauses: list[float]) -> None:
     server.script = [busy("30"), OK]
     with AlignmentClient(server.url, timeout_s=10) as client, pytest.raises(EndpointBusy, match="said by the script"):
         client.model()

@@ -147,7 +147,7 @@ def test_a_bad_champion_is_refused_and_reported_and_the_old_one_stays(
 def test_a_refused_version_is_tried_again_when_someone_asks_for_it(
     server: LocalServer, registry: Registry, tmp_path: Path
 ) -> None:
-    version = registry.register(make_checkpoint(tmp_path / "mended", seed=70))
+    version = registry.register(make_checkpoint(tmp_path / "repaired", seed=70))
     weights = registry.files(version) / "model.safetensors"
     whole = weights.read_bytes()
     flipped(registry.files(version))
