@@ -47,7 +47,7 @@ class PrepareVideo(PrepareFlags):
 
     files: tuple[Path, ...]
     """Video files, or folders of frames."""
-    fps: float | None = Field(default=None, gt=0.0)
+    fps: float | None = Field(default=None, ge=0.001, le=100_000.0)
     """Frames per second: required for folders of frames, overrides a file's own."""
     seed: int = 0
     """Seed of the sensor noise."""

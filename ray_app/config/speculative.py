@@ -28,7 +28,7 @@ class CaptureConfig(ClusterFlags):
     """Window length."""
     step: str | None = None
     """Distance between window starts; default: half the duration."""
-    fps: float | None = Field(default=None, gt=0.0)
+    fps: float | None = Field(default=None, ge=0.001, le=100_000.0)
     """Frames per second: required for folders of frames, replaces the times of files."""
     num_frames: Annotated[int, Field(ge=1, le=64)] = 8
     """Number of evenly spread frames of a window that the models see."""

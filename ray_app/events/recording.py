@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from ray_app.errors import InputError
 
+LATEST_US = 10**17
+"""Times from here on, the year 5138, are no microseconds: nanoseconds of today's clock are above."""
+
 
 @dataclass(frozen=True, slots=True)
 class Events:
@@ -44,8 +47,8 @@ class Events:
     ) -> "Events":
         """Casts, and accepts polarity −1/+1.
 
-        InputError, with the number and its position: lengths that differ, no integers, times that run
-        backwards, coordinates outside the sensor, another polarity. `where` names the input.
+        InputError, with the number and its position: lengths that differ, no integers, times that run backwards or
+        are no microseconds, coordinates outside the sensor, another polarity. `where` names the input.
         """
         columns = {"x": np.asarray(x), "y": np.asarray(y), "t": np.asarray(t), "p": np.asarray(p)}
         for name, column in columns.items():
@@ -57,7 +60,14 @@ class Events:
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
             raise InputError(f"{where}: the columns differ in length: {lengths}; is the file truncated?")
-        t_us = columns["t"].astype(np.int64, copy=False)
+        times = columns["t"]
+        if len(times) and (times.max() >= LATEST_US or times.min() <= -LATEST_US):
+            i = int(((times >= LATEST_US) | (times <= -LATEST_US)).argmax())
+            raise InputError(
+                f"{where}: t = {times[i]} at event {i} is no time in microseconds, which reach {LATEST_US} in the "
+                "year 5138; are they nanoseconds? Divide them by 1000"
+            )
+        t_us = times.astype(np.int64, copy=False)
         if (falling := t_us[1:] < t_us[:-1]).any():
             i = int(falling.argmax()) + 1
             raise InputError(
@@ -76,6 +86,11 @@ class Events:
         if len(polarity) and (polarity.min() < -1 or polarity.max() > 1):
             i = int(((polarity < -1) | (polarity > 1)).argmax())
             raise InputError(f"{where}: polarity {columns['p'][i]} at event {i}; it must be 0 and 1, or −1 and 1")
+        if len(polarity) and polarity.min() < 0 and (zero := polarity == 0).any():
+            raise InputError(
+                f"{where}: polarity is 0 at event {int(zero.argmax())} and −1 at event "
+                f"{int((polarity < 0).argmax())}; it must be 0 and 1, or −1 and 1"
+            )
         return Events(
             x=columns["x"].astype(np.uint16, copy=False),
             y=columns["y"].astype(np.uint16, copy=False),

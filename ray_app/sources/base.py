@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_app.errors import InputError, ResourceError
+from ray_app.listing import is_data
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,14 @@ class Source(Protocol):
 
 
 def named_sequences(files: Iterable[Path]) -> list[tuple[str, Path]]:
-    """(sequence, path) of each recording that is a sequence of its own; equal names are numbered."""
+    """(sequence, path) of each recording that is a sequence of its own; equal names are numbered.
+
+    What `clips/*` names besides, such as Thumbs.db, is left out.
+    """
     named: list[tuple[str, Path]] = []
     for path in files:
+        if not is_data(path.name):
+            continue
         stem = re.sub(r"[^A-Za-z0-9_-]", "_", path.name if path.is_dir() else path.stem) or "recording"
         taken = {name for name, _ in named}
         name, number = stem, 2

@@ -1,18 +1,31 @@
-"""Image files and folders of them, read as RGB, with a sentence where that fails."""
+"""The one opener of images: any file becomes upright RGB of 8 bits as a viewer shows it, or a sentence why not.
+
+EXIF orientation is applied, transparency is laid over white, 16 bits are brought to 8 by their high byte.
+"""
 
 import io
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from ray_app.errors import InputError
+from ray_app.listing import data_in
 
-MAX_PIXELS = 2**27
-"""Most pixels of an image: 134 million, 400 MB as RGB."""
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+MAX_PIXELS = 2**26
+"""Most pixels of an image: 67 million, 200 MB as RGB."""
+MAX_JPEG_SCANS = 100
+"""Each scan of a progressive JPEG goes over all of its pixels, and may take a few bytes only; encoders write 10."""
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""Formats of pictures that are sent: no other decoder sees them."""
+FILE_FORMATS = (*FORMATS, "BMP", "TIFF")
+"""Formats of files."""
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+BAD_EXIF = (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error, Warning)
+"""What Pillow raises for EXIF data that is damaged."""
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -23,23 +36,34 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         raise InputError(f"{path} is missing") from None
     except OSError as error:
         raise InputError(f"{path} is no readable image: {error}") from error
-    return decode_image(data, str(path))
+    return decode_image(data, str(path), FILE_FORMATS)
 
 
-def decode_image(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Return an image file's bytes as (H, W, 3) uint8 RGB. InputError: empty, truncated, no image, too large."""
+def decode_image(
+    data: bytes, where: str, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
+    """Return an image's bytes as (H, W, 3) uint8 RGB.
+
+    InputError: empty, truncated, of no such format, too large, or with pixels of an unknown range. Formats and sizes
+    are looked at before anything is decoded.
+    """
     if not data:
         raise InputError(f"{where} is empty (0 bytes)")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             if image.width * image.height > max_pixels:
                 raise InputError(
                     f"{where} has {image.width} x {image.height} pixels, the limit is {max_pixels:,}; make it smaller"
                 )
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+            if image.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+                raise InputError(f"{where} has {scans} scans, the limit is {MAX_JPEG_SCANS}; save it again")
+            depth = _depth(image)
+            return _rgb(_upright(image), depth, where)
     except UnidentifiedImageError as error:
-        raise InputError(f"{where} is no readable image: of no known format") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{where} is no readable image: it is none of {', '.join(formats)}, or damaged at its beginning"
+        ) from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{where} is no readable image: {error}") from error
 
 
@@ -53,10 +77,47 @@ def resized(image_HWC: NDArray[np.uint8], height: int, width: int) -> NDArray[np
 
 def images_in(folder: Path) -> list[Path]:
     """Return the image files of a folder, numbers in their names in numerical order."""
-    return sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=natural)
+    return sorted((path for path in data_in(folder) if path.suffix.lower() in SUFFIXES), key=natural)
 
 
 def natural(path: Path) -> list[tuple[int, str]]:
     """Sorting key by which 2 comes before 10."""
     parts = re.split(r"(\d+)", path.name)
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def _depth(image: Image.Image) -> int:
+    """Bits of a grey value that is stored in 16: a TIFF may have fewer."""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    return int(tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn and mirror an image as its EXIF orientation says; damaged EXIF data say nothing."""
+    image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except BAD_EXIF:
+        return image
+    if orientation == 1:
+        return image
+    image.info = {name: value for name, value in image.info.items() if name == "transparency"}  # EXIF is not kept
+    return ImageOps.exif_transpose(image)
+
+
+def _rgb(image: Image.Image, depth: int, where: str) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 of an image of any mode. InputError: its values have no known range."""
+    if image.mode in ("I", "F"):
+        kind = "whole numbers" if image.mode == "I" else "floats"
+        raise InputError(
+            f"{where} has pixels of 32 bits ({kind}), whose range is not known; save it with 8 or 16 bits"
+        )
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        grey = (values >> (depth - 8)).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

@@ -1,18 +1,16 @@
 """Real footage as pairs: each frame is a target, and the events around it are simulated from the frames.
 
-A video file is read by its frames' own times; a folder of frames by the numbers in their names and `fps`.
+A video file is read by its frames' own times; a folder of frames by the numbers in their names and `fps`. A frame is
+blended into the next one; where that is much later than usual it is shown until then, as a player does.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
-from av.error import FFmpegError
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,6 +21,9 @@ from ray_app.events.simulator import EventSimulator, SimulatedEvents, SimulatorC
 from ray_app.events.windows import format_duration
 from ray_app.sources.base import RawPair, RejectedPair, SourceTask, file_identity, named_sequences, require_visible
 from ray_app.sources.images import images_in, read_image
+from ray_app.sources.recorded import file_name
+from ray_app.sources.video_decoder import Frame, video_frames
+from ray_app.sources.video_index import read_index
 
 CAMERA = SimulatorConfig(
     theta_on=0.1, theta_off=0.1, cutoff_hz=200.0, leak_rate_hz=0.1, shot_noise_hz=1.0, refractory_us=300
@@ -32,9 +33,11 @@ SUBSTEP_US = 10_000
 """Frames further apart than this are blended linearly in between; finer steps change counts by under 1 %."""
 LEAD_FRAMES = 5
 """Frames that the simulation runs through before a task's first window, to forget where it began."""
+LONG_GAP = 2.5
+"""A frame that is shown for longer than so many usual intervals holds until the next: it is not blended into it."""
 VIDEO_PAIRS_PER_TASK = 48
-
-Frame = NDArray[np.uint8]
+MOST_NUMBERS_EACH = 100
+"""With so many numbers for each image of a folder they are no numbers of frames, but times, say."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class VideoSource:
             "simulator": asdict(CAMERA),
             "substep_us": SUBSTEP_US,
             "lead_frames": LEAD_FRAMES,
+            "holds_after_usual_intervals": LONG_GAP,
             "event_image": "all events of the window as one image",
             "target": "the frame at the window's centre",
         }
@@ -80,31 +84,47 @@ class VideoSource:
         return [format_duration(self.duration_us)]
 
     def tasks(self) -> list[SourceTask]:
-        """One for each 48 pairs of a video. InputError: a video that cannot be opened, or is too short."""
-        tasks = []
+        """One for each 48 pairs of a video; one that cannot be used is a rejected pair. InputError: none can be."""
+        tasks, unusable = [], []
         for number, (name, path) in enumerate(named_sequences(self.files)):
-            times_us = frame_times(path, self.fps)
-            half = self.duration_us // 2
-            frames = [
-                i
-                for i in range(0, len(times_us), self.frame_stride)
-                if times_us[i] - half >= times_us[0] and times_us[i] - half + self.duration_us <= times_us[-1]
-            ]
-            if not frames:
-                length_us = times_us[-1] - times_us[0]
-                raise InputError(
-                    f"{path} has {len(times_us)} frames in {length_us / 1e6:.3f} s, too short for a window of "
-                    f"{format_duration(self.duration_us)}; take a shorter --duration"
-                )
+            try:
+                frames = self._frames_with_room(path)
+            except InputError as error:
+                unusable.append(error)
+                tasks.append(SourceTask(f"{file_name(name)}-00000", 1, {"video": number, "unusable": str(error)}))
+                continue
             for part, first in enumerate(range(0, len(frames), VIDEO_PAIRS_PER_TASK)):
                 mine = frames[first : first + VIDEO_PAIRS_PER_TASK]
-                spec = {"video": number, "frames": mine}
-                tasks.append(SourceTask(f"{name}-{part:04d}", len(mine), spec))
-        return tasks
+                tasks.append(
+                    SourceTask(f"{file_name(name)}-{part:05d}", len(mine), {"video": number, "frames": mine})
+                )
+        if len(unusable) == len(tasks):
+            raise unusable[0] if unusable else InputError("no video is named")
+        return sorted(tasks, key=lambda task: task.name)
+
+    def _frames_with_room(self, path: Path) -> list[int]:
+        """Return the frames whose windows are within their video. InputError: it cannot be read, or is too short."""
+        times_us = frame_times(path, self.fps)
+        half = self.duration_us // 2
+        frames = [
+            i
+            for i in range(0, len(times_us), self.frame_stride)
+            if times_us[i] - half >= times_us[0] and times_us[i] - half + self.duration_us <= times_us[-1]
+        ]
+        if not frames:
+            length_us = times_us[-1] - times_us[0]
+            raise InputError(
+                f"{path} has {len(times_us)} frames in {length_us / 1e6:.3f} s, too short for a window of "
+                f"{format_duration(self.duration_us)}; take a shorter --duration"
+            )
+        return frames
 
     def pairs(self, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
         """Return the task's pairs in order. A frame that is missing costs the pairs whose windows touch it."""
         name, path = named_sequences(self.files)[task.spec["video"]]
+        if "unusable" in task.spec:
+            yield RejectedPair(str(path), "the whole video", task.spec["unusable"])
+            return
         require_visible(path)
         wanted = task.spec["frames"]
         times_us = frame_times(path, self.fps)
@@ -114,7 +134,7 @@ class VideoSource:
         first = max(int(np.searchsorted(times_us, starts[wanted[0]], side="right")) - 1 - LEAD_FRAMES, 0)
         stop = int(np.searchsorted(times_us, last_end, side="left")) + 1
         rng = np.random.default_rng([self.seed, task.spec["video"], wanted[0]])
-        footage = _Footage(EventSimulator(CAMERA, self.height, self.width, rng), times_us)
+        footage = _Footage(EventSimulator(CAMERA, self.height, self.width, rng), times_us, self.duration_us)
         targets: dict[int, Frame] = {}
         pending = list(wanted)
         for i, frame in frames(path, first, stop):
@@ -124,9 +144,6 @@ class VideoSource:
             while pending and footage.until_us >= starts[pending[0]] + self.duration_us:
                 yield self._pair(name, path, pending[0], starts, targets, footage)
                 pending.pop(0)
-        for i in pending:
-            reason = f"the video ends before the window does: frame {footage.last} is the last of {len(times_us)}"
-            yield RejectedPair(str(path), f"frame {i}", reason)
 
     def _pair(
         self,
@@ -157,18 +174,21 @@ class VideoSource:
 class _Footage:
     """Events simulated along a video's frames, frame after frame."""
 
-    def __init__(self, simulator: EventSimulator, times_us: list[int]) -> None:
+    def __init__(self, simulator: EventSimulator, times_us: list[int], duration_us: int) -> None:
         self._simulator, self._times_us = simulator, times_us
+        self._usual_us = max(int(np.median(np.diff(times_us))), 1)
+        self._reach_us = duration_us + LEAD_FRAMES * self._usual_us
+        """How far windows of a frame reach, and what the simulation needs to forget where it began."""
         self._chunks: list[SimulatedEvents] = []
         self._flaws: list[tuple[int, int, str]] = []
         self._grey: NDArray[np.float32] | None = None
-        self.last = -1
+        self._shown = -1
+        """Number of the last frame that was good."""
         self.until_us = -1
 
     def add(self, i: int, frame: Frame | str) -> None:
-        """Return the next frame, or an error: then no window may reach from the one before to the next."""
+        """Take the next frame, or its error: then no window may reach from the one before to the next."""
         t_us = self._times_us[i]
-        self.last = i
         if isinstance(frame, str):
             before = self._times_us[max(i - 1, 0)]
             after = self._times_us[min(i + 1, len(self._times_us) - 1)]
@@ -181,13 +201,27 @@ class _Footage:
         if self._grey is None:
             simulator.start(grey, t_us, random_phase=True)
         else:
-            begin_us = simulator.t_us
-            substeps = -(-(t_us - begin_us) // SUBSTEP_US)
-            for k in range(1, substeps + 1):
-                share = np.float32(k / substeps)
-                blend = grey if k == substeps else self._grey * (1 - share) + grey * share
-                self._chunks.append(simulator.step(blend, begin_us + (t_us - begin_us) * k // substeps))
-        self._grey, self.until_us = grey, t_us
+            if self._shown == i - 1 and t_us - simulator.t_us > LONG_GAP * self._usual_us:
+                self._hold(self._grey, t_us - min(SUBSTEP_US, self._usual_us))
+            self._blend(self._grey, grey, t_us)
+        self._grey, self._shown, self.until_us = grey, i, t_us
+
+    def _blend(self, before: NDArray[np.float32], grey: NDArray[np.float32], t_us: int) -> None:
+        """Go from one picture to the next linearly."""
+        begin_us = self._simulator.t_us
+        substeps = -(-(t_us - begin_us) // SUBSTEP_US)
+        for k in range(1, substeps + 1):
+            share = np.float32(k / substeps)
+            blend = grey if k == substeps else before * (1 - share) + grey * share
+            self._chunks.append(self._simulator.step(blend, begin_us + (t_us - begin_us) * k // substeps))
+
+    def _hold(self, grey: NDArray[np.float32], until_us: int) -> None:
+        """Keep a picture; of a pause that is longer than windows reach, the middle is left out."""
+        simulator = self._simulator
+        if until_us - simulator.t_us > 2 * self._reach_us:
+            self._blend(grey, grey, simulator.t_us + self._reach_us)
+            simulator.start(grey, until_us - self._reach_us, random_phase=True)
+        self._blend(grey, grey, until_us)
 
     def time_us(self, i: int) -> int:
         """Return when a frame was taken."""
@@ -205,32 +239,30 @@ class _Footage:
 
 
 def frame_times(path: Path, fps: float | None) -> list[int]:
-    """Time of every frame in microseconds, from the container's index: nothing is decoded."""
+    """Time of every frame in microseconds from the first one on; nothing is decoded. InputError: see read_index."""
     if path.is_dir():
         if not fps:
             raise InputError(f"{path} is a folder of frames, whose rate is not known; give it with --fps")
         numbers = _numbered(path)
         return [round(1e6 * n / fps) for n in range(max(numbers) - min(numbers) + 1)]
-    stamps = _packets(path)
-    if fps:
-        return [round(1e6 * i / fps) for i in range(len(stamps))]
-    return [round(stamp * 1_000_000) for stamp in stamps]
+    times_us = read_index(path).times_us
+    return [round(1e6 * i / fps) for i in range(len(times_us))] if fps else list(times_us)
 
 
 def frames(path: Path, first: int, stop: int) -> Iterator[tuple[int, Frame | str]]:
-    """Yield (number, picture or error) from `first` on; ends early where the video does."""
-    if path.is_dir():
-        numbers = _numbered(path)
-        low = min(numbers)
-        for i in range(first, min(stop, max(numbers) - low + 1)):
-            try:
-                if low + i not in numbers:
-                    raise InputError(f"frame {low + i} is missing in {path}")
-                yield i, read_image(numbers[low + i])
-            except InputError as error:
-                yield i, str(error)
-    else:
-        yield from _decoded(path, first, stop)
+    """Yield (number, picture or error) of frames [first, stop), of as many as there are."""
+    if not path.is_dir():
+        yield from video_frames(path, first, min(stop, len(read_index(path).times_us)))
+        return
+    numbers = _numbered(path)
+    low = min(numbers)
+    for i in range(first, min(stop, max(numbers) - low + 1)):
+        try:
+            if low + i not in numbers:
+                raise InputError(f"frame {low + i} is missing in {path}")
+            yield i, read_image(numbers[low + i])
+        except InputError as error:
+            yield i, str(error)
 
 
 def identity(path: Path) -> dict[str, Any]:
@@ -250,40 +282,10 @@ def _numbered(folder: Path) -> dict[int, Path]:
         numbers[int(found[-1])] = path
     if not numbers:
         raise InputError(f"{folder} holds no image files")
+    low, high = min(numbers), max(numbers)
+    if high - low >= MOST_NUMBERS_EACH * len(numbers):
+        raise InputError(
+            f"{folder} holds {len(numbers)} images with numbers from {low} to {high}: that leaves out most of them; "
+            "number them in steps of 1"
+        )
     return numbers
-
-
-def _packets(path: Path) -> list[Fraction]:
-    """Presentation time of every frame in seconds, sorted. InputError: no video, or not a single frame."""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise InputError(f"{path} has no video stream")
-            stream = container.streams.video[0]
-            base = stream.time_base or Fraction(1, 1_000_000)
-            stamps = sorted({packet.pts for packet in container.demux(stream) if packet.pts is not None})
-    except (FFmpegError, OSError) as error:
-        raise InputError(f"{path} is no readable video: {error}") from error
-    if not stamps:
-        raise InputError(f"{path} holds no frame")
-    return [stamp * base for stamp in stamps]
-
-
-def _decoded(path: Path, first: int, stop: int) -> Iterator[tuple[int, Frame | str]]:
-    """Frames [first, stop) of a file, decoded from the key frame before; ends early where decoding does."""
-    number = {stamp: i for i, stamp in enumerate(_packets(path))}
-    stamps = list(number)
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.thread_count = 1  # Ray runs one task for each core
-            base = stream.time_base or Fraction(1, 1_000_000)
-            container.seek(int(stamps[first] / base), stream=stream, backward=True)
-            for frame in container.decode(stream):
-                i = number.get((frame.pts or 0) * base, -1)
-                if i >= stop:
-                    return
-                if i >= first:
-                    yield i, np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-    except (FFmpegError, OSError):
-        return  # the pairs that are missing then are rejected, each with the last frame there was

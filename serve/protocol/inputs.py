@@ -97,7 +97,7 @@ def require_pixels(spec: FeatureSpec, name: str) -> None:
 def decode_picture(data: bytes, name: str) -> NDArray[np.uint8]:
     """Decode an image file to (H, W, 3). ApiError 422: unreadable."""
     try:
-        return decode_image(data, f"the picture '{name}'", MAX_PICTURE_PIXELS)
+        return decode_image(data, f"the picture '{name}'", max_pixels=MAX_PICTURE_PIXELS)
     except InputError as error:
         raise ApiError(422, "image", f"{error}.") from error
 

@@ -14,7 +14,7 @@ FILES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
 STANDARD = set(sys.stdlib_module_names)
 
 LAYERS = (
-    {"errors", "datatypes"},
+    {"errors", "datatypes", "listing"},
     {"client_wire", "events", "core", "config", "scenes"},
     {"store", "sources"},
     {"encoders", "language_models", "drafters"},
@@ -44,6 +44,7 @@ SERVE_MAY = {"sources.npy", "sources.images", "events.render"}
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
     "datatypes": set(),
+    "listing": set(),
     "client_wire": {"numpy"},
     "client": {"numpy", "urllib3"},
     "events": {"numpy"},

@@ -99,6 +99,67 @@ def test_an_index_that_belongs_to_other_times_is_refused(own: DsecFiles) -> None
     }
 
 
+def test_values_that_hdf5_would_fill_in_are_refused_by_name(own: DsecFiles) -> None:
+    with h5py.File(own.events) as file:
+        x = file["events/x"][()]
+    half, outside = len(x) // 2, own.events.with_name("x.h5")
+    layout = h5py.VirtualLayout(x.shape, x.dtype)
+    layout[:half] = h5py.VirtualSource("x.h5", "first", (half,))
+    layout[half:] = h5py.VirtualSource("x.h5", "rest", (len(x) - half,))
+
+    def virtual(file: h5py.File) -> None:
+        del file["events/x"]
+        file.create_virtual_dataset("events/x", layout, fillvalue=3)
+
+    edit(own.events, virtual)
+    refuses(
+        own, r"'/events/x' is a virtual dataset, of which \d+ values lie in 'first' of 'x\.h5', where they are not"
+    )
+    with h5py.File(outside, "w") as file:
+        file["first"] = x[:half]
+    refuses(own, r"values lie in 'rest' of 'x\.h5'")
+    with h5py.File(outside, "a") as file:
+        file["rest"] = x[half:]
+    assert len(pairs_of(dsec(own.root, SECOND))) == 3, "with its sources it is read"
+    layout = h5py.VirtualLayout(x.shape, x.dtype)
+    layout[half:] = h5py.VirtualSource("x.h5", "rest", (len(x) - half,))
+    edit(own.events, virtual)
+    refuses(own, rf"has a source for {len(x) - half} of {len(x)} values only")
+
+
+def test_values_outside_the_file_and_blocks_that_were_never_written_are_refused(own: DsecFiles) -> None:
+    with h5py.File(own.events) as file:
+        count = len(file["events/x"])
+
+    def external(file: h5py.File) -> None:
+        del file["events/x"]
+        file.create_dataset("events/x", (count,), "u2", external=[("/etc/hostname", 0, 2 * count)])
+
+    def unwritten(file: h5py.File) -> None:
+        del file["events/x"]
+        file.create_dataset("events/x", (count,), "u2", chunks=(100,))[:100] = 1
+
+    edit(own.events, external)
+    refuses(own, "'/events/x' keeps its values outside, in '/etc/hostname'")
+    edit(own.events, unwritten)
+    refuses(own, r"'/events/x' holds 1 of its \d+ blocks; was its writing cut off?")
+
+
+def test_times_above_what_64_bits_hold_are_refused_with_the_number(own: DsecFiles) -> None:
+    with h5py.File(own.events) as file:
+        t = file["events/t"][()].astype(np.uint64)
+    edit(own.events, put("events/t", t + 2**63))
+    refuses(own, f"'t' holds {2**63 + int(t[0])}, which is above 2\\^63")
+
+
+def test_companions_of_macos_are_neither_frames_nor_sequences(own: DsecFiles) -> None:
+    before = len(pairs_of(dsec(own.root, SECOND)))
+    (own.images / "._000000.png").write_bytes(b"\0\5\x16\7")
+    (own.root / "._drive_events_left").write_bytes(b"\0\5\x16\7")
+    (own.root / ".DS_Store").write_bytes(b"")
+    assert len(pairs_of(dsec(own.root, SECOND))) == before
+
+
 def test_coordinates_outside_the_sensor_are_refused(own: DsecFiles) -> None:
     with h5py.File(own.events) as file:
         x = file["events/x"][()]

@@ -77,6 +77,36 @@ def test_each_unreadable_clip_costs_itself_alone(dataset: Path) -> None:
     assert len(found) == 8
 
 
+def test_companions_of_macos_are_neither_clips_nor_frames(dataset: Path) -> None:
+    before = everything(EventGptSource(dataset, 1_000_000, 500_000))
+    for path in [path for path in dataset.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    for folder in [path for path in dataset.rglob("*") if path.is_dir()]:
+        folder.with_name(f"._{folder.name}").write_bytes(b"\0\5\x16\7")
+        (folder / ".DS_Store").write_bytes(b"")
+        (folder / "Thumbs.db").write_bytes(b"")
+        (folder / "__MACOSX").mkdir()
+    after = everything(EventGptSource(dataset, 1_000_000, 500_000))
+    assert len(after) == len(before)
+    for one, other in zip(before, after, strict=True):
+        assert isinstance(one, RawPair)
+        assert isinstance(other, RawPair)
+        assert np.array_equal(one.target_HWC, other.target_HWC)
+        assert np.array_equal(one.event_HWC, other.event_HWC)
+
+
+def test_frames_and_event_images_are_turned_and_scaled_as_every_image_is(dataset: Path) -> None:
+    image, exif = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(12, 16)), Image.Exif()
+    exif[0x0112] = 6
+    image.save(dataset / "video/zurich/000010/000002.png", exif=exif)
+    deep = np.arange(192, dtype=np.uint16).reshape(12, 16) << 8
+    Image.fromarray(deep).save(dataset / "event_image/zurich/000010_2.png")
+    found = everything(EventGptSource(dataset, 1_000_000, 500_000))
+    (pair,) = [p for p in found if isinstance(p, RawPair) and (p.sequence, p.t_start_us) == ("zurich", 5_000_000)]
+    assert np.array_equal(pair.target_HWC[..., 0], np.rot90(np.asarray(image), -1))
+    assert np.array_equal(pair.event_HWC[..., 2], np.asarray(image))
+
+
 def test_a_folder_without_clips_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no clips"):
         EventGptSource(tmp_path, 1_000_000, 500_000).tasks()

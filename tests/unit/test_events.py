@@ -63,7 +63,14 @@ def test_images_hold_equal_counts_and_the_last_one_the_remainder() -> None:
         ({"x": [0, 40, 1]}, "x = 40 at event 1 is outside the sensor of 40 x 30"),
         ({"y": [0, 0, -1]}, "y = -1 at event 2"),
         ({"p": [0, 1, 2]}, "polarity 2 at event 2"),
+        ({"p": [-1, 0, 1]}, "polarity is 0 at event 1 and −1 at event 0; it must be 0 and 1, or −1 and 1"),
         ({"p": [0, 1]}, "differ in length"),
+        ({"t": np.array([1, 2, 2**63 + 5], np.uint64)}, f"t = {2**63 + 5} at event 2 is no time in microseconds"),
+        ({"t": np.array([2**63, 2**63 + 1, 2**63 + 2], np.uint64)}, f"t = {2**63} at event 0"),
+        (
+            {"t": [1_700_000_000_000_000_000 + i for i in range(3)]},
+            "t = 1700000000000000000 at event 0 .* nanoseconds",
+        ),
         ({"x": [0.5, 1.0, 2.0]}, "whole numbers"),
     ],
 )

@@ -12,9 +12,10 @@ from PIL import Image
 from recordings import read_events
 
 from ray_app.errors import InputError
+from ray_app.events.simulator import EventSimulator, SimulatorConfig
 from ray_app.sources.base import RawPair, RejectedPair, Source
 from ray_app.sources.npy import ArrayUnpickler, events_of, read_npy
-from ray_app.sources.video import VideoSource
+from ray_app.sources.video import SUBSTEP_US, VideoSource, _Footage
 
 
 def recording(n: int = 200, seed: int = 0) -> dict[str, Any]:
@@ -211,10 +212,62 @@ def test_a_video_that_ends_early_costs_the_pairs_after_its_end(video: Path, tmp_
     broken.write_bytes(data[:half] + bytes(data.index(b"moov") - half - 4) + data[data.index(b"moov") - 4 :])
     found = everything(source_of(broken))
     assert len(found) == FRAMES - 2
-    assert any(isinstance(item, RawPair) for item in found)
-    rejected = [item for item in found if isinstance(item, RejectedPair)]
-    assert rejected
-    assert "ends before the window does" in rejected[-1].reason
+    good, rejected = found[:10], found[-10:]
+    assert all(isinstance(item, RawPair) for item in good)
+    assert all("is damaged: Invalid data" in item.reason for item in rejected)
+
+
+def test_one_bad_video_costs_no_other(video: Path, frames: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.mp4").write_text("this is no video")
+    (tmp_path / "one").mkdir()
+    Image.fromarray(moving(0)).save(tmp_path / "one" / "1.png")
+    (tmp_path / "Thumbs.db").write_bytes(b"no data")
+    source = source_of(frames, tmp_path / "b.mp4", video, tmp_path / "one", tmp_path / "Thumbs.db", fps=25.0)
+    names = [task.name for task in source.tasks()]
+    assert names == sorted(set(names)), "in whatever order the files are named"
+    found = everything(source)
+    assert sum(isinstance(item, RawPair) for item in found) == 2 * (FRAMES - 2)
+    flaws = {item.position: item.reason for item in found if isinstance(item, RejectedPair)}
+    assert list(flaws) == ["the whole video"]
+    reasons = [item.reason for item in found if isinstance(item, RejectedPair)]
+    assert len(reasons) == 2
+    assert "no readable video" in reasons[0]
+    assert "has 1 frames in 0.000 s, too short" in reasons[1]
+    with pytest.raises(InputError, match="no readable video"):
+        source_of(tmp_path / "b.mp4", tmp_path / "one", fps=25.0).tasks()
+    with pytest.raises(InputError, match="no video is named"):
+        source_of(tmp_path / "Thumbs.db").tasks()
+
+
+def test_a_frame_holds_until_the_next_where_a_video_pauses() -> None:
+    # Frames 0 to 9 and 20 to 29 of 25 a second: between them the video pauses for 440 ms.
+    times = [40_000 * i for i in range(FRAMES) if not 10 <= i < 20]
+    light = np.linspace(40, 220, len(times))
+
+    def play(times_us: list[int]) -> np.ndarray:
+        simulator = EventSimulator(
+            SimulatorConfig(sigma=0.0, leak_rate_hz=0.0, shot_noise_hz=0.0), 8, 8, np.random.default_rng(0)
+        )
+        footage = _Footage(simulator, times_us, 50_000)
+        for i, level in enumerate(light):
+            footage.add(i, np.full((8, 8, 3), level, np.uint8))
+        return footage.take(0, times_us[-1] + 1, 8, 8).t_us
+
+    paused = play(times)
+    before, after = times[9], times[10]
+    assert not ((paused > before) & (paused <= after - SUBSTEP_US)).any(), "nothing moves while the picture holds"
+    assert ((paused > after - SUBSTEP_US) & (paused <= after)).any(), "and then the next one is there"
+    even = [120_000 * i for i in range(len(times))]
+    assert np.diff(play(even)).max() < 120_000, "a low rate is no pause: pictures are blended"
+    hours = [*times[:10], *(t + 3_600_000_000 for t in times[10:])]
+    assert len(play(hours)) == len(paused), "an hour's pause costs no more"
+
+
+def test_numbers_that_are_times_are_refused(tmp_path: Path) -> None:
+    for t_us in (1_700_000_000_000_000, 1_700_000_000_040_000):
+        Image.fromarray(moving(0)).save(tmp_path / f"{t_us}.png")
+    with pytest.raises(InputError, match=r"holds 2 images with numbers from 1700000000000000 to 1700000000040000"):
+        source_of(tmp_path, fps=25.0).tasks()
 
 
 def test_what_is_no_video_is_refused(tmp_path: Path, video: Path) -> None:

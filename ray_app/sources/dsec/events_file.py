@@ -7,7 +7,6 @@
 Times are whole microseconds of the common clock (with t_offset) everywhere outside this file.
 """
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_app.errors import InputError
-from ray_app.events.recording import Events
+from ray_app.events.recording import LATEST_US, Events
+from ray_app.sources.dsec.hdf5 import require_whole
 
 WIDTH, HEIGHT = 640, 480
 """Columns and rows of the event camera."""
@@ -87,8 +87,7 @@ class DsecEvents:
         for a in range(first, stop, EVENTS_AT_A_TIME):
             b = min(a + EVENTS_AT_A_TIME, stop)
             x, y, p, t = (self._read(name, a, b) for name in ("x", "y", "p", "t"))
-            t_us = t.astype(np.int64)
-            t_us += self.t_offset_us
+            t_us = self._signed("t", t) + self.t_offset_us
             yield Events.checked(x, y, t_us, p, WIDTH, HEIGHT, f"{self.path}, counted from event {a}")
 
     def silence(self, t_start_us: int, t_end_us: int, longest_us: int) -> tuple[int, int] | None:
@@ -117,17 +116,13 @@ class DsecEvents:
         """Return a dataset of whole numbers in one column, with its filter at hand."""
         try:
             dataset = self._file.get(name)
-            missing = [] if not isinstance(dataset, h5py.Dataset) else _missing_filters(dataset)
+            if isinstance(dataset, h5py.Dataset):
+                require_whole(dataset, self.path)
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise InputError(f"{self.path} is damaged: '{name}' cannot be found: {error}") from error
         if not isinstance(dataset, h5py.Dataset):
             why = "; the file is no events.h5 of DSEC, or was written incompletely"
             raise InputError(f"{self.path} has no '{name}'{why}")
-        if missing:
-            raise InputError(
-                f"{self.path}: '{name}' is compressed with the HDF5 filter {missing[0]}, which is not installed; "
-                "`pip install hdf5plugin` brings it"
-            )
         if dataset.ndim != 1 or not np.issubdtype(dataset.dtype, np.integer):
             raise InputError(
                 f"{self.path}: '{name}' must be one column of whole numbers, it has shape {dataset.shape} and type "
@@ -155,15 +150,17 @@ class DsecEvents:
                 f"{self.path}: ms_to_idx covers {len(self._ms)} ms, but the last event is at {last} µs of the file's "
                 "clock"
             )
-        if first + self.t_offset_us < 0 or last + self.t_offset_us >= 2**63:
+        if first + self.t_offset_us < 0 or last + self.t_offset_us >= LATEST_US:
             raise InputError(
                 f"{self.path}: with a t_offset of {self.t_offset_us} µs its times would go from "
-                f"{first + self.t_offset_us} to {last + self.t_offset_us} µs"
+                f"{first + self.t_offset_us} to {last + self.t_offset_us} µs; are they microseconds?"
             )
 
     def _offset(self) -> int:
         try:
             dataset = self._file.get("t_offset")
+            if isinstance(dataset, h5py.Dataset):
+                require_whole(dataset, self.path)
             value = np.asarray(0 if dataset is None else dataset[()])
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise InputError(f"{self.path} is damaged: t_offset cannot be read: {error}") from error
@@ -184,7 +181,7 @@ class DsecEvents:
 
     def _times(self, first: int, stop: int) -> NDArray[np.int64]:
         """Return times by the file's clock, wide enough to add t_offset. InputError: not in order."""
-        t = self._read("t", first, stop).astype(np.int64)
+        t = self._signed("t", self._read("t", first, stop))
         backwards = np.flatnonzero(np.diff(t) < 0)
         if backwards.size:
             i = int(backwards[0]) + 1
@@ -204,19 +201,12 @@ class DsecEvents:
 
     def _whole(self, dataset: h5py.Dataset) -> NDArray[np.int64]:
         try:
-            return dataset[()].astype(np.int64)
+            return self._signed("ms_to_idx", dataset[()])
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"{self.path} is damaged: '{dataset.name}' cannot be read: {error}") from error
 
-
-def _missing_filters(dataset: h5py.Dataset) -> list[int]:
-    """Numbers of the HDF5 filters that the dataset needs and that nothing here provides."""
-    plan = dataset.id.get_create_plist()
-    needed = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
-    missing = [number for number in needed if not h5py.h5z.filter_avail(number)]
-    if missing:
-        try:
-            importlib.import_module("hdf5plugin")  # registers Blosc, number 32001
-        except ImportError:
-            return missing
-    return [number for number in missing if not h5py.h5z.filter_avail(number)]
+    def _signed(self, name: str, values: NDArray[Any]) -> NDArray[np.int64]:
+        """Return a copy as int64. InputError: a value above 2^63."""
+        if values.dtype == np.uint64 and len(values) and (largest := values.max()) >= 2**63:
+            raise InputError(f"{self.path}: '{name}' holds {largest}, which is above 2^63")
+        return values.astype(np.int64)

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 
 from ray_app.errors import InputError
 from ray_app.events.camera_view import EventView, Pinhole, StereoCalibration, event_view
+from ray_app.listing import data_in
+from ray_app.sources.dsec.hdf5 import require_whole
 from ray_app.sources.images import read_image
 
 FRAME_SIZE = (1440, 1080)
@@ -53,7 +55,7 @@ class DsecSequence:
     def times_us(self) -> NDArray[np.int64]:
         """Image times, rising. InputError: not such a file, or not as many as frames."""
         times = _read_times(self.timestamps)
-        frames = sum(path.suffix == ".png" for path in self.images.iterdir())
+        frames = sum(path.suffix == ".png" for path in data_in(self.images))
         if frames != len(times):
             raise InputError(
                 f"{self.images} holds {frames} frames, but {self.timestamps} {len(times)} times; is a download "
@@ -174,6 +176,8 @@ def read_rectify_map(path: Path) -> NDArray[np.floating]:
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             dataset = file.get("rectify_map")
+            if isinstance(dataset, h5py.Dataset):
+                require_whole(dataset, path)
             array = dataset[()] if isinstance(dataset, h5py.Dataset) else np.zeros(0)
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise InputError(f"{path} is truncated or damaged: {error}") from error
@@ -200,7 +204,7 @@ def _names(folder: Path) -> list[str]:
     names = {
         entry.name.removesuffix(ending)
         for ending in ("_events_left", "_images_rectified_left", "_image_timestamps.txt")
-        for entry in folder.iterdir()
+        for entry in data_in(folder)
         if entry.name.endswith(ending) and entry.name != ending
     }
     if any((folder / part).exists() for part in ("events/left", "events_left", "images/timestamps.txt")):
@@ -211,11 +215,11 @@ def _names(folder: Path) -> list[str]:
 def _folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
-    entries = sorted(parent.iterdir())
-    for entry in entries:
+    found = data_in(parent)
+    for entry in found:
         if entry.is_symlink() and not entry.exists():
             raise InputError(_dead_link(entry))
-    return [entry for entry in entries if entry.is_dir()]
+    return [entry for entry in found if entry.is_dir()]
 
 
 def _dead_link(path: Path) -> str:

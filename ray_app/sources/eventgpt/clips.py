@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ray_app.errors import InputError
+from ray_app.listing import data_in
 from ray_app.sources.images import natural
 
 INSTRUCTIONS = "EventGPT_Instruction_Subset.json"
@@ -49,7 +50,7 @@ def found_clips(root: Path, event_bins: int) -> list[EventGptClip]:
     """Clips that any of the folders knows of, by sequence and number: what one of them lacks is found out later."""
     kinds = (image_folder(event_bins), "event_npy", "video")
     folders = [root / kind for kind in kinds]
-    sequences = {p.name for folder in folders if folder.is_dir() for p in folder.iterdir() if p.is_dir()}
+    sequences = {p.name for folder in folders for p in _entries(folder) if p.is_dir()}
     clips = []
     for sequence in sorted(sequences):
         image, npy, video = (_entries(folder / sequence) for folder in folders)
@@ -130,4 +131,4 @@ def _in_order(clips: Any) -> list[EventGptClip]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+    return data_in(folder) if folder.is_dir() else []

@@ -147,7 +147,8 @@ class EventGptSource:
         if last_us - first_us > self.duration_us + SLACK_US:
             raise InputError(
                 f"{npy}: its events span {(last_us - first_us) / 1000:.3f} ms, more than a clip of "
-                f"{format_duration(self.duration_us)}; give the clips' length with --duration"
+                f"{format_duration(self.duration_us)}; give the clips' length with --duration, and times in "
+                "microseconds, not nanoseconds"
             )
         start = content.get("time_start")
         if isinstance(start, int | np.integer):

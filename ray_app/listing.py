@@ -1,0 +1,16 @@
+"""Listings of folders as people have them: what macOS and Windows leave beside the files is no data."""
+
+from pathlib import Path
+
+LEFT_BY_SYSTEMS = {".ds_store", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"}
+"""Names that file managers write into any folder, in small letters."""
+
+
+def is_data(name: str) -> bool:
+    """Whether a file or folder of this name is somebody's: neither `._NAME`, macOS's companion of NAME, nor such."""
+    return not name.startswith("._") and name.lower() not in LEFT_BY_SYSTEMS
+
+
+def data_in(folder: Path) -> list[Path]:
+    """Return the files and folders of a folder that are data, sorted. OSError: as `Path.iterdir`."""
+    return sorted(path for path in folder.iterdir() if is_data(path.name))
