@@ -1,4 +1,4 @@
-"""Listings of folders as people have them: what macOS and Windows leave beside the files is no data."""
+"""Listings of folders as people have them: what macOS and Windows leave next to the files is no data."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ LEFT_BY_SYSTEMS = {".ds_store", "__macosx", "thumbs.db", "ehthumbs.db", "desktop
 
 
 def is_data(name: str) -> bool:
-    """Whether a file or folder of this name is somebody's: neither `._NAME`, macOS's companion of NAME, nor such."""
+    """True unless the system left the file or folder: as `._NAME`, macOS's companion of NAME, or by a name above."""
     return not name.startswith("._") and name.lower() not in LEFT_BY_SYSTEMS
 
 

@@ -33,7 +33,7 @@ class ClipWindow:
     frames: tuple[int, ...]
     """Numbers of its frames, T of them; a window with fewer repeats some, one with none has the frame before it."""
     unusable: str = ""
-    """Reason why the video has no window: then this stands for all of it."""
+    """Reason why the video has no window: then this is all that there is of it."""
 
 
 @dataclass(frozen=True, slots=True)

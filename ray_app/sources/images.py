@@ -25,7 +25,7 @@ FILE_FORMATS = (*FORMATS, "BMP", "TIFF")
 """Formats of files."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 BAD_EXIF = (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error, Warning)
-"""What Pillow raises for EXIF data that is damaged."""
+"""Errors of Pillow where EXIF data is damaged."""
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -63,7 +63,13 @@ def decode_image(
         raise InputError(
             f"{where} is no readable image: it is none of {', '.join(formats)}, or damaged at its beginning"
         ) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+        Warning,
+    ) as error:  # warnings can be errors
         raise InputError(f"{where} is no readable image: {error}") from error
 
 

@@ -1,6 +1,6 @@
 """Frames of a video file in the order in which they are shown, upright, each with its number or the reason it lacks.
 
-Every packet is given its place as its time before it is decoded: a frame then tells which packet it comes from,
+Every packet is given its place as its time before it is decoded: a frame then shows which packet it comes from,
 whatever the container says. Damage costs the frames that may build on it, up to the next key frame, and no more.
 """
 
@@ -188,8 +188,8 @@ class _Decoding:
 def _packets_from(path: Path, index: VideoIndex, group: int) -> Iterator[tuple[VideoStream, int, av.Packet | None]]:
     """Yield (track, place, packet) from a group's key packet on; at the end the place after the last, and None.
 
-    Containers seek as they can: MPEG-TS may land behind what was asked for. Where it landed is told by the first key
-    packet that is known.
+    Containers seek as they can: MPEG-TS may land behind what was asked for. Where it landed is known from the first
+    key packet that is in the index.
     """
     start = int(index.keys_G[group])
     for target in dict.fromkeys((*(group - back for back in GROUPS_BACK if back < group), 0)):

@@ -68,7 +68,7 @@ class VideoIndex:
     seeks_G: tuple[int | None, ...]
     """Times by which containers find the groups."""
     marks: dict[Mark, int]
-    """Places of the key packets that can be told from all others."""
+    """Places of the key packets that can be distinguished from all others."""
     losses: dict[int, int]
     """Groups that lost a frame on the way, each with the number of the frame before it."""
 
@@ -209,5 +209,5 @@ def _times_us(stamps: list[int], base: Fraction | None) -> tuple[int, ...]:
 def _counted_us(count: int, rate: Fraction | None, path: Path) -> tuple[int, ...]:
     """Return the times of so many frames at a rate. InputError: it is not known."""
     if not rate:
-        raise InputError(f"{path} tells neither when its frames are shown nor how many a second; convert it to MP4")
+        raise InputError(f"{path} has neither the times of its frames nor their rate; convert it to MP4")
     return tuple(round(i * 1_000_000 / rate) for i in range(count))

@@ -156,7 +156,7 @@ def test_a_lost_part_of_a_transport_stream_costs_the_frames_of_its_group(tmp_pat
     data = path.read_bytes()
     path.write_bytes(data[: 188 * 40] + data[188 * 43 :])
     numbers = seen(path)
-    assert any("incomplete in the file" in str(number) for number in numbers)
+    assert any("one is missing" in str(number) or "incomplete in the file" in str(number) for number in numbers)
     good = [number for number in numbers if not isinstance(number, str)]
     assert good == sorted(good)
     assert good[:5] == [0, 1, 2, 3, 4]
@@ -243,7 +243,9 @@ def test_what_holds_no_video_is_refused_by_name(tmp_path: Path) -> None:
     sound = tmp_path / "sound.wav"
     with av.open(str(tmp_path / "sound.mkv"), "w") as out:
         stream = out.add_stream("pcm_s16le", rate=8000)
-        out.mux(stream.encode(av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")))
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        out.mux(stream.encode(frame))
     sound.write_bytes((tmp_path / "sound.mkv").read_bytes())
     with pytest.raises(InputError, match=r"sound\.wav has no video stream"):
         read_index(sound)

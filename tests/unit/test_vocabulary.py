@@ -49,7 +49,11 @@ RETIRED = set(RETIRED_NAMES.split())
 def texts() -> list[Path]:
     """Files of the project that people read: code, configuration, pages."""
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    paths = [ROOT / name for name in names.splitlines() if not name.endswith((".json", ".gz", ".png", ".svg"))]
+    paths = [
+        ROOT / name
+        for name in names.splitlines()
+        if not name.endswith((".json", ".gz", ".png", ".svg", ".jpg", ".mp4", ".avi", ".ts"))
+    ]
     exempt = {ROOT / "CHANGELOG.md", ROOT / "constraints.txt", Path(__file__).resolve()}
     return [path for path in paths if path not in exempt and path.is_file()]
 

@@ -10,7 +10,7 @@ from ray_app.errors import InputError
 
 
 def require_whole(dataset: h5py.Dataset, path: Path) -> None:
-    """InputError: a filter is not installed, or a part of the values was never written or lies where it is not found.
+    """InputError: a filter is not installed, or a part of the values was never written or cannot be found.
 
     `path` is the dataset's file.
     """
