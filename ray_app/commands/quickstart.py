@@ -9,7 +9,8 @@ from ray_app.cluster.connection import cluster
 from ray_app.commands.evaluate.command import render_evaluate, run_evaluate
 from ray_app.commands.inspect.command import run_inspect
 from ray_app.commands.prepare.command import run_prepare
-from ray_app.commands.promote.command import render_outcome, run_promote
+from ray_app.commands.promote.command import run_promote
+from ray_app.commands.promote.promotion import render_outcome
 from ray_app.commands.train.command import run_train
 from ray_app.config.evaluate import EvaluateConfig, PromoteConfig
 from ray_app.config.prepare import InspectConfig, PrepareScenes

@@ -13,7 +13,7 @@ from mlflow_process import MlflowServer
 
 from ray_app.commands.promote import command as promote_module
 from ray_app.commands.promote.champions import alias_moves, predecessor, registry_warnings
-from ray_app.commands.promote.command import Challenger, register
+from ray_app.commands.promote.promotion import Challenger, register
 from ray_app.commands.promote.rollback import list_champions, roll_back
 from ray_app.config.evaluate import PromoteConfig
 from ray_app.errors import ConfigError, RegistryError
