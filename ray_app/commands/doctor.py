@@ -23,7 +23,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from ray_app.cluster.reachability import CONNECT_S, connection_error
 from ray_app.config.base import TrackingFlags
@@ -32,6 +32,7 @@ from ray_app.errors import ConfigError
 
 State = Literal["ok", "info", "warning", "problem"]
 STYLES: dict[State, str] = {"ok": "green", "info": "dim", "warning": "yellow", "problem": "bold red"}
+NAME_WIDTH = 14
 GIB = 2**30
 REQUIRED_PACKAGES = ("ray", "torch", "mlflow", "pyarrow")
 MIN_CPUS = 2
@@ -62,41 +63,41 @@ class DoctorCheck:
 
 
 def run_doctor(cfg: DoctorConfig) -> dict[str, Any]:
-    """All checks, in the order of the screen, and how many of them are a problem."""
-    checks = [
-        check_python(platform.python_version()),
-        *(check_package(name) for name in REQUIRED_PACKAGES),
-        check_cpus(len(os.sched_getaffinity(0)), os.cpu_count() or 1),
-        check_memory(memory_bytes()),
-        check_shm(Path("/dev/shm")),
-        check_disk(Path.cwd()),
-        check_gpu(),
-        check_tracking(cfg.tracking_uri),
-        check_ray(cfg.address or os.environ.get("RAY_ADDRESS")),
-        check_auth_mode(os.environ.get("RAY_AUTH_MODE")),
-        check_token(token_path(), fix=cfg.fix),
-    ]
-    return {"checks": [asdict(check) for check in checks], "problems": sum(c.state == "problem" for c in checks)}
+    """Show each check as soon as it is done: torch, MLflow and Ray take seconds. Return all, with the problems' number."""
+    console, checks = Console(), []
+    for check in all_checks(cfg):
+        show_check(check, console)
+        checks.append(asdict(check))
+    return {"checks": checks, "problems": sum(check["state"] == "problem" for check in checks)}
+
+
+def all_checks(cfg: DoctorConfig) -> Iterator[DoctorCheck]:
+    """Yield the checks in the order of the screen."""
+    yield check_python(platform.python_version())
+    yield from (check_package(name) for name in REQUIRED_PACKAGES)
+    yield check_cpus(len(os.sched_getaffinity(0)), os.cpu_count() or 1)
+    yield check_memory(memory_bytes())
+    yield check_shm(Path("/dev/shm"))
+    yield check_disk(Path.cwd())
+    yield check_gpu()
+    yield check_tracking(cfg.tracking_uri)
+    yield check_ray(cfg.address or os.environ.get("RAY_ADDRESS"))
+    yield check_auth_mode(os.environ.get("RAY_AUTH_MODE"))
+    yield check_token(token_path(), fix=cfg.fix)
+
+
+def show_check(check: DoctorCheck, console: Console) -> None:
+    """Print a line for a check, and the fix below one that needs it."""
+    line = Text.assemble(f"{check.name:<{NAME_WIDTH}} ", (f"{check.state:<8}", STYLES[check.state]), check.value)
+    console.print(line, soft_wrap=True)
+    if check.fix:
+        console.print(Text(f"{'':<{NAME_WIDTH + 9}}→ {check.fix}"), soft_wrap=True)
 
 
 def render_doctor(result: dict[str, Any], console: Console) -> None:
-    """Return a line for each check, and the fix below what needs one."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for column in ("name", "state"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("value", overflow="fold")
-    for check in result["checks"]:
-        table.add_row(check["name"], f"[{STYLES[check['state']]}]{check['state']}[/]", literal(check["value"]))
-        if check["fix"]:
-            table.add_row("", "", literal(f"→ {check['fix']}"))
-    console.print(table)
+    """Print how many problems there are; each check has its line already."""
     count = result["problems"]
     console.print(f"{count} problem{'' if count == 1 else 's'}", style="bold red" if count else "bold green")
-
-
-def literal(text: str) -> str:
-    """Return a text in which rich finds no markup."""
-    return text.replace("[", "\\[")
 
 
 def check_python(found: str) -> DoctorCheck:

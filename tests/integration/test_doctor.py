@@ -275,3 +275,18 @@ def test_the_exit_code_and_the_json_count_the_problems(token: Path, capfd: pytes
     assert "has 0600 now" in " ".join(out.split()), "wherever the table breaks the line"
     assert "0 problems" in out
     assert token.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_check_is_shown_before_the_slow_ones_begin(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert home.is_dir()
+    shown_before: list[str] = []
+
+    def gpu() -> DoctorCheck:
+        shown_before.extend(capfd.readouterr().out.split())
+        return DoctorCheck("GPU", "info", "none")
+
+    monkeypatch.setattr(doctor, "check_gpu", gpu)
+    cli.run(["doctor"])
+    assert {"python", "mlflow", "disk"} <= set(shown_before)
