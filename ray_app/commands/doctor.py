@@ -63,7 +63,7 @@ class DoctorCheck:
 
 
 def run_doctor(cfg: DoctorConfig) -> dict[str, Any]:
-    """Show each check as soon as it is done: torch, MLflow and Ray take seconds. Return all, with the problems' number."""
+    """Show each check as soon as it is done: torch, MLflow and Ray take seconds. Return all of them."""
     console, checks = Console(), []
     for check in all_checks(cfg):
         show_check(check, console)
