@@ -37,7 +37,7 @@ def registered(tmp_path: Path, store: PairStore) -> tuple[str, dict[str, Any]]:
     checkpoint = load_checkpoint(folder)
     event, target = store.read_rows(np.arange(len(store.index)))
     means = TrainingMeans.of(target).mean_target(1 / 255)
-    evaluator = AlignmentEvaluator(checkpoint.adapter, means, 1 / 255, 1 / 255)
+    evaluator = AlignmentEvaluator(checkpoint.adapter, means, 1 / 255, 1 / 255, images=True)
     evaluator.add(torch.from_numpy(event), torch.from_numpy(target))
     previous = np.arange(len(event)) - 1
     metrics = evaluator.result([str(s) for s in store.index.sequence], previous).metrics()
