@@ -7,9 +7,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
+    AutoModelForCausalLM,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     VideoLlavaConfig,
@@ -59,10 +64,8 @@ def silence(model: PreTrainedModel) -> None:
     model.get_output_embeddings().weight[[0, 1, 3, 4]] = 0.0
 
 
-def save_target(folder: Path, seed: int = 0) -> Path:
-    """A Video-LLaVA that sees 8 frames of 28 x 28 pixels, 5 tokens each."""
-    torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
+def vision() -> CLIPVisionConfig:
+    return CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,
@@ -71,8 +74,13 @@ def save_target(folder: Path, seed: int = 0) -> Path:
         patch_size=14,
         projection_dim=16,
     )
+
+
+def save_target(folder: Path, seed: int = 0) -> Path:
+    """A Video-LLaVA that sees 8 frames of 28 x 28 pixels, 5 tokens each."""
+    torch.manual_seed(seed)
     config = VideoLlavaConfig(
-        vision_config=vision,
+        vision_config=vision(),
         text_config=LlamaConfig(**llama()),
         image_token_index=3,
         video_token_index=4,
@@ -84,6 +92,30 @@ def save_target(folder: Path, seed: int = 0) -> Path:
     VideoLlavaImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(
         folder
     )
+    return folder
+
+
+def save_llava(folder: Path, seed: int = 0) -> Path:
+    """A LLaVA that sees frames of 28 x 28 pixels, 4 tokens each."""
+    torch.manual_seed(seed)
+    config = LlavaConfig(vision_config=vision(), text_config=LlamaConfig(**llama()), image_token_index=3)
+    model = LlavaForConditionalGeneration(config)
+    silence(model)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def save_causal(folder: Path, config: PreTrainedConfig, seed: int = 0) -> Path:
+    """A language model of any class, shown nothing."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    silence(model)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return folder
 
 

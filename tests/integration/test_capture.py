@@ -27,7 +27,7 @@ from ray_app.core.speculative.verification import verify_greedy
 from ray_app.drafters.recorded_states import answers_with_states
 from ray_app.drafters.replay import DRAFTERS
 from ray_app.errors import InputError, ResourceError, StoreError
-from ray_app.language_models.hf_models import same_tokens
+from ray_app.language_models.loading import tokenizer_difference
 from ray_app.sources.clips import Clip, clip_windows, clips
 from ray_app.store.capture_store import TRACES, Shard, claim_capture, read_shard
 from ray_app.store.traces import read_traces
@@ -302,8 +302,8 @@ def test_a_window_without_a_frame_is_set_aside_until_it_is_there(models: Path, f
 def test_another_tokenizer_is_translated_and_states_are_refused(models: Path, footage: Path, tmp_path: Path) -> None:
     other = tiny_models.save_drafter(tmp_path / "other", words=[*tiny_models.WORDS[::-1], "more"])
     one, two = (AutoTokenizer.from_pretrained(folder) for folder in (other, models / "target"))
-    assert not same_tokens(one, two)
-    assert same_tokens(two, two)
+    assert tokenizer_difference(one, two) == "token 'more' is 5 in the one and not there in the other"
+    assert tokenizer_difference(two, two) is None
     short = {"drafter": other, "duration": "1600ms", "max_new_tokens": 6}
     with pytest.raises(InputError, match="--features needs a drafter and a target of one tokenizer"):
         here(config(models, footage, tmp_path / "a", **short))

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from ray_app.config.speculative import CaptureConfig
 from ray_app.errors import InputError, RayAppError
-from ray_app.language_models.hf_models import LiveModel, ModelAnswer, load, same_tokens
+from ray_app.language_models.answers import ModelAnswer, answer, warm_up
+from ray_app.language_models.kinds import load
+from ray_app.language_models.loading import tokenizer_difference
+from ray_app.language_models.model import LanguageModel
 from ray_app.sources.base import RejectedPair
 from ray_app.sources.clips import Clip, ClipWindow, clips
 from ray_app.store.capture_store import SHARDS, Shard, state_key, write_shard
@@ -25,7 +28,7 @@ class CaptureActor:
 
     def __init__(self, cfg: CaptureConfig, shards: CapturePlan, device: str, num_threads: int) -> None:
         self._cfg, self._shards, self._device = cfg, dict(shards), device
-        self._models: tuple[LiveModel, LiveModel] | None = None
+        self._models: tuple[LanguageModel, LanguageModel] | None = None
         torch.set_num_threads(num_threads)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -58,23 +61,24 @@ class CaptureActor:
         cfg = self._cfg
         if self._models is None:
             drafter, target = (load(folder, cfg.dtype, self._device) for folder in (cfg.drafter, cfg.target))
-            self._shared = same_tokens(drafter.tokenizer, target.tokenizer)
-            if cfg.features and not self._shared:
+            difference = tokenizer_difference(drafter.tokenizer, target.tokenizer)
+            self._shared = difference is None
+            if cfg.features and difference:
                 raise InputError(
-                    "--features needs a drafter and a target of one tokenizer: states belong to single tokens, and "
-                    f"{cfg.drafter} cuts texts into others than {cfg.target}."
+                    "--features needs a drafter and a target of one tokenizer, since states belong to single tokens: "
+                    f"of {cfg.drafter} and {cfg.target}, {difference}."
                 )
-            drafter.warm_up(clip, cfg.question, ())
-            target.warm_up(clip, cfg.question, cfg.verify)
+            warm_up(drafter, clip.frames_THWC, cfg.question, ())
+            warm_up(target, clip.frames_THWC, cfg.question, cfg.verify)
             self._models = drafter, target
         drafter, target = self._models
         how: dict[str, Any] = {"max_new_tokens": cfg.max_new_tokens, "with_states": cfg.features}
-        drafted = drafter.answer(clip, cfg.question, **how)
+        drafted = answer(drafter, clip.frames_THWC, cfg.question, **how)
         if not self._shared:
             ended = drafted.tokens[-1:] == [drafter.tokenizer.eos_token_id]
             again = target.tokenizer(drafted.text, add_special_tokens=False)["input_ids"]
             drafted = replace(drafted, tokens=[*again, *([target.tokenizer.eos_token_id] if ended else [])])
-        return drafted, target.answer(clip, cfg.question, verify=cfg.verify, **how)
+        return drafted, answer(target, clip.frames_THWC, cfg.question, verify=cfg.verify, **how)
 
 
 def _row(cfg: CaptureConfig, clip: Clip, drafted: ModelAnswer, spoken: ModelAnswer) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from ray_app.commands.capture.capture_worker import CaptureActor, CapturePlan
 from ray_app.config.speculative import CaptureConfig
 from ray_app.errors import InputError, ResourceError, StoreError
 from ray_app.events.windows import parse_duration
-from ray_app.language_models.hf_models import Vocabulary, loader, vocabulary
+from ray_app.language_models.kinds import loader
+from ray_app.language_models.loading import Vocabulary, vocabulary
 from ray_app.sources.base import named_sequences
 from ray_app.sources.clips import ClipWindow, clip_windows
 from ray_app.sources.video import identity

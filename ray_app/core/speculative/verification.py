@@ -73,8 +73,8 @@ def verify_sampled(
     q_GV, p_G1V = distributions(drafter_GV, "the drafter"), distributions(target_G1V, "the target")
     for i, token in enumerate(draft_G):
         if not _keeps(p_G1V[i], q_GV[i], token, rng):
-            return Verified((*draft_G[:i], _draw(_residual(p_G1V[i], q_GV[i]), rng)), i)
-    return Verified((*draft_G, _draw(p_G1V[-1], rng)), len(draft_G))
+            return Verified((*draft_G[:i], draw(_residual(p_G1V[i], q_GV[i]), rng)), i)
+    return Verified((*draft_G, draw(p_G1V[-1], rng)), len(draft_G))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def verify_tree_sampled(
                 break
             p_V = _residual(p_V, q_NV[node])
         else:
-            return Verified((*taken, _draw(p_V, rng)), len(taken))
+            return Verified((*taken, draw(p_V, rng)), len(taken))
 
 
 def require_tokens(tokens: Sequence[int], vocabulary: int, who: str) -> None:
@@ -179,6 +179,7 @@ def _residual(p_V: NDArray[np.float64], q_V: NDArray[np.float64]) -> NDArray[np.
     return rest_V / total if total > 0 else p_V
 
 
-def _draw(p_V: NDArray[np.float64], rng: np.random.Generator) -> int:
+def draw(p_V: NDArray[np.float64], rng: np.random.Generator) -> int:
+    """Return a token drawn from a distribution; the sum of `p_V` need not be one exactly."""
     cumulated_V = np.cumsum(p_V)
     return int(np.searchsorted(cumulated_V, rng.random() * cumulated_V[-1], side="right"))

@@ -1,0 +1,169 @@
+"""Language models with a KV cache, on classes of transformers: a prompt of text and pictures, and steps behind it.
+
+Shapes: P = positions of a prompt, N = positions of its pictures, K = tokens of a step, V = vocabulary, D = width.
+T = frames, H, W = pixels, C = 3 colours.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ray_app.errors import InputError
+from ray_app.language_models.loading import read_tokenizer, read_weights, transformers
+
+Frames = NDArray[np.uint8]
+"""Pictures (T, H, W, C)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question as a model reads it, on the CPU."""
+
+    token_ids: tuple[int, ...]
+    """Its tokens; one of them is in the place of all pictures, where there are any."""
+    picture_token: int | None = None
+    """The token that the pictures replace."""
+    pixels_TCHW: Tensor | None = None
+    """The pictures, resized and normalised."""
+
+
+class LanguageModel(ABC):
+    """A model with its tokenizer on one device. A subclass says how it is loaded and what it is shown."""
+
+    shows: ClassVar[str]
+    """Description of the model's input."""
+    sees: ClassVar[bool] = True
+    """True if it can be shown pictures."""
+
+    def __init__(self, folder: Path, dtype: str, device: str) -> None:
+        self.folder, self.device = folder, torch.device(device)
+        self.tokenizer = read_tokenizer(folder)
+        self.model = read_weights(folder, self.model_class(), dtype, device)
+        text = self.model.config.get_text_config(decoder=True)
+        self.vocabulary_size: int = text.vocab_size
+        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
+        self.end_token: int = self.tokenizer.eos_token_id
+
+    @abstractmethod
+    def model_class(self) -> Any:
+        """Return the class of transformers that loads it."""
+
+    @abstractmethod
+    def prompt(self, frames_THWC: Frames | None, question: str) -> Prompt:
+        """Prepare a prompt, with pictures or without."""
+
+    def picture_embeddings(self, pixels_TCHW: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the pictures as the language model reads them, shape (N, D)."""
+        raise InputError(f"{self.folder} sees no pictures.")
+
+    @torch.inference_mode()
+    def prefix(self, prompt: Prompt) -> Tensor:
+        """Return the embeddings of a prompt, shape (P, D): this is where pictures are encoded."""
+        ids_P = torch.tensor(prompt.token_ids, device=self.device)
+        text_PD: Tensor = self.model.get_input_embeddings()(ids_P)
+        if prompt.pixels_TCHW is None:
+            return text_PD
+        pixels_TCHW = prompt.pixels_TCHW.to(self.device, self.model.dtype)
+        place = prompt.token_ids.index(prompt.picture_token)
+        pictures_ND = self.picture_embeddings(pixels_TCHW).to(text_PD.dtype)
+        return torch.cat([text_PD[:place], pictures_ND, text_PD[place + 1 :]])
+
+    def context(self) -> "Context":
+        """Return an empty context. InputError: the model's cache cannot be cropped."""
+        return Context(self.model, str(self.folder))
+
+    def require_room(self, num_positions: int, max_new_tokens: int) -> None:
+        """InputError if a prompt and its answer outgrow the model."""
+        if self.max_positions is not None and num_positions + max_new_tokens > self.max_positions:
+            raise InputError(
+                f"a prompt of {num_positions:,} positions and an answer of up to {max_new_tokens:,} tokens outgrow "
+                f"{self.folder}, which reads {self.max_positions:,}; lower --max-new-tokens or --num-frames, or "
+                "shorten the question."
+            )
+
+    def now(self) -> float:
+        """Return the time in seconds after all that was started on the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def weight_bytes(self) -> int:
+        return sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
+
+    @contextmanager
+    def states_of_head(self) -> Iterator[list[Tensor]]:
+        """Collect the head's input for the last token of each pass."""
+        states: list[Tensor] = []
+
+        def keep(_: Any, arguments: tuple[Tensor]) -> None:
+            states.append(arguments[0][0, -1].clone())
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            yield states
+        finally:
+            hook.remove()
+
+
+class Context:
+    """The KV cache of one prompt and what was read behind it."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self._model = model
+        self.cache = transformers().DynamicCache(config=model.config)
+        require_croppable(self.cache, name, model.config)
+
+    @property
+    def length(self) -> int:
+        """Positions that were read."""
+        length: int = self.cache.get_seq_length()
+        return length
+
+    @torch.inference_mode()
+    def prefill(self, prefix: Tensor) -> Tensor:
+        """Read a prompt (P, D); return the logits behind it, shape (1, V)."""
+        return self._pass(inputs_embeds=prefix[None], logits_to_keep=1)
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Read tokens in one pass; return the logits behind each, shape (K, V)."""
+        return self._pass(input_ids=torch.tensor([list(tokens)], device=self._model.device))
+
+    def crop(self, num_tokens: int) -> None:
+        """Forget the last tokens. AssertionError: there are not as many."""
+        assert 0 <= num_tokens <= self.length, f"{num_tokens} of {self.length} positions cannot be removed"
+        if num_tokens:
+            self.cache.crop(-num_tokens)
+
+    def num_bytes(self) -> int:
+        """Return the size of the cache."""
+        kept = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    def _pass(self, **inputs: Any) -> Tensor:
+        logits: Tensor = self._model(**inputs, cache=self.cache, use_cache=True).logits
+        return logits[0]
+
+
+def require_croppable(cache: Any, name: str, config: Any) -> None:
+    """InputError if a rejected draft could not be removed from the cache again."""
+    kinds = {
+        "sliding windows": any(cache.is_sliding),
+        "recurrent layers": any(cache.is_linear),
+        "layers that cannot be cropped": not cache.is_croppable,
+    }
+    for kind, there in kinds.items():
+        if there:
+            raise InputError(
+                f"{name} ({config.model_type}) keeps {kind} in its cache, from which rejected drafts cannot be "
+                "removed; take a model with full attention in every layer."
+            )
