@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ray_app.config import base, prepare, serve, train, tune
+from ray_app.config import base, decode, prepare, serve, train, tune
 from ray_app.config import evaluate as judge
 from ray_app.config import speculative as draft
 from ray_app.config import submit as jobs
@@ -152,6 +152,14 @@ COMMANDS: dict[str, Command] = {
         "capture CLIPS… --target DIR --drafter DIR --out TRACES",
         "record outputs of live models as traces for replay, with measured times",
         "clips",
+    ),
+    "decode": Command(
+        decode.DecodeConfig,
+        "decode.command",
+        "decode",
+        "decode SOURCE --target DIR --drafter NAME|DIR… --out DIR",
+        "decode live with drafters and without one, in turn, on the clock",
+        "source",
     ),
     "serve": Command(
         serve.ServeConfig,

@@ -56,11 +56,13 @@ class ReplayConfig(ClusterFlags):
     hidden_state and adapter. The baselines constant, positional and previous_window always run too."""
     num_speculative_tokens: Annotated[int, Field(ge=1, le=256)] = 8
     """Tokens drafted for each target pass (γ)."""
-    folds: Annotated[int, Field(ge=2)] = 5
+    folds: Annotated[int, Field(ge=1)] = 5
     """Number of parts of a file; each is replayed by drafters that learnt from the others. Parts are whole sequences
-    if all rows name theirs, else contiguous stretches."""
+    if all rows name theirs, else contiguous stretches. 1 replays the whole file as `decode` decoded it."""
     fold_gap: int = Field(default=20, ge=0)
     """Rows on either side of a stretch that are not learnt from, because windows overlap."""
+    learn_from: tuple[Path, ...] = ()
+    """Traces of other drives that drafters learn from first; needs --folds 1."""
     adapter: Path | None = None
     """Checkpoint that carries the drafter's states into the target's space, for the drafter `adapter`."""
     timing: Path | None = None

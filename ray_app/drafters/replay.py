@@ -81,8 +81,11 @@ def are_named(sequences: Sequence[str]) -> bool:
 def folds_of(sequences: Sequence[str], num_folds: int, gap: int) -> list[Fold]:
     """Folds of whole sequences where they `are_named`, which need no gap; else `contiguous_folds`.
 
-    The longest sequence goes first, each to the fold that has the fewest rows: at most as many folds as sequences.
+    One fold holds every row and leaves none to learn from. The longest sequence goes first, each to the fold that has
+    the fewest rows: at most as many folds as sequences.
     """
+    if num_folds == 1:
+        return [Fold((), range(len(sequences)))]
     sizes = Counter(sequences)
     if not are_named(sequences):
         return contiguous_folds(len(sequences), num_folds, gap)

@@ -78,7 +78,7 @@ class ModelProposer:
 
 
 class EarlyExit:
-    """The target's first layers with its own norm and head, the head for some ids alone: a drafter without weights."""
+    """The target's first layers with its own norm and head, the head for some ids only: it has no own weights."""
 
     def __init__(self, target: LanguageModel, num_layers: int, ids: Sequence[int]) -> None:
         """`ids`: tokens that may be drafted, such as those of earlier answers. InputError: no such layers."""

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from ray_app.errors import InputError, ResourceError
+from ray_app.store.atomic import sha256_file
 
 EXTRA = "pip install 'ray-app[capture]'"
 SAFE = {"local_files_only": True, "trust_remote_code": False}
+IDENTITY = ("config.json", "*.safetensors", "tokenizer*", "*processor_config.json")
+"""Files that decide what a model answers."""
 
 
 def transformers() -> ModuleType:
@@ -44,6 +47,12 @@ def read_config(folder: Path) -> dict[str, Any]:
             "with save_pretrained(..., safe_serialization=True)."
         )
     return config
+
+
+def model_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of a model's files by name."""
+    found = {path.name: path for pattern in IDENTITY for path in folder.glob(pattern)}
+    return {name: sha256_file(found[name]) for name in sorted(found)}
 
 
 def read_weights(folder: Path, kind: Any, dtype: str, device: str) -> Any:

@@ -116,6 +116,15 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Marked:
+    """A paragraph of pieces, each plain or coloured."""
+
+    pieces: Sequence[tuple[str, Literal["", "good", "bad"]]]
+    """Text and colour of each piece."""
+    block: str = field(default="marked", init=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """Blocks under a heading of their own: side by side with other groups, or folded away."""
 
@@ -126,7 +135,7 @@ class Group:
     block: Literal["group", "fold"] = "group"
 
 
-Block = Table | Facts | Figure | Pictures | Text | Group
+Block = Table | Facts | Figure | Pictures | Text | Marked | Group
 
 
 @dataclass(frozen=True, slots=True)

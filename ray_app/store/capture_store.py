@@ -29,16 +29,16 @@ SHARDS = "shards"
 ModelSide = Literal["draft", "target"]
 
 
-def claim_capture(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder ours. StoreError unless it is new, empty, or a capture of these very settings."""
-    path, text = folder / CAPTURE_SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n"
+def claim_capture(folder: Path, settings: Mapping[str, Any], name: str = CAPTURE_SETTINGS) -> None:
+    """Make the folder ours. StoreError unless it is new, empty, or has these very settings in its file `name`."""
+    path, text = folder / name, json.dumps(settings, indent=1, sort_keys=True) + "\n"
     if path.is_file():
         if path.read_text() != text:
             theirs = _json(path)
             differing = sorted(k for k in settings.keys() | theirs.keys() if settings.get(k) != theirs.get(k))
             raise StoreError(
-                f"{folder} holds a capture of other {', '.join(differing) or 'settings'}; repeat that command to go "
-                "on with it, or name another folder for --out."
+                f"{folder} holds a {path.stem} of other {', '.join(differing) or 'settings'}; repeat that command to "
+                "continue it, or name another folder for --out."
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StoreError(f"{folder} already holds something else; --out must be a new or empty folder.")

@@ -30,7 +30,12 @@ CAUSAL = {
         **SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
     ),
     "qwen2": Qwen2Config(
-        **SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
+        **SMALL,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
     ),
 }
 KINDS = (*CAUSAL, "video_llava", "llava")
@@ -92,15 +97,16 @@ def test_any_drafts_give_the_text_of_plain_decoding(kind: str, models: dict[str,
         made = decoded(model, drafts, gamma, length)
         assert made.tokens == plain[:length]
         assert all(each.accepted <= each.drafted <= each.gamma <= gamma for each in made.passes)
-        assert sum(each.accepted for each in made.passes) + len(made.passes) in (len(made.tokens), len(made.tokens) + 1)
+        assert sum(each.accepted for each in made.passes) + len(made.passes) in (
+            len(made.tokens),
+            len(made.tokens) + 1,
+        )
         if wrong == 0.0 and gamma > 2 and length == LENGTH:
             assert len(made.passes) < LENGTH
 
 
 @pytest.mark.parametrize("kind", ["llama", "video_llava"])
-def test_an_answer_ends_at_its_end_token_wherever_a_draft_has_it(
-    kind: str, models: dict[str, LanguageModel]
-) -> None:
+def test_an_answer_ends_at_its_end_token_wherever_a_draft_has_it(kind: str, models: dict[str, LanguageModel]) -> None:
     model = models[kind]
     plain = decoded(model, None).tokens
     for end in sorted(set(plain)):
@@ -129,7 +135,9 @@ def test_a_context_that_was_cropped_reads_on_as_one_that_never_read_more(
         context.crop(5)
         assert context.length == len(prefix_PD) + length
         for place in range(length, 10):
-            torch.testing.assert_close(context.step(text[place : place + 1])[0], expected_KV[place], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                context.step(text[place : place + 1])[0], expected_KV[place], atol=1e-4, rtol=1e-4
+            )
 
 
 @pytest.mark.parametrize("kind", ["llama", "video_llava", "gpt2"])
@@ -260,7 +268,9 @@ def test_sampled_texts_have_the_distribution_of_plain_sampling(drawn: bool, temp
     assert counts[expected == 0].sum() == 0
     likely = expected >= 5
     rest = (counts[~likely].sum() - expected[~likely].sum()) ** 2 / max(expected[~likely].sum(), 1e-9)
-    statistic = ((counts - expected)[likely] ** 2 / expected[likely]).sum() + (rest if (~likely & (expected > 0)).any() else 0)
+    statistic = ((counts - expected)[likely] ** 2 / expected[likely]).sum() + (
+        rest if (~likely & (expected > 0)).any() else 0
+    )
     freedom = int(likely.sum()) - 1 + bool((~likely & (expected > 0)).any())
     limit = freedom * (1 - 2 / (9 * freedom) + 2.326 * np.sqrt(2 / (9 * freedom))) ** 3
     assert statistic < limit
@@ -299,7 +309,10 @@ def test_models_that_draw_their_drafts_keep_the_target_s_distribution(
         )
         counts[made.tokens[0]] += 1
     likely = first_V * num_texts >= 5
-    seen, expected = np.append(counts[likely], counts[~likely].sum()), num_texts * np.append(first_V[likely], first_V[~likely].sum())
+    seen, expected = (
+        np.append(counts[likely], counts[~likely].sum()),
+        num_texts * np.append(first_V[likely], first_V[~likely].sum()),
+    )
     freedom = len(seen) - 1
     assert freedom > 3
     limit = freedom * (1 - 2 / (9 * freedom) + 2.326 * np.sqrt(2 / (9 * freedom))) ** 3
@@ -344,12 +357,12 @@ def test_a_context_that_outgrows_the_model_names_both_numbers(models: dict[str, 
         answer(models["gpt2"], None, QUESTION, max_new_tokens=125)
 
 
-def test_tokenizers_that_differ_are_both_named_with_a_token(
-    models: dict[str, LanguageModel], tmp_path: Path
-) -> None:
+def test_tokenizers_that_differ_are_both_named_with_a_token(models: dict[str, LanguageModel], tmp_path: Path) -> None:
     words = [*tiny_models.WORDS[:4], "other", *tiny_models.WORDS[4:]]
     other = load(tiny_models.save_drafter(tmp_path / "other", words=words), "float32", "cpu")
-    message = r"other cannot draft for .*llama: their tokenizers differ \(token 'is' is 10 in the one and 9 in the other"
+    message = (
+        r"other cannot draft for .*llama: their tokenizers differ \(token 'is' is 10 in the one and 9 in the other"
+    )
     with pytest.raises(InputError, match=message):
         require_same_tokens(other, models["llama"])
     require_same_tokens(models["gpt2"], models["llama"])

@@ -7,7 +7,6 @@ that is finished and holds is not captured again, so the same command continues 
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,17 +24,14 @@ from ray_app.config.speculative import CaptureConfig
 from ray_app.errors import InputError, ResourceError, StoreError
 from ray_app.events.windows import parse_duration
 from ray_app.language_models.kinds import loader
-from ray_app.language_models.loading import Vocabulary, vocabulary
+from ray_app.language_models.loading import Vocabulary, model_files, vocabulary
 from ray_app.sources.base import named_sequences
 from ray_app.sources.clips import ClipWindow, clip_windows
 from ray_app.sources.video import identity
-from ray_app.store.atomic import sha256_file
 from ray_app.store.capture_store import REJECTED_ROWS, SHARDS, TRACES, claim_capture, publish_capture, read_shard
 
 SHARD_ROWS = 16
 """Windows of a shard: what a kill costs each replica at most."""
-IDENTITY = ("config.json", "*.safetensors", "tokenizer*", "*processor_config.json")
-"""Files that decide what a model answers."""
 FEW_ROWS = 80
 """With fewer, the usual gap of `replay` leaves too little to learn from."""
 
@@ -180,14 +176,8 @@ def settings_of(cfg: CaptureConfig) -> dict[str, Any]:
         "verify": list(cfg.verify),
         "features": cfg.features,
         "dtype": cfg.dtype,
-        **{side: {"shown": loader(folder).shows, "files": _files(folder)} for side, folder in models.items()},
+        **{side: {"shown": loader(folder).shows, "files": model_files(folder)} for side, folder in models.items()},
     }
-
-
-def _files(folder: Path) -> dict[str, str]:
-    """SHA-256 of a model's files by name."""
-    found = {path.name: path for pattern in IDENTITY for path in folder.glob(pattern)}
-    return {name: sha256_file(found[name]) for name in sorted(found)}
 
 
 def _mean_times(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

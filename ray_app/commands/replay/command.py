@@ -71,6 +71,8 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
     unknown = [name for name in cfg.drafter if name not in DRAFTERS]
     if unknown:
         raise ConfigError(f"there is no drafter '{unknown[0]}'; there are: {', '.join(DRAFTERS)}.")
+    if cfg.learn_from and cfg.folds > 1:
+        raise ConfigError(f"--learn-from takes the place of folds; add --folds 1 (now {cfg.folds}).")
     files = read_files(cfg.traces, cfg.vocabulary, cfg.end_token)
     for name in cfg.drafter:
         _require_what_it_needs(cfg, files, name)
@@ -111,7 +113,7 @@ def run_replay(cfg: ReplayConfig) -> ReplayResult:
         behind=_behind(results),
         notes=tuple(_notes(cfg, files, timing)),
         rejected=tuple(damaged_lines(files)),
-        folds_by=_folds_by(files),
+        folds_by=_folds_by(cfg, files),
         html=cfg.html,
     )
     if cfg.html:
@@ -206,7 +208,9 @@ def _conditions(result: ReplayResult) -> str:
     )
 
 
-def _folds_by(files: Sequence[TraceFile]) -> str:
+def _folds_by(cfg: ReplayConfig, files: Sequence[TraceFile]) -> str:
+    if cfg.folds == 1:
+        return "all rows in order"
     named = {are_named([trace.sequence for trace in file.traces]) for file in files}
     whole, contiguous = "whole sequences", "contiguous, with a gap"
     if len(named) > 1:
@@ -220,7 +224,7 @@ def _require_what_it_needs(cfg: ReplayConfig, files: Sequence[TraceFile], name: 
     if drafter is AdapterDrafter and cfg.adapter is None:
         raise ConfigError("drafter 'adapter' needs --adapter CKPT, the checkpoint that carries the states over.")
     if drafter.needs_states:
-        for file in files:
+        for file in (*files, *read_files(cfg.learn_from, cfg.vocabulary, cfg.end_token)):
             require_states(file, f"drafter '{name}'")
 
 

@@ -16,7 +16,7 @@ from ray_app import errors
 from ray_app.cluster.connection import cluster
 from ray_app.config.speculative import ReplayConfig
 from ray_app.drafters.cost import StepTimes, row_cost
-from ray_app.drafters.recorded_states import answers, answers_with_states
+from ray_app.drafters.recorded_states import answers, answers_with_states, read_files
 from ray_app.drafters.replay import DRAFTERS, Fold, RowReplay, folds_of, replay_fold
 from ray_app.drafters.summary import ReplayedRow
 from ray_app.errors import CheckpointError, InputError
@@ -49,16 +49,20 @@ def replay_files(cfg: ReplayConfig, files: Sequence[TraceFile], names: list[str]
     tasks = [Task(n, fold, name) for name in names for n in range(len(files)) for fold in range(len(folds[n]))]
     gamma, vocabulary, adapter = cfg.num_speculative_tokens, cfg.vocabulary, cfg.adapter and cfg.adapter.absolute()
     files = [replace(file, path=file.path.absolute()) for file in files]  # workers have a folder of their own
+    earlier = read_files([path.absolute() for path in cfg.learn_from], vocabulary, cfg.end_token)
 
     def replay(item: dict[str, Any]) -> dict[str, Any]:
         task = tasks[item["task"]]
         drafter, file, fold = DRAFTERS[task.drafter](), files[task.file], folds[task.file][task.fold]
         try:
             # States are large: each task reads those that it needs.
-            rows = answers_with_states(file, adapter) if drafter.needs_states else answers(file)
+            rows, *others = [
+                answers_with_states(each, adapter) if drafter.needs_states else answers(each)
+                for each in (file, *earlier)
+            ]
             done = replay_fold(
                 drafter,
-                [rows[n] for n in fold.train],
+                [each for other in others for each in other] + [rows[n] for n in fold.train],
                 [rows[n] for n in fold.test],
                 gamma=gamma,
                 vocabulary=vocabulary,

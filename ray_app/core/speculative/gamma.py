@@ -5,8 +5,8 @@ For each γ the expected tokens of a pass are set against its expected time:
     tokens(γ) = 1 + (1 − e) · Σ_{i ≤ γ} a_1 ⋯ a_i
     time(γ)   = draft(γ) + e · pass(1) + (1 − e) · pass(1 + γ)
 
-e is the share of empty drafts, a_i the chance that token i of a draft is accepted if those before it were, pass(k) the
-time of a target pass over k tokens. All are running means, so that they follow a drive that changes.
+e is the share of empty drafts, a_i the chance that token i of a draft is accepted if those before it were, pass(k)
+the time of a target pass over k tokens. All are running means, so that they follow a drive that changes.
 """
 
 from collections.abc import Mapping

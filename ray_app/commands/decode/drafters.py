@@ -1,0 +1,219 @@
+"""Drafters of a run: rules that learn from answers, language models with the picture that each is shown, early exits.
+
+Each is one way to decode every row, next to plain decoding, which has no drafter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ray_app.commands.decode.inputs import RowPictures
+from ray_app.config.decode import DecodeConfig, Sees
+from ray_app.core.speculative.decoding import Proposal, Proposer, Sampled
+from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
+from ray_app.drafters.base import Drafter
+from ray_app.drafters.replay import DRAFTERS
+from ray_app.errors import ConfigError, InputError
+from ray_app.language_models.answers import answer
+from ray_app.language_models.drafting import EarlyExit, EarlyExitProposer, ModelProposer, require_same_tokens
+from ray_app.language_models.kinds import load, loader
+from ray_app.language_models.model import Context, Frames, LanguageModel
+
+EARLY_EXIT = "early_exit"
+NEED_ANSWERS = ("constant", "positional", "ngram")
+"""Drafters that know nothing but what they learn before the first row."""
+GREY = 127
+
+
+@dataclass(frozen=True, slots=True)
+class RowToDraft:
+    """What a drafter may know of a row before its answer."""
+
+    prompt: Prompt
+    """Question, and the event model's answer where the source has it."""
+    pictures: RowPictures
+    """Pictures of the row."""
+    other: RowPictures | None
+    """Pictures of another drive, where they are asked for."""
+    context: Context
+    """The target's own context of this row."""
+    prefix_PD: Tensor
+    """The prompt as the target reads it."""
+    sampled: Sampled | None
+    """How the target draws its tokens; None: greedily."""
+
+
+class RunDrafter(Protocol):
+    """One way to draft."""
+
+    name: str
+    """Its name in tables and files."""
+
+    def proposer(self, row: RowToDraft) -> Proposer:
+        """Start on a row. InputError: the row lacks the picture that is to be shown."""
+        ...
+
+    def update(self, prompt: Prompt, answer: Sequence[int]) -> None:
+        """Learn from an answer that is whole."""
+        ...
+
+    def own_answer(self, row: RowToDraft, max_new_tokens: int) -> tuple[list[int], dict[str, float]]:
+        """Return what it says by itself, before anything is verified, and the milliseconds of the stages."""
+        ...
+
+    def weight_bytes(self) -> int:
+        """Return the memory of weights that only it needs."""
+        ...
+
+
+class RuleDrafter:
+    """A drafter of `replay`."""
+
+    def __init__(self, name: str, drafter: Drafter) -> None:
+        self.name, self._drafter = name, drafter
+
+    def proposer(self, row: RowToDraft) -> Proposer:
+        drafter = self._drafter
+
+        class Rule:
+            def propose(self, accepted: Sequence[int], num_tokens: int) -> Proposal:
+                return Proposal(tuple(drafter.draft(row.prompt, accepted, num_tokens).tokens))
+
+        return Rule()
+
+    def update(self, prompt: Prompt, answer: Sequence[int]) -> None:
+        self._drafter.update(prompt, answer)
+
+    def own_answer(self, row: RowToDraft, max_new_tokens: int) -> tuple[list[int], dict[str, float]]:
+        return list(self._drafter.draft(row.prompt, (), max_new_tokens).tokens), {}
+
+    def weight_bytes(self) -> int:
+        return 0
+
+
+class ModelDrafter:
+    """A language model with the target's tokens, and one picture."""
+
+    def __init__(self, name: str, model: LanguageModel, sees: Sees, vocabulary_size: int) -> None:
+        self.name, self._model, self._sees, self._vocabulary_size = name, model, sees, vocabulary_size
+
+    def proposer(self, row: RowToDraft) -> Proposer:
+        frames_THWC = self._shown(row)
+        model, question = self._model, row.prompt.question
+        return ModelProposer(
+            model,
+            lambda: model.prefix(model.prompt(frames_THWC, question)),
+            self._vocabulary_size,
+            row.sampled,
+        )
+
+    def update(self, prompt: Prompt, answer: Sequence[int]) -> None:
+        pass
+
+    def own_answer(self, row: RowToDraft, max_new_tokens: int) -> tuple[list[int], dict[str, float]]:
+        said = answer(self._model, self._shown(row), row.prompt.question, max_new_tokens=max_new_tokens)
+        times = {"draft_prefill": said.prefill_ms}
+        return said.tokens, times | ({"draft_per_token": said.step_ms} if said.step_ms else {})
+
+    def weight_bytes(self) -> int:
+        return self._model.weight_bytes()
+
+    def _shown(self, row: RowToDraft) -> Frames | None:
+        match self._sees:
+            case "nothing":
+                return None
+            case "frames":
+                shown = row.pictures.frames_THWC
+            case "other":
+                assert row.other is not None
+                shown = row.other.frames_THWC if row.other.events_THWC is None else row.other.events_THWC
+            case _:
+                shown = row.pictures.events_THWC
+        if self._sees == "constant":
+            shown = row.pictures.frames_THWC if shown is None else shown
+            shown = None if shown is None else np.full_like(shown, GREY)
+        if shown is None:
+            raise InputError(f"the row has no picture for --drafter-sees {self._sees}")
+        return shown
+
+
+class EarlyExitDrafter:
+    """The target's own first layers."""
+
+    name = EARLY_EXIT
+
+    def __init__(self, early: EarlyExit, target: LanguageModel) -> None:
+        self._early, self._target = early, target
+
+    def proposer(self, row: RowToDraft) -> Proposer:
+        return EarlyExitProposer(self._early, row.context, row.prefix_PD, row.sampled)
+
+    def update(self, prompt: Prompt, answer: Sequence[int]) -> None:
+        pass
+
+    def own_answer(self, row: RowToDraft, max_new_tokens: int) -> tuple[list[int], dict[str, float]]:
+        context = self._target.context()
+        context.prefill(row.prefix_PD)
+        own = EarlyExitProposer(self._early, context, row.prefix_PD, None)
+        return list(own.propose((), max_new_tokens).tokens), {}
+
+    def weight_bytes(self) -> int:
+        return 0
+
+
+def require_drafters(cfg: DecodeConfig) -> None:
+    """ConfigError or InputError unless every drafter can be one, before a model is loaded."""
+    for name in cfg.drafter:
+        if name == EARLY_EXIT:
+            continue
+        if name in DRAFTERS:
+            if DRAFTERS[name].needs_states:
+                raise ConfigError(f"drafter '{name}' needs captured states; only `replay` has those.")
+            if name in NEED_ANSWERS and not cfg.learn_from:
+                raise ConfigError(
+                    f"drafter '{name}' drafts from the answers of other drives only; give --learn-from TRACES, for "
+                    "instance those of an earlier `decode` or `capture`, or take hybrid, which also learns online."
+                )
+            continue
+        if not Path(name).is_dir():
+            known = ", ".join((EARLY_EXIT, *(name for name, kind in DRAFTERS.items() if not kind.needs_states)))
+            raise ConfigError(f"there is no drafter '{name}', nor a folder of that name; there are: {known}.")
+        kind = loader(Path(name))
+        if not kind.sees and (shown := [sees for sees in cfg.drafter_sees if sees != "nothing"]):
+            raise InputError(f"{name} sees no pictures; leave --drafter-sees {shown[0]} out, or take `nothing`.")
+
+
+def run_drafters(
+    cfg: DecodeConfig, target: LanguageModel, answered: Sequence[AnsweredPrompt], device: str
+) -> list[RunDrafter]:
+    """Return every drafter of a run, fitted on earlier answers. InputError: tokenizers that differ."""
+    made: list[RunDrafter] = []
+    for name in cfg.drafter:
+        if name == EARLY_EXIT:
+            ids = {token for each in answered for token in each.answer} | {target.end_token}
+            every = range(target.vocabulary_size)
+            made.append(
+                EarlyExitDrafter(EarlyExit(target, cfg.exit_layers, list(ids if answered else every)), target)
+            )
+        elif name in DRAFTERS:
+            rule = DRAFTERS[name]()
+            rule.fit(answered)
+            made.append(RuleDrafter(name, rule))
+        else:
+            model = load(Path(name), cfg.dtype, device)
+            require_same_tokens(model, target)
+            model.context()
+            short = Path(name).name
+            many = len(cfg.drafter_sees) > 1 or model.sees
+            made += [
+                ModelDrafter(f"{short}-{sees}" if many else short, model, sees, target.vocabulary_size)
+                for sees in cfg.drafter_sees
+            ]
+    names = [drafter.name for drafter in made]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"two drafters are called {twice[0]}; name each once, and folders differently.")
+    return made
