@@ -55,9 +55,11 @@ def model_files(folder: Path) -> dict[str, str]:
     return {name: sha256_file(found[name]) for name in sorted(found)}
 
 
-def read_weights(folder: Path, kind: Any, dtype: str, device: str) -> Any:
+def read_weights(folder: Path, kind: Any, dtype: str, device: str, config: Any = None) -> Any:
     """Return the model of a class of transformers, for inference. InputError: weights that the class lacks."""
-    model, loaded = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **SAFE)
+    model, loaded = kind.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, config=config, **SAFE
+    )
     if absent := sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"]):
         raise InputError(  # the library would make them up
             f"{folder}: {len(absent)} weights of a {type(model).__name__} are missing or of another shape, "

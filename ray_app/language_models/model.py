@@ -46,8 +46,8 @@ class LanguageModel(ABC):
 
     def __init__(self, folder: Path, dtype: str, device: str) -> None:
         self.folder, self.device = folder, torch.device(device)
-        self.tokenizer = read_tokenizer(folder)
-        self.model = read_weights(folder, self.model_class(), dtype, device)
+        self.tokenizer = read_tokenizer(self.text_folder())
+        self.model = read_weights(self.text_folder(), self.model_class(), dtype, device, self.config())
         text = self.model.config.get_text_config(decoder=True)
         self.vocabulary_size: int = text.vocab_size
         self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
@@ -56,6 +56,14 @@ class LanguageModel(ABC):
     @abstractmethod
     def model_class(self) -> Any:
         """Return the class of transformers that loads it."""
+
+    def text_folder(self) -> Path:
+        """Return the folder of the language model's weights and tokenizer."""
+        return self.folder
+
+    def config(self) -> Any:
+        """Return the model's config where config.json is not one of transformers; else None."""
+        return None
 
     @abstractmethod
     def prompt(self, frames_THWC: Frames | None, question: str) -> Prompt:
@@ -68,14 +76,16 @@ class LanguageModel(ABC):
     @torch.inference_mode()
     def prefix(self, prompt: Prompt) -> Tensor:
         """Return the embeddings of a prompt, shape (P, D): this is where pictures are encoded."""
-        ids_P = torch.tensor(prompt.token_ids, device=self.device)
-        text_PD: Tensor = self.model.get_input_embeddings()(ids_P)
+        embed, ids = self.model.get_input_embeddings(), prompt.token_ids
         if prompt.pixels_TCHW is None:
-            return text_PD
-        pixels_TCHW = prompt.pixels_TCHW.to(self.device, self.model.dtype)
-        place = prompt.token_ids.index(prompt.picture_token)
-        pictures_ND = self.picture_embeddings(pixels_TCHW).to(text_PD.dtype)
-        return torch.cat([text_PD[:place], pictures_ND, text_PD[place + 1 :]])
+            whole_PD: Tensor = embed(torch.tensor(ids, device=self.device))
+            return whole_PD
+        place = ids.index(prompt.picture_token)
+        before_PD, after_PD = (
+            embed(torch.tensor(part, dtype=torch.long, device=self.device)) for part in (ids[:place], ids[place + 1 :])
+        )
+        pictures_ND = self.picture_embeddings(prompt.pixels_TCHW.to(self.device, self.model.dtype))
+        return torch.cat([before_PD, pictures_ND.to(before_PD.dtype), after_PD])
 
     def context(self) -> "Context":
         """Return an empty context. InputError: the model's cache cannot be cropped."""
