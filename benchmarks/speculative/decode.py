@@ -1,8 +1,8 @@
 """Live speculative decoding with SmolLM2-135M on the clock, one thread, next to plain decoding of the same rows.
 
-    python -m benchmarks.speculative.decode SMOLLM2 ../shared/data/tokens/dsec_test_1s_rows_0000-0699.jsonl
+    python -m benchmarks.speculative.decode SMOLLM2 ../shared/data/tokens/dsec_test_1s*.jsonl
 
-Prompts: each asks to rewrite what a 7B model said about one second of a real drive; following windows overlap by half,
+Prompts: each asks to rewrite what a 7B model said about a second of a real drive; following windows overlap by half,
 so that answers resemble those before. The first rows are learnt from, the next ones are decoded. Times are ratios
 within one run: the ways to decode a row take turns. Writes benchmarks/results/decode.json.
 """

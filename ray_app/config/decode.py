@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ray_app.config.base import ClusterFlags, Share
+from ray_app.config.base import ClusterFlags
 
 Sees = Literal["events", "frames", "constant", "other", "nothing"]
 """Pictures that a drafter is shown."""
@@ -41,7 +41,7 @@ class DecodeConfig(ClusterFlags):
     """online chooses γ for each pass from measured costs and acceptance, 0 if drafts do not pay; fixed keeps it."""
     temperature: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     """Temperature of sampling; 0 decodes greedily."""
-    top_p: Share | Literal[1.0] = 1.0
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample from the most likely tokens of this mass."""
     seed: int = Field(default=0, ge=0)
     """Seed of sampling."""

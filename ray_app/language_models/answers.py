@@ -3,7 +3,7 @@
 Shapes: T = tokens of an answer, D = width of a model's last hidden state.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,8 @@ def answer(
     encode_s = model.now() - began
     model.require_room(len(prefix_PD), max_new_tokens)
     context = model.context()
-    with model.states_of_head() if with_states else nullcontext([]) as states:
+    keeps: AbstractContextManager[list[Tensor]] = model.states_of_head() if with_states else nullcontext([])
+    with keeps as states:
         made = decode(
             context,
             prefix_PD,

@@ -82,7 +82,8 @@ class LanguageModel(ABC):
             return whole_PD
         place = ids.index(prompt.picture_token)
         before_PD, after_PD = (
-            embed(torch.tensor(part, dtype=torch.long, device=self.device)) for part in (ids[:place], ids[place + 1 :])
+            embed(torch.tensor(part, dtype=torch.long, device=self.device))
+            for part in (ids[:place], ids[place + 1 :])
         )
         pictures_ND = self.picture_embeddings(prompt.pixels_TCHW.to(self.device, self.model.dtype))
         return torch.cat([before_PD, pictures_ND.to(before_PD.dtype), after_PD])

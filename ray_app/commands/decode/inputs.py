@@ -58,8 +58,10 @@ class RowPictures:
 class DecodeInput(Protocol):
     """Rows of a source, and their pictures."""
 
-    rows: tuple[DecodeRow, ...]
-    """All rows, those of a sequence next to each other."""
+    @property
+    def rows(self) -> tuple[DecodeRow, ...]:
+        """All rows, those of a sequence next to each other."""
+        ...
 
     def read(self, rows: Sequence[DecodeRow]) -> Iterator[RowPictures | str]:
         """Yield the pictures of some rows of one sequence, or the reason why there are none."""
@@ -167,11 +169,8 @@ def open_input(cfg: DecodeConfig) -> DecodeInput:
     if first.suffix == ".jsonl" or (first / MANIFEST).is_file():
         if len(cfg.source) > 1:
             raise ConfigError(f"decode takes one store or one file of prompts; {len(cfg.source)} were given.")
-        found = _prompts(cfg, first) if first.suffix == ".jsonl" else _store(cfg, first)
-    else:
-        found = _clips(cfg)
-    count = cfg.max_rows or len(found.rows)
-    return replace(found, rows=found.rows[:count])
+        return _prompts(cfg, first) if first.suffix == ".jsonl" else _store(cfg, first)
+    return _clips(cfg)
 
 
 def other_row(rows: Sequence[DecodeRow], row: DecodeRow) -> DecodeRow:
@@ -206,7 +205,7 @@ def _clips(cfg: DecodeConfig) -> ClipInput:
         )
         for window in windows
     )
-    return ClipInput(rows, tuple(windows))
+    return ClipInput(rows[: cfg.max_rows or None], tuple(windows))
 
 
 def _store(cfg: DecodeConfig, path: Path) -> StoreInput:
@@ -232,7 +231,7 @@ def _store(cfg: DecodeConfig, path: Path) -> StoreInput:
         )
         for row, at in enumerate(order)
     )
-    return StoreInput(rows, store, tuple(order))
+    return StoreInput(rows[: cfg.max_rows or None], store, tuple(order))
 
 
 def _prompts(cfg: DecodeConfig, path: Path) -> PromptInput:
@@ -258,8 +257,5 @@ def _prompts(cfg: DecodeConfig, path: Path) -> PromptInput:
     ]
     seen = list(dict.fromkeys(row.sequence for row in rows))
     order = sorted(range(len(rows)), key=lambda row: seen.index(rows[row].sequence))
-    return PromptInput(
-        tuple(replace(rows[at], row=row) for row, at in enumerate(order)),
-        tuple(lines[at] for at in order),
-        path.absolute(),
-    )
+    ordered = tuple(replace(rows[at], row=row) for row, at in enumerate(order))
+    return PromptInput(ordered[: cfg.max_rows or None], tuple(lines[at] for at in order), path.absolute())

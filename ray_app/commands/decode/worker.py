@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ray_app.commands.decode.inputs import DecodeInput, DecodeRow, other_row
+from ray_app.commands.decode.inputs import DecodeInput, DecodeRow, RowPictures, other_row
 from ray_app.commands.decode.session import DecodeSession, OnPass
 from ray_app.config.decode import DecodeConfig
 from ray_app.core.speculative.prompts import AnsweredPrompt
@@ -100,14 +100,10 @@ def decode_lane(
         lines: list[dict[str, Any]] = []
         rejected: list[dict[str, Any]] = []
         for row, pictures in zip(shard.rows, data.read(shard.rows), strict=True):
-            other = None
             try:
                 if isinstance(pictures, str):
                     raise InputError(pictures)
-                if "other" in cfg.drafter_sees:
-                    (other,) = data.read([other_row(data.rows, row)])
-                    if isinstance(other, str):
-                        raise InputError(other)
+                other = _other(data, row) if "other" in cfg.drafter_sees else None
                 lines.append(session.decode(row, pictures, other, on_pass))
             except InputError as error:
                 rejected.append({"row": row.row, "id": row.id, "sequence": row.sequence, "reason": str(error)})
@@ -116,3 +112,12 @@ def decode_lane(
             if on_row is not None:
                 on_row(lines[-1])
         write_shard(Path(cfg.out), shard.name, Shard(lines, rejected), {})
+
+
+def _other(data: DecodeInput, row: DecodeRow) -> RowPictures:
+    """Return the pictures of a row of another drive. InputError: they cannot be read."""
+    other = other_row(data.rows, row)
+    (pictures,) = data.read([other])
+    if isinstance(pictures, str):
+        raise InputError(f"--drafter-sees other takes the pictures of row {other.row}, and {pictures}")
+    return pictures
