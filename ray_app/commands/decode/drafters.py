@@ -31,7 +31,7 @@ GREY = 127
 
 @dataclass(frozen=True, slots=True)
 class RowToDraft:
-    """What a drafter may know of a row before its answer."""
+    """Facts that a drafter may know of a row before its answer."""
 
     prompt: Prompt
     """Question, and the event model's answer where the source has it."""
