@@ -63,6 +63,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "tracking": {"mlflow", "sqlalchemy", "numpy"},
     "commands": {"numpy", "torch", "pyarrow", "ray", "rich", "PIL", "matplotlib"},
     "commands.tune": {"optuna", "yaml", "pydantic"},
+    "commands.decode": {"pydantic"},
     "commands.promote": {"mlflow"},
     "commands.import_checkpoint": {"mlflow"},
     "commands.sync": {"mlflow"},

@@ -14,7 +14,7 @@ from ray_app.core.speculative.metrics import DraftCounts, block_bootstrap
 Line = Mapping[str, Any]
 """Line of a decoded row, as in the shards."""
 
-SUMS = ("tokens", "passes", "drafted", "accepted", "plain_ms", "total_ms", "plain_decode_ms", "decode_ms")
+SUMMED = ("tokens", "passes", "drafted", "accepted", "plain_ms", "total_ms", "plain_decode_ms", "decode_ms")
 RATIOS = {
     "tokens_per_target_pass": ("tokens", "passes"),
     "draft_acceptance_rate": ("accepted", "drafted"),
@@ -98,7 +98,7 @@ def blocks_of(lines: Sequence[Line]) -> list[int]:
 
 def _ratios(lines: Sequence[Line], name: str, rng: np.random.Generator) -> dict[str, Any]:
     blocks = blocks_of(lines)
-    sums_SM = np.zeros((max(blocks) + 1, len(SUMS)))
+    sums_SM = np.zeros((max(blocks) + 1, len(SUMMED)))
     for block, line in zip(blocks, lines, strict=True):
         way, plain = line["drafters"][name], line["plain"]
         counts = counts_of(way)
@@ -122,7 +122,7 @@ def _ratios(lines: Sequence[Line], name: str, rng: np.random.Generator) -> dict[
 
 
 def _divide(total_KM: NDArray[np.float64]) -> NDArray[np.float64]:
-    columns = {name: total_KM[:, n] for n, name in enumerate(SUMS)}
+    columns = {name: total_KM[:, n] for n, name in enumerate(SUMMED)}
     return np.stack(
         [
             np.divide(columns[over], columns[under], out=np.zeros(len(total_KM)), where=columns[under] > 0)
