@@ -4,7 +4,6 @@ Values of a run or a YAML file become typed defaults of tyro's parser, in groups
 as words and parsed again. The command's frozen pydantic model then checks the whole once.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, fields, make_dataclass
 from difflib import get_close_matches
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
-import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -20,6 +18,7 @@ from ray_app.command_table import GROUPS, Command
 from ray_app.config.base import Config
 from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError
+from ray_app.parsing.yaml_text import parse_yaml
 
 COMMON = """\
 Every command also takes
@@ -170,21 +169,11 @@ def value_of(option: str, argv: Sequence[str]) -> str:
     return ""
 
 
-class SettingsLoader(yaml.SafeLoader):
-    """Read 1:8 as text, not as 68: YAML 1.1 reads it in base 60."""
-
-
-SettingsLoader.yaml_implicit_resolvers = yaml.SafeLoader.yaml_implicit_resolvers | {
-    digit: [("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$")), *yaml.SafeLoader.yaml_implicit_resolvers[digit]]
-    for digit in "0123456789"
-}
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return a file of `key: value` lines. ConfigError: it cannot be read, or holds something else."""
     try:
-        settings = yaml.load(path.read_text(), SettingsLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        settings = parse_yaml(path.read_text())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, such as `num_epochs: 3`")

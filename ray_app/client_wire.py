@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ray_app.datatypes import V2_DATATYPES
 from ray_app.errors import EndpointError, InputError
+from ray_app.parsing.json_text import parse_object
 
 Wire = Literal["binary", "json"]
 """`binary`: Open Inference Protocol v2, tensors as they are in memory. `json`: /v1, tensors in base64."""
@@ -57,10 +58,9 @@ class Reply:
     def json(self) -> dict[str, Any]:
         """Return the body as an object; empty where it is not a JSON object, so something else answered."""
         try:
-            document = json.loads(bytes(self.body))
+            return parse_object(self.body)
         except ValueError:
-            document = None
-        return document if isinstance(document, dict) else {}
+            return {}
 
 
 def check_arrays(name: str, tensor: NDArray[Any]) -> NDArray[Any]:
@@ -108,7 +108,7 @@ def binary_answer(reply: Reply) -> Answer:
     """Return the arrays of a v2 answer, as views of its body. EndpointError if it is no such answer."""
     try:
         start = int(reply.headers["inference-header-content-length"])
-        document = json.loads(bytes(reply.body[:start]))
+        document = parse_object(reply.body[:start])
         found: dict[str, NDArray[Any]] = {}
         for output in document["outputs"]:
             stop = start + output["parameters"]["binary_data_size"]

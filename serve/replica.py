@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from ray_app.config.serve import EndpointConfig
 
+from .decoding.pool import DecodePool
 from .http.auth import TokenStore
 from .http.routes import build_api
 from .model.batcher import Batcher
@@ -58,6 +59,7 @@ class ReplicaState:
             wait_s=cfg.batch_wait_timeout_ms / 1e3,
             observe=self.telemetry.batch,
         )
+        self.decoders = DecodePool()
         self.limits = Limits(self.model.features, cfg.max_batch)
         self.max_body_bytes = int(cfg.max_body_mib * MIB)
         self.max_json_bytes = int(min(cfg.max_json_mib, cfg.max_body_mib) * MIB)
@@ -95,6 +97,7 @@ class ReplicaState:
             with suppress(asyncio.CancelledError):
                 await self._reload_task
         self.batcher.close()
+        self.decoders.close()
         self.tracing.close()
 
     async def _reload_periodically(self) -> None:
@@ -186,9 +189,11 @@ class Replica:
         return self._state.telemetry.exposition(self._state.batcher.queued_rows).decode()
 
     def check_health(self) -> None:
-        """Raise if forward passes do not return. MLflow is not checked: its outage must not restart replicas."""
+        """Raise if a forward pass or a decoder is stuck. MLflow is not checked: its outage restarts no replica."""
         if not self._state.batcher.healthy():
             raise RuntimeError("the forward pass does not return")
+        if not self._state.decoders.healthy():
+            raise RuntimeError("decoder processes do not start or do not end")
 
 
 def threads_for(parameters: int, cpus: int) -> int:

@@ -1,7 +1,6 @@
 """Ray's job API with our errors: find the cluster, submit, follow across lost connections, tell how a job ended."""
 
 import asyncio
-import json
 import logging
 import os
 import shlex
@@ -17,6 +16,7 @@ from rich.console import Console
 from ray_app.cluster.reachability import connection_error
 from ray_app.core.back_off import back_off_s
 from ray_app.errors import ResourceError
+from ray_app.parsing.json_text import parse_object
 
 LOST_S = 600.0
 """A cluster that does not answer for so long is given up; its job is not."""
@@ -196,10 +196,9 @@ def as_object(line: str) -> dict[str, Any] | None:
     if not line.startswith("{"):
         return None
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError:
+        return parse_object(line)
+    except ValueError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def job_server(address: str | None) -> str:

@@ -3,7 +3,6 @@
 No code from a folder is run, nothing is unpickled, and nothing is fetched.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ray_app.errors import InputError, ResourceError
+from ray_app.parsing.json_text import parse_object
 from ray_app.store.atomic import sha256_file
 
 EXTRA = "pip install 'ray-app[capture]'"
@@ -36,11 +36,9 @@ def transformers() -> ModuleType:
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json. InputError: no model in the folder, or weights that are not safetensors."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = parse_object((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is no folder of a Hugging Face model: config.json cannot be read.") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{folder} is no folder of a Hugging Face model: config.json is not an object.")
     if not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{folder} has no weights in safetensors. Pickled ones (pytorch_model.bin) are not read: convert them "

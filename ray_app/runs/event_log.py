@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ray_app.errors import StoreError
+from ray_app.parsing.json_text import parse_object
 from ray_app.store.atomic import disk_errors
 
 EVENT_LOG = "events.jsonl"
@@ -131,7 +132,10 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
     text = body + b"}"
     if not mark or tail.rstrip(b"\n") != b'%08x"}' % zlib.crc32(text):
         raise StoreError(f"{where} is damaged: its checksum differs. Move the file away to continue without it.")
-    return json.loads(text)
+    try:
+        return parse_object(text)
+    except ValueError as error:
+        raise StoreError(f"{where} is damaged: {error}. Move the file away to continue without it.") from error
 
 
 def entries(run: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_app.errors import StoreError
+from ray_app.parsing.json_text import parse_object
 from ray_app.runs.event_log import EVENT_LOG
 from ray_app.store.atomic import CHECKSUMS_FILE, disk_errors, verify_folder, write_file
 from ray_app.store.checkpoint_transfer import download_dir, upload_dir
@@ -298,7 +299,7 @@ class Lease:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self._remote.read(self._name))
+            return parse_object(self._remote.read(self._name))
         except FileNotFoundError:
             return None
         except ValueError as error:  # half-written, where the file system does not write whole objects

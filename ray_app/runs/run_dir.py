@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_app.errors import CheckpointError, StoreError
+from ray_app.parsing.json_text import parse_object
 from ray_app.runs.event_log import POLL_S, EventLog, entries, require_latest_driver
 from ray_app.runs.mirror import InPlace, Mirror, scratch_dir
 from ray_app.store.atomic import disk_errors, partial_file
@@ -261,7 +262,7 @@ class RunDir:
     def _best_epoch_at(self, name: str) -> int:
         """Return the epoch that was the best when a checkpoint was saved; 0 if that is unknown."""
         try:
-            return json.loads(self.mirror.storage.read(f"{STATES}/{name}/training_state.json"))["counters"][
+            return parse_object(self.mirror.storage.read(f"{STATES}/{name}/training_state.json"))["counters"][
                 "best_epoch"
             ]
         except (OSError, ValueError, KeyError):  # damaged: nothing resumes from it
@@ -313,7 +314,7 @@ def validate_relative_path(folder: str) -> str:
 def run_metadata(storage: StorageDir) -> dict[str, Any]:
     """Return what a run was started with. StoreError: not a run."""
     try:
-        return json.loads(storage.read(RUN))
+        return parse_object(storage.read(RUN))
     except (OSError, ValueError) as error:
         raise StoreError(f"{storage} is not the folder of a run: {RUN} cannot be read ({error})") from error
 
@@ -321,7 +322,7 @@ def run_metadata(storage: StorageDir) -> dict[str, Any]:
 def best_name(storage: StorageDir) -> str | None:
     """Return the folder of a run's best checkpoint, None before the first epoch. CheckpointError: it is damaged."""
     try:
-        return validate_relative_path(json.loads(storage.read(BEST))["checkpoint"])
+        return validate_relative_path(parse_object(storage.read(BEST))["checkpoint"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -7,7 +7,6 @@ rows for each.
 Shapes: N = pairs, W = token width.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ray_app.errors import InputError
+from ray_app.parsing.json_text import parse_object
 
 BATCH_ROWS = 64
 """Rows of a table that are decoded at a time."""
@@ -158,7 +158,7 @@ def table_files(path: Path) -> list[Path]:
         )
     if (path / "state.json").is_file():
         try:
-            state = json.loads((path / "state.json").read_text())
+            state = parse_object((path / "state.json").read_bytes())
             files = [path / Path(item["filename"]).name for item in state["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path / 'state.json'} is not that of a saved data set: {error}") from error

@@ -15,6 +15,8 @@ from ray_app.errors import CheckpointError, StoreError
 
 CHECKSUMS_FILE = "MANIFEST.sha256"
 """List of checksums in a folder, such as a checkpoint."""
+MAX_CHECKSUMS_BYTES = 2**20
+"""Such a list has a few hundred bytes."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Errors of a full disk or quota, or of a file that is too large."""
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
@@ -130,7 +132,8 @@ def verify_folder(folder: Path) -> str:
     path = folder / CHECKSUMS_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {CHECKSUMS_FILE}.")
-    data = path.read_bytes()
+    with path.open("rb") as checksums:
+        data = checksums.read(MAX_CHECKSUMS_BYTES + 1)
     listed = parse_checksums(data, str(path))
     files = {file.name for file in folder.glob("[!.]*")}
     if unlisted := sorted(files - {CHECKSUMS_FILE, *listed}):  # a list that was cut at a line end
@@ -149,6 +152,6 @@ def verify_folder(folder: Path) -> str:
 def parse_checksums(data: bytes, where: str) -> dict[str, str]:
     """Return the SHA-256 of each file in a list of checksums. CheckpointError, naming `where`: not such a list."""
     lines = re.findall(rb"^([0-9a-f]{64})  ([A-Za-z0-9_.]+)$", data, re.MULTILINE)
-    if not lines or data != b"".join(b"%s  %s\n" % line for line in lines):
+    if not lines or len(data) > MAX_CHECKSUMS_BYTES or data != b"".join(b"%s  %s\n" % line for line in lines):
         raise CheckpointError(f"{where} is damaged: it is not a list of SHA-256 sums and file names.")
     return {name.decode(): sha256.decode() for sha256, name in lines}

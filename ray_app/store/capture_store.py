@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ray_app.errors import InputError, StoreError
+from ray_app.parsing.json_text import parse_object
 from ray_app.store.atomic import disk_errors, make_folder, sha256_bytes, sha256_file, write_file
 
 CAPTURE_SETTINGS = "capture.json"
@@ -80,7 +81,7 @@ def read_shard(folder: Path, name: str) -> Shard | None:
     except InputError:
         return None
     rows, rejected = (
-        [json.loads(line) for line in (shards / file).read_bytes().splitlines()]
+        [parse_object(line) for line in (shards / file).read_bytes().splitlines()]
         for file in (f"{name}.jsonl", f"{name}.rejected.jsonl")
     )
     return Shard(rows, rejected)
@@ -151,6 +152,6 @@ class StateReader:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return parse_object(path.read_bytes())
     except ValueError as error:
         raise StoreError(f"{path} is damaged; name another folder for --out.") from error

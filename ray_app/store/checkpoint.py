@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.registry import meta_adapter
 from ray_app.errors import CheckpointError, ConfigError
+from ray_app.parsing.json_text import parse_object
 from ray_app.store.atomic import CHECKSUMS_FILE, sha256_bytes, sha256_file, staged_folder, verify_folder
 from ray_app.store.golden import TOLERANCE, assembled, golden_answers, relative_errors, run_golden
 from ray_app.store.manifest import Features, require_same_features
@@ -27,6 +28,8 @@ from ray_app.store.manifest import Features, require_same_features
 MODEL = "model.safetensors"
 GOLDEN = "golden.safetensors"
 FORMAT = "ray_app checkpoint 1"
+SAFETENSORS_ERRORS = (OSError, SafetensorError, ValueError, RuntimeError, KeyError, AttributeError)
+"""Exceptions of a read from a damaged file, or of a type that torch lacks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +85,32 @@ def save_checkpoint(
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Verify every file, then read. CheckpointError names the bad file."""
     sha256 = verify_folder(folder)
-    config_json = _read_json(folder / "config.json")
+    config_json = read_document(folder / "config.json")
     if config_json.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / 'config.json'}: format {config_json.get('format')!r}, not {FORMAT!r}.")
+        found = config_json.get("format")
+        found = found[:40] if isinstance(found, str) else None
+        raise CheckpointError(f"{folder / 'config.json'}: format {found!r}, not {FORMAT!r}.")
     try:
         config = AdapterConfig.from_dict(config_json["adapter"])
         empty = meta_adapter(config)
         features = Features.model_validate(config_json["features"])
-    except (KeyError, ConfigError, ValidationError) as error:
+    except (KeyError, ConfigError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{folder / 'config.json'} cannot be used: features.{place}: {first['msg']}") from error
+    widths = (features.event.width, features.target.width)
+    if widths != (config.event_dim, config.target_dim):
+        raise CheckpointError(
+            f"{folder / 'config.json'} cannot be used: its features are {widths} wide, its adapter "
+            f"{(config.event_dim, config.target_dim)}."
+        )
     return Checkpoint(
         adapter=_adapter_from(folder / MODEL, empty),
         config=config,
-        metrics=_read_json(folder / "metrics.json"),
-        provenance=_read_json(folder / "provenance.json"),
+        metrics=read_document(folder / "metrics.json"),
+        provenance=read_document(folder / "provenance.json"),
         features=features,
         folder=folder,
         sha256=sha256,
@@ -114,12 +129,12 @@ def replay_golden(checkpoint: Checkpoint) -> None:
             "answers as it did then. Train it again, or save it again with this version."
         )
     try:
-        golden = load_file(path, backend="pread")
+        golden = read_tensors(path)
         event_GE, golden_GD = golden["event"], golden["aligned"]
         aligned_GD = run_golden(checkpoint.adapter, event_GE, checkpoint.features.event.scale)
         if not len(golden_GD) or aligned_GD.shape != golden_GD.shape:
             raise ValueError(f"{list(golden_GD.shape)} numbers, not {list(aligned_GD.shape)}")
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError, IndexError, ConfigError) as error:
         raise CheckpointError(f"{path} does not fit its config.json: {error}") from error
     same_G = (aligned_GD == golden_GD).all(dim=1)  # all zeros have no relative error
     for row, relative in enumerate(relative_errors(aligned_GD, golden_GD).tolist()):
@@ -139,9 +154,7 @@ def save_training_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mappi
 def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return (tensors by name, JSON values), verified. CheckpointError names the bad file."""
     verify_folder(folder)
-    return load_file(folder / "training_state.safetensors", backend="pread"), _read_json(
-        folder / "training_state.json"
-    )
+    return read_tensors(folder / "training_state.safetensors"), read_document(folder / "training_state.json")
 
 
 def _save(
@@ -161,14 +174,36 @@ def _save(
 
 
 def _adapter_from(path: Path, empty: Adapter) -> Adapter:
-    expected = {key: tuple(tensor.shape) for key, tensor in empty.state_dict().items()}
-    tensors = load_file(path, backend="pread")
-    actual = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    if expected != actual:
-        differing = sorted(k for k in expected | actual if expected.get(k) != actual.get(k))
-        raise CheckpointError(f"{path} does not fit its config.json: {', '.join(differing)} differ.")
+    expected = {key: list(tensor.shape) for key, tensor in empty.state_dict().items()}
+    actual = tensor_shapes(path)  # before a number is read
+    differing = sorted(k for k in expected | actual if expected.get(k) != actual.get(k))
+    tensors = {} if differing else read_tensors(path)
+    differing += [key for key, weight in empty.named_parameters() if tensors and tensors[key].dtype != weight.dtype]
+    if differing:
+        raise CheckpointError(f"{path} does not fit its config.json: {', '.join(differing)[:500]} differ.")
     return assembled(empty.config, tensors)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+def read_document(path: Path) -> dict[str, Any]:
+    """Return a JSON object of a checkpoint. CheckpointError: it is missing, no object, or cannot be read as JSON."""
+    try:
+        return parse_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Return the shapes of a safetensors file's tensors by name. CheckpointError: it is missing, or no such file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118, no mapping
+    except SAFETENSORS_ERRORS as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name. CheckpointError: it is missing, or no such file."""
+    try:
+        return load_file(path, backend="pread")
+    except SAFETENSORS_ERRORS as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error

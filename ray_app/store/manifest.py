@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import FailFast, Field, ValidationError
 
 from ray_app.config.base import Config
 from ray_app.errors import CheckpointError, StoreError
@@ -34,7 +34,7 @@ class FeatureSpec(Config):
 
     dtype: Literal["uint8", "float16", "bfloat16", "float32"]
     """Type of a stored number; bfloat16 is widened to float32 as it is read, which is exact."""
-    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, lt=2**40)], ...], Field(max_length=8), FailFast()]
     """Shape of one feature, for images (channels, height, width), for sequences (tokens, width)."""
     scale: float = Field(gt=0.0, allow_inf_nan=False)
     """Factor from a stored number to the value that an adapter sees."""

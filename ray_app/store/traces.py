@@ -5,7 +5,6 @@ temperature, do_sample, timing_ms, sequence and states. The rows of a file are o
 time.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ray_app.core.speculative.prompts import Prompt
 from ray_app.errors import InputError
+from ray_app.parsing.json_text import parse_json
 
 FIRST_WORD = re.compile(r"\w+")
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Milliseconds = Annotated[float, Field(gt=0.0)]
 
 
@@ -44,9 +44,11 @@ class Timing(BaseModel):
 class Trace(BaseModel):
     """One window's two outputs."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
-    row: Annotated[int, Field(ge=0)]
+    row: Annotated[int, Field(ge=0, lt=2**63)]
     """Place in the recording order."""
     question: str
     """Question to both models."""
@@ -184,19 +186,17 @@ def tokenizer_conflict(traces: list[Trace]) -> str | None:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}. Name a .jsonl file of traces.") from error
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            yield number, line
 
 
 def _trace(line: bytes, vocabulary: int, end_token: int) -> Trace:
     """InputError: the reason why the line is rejected."""
     try:
-        values: Any = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError is one too
+        values: Any = parse_json(line)
+    except ValueError as error:
         raise InputError("cut short, or not JSON") from error
     try:
         trace = Trace.model_validate(values)

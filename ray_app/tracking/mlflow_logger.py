@@ -24,6 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ray_app.config.base import TrackingFlags
 from ray_app.core.back_off import back_off_s
 from ray_app.errors import ConfigError, StoreError
+from ray_app.parsing.json_text import parse_object
 from ray_app.runs.event_log import EVENT_LOG, entries, parse_line, tail
 from ray_app.store.atomic import write_file
 from ray_app.tracking.artifacts import log_dataset, upload_artifacts
@@ -246,7 +247,7 @@ def send_points(client: MlflowClient, run: Path, uri: str, run_id: str) -> int:
 def acknowledged(run: Path) -> dict[str, Any]:
     """Return the content of `mlflow_sync.json`; 0 bytes if there is none."""
     try:
-        return {"bytes": 0, "ended": False} | json.loads((run / MLFLOW_SYNC).read_text())
+        return {"bytes": 0, "ended": False} | parse_object((run / MLFLOW_SYNC).read_bytes())
     except (OSError, ValueError):
         return {"bytes": 0, "ended": False}
 

@@ -8,17 +8,20 @@ import base64
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
+from ..decoding.job import DecodeJob
 from ..model.predict import InferenceRequest, InferenceResult, gathered
 from ..protocol.body import read_body
 from ..protocol.errors import ApiError
-from ..protocol.inputs import decode_picture, parse_request, pixels, png_of, rendered, require_pixels, rows_of
-from ..protocol.schemas import AlignRequest, Recording, VerifyRequest
+from ..protocol.inputs import decode_job, parse_request, pixels, png_of, require_pixels, rows_of
+from ..protocol.schemas import AlignRequest, Picture, Recording, VerifyRequest
 from .request import context_of
 
 if TYPE_CHECKING:
@@ -71,12 +74,18 @@ async def answer_request(request: Request, kind: type[AlignRequest], default: li
 async def read_request(request: Request, kind: type[AlignRequest]) -> tuple[AlignRequest, Tensor, Tensor | None]:
     """Return request, events and targets from JSON, or from the bare bytes of a picture or a recording."""
     replica, ctx = context_of(request)
+
+    async def decode(job: DecodeJob, data: bytes | memoryview) -> NDArray[np.uint8]:
+        return await replica.decoders.decode(job, data, ctx.timeout_s(replica.cfg.timeout_s))
+
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content_type in IMAGES | {EVENTS} and kind is AlignRequest:
         body = await read_body(ctx.headers, request.receive, replica.max_body_bytes)
         replica.telemetry.body(len(body))
         asked = from_query(request)
-        event_BE = await asyncio.to_thread(bare_event, replica, bytes(body), content_type)
+        spec = replica.limits.features.event
+        value = Picture(png="") if content_type in IMAGES else Recording(recording="")
+        event_BE = pixels(await decode(decode_job(spec, "event", value), body), spec)
         return asked, event_BE, None
     if content_type != "application/json":
         takes = ["application/json", *([*sorted(IMAGES), EVENTS] if kind is AlignRequest else [])]
@@ -88,7 +97,7 @@ async def read_request(request: Request, kind: type[AlignRequest]) -> tuple[Alig
     body = await read_body(ctx.headers, request.receive, replica.max_json_bytes)
     replica.telemetry.body(len(body))
     asked = await asyncio.to_thread(parse_request, body, kind)
-    return (asked, *await asyncio.to_thread(rows_of, asked, replica.limits))
+    return (asked, *await rows_of(asked, replica.limits, decode))
 
 
 def from_query(request: Request) -> AlignRequest:
@@ -104,14 +113,6 @@ def from_query(request: Request) -> AlignRequest:
     except ValidationError as error:
         first = error.errors()[0]
         raise ApiError(422, "field", f"?{first['loc'][0]}=: {first['msg']}.") from error
-
-
-def bare_event(replica: "ReplicaState", data: bytes, content_type: str) -> Tensor:
-    """Event row (1, E) of a picture's or a recording's bytes."""
-    spec = replica.limits.features.event
-    require_pixels(spec, "event")
-    image = decode_picture(data, "event") if content_type in IMAGES else rendered(data, Recording(recording=""))
-    return pixels(image, spec)
 
 
 def require_images(replica: "ReplicaState", wanted: list[str], target_BD: Tensor | None) -> None:

@@ -88,12 +88,14 @@ async def live(_: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """A model is in service and forward passes return. MLflow is not checked."""
+    """A model is in service, forward passes return, and decoders end. MLflow is not checked."""
     replica, _ = context_of(request)
     if replica.closing:
         raise ApiError(503, "draining", "this replica is shutting down; ask again, another one answers.")
     if not replica.batcher.healthy():
         raise ApiError(503, "not_ready", "the forward pass does not return; this replica will be replaced.")
+    if not replica.decoders.healthy():
+        raise ApiError(503, "not_ready", "pictures and recordings are not decoded; this replica will be replaced.")
     return JSONResponse({"ready": True})
 
 

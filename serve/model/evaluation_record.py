@@ -9,8 +9,9 @@ import numpy as np
 
 from ray_app.core.metrics import THETAS, rate_key
 from ray_app.errors import CheckpointError
+from ray_app.parsing.json_text import parse_json
 
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError)
 """Exceptions raised by values of an unexpected form."""
 
 
@@ -31,10 +32,10 @@ class EvaluationRecord:
 def read_evaluation_record(name: str, evaluation: str | None, metrics: Mapping[str, Any]) -> EvaluationRecord:
     """Parse the tag `evaluation` of a registered version and a checkpoint's metrics. CheckpointError: malformed."""
     try:
-        test, val = json.loads(evaluation) if evaluation else None, metrics.get("val")
+        test, val = parse_json(evaluation) if evaluation else None, metrics.get("val")
         val = {**val, "without_baselines": True} if val else None
         record = EvaluationRecord(test, val, acceptance_curve(test, val), drift_reference(test, val))
-        json.dumps([record.test, record.val], allow_nan=False)
+        json.dumps([record.test, record.val], allow_nan=False, ensure_ascii=False).encode()
     except MALFORMED as error:
         raise CheckpointError(
             f"{name}: its evaluation cannot be read ({type(error).__name__}: {error}); promote it again."
@@ -65,6 +66,8 @@ def drift_reference(test: dict[str, Any] | None, val: dict[str, Any] | None) -> 
             points = sorted(
                 (float(name.removeprefix("P")) / 100, float(value)) for name, value in percentiles.items()
             )
+            if not np.isfinite(points).all():
+                raise ValueError("a percentile is not finite")
             shares = np.diff([0.0, *(share for share, _ in points), 1.0])
             return part, np.array([value for _, value in points]), shares
     return None

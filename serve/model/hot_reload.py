@@ -11,6 +11,8 @@ from ray_app.errors import CheckpointError, RayAppError, RegistryError, StoreErr
 from .loaded_model import Identity, ServedModel, load_served
 from .model_source import ModelSource
 
+MAX_REASON = 2000
+"""Characters of a reason that are kept."""
 ReloadOutcome = Literal["swapped", "unchanged", "refused", "unreachable"]
 
 
@@ -65,7 +67,7 @@ class ModelReloader:
                 return "unreachable"
             except CheckpointError as error:
                 identity = Identity("unknown", "", getattr(self.source, "uri", "checkpoint"))
-                self.refused = RejectedModel(identity, datetime.now(UTC), str(error))
+                self.refused = RejectedModel(identity, datetime.now(UTC), reason_of(error))
                 return "refused"
             self.watch = WatchStatus(last_checked=datetime.now(UTC))
             if same_model(identity, self.model.identity):
@@ -79,8 +81,8 @@ class ModelReloader:
             except (RegistryError, StoreError) as error:  # lost during the download: the next check tries again
                 self.watch = WatchStatus(self.watch.last_checked, self.watch.failures + 1, str(error))
                 return "unreachable"
-            except (RayAppError, RuntimeError, OSError, ValueError, KeyError) as error:
-                self.refused = RejectedModel(identity, datetime.now(UTC), str(error))
+            except Exception as error:  # whatever its files hold, the model in service stays
+                self.refused = RejectedModel(identity, datetime.now(UTC), reason_of(error))
                 return "refused"
             self.model, self.refused = model, None
             self.since = datetime.now(UTC)
@@ -109,6 +111,12 @@ class ModelReloader:
             "at": iso_time(self.refused.at),
             "reason": self.refused.reason,
         }
+
+
+def reason_of(error: Exception) -> str:
+    """Reason for a refusal, as text that JSON can hold, of a bounded length."""
+    text = str(error) if isinstance(error, RayAppError) else f"{type(error).__name__}: {error}"
+    return text[:MAX_REASON].encode("utf-8", "replace").decode()
 
 
 def same_model(a: Identity, b: Identity) -> bool:

@@ -113,6 +113,7 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
             "files were changed after promotion. Promote it again."
         )
     replay_golden(checkpoint)
+    require_provenance(checkpoint)
     device = torch.device("cuda" if use_gpu else "cpu")
     chosen = chosen_precision(precision, device)
     parameters = num_parameters(checkpoint.adapter)
@@ -136,6 +137,14 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
         for rows in (1, max_batch):  # kernels and buffers are created at first use
             model.forward(torch.rand(rows, model.config.event_dim))
     return model
+
+
+def require_provenance(checkpoint: Checkpoint) -> None:
+    """CheckpointError unless what `/v1/model` shows of provenance.json is text or missing."""
+    for key in ("run", "dataset_fingerprint"):
+        value = checkpoint.provenance.get(key)
+        if value is not None and not (isinstance(value, str) and value.isprintable()):
+            raise CheckpointError(f"{checkpoint.folder / 'provenance.json'} cannot be used: '{key}' is no text.")
 
 
 def optimise_for_device(checkpoint: Checkpoint, precision: Precision, device: torch.device) -> Adapter:

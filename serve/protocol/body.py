@@ -1,7 +1,5 @@
 """A request's body: bytes bounded as they arrive and as they are inflated, JSON bounded in depth, without NaN."""
 
-import json
-import re
 import zlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -10,6 +8,8 @@ import numpy as np
 import torch
 from starlette.types import Receive
 from torch import Tensor
+
+from ray_app.parsing.json_text import NestedTooDeep, parse_json
 
 from .errors import ApiError
 
@@ -20,7 +20,6 @@ DRAIN_FACTOR = 4
 WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 MAX_DEPTH = 16
 """Nesting of lists and objects in JSON."""
-STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 JSON_TYPES = {
     dict: "an object",
     list: "a list",
@@ -109,30 +108,15 @@ def too_large(size: str, limit: int) -> ApiError:
 
 def parse_object(data: memoryview) -> dict[str, Any]:
     """Parse a JSON object. ApiError 400: not JSON, nested deeper than `MAX_DEPTH`, NaN or Infinity, not an object."""
-    if (nesting := depth(data)) > MAX_DEPTH and (nesting := depth(STRING.sub(b'""', data))) > MAX_DEPTH:
-        raise ApiError(
-            400, "json_depth", f"the JSON is nested {nesting} deep, the limit is {MAX_DEPTH}; make it flatter."
-        )
     try:
-        value = json.loads(bytes(data).decode(), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "bad_json", f"the body is not JSON: {error}") from error
+        value = parse_json(data, MAX_DEPTH, nan=False)
+    except NestedTooDeep as error:
+        raise ApiError(400, "json_depth", f"the JSON cannot be read: {error}; make it flatter.") from error
+    except ValueError as error:
+        raise ApiError(400, "bad_json", f"the body is not JSON that can be read: {error}") from error
     if not isinstance(value, dict):
         raise ApiError(400, "bad_json", f'the JSON is {json_type_name(value)}, not an object; write {{"event": …}}.')
     return value
-
-
-def depth(data: memoryview | bytes) -> int:
-    """Nesting depth of brackets, those inside strings included.
-
-    Up to `MAX_DEPTH` opening brackets their number is returned instead: nesting cannot be deeper.
-    """
-    text = bytes(data)
-    if (opened := text.count(b"[") + text.count(b"{")) <= MAX_DEPTH:
-        return opened
-    byte = np.frombuffer(data, np.uint8) & ~np.uint8(32)  # [ { and ] } differ in this bit
-    brackets = byte[(byte == 0x5B) | (byte == 0x5D)]
-    return int(np.cumsum(np.where(brackets == 0x5B, 1, -1)).max(initial=0))
 
 
 def number_rows(value: Any, width: int, name: str) -> Tensor:
@@ -150,11 +134,14 @@ def number_rows(value: Any, width: int, name: str) -> Tensor:
         if not set(map(type, row)) <= {int, float}:
             wrong = next(item for item in row if type(item) not in (int, float))
             raise ApiError(422, "dtype", f"'{name}' row {i} contains {json_type_name(wrong)} among its numbers.")
+    values = np.empty((len(rows), width), np.float32)
     try:
         with np.errstate(over="ignore"):
-            return torch.from_numpy(np.array(rows, np.float64).astype(np.float32))
+            for i, row in enumerate(rows):  # row by row, so that no second copy of all is made
+                values[i] = np.array(row, np.float64)
     except OverflowError as error:
         raise ApiError(422, "not_finite", f"'{name}' contains a whole number beyond float64.") from error
+    return torch.from_numpy(values)
 
 
 def json_type_name(value: Any) -> str:
@@ -168,7 +155,3 @@ def parse_theta(value: Any) -> float:
         shown = value if type(value) in (int, float) and abs(value) < 1e6 else json_type_name(value)
         raise ApiError(422, "theta", f"theta is {shown}; it must be a number from -1 to 1, for instance 0.8.")
     return float(value)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")

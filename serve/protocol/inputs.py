@@ -3,10 +3,11 @@
 Shapes: B = pairs, W = width of a feature, H, W = rows and columns of a picture, N = events.
 """
 
+import asyncio
 import base64
 import binascii
 import io
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,21 +17,16 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from ray_app.errors import InputError
-from ray_app.events.render import equal_counts, event_image
-from ray_app.sources.images import decode_image, resized
-from ray_app.sources.npy import EVENT_COLUMNS, events_of, parse_npy
 from ray_app.store.manifest import FeatureSpec
 
+from ..decoding.job import DecodeJob
 from .body import number_rows, parse_object
 from .errors import ApiError
 from .open_inference import Limits, raw_rows, same_rows
 from .schemas import AlignRequest, Picture, RawTensor, Recording
 
-NUM_IMAGES = 5
-"""Event images per recording, by equal event count; the middle one is the event feature."""
-MAX_PICTURE_PIXELS = 2**24
-"""Largest number of pixels in a picture: 16.8 million."""
+Decode = Callable[[DecodeJob, bytes], Awaitable[NDArray[np.uint8]]]
+"""Decodes a picture or recording in another process."""
 
 
 def parse_request(body: memoryview, kind: type[AlignRequest]) -> AlignRequest:
@@ -50,25 +46,28 @@ def code_of(error: Mapping[str, Any]) -> str:
     return "theta" if error["loc"] and error["loc"][0] == "theta" else "field"
 
 
-def rows_of(request: AlignRequest, limits: Limits) -> tuple[Tensor, Tensor | None]:
+async def rows_of(request: AlignRequest, limits: Limits, decode: Decode) -> tuple[Tensor, Tensor | None]:
     """Events (B, E) and targets (B, D) in the types in which they were sent. ApiError 4xx: they do not fit."""
-    event_BE = _rows(request.event, "event", limits)
-    target_BD = None if request.target is None else _rows(request.target, "target", limits)
+    event_BE = await _rows(request.event, "event", limits, decode)
+    target_BD = None if request.target is None else await _rows(request.target, "target", limits, decode)
     same_rows(event_BE, target_BD)
     return event_BE, target_BD
 
 
-def _rows(value: Any, name: str, limits: Limits) -> Tensor:
+async def _rows(value: Any, name: str, limits: Limits, decode: Decode) -> Tensor:
+    if not isinstance(value, Picture | Recording):
+        return await asyncio.to_thread(_numbers, value, name, limits)
+    spec: FeatureSpec = getattr(limits.features, name)
+    job = decode_job(spec, name, value)
+    text = value.png if isinstance(value, Picture) else value.recording
+    return pixels(await decode(job, await asyncio.to_thread(unbase64, text, name)), spec)
+
+
+def _numbers(value: Any, name: str, limits: Limits) -> Tensor:
     spec: FeatureSpec = getattr(limits.features, name)
     if isinstance(value, RawTensor):
         data = memoryview(bytearray(unbase64(value.data, name)))
         return raw_rows(data, value.datatype, value.shape, name, limits)
-    if isinstance(value, Picture):
-        require_pixels(spec, name)
-        return pixels(decode_picture(unbase64(value.png, name), name), spec)
-    if isinstance(value, Recording):
-        require_pixels(spec, name)
-        return pixels(rendered(unbase64(value.recording, name), value), spec)
     if len(value) > limits.max_batch:
         raise ApiError(
             422,
@@ -86,6 +85,15 @@ def unbase64(text: str, name: str) -> bytes:
         raise ApiError(422, "base64", f"'{name}' is not base64: {error}.") from error
 
 
+def decode_job(spec: FeatureSpec, name: str, value: Picture | Recording) -> DecodeJob:
+    """Return what a decoder is asked for. ApiError 422 unless the model's features are images."""
+    require_pixels(spec, name)
+    rows, columns = spec.shape[1:]
+    if isinstance(value, Picture):
+        return DecodeJob("image", rows, columns, name=name)
+    return DecodeJob("recording", rows, columns, (value.width, value.height), value.part == "middle", name)
+
+
 def require_pixels(spec: FeatureSpec, name: str) -> None:
     """ApiError 422 unless the model's features are images."""
     if len(spec.shape) != 3 or spec.shape[0] != 3:
@@ -94,34 +102,9 @@ def require_pixels(spec: FeatureSpec, name: str) -> None:
         )
 
 
-def decode_picture(data: bytes, name: str) -> NDArray[np.uint8]:
-    """Decode an image file to (H, W, 3). ApiError 422: unreadable."""
-    try:
-        return decode_image(data, f"the picture '{name}'", max_pixels=MAX_PICTURE_PIXELS)
-    except InputError as error:
-        raise ApiError(422, "image", f"{error}.") from error
-
-
-def rendered(data: bytes, how: Recording) -> NDArray[np.uint8]:
-    """Render the event image of a recording, (H, W, 3). ApiError 422: damaged, or outside of the sensor."""
-    what = "the recording"
-    try:
-        content = parse_npy(data, what)
-        for name in EVENT_COLUMNS:  # an array that claims more than was sent would be filled here
-            column = content.get(name)
-            if column is not None and not (isinstance(column, np.ndarray) and column.nbytes <= len(data)):
-                raise InputError(f"{what}: '{name}' is not a plain array of the bytes sent")
-        events = events_of(content, how.width, how.height, what)
-        if how.part == "middle":
-            events = equal_counts(events, NUM_IMAGES)[NUM_IMAGES // 2]
-        return event_image(events)
-    except InputError as error:
-        raise ApiError(422, "recording", f"{error}.") from error
-
-
-def pixels(image_HWC: NDArray[np.uint8], spec: FeatureSpec) -> Tensor:
+def pixels(image_CHW: NDArray[np.uint8], spec: FeatureSpec) -> Tensor:
     """Row (1, W) of an image: uint8 as event images are stored, or values from 0 to 1 for other features."""
-    row = torch.from_numpy(resized(image_HWC, *spec.shape[1:]).reshape(1, -1).copy())
+    row = torch.from_numpy(image_CHW.reshape(1, -1))
     return row if spec.dtype == "uint8" else row.float() / 255
 
 

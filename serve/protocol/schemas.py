@@ -5,7 +5,7 @@ Shapes: B = pairs, W = width of a feature.
 
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, with_config
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainValidator, Tag, with_config
 from typing_extensions import TypedDict
 
 from ray_app.datatypes import Datatype
@@ -42,7 +42,7 @@ class Recording(Strict):
     """Events of one sensor, rendered as event images: the last event of a pixel wins."""
 
     recording: str
-    """Base64 of an .npy file: a dictionary of the arrays x, y, t (µs) and p."""
+    """Base64 of an .npz file of the arrays x, y, t (µs) and p, or of an .npy file of a dictionary of them."""
     width: Annotated[int, Field(ge=1, le=4096)] = 640
     """Columns of the sensor."""
     height: Annotated[int, Field(ge=1, le=4096)] = 480
@@ -58,7 +58,14 @@ def form(value: Any) -> str:
     return "rows"
 
 
-NumberRows = Annotated[list[list[float]], Field(min_length=1)]
+def lists(value: Any) -> Any:
+    """Return rows as they are, unread and uncopied. ValueError: no list of lists."""
+    if not isinstance(value, list) or not value or not all(type(row) is list for row in value):
+        raise ValueError("must be a list of rows, each a list of numbers")
+    return value
+
+
+NumberRows = Annotated[list[list[float]], PlainValidator(lists, json_schema_input_type=list[list[float]])]
 Event = Annotated[
     Annotated[NumberRows, Tag("rows")]
     | Annotated[RawTensor, Tag("data")]

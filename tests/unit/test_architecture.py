@@ -14,7 +14,7 @@ FILES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
 STANDARD = set(sys.stdlib_module_names)
 
 LAYERS = (
-    {"errors", "datatypes", "listing"},
+    {"errors", "datatypes", "listing", "parsing"},
     {"client_wire", "events", "core", "config", "scenes"},
     {"store", "sources"},
     {"encoders", "language_models", "drafters"},
@@ -35,16 +35,18 @@ RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 ONLY = {
     "client": {"client_wire", "errors"},
     "command_table": {"config"},
-    "serve": {"datatypes", "tracking", "store", "core", "sources", "events", "encoders", "config", "errors"},
+    "serve": {"datatypes", "tracking", "store", "core", "sources", "events", "encoders", "config", "errors"}
+    | {"parsing"},
 }
 """Layers of ours that these may import, whatever their row."""
-SERVE_MAY = {"sources.npy", "sources.images", "events.render"}
+SERVE_MAY = {"sources.npy", "sources.npz", "sources.images", "events.render"}
 """What turns a recording or a picture into a feature, as `prepare` does: the endpoint needs no more of these two."""
 
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
     "datatypes": set(),
     "listing": set(),
+    "parsing": {"yaml"},
     "client_wire": {"numpy"},
     "client": {"numpy", "urllib3"},
     "events": {"numpy"},

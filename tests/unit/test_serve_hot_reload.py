@@ -16,7 +16,7 @@ import pytest
 from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, make_checkpoint, wait_for
 from mlflow import MlflowClient
 
-from ray_app.store.atomic import sha256_bytes, verify_folder
+from ray_app.store.atomic import CHECKSUMS_FILE, sha256_bytes, sha256_file, verify_folder
 
 MODEL = "alignment-adapter"
 BODY, HEADERS = binary_request(np.full((2, WIDTH), 0.5))
@@ -206,6 +206,38 @@ def test_a_version_whose_evaluation_cannot_be_read_is_refused(
     assert "its evaluation cannot be read" in problem["detail"]
     status, about = server.json("GET", "/v1/model")
     assert (status, about["version"]) == (200, served)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("config.json", b"[]"),
+        ("config.json", b"[" * 10**5),
+        ("metrics.json", b"[]"),
+        ("metrics.json", b'{"val": {"percentiles": {"P5": "nan"}}}'),
+        ("metrics.json", b'{"val": {"cosine_accept_rate": {"0.80": 1e999}}}'),
+        ("metrics.json", b'{"val": {"\\ud800": 1}}'),
+        ("provenance.json", b"[]"),
+        ("provenance.json", b'{"run": NaN}'),
+        ("provenance.json", b'{"run": "\\ud800"}'),
+        ("provenance.json", b'{"dataset_fingerprint": [[[]]]}'),
+        ("model.safetensors", b"\xff" * 64),
+    ],
+)
+def test_a_checkpoint_whose_sums_hold_and_whose_documents_do_not_never_takes_over(
+    server: LocalServer, registry: Registry, tmp_path: Path, name: str, data: bytes
+) -> None:
+    folder = make_checkpoint(tmp_path / "next", seed=9)
+    (folder / name).write_bytes(data)
+    names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS_FILE)
+    (folder / CHECKSUMS_FILE).write_text("".join(f"{sha256_file(folder / file)}  {file}\n" for file in names))
+    before = server.json("GET", "/v1/model")[1]["digest"]
+    registry.register(folder)
+    assert server.json("POST", "/v1/reload")[0] == 409
+    status, about = server.json("GET", "/v1/model")
+    assert (status, about["digest"]) == (200, before)
+    assert about["refused"]["reason"]
+    assert server.ask("POST", INFER, BODY, HEADERS)[0] == 200
 
 
 def test_the_watch_continues_after_a_bad_tag_and_after_a_defect(registry: Registry, tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.mark.parametrize("strategy", ["linear", "lightweight", "bottleneck", "token_bottleneck", "token_attention"])
 def test_weights_that_lie_in_other_order_answer_as_those_that_do_not(checkpoint: Checkpoint, strategy: str) -> None:
     if strategy.startswith("token"):
-        config = AdapterConfig(strategy, 64, 64, hidden_dim=16, event_shape=TOKENS, target_shape=TOKENS)
+        width = TOKENS[0] * TOKENS[1]
+        config = AdapterConfig(strategy, width, width, hidden_dim=16, event_shape=TOKENS, target_shape=TOKENS)
         event = torch.randn(3, TOKENS[0] * TOKENS[1])
     else:
         config = AdapterConfig(strategy, WIDTH, WIDTH, hidden_dim=16)

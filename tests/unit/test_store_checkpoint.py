@@ -183,6 +183,81 @@ def test_a_config_that_does_not_fit_is_refused(
         load_checkpoint(folder)
 
 
+DOCUMENTS: list[tuple[str, bytes, str]] = [
+    ("config.json", b"[]", "a list, not an object"),
+    ("config.json", b"[" * 10**6, "nested deeper"),
+    ("config.json", b'{"format": [[[[1]]]]}', "format None"),
+    ("config.json", b"\xff", "utf-8"),
+    ("config.json", b"1" * 5000, "4300 digits"),
+    ("metrics.json", b"[]", "a list, not an object"),
+    ("metrics.json", b'{"val":' * 10**5, "nested deeper"),
+    ("provenance.json", b"[]", "a list, not an object"),
+    ("provenance.json", b"", "Expecting value"),
+    ("model.safetensors", b"", "cannot be used"),
+    ("model.safetensors", b"\xff" * 100, "cannot be used"),
+    ("model.safetensors", save({"a": torch.ones(1)}), "does not fit"),
+    ("model.safetensors", save({f"{i}": torch.ones(0) for i in range(500)}), "does not fit"),
+]
+"""File, bytes, and words of the refusal."""
+
+
+@pytest.mark.parametrize(("name", "data", "message"), DOCUMENTS)
+def test_a_file_whose_sum_holds_and_whose_content_does_not_is_refused(
+    name: str, data: bytes, message: str, tmp_path: Path
+) -> None:
+    folder = saved(tmp_path / "c")
+    rewrite(folder, name, data)
+    with pytest.raises(CheckpointError, match=message) as refused:
+        load_checkpoint(folder)
+    assert name in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+def test_golden_answers_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
+    for data in (
+        b"\xff" * 100,
+        save({"event": torch.ones(2, 48)}),
+        save({"event": torch.ones(0), "aligned": torch.ones(0)}),
+    ):
+        folder = saved(tmp_path / f"{len(data)}")
+        rewrite(folder, "golden.safetensors", data)
+        with pytest.raises(CheckpointError, match=r"golden\.safetensors"):
+            replay_golden(load_checkpoint(folder))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        [], 3, {"depth": 10**8}, {"hidden_dim": 10**12}, {"event_dim": 10**400}, {"target_dim": -1},
+        {"dropout": "much"}, {"dropout": float("nan")}, {"hidden_dim": True},
+        {"hidden_dim": 8.0}, {"strategy": []}, {"event_shape": 7},
+        {"event_shape": [[1]]}, {"event_shape": [1] * 50}, {"event_shape": [10**9, 10**9, 10**9]}, {"rank": None},
+        {"event_shape": ["3", 4, 4]}, {"mean_start": "yes"}, {"hidden_dim": 2**31 - 1}, {"x" * 10**5: 1},
+    ],
+    ids=lambda value: str(value)[:30],
+)  # fmt: skip
+@pytest.mark.parametrize("strategy", ["lightweight", "conv", "token_attention"])
+def test_settings_of_an_adapter_that_nothing_holds_are_refused(adapter: Any, strategy: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "c", adapter_of(strategy))
+
+    def change(config: dict[str, Any]) -> None:
+        config["adapter"] = config["adapter"] | adapter if isinstance(adapter, dict) else adapter
+
+    changed_config(change)(folder)
+    with pytest.raises(CheckpointError) as refused:
+        load_checkpoint(folder)
+    assert len(str(refused.value)) < 2000
+
+
+@pytest.mark.parametrize("shape", [[], [0], [-1], [10**30] * 3, [1] * 100, "abc", [[48]], [47], None, ["x"] * 10**5])
+def test_features_of_a_shape_that_nothing_has_are_refused(shape: Any, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "c")
+    changed_config(lambda config: config["features"]["event"].update(shape=shape))(folder)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be used") as refused:
+        load_checkpoint(folder)
+    assert len(str(refused.value)) < 1000
+
+
 def test_training_state_comes_back_bit_for_bit_without_pickle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +338,7 @@ def test_saving_leaves_the_adapter_as_it_was(tmp_path: Path) -> None:
         (changed_weights(lambda w: w["output.bias"][:1].fill_(float("nan"))), "relative error of nan"),
         (changed_config(lambda c: c["features"]["event"].update(scale=1 / 256)), "golden row 0"),
         (changed_config(lambda c: c["adapter"].update(target_dim=48)), None),
-        (lambda folder: rewrite(folder, "golden.safetensors", b"nothing"), "does not fit its config.json"),
+        (lambda folder: rewrite(folder, "golden.safetensors", b"nothing"), r"golden\.safetensors cannot be used"),
         (lambda folder: rewrite(folder, "golden.safetensors", save({"event": torch.ones(4, 9)})), "does not fit"),
     ],
 )

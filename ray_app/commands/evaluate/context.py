@@ -3,7 +3,6 @@
 Shapes: D = target width.
 """
 
-import json
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +19,9 @@ from ray_app.config.train import TrainConfig
 from ray_app.core.advice import what_to_try
 from ray_app.core.evaluation import AlignmentEvaluation
 from ray_app.data.training_means import mean_target
-from ray_app.errors import ResourceError
+from ray_app.errors import CheckpointError, ResourceError
 from ray_app.events.windows import duration_suffix
-from ray_app.runs.run_dir import RUN
+from ray_app.runs.run_dir import RUN, run_metadata
 from ray_app.store.checkpoint import Checkpoint
 from ray_app.store.filesystem import open_storage
 from ray_app.store.manifest import MANIFEST
@@ -144,5 +143,8 @@ def training_config(checkpoint: Checkpoint) -> TrainConfig | None:
     config = checkpoint.provenance.get("config")
     run = checkpoint.folder.parent.parent / RUN
     if config is None and run.is_file():
-        config = json.loads(run.read_text())["config"]
-    return TrainConfig.model_validate(config) if config else None
+        config = run_metadata(open_storage(run.parent)).get("config")
+    try:
+        return TrainConfig.model_validate(config) if config else None
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.folder}: the settings of its training cannot be read: {error}") from error

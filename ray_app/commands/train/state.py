@@ -1,6 +1,5 @@
 """The state of training: what it is, how it is saved, and where a run resumes."""
 
-import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from ray_app.core.adapters.base import Adapter, InitStats
 from ray_app.core.adapters.registry import build_adapter
 from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.core.optimizer_step import CosineByEpoch, StepResult, make_optimizer
+from ray_app.parsing.json_text import parse_object
 from ray_app.runs.event_log import EventLog
 from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir, checkpoint_name
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
@@ -223,7 +223,7 @@ class Checkpointer:
         self.log.write("resumed", epoch=state.epoch, global_step=state.step, workers=workers, time=time.time())
         self.run.prune_checkpoints(state.checkpoint_name, state.best_epoch)
         if state.best_epoch and not state.sums.batches:  # none: the checkpoint is another run's, which has logged it
-            metrics = json.loads((self.run.checkpoint(state.checkpoint_name) / "metrics.json").read_text())
+            metrics = parse_object((self.run.checkpoint(state.checkpoint_name) / "metrics.json").read_bytes())
             self._log_epoch(state, metrics, 0.0)
 
     def step(self, state: TrainState, loss: float, cos_sim: float, done: StepResult, workers: int) -> None:

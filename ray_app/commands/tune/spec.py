@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import Field, ValidationError
 
 from ray_app.config.base import Positive, SplitFlags, StorePlace
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.registry import STRATEGIES
 from ray_app.errors import ConfigError
+from ray_app.parsing.yaml_text import parse_yaml
 from ray_app.store.filesystem import absolute
 
 Setting = dict[str, Any]
@@ -131,8 +131,8 @@ Space = dict[str, Dimension]
 def read_spec(path: Path, changes: Mapping[str, Any]) -> SweepSpec:
     """Read a sweep from its YAML file, with some keys changed. ConfigError names the key that cannot be used."""
     try:
-        lines = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        lines = parse_yaml(path.read_text())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(lines, dict):
         raise ConfigError(f"{path} must hold `key: value` lines; tune_configs/smoke.yaml is an example")

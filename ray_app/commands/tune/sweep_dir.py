@@ -21,6 +21,7 @@ from typing import Any, Literal
 from ray_app.commands.tune.spec import Setting, SweepSpec
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.errors import StoreError
+from ray_app.parsing.json_text import parse_object
 from ray_app.runs.event_log import EVENT_LOG, EventLog, entries, is_locked
 from ray_app.runs.mirror import InPlace, Mirror, scratch_dir
 from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir
@@ -203,7 +204,7 @@ class SweepDir:
         StoreError: no sweep.
         """
         try:
-            return json.loads((self.path / SWEEP).read_text())
+            return parse_object((self.path / SWEEP).read_bytes())
         except (OSError, ValueError) as error:
             raise StoreError(f"{self} is not the folder of a sweep: {SWEEP} cannot be read ({error})") from error
 

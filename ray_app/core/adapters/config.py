@@ -3,11 +3,19 @@
 Shapes: E = event width, D = target width.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ray_app.errors import ConfigError
+
+MAX_SIZE = 2**31 - 1
+"""Largest width."""
+MAX_BLOCKS = 256
+"""Largest depth."""
+MAX_DIMS = 8
+"""Most dimensions of a feature's shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +47,12 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         for name in ("event_dim", "target_dim", "hidden_dim", "depth", "patch", "rank"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} ({getattr(self, name)}) must be at least 1")
+            most = MAX_BLOCKS if name == "depth" else MAX_SIZE
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} ({getattr(self, name)}) must be at least 1 and at most {most:,}")
+        for shape, width in ((self.event_shape, self.event_dim), (self.target_shape, self.target_dim)):
+            if shape and (len(shape) > MAX_DIMS or min(shape) < 1 or math.prod(shape) != width):
+                raise ConfigError(f"a feature of {width} numbers has no shape {list(shape[:MAX_DIMS])}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout ({self.dropout}) must be in [0, 1)")
 
@@ -50,14 +62,26 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "AdapterConfig":
-        """Invert `to_dict`. ConfigError: an unknown or missing key."""
+        """Invert `to_dict`. ConfigError: not of JSON's types, an unknown or missing key, a number out of range."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"the adapter's settings are a {type(values).__name__}, not an object")
         known = {field.name for field in fields(cls)}
         if unknown := set(values) - known:
             raise ConfigError(
-                f"unknown adapter setting {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
+                f"unknown adapter setting {', '.join(sorted(unknown))[:200]}; known: {', '.join(sorted(known))}"
             )
+        for field in fields(cls):
+            if field.name in values and not _is_of_type(values[field.name], field.type):
+                raise ConfigError(f"{field.name} is no {field.type} but a {type(values[field.name]).__name__}")
         try:
             shapes = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
             return cls(**{**values, **shapes})
         except TypeError as error:
             raise ConfigError(f"adapter settings are incomplete: {error}") from error
+
+
+def _is_of_type(value: Any, kind: Any) -> bool:
+    """True if a JSON value is what a field of this type is saved as."""
+    if kind == tuple[int, ...]:
+        return isinstance(value, list) and all(type(item) is int for item in value)
+    return type(value) is kind or (kind is float and type(value) is int)

@@ -18,6 +18,8 @@ EXPANSION = 2
 """Width of a block's inner layer, in channels."""
 SMALL = 0.1
 """Initial gain of a block, relative to its input (in the manner of arXiv 2201.03545)."""
+MAX_PATCH = 256
+"""Largest patch that is suggested."""
 
 
 class ConvBlock(nn.Module):
@@ -76,7 +78,7 @@ class Conv(Adapter):
         fits = all(side % config.patch == 0 for side in config.event_shape[1:])
         if not fits or config.target_shape[1] % rows or config.target_shape[2] % columns:
             sides = [*config.event_shape[1:], *config.target_shape[1:]]
-            tries = [n for n in range(2, min(sides) + 1) if not any(side % n for side in sides)]
+            tries = [n for n in range(2, min(*sides, MAX_PATCH) + 1) if not any(side % n for side in sides)]
             raise ConfigError(
                 f"--patch ({config.patch}) must divide the sides of the event image {list(config.event_shape[1:])} "
                 f"and give a grid that divides the target's {list(config.target_shape[1:])}; "

@@ -37,13 +37,16 @@ STRATEGIES: dict[str, type[Adapter]] = {
 def meta_adapter(config: AdapterConfig) -> Adapter:
     """Build an adapter on torch's meta device: names and shapes of its tensors without their memory.
 
-    ConfigError: there is no such strategy, or it does not work on such features.
+    ConfigError: there is no such strategy, it does not work on such features, or they are too large.
     """
     if config.strategy not in STRATEGIES:
         raise ConfigError(f"there is no strategy '{config.strategy}'; there are: {', '.join(STRATEGIES)}")
     STRATEGIES[config.strategy].check(config)
-    with torch.device("meta"):
-        return STRATEGIES[config.strategy](config)
+    try:
+        with torch.device("meta"):
+            return STRATEGIES[config.strategy](config)
+    except (RuntimeError, OverflowError, ValueError, TypeError) as error:  # a width beyond what torch can count
+        raise ConfigError(f"there is no {config.strategy} adapter of these settings: {error}") from error
 
 
 def build_adapter(config: AdapterConfig, seed: int) -> Adapter:

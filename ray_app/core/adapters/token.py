@@ -29,6 +29,8 @@ SCALE = 0.1
 """Initial value of the learned scales."""
 HEADS = 8
 """Heads of the attention layer."""
+MAX_ATTENDED = 8192
+"""Most tokens of a sequence that is attended to: memory grows with their square."""
 
 
 class TokenAdapter(Adapter):
@@ -166,6 +168,11 @@ class TokenAttention(TokenAdapter):
         super().check(config)
         if config.event_shape[1] % HEADS:
             raise ConfigError(f"the token width ({config.event_shape[1]}) must be a multiple of the {HEADS} heads")
+        if config.event_shape[0] > MAX_ATTENDED:
+            raise ConfigError(
+                f"{config.strategy} attends to at most {MAX_ATTENDED:,} tokens, not {config.event_shape[0]:,}; use "
+                "token_bottleneck, or shorter sequences"
+            )
 
     def tokens(self, x_BTW: Tensor, mask_BT: Tensor, noise: BatchNoise | None) -> Tensor:
         return x_BTW + self.scale * (self.block(x_BTW + self.attention(x_BTW, mask_BT), noise) - x_BTW)

@@ -18,12 +18,12 @@ from typing import Any
 
 import h5py
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from ray_app.errors import InputError
 from ray_app.events.camera_view import EventView, Pinhole, StereoCalibration, event_view
 from ray_app.listing import data_in
+from ray_app.parsing.yaml_text import parse_yaml
 from ray_app.sources.dsec.hdf5 import require_whole
 from ray_app.sources.images import read_image
 
@@ -124,8 +124,8 @@ def read_rig(path: Path) -> StereoCalibration:
     """Return the left cameras of a cam_to_cam.yaml. InputError: no YAML, or a camera or rotation that is missing."""
     try:
         lines = path.read_text().splitlines()
-        content = yaml.safe_load("\n".join(line for line in lines if not line.startswith("%YAML")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml("\n".join(line for line in lines if not line.startswith("%YAML")))
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as YAML: {error}") from error
 
     def value(group: str, *keys: str) -> Any:
@@ -142,7 +142,7 @@ def read_rig(path: Path) -> StereoCalibration:
     def numbers(shape: tuple[int, ...], *keys: str) -> NDArray[np.float64]:
         try:
             array = np.array(value(*keys), np.float64)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise InputError(f"{path}: {'.'.join(keys)} holds something that is no number") from error
         if array.shape != shape or not np.isfinite(array).all():
             raise InputError(f"{path}: {'.'.join(keys)} has shape {array.shape}; it must be {shape}, all finite")

@@ -5,7 +5,6 @@ The JSON is a list of entries with `event_data` (`<seq>/<clip>.npy`, below event
 frames, below video/). A clip with several questions has several entries; it is one clip here.
 """
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -13,6 +12,7 @@ from typing import Any
 
 from ray_app.errors import InputError
 from ray_app.listing import data_in
+from ray_app.parsing.json_text import parse_json
 from ray_app.sources.images import natural
 
 INSTRUCTIONS = "EventGPT_Instruction_Subset.json"
@@ -68,10 +68,10 @@ def listed_clips(path: Path, event_bins: int) -> list[EventGptClip]:
     try:
         if path.stat().st_size > MAX_LIST_BYTES:
             raise InputError(f"{path}: {path.stat().st_size} bytes, more than the {MAX_LIST_BYTES} that are read")
-        entries = json.loads(path.read_text())
+        entries = parse_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is no JSON file: {error}") from error
     if not isinstance(entries, list):
         raise InputError(f"{path} holds a {type(entries).__name__}; an instruction JSON is a list of entries")

@@ -1,0 +1,74 @@
+"""JSON from outside, in linear time and bounded memory: whatever is wrong with it is a ValueError."""
+
+import json
+from typing import Any
+
+MAX_DEPTH = 64
+"""Nesting of lists and objects in a document of ours; the deepest has about ten levels."""
+BYTES_OF = {"]": 64, "}": 240, ",": 36, '"': 30}
+"""Most memory that CPython needs for what such a character means: a list, an object with one member, a number in a
+list, half of a text. Lists and objects that are not closed are few: their nesting is bounded."""
+EXPANSION = 2
+"""Memory of the values may be this many times the text's …"""
+SPARE_BYTES = 64 * 2**20
+"""… and this much: `[[],[],[]` would be 21 times as large."""
+
+
+class NestedTooDeep(ValueError):
+    """Lists and objects are nested deeper than is read."""
+
+
+def parse_json(data: bytes | bytearray | memoryview | str, max_depth: int = MAX_DEPTH, nan: bool = True) -> Any:
+    """Return the value. ValueError: no UTF-8, no JSON, too deep, too many small values; NaN, Infinity unless `nan`.
+
+    A number of more than 4,300 digits is refused by Python itself, since it is read in quadratic time.
+    """
+    text = data if isinstance(data, str) else str(data, "utf-8")
+    _require_room(text)
+    try:
+        value = json.loads(text, parse_constant=None if nan else _refuse_constant)
+    except RecursionError:
+        raise NestedTooDeep(f"it is nested deeper than {max_depth} levels") from None
+    except MemoryError:
+        raise ValueError("its values do not fit into memory") from None
+    if type(value) in (list, dict) and text.count("[") + text.count("{") > max_depth:
+        _require_depth(value, max_depth)
+    return value
+
+
+def parse_object(data: bytes | bytearray | memoryview | str) -> dict[str, Any]:
+    """Return an object. ValueError: as `parse_json`, or a value of another kind."""
+    value = parse_json(data)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _require_room(text: str) -> None:
+    limit = EXPANSION * len(text) + SPARE_BYTES
+    wide = 0 if text.isascii() else 4 * len(text)
+    if 240 * len(text) + wide > limit:  # else no text of this length can need more
+        needed = wide + sum(size * text.count(character) for character, size in BYTES_OF.items())
+        if needed > limit:
+            raise ValueError(
+                f"its {len(text):,} characters would take about {needed >> 20} MiB, the limit is {limit >> 20} MiB; "
+                "it holds too many small values"
+            )
+
+
+def _require_depth(value: Any, max_depth: int) -> None:
+    level = [value]
+    for _ in range(max_depth):
+        level = [
+            item
+            for holder in level
+            for item in (holder.values() if type(holder) is dict else holder)
+            if type(item) in (list, dict)
+        ]
+        if not level:
+            return
+    raise NestedTooDeep(f"it is nested deeper than {max_depth} levels")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,1 @@
+"""Pictures and recordings that were sent, decoded in processes of their own."""
