@@ -182,6 +182,8 @@ class Readers:
         read_evaluation_record("it", None, checkpoint.metrics)
 
 
+CHILD = ("-m", "benchmarks.data.fuzz_readers", "--child")
+"""Arguments of Python for a process that reads."""
 KINDS = (*MAKERS, "json", "checkpoints")
 
 
@@ -248,7 +250,7 @@ def fuzz(kind: str, count: int, seed: int = 0) -> Totals:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     while number + 1 < count:
         words = [kind, str(number + 1), str(count), str(seed)]
-        command = [sys.executable, "-m", "benchmarks.data.fuzz_readers", "--child", *words]
+        command = [sys.executable, *CHILD, *words]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
             assert process.stdout
             for line in process.stdout:

@@ -205,9 +205,10 @@ def spoiled_npz(columns: Mapping[str, Any], rng: random.Random) -> bytes:
                 header |= {"shape": shape, "descr": rng.choice(("<i8", "|O", "|V8", "<U100000", "u1", "<f2"))}
             npy_format.write_array_header_2_0(member, header)
             bomb = rng.choice((0, 0, 0, 0, 2**20, 2**25)) if method != zipfile.ZIP_STORED else 0
-            archive.writestr(f"{name}.npy", member.getvalue() + np.asarray(column).tobytes() + bytes(bomb))
+            content = member.getvalue() + np.asarray(column).tobytes() + bytes(bomb)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content, method)
         for extra in range(rng.choice((0, 0, 0, 3, 5000))):
-            archive.writestr(str(extra), b"", zipfile.ZIP_STORED)
+            archive.writestr(zipfile.ZipInfo(str(extra)), b"")
     return spoil_bytes(out.getvalue(), rng) if rng.random() < 0.6 else out.getvalue()
 
 
