@@ -22,6 +22,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--child", nargs=4)
     args = parser.parse_args()
     if args.child:
@@ -280,8 +282,9 @@ def main() -> None:
         return
     require_commit()
     found = {}
-    for kind in args.kinds:
-        totals = fuzz(kind, args.count, args.seed)
+    with ThreadPoolExecutor(args.processes) as threads:
+        all_totals = list(threads.map(lambda kind: fuzz(kind, args.count, args.seed), args.kinds))
+    for kind, totals in zip(args.kinds, all_totals, strict=True):
         print(kind, totals.outcomes, totals.findings[:20], file=sys.stderr, flush=True)
         found[kind] = {
             "examples": sum(totals.outcomes.values()) + totals.deaths,
