@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ray_app.errors import InputError, ResourceError
+from ray_app.listing import data_in, is_data
 from ray_app.parsing.json_text import parse_object
 from ray_app.store.atomic import sha256_file
 
@@ -39,7 +40,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = parse_object((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is no folder of a Hugging Face model: config.json cannot be read.") from error
-    if not any(folder.glob("*.safetensors")):
+    if not any(path.suffix == ".safetensors" for path in data_in(folder)):
         raise InputError(
             f"{folder} has no weights in safetensors. Pickled ones (pytorch_model.bin) are not read: convert them "
             "with save_pretrained(..., safe_serialization=True)."
@@ -49,7 +50,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def model_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of a model's files by name."""
-    found = {path.name: path for pattern in IDENTITY for path in folder.glob(pattern)}
+    found = {path.name: path for pattern in IDENTITY for path in folder.glob(pattern) if is_data(path.name)}
     return {name: sha256_file(found[name]) for name in sorted(found)}
 
 

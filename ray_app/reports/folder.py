@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ray_app.errors import StoreError
+from ray_app.listing import data_in
 
 REPORT_FILES = ("alignment_metrics_*.json", "benchmark_adapter_full_*.json", "report.html", ".*")
 """Files of `evaluate` and `benchmark`."""
@@ -15,7 +16,7 @@ def claim_report_folder(folder: Path, files: tuple[str, ...] = REPORT_FILES) -> 
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file; --out names the folder for the report.")
     if folder.is_dir():
-        for path in sorted(folder.iterdir()):
+        for path in data_in(folder):
             if not any(path.match(pattern) for pattern in files):
                 raise StoreError(
                     f"{folder} already holds another file ({path.name}); nothing is deleted or mixed in. "

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ray_app.errors import CheckpointError, StoreError
+from ray_app.listing import data_in
 
 CHECKSUMS_FILE = "MANIFEST.sha256"
 """List of checksums in a folder, such as a checkpoint."""
@@ -135,7 +136,7 @@ def verify_folder(folder: Path) -> str:
     with path.open("rb") as checksums:
         data = checksums.read(MAX_CHECKSUMS_BYTES + 1)
     listed = parse_checksums(data, str(path))
-    files = {file.name for file in folder.glob("[!.]*")}
+    files = {file.name for file in data_in(folder) if not file.name.startswith(".")}
     if unlisted := sorted(files - {CHECKSUMS_FILE, *listed}):  # a list that was cut at a line end
         raise CheckpointError(f"{path} is damaged: it does not list {', '.join(unlisted)}. Use another checkpoint.")
     for name, sha256 in listed.items():

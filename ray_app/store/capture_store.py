@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ray_app.errors import InputError, StoreError
+from ray_app.listing import data_in
 from ray_app.parsing.json_text import parse_object
 from ray_app.store.atomic import disk_errors, make_folder, sha256_bytes, sha256_file, write_file
 
@@ -41,7 +42,7 @@ def claim_capture(folder: Path, settings: Mapping[str, Any], name: str = CAPTURE
                 f"{folder} holds a {path.stem} of other {', '.join(differing) or 'settings'}; repeat that command to "
                 "continue it, or name another folder for --out."
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or data_in(folder)):
         raise StoreError(f"{folder} already holds something else; --out must be a new or empty folder.")
     else:
         with disk_errors(folder):

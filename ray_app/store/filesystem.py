@@ -26,6 +26,7 @@ from pyarrow import fs
 
 from ray_app.core.back_off import back_off_s
 from ray_app.errors import ConfigError, StoreError
+from ray_app.listing import data_in, is_data
 from ray_app.store.atomic import disk_errors, make_folder, sha256_bytes, sha256_file, write_file
 
 T = TypeVar("T")
@@ -70,7 +71,7 @@ class LocalDir:
     def listdir(self, folder: str = "") -> set[str]:
         if not (self.path / folder).exists():  # also below a file
             raise FileNotFoundError(self.path / folder)
-        return {path.name for path in (self.path / folder).iterdir()}
+        return {path.name for path in data_in(self.path / folder)}
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -137,7 +138,7 @@ class RemoteDir:
     def listdir(self, folder: str = "") -> set[str]:
         """Return names of files and folders. FileNotFoundError: no such folder; NotADirectoryError: a file."""
         infos = self.retry("listed", folder, lambda system, path: system.get_file_info(fs.FileSelector(path)))
-        return {info.base_name for info in infos}
+        return {info.base_name for info in infos if is_data(info.base_name)}
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a file."""

@@ -9,6 +9,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, RunTag
 
+from ray_app.listing import data_in
 from ray_app.store.atomic import CHECKSUMS_FILE
 
 MODEL_ARTIFACTS = "model"
@@ -29,7 +30,7 @@ def upload_artifacts(client: MlflowClient, run_id: str, folder: Path) -> None:
         model = write_mlflow_model(folder, Path(scratch) / MODEL_ARTIFACTS, run_id)
         client.log_artifacts(run_id, f"{scratch}/{MODEL_ARTIFACTS}", MODEL_ARTIFACTS)
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in history_tag(model).items()])
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name == CHECKSUMS_FILE, path.name)):
+    for path in sorted(data_in(folder), key=lambda path: (path.name == CHECKSUMS_FILE, path.name)):
         client.log_artifact(run_id, str(path), ARTIFACTS)
 
 

@@ -35,7 +35,7 @@ class Picture(Strict):
     """One image, resized like event images."""
 
     png: str
-    """Base64 of a PNG or JPEG file."""
+    """Base64 of a PNG, JPEG or WebP file."""
 
 
 class Recording(Strict):

@@ -114,6 +114,29 @@ def test_pictures_come_back_as_they_went_in(server: LocalServer) -> None:
         np.testing.assert_allclose(seen, image_of(aligned.clamp(0, 1).numpy() * 255), atol=0.51)
 
 
+def test_pictures_are_taken_as_a_viewer_shows_them(server: LocalServer) -> None:
+    """Turned by EXIF, 16 bits by their high byte, transparency over white; other formats reach no decoder."""
+    image, turned, exif = image_of(PIXELS[0]), io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(np.ascontiguousarray(np.rot90(image))).save(turned, "PNG", exif=exif)
+    grey = np.repeat(image[..., :1], 3, axis=2)
+    deep, clear = io.BytesIO(), io.BytesIO()
+    Image.fromarray((image[..., 0].astype(np.uint16) << 8) + 7).save(deep, "PNG")
+    Image.fromarray(np.dstack([image, np.zeros(image.shape[:2], np.uint8)])).save(clear, "WEBP", lossless=True)
+    for sent, right in ((turned, image), (deep, grey), (clear, np.full_like(image, 255))):
+        request = {"event": {"png": b64(sent.getvalue())}, "return": ["event_image"]}
+        status, answer = server.json("POST", "/v1/align", request)
+        assert status == 200, answer
+        seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["pairs"][0]["event_image"]))))
+        np.testing.assert_array_equal(seen, right)
+    for kind in ("GIF", "PDF", "TIFF"):
+        out = io.BytesIO()
+        Image.fromarray(image).save(out, kind)
+        status, problem = server.json("POST", "/v1/align", {"event": {"png": b64(out.getvalue())}})
+        assert (status, problem["code"]) == (422, "image")
+        assert "none of PNG, JPEG, WEBP" in problem["detail"]
+
+
 def recording(**changes: Any) -> bytes:
     n = 400
     columns: dict[str, Any] = {

@@ -23,6 +23,7 @@ from ray_app.config.evaluate import CompareConfig
 from ray_app.core.adapters.registry import num_parameters
 from ray_app.core.evaluation import BASELINES
 from ray_app.core.metrics import THETA, rate_key
+from ray_app.listing import data_in
 from ray_app.reports.figures import INK, PALETTE, log_scale, svg
 from ray_app.reports.folder import COMPARISON_FILES, claim_report_folder
 from ray_app.reports.html import Figure, Pictures, Row, Section, Table, page, picture
@@ -94,7 +95,7 @@ def evaluate_candidate(
         "checkpoint": name,
         "strategy": checkpoint.config.strategy,
         "parameters": num_parameters(checkpoint.adapter),
-        "checkpoint_bytes": sum(file.stat().st_size for file in checkpoint.folder.iterdir()),
+        "checkpoint_bytes": sum(file.stat().st_size for file in data_in(checkpoint.folder)),
         "latency_ms": evaluator.latency_ms(),
     }
     aligned_PD = evaluator.align(event_PE) if len(event_PE) else np.zeros((0, 1), np.float32)
