@@ -17,7 +17,7 @@ from ray_app.listing import data_in
 
 MAX_PIXELS = 2**26
 """Most pixels of an image: 67 million, 200 MB as RGB."""
-MAX_JPEG_SCANS = 100
+MAX_JPEG_SCANS = 50
 """Each scan of a progressive JPEG goes over all of its pixels, and may take a few bytes only; encoders write 10."""
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Formats of pictures that are sent: no other decoder sees them."""

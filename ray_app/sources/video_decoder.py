@@ -29,6 +29,8 @@ beginning."""
 
 Frame = NDArray[np.uint8]
 """(H, W, 3) RGB."""
+Matrix = NDArray[np.int32]
+"""A display matrix: a b u, c d v, x y w."""
 
 
 def video_frames(path: Path, first: int, stop: int) -> Iterator[tuple[int, Frame | str]]:
@@ -45,14 +47,14 @@ def video_frames(path: Path, first: int, stop: int) -> Iterator[tuple[int, Frame
         head = next(found, None)
         if head and head[0] == first and not isinstance(head[1], str):
             break
-    expected = first
+    expected, matrices = first, dict[int, Matrix | None]()
     for number, picture in chain([head] if head else [], found):
         for missing in range(expected, min(number, stop)):
             yield missing, decoding.why_missing(missing)
         if number >= stop:
             return
         if number >= expected:
-            yield number, picture if isinstance(picture, str) else _picture(picture)
+            yield number, picture if isinstance(picture, str) else _picture(picture, matrices)
         expected = max(expected, number + 1)
     for missing in range(expected, stop):
         yield missing, decoding.why_missing(missing)
@@ -91,7 +93,8 @@ class _Decoding:
         """Places behind it that are."""
         self._waiting: deque[_Decoded] = deque()
         """Frames in the order shown, until all packets before theirs are accounted for."""
-        self._newest: _Decoded | None = None
+        self._newest = (-1, -1)
+        """Place and number of the newest frame."""
 
     def frames(self) -> Iterator[tuple[int, av.VideoFrame | str]]:
         """Yield (number, frame or reason) in the order shown; numbers can be missing."""
@@ -132,13 +135,13 @@ class _Decoding:
         leading = place != key and not self._is_accounted(key)
         number = int(index.numbers_P[place])
         if not index.trusted:
-            same = self._newest is not None and index.group(self._newest.place) == group
-            number = self._newest.number + 1 if self._newest and same else int(index.first_G[group])
+            before, count = self._newest
+            number = count + 1 if index.group(before) == group else int(index.first_G[group])
         if frame.is_corrupt:
             self._spoil(place, "it decodes with errors")
         self._accounted.add(place)
-        self._newest = _Decoded(frame, place, number, leading)
-        self._waiting.append(self._newest)
+        self._newest = place, number
+        self._waiting.append(_Decoded(frame, place, number, leading))
 
     def _released(self, ended: bool) -> Iterator[tuple[int, av.VideoFrame | str]]:
         """Yield frames as soon as all packets on which they may build are accounted for."""
@@ -161,10 +164,10 @@ class _Decoding:
 
     def _is_lost(self, place: int) -> bool:
         """True if frames came out that are shown later than this packet's."""
-        assert self._newest is not None
+        newest, number = self._newest
         if self._index.trusted:
-            return bool(self._index.numbers_P[place] < self._newest.number)
-        return self._index.group(place) < self._index.group(self._newest.place) or len(self._waiting) > MOST_WAITING
+            return bool(self._index.numbers_P[place] < number)
+        return self._index.group(place) < self._index.group(newest) or len(self._waiting) > MOST_WAITING
 
     def _flaw(self, decoded: _Decoded) -> str:
         """Return what is wrong with what a frame may build on. Where frames are counted, a lost one moves all."""
@@ -225,8 +228,11 @@ def _sought(
     return nowhere
 
 
-def _picture(frame: av.VideoFrame) -> Frame | str:
-    """Return a frame as it is shown: RGB of 8 bits, transparency over white, turned by its display matrix."""
+def _picture(frame: av.VideoFrame, matrices: dict[int, Matrix | None]) -> Frame | str:
+    """Return a frame as it is shown: RGB of 8 bits, transparency over white, turned by its display matrix.
+
+    `matrices` keeps those seen so far by their rotation: to read one takes longer than to decode a frame.
+    """
     see_through = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
     try:
         image = np.asarray(frame.to_ndarray(format="rgba" if see_through else "rgb24"), np.uint8)
@@ -235,15 +241,17 @@ def _picture(frame: av.VideoFrame) -> Frame | str:
     if see_through:
         alpha = image[..., 3:].astype(np.uint16)
         image = ((image[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-    side_data: Any = frame.side_data
-    if Type.DISPLAYMATRIX in side_data:
-        image = _upright(image, np.frombuffer(bytes(side_data[Type.DISPLAYMATRIX]), np.int32))
-    return np.ascontiguousarray(image)
+    if frame.rotation not in matrices:
+        side_data: Any = frame.side_data
+        matrix = side_data.get(Type.DISPLAYMATRIX)
+        matrices[frame.rotation] = None if matrix is None else np.frombuffer(bytes(matrix), np.int32)
+    found = matrices[frame.rotation]
+    return np.ascontiguousarray(image if found is None else _upright(image, found))
 
 
-def _upright(image: Frame, matrix_9: NDArray[np.int32]) -> Frame:
+def _upright(image: Frame, matrix: Matrix) -> Frame:
     """Turn by quarters and mirror: a pixel at (x, y) is shown at (a x + c y, b x + d y)."""
-    a, b, _, c, d = matrix_9[:5].astype(np.int64).tolist()
+    a, b, _, c, d = matrix[:5].astype(np.int64).tolist()
     if abs(b) + abs(c) > abs(a) + abs(d):
         image, a, d = image.transpose(1, 0, 2), c, b
     return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

@@ -182,7 +182,7 @@ def test_sizes_are_looked_at_before_anything_is_decoded() -> None:
     assert decode_image(scans, "it").shape == (16, 16, 3)
     start = scans.rindex(b"\xff\xda")
     many = scans[:start] + scans[start:-2] * (MAX_JPEG_SCANS + 1) + scans[-2:]
-    with pytest.raises(InputError, match=r"it has 1\d\d scans, the limit is 100"):
+    with pytest.raises(InputError, match=r"it has [56]\d scans, the limit is 50"):
         decode_image(many, "it")
 
 
