@@ -49,7 +49,7 @@ class PrepareVideo(PrepareFlags):
     """Video files, or folders of frames."""
     fps: float | None = Field(default=None, ge=0.001, le=100_000.0)
     """Frames per second: required for folders of frames, overrides a file's own."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the sensor noise."""
     width: Annotated[int, Field(ge=32, le=4096)] = 640
     """Sensor width in pixels."""

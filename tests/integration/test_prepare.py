@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from numpy_source import SMALL, NumpySource, build_store
 
-from ray_app.commands.prepare.command import prepare, render_prepare, source_from_config
+from ray_app.commands.prepare.command import prepare, render_prepare, run_prepare, source_from_config
 from ray_app.commands.prepare.store_builder import BuiltTask, build_task, claim_store, finish, finished
 from ray_app.config.prepare import PrepareEventGpt, PrepareFlags, PrepareScenes, PrepareVideo
 from ray_app.errors import StoreError
@@ -16,6 +16,7 @@ from ray_app.store.manifest import Features
 from ray_app.store.pair_store import PairStore
 
 BOTH = Features(event=SMALL, target=SMALL)
+CASES = Path(__file__).resolve().parents[1] / "data"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -235,3 +236,18 @@ def test_the_result_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
         "50.0 million in 240 windows, 10.0 drawn; 0.8 million drawn/s",
     ):
         assert text in printed
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_bad_video_and_a_damaged_one_cost_their_own_pairs_alone(tmp_path: Path) -> None:
+    (tmp_path / "bad.mp4").write_text("this is no video")
+    (tmp_path / "Thumbs.db").write_bytes(b"\0")
+    files = (tmp_path / "Thumbs.db", CASES / "edit_list.mp4", tmp_path / "bad.mp4", CASES / "bad_packet.mp4")
+    out = tmp_path / "store"
+    result = run_prepare(PrepareVideo(out=out, files=files, width=32, height=32, max_rejected_fraction=0.2))
+    assert (result["pairs"], result["sequences"], result["rejected"]) == (15 + 148 - 22, 2, 23)
+    lines = rejected(out)
+    assert {line["position"] for line in lines} == {"the whole video", *(f"frame {i}" for i in range(51, 73))}
+    assert {line["reason"][:50] for line in lines if line["position"].startswith("frame")} == {
+        "frame 52 is damaged: Invalid data found when proce"
+    }
