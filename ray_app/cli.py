@@ -4,14 +4,14 @@ Ray, torch and MLflow are imported with the command's module, after its settings
 """
 
 import importlib
+import io
 import json
 import os
+import select
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from ray_app.cli_settings import COMMON, parse, suggestion
 from ray_app.cluster.env_defaults import set_defaults
@@ -19,16 +19,50 @@ from ray_app.command_table import COMMANDS, Command
 from ray_app.completion import completion_script
 from ray_app.errors import ConfigError, RayAppError
 from ray_app.preflight import refuse_early
+from ray_app.terminal import make_console
+
+EXIT_CLOSED_PIPE = 141
+"""Exit code of a process that SIGPIPE ended."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command. Exit code 0: done; 1: a bug, or a problem that `doctor` found; 2: an error of the user."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    open_streams()
+    try:
+        try:
+            code = run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not (closed := [number for number in (1, 2) if reader_is_gone(number)]):
+            raise
+        for number in closed:  # what is left in buffers goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        code = EXIT_CLOSED_PIPE
+    sys.exit(code)
+
+
+def open_streams() -> None:
+    """Open the null device for standard streams that are closed, and print what a terminal's encoding lacks as ?."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def reader_is_gone(number: int) -> bool:
+    """Return True if a file descriptor is a pipe that nothing reads any more."""
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def run(argv: list[str]) -> int:
     """Run `ray-app ARGV` and return its exit code."""
-    stderr = Console(stderr=True)
+    stderr = make_console(stderr=True)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview(COMMANDS))
         return 0
@@ -54,11 +88,17 @@ def run(argv: list[str]) -> int:
                 print(json.dumps(result, allow_nan=False), file=stdout)
         else:
             result = getattr(module, f"run_{command.function}")(settings)
-            getattr(module, f"render_{command.function}")(result, Console())
+            getattr(module, f"render_{command.function}")(result, make_console())
     except RayAppError as error:
-        stderr.print("[bold red]error:[/]", end=" ")
-        stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        stderr.print("error:", style="bold red", end=" ")
+        stderr.print(str(error), soft_wrap=True)
         return error.exit_code
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        stderr.print("error:", style="bold red", end=" ")
+        stderr.print(f"{error.filename}: permission denied; take a folder or file of your own", soft_wrap=True)
+        return RayAppError.exit_code
     except KeyboardInterrupt:
         stderr.print("interrupted")
         return 130
@@ -143,7 +183,7 @@ class stdout_to_stderr:
         sys.stdout.flush()
         self._kept = os.dup(1)
         os.dup2(2, 1)
-        self._stdout = os.fdopen(os.dup(self._kept), "w")
+        self._stdout = os.fdopen(os.dup(self._kept), "w", encoding="utf-8")
         return self._stdout
 
     def __exit__(self, *_: object) -> None:

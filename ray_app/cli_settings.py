@@ -172,7 +172,7 @@ def value_of(option: str, argv: Sequence[str]) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return a file of `key: value` lines. ConfigError: it cannot be read, or holds something else."""
     try:
-        settings = parse_yaml(path.read_text())
+        settings = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict):

@@ -3,6 +3,7 @@
 A command checks the same again, with everything else, when it runs.
 """
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def refuse_training(cfg: TrainConfig) -> None:
     names = out.listdir() if out.exists() else set()
     own = {name for name in names if not name.startswith(".")} if isinstance(out, LocalDir) else names & {RUN}
     if own:
-        resume = f", or continue it with: ray-app train --resume {cfg.out}" if RUN in own else ""
+        resume = f", or continue it with: ray-app train --resume {shlex.quote(str(cfg.out))}" if RUN in own else ""
         raise StoreError(f"--out {out} already holds something; name a new folder, nothing is overwritten{resume}")
 
 

@@ -13,6 +13,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 from ray.train import ControllerError, TrainingFailedError
 
+from ray_app.cluster.interrupts import interrupt_after
 from ray_app.cluster.ray_internals import is_startup_timeout
 from ray_app.cluster.reachability import connection_error
 from ray_app.cluster.resources import ClusterInfo, cluster_info
@@ -39,14 +40,20 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
         if where not in ("local", "auto") and (reason := connection_error(where)):
             raise ResourceError(_no_cluster(where, reason))
         try:
-            ray.init(
-                address=where,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                include_dashboard=dashboard if where == "local" else None,
-            )
+            with interrupt_after():
+                ray.init(
+                    address=where,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                    include_dashboard=dashboard if where == "local" else None,
+                )
         except (ConnectionError, RayError) as error:
             raise ResourceError(_no_cluster(where, str(error).splitlines()[0])) from error
+        except OSError as error:
+            raise ResourceError(
+                f"Ray cannot start: {error}; set HOME and TMPDIR to folders that can be written (`ray-app doctor` "
+                "says more)"
+            ) from error
         except RuntimeError as error:
             if versions := re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error)):  # its own are plain RuntimeErrors
                 raise ResourceError(_other_version(where, *versions)) from error

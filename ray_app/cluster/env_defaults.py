@@ -1,6 +1,12 @@
 """Environment variables that Ray and MLflow read at import, set before it and only where unset."""
 
 import os
+import sys
+import warnings
+from pathlib import Path
+from urllib.request import getproxies
+
+from ray_app.errors import ConfigError
 
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -25,7 +31,46 @@ without a metric, and Ctrl-C is handled by this program. A task that loses its w
 times: Ray Data has no setting of its own for that."""
 
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names of this machine, to which no proxy leads."""
+
+
 def set_defaults() -> None:
-    """Set the defaults for this process and its children. What the user has set stays."""
+    """Set the defaults for this process and its children. What the user has set stays.
+
+    ConfigError: no home folder is known.
+    """
+    if os.path.expanduser("~") == "~":
+        raise ConfigError("no home folder is known for this user; set HOME to one, where Ray keeps its token")
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    exclude_loopback_from_proxies()
+    show_warnings()
+
+
+def exclude_loopback_from_proxies() -> None:
+    """Add this machine to NO_PROXY if a proxy is set, for the clients of MLflow and Ray."""
+    proxies = getproxies()
+    excluded = proxies.pop("no", "")
+    if proxies:
+        names = ",".join(dict.fromkeys([*filter(None, map(str.strip, excluded.split(","))), *LOOPBACK]))
+        os.environ.update(no_proxy=names, NO_PROXY=names)
+
+
+def show_warnings() -> None:
+    """Show warnings which PYTHONWARNINGS or -W makes errors: what Ray and MLflow import warns."""
+    if not any(option.partition(":")[0] == "error" for option in sys.warnoptions):
+        return
+    print(
+        "warnings as errors would end Ray and MLflow while they are imported; they are shown instead", file=sys.stderr
+    )
+    sys.warnoptions.clear()
+    os.environ.pop("PYTHONWARNINGS", None)
+    warnings.resetwarnings()
+    for ignored in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", ignored)  # as Python does by itself
+
+
+def token_path() -> Path:
+    """Return the file with the key to this user's clusters; one that is not there where no home folder is known."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token"))

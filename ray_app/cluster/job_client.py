@@ -8,15 +8,16 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 
+from ray_app.cluster.env_defaults import token_path
 from ray_app.cluster.reachability import connection_error
 from ray_app.core.back_off import back_off_s
 from ray_app.errors import ResourceError
 from ray_app.parsing.json_text import parse_object
+from ray_app.store.redact import redact
 
 LOST_S = 600.0
 """A cluster that does not answer for so long is given up; its job is not."""
@@ -145,7 +146,7 @@ class JobClient:
                 "exit_code": info.driver_exit_code,
                 "started": (info.start_time or 0) / 1000,
                 "seconds": ((info.end_time or 0) - (info.start_time or 0)) / 1000 if info.end_time else None,
-                "entrypoint": info.entrypoint,
+                "entrypoint": redact(info.entrypoint),
             }
             for info in call_job_api(self.address, self._client.list_jobs)
             if info.submission_id
@@ -221,7 +222,7 @@ def job_server(address: str | None) -> str:
 def use_token() -> None:
     """Make Ray's clients send the token of this user, which they do only if RAY_AUTH_MODE says so."""
     held = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if held or (Path.home() / ".ray" / "auth_token").is_file():
+    if held or token_path().is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
@@ -250,7 +251,7 @@ def show_ended(result: dict[str, Any], console: Console) -> None:
     found = result.get("result") or {}
     lines += [f"{name}: {found[key]}" for key, name in ADDRESS_SOURCES.items() if found.get(key)]
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def resume_command(entrypoint: str) -> str | None:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import sqlite3
 import stat
@@ -25,10 +26,13 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.text import Text
 
+from ray_app.cluster.env_defaults import token_path
 from ray_app.cluster.reachability import CONNECT_S, connection_error
 from ray_app.config.base import TrackingFlags
 from ray_app.config.submit import DoctorConfig
 from ray_app.errors import ConfigError
+from ray_app.store.redact import redact
+from ray_app.terminal import make_console
 
 State = Literal["ok", "info", "warning", "problem"]
 STYLES: dict[State, str] = {"ok": "green", "info": "dim", "warning": "yellow", "problem": "bold red"}
@@ -64,7 +68,7 @@ class DoctorCheck:
 
 def run_doctor(cfg: DoctorConfig) -> dict[str, Any]:
     """Show each check as soon as it is done: torch, MLflow and Ray take seconds. Return all of them."""
-    console, checks = Console(), []
+    console, checks = make_console(), []
     for check in all_checks(cfg):
         show_check(check, console)
         checks.append(asdict(check))
@@ -151,7 +155,7 @@ def check_cpus(usable: int, present: int) -> DoctorCheck:
 def memory_bytes(limits: tuple[Path, ...] = (Path("/sys/fs/cgroup/memory.max"),)) -> int:
     """Return the machine's memory, or the container's limit where that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    texts = [path.read_text().strip() for path in limits if path.is_file()]
+    texts = [path.read_text(encoding="utf-8").strip() for path in limits if path.is_file()]
     return min([total, *(int(text) for text in texts if text.isdigit())])
 
 
@@ -212,27 +216,33 @@ def check_tracking(uri: str | None) -> DoctorCheck:
     try:
         from mlflow import MlflowClient
 
-        from ray_app.tracking.mlflow_logger import TRACKING_ERRORS, redact_password, tracking_uri
+        from ray_app.tracking.mlflow_logger import (
+            TRACKING_ERRORS,
+            database_file,
+            failure_cause,
+            is_away,
+            tracking_uri,
+        )
     except ImportError as error:
         return cannot_import("MLflow", error)
     try:
         where = tracking_uri(TrackingFlags(tracking_uri=uri))
     except ConfigError as error:
         return DoctorCheck("MLflow", "problem", str(error))
-    if where.startswith("sqlite:////") and (early := check_sqlite(Path(where.removeprefix("sqlite:///")))):
+    if (file := database_file(where)) and (early := check_sqlite(file)):
         return early
     try:
         with short_requests():
             MlflowClient(where).search_experiments(max_results=1)
     except TRACKING_ERRORS as error:
-        text = redact_password(str(error) or type(error).__name__)
-        return check_schema(where, text) or DoctorCheck(
+        away = is_away(error)
+        return check_schema(where, str(error)) or DoctorCheck(
             "MLflow",
             "problem",
-            f"{redact_password(where)} does not answer: {text.splitlines()[0][:200]}",
-            "start it, or name another with --tracking-uri",
+            f"{redact(where)} {'does not answer' if away else 'refuses this user'}: {failure_cause(error)}",
+            f"{'start it' if away else 'ask for the right to use it'}, or name another with --tracking-uri",
         )
-    return DoctorCheck("MLflow", "ok", f"{redact_password(where)} answers")
+    return DoctorCheck("MLflow", "ok", f"{redact(where)} answers")
 
 
 def check_sqlite(path: Path) -> DoctorCheck | None:
@@ -261,16 +271,14 @@ def check_schema(uri: str, message: str) -> DoctorCheck | None:
     match = re.search(r"database schema \(found version (\w+)", message)
     if match is None:
         return None
-    from ray_app.tracking.mlflow_logger import redact_password
-
     installed = version("mlflow")
     known = (path.name for path in (files("mlflow.store.db_migrations") / "versions").iterdir())
     if any(name.startswith(f"{match[1]}_") for name in known):
-        found = f"{redact_password(uri)} was made by an older MLflow than {installed}"
+        found = f"{redact(uri)} was made by an older MLflow than {installed}"
         return DoctorCheck(
-            "MLflow", "problem", found, f"copy the database, then: mlflow db upgrade {redact_password(uri)}"
+            "MLflow", "problem", found, f"copy the database, then: mlflow db upgrade {shlex.quote(redact(uri))}"
         )
-    found = f"{redact_password(uri)} was made by a newer MLflow than {installed} (schema {match[1]} is unknown to it)"
+    found = f"{redact(uri)} was made by a newer MLflow than {installed} (schema {match[1]} is unknown to it)"
     return DoctorCheck("MLflow", "problem", found, "name another database with --tracking-uri")
 
 
@@ -315,7 +323,7 @@ def check_ray(address: str | None, limit_s: float = RAY_S) -> DoctorCheck:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return refused(address, done.stderr) or DoctorCheck(
-            "Ray", "problem", f"{address} cannot be joined: {last[:200]}", "see `ray status` on its head"
+            "Ray", "problem", f"{address} cannot be joined: {last}", "see `ray status` on its head"
         )
     has = json.loads(done.stdout.strip().splitlines()[-1])
     found = f"{address}: {has['nodes']} nodes, {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs"
@@ -343,11 +351,6 @@ def check_auth_mode(mode: str | None) -> DoctorCheck:
     return DoctorCheck(name, "warning", mode, fix)
 
 
-def token_path() -> Path:
-    """Return the file with the key to this user's clusters."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-
-
 def check_token(path: Path, *, fix: bool) -> DoctorCheck:
     """Check that the key is readable by its owner alone; Ray lets everyone read it. `fix` sets mode 0600."""
     name = "Ray token"
@@ -358,7 +361,7 @@ def check_token(path: Path, *, fix: bool) -> DoctorCheck:
         return DoctorCheck(name, "ok", f"{path} has mode {mode:04o}")
     found = f"{path} has mode {mode:04o}: others on this machine can use your clusters"
     if not fix:
-        return DoctorCheck(name, "problem", found, f"`ray-app doctor --fix`, or: chmod 600 {path}")
+        return DoctorCheck(name, "problem", found, f"`ray-app doctor --fix`, or: chmod 600 {shlex.quote(str(path))}")
     try:
         path.chmod(0o600)
     except OSError as error:

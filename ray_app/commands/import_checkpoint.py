@@ -55,4 +55,4 @@ def render_import_checkpoint(result: dict[str, Any], console: Console) -> None:
         lines.append(f"left out: {', '.join(imported['left_out'])}")
     lines.append("its metrics and training pairs are unknown; `ray-app evaluate` measures it on a store")
     for line in lines:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        console.print(line, soft_wrap=True)

@@ -17,6 +17,7 @@ from ray_app.config.prepare import InspectConfig, PrepareScenes
 from ray_app.config.train import TrainConfig
 from ray_app.config.tune import QuickstartConfig
 from ray_app.store.manifest import MANIFEST
+from ray_app.terminal import make_console
 
 RECIPE: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.05, "schedule": "cosine", "flip": 0.5}
 """Settings for `conv`, chosen on validation parts of rendered scenes."""
@@ -31,7 +32,7 @@ def run_quickstart(cfg: QuickstartConfig) -> dict[str, Any]:
     store = cfg.out / f"scenes-{cfg.num_pairs}x{cfg.num_sequences}-seed{cfg.seed}"
     run = next_run(cfg.out)
     tracking = cfg.model_dump(include={"tracking_uri", "experiment", "model_name"})
-    log = Console(stderr=True)
+    log = make_console(stderr=True)
     with cluster(None):
         log.rule("1/4 prepare: rendered driving scenes, simulated events")
         if (store / MANIFEST).is_file():

@@ -38,6 +38,7 @@ SERIES: dict[str, tuple[str, Any, str]] = {
 }
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names of sequences and models are text, with $ too
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,

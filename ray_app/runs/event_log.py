@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from ray_app.errors import StoreError
 from ray_app.parsing.json_text import parse_object
-from ray_app.store.atomic import disk_errors
+from ray_app.store.atomic import disk_errors, write_file
 
 EVENT_LOG = "events.jsonl"
 POLL_S = 0.25
@@ -39,13 +39,16 @@ class EventLog:
     def __init__(self, run: Path, patience_s: float = HANDOVER_S) -> None:
         """Open `run`'s event log. StoreError: another process writes it, or a line is damaged."""
         self._path = run / EVENT_LOG
-        with disk_errors(self._path):
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._fd = self._open()
         try:
             self._lock(patience_s)
             data = self._path.read_bytes()
             if data and not data.endswith(b"\n"):
                 os.ftruncate(self._fd, data.rfind(b"\n") + 1)  # its writer was killed within a line
+            if (once := without_repeated_block(data)) != data:
+                write_file(self._path, once)
+                os.dup2(self._open(), self._fd)
+                self._lock(patience_s)
             lines = entries(run)
         except BaseException:
             os.close(self._fd)
@@ -101,6 +104,10 @@ class EventLog:
         finally:
             self._lock(HANDOVER_S)
 
+    def _open(self) -> int:
+        with disk_errors(self._path):
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+
     def _lock(self, patience_s: float) -> None:
         deadline = time.monotonic() + patience_s
         while True:
@@ -128,14 +135,45 @@ def format_line(values: dict[str, Any]) -> bytes:
 
 def parse_line(line: bytes, where: str) -> dict[str, Any]:
     """Return the values of a line without its checksum. StoreError, naming `where`, if the checksum differs."""
-    body, mark, tail = line.rpartition(b', "crc": "')
-    text = body + b"}"
-    if not mark or tail.rstrip(b"\n") != b'%08x"}' % zlib.crc32(text):
+    if (text := checked_text(line)) is None:
         raise StoreError(f"{where} is damaged: its checksum differs. Move the file away to continue without it.")
     try:
         return parse_object(text)
     except ValueError as error:
         raise StoreError(f"{where} is damaged: {error}. Move the file away to continue without it.") from error
+
+
+def checked_text(line: bytes) -> bytes | None:
+    """Return a line's JSON without its checksum; None if that differs."""
+    body, mark, tail = line.rpartition(b', "crc": "')
+    text = body + b"}"
+    return text if mark and tail.rstrip(b"\n") == b'%08x"}' % zlib.crc32(text) else None
+
+
+def without_repeated_block(data: bytes) -> bytes:
+    """Return an event log without a block that is in it twice, as a file system may leave it after a failure.
+
+    Between the copies there is one damaged line, of the end of the block and its beginning; or none, if the block is
+    of whole lines. Other damage stays.
+    """
+    lines = data.splitlines(keepends=True)
+    seen: dict[bytes, int] = {}
+    for n, line in enumerate(lines):
+        damaged = checked_text(line) is None
+        again = n + damaged  # first line of the second copy
+        count = n - seen.get(lines[again], n) if again < len(lines) else 0
+        if damaged or count:
+            before, after = lines[n - count - 1 : n - count], [*lines[again + count :], b""]
+            joined = before and is_joined_of(line, after[0], before[0])
+            if lines[n - count : n] == lines[again : again + count] and (joined or not damaged):
+                return b"".join(lines[:n] + after)
+        seen[line] = n
+    return data
+
+
+def is_joined_of(line: bytes, beginning: bytes, end: bytes) -> bool:
+    """Return True if a line is the beginning of one and the end of another."""
+    return any(beginning.startswith(line[:k]) and end.endswith(line[k:]) for k in range(len(line)))
 
 
 def entries(run: Path) -> list[dict[str, Any]]:
@@ -175,17 +213,24 @@ def require_latest_driver(run: Path, started: float) -> None:
 
 
 def tail(run: Path, stop: threading.Event) -> Iterator[list[dict[str, Any]]]:
-    """Yield new lines in batches, which may be empty, until `stop` is set and all is read."""
+    """Yield new lines in batches, which may be empty, until `stop` is set and all is read.
+
+    All lines come again if one that has been read is replaced: at a URI, those of a writer that was taken over from.
+    """
     path = run / EVENT_LOG
-    done = 0
+    done, newest = 0, b""
     while True:
         last = stop.is_set()
         with path.open("rb") as file:
-            file.seek(done)
+            file.seek(done - len(newest))
             data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        yield [parse_line(line, f"{path}, after byte {done}") for line in whole.splitlines()]
-        done += len(whole)
+            if not data.startswith(newest):
+                file.seek(done := 0)
+                newest, data = b"", file.read()
+        whole = data[len(newest) : data.rfind(b"\n") + 1]
+        lines = whole.splitlines(keepends=True)
+        yield [parse_line(line, f"{path}, after byte {done}") for line in lines]
+        done, newest = done + len(whole), lines[-1] if lines else newest
         if last:
             return
         stop.wait(POLL_S)

@@ -6,7 +6,6 @@ A checkpoint is named by its finished epochs, and within an epoch by the optimiz
 
 import fcntl
 import json
-import os
 import re
 import shlex
 import shutil
@@ -20,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from ray_app.errors import CheckpointError, StoreError
 from ray_app.parsing.json_text import parse_object
 from ray_app.runs.event_log import POLL_S, EventLog, entries, require_latest_driver
-from ray_app.runs.mirror import InPlace, Mirror, scratch_dir
-from ray_app.store.atomic import disk_errors, partial_file
+from ray_app.runs.mirror import DRIVER_LEASE, Mirror
+from ray_app.store.atomic import disk_errors, make_folder, partial_file, write_file
 from ray_app.store.filesystem import LocalDir, RemoteDir, StorageDir, absolute, open_storage
 from ray_app.store.manifest import Features
+from ray_app.store.scratch import scratch_dir
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a run's records are read without it
     from torch import Tensor
@@ -65,7 +65,7 @@ class RunDir:
     def __init__(self, path: Path, remote: RemoteDir | None = None) -> None:
         """`path`: the run's folder, or a scratch folder where the run is kept at `remote`."""
         self.path = path
-        self.mirror = InPlace(path) if remote is None else Mirror(path, remote)
+        self.mirror = Mirror(path, remote)
 
     def __str__(self) -> str:
         """Return the path or URI that `--resume` and `sync` take."""
@@ -121,19 +121,29 @@ class RunDir:
     def create(self, metadata: Mapping[str, Any]) -> None:
         """Start a run here. StoreError if anything is in the way; nothing is deleted.
 
-        The partial file of a process that was killed at this point is not in the way.
+        The partial file of a process that was killed at this point is not in the way. Of several that start at one
+        moment in one folder, one has it; at a URI that needs `exclusive`.
         """
+        document = json.dumps(dict(metadata), indent=1).encode()
         try:
-            existing = self.mirror.storage.listdir() - {partial_file(Path(RUN)).name}
+            names = self.mirror.storage.listdir()
         except FileNotFoundError:
-            existing = set()
+            names = set()
         except NotADirectoryError:
-            existing = {RUN}
-        if existing:
+            names = {RUN}
+        try:
+            if any(name != partial_file(Path(RUN)).name and not name.startswith(DRIVER_LEASE) for name in names):
+                raise FileExistsError
+            if self.mirror.remote:
+                self.mirror.remote.write(RUN, document)
+            else:
+                with disk_errors(self.path):
+                    make_folder(self.path)
+                write_file(self.path / RUN, document, new=True)
+        except FileExistsError:
             raise StoreError(
                 f"--out {self.mirror.storage} already holds something; name a new folder, nothing is overwritten"
-            )
-        self.mirror.storage.write(RUN, json.dumps(dict(metadata), indent=1).encode())
+            ) from None
 
     @property
     def claimed(self) -> bool:
@@ -144,20 +154,21 @@ class RunDir:
             return False
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Drive the run alone. StoreError: another process drives it."""
-        self.mirror.download_file(RUN)
-        handle = os.open(self.path / RUN, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StoreError(f"{self.path} is driven by another process; wait for its end, or stop it") from error
-            with self.mirror.lease():
+    def exclusive(self, created: Mapping[str, Any] | None = None) -> Iterator[None]:
+        """Drive the run alone; start it first with the metadata `created`. StoreError: another process drives it."""
+        with self.mirror.lease():
+            if created is not None:
+                self.create(created)
+            self.mirror.download_file(RUN)
+            with (self.path / RUN).open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise StoreError(
+                        f"{self.path} is driven by another process; wait for its end, or stop it"
+                    ) from error
                 self.clear_signals()
                 yield
-        finally:
-            os.close(handle)
 
     def metadata(self) -> dict[str, Any]:
         """Return what it was started with: `name`, `key`, `config`, `store_fingerprint`. StoreError: not a run."""
@@ -183,7 +194,7 @@ class RunDir:
         """Ask the workers to save and end; those at a URI get `STOP_S` to do so."""
         self.stop_file.touch()
         self.mirror.push_signals(STOP, RESIZE)
-        deadline = time.monotonic() + (STOP_S if isinstance(self.mirror, Mirror) else 0.0)
+        deadline = time.monotonic() + (STOP_S if self.mirror.remote else 0.0)
         while time.monotonic() < deadline:
             self.refresh()
             if entries(self.path)[-1]["kind"] in ("stopped", "run_ended"):
@@ -305,9 +316,9 @@ class RunDir:
 
 
 def validate_relative_path(folder: str) -> str:
-    """Return the name of a folder in a run, read from a file. ValueError: it leads out of the run."""
-    if not re.fullmatch(r"[a-z_]+(/[a-z0-9_]+)?", folder):
-        raise ValueError(f"{folder!r} is no folder of a run")
+    """Return the name of a folder in a run, read from a file. StoreError: it leads out of the run."""
+    if not isinstance(folder, str) or not re.fullmatch(r"[a-z_]+(/[a-z0-9_]+)?", folder):
+        raise StoreError(f"{folder!r} is no folder of a run")
     return folder
 
 
@@ -322,10 +333,12 @@ def run_metadata(storage: StorageDir) -> dict[str, Any]:
 def best_name(storage: StorageDir) -> str | None:
     """Return the folder of a run's best checkpoint, None before the first epoch. CheckpointError: it is damaged."""
     try:
-        return validate_relative_path(parse_object(storage.read(BEST))["checkpoint"])
+        document = storage.read(BEST)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    try:
+        return validate_relative_path(parse_object(document)["checkpoint"])
+    except (StoreError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{storage.file(BEST)} is damaged: it names no checkpoint ({error}).") from error
 
 

@@ -75,7 +75,7 @@ def read_column(path: Path, name: str) -> Any:
     """Return an array, or a list of arrays (tokens, W); None if the file has none of this name."""
     try:
         if path.suffix == ".txt":
-            return path.read_text().splitlines()
+            return path.read_text(encoding="utf-8").splitlines()
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
         if name not in names_in(path):

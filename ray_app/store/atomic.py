@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, and checksums."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -59,8 +61,13 @@ def disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
         why = f"{path} cannot be written: {os.strerror(code)}"
         if code in CLOSED:
             raise StoreError(f"{why}. Name a folder that can be written.") from error
+        disk = os.statvfs(next(p for p in path.absolute().parents if p.is_dir()))
+        if code == errno.ENOSPC and disk.f_files and not disk.f_favail:
+            raise StoreError(
+                f"{why}; no inodes are left there for another file. Delete or move some files."
+            ) from error
         needed = f"{num_bytes:,} bytes are needed, " if num_bytes is not None else ""
-        free = shutil.disk_usage(next(p for p in path.absolute().parents if p.is_dir())).free
+        free = disk.f_bavail * disk.f_frsize
         raise StoreError(f"{why}; {needed}{free:,} bytes are free there. Make room for it.") from error
 
 
@@ -69,21 +76,42 @@ def partial_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write under another name, then rename: a reader sees the old file or the whole new one."""
+def write_file(path: Path, data: bytes | memoryview, *, new: bool = False) -> None:
+    """Write under another name, then rename: a reader sees the old file or the whole new one.
+
+    Processes that write the same file do so one after the other. `new`: FileExistsError if there is one already.
+    """
     partial = partial_file(path)
-    with disk_errors(path, memoryview(data).nbytes):
+    with disk_errors(path, memoryview(data).nbytes), _sole_writer(partial) as file:
         try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            if new and path.exists():
+                raise FileExistsError(path)
+            file.truncate(0)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
             partial.rename(path)
         except BaseException:
             with suppress(OSError):  # it takes space on a full disk
                 partial.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+@contextmanager
+def _sole_writer(path: Path) -> Iterator[BinaryIO]:
+    """Open and lock a file that its writer renames or deletes; a file system without locks has several writers."""
+    while True:
+        with path.open("ab") as file:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                current = path.stat()
+            except FileNotFoundError:
+                continue
+            if os.path.samestat(current, os.fstat(file.fileno())):
+                yield file
+                return
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def claim_capture(folder: Path, settings: Mapping[str, Any], name: str = CAPTURE
     """Make the folder ours. StoreError unless it is new, empty, or has these very settings in its file `name`."""
     path, text = folder / name, json.dumps(settings, indent=1, sort_keys=True) + "\n"
     if path.is_file():
-        if path.read_text() != text:
+        if path.read_text(encoding="utf-8") != text:
             theirs = _json(path)
             differing = sorted(k for k in settings.keys() | theirs.keys() if settings.get(k) != theirs.get(k))
             raise StoreError(
@@ -92,7 +92,7 @@ def verify_shard(shards: Path, name: str) -> None:
     """Every file of a shard against its NAME.sha256. InputError names the file that does not hold."""
     path = shards / f"{name}.sha256"
     try:
-        lines = re.findall(r"^([0-9a-f]{64})  ([\w.-]+)$", path.read_text(), re.MULTILINE)
+        lines = re.findall(r"^([0-9a-f]{64})  ([\w.-]+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     except (OSError, UnicodeDecodeError):
         lines = []
     if f"{name}.jsonl" not in {file for _, file in lines}:

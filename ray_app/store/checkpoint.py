@@ -166,7 +166,7 @@ def _save(
         for file, tensors in tensor_files.items():
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial / file)
         for file, document in documents.items():
-            (partial / file).write_text(json.dumps(document, indent=1) + "\n")
+            (partial / file).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         files = sorted((*tensor_files, *documents))
         sums = "".join(f"{sha256_file(partial / file)}  {file}\n" for file in files).encode()
         (partial / CHECKSUMS_FILE).write_bytes(sums)

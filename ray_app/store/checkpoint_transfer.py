@@ -7,7 +7,6 @@ checkpoint. A download compares every file with the list before the folder gets 
 import mmap
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from ray_app.store.atomic import (
     verify_folder,
 )
 from ray_app.store.filesystem import LocalDir, RemoteDir, open_storage
+from ray_app.store.scratch import scratch_dir
 
 CHUNK_BYTES = 32 * 2**20
 """Size of one request of a download."""
@@ -79,8 +79,8 @@ def local_folder(where: str) -> Iterator[Path]:
     if isinstance(storage, LocalDir):
         yield storage.path
     else:
-        with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
-            yield download_dir(storage, "", Path(scratch) / "checkpoint")
+        with scratch_dir() as scratch:
+            yield download_dir(storage, "", scratch / "checkpoint")
 
 
 def _send_file(path: Path, remote: RemoteDir, name: str) -> None:

@@ -185,8 +185,8 @@ class RemoteDir:
         what, began = f"{self.file(name)} cannot be {verb}", time.monotonic()
         for tries in itertools.count(1):
             try:
-                answer: T | FileNotFoundError = ask(*_connect(self.uri, name, what))
-            except FileNotFoundError as error:
+                answer: T | FileNotFoundError | NotADirectoryError = ask(*_connect(self.uri, name, what))
+            except (FileNotFoundError, NotADirectoryError) as error:
                 answer = error
             except OSError as error:
                 why, waited_s = _first_line(error), time.monotonic() - began
@@ -201,7 +201,7 @@ class RemoteDir:
                 continue
             if tries > 1:
                 self.tell(f"{self} answers again, after {time.monotonic() - began:.1f} s")
-            if isinstance(answer, FileNotFoundError):
+            if isinstance(answer, FileNotFoundError | NotADirectoryError):
                 raise answer
             return answer
         raise AssertionError

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,13 +11,15 @@ from typing import Any
 
 import torch
 
+from ray_app.store.redact import redact
+
 PACKAGES = ("ray-app", "ray", "mlflow", "numpy", "pyarrow", "safetensors", "pillow", "av")
 
 
 def provenance(argv: Sequence[str], dataset_fingerprint: str | None = None, **more: Any) -> dict[str, Any]:
-    """Return JSON values to store with a result, with `more`. Passwords in URLs of `argv` are left out."""
+    """Return JSON values to store with a result, with `more`. Passwords and tokens in URLs of `argv` are left out."""
     return {
-        "argv": [re.sub(r"(?<=://)[^/@\s]+@", "***@", arg) for arg in argv],
+        "argv": [redact(arg) for arg in argv],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "dataset_fingerprint": dataset_fingerprint,
         "git": git_revision(Path(__file__).resolve().parents[2]),

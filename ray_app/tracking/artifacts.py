@@ -1,7 +1,6 @@
 """Files and data sets of an MLflow run: its checkpoint as an MLflow model, and the store it was trained on."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -11,6 +10,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, RunTag
 
 from ray_app.listing import data_in
 from ray_app.store.atomic import CHECKSUMS_FILE
+from ray_app.store.scratch import scratch_dir
 
 MODEL_ARTIFACTS = "model"
 """Artifact folder of a run that holds its checkpoint as an MLflow model."""
@@ -26,8 +26,8 @@ def upload_artifacts(client: MlflowClient, run_id: str, folder: Path) -> None:
         return
     from ray_app.tracking.mlflow_model import history_tag, write_mlflow_model  # seconds to import
 
-    with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
-        model = write_mlflow_model(folder, Path(scratch) / MODEL_ARTIFACTS, run_id)
+    with scratch_dir() as scratch:
+        model = write_mlflow_model(folder, scratch / MODEL_ARTIFACTS, run_id)
         client.log_artifacts(run_id, f"{scratch}/{MODEL_ARTIFACTS}", MODEL_ARTIFACTS)
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in history_tag(model).items()])
     for path in sorted(data_in(folder), key=lambda path: (path.name == CHECKSUMS_FILE, path.name)):

@@ -10,7 +10,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 
 from ray_app.config.base import TrackingFlags
-from ray_app.tracking.mlflow_logger import TRACKING_ERRORS, flat_params, redact_password, run_of_key, tracking_uri
+from ray_app.store.redact import redact
+from ray_app.tracking.mlflow_logger import (
+    TRACKING_ERRORS,
+    database_file,
+    failure_cause,
+    flat_params,
+    run_of_key,
+    tracking_uri,
+)
 
 EVALUATION_METRICS = (
     *("pairs", "cos_sim_mean", "cos_sim_std", "cosine_accept_rate", "lift", "lift_by_theta", "centered_cos_sim_mean"),
@@ -28,7 +36,7 @@ def log_evaluation(
     that does not exist is not created.
     """
     uri = tracking_uri(cfg)
-    if run_key is None or (uri.startswith("sqlite:////") and not Path(uri.removeprefix("sqlite:///")).exists()):
+    if run_key is None or ((file := database_file(uri)) and not file.exists()):
         return None
     try:
         client = MlflowClient(uri)
@@ -44,7 +52,6 @@ def log_evaluation(
         for path in files:
             client.log_artifact(run_id, str(path), "evaluation")
     except TRACKING_ERRORS as error:
-        reason = redact_password((str(error) or type(error).__name__).splitlines()[0])[:200]
-        print(f"tracking: {redact_password(uri)} did not take the evaluation ({reason})", file=sys.stderr)
+        print(f"tracking: {redact(uri)} did not take the evaluation ({failure_cause(error)})", file=sys.stderr)
         return None
     return run_id

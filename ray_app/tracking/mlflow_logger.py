@@ -7,14 +7,16 @@ was sent after that is sent again: MLflow's SQL store ignores a point that it ha
 import json
 import os
 import re
+import shlex
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
@@ -23,10 +25,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ray_app.config.base import TrackingFlags
 from ray_app.core.back_off import back_off_s
-from ray_app.errors import ConfigError, StoreError
+from ray_app.errors import ConfigError, RegistryError, StoreError
 from ray_app.parsing.json_text import parse_object
 from ray_app.runs.event_log import EVENT_LOG, entries, parse_line, tail
+from ray_app.runs.run_dir import validate_relative_path
 from ray_app.store.atomic import write_file
+from ray_app.store.redact import redact
 from ray_app.tracking.artifacts import log_dataset, upload_artifacts
 
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)
@@ -44,8 +48,8 @@ KEY_TAG = "run_key"
 TRIAL_POINTS = ("objective", "lift", "accept_rate", "epochs", "steps", "parameters", "seconds")
 """Metrics of each trial in the MLflow run of its sweep."""
 MLFLOW_SYNC = "mlflow_sync.json"
-"""File in a run folder: `uri`, `mlflow_run_id`, `bytes` of the event log that this server has acknowledged, and
-`ended`, true once it has the run's end and artifacts too."""
+"""File in a run folder: `uri`, `mlflow_run_id`, `bytes` of the event log that this server has acknowledged, the
+`crc` of these, and `ended`, true once it has the run's end and artifacts too."""
 
 
 def tracking_uri(cfg: TrackingFlags) -> str:
@@ -54,29 +58,47 @@ def tracking_uri(cfg: TrackingFlags) -> str:
     if urlparse(uri).scheme in ("", "file"):
         raise ConfigError(f"--tracking-uri {uri} is a folder, which MLflow no longer supports; use sqlite:///FILE.db")
     if match := re.fullmatch(r"sqlite:///(?!/)(.+)", uri):
-        uri = f"sqlite:///{Path(match[1]).absolute()}"
+        folder = re.sub(r"[%?#]", lambda sign: f"%{ord(sign[0]):02X}", str(Path.cwd()))  # it is a path, and no URL
+        uri = f"sqlite:///{folder}/{match[1].removeprefix('./')}"
     return uri
 
 
-def redact_password(text: str) -> str:
-    """Return a tracking URI, or a text with one, without its password."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
+def database_file(uri: str) -> Path | None:
+    """Return the file of an SQLite database; None for other servers."""
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])) if uri.startswith("sqlite:////") else None
+
+
+def failure_cause(error: BaseException) -> str:
+    """Return the first line of a tracking server's error; of a connection that failed the cause alone."""
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    if cause := re.search(r"\(Caused by \w+\((.*)\)\)$", line):
+        line = re.sub(r"HTTPS?Connection\([^)]*\): ", "", cause[1]).strip("\"'")
+    return redact(line)
+
+
+def is_away(error: BaseException) -> bool:
+    """Return True if a server did not answer; False if it answered with a refusal."""
+    return isinstance(error, OSError | SQLAlchemyError) or "failed with exception" in str(error)
 
 
 def experiment_id(client: MlflowClient, cfg: TrackingFlags) -> str:
     """Return the experiment's id, creating it if needed; artifacts of a database file go to its folder."""
-    name, uri = cfg.experiment, tracking_uri(cfg)
-    if found := client.get_experiment_by_name(name):
-        return found.experiment_id
-    artifacts = None
-    if uri.startswith("sqlite:////"):
-        artifacts = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
-    try:
-        return client.create_experiment(name, artifact_location=artifacts)
-    except MlflowException as error:
-        if found := client.get_experiment_by_name(name):  # another process was quicker
-            return found.experiment_id
-        raise error
+    name, database = cfg.experiment, database_file(tracking_uri(cfg))
+    artifacts = (database.parent / "mlartifacts" / name).as_uri() if database else None
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=artifacts)
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another process was quicker
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise RegistryError(
+            f"the experiment '{name}' was deleted there; name another with --experiment, or restore it: "
+            f"mlflow experiments restore --experiment-id {found.experiment_id}"
+        )
+    return found.experiment_id
 
 
 class Tracker:
@@ -102,7 +124,7 @@ class Tracker:
 
     def summary(self) -> dict[str, Any]:
         """Return the MLflow run, its server and its artifacts; None for what is unknown."""
-        return {"mlflow_run_id": self.run_id, "tracking_uri": redact_password(self._uri), "artifacts": self.artifacts}
+        return {"mlflow_run_id": self.run_id, "tracking_uri": redact(self._uri), "artifacts": self.artifacts}
 
     def close(self) -> bool:
         """Send the rest, the artifacts and the run's end. Return True if the server has all of the event log."""
@@ -146,20 +168,21 @@ class Tracker:
     def _attempt(self, action: Callable[[], Any]) -> bool:
         try:
             action()
-        except (*TRACKING_ERRORS, StoreError) as error:
-            self._warn(redact_password((str(error) or type(error).__name__).splitlines()[0])[:200])
+        except (*TRACKING_ERRORS, RegistryError, StoreError) as error:
+            self._warn(failure_cause(error), away=is_away(error))
             self._failures += 1
             self._next_try = time.monotonic() + back_off_s(self._failures, MAX_PAUSE_S)
             return False
         self._failures = 0
         return True
 
-    def _warn(self, reason: str) -> None:
+    def _warn(self, reason: str, *, away: bool = True) -> None:
         if not self._warned:
             self._warned = True
+            problem = f" does not answer ({reason})" if away else f": {reason}"
             print(
-                f"tracking: {redact_password(self._uri)} does not answer ({reason}); the run continues, its "
-                f"{EVENT_LOG} keeps every point, and `ray-app sync {self._name}` sends them later",
+                f"tracking: {redact(self._uri)}{problem}; the run continues, its {EVENT_LOG} keeps every point, and "
+                f"`ray-app sync {shlex.quote(self._name)}` sends them later",
                 file=sys.stderr,
             )
 
@@ -213,7 +236,7 @@ def sync_run(run: Path, uri: str, name: str = "") -> dict[str, Any]:
     sent, info = send_points(client, run, uri, run_id), client.get_run(run_id).info
     if (last := lines[-1])["kind"] == "run_ended":
         if last["artifacts"]:
-            upload_artifacts(client, run_id, run / last["artifacts"])
+            upload_artifacts(client, run_id, run / validate_relative_path(last["artifacts"]))
         if info.status != last["status"]:
             client.set_terminated(run_id, last["status"])
         write_file(run / MLFLOW_SYNC, json.dumps({**acknowledged(run), "ended": True}).encode())
@@ -228,10 +251,10 @@ def sync_run(run: Path, uri: str, name: str = "") -> dict[str, Any]:
 
 def send_points(client: MlflowClient, run: Path, uri: str, run_id: str) -> int:
     """Send the points after the watermark, move it, and return their number. An error leaves the watermark."""
-    server = {"uri": redact_password(uri), "mlflow_run_id": run_id}
+    server = {"uri": redact(uri), "mlflow_run_id": run_id}
     state, data = acknowledged(run), (run / EVENT_LOG).read_bytes()
     begin = state["bytes"] if state.items() >= server.items() else 0
-    if data[:begin][-1:] not in (b"", b"\n"):  # another log than the one that was sent
+    if state.get("crc") != zlib.crc32(data[:begin]):  # another log than the one that was sent
         begin = 0
     lines = data[begin : data.rfind(b"\n") + 1].splitlines(keepends=True)
     where = f"{run / EVENT_LOG}, after byte {begin}"
@@ -239,7 +262,8 @@ def send_points(client: MlflowClient, run: Path, uri: str, run_id: str) -> int:
     for first in range(0, len(points), METRICS_PER_REQUEST):
         client.log_batch(run_id, metrics=points[first : first + METRICS_PER_REQUEST])
     if lines:
-        watermark = {**server, "bytes": begin + sum(map(len, lines)), "ended": False}
+        sent = begin + sum(map(len, lines))
+        watermark = {**server, "bytes": sent, "crc": zlib.crc32(data[:sent]), "ended": False}
         write_file(run / MLFLOW_SYNC, json.dumps(watermark).encode())
     return len(points)
 

@@ -1,7 +1,6 @@
 """Checkpoints by name: a folder, a run's best checkpoint, or a version in MLflow's model registry."""
 
 import functools
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -16,11 +15,13 @@ from ray_app.errors import CheckpointError, RegistryError
 from ray_app.runs.run_dir import best_of_run
 from ray_app.store.atomic import CHECKSUMS_FILE, sha256_file, verify_folder
 from ray_app.store.checkpoint_transfer import local_folder
+from ray_app.store.redact import redact
+from ray_app.store.scratch import scratch_dir
 from ray_app.tracking.artifacts import ARTIFACTS, MODEL_ARTIFACTS, upload_artifacts
 from ray_app.tracking.mlflow_logger import (
     TRACKING_ERRORS,
     experiment_id,
-    redact_password,
+    failure_cause,
     run_of_key,
     tracking_uri,
 )
@@ -44,7 +45,7 @@ def checkpoint_folder(checkpoint: str, cfg: TrackingFlags) -> Iterator[Path]:
         with registry_errors(uri):
             client = MlflowClient(uri)
             version = find_version(client, checkpoint)
-        with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
+        with scratch_dir() as scratch:
             with registry_errors(uri):
                 folder = download_checkpoint(client, *artifact_path(version), scratch)
             yield folder
@@ -61,9 +62,26 @@ def find_version(client: MlflowClient, uri: str) -> ModelVersion:
             f"'{uri}' is not a model; write models:/NAME@ALIAS or models:/NAME/VERSION, for instance "
             "models:/alignment-adapter@champion."
         )
-    if match["alias"]:
-        return client.get_model_version_by_alias(match["name"], match["alias"])
-    return client.get_model_version(match["name"], match["version"])
+    try:
+        if match["alias"]:
+            return client.get_model_version_by_alias(match["name"], match["alias"])
+        return client.get_model_version(match["name"], match["version"])
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise RegistryError(f"'{uri}' is not in the registry: {_lacking(client, match['name'])}") from error
+
+
+def _lacking(client: MlflowClient, name: str) -> str:
+    """Return what a registry has instead of a version that it lacks, and the way out."""
+    models = {model.name: model for model in client.search_registered_models()}
+    way_out = "`ray-app promote RUN` registers a version and makes the first one champion"
+    if name not in models:
+        return f"it has no model '{name}'; its models: {', '.join(sorted(models)) or 'none'}. {way_out}."
+    numbers = sorted(int(version.version) for version in client.search_model_versions(f"name='{name}'"))
+    aliases = ", ".join(f"@{alias} (version {number})" for alias, number in models[name].aliases.items())
+    versions = f"{numbers[0]} to {numbers[-1]}" if numbers else "none"
+    return f"versions of '{name}': {versions}; its aliases: {aliases or 'none'}. {way_out}."
 
 
 def artifact_path(version: ModelVersion) -> tuple[str, str]:
@@ -80,9 +98,9 @@ def artifact_path(version: ModelVersion) -> tuple[str, str]:
     return run_id, path
 
 
-def download_checkpoint(client: MlflowClient, run_id: str, path: str, folder: str) -> Path:
+def download_checkpoint(client: MlflowClient, run_id: str, path: str, folder: Path) -> Path:
     """Copy a run's artifact folder `path` into `folder`; returns the copy. CheckpointError: not only plain files."""
-    copy = Path(client.download_artifacts(run_id, path, folder))
+    copy = Path(client.download_artifacts(run_id, path, str(folder)))
     if irregular := [str(item) for item in copy.iterdir() if item.is_symlink() or not item.is_file()]:
         raise CheckpointError(
             f"runs:/{run_id}/{path}: {irregular[0]} is not a plain file; a checkpoint holds only such."
@@ -96,9 +114,8 @@ def registry_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except TRACKING_ERRORS as error:
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise RegistryError(
-            f"{redact_password(first_line)} (tracking server: {redact_password(uri)}; --tracking-uri chooses another)"
+            f"{failure_cause(error)} (tracking server: {redact(uri)}; --tracking-uri chooses another)"
         ) from error
 
 
@@ -132,7 +149,7 @@ class ModelRegistry:
     @property
     def address(self) -> str:
         """Tracking URI without its password."""
-        return redact_password(self.uri)
+        return redact(self.uri)
 
     @_answered
     def champion(self) -> str | None:
@@ -163,7 +180,7 @@ class ModelRegistry:
     @contextmanager
     def download(self, number: str) -> Iterator[Path]:
         """A copy of a version's checkpoint, removed when the block ends."""
-        with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
+        with scratch_dir() as scratch:
             with registry_errors(self.uri):
                 version = self.client.get_model_version(self.model, number)
                 folder = download_checkpoint(self.client, *artifact_path(version), scratch)
@@ -225,7 +242,7 @@ class ModelRegistry:
             run_id = str(self.client.create_run(experiment_id(self.client, flags), run_name=name).info.run_id)
             upload_artifacts(self.client, run_id, checkpoint.folder)
             self.client.set_terminated(run_id)
-        with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
+        with scratch_dir() as scratch:
             copy = download_checkpoint(self.client, run_id, ARTIFACTS, scratch)
             if verify_folder(copy) != checkpoint.sha256:
                 raise RegistryError(
@@ -240,9 +257,9 @@ class ModelRegistry:
         run_id = run_of_key(self.client, key, experiments) if key else None
         if run_id is None:
             return None
-        with tempfile.TemporaryDirectory(prefix="ray-app-") as scratch:
+        with scratch_dir() as scratch:
             try:
-                sums = self.client.download_artifacts(run_id, f"{ARTIFACTS}/{CHECKSUMS_FILE}", scratch)
+                sums = self.client.download_artifacts(run_id, f"{ARTIFACTS}/{CHECKSUMS_FILE}", str(scratch))
             except MlflowException as error:
                 if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                     return None

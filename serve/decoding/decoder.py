@@ -58,7 +58,7 @@ def answer(job: DecodeJob, data: bytes) -> tuple[dict[str, Any], bytes]:
 
 def bound_memory(num_bytes: int) -> None:
     """Let this process take so much address space beyond what it has."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     limit = pages * resource.getpagesize() + num_bytes
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

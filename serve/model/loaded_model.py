@@ -195,7 +195,7 @@ def chosen_precision(asked: str, device: torch.device) -> Precision:
 def cpu() -> dict[str, str]:
     """Fields of the first CPU in /proc/cpuinfo; empty on other systems."""
     try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:
         return {}
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}

@@ -4,7 +4,6 @@ Only plain artifacts are loaded (safetensors, JSON), by the digest recorded at p
 executed or unpickled.
 """
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from ray_app.errors import CheckpointError
 from ray_app.store.atomic import CHECKSUMS_FILE, sha256_bytes
 from ray_app.store.checkpoint_transfer import local_folder
 from ray_app.store.filesystem import open_storage
+from ray_app.store.scratch import scratch_dir
 
 from .loaded_model import Identity
 
@@ -80,7 +80,7 @@ class RegistrySource:
 
         assert identity.run_id
         assert identity.tags
-        with tempfile.TemporaryDirectory(prefix="ray-app-serve-") as scratch:
+        with scratch_dir() as scratch:
             with self._registry() as client:
                 folder = download_checkpoint(client, identity.run_id, identity.tags["artifact_path"], scratch)
             yield folder

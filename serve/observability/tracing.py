@@ -79,5 +79,5 @@ def exporter_of(file: Path | None) -> Any:
     from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
     return ConsoleSpanExporter(
-        out=file.open("a", buffering=1), formatter=lambda span: span.to_json(indent=None) + "\n"
+        out=file.open("a", buffering=1, encoding="utf-8"), formatter=lambda span: span.to_json(indent=None) + "\n"
     )

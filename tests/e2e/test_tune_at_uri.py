@@ -24,6 +24,7 @@ from ray_app.config.tune import TuneConfig
 from ray_app.errors import StoreError
 from ray_app.runs.event_log import EVENT_LOG, entries
 from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir
+from ray_app.runs.succession import Successors
 from ray_app.store.atomic import sha256_file
 from ray_app.store.checkpoint_transfer import local_folder
 from ray_app.store.filesystem import RemoteDir
@@ -156,7 +157,7 @@ def test_an_event_log_that_is_lent_at_a_uri_holds_what_another_process_wrote_mea
                 theirs.write("run_ended", status="KILLED", time=2.0)
             assert [line["kind"] for line in entries(driver.path)] == ["run_started", "workers_started", "run_ended"]
     assert [line["kind"] for line in entries(trial.path)] == ["run_started", "workers_started", "run_ended"]
-    assert there.read(EVENT_LOG) == (trial.path / EVENT_LOG).read_bytes()
+    assert Successors(there, EVENT_LOG).read() == (trial.path / EVENT_LOG).read_bytes()
 
 
 def test_places_that_are_let_go_of_at_a_uri_are_gone_there_too(tmp_path: Path) -> None:

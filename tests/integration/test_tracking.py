@@ -10,23 +10,32 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from mlflow_process import MlflowServer, free_port, missing_and_extra
 
 from ray_app import cli
+from ray_app.cluster.env_defaults import set_defaults
+from ray_app.commands.doctor import check_tracking
+from ray_app.commands.sync import run_sync
 from ray_app.commands.train.progress import TrainingProgress
 from ray_app.config.base import TrackingFlags
-from ray_app.errors import ConfigError, StoreError
+from ray_app.config.tune import SyncConfig
+from ray_app.errors import ConfigError, RegistryError, StoreError
 from ray_app.runs.event_log import EventLog, entries
 from ray_app.tracking import mlflow_logger as tracking
 from ray_app.tracking.mlflow_logger import (
     MLFLOW_SYNC,
     Tracker,
+    database_file,
+    experiment_id,
+    failure_cause,
+    is_away,
     pending_runs,
-    redact_password,
     sync_run,
     to_metrics,
     tracking_uri,
 )
+from ray_app.tracking.model_registry import find_version
 
 
 def begin(log: EventLog, key: str = "k1") -> None:
@@ -66,6 +75,12 @@ def expected(last: int) -> list[tuple[int, float]]:
 @pytest.fixture
 def flags(tmp_path: Path) -> TrackingFlags:
     return TrackingFlags(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database that tests share, each with a run of its own key: to make one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('database')}/mlflow.db"
 
 
 @pytest.fixture
@@ -295,8 +310,128 @@ def test_a_database_in_the_current_folder_gets_an_absolute_path(
         tracking_uri(TrackingFlags(tracking_uri="file:///mlruns"))
 
 
-def test_no_password_is_shown() -> None:
-    assert redact_password("cannot reach http://me:secret@host:5000/x") == "cannot reach http://***@host:5000/x"
+def test_the_default_database_is_in_the_current_folder_whatever_the_name_of_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "what?x=1 %41 #2 [night]"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    uri = tracking_uri(TrackingFlags())
+    assert database_file(uri) == folder / "mlflow.db"
+    client = MlflowClient(uri)
+    run_id = client.create_run(experiment_id(client, TrackingFlags(tracking_uri=uri))).info.run_id
+    client.log_text(run_id, "x", "x.txt")
+    assert (folder / "mlflow.db").is_file()
+    assert (folder / "mlartifacts" / "alignment" / run_id / "artifacts" / "x.txt").read_text() == "x"
+    assert check_tracking(None).state == "ok"
+
+
+def test_an_experiment_that_was_deleted_is_named_with_the_way_to_restore_it(
+    flags: TrackingFlags, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = MlflowClient(str(flags.tracking_uri))
+    number = experiment_id(client, flags)
+    client.delete_experiment(number)
+    with EventLog(run) as log:
+        begin(log)
+        tracker = Tracker(flags, run)
+        end(log)
+    assert not tracker.close()
+    printed = capsys.readouterr().err
+    assert "the experiment 'alignment' was deleted there" in printed
+    assert f"mlflow experiments restore --experiment-id {number}" in printed
+    assert "does not answer" not in printed
+    assert cli.run(["sync", str(run), "--tracking-uri", str(flags.tracking_uri)]) == 2
+    client.restore_experiment(number)
+    assert cli.run(["sync", str(run), "--tracking-uri", str(flags.tracking_uri)]) == 0
+
+
+def test_what_the_registry_lacks_is_named_with_what_it_has(database: str) -> None:
+    client = MlflowClient(database)
+    lacks = {
+        "models:/nope@champion": r"it has no model 'nope'; its models: none\. `ray-app promote RUN` registers",
+        "models:/alignment@best": r"versions of 'alignment': 1 to 2; its aliases: @champion \(version 2\)\.",
+        "models:/alignment/7": "versions of 'alignment': 1 to 2",
+    }
+    for uri, words in lacks.items():
+        with pytest.raises(RegistryError, match=f"'{uri}' is not in the registry: {words}"):
+            find_version(client, uri)
+        if uri.endswith("nope@champion"):
+            client.create_registered_model("alignment")
+            for _ in range(2):
+                client.create_model_version("alignment", "runs:/x/checkpoint")
+            client.set_registered_model_alias("alignment", "champion", "2")
+
+
+def test_a_refusal_is_quoted_and_loopback_is_reached_without_a_proxy(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Forbidden(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b'{"error_code": "PERMISSION_DENIED", "message": "alice may not read this"}'
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    for name in ("http_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}" if name == "http_proxy" else "")
+    set_defaults()
+    forbidden = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Forbidden)
+    threading.Thread(target=forbidden.serve_forever, daemon=True).start()
+    with EventLog(run) as log:
+        begin(log)
+        tracker = Tracker(TrackingFlags(tracking_uri=f"http://127.0.0.1:{forbidden.server_port}"), run)
+        end(log)
+    assert not tracker.close()
+    printed = capsys.readouterr().err
+    assert "PERMISSION_DENIED: alice may not read this" in printed
+    assert "does not answer" not in printed
+    check = check_tracking(f"http://127.0.0.1:{forbidden.server_port}")
+    assert (check.state, "alice may not read this" in check.value) == ("problem", True)
+    forbidden.shutdown()
+
+
+def test_a_message_ends_with_the_cause_of_a_connection_that_failed(run: Path) -> None:
+    with EventLog(run) as log:
+        begin(log)
+    with pytest.raises(MlflowException) as caught:
+        sync_run(run, f"http://me:secret@127.0.0.1:{free_port()}/{'x' * 300}")
+    assert failure_cause(caught.value) == "Failed to establish a new connection: [Errno 111] Connection refused"
+    assert is_away(caught.value)
+
+
+def test_a_log_that_was_replaced_is_sent_from_its_beginning(database: str, run: Path) -> None:
+    with EventLog(run) as log:
+        begin(log, "replaced")
+        steps(log, 1, 5)
+    sync_run(run, database)
+    path = run / "events.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0])
+    with EventLog(run) as log:
+        for step in range(1, 8):  # lines as long as those before
+            log.write("step", global_step=step, time=json.loads(lines[1])["time"], loss=2.0 / step, epoch=1, pairs=1)
+    assert sync_run(run, database)["points_sent"] == 7 * 3
+
+
+@pytest.mark.parametrize("artifacts", ["../../outside", "/etc", 7])
+def test_artifacts_outside_of_the_run_are_not_uploaded(database: str, run: Path, artifacts: Any) -> None:
+    (run.parents[1] / "outside").mkdir()
+    (run.parents[1] / "outside" / "secret").touch()
+    with EventLog(run) as log:
+        begin(log, f"outside {artifacts}")
+        end(log, artifacts)
+    (run / "run.json").write_text('{"config": {"tracking_uri": null}}')
+    with pytest.raises(StoreError, match="is no folder of a run"):
+        sync_run(run, database)
+    with pytest.raises(StoreError, match="is no folder of a run"):
+        run_sync(SyncConfig(runs=(str(run),), tracking_uri=database))
 
 
 def test_off_a_terminal_progress_is_one_line_for_each_epoch(

@@ -15,7 +15,7 @@ STANDARD = set(sys.stdlib_module_names)
 
 LAYERS = (
     {"errors", "datatypes", "listing", "parsing"},
-    {"client_wire", "events", "core", "config", "scenes"},
+    {"client_wire", "terminal", "events", "core", "config", "scenes"},
     {"store", "sources"},
     {"encoders", "language_models", "drafters"},
     {"data", "runs", "cluster", "reports", "reference_module"},
@@ -49,6 +49,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "parsing": {"yaml"},
     "client_wire": {"numpy"},
     "client": {"numpy", "urllib3"},
+    "terminal": {"rich"},
     "events": {"numpy"},
     "scenes": {"numpy"},
     "core": {"numpy", "torch"},

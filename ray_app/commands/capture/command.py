@@ -29,6 +29,7 @@ from ray_app.sources.base import named_sequences
 from ray_app.sources.clips import ClipWindow, clip_windows
 from ray_app.sources.video import identity
 from ray_app.store.capture_store import REJECTED_ROWS, SHARDS, TRACES, claim_capture, publish_capture, read_shard
+from ray_app.terminal import make_console
 
 SHARD_ROWS = 16
 """Windows of a shard: what a kill costs each replica at most."""
@@ -117,7 +118,7 @@ def _capture(cfg: CaptureConfig, info: ClusterInfo, missing: CapturePlan, num_wo
         num_cpus=1,
         num_gpus=1 if cfg.use_gpu else 0,
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    with Progress(*columns, console=make_console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=total)
         for done in dataset.iter_rows():
             if done["error"]:

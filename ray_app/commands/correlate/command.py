@@ -130,9 +130,9 @@ def render_correlate(result: dict[str, Any], console: Console) -> None:
         table.add_row(name, *cells)
     console.print(table)
     for sentence in result["verdict"]:
-        console.print(sentence, markup=False, highlight=False, style="bold")
+        console.print(sentence, style="bold")
     for path in result["files"]:
-        console.print(path, soft_wrap=True, markup=False)
+        console.print(path, soft_wrap=True)
 
 
 def verdict(result: dict[str, Any]) -> list[str]:

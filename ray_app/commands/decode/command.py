@@ -40,6 +40,7 @@ from ray_app.language_models.loading import Vocabulary, vocabulary
 from ray_app.reports.html import require_suffix, write_output
 from ray_app.store.capture_store import SHARDS, claim_capture, read_shard
 from ray_app.store.traces import read_traces
+from ray_app.terminal import make_console
 from ray_app.tracking.mlflow_logger import sync_run, tracking_uri
 
 SETTINGS = "decode.json"
@@ -72,7 +73,7 @@ def run_decode(cfg: DecodeConfig) -> dict[str, Any]:
     claim_capture(cfg.out, settings_of(cfg, plan.data), SETTINGS)
     missing = [shard for shard in plan.shards if not _is_whole(cfg.out, shard)]
     if cfg.watch:
-        watch = Watch(Console())
+        watch = Watch(make_console())
         torch.set_num_threads(1)
         decode_lane(cfg, plan.data, plan.shards, plan.answered, _device(cfg), watch.on_pass, watch.on_row)
     elif missing:
@@ -123,7 +124,7 @@ def render_decode(result: dict[str, Any], console: Console) -> None:
         table.add_row(name, *cells(numbers))
     console.print(table)
     for note in notes(result):
-        console.print(note, markup=False, highlight=False)
+        console.print(note)
 
 
 def _result(plan: DecodePlan, lines: Sequence[Line], num_rejected: int, kept: int) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def _progress(plan: DecodePlan) -> Iterator[None]:
     """Show how many rows are in finished shards, on a terminal."""
     columns = (TextColumn("decode"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
     ended = threading.Event()
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    with Progress(*columns, console=make_console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=len(plan.data.rows))
 
         def follow() -> None:

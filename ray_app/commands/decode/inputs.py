@@ -236,7 +236,7 @@ def _store(cfg: DecodeConfig, path: Path) -> StoreInput:
 
 def _prompts(cfg: DecodeConfig, path: Path) -> PromptInput:
     try:
-        texts = path.read_text().splitlines()
+        texts = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}. Name a .jsonl file of prompts.") from error
     lines: list[PromptLine] = []

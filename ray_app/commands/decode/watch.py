@@ -14,7 +14,9 @@ class Watch:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._way = ""
-        console.print("accepted draft tokens in [green]green[/]; times include showing the text", highlight=False)
+        console.print(
+            Text.assemble("accepted draft tokens in ", ("green", "green"), "; times include showing the text")
+        )
 
     def on_pass(self, name: str, drafted: str, own: str, _: Pass) -> None:
         """Print what a pass adds to the text."""
@@ -32,4 +34,4 @@ class Watch:
             for name, way in line["drafters"].items()
         ]
         head = f"\n\nrow {line['row']}, {line['sequence'] or 'no sequence'}: plain {plain:,.0f} ms, "
-        self._console.print(head + ", ".join(ways), markup=False, highlight=False)
+        self._console.print(head + ", ".join(ways))

@@ -108,11 +108,10 @@ def render_benchmark(result: dict[str, Any], console: Console) -> None:
     console.print(
         f"adapter: {time['samples_per_second']:,.0f} pairs/s, {time['avg_adapter_time_per_batch']:.4f} s for each "
         f"batch of {time['batch_size']} on {time['device']} (forward pass only)",
-        highlight=False,
     )
     print_warnings(data_warnings(result), console)
     for path in result["files"]:
-        console.print(path, soft_wrap=True, markup=False)
+        console.print(path, soft_wrap=True)
 
 
 def parts_of(split: Split, rows: Rows) -> dict[str, Rows]:

@@ -29,8 +29,8 @@ from ray_app.store.atomic import write_file
 from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.manifest import FeatureSpec
 from ray_app.store.provenance import provenance
+from ray_app.store.redact import redact
 from ray_app.tracking.evaluation_log import log_evaluation
-from ray_app.tracking.mlflow_logger import redact_password
 from ray_app.tracking.model_registry import checkpoint_folder
 
 NUM_PICTURES = 3
@@ -74,12 +74,12 @@ def run_evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
 def render_evaluate(result: dict[str, Any], console: Console) -> None:
     """Print the results table, the verdict, the warnings and the files."""
     console.print(results_table(result, f"{result['pairs']:,} test pairs; split: {result['split']['label']}"))
-    console.print(result["verdict"], style="bold", highlight=False, markup=False)
+    console.print(result["verdict"], style="bold")
     print_warnings(report_warnings(result), console)
     if result["try_next"]:
-        console.print(result["try_next"], style="bold", highlight=False, markup=False)
+        console.print(result["try_next"], style="bold")
     for path in result["files"]:
-        console.print(path, soft_wrap=True, markup=False)
+        console.print(path, soft_wrap=True)
 
 
 def token_report_link(cfg: EvaluateConfig) -> str | None:
@@ -100,7 +100,7 @@ def as_json(document: dict[str, Any]) -> bytes:
 
 def settings(cfg: EvaluationFlags) -> dict[str, Any]:
     """A command's settings as JSON values, without the tracking server's password."""
-    return {**flat(cfg), "tracking_uri": cfg.tracking_uri and redact_password(cfg.tracking_uri)}
+    return {**flat(cfg), "tracking_uri": cfg.tracking_uri and redact(cfg.tracking_uri)}
 
 
 def curves(evaluation: AlignmentEvaluation) -> dict[str, NDArray[np.float64]]:

@@ -306,10 +306,10 @@ def render_compare(result: dict[str, Any], console: Console) -> None:
     further = {row.name: row.cells[5:] for row in rows}
     costs = [replace(row, cells=[*further[row.name], *row.cells]) for row in cost_rows(result)]
     console.print(terminal_table([COST_HEADS[0], *COMPARISON_HEADS[6:], *COST_HEADS[1:]], costs))
-    console.print(result["verdict"], style="bold", highlight=False, markup=False)
+    console.print(result["verdict"], style="bold")
     print_warnings(data_warnings(first), console)
     for path in result["files"]:
-        console.print(path, soft_wrap=True, markup=False)
+        console.print(path, soft_wrap=True)
 
 
 def terminal_table(heads: list[str], rows: list[Row], title: str | None = None) -> TerminalTable:

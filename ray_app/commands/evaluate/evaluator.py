@@ -13,7 +13,7 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from ray_app.cluster.connection import BUSY_HINT, unwrap_user_errors
@@ -27,6 +27,7 @@ from ray_app.errors import ResourceError, StoreError
 from ray_app.store.checkpoint import Checkpoint
 from ray_app.store.pair_store import PairStore, previous_window
 from ray_app.store.split import Rows
+from ray_app.terminal import make_console
 
 START_S = 300.0
 """Seconds that the actor may wait for CPUs or a GPU."""
@@ -147,9 +148,9 @@ class EvaluatorHandle:
         stream = self.worker.evaluate.options(num_returns="streaming").remote(
             self.store, rows, self.mean_target_D, batch_size, seed
         )
-        console = Console(stderr=True)
+        console = make_console(stderr=True)
         with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-            bar = progress.add_task(label, total=len(rows))
+            bar = progress.add_task(escape(label), total=len(rows))
             for item in stream:
                 report = ray.get(item)
                 if isinstance(report, AlignmentEvaluation):

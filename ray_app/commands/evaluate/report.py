@@ -134,7 +134,7 @@ def data_warnings(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 def print_warnings(lines: list[dict[str, Any]], console: Console) -> None:
     """Print each line, warnings in colour."""
     for line in lines:
-        console.print(f"- {line['text']}", style="yellow" if line["warning"] else "dim", markup=False)
+        console.print(f"- {line['text']}", style="yellow" if line["warning"] else "dim")
 
 
 def lines(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:

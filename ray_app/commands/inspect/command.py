@@ -159,7 +159,7 @@ def render_inspect(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(leaks_table(result["leaks"]))
     for note in (*result["warnings"], result["leak_rule"], result["night_rule"]):
-        console.print(f"- {note}", style="dim", markup=False, highlight=False)
+        console.print(f"- {note}", style="dim")
 
 
 def daytimes(sequences: list[dict[str, Any]]) -> str:

@@ -14,7 +14,6 @@ import pyarrow as pa
 import ray
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import Progress
 
 from ray_app.core.image_similarity import CELLS, brightness, descriptors
@@ -22,6 +21,7 @@ from ray_app.core.metrics import cos_sim
 from ray_app.events.render import drawn_shares
 from ray_app.store.manifest import FeatureSpec
 from ray_app.store.pair_store import FACT_COLUMNS, PairStore, feature_matrix
+from ray_app.terminal import make_console
 
 AT_A_TIME = 64
 """Pairs of a file that are measured at a time: 40 MB of pixels and brightness."""
@@ -97,7 +97,7 @@ def scan_store(store: PairStore) -> StoreScan:
         batch_size=None, batch_format="pyarrow"
     )
     tables = []
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+    with Progress(console=make_console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task("verify and measure", total=len(store.index))
         for batch in batches:
             tables += [batch] if len(batch) else []  # a file without any of the pairs

@@ -63,7 +63,7 @@ def run_jobs_fetch(cfg: JobFetchConfig) -> dict[str, Any]:
 def render_jobs_fetch(result: dict[str, Any], console: Console) -> None:
     """Print the state of a job, and the files."""
     show_ended(result, console)
-    console.print(*result["files"], sep="\n", markup=False, highlight=False, soft_wrap=True)
+    console.print(*result["files"], sep="\n", soft_wrap=True)
 
 
 def run_jobs_stop(cfg: JobConfig) -> dict[str, Any]:
@@ -79,7 +79,6 @@ def render_jobs_stop(result: dict[str, Any], console: Console) -> None:
         console.print(
             f"asked {result['job']} to stop; training saves within a step. ray-app jobs logs {result['job']} shows "
             "the end",
-            highlight=False,
             soft_wrap=True,
         )
     else:

@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from ray_app.cluster.job_client import JobClient, show_ended
 from ray_app.cluster.working_dir import files_of
 from ray_app.config.submit import SubmitConfig
 from ray_app.errors import ConfigError, ResourceError
+from ray_app.store.scratch import scratch_dir
 
 STOP_WAIT_S = 120
 """From the request to stop to the kill: a training worker saves in between."""
@@ -55,9 +55,8 @@ def run_submit(cfg: SubmitConfig) -> dict[str, Any]:
     try:
         result["result"] = asyncio.run(client.follow(job))
     except KeyboardInterrupt:
-        print(
-            f"the job continues; ray-app jobs logs {job} follows it, ray-app jobs stop {job} ends it", file=sys.stderr
-        )
+        logs, stop = (f"ray-app jobs {verb} {shlex.quote(job)}" for verb in ("logs", "stop"))
+        print(f"the job continues; {logs} follows it, {stop} ends it", file=sys.stderr)
         raise
     return {**result, **client.state(job), "seconds": round(time.perf_counter() - began, 3)}
 
@@ -70,7 +69,7 @@ def entrypoint(cfg: SubmitConfig) -> str:
 def requirement_lines(path: Path) -> list[str]:
     """Return the requirements of a file, one a line, comments left out."""
     try:
-        lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+        lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise ConfigError(f"--requirements {path} cannot be read: {error}") from error
     return [line for line in lines if line]
@@ -111,20 +110,20 @@ def staged(folder: Path, max_mib: float) -> Iterator[tuple[Path, int]]:
         )
     if not any(file.parts[0] == "ray_app" for file in files):
         print(f"{folder} has no ray_app/ of its own: the cluster runs the one that it has installed", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="ray-app-submit-") as temporary:
+    with scratch_dir() as temporary:
         for file in files:
-            target = Path(temporary) / file
+            target = temporary / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / file, target)
-        yield Path(temporary), total
+        yield temporary, total
 
 
 def render_submit(result: dict[str, Any], console: Console) -> None:
     """Print how the job ended, or how to follow it; its log has been printed already."""
     if result["status"] == "SUBMITTED":
+        job = shlex.quote(result["job"])
         console.print(
-            f"follow it:  ray-app jobs logs {result['job']}\nend it:     ray-app jobs stop {result['job']}",
-            highlight=False,
+            f"follow it:  ray-app jobs logs {job}\nend it:     ray-app jobs stop {job}",
             soft_wrap=True,
         )
     else:

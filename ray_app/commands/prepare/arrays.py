@@ -10,6 +10,7 @@ from rich.table import Table
 from ray_app.config.prepare import PrepareArrays
 from ray_app.data.array_store import write_store
 from ray_app.sources.array_files import open_arrays
+from ray_app.terminal import make_console
 
 COLUMNS = ("event", "target", "sequence", "t_start_us", "t_end_us")
 
@@ -19,7 +20,7 @@ def run_prepare_arrays(cfg: PrepareArrays) -> dict[str, Any]:
     began = time.perf_counter()
     given = open_arrays(cfg.file, {name: getattr(cfg, name) for name in COLUMNS})
     source = {"files": [path.name for path in given.files], "bytes": [path.stat().st_size for path in given.files]}
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     columns = (TextColumn("prepare"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,} pairs"))
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=given.pairs)
@@ -56,7 +57,7 @@ def render_prepare_arrays(result: dict[str, Any], console: Console) -> None:
         value = result[name]
         table.add_row(name, f"{value:,}" if isinstance(value, int) else value)
     for side, layout in result["features"].items():
-        table.add_row(side, layout.replace("[", "\\["))
+        table.add_row(side, layout)
     table.add_row("size", f"{result['bytes'] / 1e6:,.1f} MB in {result['files']:,} files")
     console.print(table)
     if result["sequences"] == 1:
@@ -64,5 +65,4 @@ def render_prepare_arrays(result: dict[str, Any], console: Console) -> None:
             "- all pairs are one sequence, so the test part is its last block; name sequences by --sequence to hold "
             "whole recordings out",
             style="yellow",
-            markup=False,
         )

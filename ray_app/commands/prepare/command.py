@@ -17,7 +17,7 @@ from rich.table import Table
 from ray_app.cluster.autoscaler import wait_for_autoscaler
 from ray_app.cluster.connection import cluster
 from ray_app.commands.prepare.progress import PrepareProgress
-from ray_app.commands.prepare.store_builder import BuiltTask, build_task, claim_store, finish, finished
+from ray_app.commands.prepare.store_builder import BuiltTask, build_task, claim_store, finish, finished, sole_builder
 from ray_app.config.prepare import (
     PrepareDavis,
     PrepareDsec,
@@ -29,9 +29,9 @@ from ray_app.config.prepare import (
 )
 from ray_app.errors import ResourceError, StoreError
 from ray_app.events.windows import parse_duration
-from ray_app.sources.base import Source
+from ray_app.sources.base import Source, SourceTask
 from ray_app.sources.recorded import WindowingConfig
-from ray_app.store.filesystem import open_storage
+from ray_app.store.filesystem import StorageDir, open_storage
 from ray_app.store.manifest import PIXELS, REJECTED, Features, FeatureSpec
 
 LONGEST_SILENCE_S = 600.0
@@ -122,6 +122,15 @@ def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) ->
     folder = open_storage(cfg.out, cfg.storage_timeout_s)
     tasks = source.tasks()
     claim_store(folder, source, tasks, features)
+    with sole_builder(folder):
+        claim_store(folder, source, tasks, features)  # another one may have finished it in between
+        return _build_store(source, cfg, folder, tasks, features)
+
+
+def _build_store(
+    source: Source, cfg: PrepareFlags, folder: StorageDir, tasks: list[SourceTask], features: Features
+) -> dict[str, Any]:
+    """Build the tasks that are not finished on the cluster, and publish the store."""
 
     def build(row: dict[str, Any]) -> dict[str, Any]:
         task = tasks[row["task"]]
@@ -220,5 +229,5 @@ def render_prepare(result: dict[str, Any], console: Console) -> None:
 
 def peak_memory_bytes() -> int:
     """Return the most memory that this process has held at a time, by the system's count."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024

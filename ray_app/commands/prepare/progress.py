@@ -4,10 +4,10 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ray_app.commands.prepare.store_builder import BuiltTask
+from ray_app.terminal import make_console
 
 SECONDS_PER_LINE = 30.0
 
@@ -16,7 +16,7 @@ class PrepareProgress:
     """Pairs done, windows/s, events/s and time left, on standard error."""
 
     def __init__(self, total: int) -> None:
-        self._console = Console(stderr=True)
+        self._console = make_console(stderr=True)
         self._bar = Progress(
             TextColumn("prepare"),
             BarColumn(),
@@ -48,7 +48,7 @@ class PrepareProgress:
         else:
             self._windows, self._events = self._windows + done.windows, self._events + done.events_drawn
         for sentence in messages.splitlines():
-            self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(sentence, soft_wrap=True)
         now = time.monotonic()
         speed = self._speed(now - self._began)
         self._bar.update(self._task, completed=self._done, speed=speed, rejected=self._rejected)
@@ -57,7 +57,6 @@ class PrepareProgress:
             left_s = (self._total - self._done) * (now - self._began) / max(self._done - self._kept, 1)
             self._console.print(
                 f"{self._done:,} of {self._total:,} pairs, {speed}, {left_s:,.0f} s left, {self._rejected} rejected",
-                highlight=False,
                 soft_wrap=True,
             )
 

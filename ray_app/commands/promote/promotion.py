@@ -203,24 +203,22 @@ def render_promotion(result: dict[str, Any], console: Console) -> None:
     """Print the results table and the outcome."""
     metrics = result["metrics"]
     console.print(results_table(metrics, f"{metrics['pairs']:,} test pairs"))
-    console.print(metrics["verdict"], highlight=False, markup=False)
+    console.print(metrics["verdict"])
     render_outcome(result, console)
 
 
 def render_outcome(result: dict[str, Any], console: Console) -> None:
     """Print what was registered, whether the alias moved, and why."""
     name = f"{result['model']} version {result['version']}"
-    console.print(f"registered: {name}{'' if result['new_version'] else ' (already there)'}", markup=False)
+    console.print(f"registered: {name}{'' if result['new_version'] else ' (already there)'}")
     if result["promoted"]:
-        console.print(f"{CHAMPION}: {name}; {result['reason']}", style="bold green", markup=False)
+        console.print(f"{CHAMPION}: {name}; {result['reason']}", style="bold green")
     else:
-        console.print(
-            f"{CHAMPION} stays version {result['champion']}; {result['reason']}", style="yellow", markup=False
-        )
+        console.print(f"{CHAMPION} stays version {result['champion']}; {result['reason']}", style="yellow")
     for warning in result["warnings"]:
-        console.print(f"- {warning}", style="yellow", markup=False)
+        console.print(f"- {warning}", style="yellow")
     if result["metrics"]["try_next"]:
-        console.print(result["metrics"]["try_next"], style="bold", highlight=False, markup=False)
+        console.print(result["metrics"]["try_next"], style="bold")
 
 
 def version_tags(

@@ -104,7 +104,7 @@ def render_rollback(result: dict[str, Any], console: Console) -> None:
     """Print which version is champion again."""
     name = f"{result['model']} version {result['champion']}"
     before = f"version {result['champion_before']}" if result["champion_before"] else "no version"
-    console.print(f"{CHAMPION}: {name}, instead of {before}; {result['reason']}", style="bold green", markup=False)
+    console.print(f"{CHAMPION}: {name}, instead of {before}; {result['reason']}", style="bold green")
 
 
 def render_list(result: dict[str, Any], console: Console) -> None:
@@ -122,16 +122,15 @@ def render_list(result: dict[str, Any], console: Console) -> None:
         table.add_row(mark, rate, lift, *cells, style="bold green" if row["champion"] else None)
     console.print(table)
     if result["champion"] is None:
-        console.print(f"{CHAMPION}: no version", markup=False)
+        console.print(f"{CHAMPION}: no version")
     else:
         since = f" since {result['since']}; {result['reason']}" if result["since"] else ""
-        console.print(f"{CHAMPION}: version {result['champion']}{since}", style="bold", markup=False)
+        console.print(f"{CHAMPION}: version {result['champion']}{since}", style="bold")
     if result["champion_before"]:
-        console.print(f"before: version {result['champion_before']}; --rollback moves the alias back", markup=False)
+        console.print(f"before: version {result['champion_before']}; --rollback moves the alias back")
     for move in reversed(result["history"]):
         console.print(
             f"  {move['at']}  {move['from'] or 'none'} → {move['version']}  {move['code']}: {move['reason']}",
-            markup=False,
         )
     for warning in result["warnings"]:
-        console.print(f"- {warning}", style="yellow", markup=False)
+        console.print(f"- {warning}", style="yellow")

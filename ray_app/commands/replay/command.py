@@ -132,21 +132,19 @@ def render_replay(result: ReplayResult, console: Console) -> None:
         for name in result["results"]:
             table.add_row(_label(name), *cells(result, name))
         console.print(table)
-    console.print(_conditions(result), highlight=False)
+    console.print(_conditions(result))
     for name, more in report.details.items():
         places = " ".join(f"{rate:.2f}" for rate in more["acceptance_by_place"])
-        console.print(f"{name}: accepted at place 1…{result['num_speculative_tokens']}: {places}", highlight=False)
+        console.print(f"{name}: accepted at place 1…{result['num_speculative_tokens']}: {places}")
         histogram = " ".join(str(n) for n in more["passes_by_accepted"])
-        console.print(
-            f"{name}: passes with 0…{result['num_speculative_tokens']} accepted: {histogram}", highlight=False
-        )
+        console.print(f"{name}: passes with 0…{result['num_speculative_tokens']} accepted: {histogram}")
     for group, rates in report.groups.items():
         line = ", ".join(f"{name} {rate_cell(rate)}" for name, rate in rates.items())
-        console.print(f"{group}: tokens per pass: {line}", highlight=False)
+        console.print(f"{group}: tokens per pass: {line}")
     for note in report.notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(note)
     if report.html:
-        console.print(str(report.html), markup=False, highlight=False, soft_wrap=True)
+        console.print(str(report.html), soft_wrap=True)
 
 
 def acceptance_cells(result: ReplayResult, name: str) -> list[str]:

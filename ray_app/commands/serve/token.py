@@ -16,6 +16,6 @@ def run_serve_token_create(cfg: ServeTokenConfig) -> dict[str, Any]:
 
 def render_serve_token_create(result: dict[str, Any], console: Console) -> None:
     """Print the secret, which is shown only once."""
-    console.print(f"token '{result['name']}' ({', '.join(result['scopes'])}) added to {result['file']}", markup=False)
-    console.print(f"{result['secret']}", markup=False, highlight=False, soft_wrap=True)
-    console.print("The secret is not stored or shown again; send it as `Authorization: Bearer …`.", markup=False)
+    console.print(f"token '{result['name']}' ({', '.join(result['scopes'])}) added to {result['file']}")
+    console.print(f"{result['secret']}", soft_wrap=True)
+    console.print("The secret is not stored or shown again; send it as `Authorization: Bearer …`.")

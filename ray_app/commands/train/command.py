@@ -41,17 +41,14 @@ def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]
     cfg = context.cfg
     with cluster(cfg.address) as info, open_run(cfg.out) as run:
         plan = make_plan(context, run.path, info)
-        if not cfg.resume:
-            run.create(
-                {
-                    "name": context.name,
-                    "key": uuid.uuid4().hex,
-                    "store_fingerprint": context.store.fingerprint,
-                    "parent_key": parent_key,
-                    "config": context.recorded,
-                }
-            )
-        with run.exclusive(), with_resume_hint(run):
+        new = {
+            "name": context.name,
+            "key": uuid.uuid4().hex,
+            "store_fingerprint": context.store.fingerprint,
+            "parent_key": parent_key,
+            "config": context.recorded,
+        }
+        with run.exclusive(None if cfg.resume else new), with_resume_hint(run):
             return _train(context, plan, run)
 
 

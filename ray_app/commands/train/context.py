@@ -21,8 +21,9 @@ from ray_app.errors import ConfigError, StoreError
 from ray_app.runs.run_dir import run_metadata
 from ray_app.store.filesystem import absolute, open_storage
 from ray_app.store.pair_store import PairStore
+from ray_app.store.redact import redact
 from ray_app.store.split import Split, split_pairs
-from ray_app.tracking.mlflow_logger import redact_password, tracking_uri
+from ray_app.tracking.mlflow_logger import tracking_uri
 
 INIT = "init"
 """Folder of a run with its initial statistics."""
@@ -158,7 +159,7 @@ def require_pairs(store: PairStore, split: Split, parts: Iterable[str]) -> None:
 def persisted_config(cfg: TrainConfig) -> dict[str, Any]:
     """Return the settings that a run records. ConfigError: the tracking URI cannot be used."""
     uri = tracking_uri(cfg)
-    return {**flat(cfg), "tracking_uri": uri if uri == redact_password(uri) else None}
+    return {**flat(cfg), "tracking_uri": uri if uri == redact(uri) else None}
 
 
 def _check_resume_compatible(cfg: TrainConfig, store: PairStore, metadata: Mapping[str, Any]) -> None:

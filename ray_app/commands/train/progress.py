@@ -5,10 +5,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ray_app.runs.event_log import tail
+from ray_app.terminal import make_console
 
 
 class TrainingProgress:
@@ -16,7 +16,7 @@ class TrainingProgress:
 
     def __init__(self, run: Path, total_steps: int) -> None:
         self._run, self._stop = run, threading.Event()
-        self._console = Console(stderr=True)
+        self._console = make_console(stderr=True)
         self._bar = Progress(
             TextColumn("train"),
             BarColumn(),
@@ -57,15 +57,15 @@ class TrainingProgress:
                     )
                 elif line["kind"] == "validation":
                     message = f"after step {line['global_step']}: {validation_line(line['val'])}"
-                    self._console.print(message, highlight=False, soft_wrap=True)
+                    self._console.print(message, soft_wrap=True)
                 elif line["kind"] == "epoch":
-                    self._console.print(epoch_line(line), highlight=False, soft_wrap=True)
+                    self._console.print(epoch_line(line), soft_wrap=True)
 
     def _print_workers(self, line: dict[str, Any]) -> None:
         if (workers := line.get("workers", self._workers)) != self._workers:
             self._workers = workers
             noun = "worker" if workers == 1 else "workers"
-            self._console.print(f"from step {line['global_step']} on: {workers} {noun}", highlight=False)
+            self._console.print(f"from step {line['global_step']} on: {workers} {noun}")
 
 
 def epoch_line(line: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The result of a training run, as the JSON object and as a table."""
 
+import shlex
 from itertools import groupby
 from typing import Any
 
@@ -93,10 +94,7 @@ def render_train(result: dict[str, Any], console: Console) -> None:
     tracked = (
         f"{result['mlflow_run_id']} {where}" if result["mlflow_run_id"] else "none: the tracking server was away"
     )
-    console.print(f"MLflow run: {tracked}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow run: {tracked}", soft_wrap=True)
     caution = "These are validation numbers, without baselines" if val else "Nothing was validated"
-    console.print(
-        f"{caution}. Evaluate it with\n  ray-app evaluate --store STORE --checkpoint {result['run']} --out REPORT",
-        highlight=False,
-        soft_wrap=True,
-    )
+    command = f"ray-app evaluate --store STORE --checkpoint {shlex.quote(result['run'])} --out REPORT"
+    console.print(f"{caution}. Evaluate it with\n  {command}", soft_wrap=True)

@@ -31,7 +31,9 @@ from ray_app.config.tune import TuneConfig
 from ray_app.errors import ConfigError, RunInterrupted, RunStopped, TrainingError
 from ray_app.runs.event_log import EVENT_LOG, EventLog
 from ray_app.runs.run_dir import RunDir
-from ray_app.tracking.mlflow_logger import Tracker, redact_password, sync_run, tracking_uri
+from ray_app.store.redact import redact
+from ray_app.terminal import make_console
+from ray_app.tracking.mlflow_logger import Tracker, sync_run, tracking_uri
 
 BUDGET = ("max_trials", "max_hours", "max_gpu_hours")
 """Settings that a resumed sweep may change."""
@@ -70,8 +72,7 @@ def run_tune(cfg: TuneConfig) -> dict[str, Any]:
         concurrent = max_concurrent(spec, info, placed, most)
         if not cfg.resume:
             confirm_estimate(cfg, spec, estimate_sweep(spec, placed, concurrent))
-            folder.create(sweep_metadata(folder, spec, placed, uri))
-            log = stack.enter_context(folder.exclusive())
+            log = stack.enter_context(folder.exclusive(sweep_metadata(folder, spec, placed, uri)))
         log_start(folder, spec, log, cfg, {"concurrent_trials": concurrent, "cpus": info.cpus})
         tracking = {"tracking_uri": uri, "experiment": cfg.experiment, "model_name": cfg.model_name}
         run_sweep(cfg, SweepState(folder, log, stores, tracking), placed, concurrent)
@@ -137,7 +138,7 @@ def sweep_metadata(folder: SweepDir, spec: SweepSpec, placed: dict[str, SharedDa
         "created": time.time(),
         "store_fingerprint": store.fingerprint,
         "source": store.manifest.source,
-        "tracking_uri": uri if uri == redact_password(uri) else None,
+        "tracking_uri": uri if uri == redact(uri) else None,
         "data": {key: part.describe() for key, part in placed.items()},
         "spec": spec.model_dump(mode="json", exclude_unset=True),
     }
@@ -146,7 +147,7 @@ def sweep_metadata(folder: SweepDir, spec: SweepSpec, placed: dict[str, SharedDa
 def log_start(folder: SweepDir, spec: SweepSpec, log: EventLog, cfg: TuneConfig, resources: dict[str, Any]) -> None:
     """Log that a driver starts, with what the tracking server shows of the sweep."""
     metadata = folder.metadata()
-    params = {**flat(spec), "tracking_uri": redact_password(tracking_uri(cfg)), **resources}
+    params = {**flat(spec), "tracking_uri": redact(tracking_uri(cfg)), **resources}
     log.write(
         "run_started",
         name=metadata["name"],
@@ -183,7 +184,7 @@ def confirm_estimate(cfg: TuneConfig, spec: SweepSpec, estimate: Estimate) -> No
     question = f"The estimate of {' and '.join(above)}: the search will end there, with trials unfinished."
     if not sys.stdin.isatty():
         raise ConfigError(f"{question} Add --yes to start in spite of it, or raise the limit.")
-    if Console(stderr=True).input(f"{question} Start? [y/N] ").strip().lower() not in ("y", "yes"):
+    if make_console(stderr=True).input(f"{question} Start? [y/N] ", markup=False).strip().lower() not in ("y", "yes"):
         raise ConfigError("nothing was started")
 
 
@@ -215,10 +216,9 @@ def render_tune(result: dict[str, Any], console: Console) -> None:
         console.print(
             f"best: {best['trial']} ({describe_space(best['config'])}), "
             f"{100 * best['objective']:.1f} % on the validation part, lift {100 * best['lift']:+.1f} points{verdict}",
-            markup=False,
         )
     if final:
-        console.print(final["sentence"], style="bold", markup=False, highlight=False)
+        console.print(final["sentence"], style="bold")
         command = f"ray-app promote {shlex.quote(final['run'])}"
         if (lift := final["seeds"][0]["lift"]) > 0:
             offer = f"promote it with:\n  {command}"
@@ -227,10 +227,10 @@ def render_tune(result: dict[str, Any], console: Console) -> None:
                 f"its first seed is not above the best baseline (lift {100 * lift:+.1f} points). {final['try_next']}"
             )
             offer += f"\nas it is, it is promoted with:\n  {command}"
-        console.print(offer, soft_wrap=True, markup=False, highlight=False)
+        console.print(offer, soft_wrap=True)
     for path in result["files"]:
         if path.endswith(".html"):
-            console.print(path, soft_wrap=True, markup=False)
+            console.print(path, soft_wrap=True)
 
 
 class SweepTracker(Tracker):

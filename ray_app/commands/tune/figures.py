@@ -71,6 +71,7 @@ def optuna_svg(
             axes.grid(color=FAINT)
             for axis in (axes.xaxis, axes.yaxis):
                 if axis.get_scale() == "log":
+                    axis.set_major_formatter("{x:g}")  # the default is mathematical markup
                     axis.set_minor_formatter(NullFormatter())
         if finish:
             finish(figure)
@@ -159,6 +160,7 @@ def pareto_figure(trials: Sequence[Trial], space: Space, second: str, name: str)
     def finish(figure: Figure) -> None:
         if smallest > 0:  # an adapter that is solved trains no parameters
             figure.axes[0].set_yscale("log")
+            figure.axes[0].yaxis.set_major_formatter("{x:g}")
             figure.axes[0].yaxis.set_minor_formatter(NullFormatter())
 
     return optuna_svg(

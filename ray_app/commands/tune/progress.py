@@ -4,13 +4,14 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from ray_app.commands.tune.spec import describe_space
 from ray_app.commands.tune.sweep_dir import SweepDir, Trial, ranked
+from ray_app.terminal import make_console
 
 NUM_SHOWN = 15
 """Trials in the table."""
@@ -26,7 +27,7 @@ class SweepView:
 
     def __init__(self, *, transient: bool = False) -> None:
         """`transient`: nothing of the table stays at the end."""
-        self.console = Console(stderr=True)
+        self.console = make_console(stderr=True)
         self._live = Live(console=self.console, auto_refresh=False, transient=transient)
 
     def __enter__(self) -> Self:
@@ -43,7 +44,7 @@ class SweepView:
     def trial_changed(self, trial: Trial, lines: list[dict[str, Any]], trials: list[Trial]) -> None:
         """Show the sweep after a trial started or ended; print a line for one that ended."""
         if trial.ended_at is not None:
-            self.console.print(trial_line(trial), highlight=False, soft_wrap=True, markup=False)
+            self.console.print(trial_line(trial), soft_wrap=True)
         self.update(lines, trials)
 
 
@@ -65,7 +66,7 @@ def watch(folder: SweepDir) -> None:
             time.sleep(REFRESH_S)
             folder.refresh()
     hint = f"no driver is running; resume the sweep with: {folder.resume}"
-    view.console.print(hint, soft_wrap=True, markup=False, highlight=False)
+    view.console.print(hint, soft_wrap=True)
 
 
 def header(lines: list[dict[str, Any]], trials: list[Trial]) -> Text:

@@ -131,7 +131,7 @@ Space = dict[str, Dimension]
 def read_spec(path: Path, changes: Mapping[str, Any]) -> SweepSpec:
     """Read a sweep from its YAML file, with some keys changed. ConfigError names the key that cannot be used."""
     try:
-        lines = parse_yaml(path.read_text())
+        lines = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(lines, dict):

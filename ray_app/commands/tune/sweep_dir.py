@@ -23,10 +23,11 @@ from ray_app.core.metrics import THETA, rate_key
 from ray_app.errors import StoreError
 from ray_app.parsing.json_text import parse_object
 from ray_app.runs.event_log import EVENT_LOG, EventLog, entries, is_locked
-from ray_app.runs.mirror import InPlace, Mirror, scratch_dir
+from ray_app.runs.mirror import DRIVER_LEASE, Mirror
 from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir
 from ray_app.store.atomic import disk_errors, write_file
 from ray_app.store.filesystem import LocalDir, RemoteDir, open_storage
+from ray_app.store.scratch import scratch_dir
 
 SWEEP, PAGE = "sweep.json", "sweep.html"
 SWEEP_HANDOVER_S = 5.0
@@ -100,7 +101,7 @@ class SweepDir:
     def __init__(self, path: Path, remote: RemoteDir | None = None) -> None:
         """`path`: the sweep's folder, or a scratch folder where the sweep is kept at `remote`."""
         self.path = path
-        self.mirror = InPlace(path) if remote is None else Mirror(path, remote)
+        self.mirror = Mirror(path, remote)
 
     def __str__(self) -> str:
         """Return the path or URI that `--resume` and `--watch` take."""
@@ -122,7 +123,7 @@ class SweepDir:
 
     def refresh(self) -> None:
         """Download the sweep so far. StoreError: there is none, or it names a run outside of it."""
-        if not isinstance(self.mirror, Mirror):
+        if self.mirror.remote is None:
             return
         try:
             self.mirror.download_file(SWEEP)
@@ -158,8 +159,8 @@ class SweepDir:
 
     def files(self) -> list[str]:
         """Return paths or URIs of its record and its page."""
-        names = self.mirror.storage.listdir()
-        return [self.shown(self.path / name) for name in (SWEEP, EVENT_LOG, PAGE) if name in names]
+        names = sorted(self.mirror.storage.listdir())
+        return [self.shown(self.path / name) for name in names if name.startswith((SWEEP, EVENT_LOG, PAGE))]
 
     def require_free(self) -> None:
         """Raise StoreError if anything is in the way of a new sweep."""
@@ -169,6 +170,7 @@ class SweepDir:
             return
         except NotADirectoryError:
             names = {self.name}
+        names = {name for name in names if not name.startswith(DRIVER_LEASE)}
         if SWEEP in names:
             raise StoreError(f"{self} holds a sweep already; resume it with `{self.resume}`, or name another `out`")
         if names:
@@ -188,10 +190,16 @@ class SweepDir:
             self.write(SWEEP, json.dumps(dict(metadata), indent=1).encode())
 
     @contextmanager
-    def exclusive(self) -> Iterator[EventLog]:
-        """Open the sweep's event log for its one driver. StoreError: another process drives the sweep."""
-        with self.mirror.lease(), self.mirror.writing(), EventLog(self.path, SWEEP_HANDOVER_S) as log:
-            yield log
+    def exclusive(self, created: Mapping[str, Any] | None = None) -> Iterator[EventLog]:
+        """Open the sweep's event log for its one driver; start the sweep first with the metadata `created`.
+
+        StoreError: another process drives the sweep.
+        """
+        with self.mirror.lease():
+            if created is not None:
+                self.create(created)
+            with self.mirror.writing(), EventLog(self.path, SWEEP_HANDOVER_S) as log:
+                yield log
 
     def has_driver(self) -> bool:
         """Return True if a driver holds the event log, or at a URI has renewed its lease."""

@@ -123,7 +123,7 @@ def sequence_in(folder: Path, name: str) -> DsecSequence:
 def read_rig(path: Path) -> StereoCalibration:
     """Return the left cameras of a cam_to_cam.yaml. InputError: no YAML, or a camera or rotation that is missing."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         content = parse_yaml("\n".join(line for line in lines if not line.startswith("%YAML")))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as YAML: {error}") from error
@@ -235,7 +235,7 @@ def _first(folder: Path, name: str, tree: str, flat: str) -> Path:
 
 def _read_times(path: Path) -> NDArray[np.int64]:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     times: list[int] = []
