@@ -17,7 +17,7 @@ from ray_app.cluster.reachability import connection_error
 from ray_app.core.back_off import back_off_s
 from ray_app.errors import ResourceError
 from ray_app.parsing.json_text import parse_object
-from ray_app.store.redact import redact
+from ray_app.parsing.redact import redact
 
 LOST_S = 600.0
 """A cluster that does not answer for so long is given up; its job is not."""

@@ -31,7 +31,7 @@ from ray_app.cluster.reachability import CONNECT_S, connection_error
 from ray_app.config.base import TrackingFlags
 from ray_app.config.submit import DoctorConfig
 from ray_app.errors import ConfigError
-from ray_app.store.redact import redact
+from ray_app.parsing.redact import redact
 from ray_app.terminal import make_console
 
 State = Literal["ok", "info", "warning", "problem"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ray_app.store.redact import redact
+from ray_app.parsing.redact import redact
 
 PACKAGES = ("ray-app", "ray", "mlflow", "numpy", "pyarrow", "safetensors", "pillow", "av")
 

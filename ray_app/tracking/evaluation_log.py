@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 
 from ray_app.config.base import TrackingFlags
-from ray_app.store.redact import redact
+from ray_app.parsing.redact import redact
 from ray_app.tracking.mlflow_logger import (
     TRACKING_ERRORS,
     database_file,

@@ -27,10 +27,10 @@ from ray_app.config.base import TrackingFlags
 from ray_app.core.back_off import back_off_s
 from ray_app.errors import ConfigError, RegistryError, StoreError
 from ray_app.parsing.json_text import parse_object
+from ray_app.parsing.redact import redact
 from ray_app.runs.event_log import EVENT_LOG, entries, parse_line, tail
 from ray_app.runs.run_dir import validate_relative_path
 from ray_app.store.atomic import write_file
-from ray_app.store.redact import redact
 from ray_app.tracking.artifacts import log_dataset, upload_artifacts
 
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)

@@ -12,10 +12,10 @@ from mlflow.exceptions import MlflowException
 
 from ray_app.config.base import MODEL_URI, TrackingFlags
 from ray_app.errors import CheckpointError, RegistryError
+from ray_app.parsing.redact import redact
 from ray_app.runs.run_dir import best_of_run
 from ray_app.store.atomic import CHECKSUMS_FILE, sha256_file, verify_folder
 from ray_app.store.checkpoint_transfer import local_folder
-from ray_app.store.redact import redact
 from ray_app.store.scratch import scratch_dir
 from ray_app.tracking.artifacts import ARTIFACTS, MODEL_ARTIFACTS, upload_artifacts
 from ray_app.tracking.mlflow_logger import (

@@ -7,8 +7,8 @@ import pytest
 
 from ray_app.commands.train.context import persisted_config
 from ray_app.config.train import TrainConfig
+from ray_app.parsing.redact import redact
 from ray_app.store.provenance import provenance
-from ray_app.store.redact import redact
 
 FORMS = {
     "http://alice:SECRET@host:5000/x": "http://***@host:5000/x",

@@ -24,12 +24,12 @@ from ray_app.config.evaluate import EvaluateConfig, EvaluationFlags
 from ray_app.core.evaluation import AlignmentEvaluation
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.errors import InputError
+from ray_app.parsing.redact import redact
 from ray_app.reports.folder import claim_report_folder
 from ray_app.store.atomic import write_file
 from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.manifest import FeatureSpec
 from ray_app.store.provenance import provenance
-from ray_app.store.redact import redact
 from ray_app.tracking.evaluation_log import log_evaluation
 from ray_app.tracking.model_registry import checkpoint_folder
 

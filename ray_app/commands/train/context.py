@@ -18,10 +18,10 @@ from ray_app.core.adapters.token import TokenAdapter
 from ray_app.core.advice import default_settings
 from ray_app.core.augmentation import Augmentation
 from ray_app.errors import ConfigError, StoreError
+from ray_app.parsing.redact import redact
 from ray_app.runs.run_dir import run_metadata
 from ray_app.store.filesystem import absolute, open_storage
 from ray_app.store.pair_store import PairStore
-from ray_app.store.redact import redact
 from ray_app.store.split import Split, split_pairs
 from ray_app.tracking.mlflow_logger import tracking_uri
 

@@ -29,9 +29,9 @@ from ray_app.commands.tune.trial import normalise_error
 from ray_app.config.base import TrackingFlags, flat
 from ray_app.config.tune import TuneConfig
 from ray_app.errors import ConfigError, RunInterrupted, RunStopped, TrainingError
+from ray_app.parsing.redact import redact
 from ray_app.runs.event_log import EVENT_LOG, EventLog
 from ray_app.runs.run_dir import RunDir
-from ray_app.store.redact import redact
 from ray_app.terminal import make_console
 from ray_app.tracking.mlflow_logger import Tracker, sync_run, tracking_uri
 
