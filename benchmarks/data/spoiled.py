@@ -162,7 +162,8 @@ def spoiled_pickle(data: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice((1, 1, 2, 5))):
         at = rng.randrange(2, len(out))
         size = rng.choice((0, 0, 1, 2))
-        out[at : at + size] = rng.choice(OPCODES) * rng.choice((1, 1, 1, 2, 40, 1000, 100_000))
+        opcode, times = rng.choice(OPCODES), rng.choice((1, 1, 1, 2, 40, 1000, 100_000))
+        out[at : at + size] = opcode * min(times, 1 + BIG // len(opcode))
     return bytes(out[: 2 * BIG])
 
 
@@ -204,7 +205,7 @@ def spoiled_npz(columns: Mapping[str, Any], rng: random.Random) -> bytes:
                 shape = (rng.choice(LENGTHS), *([rng.choice(LENGTHS)] * rng.choice((0, 0, 1, 40))))
                 header |= {"shape": shape, "descr": rng.choice(("<i8", "|O", "|V8", "<U100000", "u1", "<f2"))}
             npy_format.write_array_header_2_0(member, header)
-            bomb = rng.choice((0, 0, 0, 0, 2**20, 2**25)) if method != zipfile.ZIP_STORED else 0
+            bomb = rng.choice((0, 0, 0, 0, 0, 0, 0, 2**20, 2**20, 2**25)) if method != zipfile.ZIP_STORED else 0
             content = member.getvalue() + np.asarray(column).tobytes() + bytes(bomb)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content, method)
         for extra in range(rng.choice((0, 0, 0, 3, 5000))):

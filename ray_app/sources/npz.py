@@ -10,8 +10,8 @@ from ray_app.sources.npy import EVENT_COLUMNS, TYPES, array_from, parse_header, 
 
 INFLATED_BYTES = 32 * 2**20
 """An archive may inflate to this many bytes, or to twice its own: the events of a second of a busy drive."""
-BYTES_OF_A_NUMBER = 3
-"""Each number counts as this many bytes at least: narrow columns are widened when they are checked."""
+BYTES_OF_AN_EVENT = 12
+"""An event counts as this many bytes at least: narrow columns are widened when they are checked."""
 CHUNK_BYTES = 2**18
 ZIP_MAGIC = b"PK\x03\x04"
 
@@ -26,22 +26,22 @@ def parse_npz(data: bytes | memoryview, where: str) -> dict[str | int, Any]:
 
     InputError: damaged, no plain arrays, or more bytes when inflated than are read.
     """
-    limit = max(INFLATED_BYTES, 2 * len(data))
+    limit = left = max(INFLATED_BYTES, 2 * len(data))
     columns: dict[str | int, Any] = {}
     try:
         with open_zip(io.BytesIO(data)) as archive:
             for name in EVENT_COLUMNS:
                 if f"{name}.npy" not in archive.NameToInfo:
                     continue
-                member = memoryview(_inflated(archive, f"{name}.npy", limit))
+                member = memoryview(_inflated(archive, f"{name}.npy", left))
                 code, shape, fortran, at = parse_header(member)
                 if code[-2:] not in TYPES:
                     raise InputError(f"{where}: '{name}' is of type {code}, which is none of {', '.join(TYPES)}")
                 dtype = TYPES[code[-2:]]
                 dtype = dtype.newbyteorder(">") if code[0] == ">" else dtype
                 columns[name] = array_from(member[at:], dtype, shape, fortran)
-                limit -= max(len(member), BYTES_OF_A_NUMBER * columns[name].size)
-                if limit < 0:
+                left -= len(member)
+                if BYTES_OF_AN_EVENT * columns[name].size > limit:
                     raise ValueError(_too_large())
     except ZIP_ERRORS as error:
         raise InputError(f"{where} is no .npz file that can be read: {error}") from error

@@ -164,6 +164,14 @@ def test_columns_may_come_as_npz(tmp_path: Path) -> None:
             np.testing.assert_array_equal(found[name], values)
 
 
+def test_as_many_events_as_fit_are_read_from_an_npz() -> None:
+    count = INFLATED_BYTES // 13 - 100
+    out = io.BytesIO()
+    columns = {"x": "u2", "y": "u2", "t": "i8", "p": "u1"}
+    np.savez_compressed(out, **{name: np.zeros(count, code) for name, code in columns.items()})
+    assert len(events_of(parse_recording(out.getvalue(), "it"), 640, 480, "it")) == count
+
+
 def zipped(content: bytes, method: int = zipfile.ZIP_DEFLATED, name: str = "x.npy") -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", method) as archive:
