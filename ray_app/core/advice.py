@@ -59,4 +59,5 @@ def what_to_try(result: Mapping[str, Any]) -> str | None:
             "try next: features of an encoder instead of pixels (`ray-app prepare arrays`), or a search of the "
             "settings with `ray-app tune`"
         )
-    return "try next: a search of strategy, learning rate and loss with `ray-app tune`"
+    solved = "ray-app train --strategy ridge (the best linear map, solved), or " if kind == "vectors" else ""
+    return f"try next: {solved}a search of strategy, learning rate and loss with `ray-app tune`"

@@ -53,7 +53,8 @@ def result(kind: str, strategy: str, lift: float = -0.1, pairs: int = 1000, rate
         (result("vectors", "ridge"), "--strategy lowrank"),
         (result("images", "conv", pairs=90), "90 training pairs are few"),
         (result("images", "conv"), "features of an encoder instead of pixels"),
-        (result("vectors", "lowrank"), "ray-app tune"),
+        (result("vectors", "lowrank"), "--strategy ridge"),
+        (result("sequences", "token_bottleneck"), "ray-app tune"),
         (result("images", "lightweight", lift=0.0, rate=1.0), "every pair is accepted"),
     ],
 )
