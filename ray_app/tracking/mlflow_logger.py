@@ -15,11 +15,12 @@ import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -32,6 +33,9 @@ from ray_app.runs.event_log import EVENT_LOG, entries, parse_line, tail
 from ray_app.runs.run_dir import validate_relative_path
 from ray_app.store.atomic import write_file
 from ray_app.tracking.artifacts import log_dataset, upload_artifacts
+
+if TYPE_CHECKING:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 TRACKING_ERRORS = (MlflowException, SQLAlchemyError, OSError)
 """Errors of a tracking server that is away, slow or broken; those of requests are OSErrors."""
@@ -113,6 +117,7 @@ class Tracker:
         """`run`: its folder; `name`: the path or URI that `sync` takes, if that is another."""
         self._uri, self._run, self._name = tracking_uri(cfg), run, name or str(run)
         self._client: MlflowClient | None = None
+        self._monitor: SystemMetricsMonitor | None = None
         self._warned = False
         self._failures, self._next_try = 0, 0.0
         self._complete = False
@@ -158,9 +163,12 @@ class Tracker:
         client = self._client = self._client or MlflowClient(self._uri)
         if self.run_id is None:
             self.run_id = get_or_create_run(client, self._uri, self._name, entries(self._run))
+            self._monitor = start_monitor(self.run_id, self._uri)
         send_points(client, self._run, self._uri, self.run_id)
 
     def _finish(self) -> None:
+        if self._monitor:
+            self._monitor.finish()
         result = sync_run(self._run, self._uri, self._name)
         self.run_id, self.artifacts = result["mlflow_run_id"], result["artifacts"]
         self._complete = True
@@ -185,6 +193,17 @@ class Tracker:
                 f"`ray-app sync {shlex.quote(self._name)}` sends them later",
                 file=sys.stderr,
             )
+
+
+def start_monitor(run_id: str, uri: str) -> "SystemMetricsMonitor | None":
+    """Start MLflow's record of CPU, memory, disk, network and GPU, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING asks."""
+    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+        return None
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
+    monitor.start()
+    return monitor
 
 
 def get_or_create_run(client: MlflowClient, uri: str, name: str, lines: list[dict[str, Any]]) -> str:

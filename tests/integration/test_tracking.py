@@ -448,3 +448,24 @@ def test_off_a_terminal_progress_is_one_line_for_each_epoch(
     assert " ".join(line.split()) == (
         "epoch 1 train loss 0.2500 cos_sim 0.8000 val loss 0.2000 cos_sim 0.9000 accepted at 0.80 75.0% 8.0 pairs/s"
     )
+
+
+def test_system_metrics_are_on_the_run_where_mlflow_s_own_variable_asks_for_them(
+    tmp_path: Path, flags: TrackingFlags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    run, uri = tmp_path / "run", tracking_uri(flags)
+    run.mkdir()
+    with EventLog(run) as log:
+        begin(log)
+        tracker = Tracker(flags, run)
+        deadline = time.monotonic() + 120.0
+        while not tracker.run_id or not [
+            name for name in MlflowClient(uri).get_run(tracker.run_id).data.metrics if name.startswith("system/")
+        ]:
+            assert time.monotonic() < deadline, "no system metric came"
+            time.sleep(0.1)
+        end(log)
+    assert tracker.close()
+    assert "system/cpu_utilization_percentage" in MlflowClient(uri).get_run(str(tracker.run_id)).data.metrics
