@@ -24,8 +24,11 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 FILE_FORMATS = (*FORMATS, "BMP", "TIFF")
 """Formats of files."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-BAD_EXIF = (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error, Warning)
-"""Errors of Pillow where EXIF data is damaged."""
+DAMAGE = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError),
+    *(struct.error, Image.DecompressionBombError, Warning),
+)
+"""Errors of Pillow where a file is damaged; its warnings can be made errors."""
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -63,13 +66,7 @@ def decode_image(
         raise InputError(
             f"{where} is no readable image: it is none of {', '.join(formats)}, or damaged at its beginning"
         ) from error
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-        Warning,
-    ) as error:  # warnings can be errors
+    except DAMAGE as error:
         raise InputError(f"{where} is no readable image: {error}") from error
 
 
@@ -103,7 +100,7 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except BAD_EXIF:
+    except DAMAGE:
         return image
     if orientation == 1:
         return image

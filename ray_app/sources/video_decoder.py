@@ -115,6 +115,8 @@ class _Decoding:
             packet.pts = place
             if packet.is_corrupt:
                 self._spoil(place, "it is incomplete in the file")
+            if packet.size != self._index.sizes_P[place]:
+                self._spoil(place, "it is another one where reading begins elsewhere")
             if self._index.leading_P[place] and self._index.group(place) == self._group:
                 self._accounted.add(place)  # it builds on the group before the first that is decoded
                 return []
@@ -202,10 +204,10 @@ def _packets_from(path: Path, index: VideoIndex, group: int) -> Iterator[tuple[V
             begin, found = _sought(container, track, index, target) if target else (0, packets(container, track))
             if begin > start:
                 continue
-            for place, packet in enumerate(found, begin):
+            for place, packet in zip(range(begin, len(index.sizes_P)), found, strict=False):
                 if place >= start:
                     yield track, place, packet
-            yield track, len(index.shown_P), None
+            yield track, len(index.sizes_P), None
             return
 
 
@@ -213,7 +215,7 @@ def _sought(
     container: InputContainer, track: VideoStream, index: VideoIndex, group: int
 ) -> tuple[int, Iterable[av.Packet]]:
     """Return the place at which a seek for a group arrived, the end if that is not known, and the packets there."""
-    nowhere = len(index.shown_P), ()
+    nowhere = len(index.sizes_P), ()
     time = index.seeks_G[group]
     if time is None:
         return nowhere

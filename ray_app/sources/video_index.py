@@ -26,6 +26,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from ray_app.errors import InputError
+from ray_app.events.recording import LATEST_US
 
 CONTAINERS = (
     *("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "mxf", "dv", "gif", "apng", "ivf"),
@@ -67,6 +68,8 @@ class VideoIndex:
     """Number of frames shown in the groups before, which is that of a group's first frame."""
     seeks_G: tuple[int | None, ...]
     """Times by which containers find the groups."""
+    sizes_P: tuple[int, ...]
+    """Bytes of each packet."""
     marks: dict[Mark, int]
     """Places of the key packets that can be distinguished from all others."""
     losses: dict[int, int]
@@ -114,7 +117,10 @@ def track_of(container: InputContainer, path: Path) -> VideoStream:
     tracks = [stream for stream in tracks if stream.frames != 1] or tracks  # a cover that is not called one
     if not tracks:
         raise InputError(f"{path} has no video stream" + (", only a picture" if container.streams.video else ""))
-    best = container.streams.best("video")
+    try:
+        best = container.streams.best("video")
+    except IndexError:  # it was found while the streams were looked at, and has no place among them
+        best = None
     track = best if best in tracks else max(tracks, key=lambda stream: stream.width * stream.height)
     if track.codec_context is None:
         raise InputError(f"{path}: its video is of a codec that cannot be decoded here; convert it to H.264, say")
@@ -127,7 +133,7 @@ def packets(container: InputContainer, track: VideoStream) -> Iterator[av.Packet
         for packet in container.demux(track):
             if packet.size:
                 yield packet
-    except (FFmpegError, OSError):
+    except (FFmpegError, OSError, IndexError):  # IndexError: PyAV at the end of a file in which streams came up late
         return
 
 
@@ -188,6 +194,7 @@ def _read_index(path: Path, _version: tuple[int, int]) -> VideoIndex:
         keys_G=keys_G,
         first_G=(np.cumsum(shown_P) - shown_P)[keys_G],
         seeks_G=tuple(pts[i] if dts[i] is None else dts[i] for i in keys_G),
+        sizes_P=sizes,
         marks={mark: int(i) for i in keys_G if marks[mark := (pts[i], sizes[i])] == 1 and pts[i] is not None},
         losses=losses,
     )
@@ -201,9 +208,10 @@ def _lost_after(stamps: list[int]) -> list[int]:
 
 
 def _times_us(stamps: list[int], base: Fraction | None) -> tuple[int, ...]:
-    """Return microseconds from the first stamp on, or nothing if they do not rise strictly."""
+    """Return microseconds from the first stamp on, or nothing if they do not rise strictly or cannot be such."""
     times_us = tuple(round((stamp - stamps[0]) * base * 1_000_000) for stamp in stamps) if base else ()
-    return times_us if all(a < b for a, b in pairwise(times_us)) else ()
+    sound = all(a < b for a, b in pairwise(times_us)) and max(times_us, default=0) < LATEST_US
+    return times_us if sound else ()
 
 
 def _counted_us(count: int, rate: Fraction | None, path: Path) -> tuple[int, ...]:

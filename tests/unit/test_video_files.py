@@ -253,3 +253,28 @@ def test_what_holds_no_video_is_refused_by_name(tmp_path: Path) -> None:
         read_index(CASES / "exif6.jpg")
     with pytest.raises(InputError, match="No such file"):
         read_index(tmp_path / "nothing.mp4")
+
+
+def test_whatever_is_damaged_a_file_is_refused_or_each_frame_has_a_picture_or_a_reason(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = ["h264.mp4", "h264.mkv", "open.ts", "h264.avi", "mpeg2.mpg", "vp9.webm", "mjpeg.avi", "raw.h264"]
+    files = [write_video(tmp_path / name, KINDS[name][0], 20, **KINDS[name][1]).read_bytes() for name in names]
+    refused = 0
+    for i in range(160):
+        data = bytearray(files[i % len(files)])
+        for _ in range(int(rng.integers(1, 6))):
+            at, size = int(rng.integers(0, len(data))), int(rng.integers(1, 200))
+            data[at : at + size] = rng.bytes(size) if rng.random() < 0.5 else b""
+        path = tmp_path / f"{i}.bin"
+        path.write_bytes(data)
+        try:
+            times_us = read_index(path).times_us
+        except InputError:
+            refused += 1
+            continue
+        assert times_us[0] == 0
+        assert (np.diff(times_us) > 0).all()
+        stop = min(len(times_us), 60)
+        for first in (0, stop // 2):
+            assert [number for number, _ in video_frames(path, first, stop)] == list(range(first, stop))
+    assert 0 < refused < 160
