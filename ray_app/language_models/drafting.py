@@ -44,9 +44,12 @@ class ModelProposer:
 
     @torch.inference_mode()
     def propose(self, accepted: Sequence[int], num_tokens: int) -> Proposal:
+        """Draft tokens. InputError: the prompt outgrows the drafter."""
         if self._context is None:
+            prefix_PD = self._prefix()
+            self._model.require_room(len(prefix_PD), num_tokens)
             self._context = self._model.context()
-            self._first_1V = self._context.prefill(self._prefix())
+            self._first_1V = self._context.prefill(prefix_PD)
         limit = self._model.max_positions
         if limit is not None and self._context.length + len(accepted) - len(self._read) + num_tokens > limit:
             return Proposal()

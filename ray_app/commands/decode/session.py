@@ -200,7 +200,8 @@ class DecodeSession:
     def _measure(self, prefix_PD: Tensor) -> dict[str, Gamma]:
         """Return the rule for γ of each way; online ones begin with the measured time of passes of some lengths."""
         cfg = self._cfg
-        most, context, clock = cfg.num_speculative_tokens, self.target.context(), self.target.now
+        most = min(cfg.num_speculative_tokens, cfg.max_new_tokens - 1)
+        context, clock = self.target.context(), self.target.now
         token = int(context.prefill(prefix_PD).argmax())
         times: dict[int, float] = {}
         for size in sorted({1, 2, *(2**n + 1 for n in range(1, 7) if 2**n < most), most + 1}):
@@ -213,7 +214,8 @@ class DecodeSession:
             times[size] = statistics.median(took[1:])
         online = cfg.draft_length == "online"
         return {PLAIN: FixedGamma(0)} | {
-            drafter.name: OnlineGamma(most, times) if online else FixedGamma(most) for drafter in self.drafters
+            drafter.name: OnlineGamma(most, times) if online else FixedGamma(cfg.num_speculative_tokens)
+            for drafter in self.drafters
         }
 
     def _difference(self, prefix_PD: Tensor, plain: Sequence[int], other: Sequence[int]) -> Difference:
