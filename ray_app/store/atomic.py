@@ -82,7 +82,7 @@ def write_file(path: Path, data: bytes | memoryview, *, new: bool = False) -> No
     Processes that write the same file do so one after the other. `new`: FileExistsError if there is one already.
     """
     partial = partial_file(path)
-    with disk_errors(path, memoryview(data).nbytes), _sole_writer(partial) as file:
+    with disk_errors(path, memoryview(data).nbytes), sole_writer(partial) as file:
         try:
             if new and path.exists():
                 raise FileExistsError(path)
@@ -99,7 +99,7 @@ def write_file(path: Path, data: bytes | memoryview, *, new: bool = False) -> No
 
 
 @contextmanager
-def _sole_writer(path: Path) -> Iterator[BinaryIO]:
+def sole_writer(path: Path) -> Iterator[BinaryIO]:
     """Open and lock a file that its writer renames or deletes; a file system without locks has several writers."""
     while True:
         with path.open("ab") as file:

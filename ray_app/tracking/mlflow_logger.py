@@ -31,7 +31,7 @@ from ray_app.parsing.json_text import parse_object
 from ray_app.parsing.redact import redact
 from ray_app.runs.event_log import EVENT_LOG, entries, parse_line, tail
 from ray_app.runs.run_dir import validate_relative_path
-from ray_app.store.atomic import write_file
+from ray_app.store.atomic import disk_errors, make_folder, partial_file, sole_writer, write_file
 from ray_app.tracking.artifacts import log_dataset, upload_artifacts
 
 if TYPE_CHECKING:
@@ -62,14 +62,39 @@ def tracking_uri(cfg: TrackingFlags) -> str:
     if urlparse(uri).scheme in ("", "file"):
         raise ConfigError(f"--tracking-uri {uri} is a folder, which MLflow no longer supports; use sqlite:///FILE.db")
     if match := re.fullmatch(r"sqlite:///(?!/)(.+)", uri):
-        folder = re.sub(r"[%?#]", lambda sign: f"%{ord(sign[0]):02X}", str(Path.cwd()))  # it is a path, and no URL
-        uri = f"sqlite:///{folder}/{match[1].removeprefix('./')}"
+        uri = f"{database_uri(Path.cwd())}/{match[1].removeprefix('./')}"
     return uri
+
+
+def database_uri(path: Path) -> str:
+    """Return the URI of an SQLite database; what a URL would take for its own signs is quoted."""
+    return "sqlite:///" + re.sub(r"[%?#]", lambda sign: f"%{ord(sign[0]):02X}", str(path))
 
 
 def database_file(uri: str) -> Path | None:
     """Return the file of an SQLite database; None for other servers."""
     return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])) if uri.startswith("sqlite:////") else None
+
+
+def connect(uri: str) -> MlflowClient:
+    """Return MLflow's client; make the file of a database that does not exist.
+
+    MLflow makes its tables in many steps, and nothing opens a database that a killed process left half made. So a new
+    one gets its name once it is whole, and of several processes one makes it.
+    """
+    file = database_file(uri)
+    if file and not file.exists():
+        make_folder(file.parent)
+        partial = partial_file(file)
+        with disk_errors(file), sole_writer(partial) as lock:
+            if file.exists():
+                partial.unlink()
+            else:
+                lock.truncate(0)
+                partial.with_name(f"{partial.name}-journal").unlink(missing_ok=True)
+                MlflowClient(database_uri(partial)).search_experiments(max_results=1)
+                partial.rename(file)
+    return MlflowClient(uri)
 
 
 def failure_cause(error: BaseException) -> str:
@@ -160,7 +185,7 @@ class Tracker:
         """Called with new lines; a sweep's tracker sends its trials here."""
 
     def _flush(self) -> None:
-        client = self._client = self._client or MlflowClient(self._uri)
+        client = self._client = self._client or connect(self._uri)
         if self.run_id is None:
             self.run_id = get_or_create_run(client, self._uri, self._name, entries(self._run))
             self._monitor = start_monitor(self.run_id, self._uri)
@@ -250,7 +275,7 @@ def sync_run(run: Path, uri: str, name: str = "") -> dict[str, Any]:
     lines = entries(run)
     if not any(line["kind"] == "run_started" for line in lines):
         raise StoreError(f"{run} has an {EVENT_LOG} without run_started: nothing is known of the run")
-    client = MlflowClient(uri)
+    client = connect(uri)
     run_id = get_or_create_run(client, uri, name or str(run), lines)
     sent, info = send_points(client, run, uri, run_id), client.get_run(run_id).info
     if (last := lines[-1])["kind"] == "run_ended":

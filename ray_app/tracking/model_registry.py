@@ -20,6 +20,7 @@ from ray_app.store.scratch import scratch_dir
 from ray_app.tracking.artifacts import ARTIFACTS, MODEL_ARTIFACTS, upload_artifacts
 from ray_app.tracking.mlflow_logger import (
     TRACKING_ERRORS,
+    connect,
     experiment_id,
     failure_cause,
     run_of_key,
@@ -43,7 +44,7 @@ def checkpoint_folder(checkpoint: str, cfg: TrackingFlags) -> Iterator[Path]:
     if checkpoint.startswith("models:"):
         uri = tracking_uri(cfg)
         with registry_errors(uri):
-            client = MlflowClient(uri)
+            client = connect(uri)
             version = find_version(client, checkpoint)
         with scratch_dir() as scratch:
             with registry_errors(uri):
@@ -144,7 +145,7 @@ class ModelRegistry:
     @functools.cached_property
     def client(self) -> MlflowClient:
         """MLflow's client; a database is created when it is first used."""
-        return MlflowClient(self.uri)
+        return connect(self.uri)
 
     @property
     def address(self) -> str:

@@ -88,12 +88,12 @@ class RegistrySource:
     @contextmanager
     def _registry(self) -> Iterator[Any]:
         """Yield MLflow's client; its errors and timeouts become RegistryError."""
-        from mlflow import MlflowClient  # not for a checkpoint in a folder: MLflow takes seconds to import
-
+        # Not for a checkpoint in a folder: MLflow takes seconds to import.
+        from ray_app.tracking.mlflow_logger import connect
         from ray_app.tracking.model_registry import registry_errors
 
         with registry_errors(self._tracking_uri):
-            self._client = self._client or MlflowClient(self._tracking_uri)
+            self._client = self._client or connect(self._tracking_uri)
             yield self._client
 
 
