@@ -2,9 +2,11 @@
 
 import http.server
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from ray_app.tracking import mlflow_logger as tracking
 from ray_app.tracking.mlflow_logger import (
     MLFLOW_SYNC,
     Tracker,
+    connect,
     database_file,
     experiment_id,
     failure_cause,
@@ -318,7 +321,11 @@ def test_the_default_database_is_in_the_current_folder_whatever_the_name_of_that
     monkeypatch.chdir(folder)
     uri = tracking_uri(TrackingFlags())
     assert database_file(uri) == folder / "mlflow.db"
-    client = MlflowClient(uri)
+    with sqlite3.connect(folder / ".mlflow.db.partial") as left:  # a process was killed while it made one
+        left.execute("CREATE TABLE _alembic_tmp_tags (x)")
+    with ThreadPoolExecutor() as pool:
+        client, _ = pool.map(connect, [uri, uri])
+    assert {path.name for path in folder.iterdir()} == {"mlflow.db"}
     run_id = client.create_run(experiment_id(client, TrackingFlags(tracking_uri=uri))).info.run_id
     client.log_text(run_id, "x", "x.txt")
     assert (folder / "mlflow.db").is_file()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shlex
 import sys
 from datetime import datetime
 from typing import Any
@@ -76,9 +77,9 @@ def run_jobs_stop(cfg: JobConfig) -> dict[str, Any]:
 def render_jobs_stop(result: dict[str, Any], console: Console) -> None:
     """Print whether there was anything to stop."""
     if result["asked"]:
+        logs = f"ray-app jobs logs {shlex.quote(result['job'])}"
         console.print(
-            f"asked {result['job']} to stop; training saves within a step. ray-app jobs logs {result['job']} shows "
-            "the end",
+            f"asked {result['job']} to stop; training saves within a step. {logs} shows the end",
             soft_wrap=True,
         )
     else:
