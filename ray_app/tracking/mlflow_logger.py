@@ -91,7 +91,8 @@ def connect(uri: str) -> MlflowClient:
                 partial.unlink()
             else:
                 lock.truncate(0)
-                partial.with_name(f"{partial.name}-journal").unlink(missing_ok=True)
+                for left in file.parent.glob(f"{partial.name}-*"):  # SQLite's own, of a process that was killed
+                    left.unlink()
                 MlflowClient(database_uri(partial)).search_experiments(max_results=1)
                 partial.rename(file)
     return MlflowClient(uri)
