@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray_app.cluster.connection import cluster
+from ray_app.cluster.raylet_watch import explain_raylet_death
 from ray_app.commands.train.context import RunContext, open_run_context, strategy_of
 from ray_app.commands.train.launch import run_training, with_resume_hint
 from ray_app.commands.train.plan import ResourcePlan, make_plan
@@ -48,7 +49,8 @@ def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]
             "parent_key": parent_key,
             "config": context.recorded,
         }
-        with run.exclusive(None if cfg.resume else new), with_resume_hint(run):
+        advice = f"What was saved is whole; resume with: {run.resume}"
+        with run.exclusive(None if cfg.resume else new), explain_raylet_death(advice), with_resume_hint(run):
             return _train(context, plan, run)
 
 
