@@ -1,4 +1,4 @@
-"""The raylet of this machine's own Ray: if it dies, Ray's core ends this process some seconds later without a word."""
+"""The raylet of this machine's own Ray: if it dies, Ray's core ends this process soon after, without a word."""
 
 import os
 import sys
