@@ -3,11 +3,12 @@
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from benchmarks.data import fuzz_readers
-from benchmarks.data.fuzz_readers import KINDS, MIB, fuzz, measured
+from benchmarks.data.fuzz_readers import KINDS, MIB, Readers, fuzz, measured
 from benchmarks.data.spoiled import MAKERS
 from ray_app.errors import InputError
 
@@ -15,15 +16,23 @@ from ray_app.errors import InputError
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_spoiled_file_of_any_kind_breaks_a_bound(kind: str) -> None:
-    found = fuzz(kind, 500, seed=11)
+    found = fuzz(kind, 300, seed=11)
     assert (found.findings, found.deaths) == ([], 0)
-    assert found.outcomes["refused"] > 100
-    assert sum(found.outcomes.values()) == 500
+    assert found.outcomes["refused"] > 60
+    assert sum(found.outcomes.values()) == 300
 
 
-def test_a_few_of_every_kind_are_refused_or_read() -> None:
-    found = {kind: fuzz(kind, 15, seed=12) for kind in ("recordings", "json")}
-    assert {kind: totals.findings for kind, totals in found.items()} == {"recordings": [], "json": []}
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_few_of_every_kind_are_refused_or_read(kind: str, tmp_path: Path) -> None:
+    """In this process; the kinds' own processes are those of the test above."""
+    readers = Readers(tmp_path)
+    found = []
+    for number in range(25):
+        size, read = readers.prepare(kind, random.Random(f"12 {kind} {number}"))
+        found.append(measured(read, size))
+    assert [one["finding"] for one in found] == [""] * 25
+    assert {"refused"} <= {one["outcome"] for one in found}
 
 
 @pytest.mark.parametrize("kind", sorted(MAKERS))
@@ -50,6 +59,7 @@ def test_a_reader_that_breaks_a_bound_is_found() -> None:
     assert measured(lambda: len(b"a" * (80 * MIB)), 20 * MIB)["finding"] == ""
 
 
+@pytest.mark.slow
 def test_a_death_is_found_and_the_rest_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The child of a kind that kills it at its second example."""
     code = (
