@@ -9,7 +9,7 @@ up to the next one.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -41,6 +41,8 @@ LOST_GAP = 1.5
 """Usual intervals from one frame to the next in such a format from which on one between them was lost."""
 FEW_LOST = 0.05
 """Share of gaps above which they are no losses, but the way in which the video was taken."""
+HIGHEST_RATE = 100_000
+"""Frames a second, as for --fps: each needs a microsecond of its own."""
 HIDDEN = -1
 """Number of a packet whose frame is never shown."""
 
@@ -166,9 +168,7 @@ def _read_index(path: Path, _version: tuple[int, int]) -> VideoIndex:
     group_P = np.searchsorted(keys_G, places, side="right") - 1
     shown_P = ~np.array(is_discard) & (group_P >= 0)  # a frame before the first key frame builds on what is not there
     stamps = [pts[i] for i in np.flatnonzero(shown_P)]
-    if not stamps:
-        raise InputError(f"{path} holds no frame")
-    rising = None not in stamps and all(a < b for a, b in pairwise(stamps))
+    rising = _rise(stamps)
     numbers_P, leading_P = np.full(len(rows), HIDDEN), np.zeros(len(rows), bool)
     trusted = None not in stamps and len(set(stamps)) == len(stamps) and not (rising and reorders)
     if trusted:
@@ -181,12 +181,17 @@ def _read_index(path: Path, _version: tuple[int, int]) -> VideoIndex:
         in_order = in_order[shown_P[in_order]]
         numbers_P[in_order] = np.arange(len(in_order))
         stamps = pts_P[in_order].tolist()
+    else:  # the n-th frame that is shown, at the n-th time at which one is decoded
+        decoded = [dts[i] for i in np.flatnonzero(shown_P)]
+        stamps = next((each for each in (decoded, stamps) if _rise(each)), [])
+    if not shown_P.any():
+        raise InputError(f"{path} holds no frame")
     losses: dict[int, int] = {}
     if trusted and broadcast:
         losses = {int(group_P[in_order[number]]): number for number in _lost_after(stamps)}
     marks = Counter(zip(pts, sizes, strict=True))
     return VideoIndex(
-        times_us=_times_us(stamps if trusted or rising else [], base) or _counted_us(len(stamps), rate, path),
+        times_us=_times_us(stamps, base) or _counted_us(int(shown_P.sum()), rate, path),
         trusted=trusted,
         shown_P=shown_P,
         numbers_P=numbers_P,
@@ -198,6 +203,10 @@ def _read_index(path: Path, _version: tuple[int, int]) -> VideoIndex:
         marks={mark: int(i) for i in keys_G if marks[mark := (pts[i], sizes[i])] == 1 and pts[i] is not None},
         losses=losses,
     )
+
+
+def _rise(stamps: Sequence[int | None]) -> bool:
+    return None not in stamps and all(a < b for a, b in pairwise(stamps))  # type: ignore[operator]
 
 
 def _lost_after(stamps: list[int]) -> list[int]:
@@ -215,7 +224,9 @@ def _times_us(stamps: list[int], base: Fraction | None) -> tuple[int, ...]:
 
 
 def _counted_us(count: int, rate: Fraction | None, path: Path) -> tuple[int, ...]:
-    """Return the times of so many frames at a rate. InputError: it is not known."""
-    if not rate:
-        raise InputError(f"{path} has neither the times of its frames nor their rate; convert it to MP4")
+    """Return the times of so many frames at a rate. InputError: it is not known, or cannot be one."""
+    if not rate or not 0 < rate <= HIGHEST_RATE:
+        raise InputError(
+            f"{path} has neither the times of its frames nor their rate ({rate or 'none'} a second); convert it to MP4"
+        )
     return tuple(round(i * 1_000_000 / rate) for i in range(count))

@@ -83,6 +83,14 @@ def test_times_of_decoding_are_not_taken_for_times_of_showing(tmp_path: Path) ->
         assert seen(path) == list(range(40))
 
 
+def test_pauses_of_a_video_in_avi_keep_their_length(tmp_path: Path) -> None:
+    times_ms = [0, 40, 80, 120, 400, 440, 480, 1000, 1040, 1080]
+    path = write_video(tmp_path / "a.avi", count=10, options=MIXED_GOPS, times_ms=times_ms)
+    assert not read_index(path).trusted
+    assert seen(path) == list(range(10))
+    assert read_index(path).times_us[-1] == 1_080_000, "not ten thousandths of a second, as its header says"
+
+
 def test_recordings_that_were_put_one_behind_the_other_are_counted_through(tmp_path: Path) -> None:
     one = write_video(tmp_path / "one.ts", options=MIXED_GOPS).read_bytes()
     both = tmp_path / "both.ts"
