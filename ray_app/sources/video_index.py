@@ -227,6 +227,7 @@ def _counted_us(count: int, rate: Fraction | None, path: Path) -> tuple[int, ...
     """Return the times of so many frames at a rate. InputError: it is not known, or cannot be one."""
     if not rate or not 0 < rate <= HIGHEST_RATE:
         raise InputError(
-            f"{path} has neither the times of its frames nor their rate ({rate or 'none'} a second); convert it to MP4"
+            f"{path} has neither the times of its frames nor their rate (it says {rate or 0} a second); "
+            "convert it to MP4"
         )
     return tuple(round(i * 1_000_000 / rate) for i in range(count))
