@@ -41,18 +41,22 @@ def parse(
 
     A flag that is missing or has a value of another type ends the process with code 2 and tyro's words.
     """
+    if command.positional == "config" and argv and not argv[0].startswith("-"):
+        if config_file:
+            raise ConfigError(f"{argv[0]} and --config {config_file} are two files; name one")
+        config_file, argv = Path(argv[0]), argv[1:]
     known = command.config.model_fields
-    refuse_unknown_flags(name, known, argv)
+    flags = {key: known[key] for key in command.flags}
+    refuse_unknown_flags(name, flags, argv)
     given: dict[str, Any] = {}
-    if command.config is TrainConfig and (run := value_of("--resume", argv)):
-        from ray_app.runs.run_dir import settings_of_run
-
-        kept = {key: value for key, value in settings_of_run(run).items() if value not in (None, [])}
-        given |= typed(kept, known, run)
+    if resumed := value_of("--resume", argv) or value_of("--watch", argv):
+        recorded = {
+            key: value for key, value in recorded_settings(command, resumed).items() if value not in (None, [])
+        }
+        given |= typed(recorded, known, resumed)
     if config_file:
         given |= typed(read_yaml(config_file), known, str(config_file))
-    hidden = {command.trailing} if command.trailing else set()
-    form = grouped_form({key: info for key, info in known.items() if key not in hidden}, given)
+    form = grouped_form(flags, given)
     parsed: Any = tyro.cli(
         form,
         prog=f"ray-app {name}",
@@ -60,13 +64,24 @@ def parse(
         args=with_subject(command, argv),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
     )
-    values = {key: given[key] for key in hidden & given.keys()}
+    values = {key: value for key, value in given.items() if key not in flags}
     for group in fields(parsed):
         part = getattr(parsed, group.name)
         values |= {each.name: getattr(part, each.name) for each in fields(part)}
     if trailing:
         values[str(command.trailing)] = tuple(trailing)
     return validated(lambda: command.config.model_validate(values), lambda key: f"--{key.replace('_', '-')}")
+
+
+def recorded_settings(command: Command, where: str) -> dict[str, Any]:
+    """Return the settings that a run or a sweep was started with. StoreError: it is none."""
+    if command.config is TrainConfig:
+        from ray_app.runs.run_dir import settings_of_run
+
+        return settings_of_run(where)
+    from ray_app.commands.tune.sweep_dir import settings_of_sweep
+
+    return settings_of_sweep(where)
 
 
 def grouped_form(known: Mapping[str, FieldInfo], given: Mapping[str, Any]) -> type:
@@ -117,7 +132,7 @@ def refuse_unknown_flags(name: str, known: Mapping[str, FieldInfo], argv: Sequen
 def with_subject(command: Command, argv: Sequence[str]) -> list[str]:
     """Name the field that leading words without a dash are for: `inspect STORE` is `inspect --store STORE`."""
     count = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
-    if not command.positional or not count:
+    if command.positional in (None, "config") or not count:
         return list(argv)
     return [f"--{command.positional.replace('_', '-')}", *argv]
 
@@ -129,9 +144,9 @@ def typed(settings: Mapping[str, Any], known: Mapping[str, FieldInfo], source: s
         name = str(key).replace("-", "_")
         if name not in known:
             raise ConfigError(f"{source}: unknown key '{key}'{suggestion(name, known)}")
-        if isinstance(value, dict):
-            raise ConfigError(f"{source}: '{name}' must be one value or a list, not a mapping")
         info = known[name]
+        if isinstance(value, dict) and get_origin(info.annotation) is not dict:
+            raise ConfigError(f"{source}: '{name}' must be one value or a list, not a mapping")
         if get_origin(info.annotation) is tuple and not isinstance(value, list):
             value = [value]
         elif info.annotation in (str, str | None) and isinstance(value, int | float):

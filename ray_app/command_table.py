@@ -1,6 +1,7 @@
 """Table of commands: settings, the functions that run them and print their results, and help groups."""
 
 from dataclasses import dataclass
+from typing import get_origin
 
 from ray_app.config import base, decode, prepare, serve, train, tune
 from ray_app.config import evaluate as judge
@@ -20,13 +21,19 @@ class Command:
     """Shown in the list of commands."""
     help: str
     positional: str | None = None
-    """Field for leading words without a dash."""
+    """Field for leading words without a dash; `config`: the first one is the file of --config."""
     failures: str | None = None
     """Key of the result that counts problems; the exit code is 1 if it is not 0."""
     trailing: str | None = None
     """Field for the command after `--`."""
     exit_code: str | None = None
     """Key of the result that is the exit code."""
+
+    @property
+    def flags(self) -> list[str]:
+        """Settings that are flags: all but the command after `--`, and mappings, which only a file can give."""
+        fields = self.config.model_fields.items()
+        return [key for key, info in fields if key != self.trailing and get_origin(info.annotation) is not dict]
 
 
 COMMANDS: dict[str, Command] = {
@@ -105,7 +112,7 @@ COMMANDS: dict[str, Command] = {
         "tune",
         "tune FILE | --resume SWEEP | --watch SWEEP",
         "search for the best adapter, train it with several seeds, evaluate it",
-        "file",
+        "config",
     ),
     "sync": Command(
         tune.SyncConfig,

@@ -28,7 +28,7 @@ def completion_script(shell: str, commands: Mapping[str, Command]) -> str:
     seconds: dict[str, list[str]] = {}
     cases = []
     for name, command in commands.items():
-        flags = [f"--{key.replace('_', '-')}" for key in command.config.model_fields if key != command.trailing]
+        flags = [f"--{key.replace('_', '-')}" for key in command.flags]
         cases.append(f'      "{name} "*) words="{" ".join([*flags, "--config", "--json", "--help"])}";;')
         if " " in name:
             first, second = name.split()

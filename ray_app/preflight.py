@@ -14,7 +14,7 @@ from ray_app.config.evaluate import CompareConfig, PromoteConfig, ReportFlags
 from ray_app.config.prepare import InspectConfig, PrepareArrays, PrepareFlags
 from ray_app.config.serve import ServeConfig
 from ray_app.config.train import TrainConfig
-from ray_app.config.tune import ImportCheckpointConfig
+from ray_app.config.tune import ImportCheckpointConfig, TuneConfig
 from ray_app.errors import CheckpointError, InputError, StoreError
 from ray_app.reports.folder import COMPARISON_FILES, claim_report_folder
 from ray_app.runs.run_dir import RUN, best_of_run, run_metadata
@@ -37,6 +37,8 @@ def refuse_early(cfg: Config) -> None:
                 Manifest.read(store)
         case TrainConfig():
             refuse_training(cfg)
+        case TuneConfig() if not cfg.watch:
+            Manifest.read(cfg.store)
         case ReportFlags():
             claim_report_folder(cfg.out)
             require_fit([cfg.checkpoint], cfg.store)

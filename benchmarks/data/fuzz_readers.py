@@ -31,8 +31,8 @@ import torch
 
 from benchmarks.data.spoiled import MAKERS, json_text, spoil_bytes, spoil_tree, spoiled_pickle
 from benchmarks.provenance import require_commit, save
-from ray_app.cli_settings import read_yaml
-from ray_app.commands.tune.spec import read_spec
+from ray_app.cli_settings import parse, read_yaml
+from ray_app.command_table import COMMANDS
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.registry import build_adapter
 from ray_app.errors import RayAppError
@@ -98,7 +98,7 @@ class Readers:
         if kind == "yaml":
             readers: list[Callable[[], Any]] = [
                 lambda: read_yaml(self.file),
-                lambda: read_spec(self.file, {}),
+                lambda: parse("tune", COMMANDS["tune"], self.file, []),
                 lambda: read_rig(self.file),
             ]
             return rng.choice(readers)

@@ -23,7 +23,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from benchmarks.provenance import require_commit, save
 from ray_app.commands.tune.search import make_asha
-from ray_app.commands.tune.sweep_dir import SweepDir, scores
+from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.runs.event_log import entries
 
 RAY_APP = Path(sys.executable).with_name("ray-app")
@@ -104,18 +104,15 @@ def searched(file: Path) -> dict[str, Any]:
 def orders(folder: Path, *, between_equals: bool) -> dict[str, float]:
     """Share of epochs, and points lost, where ASHA sees the whole trials in other orders."""
     sweep = SweepDir((folder / "none").resolve())
-    spec = SweepDir((folder / "asha").resolve()).spec
+    cfg = SweepDir((folder / "asha").resolve()).config
     curves, rates = [], []
     for trial in sweep.trials():
-        lines = entries(sweep.run(trial.name).path)
-        ends = [n for n, line in enumerate(lines, 1) if line["kind"] == "epoch"]
-        rates.append([scores(lines[:n], spec.objective)["objective"] for n in ends])
-        curves.append(
-            [value for _, value in sweep.curve(trial.name, spec.objective)] if between_equals else rates[-1]
-        )
+        then = list(trial.after_each_epoch(entries(sweep.run(trial.name).path), cfg.objective))
+        rates.append([each.objective or 0.0 for each in then])
+        curves.append([each.metrics["compared"] for each in then] if between_equals else rates[-1])
     rng, shares, lost = np.random.default_rng(0), [], []
     for _ in range(ORDERS):
-        scheduler, reached, best = make_asha(spec), 0, 0.0
+        scheduler, reached, best = make_asha(cfg), 0, 0.0
         for k in rng.permutation(len(curves)):
             epochs = epochs_of(str(k), curves[k], scheduler)
             reached, best = reached + epochs, max(best, rates[k][epochs - 1])

@@ -39,7 +39,7 @@ def sync_sweep(cfg: SyncConfig, where: str) -> list[dict[str, Any]]:
     with open_sweep(where) as sweep:
         sweep.refresh()
         sweep.download_artifacts()
-        uri = tracking_uri(TrackingFlags(tracking_uri=cfg.tracking_uri or sweep.metadata()["tracking_uri"]))
+        uri = tracking_uri(TrackingFlags(tracking_uri=cfg.tracking_uri or sweep.metadata()["config"]["tracking_uri"]))
         with registry_errors(uri):
             return [sync_run(path, uri, sweep.shown(path)) for path in (sweep.path, *sweep.runs())]
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -134,3 +134,13 @@ def require_one(asked: Mapping[str, Any], example: str) -> None:
 def flat(config: Config) -> dict[str, Any]:
     """Return settings as JSON values, for MLflow parameters and provenance."""
     return config.model_dump(mode="json")
+
+
+def changed_settings(where: str, old: Config, new: Config, allowed: Set[str]) -> set[str]:
+    """Return the names of settings that a resumed run changes. ConfigError: one of them is not in `allowed`."""
+    was, now = flat(old), flat(new)
+    changed = {name for name in was if was[name] != now[name]}
+    if refused := sorted(changed - allowed):
+        changes = "; ".join(f"{name} was {was[name]!r}, is {now[name]!r} now" for name in refused)
+        raise ConfigError(f"--resume continues with the settings of {where}, but {changes}; leave that out.")
+    return changed

@@ -177,9 +177,8 @@ def test_a_sweep_runs_its_trials_and_its_winner_on_the_gpu(small_store: Path, tm
         "space": {"hidden_dim": [8, 16]},
         "num_final_seeds": 1,
     }
-    path = tmp_path / "sweep.yaml"
-    path.write_text(json.dumps(lines))  # JSON is YAML
-    result = run_tune(TuneConfig(file=path, tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}"))
+    lines["tracking_uri"] = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    result = run_tune(TuneConfig.model_validate(lines))
     assert [trial["status"] for trial in result["trials"]] == ["finished"] * 2
     assert result["final"]["test"]
 

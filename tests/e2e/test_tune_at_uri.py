@@ -16,11 +16,11 @@ import psutil
 import pytest
 import yaml
 from s3_process import S3
+from sweeps import sweep_config
 
 from ray_app import cli
 from ray_app.commands.tune.command import run_tune
 from ray_app.commands.tune.sweep_dir import SweepDir, open_sweep
-from ray_app.config.tune import TuneConfig
 from ray_app.errors import StoreError
 from ray_app.runs.event_log import EVENT_LOG, entries
 from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir
@@ -84,7 +84,7 @@ def test_a_sweep_of_which_nothing_is_left_but_the_uri_resumes_and_finds_the_same
     assert [trial["status"] for trial in result["trials"]] == ["finished"] * 3
     assert result["sweep"] == uri
     undisturbed = sweep_file(tmp_path / "two.yaml", small_store, str(tmp_path / "two"))
-    whole = run_tune(TuneConfig(file=undisturbed, tracking_uri=database, final=False))
+    whole = run_tune(sweep_config(undisturbed, tracking_uri=database, final=False))
     same = ("id", "objective", "lift", "steps", "epochs", "parameters")
     assert [[trial[key] for key in same] for trial in result["trials"]] == [
         [trial[key] for key in same] for trial in whole["trials"]

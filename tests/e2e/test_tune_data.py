@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import ray
-from sweeps import sweep_file, tune
+from sweeps import sweep_config, sweep_file, tune
 
 from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.initialization import PairsInMemory, compute_init, load_init
@@ -18,8 +18,7 @@ from ray_app.commands.train.shared_dataset import (
     shared_pairs,
     shared_worker_data,
 )
-from ray_app.commands.tune.datasets import with_starts
-from ray_app.commands.tune.spec import SweepSpec, read_spec
+from ray_app.commands.tune.context import SweepContext
 from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.config.base import SplitConfig
 from ray_app.config.train import TrainConfig
@@ -64,17 +63,18 @@ def test_pairs_beyond_shared_memory_are_streamed_by_trials_that_have_all_cpus(
     assert result["pareto_front"]
 
 
-def lowrank_spec(small_store: Path, tmp_path: Path) -> SweepSpec:
+def lowrank_sweep(small_store: Path, tmp_path: Path) -> SweepContext:
     fixed = {"strategy": "lowrank", "batch_size": 8}
-    return read_spec(sweep_file(tmp_path, small_store, "lowrank", base=fixed, space={"rank": [2, 4, 500]}), {})
+    file = sweep_file(tmp_path, small_store, "lowrank", base=fixed, space={"rank": [2, 4, 500]})
+    return SweepContext.open(sweep_config(file))
 
 
 def test_what_trials_begin_with_is_found_once_and_seen_without_a_copy(small_store: Path, tmp_path: Path) -> None:
     """Of the largest rank that can be had; others are its first directions. A run alone finds the same."""
-    spec = lowrank_spec(small_store, tmp_path)
+    sweep = lowrank_sweep(small_store, tmp_path)
     store = PairStore.open(small_store)
-    part = share_dataset(store, split_pairs(store.index, spec.split_config), 2**30)
-    placed = with_starts(spec, {"all": part}, tmp_path / "starts")["all"]
+    part = share_dataset(store, split_pairs(store.index, sweep.cfg.split_config), 2**30)
+    placed = sweep.share_inits({"all": part}, tmp_path / "starts")["all"]
     out = str(tmp_path / "run")
     cfg = TrainConfig(store=str(small_store), out=out, strategy="lowrank", rank=4)
     found = shared_init(placed, RunContext.of(cfg, store))
@@ -97,7 +97,7 @@ def test_what_trials_begin_with_is_found_once_and_seen_without_a_copy(small_stor
     with pytest.raises(ConfigError, match=r"--rank \(500\)"):
         shared_init(placed, RunContext.of(cfg.model_copy(update={"rank": 500}), store))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "starts").rglob("*")}
-    with_starts(spec, {"all": part}, tmp_path / "starts")
+    sweep.share_inits({"all": part}, tmp_path / "starts")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "starts").rglob("*")} == before
 
 
@@ -114,4 +114,4 @@ def test_a_sweep_over_ranks_finds_subspaces_once_and_a_rank_that_pairs_do_not_sp
     folder = SweepDir(Path(result["sweep"]))
     assert not list(folder.path.glob("trials/*/init")), "no trial found its own"
     assert result["pareto_front"] == [finished["id"]]
-    assert json.loads((folder.path / "sweep.json").read_text())["spec"]["secondary_objective"] == "parameters"
+    assert json.loads((folder.path / "sweep.json").read_text())["config"]["secondary_objective"] == "parameters"

@@ -5,8 +5,10 @@ from typing import Any
 
 import yaml
 
-from ray_app.commands.tune.command import run_tune
-from ray_app.commands.tune.spec import SweepSpec, read_spec
+from ray_app.cli_settings import read_yaml, typed
+from ray_app.commands.tune.command import recorded_config, run_tune
+from ray_app.commands.tune.context import SweepContext
+from ray_app.commands.tune.sweep_dir import SweepDir, settings_of_sweep
 from ray_app.config.tune import TuneConfig
 
 FIXED = {"strategy": "lightweight", "num_epochs": 3, "batch_size": 8, "cosine_weight": 1.0, "dropout": 0.0}
@@ -19,9 +21,22 @@ def spec_file(folder: Path, **lines: Any) -> Path:
     return path
 
 
-def sized(tmp_path: Path, store: Path, **lines: Any) -> SweepSpec:
-    """The same sweep on a real store, read and checked."""
-    return read_spec(spec_file(tmp_path, **lines), {"store": store})
+def sweep_config(path: Path, **flags: Any) -> TuneConfig:
+    """Settings of a sweep's file, with flags over them."""
+    return TuneConfig.model_validate(typed(read_yaml(path), TuneConfig.model_fields, str(path)) | flags)
+
+
+def sized(tmp_path: Path, store: Path, **lines: Any) -> SweepContext:
+    """The sweep of `spec_file` on a real store."""
+    return SweepContext.open(sweep_config(spec_file(tmp_path, **lines), store=store))
+
+
+def created(sweep: SweepContext) -> SweepDir:
+    """Folder of a sweep that has just started."""
+    folder = SweepDir(Path(sweep.cfg.out))
+    identity = {"name": "s", "key": "k", "store_fingerprint": sweep.fingerprint}
+    folder.create({**identity, "config": recorded_config(sweep.cfg)})
+    return folder
 
 
 def sweep_file(folder: Path, store: Path, name: str, **lines: Any) -> Path:
@@ -33,4 +48,9 @@ def sweep_file(folder: Path, store: Path, name: str, **lines: Any) -> Path:
 
 def tune(path: Path, **flags: Any) -> dict[str, Any]:
     uri = f"sqlite:///{path.parent / 'mlflow.db'}"
-    return run_tune(TuneConfig(file=path, **({"tracking_uri": uri, "final": False} | flags)))
+    return run_tune(sweep_config(path, **({"tracking_uri": uri, "final": False} | flags)))
+
+
+def resume(folder: Path, **flags: Any) -> dict[str, Any]:
+    """Resume a sweep as the command line does: with the settings that it was started with, and flags over them."""
+    return run_tune(TuneConfig.model_validate(settings_of_sweep(str(folder)) | {"resume": str(folder)} | flags))

@@ -19,15 +19,13 @@ from mlflow import MlflowClient
 from mlflow_process import missing_and_extra
 from numpy_source import NumpySource, build_store
 from pages import assert_opens
-from sweeps import FIXED, sweep_file, tune
+from sweeps import FIXED, resume, sweep_file, tune
 
 from ray_app import cli
 from ray_app.commands.evaluate.command import run_evaluate
-from ray_app.commands.tune.command import run_tune
 from ray_app.commands.tune.sweep_dir import SweepDir
 from ray_app.config.base import SplitConfig
 from ray_app.config.evaluate import EvaluateConfig
-from ray_app.config.tune import TuneConfig
 from ray_app.errors import ConfigError, StoreError
 from ray_app.runs.event_log import entries
 from ray_app.store.atomic import sha256_file
@@ -157,14 +155,14 @@ def test_what_is_finished_is_not_run_again_and_a_larger_budget_adds_to_it(swept:
     folder = SweepDir(Path(swept["sweep"]))
     before = attempts(folder)
     flags = {"tracking_uri": f"sqlite:///{root / 'mlflow.db'}", "final": False}
-    again = run_tune(TuneConfig(resume=folder.path, **flags))
+    again = resume(folder.path, **flags)
     assert attempts(folder) == before
     assert again["best"] == swept["best"]
-    more = run_tune(TuneConfig(resume=folder.path, max_trials=4, **flags))
+    more = resume(folder.path, max_trials=4, **flags)
     assert len(more["trials"]) == 4
     assert {name: count for name, count in attempts(folder).items() if name in before} == before
-    with pytest.raises(ConfigError, match="leave --store, --out and --use-gpu out"):
-        run_tune(TuneConfig(resume=folder.path, store=root, **flags))
+    with pytest.raises(ConfigError, match="use_gpu was False, is True now; leave that out"):
+        resume(folder.path, use_gpu=True, **flags)
 
 
 @pytest.mark.slow
@@ -188,9 +186,9 @@ def test_a_changed_store_is_not_resumed(swept: dict[str, Any], root: Path) -> No
     folder, other = SweepDir(root / "moved"), build_store(NumpySource(seed=9), root / "other")
     shutil.copytree(swept["sweep"], folder.path)
     about = folder.metadata()
-    (folder.path / "sweep.json").write_text(json.dumps(about | {"spec": about["spec"] | {"store": str(other)}}))
+    (folder.path / "sweep.json").write_text(json.dumps(about | {"config": about["config"] | {"store": str(other)}}))
     with pytest.raises(StoreError, match="searched on pairs of fingerprint"):
-        run_tune(TuneConfig(resume=folder.path, final=False))
+        resume(folder.path)
 
 
 @pytest.mark.usefixtures("swept")
@@ -242,9 +240,9 @@ def test_an_estimate_above_the_budget_needs_a_word_and_ctrl_c_and_the_budget_end
     user.join()
     assert f"resume with: ray-app tune --resume {folder.path}" in capfd.readouterr().err
     assert folder.entries()[-1]["status"] == "KILLED"
-    used_s = sum(end_s - begin_s for begin_s, end_s in folder.sessions())
-    hours = (used_s + 3) / 3600
-    result = run_tune(TuneConfig(resume=folder.path, max_hours=hours, final=False, tracking_uri=tracking[1]))
+    lines = folder.entries()
+    hours = (lines[-1]["time"] - lines[0]["time"] + 3) / 3600
+    result = resume(folder.path, max_hours=hours, final=False)
     assert f"--max-hours {hours:g} are used up" in capfd.readouterr().err
     assert {trial["status"] for trial in result["trials"]} == {"running"}, "they can be resumed with a larger budget"
     assert result["best"]["objective"] is not None
@@ -262,9 +260,7 @@ def test_asha_stops_what_falls_behind_and_optuna_resumes_from_the_record(small_s
     }
     path = sweep_file(root, small_store, "asha", **lines, max_trials=4)
     first = tune(path)
-    more = run_tune(
-        TuneConfig(resume=root / "asha", max_trials=8, final=False, tracking_uri=f"sqlite:///{root}/mlflow.db")
-    )
+    more = resume(root / "asha", max_trials=8)
     assert [trial["config"] for trial in more["trials"][:4]] == [trial["config"] for trial in first["trials"]]
     stopped = [trial for trial in more["trials"] if trial["status"] == "stopped"]
     assert stopped

@@ -65,7 +65,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "reports": {"numpy", "jinja2", "matplotlib", "PIL"},
     "tracking": {"mlflow", "sqlalchemy", "numpy"},
     "commands": {"numpy", "torch", "pyarrow", "ray", "rich", "PIL", "matplotlib"},
-    "commands.tune": {"optuna", "yaml", "pydantic"},
+    "commands.tune": {"optuna", "pydantic"},
     "commands.decode": {"pydantic"},
     "commands.promote": {"mlflow"},
     "commands.import_checkpoint": {"mlflow"},

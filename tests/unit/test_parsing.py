@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ray_app.cli_settings import read_yaml
-from ray_app.commands.tune.spec import read_spec
+from ray_app.cli_settings import parse, read_yaml
+from ray_app.command_table import COMMANDS
 from ray_app.errors import ConfigError, InputError, StoreError
 from ray_app.parsing.json_text import NestedTooDeep, parse_json, parse_object
 from ray_app.parsing.yaml_text import MAX_CHARACTERS, MAX_VALUES, parse_yaml
@@ -137,7 +137,7 @@ def test_yaml_reads_settings_with_anchors_and_times_as_text() -> None:
 READERS: list[tuple[Callable[[Path], Any], type[Exception], bytes]] = [
     (read_yaml, ConfigError, laughs(30, "[%s]").encode()),
     (read_yaml, ConfigError, b"a: " + b"9" * 5000),
-    (lambda path: read_spec(path, {}), ConfigError, b"[" * 5000),
+    (lambda path: parse("tune", COMMANDS["tune"], path, []), ConfigError, b"[" * 5000),
     (lambda path: listed_clips(path, 5), InputError, b"[" * 10**6),
     (lambda path: listed_clips(path, 5), InputError, b"[" + b"1" * 5000 + b"]"),
     (lambda path: read_traces(path, 9, 2), InputError, b'{"row":' + b"[" * 10**5),

@@ -23,6 +23,7 @@ def folder(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_store(here / "vectors", rows)
     (here / "mine").mkdir()
     (here / "mine" / "notes.txt").write_text("notes")
+    (here / "sweep.yaml").write_text("store: nowhere\nout: new\nspace: {hidden_dim: [8]}\n")
     return here
 
 
@@ -50,6 +51,9 @@ CASES = [
     ("prepare arrays --event a.npy --target b.npy --out store", "already holds a complete pair store"),
     ("serve --checkpoint nowhere", "nowhere is not a folder"),
     ("import-checkpoint nothing.pt --out new", "nothing.pt does not exist"),
+    ("tune sweep.yaml", "nowhere does not exist"),
+    ("tune --resume mine", "mine is not the folder of a sweep"),
+    ("tune --watch nothing", "nothing is not the folder of a sweep"),
 ]
 
 

@@ -1,32 +1,31 @@
 """Figures of a sweep's page: every trial with an objective is in them, and no two words touch."""
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from pages import assert_opens
 
-from ray_app.commands.tune.figures import (
+from ray_app.commands.tune.report import (
     history_figure,
     importance_figure,
-    parallel_figure,
     pareto_figure,
     slice_figures,
-    study_of,
 )
-from ray_app.commands.tune.searchers import draw
-from ray_app.commands.tune.spec import Choice, Range, Space
-from ray_app.commands.tune.sweep_dir import Trial
+from ray_app.commands.tune.space import Space, complete, draws, study_of
+from ray_app.commands.tune.trials import Trial, scored
 
 SPACE: Space = {
-    "hidden_dim": Choice((64, 128, 256, 512)),
-    "mse_weight": Range(0.1, 30.0, log=True, step=None, integer=False),
-    "durations": Choice((["1s"], ["1s", "2s"])),
-    "learning_rate": Range(1e-4, 3e-3, log=True, step=None, integer=False),
-    "strategy": Choice(("lightweight", "lightweight_reference", "bottleneck")),
-    "dropout": Range(0.0, 0.4, log=False, step=0.1, integer=False),
-    "accept_weight": Choice((0.0, 0.1, 0.5)),
-    "cosine_weight": Range(0.03, 3.0, log=True, step=None, integer=False),
+    "hidden_dim": CategoricalDistribution((64, 128, 256, 512)),
+    "mse_weight": FloatDistribution(0.1, 30.0, log=True),
+    "durations": CategoricalDistribution(('["1s"]', '["1s", "2s"]')),
+    "learning_rate": FloatDistribution(1e-4, 3e-3, log=True),
+    "strategy": CategoricalDistribution(("lightweight", "lightweight_reference", "bottleneck")),
+    "dropout": FloatDistribution(0.0, 0.4, step=0.1),
+    "accept_weight": CategoricalDistribution((0.0, 0.1, 0.5)),
+    "cosine_weight": FloatDistribution(0.03, 3.0, log=True),
 }
 NAME = "accepted at 0.80, %"
 
@@ -34,35 +33,36 @@ NAME = "accepted at 0.80, %"
 def trials_of(space: Space, num: int = 12) -> list[Trial]:
     """Random trials, the last of them without an objective."""
     rng = np.random.default_rng(0)
-    settings = [{name: draw(dimension, rng) for name, dimension in space.items()} for _ in range(num)]
+    settings = list(islice(draws(space, 0), num))
     trials = [
-        Trial(n, f"t{n}", setting, int(10 ** rng.uniform(4, 8)), objective=float(rng.uniform(0.4, 0.7)))
+        Trial(n, f"t{n}", setting, int(10 ** rng.uniform(4, 8)), objective=float(rng.uniform(0.4, 0.7)), ended_at=1.0)
         for n, setting in enumerate(settings)
     ]
-    return [*trials, Trial(num, "failed", settings[0], 1, status="failed")]
+    return [*trials, Trial(num, "failed", settings[0], 1, status="failed", ended_at=1.0)]
 
 
 def test_the_study_has_every_trial_with_an_objective_in_percent_and_the_second_objective() -> None:
     trials = trials_of(SPACE)
-    study = study_of(trials, SPACE, "parameters")
+    study = study_of(complete(trials[:-1]), SPACE, "parameters")
     assert [trial.values for trial in study.trials] == [
         [100 * (trial.objective or 0), trial.parameters] for trial in trials[:-1]
     ]
     assert study.trials[0].params["hidden_dim"] == trials[0].setting["hidden_dim"]
+    assert {tuple(trial.setting["durations"]) for trial in trials} == {("1s",), ("1s", "2s")}
     assert {trial.params["durations"] for trial in study.trials} == {'["1s"]', '["1s", "2s"]'}
-    assert not study_of(trials, SPACE, "latency_ms").trials, "it was not measured"
+    assert len(scored(trials)) == len(trials) - 1
 
 
 @pytest.mark.parametrize("num_settings", [1, 4, 8])
 def test_no_two_words_of_a_figure_touch_whatever_was_tried(num_settings: int, tmp_path: Path) -> None:
     space = dict(list(SPACE.items())[:num_settings])
-    trials = trials_of(space)
+    trials = complete(trials_of(space)[:-1])
+    study = study_of(trials, space)
     figures = [
-        history_figure(trials, space, {"all": 0.55}, NAME),
-        history_figure(trials, space, {"1s": 0.639, "2s": 0.639, "4s": 0.63}, NAME),
-        parallel_figure(trials, space, NAME),
-        importance_figure(trials, space, list(space), 0, NAME),
-        slice_figures(trials, space, NAME),
+        history_figure(study, {"all": 0.55}, NAME),
+        history_figure(study, {"1s": 0.639, "2s": 0.639, "4s": 0.63}, NAME),
+        importance_figure(study, list(space), 0, NAME),
+        slice_figures(study, space, NAME),
         pareto_figure(trials, space, "parameters", NAME),
     ]
     (tmp_path / "figures.html").write_text("".join(f"<div>{figure}</div>" for figure in figures))
@@ -70,7 +70,7 @@ def test_no_two_words_of_a_figure_touch_whatever_was_tried(num_settings: int, tm
 
 
 def test_equal_trials_and_a_solved_adapter_without_parameters_have_figures() -> None:
-    trials = [Trial(n, f"t{n}", {"hidden_dim": 64}, 0, objective=0.5) for n in range(2)]
+    trials = complete([Trial(n, f"t{n}", {"hidden_dim": 64}, 0, objective=0.5, ended_at=1.0) for n in range(2)])
     space: Space = {"hidden_dim": SPACE["hidden_dim"]}
-    assert parallel_figure(trials, space, NAME).startswith("<svg")
+    assert slice_figures(study_of(trials, space), space, NAME).startswith("<svg")
     assert pareto_figure(trials, space, "parameters", NAME).startswith("<svg")

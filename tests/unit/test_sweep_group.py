@@ -9,6 +9,7 @@ import pytest
 from waiting import wait_until
 
 from ray_app.commands.tune import trial
+from ray_app.commands.tune.trials import Trial
 from ray_app.config.train import TrainConfig
 from ray_app.runs import mirror
 from ray_app.runs.event_log import entries
@@ -46,7 +47,7 @@ def test_a_stop_of_the_sweeps_driver_stays_until_the_workers_have_seen_it(
 
     monkeypatch.setattr(trial, "open_run", open_copy)
     monkeypatch.setattr(trial, "train_group", group)
-    spec = trial.TrialSpec("t", TrainConfig(store="S", out=there.uri), "all", "lift", False, 1, {})
+    spec = trial.TrialSpec(Trial(0, "t", {}, 1), TrainConfig(store="S", out=there.uri), "lift", False, {})
     trial.run_group_trial({"trial": spec}, {"all": None})  # type: ignore[dict-item]
     driver.refresh()
     assert [line["kind"] for line in entries(driver.path)][-2:] == ["stopped", "run_ended"]

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from sweeps import sized
+from sweeps import created, sized
 
 from ray_app.commands.tune.progress import watch
 from ray_app.commands.tune.sweep_dir import SweepDir
@@ -28,10 +28,7 @@ with SweepDir(Path(sys.argv[1])).exclusive() as log:
 def folder(small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepDir:
     monkeypatch.setattr("ray_app.commands.tune.progress.REFRESH_S", 0.05)
     monkeypatch.setattr("ray_app.commands.tune.progress.DRIVERLESS_S", 0.5)
-    folder = SweepDir(tmp_path / "sweep")
-    spec = sized(tmp_path, small_store, out=str(folder.path)).model_dump(mode="json", exclude_unset=True)
-    folder.create({"name": "s", "key": "k", "spec": spec, "store_fingerprint": "f"})
-    return folder
+    return created(sized(tmp_path, small_store, out=str(tmp_path / "sweep")))
 
 
 def test_a_sweep_that_is_driven_is_watched_to_its_end(folder: SweepDir, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 import signal
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +23,6 @@ from ray_app.runs.event_log import entries
 from ray_app.runs.run_dir import RunDir, open_run
 from ray_app.runs.signals import handle_signals
 from ray_app.store.provenance import provenance
-from ray_app.store.split import test_fingerprint as fingerprint_of
 from ray_app.tracking.mlflow_logger import Tracker
 
 __all__ = ["render_train", "run_train"]
@@ -42,15 +40,9 @@ def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]
     cfg = context.cfg
     with cluster(cfg.address) as info, open_run(cfg.out) as run:
         plan = make_plan(context, run.path, info)
-        new = {
-            "name": context.name,
-            "key": uuid.uuid4().hex,
-            "store_fingerprint": context.store.fingerprint,
-            "parent_key": parent_key,
-            "config": context.recorded,
-        }
+        new = None if cfg.resume else context.metadata(context.name, parent_key)
         advice = f"What was saved is whole; resume with: {run.resume}"
-        with run.exclusive(None if cfg.resume else new), explain_raylet_death(advice), with_resume_hint(run):
+        with run.exclusive(new), explain_raylet_death(advice), with_resume_hint(run):
             return _train(context, plan, run)
 
 
@@ -60,7 +52,10 @@ def _train(context: RunContext, plan: ResourcePlan, run: RunDir) -> dict[str, An
     cfg, metadata = context.cfg, run.metadata()
     named = {"run": metadata["name"], "run_key": metadata["key"], "config": context.recorded}
     origin = provenance(sys.argv, context.store.fingerprint, **named)
-    _log_start(context, run, metadata, origin, started)
+    with run.event_log() as log:
+        if any(line.get("status") == "FINISHED" for line in entries(run.path)[-1:]):
+            print(f"{run} is finished; nothing is left to train", file=sys.stderr)
+        log.write("run_started", **context.start(metadata, {"git": str(origin.get("git"))}, started))
     spec = WorkerSpec(str(run), context, started, plan.in_memory, plan.threads, origin)
     tracker = Tracker(cfg, run.path, str(run))
     status, best = "FAILED", None
@@ -81,35 +76,6 @@ def _train(context: RunContext, plan: ResourcePlan, run: RunDir) -> dict[str, An
             log.write("run_ended", status=status, artifacts=artifacts, time=time.time())
         tracked = {"tracked": tracker.close(), **tracker.summary()}
     return run_summary(context, run, plan, tracked, time.perf_counter() - clock)
-
-
-def _log_start(
-    context: RunContext, run: RunDir, metadata: dict[str, Any], origin: dict[str, Any], started: float
-) -> None:
-    """Open the event log for this driver. A run that is finished already says so on standard error."""
-    cfg, store, split = context.cfg, context.store, context.split
-    with run.event_log() as log:
-        if (last := entries(run.path)[-1:]) and last[0].get("status") == "FINISHED":
-            print(f"{run} is finished; nothing is left to train", file=sys.stderr)
-        log.write(
-            "run_started",
-            name=metadata["name"],
-            key=metadata["key"],
-            parent_key=metadata.get("parent_key"),
-            experiment=cfg.experiment,
-            params={**context.recorded, "parameters": context.parameters},
-            tags={
-                "dataset_fingerprint": store.fingerprint,
-                "test_fingerprint": fingerprint_of(store.index, split.test),
-                "split": split.label,
-                "source": str(store.manifest.source.get("name")),
-                "strategy": strategy_of(cfg),
-                "features": store.feature("target").kind,
-                "git": str(origin.get("git")),
-            },
-            workers=cfg.max_workers,
-            time=started,
-        )
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import sys
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ray_app.config.base import flat
+from ray_app.config.base import TrackingFlags, changed_settings, flat
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.base import InitRequirement
 from ray_app.core.adapters.config import AdapterConfig
@@ -22,7 +23,7 @@ from ray_app.parsing.redact import redact
 from ray_app.runs.run_dir import run_metadata
 from ray_app.store.filesystem import absolute, open_storage
 from ray_app.store.pair_store import PairStore
-from ray_app.store.split import Split, split_pairs
+from ray_app.store.split import Split, split_pairs, test_fingerprint
 from ray_app.tracking.mlflow_logger import tracking_uri
 
 INIT = "init"
@@ -97,6 +98,30 @@ class RunContext:
         """Folder of this run's statistics."""
         return self.init_from or self.cfg.folder / INIT
 
+    def metadata(self, name: str, parent_key: str | None) -> dict[str, Any]:
+        """Return what a new run records of itself, with a new key. `parent_key`: key of the sweep it belongs to."""
+        identity = {"name": name, "key": uuid.uuid4().hex, "parent_key": parent_key}
+        return {**identity, "store_fingerprint": self.store.fingerprint, "config": self.recorded}
+
+    def start(self, metadata: Mapping[str, Any], tags: Mapping[str, str], started: float) -> dict[str, Any]:
+        """Return the values of a `run_started` line: what the tracking server shows of the run."""
+        return {
+            **{key: metadata.get(key) for key in ("name", "key", "parent_key")},
+            "experiment": self.cfg.experiment,
+            "params": {**self.recorded, "parameters": self.parameters},
+            "tags": {
+                "dataset_fingerprint": self.store.fingerprint,
+                "test_fingerprint": test_fingerprint(self.store.index, self.split.test),
+                "split": self.split.label,
+                "source": str(self.store.manifest.source.get("name")),
+                "strategy": strategy_of(self.cfg),
+                "features": self.store.feature("target").kind,
+                **tags,
+            },
+            "workers": self.cfg.max_workers,
+            "time": started,
+        }
+
     def at(self, folder: Path) -> Self:
         """Return the same with the run in this folder: the copy that a process has of a run at a URI."""
         return replace(self, cfg=self.cfg.at(folder))
@@ -156,26 +181,22 @@ def require_pairs(store: PairStore, split: Split, parts: Iterable[str]) -> None:
             )
 
 
-def persisted_config(cfg: TrainConfig) -> dict[str, Any]:
-    """Return the settings that a run records. ConfigError: the tracking URI cannot be used."""
+def persisted_config(cfg: TrackingFlags) -> dict[str, Any]:
+    """Return the settings that a run or a sweep records. ConfigError: the tracking URI cannot be used."""
     uri = tracking_uri(cfg)
     return {**flat(cfg), "tracking_uri": uri if uri == redact(uri) else None}
 
 
 def _check_resume_compatible(cfg: TrainConfig, store: PairStore, metadata: Mapping[str, Any]) -> None:
     """ConfigError if a setting would make it another run; a warning if its weights will not be byte-identical."""
-    old, new = TrainConfig.model_validate({**metadata["config"], "out": str(cfg.out)}), flat(cfg)
-    changed = {key: (value, new[key]) for key, value in flat(old).items() if value != new[key]}
-    frozen = {key: values for key, values in changed.items() if key not in RESUME_OVERRIDABLE}
-    if frozen:
-        changes = "; ".join(f"{key} was {was!r}, is {now!r} now" for key, (was, now) in frozen.items())
-        raise ConfigError(f"--resume continues with the settings of {cfg.out}, but {changes}; leave that out.")
+    old = TrainConfig.model_validate({**metadata["config"], "out": str(cfg.out)})
+    changed = changed_settings(str(cfg.out), old, cfg, RESUME_OVERRIDABLE)
     if store.fingerprint != metadata["store_fingerprint"]:
         raise StoreError(
             f"{cfg.out} was trained on pairs of fingerprint {metadata['store_fingerprint']}, {cfg.store} holds "
             f"{store.fingerprint} now; it can continue only with the former."
         )
-    if numerics := ", ".join(key for key in changed if key in NUMERICS_CHANGING):
+    if numerics := ", ".join(sorted(changed & NUMERICS_CHANGING)):
         print(
             f"{numerics} changed: the run continues, but its weights will not be byte-identical to those of a run "
             "without the change: sums are taken in another order",

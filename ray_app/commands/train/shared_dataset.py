@@ -8,8 +8,9 @@ Shapes: N = pairs, B = pairs of a batch, E, D = widths of event and target.
 
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,14 @@ import torch
 from numpy.typing import NDArray
 
 from ray_app.commands.train.context import RunContext, require_pairs
-from ray_app.commands.train.initialization import truncate_rank
+from ray_app.commands.train.initialization import (
+    PairsInMemory,
+    PairsThroughRay,
+    TrainingPairs,
+    compute_init,
+    load_init,
+    truncate_rank,
+)
 from ray_app.commands.train.loop import BaselineContext, Batches, WorkerContext, WorkerData, batches_in_memory
 from ray_app.commands.train.state import TrainState
 from ray_app.core.adapters.base import InitStats
@@ -165,6 +173,44 @@ def shared_worker_data(data: SharedDataset, worker: WorkerContext) -> WorkerData
             return iter_batches(blocks, store, cfg.seed, state.epoch, worker.rank, worker.world, cfg.batch_size)
 
     return WorkerData(rest_of_epoch, train is not None, validation, BaselineContext(data.baselines, val))
+
+
+def share_inits(data: SharedDataset, contexts: Iterable[RunContext], folder: Path) -> SharedDataset:
+    """Add to the pairs what these runs start from, each kind once; what `folder` has is not computed again.
+
+    Of runs that differ in rank alone the largest rank that the pairs have is computed: a smaller one takes its first
+    directions.
+    """
+    kinds: dict[InitKey, dict[int, RunContext]] = {}
+    for context in contexts:
+        if context.requires != "nothing":
+            kinds.setdefault(init_key(context), {})[context.cfg.rank] = context
+    inits: dict[InitKey, SharedInit] = {}
+    for key, by_rank in kinds.items():
+        problem = ""
+        for rank in sorted(by_rank, reverse=True):
+            context = by_rank[rank].at(folder / key[1] / str(rank))
+            try:
+                compute_init(context, training_pairs(data))
+                init = load_init(context)
+            except ConfigError as error:
+                problem = problem or str(error)
+                continue
+            shared_already = ("event_pairs", "target_pairs") if data.train else ()
+            arrays = {name: value.numpy() for name, value in init.items() if name not in shared_already}
+            inits[key] = SharedInit(ray.put(arrays), problem)
+            break
+        else:
+            inits[key] = SharedInit(None, problem)
+    return replace(data, inits=inits)
+
+
+def training_pairs(data: SharedDataset) -> TrainingPairs:
+    """Pairs out of shared memory, or through Ray Data if they do not fit there."""
+    if data.train:
+        return PairsInMemory(data.store, shared_pairs(data.train), shared_pairs(data.val))
+    datasets = {name: pairs_dataset(data.store, getattr(data.split, name)) for name in ("train", "val")}
+    return PairsThroughRay(data.store, data.split, datasets)
 
 
 def init_key(context: RunContext) -> InitKey:

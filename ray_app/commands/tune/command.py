@@ -1,8 +1,6 @@
-"""`ray-app tune`: from the YAML file of a sweep to a winner that is evaluated on the test part."""
+"""`ray-app tune`: from the settings of a sweep to a winner that is evaluated on the test part."""
 
 import json
-import shlex
-import sys
 import time
 import uuid
 from collections import Counter
@@ -14,29 +12,30 @@ from rich.console import Console
 
 from ray_app.cluster.autoscaler import wait_for_autoscaler
 from ray_app.cluster.connection import cluster
+from ray_app.commands.train.context import persisted_config
 from ray_app.commands.train.shared_dataset import SharedDataset
-from ray_app.commands.tune.datasets import open_stores, require_same_store, share_parts
-from ray_app.commands.tune.estimate import Estimate, estimate_sweep, largest, max_concurrent
-from ray_app.commands.tune.final_training import run_final
+from ray_app.commands.tune.context import SweepContext
+from ray_app.commands.tune.estimate import confirm_estimate, estimate_sweep, max_concurrent
+from ray_app.commands.tune.final import final_result, run_final
 from ray_app.commands.tune.progress import trials_table, watch
 from ray_app.commands.tune.report import write_page
-from ray_app.commands.tune.search import search
-from ray_app.commands.tune.spec import SweepSpec, describe_space, read_spec
-from ray_app.commands.tune.state import SweepState
-from ray_app.commands.tune.summary import sweep_summary
-from ray_app.commands.tune.sweep_dir import SWEEP, SweepDir, Trial, best_of, open_sweep
+from ray_app.commands.tune.search import SweepSearcher, run_search
+from ray_app.commands.tune.space import describe, pareto_front, read_space
+from ray_app.commands.tune.sweep_dir import SWEEP, SweepDir, open_sweep
 from ray_app.commands.tune.trial import normalise_error
-from ray_app.config.base import TrackingFlags, flat
+from ray_app.commands.tune.trials import STATUS_OF_END, Trial, best_of
+from ray_app.config.base import TrackingFlags, changed_settings
 from ray_app.config.tune import TuneConfig
-from ray_app.errors import ConfigError, RunInterrupted, RunStopped, TrainingError
-from ray_app.parsing.redact import redact
+from ray_app.errors import RunInterrupted, RunStopped, StoreError, TrainingError
 from ray_app.runs.event_log import EVENT_LOG, EventLog
 from ray_app.runs.run_dir import RunDir
-from ray_app.terminal import make_console
 from ray_app.tracking.mlflow_logger import Tracker, sync_run, tracking_uri
 
-BUDGET = ("max_trials", "max_hours", "max_gpu_hours")
-"""Settings that a resumed sweep may change."""
+SWEEP_RESUME_OVERRIDABLE = {
+    *("max_trials", "max_hours", "max_gpu_hours"),
+    *("resume", "watch", "yes", "final", "address", "tracking_uri", "experiment", "model_name"),
+}
+"""Settings that a resumed sweep may change: its budget, and what is done around the search."""
 
 
 def run_tune(cfg: TuneConfig) -> dict[str, Any]:
@@ -45,50 +44,45 @@ def run_tune(cfg: TuneConfig) -> dict[str, Any]:
     ConfigError, StoreError, ResourceError: before the first trial. RunStopped: it was asked to stop and can be
     resumed. TrainingError: all trials failed, or none finished an epoch.
     """
-    if cfg.watch:
-        with open_sweep(cfg.watch) as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(open_sweep(cfg.watch or cfg.resume or cfg.out))
+        if cfg.watch:
             watch(folder)
             return sweep_summary(folder)
-    uri = tracking_uri(cfg)  # fails early on a bad URI
-    with ExitStack() as stack:
+        tracking_uri(cfg)  # fails early on a bad URI
         if cfg.resume:
-            folder = stack.enter_context(open_sweep(cfg.resume))
-            require_resumable(cfg, folder)
+            folder.refresh()
+            folder.entries()  # StoreError: it is missing
             log = stack.enter_context(folder.exclusive())
-            spec = load_for_resume(cfg, folder)
         else:
-            spec = new_sweep_spec(cfg)
-            folder = stack.enter_context(open_sweep(spec.out))
             folder.require_free()
-        stores = open_stores(spec)
+        sweep = SweepContext.open(cfg)
         if cfg.resume:
-            require_same_store(folder, stores)
-        info = stack.enter_context(cluster(cfg.address, dashboard=spec.num_workers > 1))
-        most = largest(spec, next(iter(stores.values())))
-        at_once = spec.num_workers * (spec.max_concurrent_trials or 1)
-        info = wait_for_autoscaler(info, at_once, spec.cpus_per_worker, spec.use_gpu)
-        max_concurrent(spec, info, {}, most)  # fails early on a space that is too large
-        placed = share_parts(spec, stores)
-        concurrent = max_concurrent(spec, info, placed, most)
+            require_resumable(sweep, folder)
+        info = stack.enter_context(cluster(cfg.address, dashboard=cfg.num_workers > 1))
+        at_once = cfg.num_workers * (cfg.max_concurrent_trials or 1)
+        info = wait_for_autoscaler(info, at_once, cfg.cpus_per_worker, cfg.use_gpu)
+        max_concurrent(sweep, info)  # fails early on a space that is too large
+        pairs = sweep.share()
+        concurrent = max_concurrent(sweep, info, sum(part.num_bytes for part in pairs.values()))
         if not cfg.resume:
-            confirm_estimate(cfg, spec, estimate_sweep(spec, placed, concurrent))
-            log = stack.enter_context(folder.exclusive(sweep_metadata(folder, spec, placed, uri)))
-        log_start(folder, spec, log, cfg, {"concurrent_trials": concurrent, "cpus": info.cpus})
-        tracking = {"tracking_uri": uri, "experiment": cfg.experiment, "model_name": cfg.model_name}
-        run_sweep(cfg, SweepState(folder, log, stores, tracking), placed, concurrent)
+            confirm_estimate(cfg, estimate_sweep(sweep, concurrent))
+            log = stack.enter_context(folder.exclusive(new_metadata(sweep, folder, pairs)))
+        log_start(sweep, folder, log, {"concurrent_trials": concurrent, "cpus": info.cpus})
+        search_and_finish(SweepSearcher(sweep, folder, log), pairs, concurrent)
         return sweep_summary(folder)
 
 
-def run_sweep(cfg: TuneConfig, state: SweepState, placed: dict[str, SharedDataset], concurrent: int) -> None:
+def search_and_finish(searcher: SweepSearcher, pairs: dict[str, SharedDataset], concurrent: int) -> None:
     """Search, then train the winner; log the end in any case. RunStopped: it was asked to stop."""
-    folder, log = state.folder, state.log
+    cfg, folder, log = searcher.sweep.cfg, searcher.folder, searcher.log
     tracker = SweepTracker(cfg, folder)
     status = "FAILED"
     try:
-        search(state, placed, concurrent)
-        best = best_trial(state)
+        run_search(searcher, pairs, concurrent)
+        best = best_trial(folder)
         if cfg.final:
-            placed.clear()  # the final training needs its memory
+            pairs.clear()  # the final training needs its memory
             run_final(cfg, folder, log, best)
         status = "FINISHED"
     except (RunStopped, KeyboardInterrupt) as stop:
@@ -101,108 +95,97 @@ def run_sweep(cfg: TuneConfig, state: SweepState, placed: dict[str, SharedDatase
         tracker.close()
 
 
-def new_sweep_spec(cfg: TuneConfig) -> SweepSpec:
-    """The sweep of the YAML file, with the flags' changes."""
-    assert cfg.file is not None
-    changes = {name: getattr(cfg, name) for name in ("store", "out", *BUDGET)}
-    return read_spec(cfg.file, {**changes, "use_gpu": cfg.use_gpu or None})
-
-
-def require_resumable(cfg: TuneConfig, folder: SweepDir) -> None:
-    """Raise ConfigError if more than the budget is to change, StoreError if there is no sweep or no event log."""
-    folder.refresh()
-    folder.metadata()
-    folder.entries()
-    if cfg.store or cfg.out or cfg.use_gpu:
-        raise ConfigError(
-            "--resume takes the sweep's own store, out and use_gpu: leave --store, --out and --use-gpu out"
+def require_resumable(sweep: SweepContext, folder: SweepDir) -> None:
+    """Raise ConfigError or StoreError if it would be another sweep; a changed budget is written to `sweep.json`."""
+    metadata = folder.metadata()
+    if sweep.fingerprint != metadata["store_fingerprint"]:
+        raise StoreError(
+            f"{folder} searched on pairs of fingerprint {metadata['store_fingerprint']}, {sweep.cfg.store} now has "
+            f"{sweep.fingerprint}: its trials could not be compared. Restore the old store, or start a new sweep."
         )
-
-
-def load_for_resume(cfg: TuneConfig, folder: SweepDir) -> SweepSpec:
-    """The sweep as it was started; a changed budget is written to `sweep.json`."""
-    changes = {name: value for name in BUDGET if (value := getattr(cfg, name)) is not None}
-    if changes:
-        metadata = folder.metadata()
-        metadata["spec"] |= changes
+    if changed_settings(str(folder), folder.config, sweep.cfg, SWEEP_RESUME_OVERRIDABLE) - {"resume"}:
+        metadata["config"] = recorded_config(sweep.cfg)
         folder.write(SWEEP, json.dumps(metadata, indent=1).encode())
-    return folder.spec
 
 
-def sweep_metadata(folder: SweepDir, spec: SweepSpec, placed: dict[str, SharedDataset], uri: str) -> dict[str, Any]:
+def recorded_config(cfg: TuneConfig) -> dict[str, Any]:
+    """Settings as `sweep.json` has them."""
+    return {**persisted_config(cfg), "resume": None}
+
+
+def new_metadata(sweep: SweepContext, folder: SweepDir, pairs: dict[str, SharedDataset]) -> dict[str, Any]:
     """Content of `sweep.json`."""
-    store = next(iter(placed.values())).store
+    store = next(iter(sweep.stores.values()))
     return {
         "name": folder.name,
         "key": uuid.uuid4().hex,
         "created": time.time(),
         "store_fingerprint": store.fingerprint,
         "source": store.manifest.source,
-        "tracking_uri": uri if uri == redact(uri) else None,
-        "data": {key: part.describe() for key, part in placed.items()},
-        "spec": spec.model_dump(mode="json", exclude_unset=True),
+        "data": {key: part.describe() for key, part in pairs.items()},
+        "config": recorded_config(sweep.cfg),
     }
 
 
-def log_start(folder: SweepDir, spec: SweepSpec, log: EventLog, cfg: TuneConfig, resources: dict[str, Any]) -> None:
+def log_start(sweep: SweepContext, folder: SweepDir, log: EventLog, resources: dict[str, Any]) -> None:
     """Log that a driver starts, with what the tracking server shows of the sweep."""
     metadata = folder.metadata()
-    params = {**flat(spec), "tracking_uri": redact(tracking_uri(cfg)), **resources}
+    params = {**recorded_config(sweep.cfg), **resources}
     log.write(
         "run_started",
         name=metadata["name"],
         key=metadata["key"],
-        experiment=cfg.experiment,
+        experiment=sweep.cfg.experiment,
         params={k: v if isinstance(v, str | int | float) else json.dumps(v) for k, v in params.items()},
-        tags={"sweep": metadata["name"], "dataset_fingerprint": metadata["store_fingerprint"]},
-        workers=spec.num_workers,
+        tags={"sweep": metadata["name"], "dataset_fingerprint": sweep.fingerprint},
+        workers=sweep.cfg.num_workers,
         time=time.time(),
     )
 
 
-def confirm_estimate(cfg: TuneConfig, spec: SweepSpec, estimate: Estimate) -> None:
-    """Print the estimate; ask if it is above a limit. ConfigError: the answer is no, or there is no terminal."""
-    most = f" (at most {estimate.hours:.2g} h)" if estimate.hours_expected < estimate.hours else ""
-    gpus = f", {estimate.gpu_hours:.2g} GPU hours at most" if estimate.gpu_hours else ""
-    seeds = f"{spec.num_final_seeds} seeds of the winner"
-    final = f", then about {estimate.final_hours:.2g} h for {seeds}" if cfg.final else ""
-    print(
-        f"about {estimate.hours_expected:.2g} h{most}{gpus} for {estimate.trials} trials, {estimate.concurrent} at a "
-        f"time{final}; {estimate.measured}",
-        file=sys.stderr,
-    )
-    above = [
-        f"{value:.2g} {unit} is above {name} {limit:g}"
-        for value, unit, name, limit in (
-            (estimate.hours_expected, "h", "max_hours", spec.max_hours),
-            (estimate.gpu_hours, "GPU hours", "max_gpu_hours", spec.max_gpu_hours),
-        )
-        if limit and value > limit
-    ]
-    if not above or cfg.yes:
-        return
-    question = f"The estimate of {' and '.join(above)}: the search will end there, with trials unfinished."
-    if not sys.stdin.isatty():
-        raise ConfigError(f"{question} Add --yes to start in spite of it, or raise the limit.")
-    if make_console(stderr=True).input(f"{question} Start? [y/N] ", markup=False).strip().lower() not in ("y", "yes"):
-        raise ConfigError("nothing was started")
-
-
-def best_trial(state: SweepState) -> Trial:
+def best_trial(folder: SweepDir) -> Trial:
     """The best trial. TrainingError: there is none, with the reasons of those that failed."""
-    trials = [state.trial_status(name) if trial.ended_at is None else trial for name, trial in state.trials.items()]
+    trials = folder.trials()
     if best := best_of(trials):
         return best
-    failed = [trial.reason or "" for trial in state.folder.trials() if trial.status == "failed"]
+    failed = [trial.reason or "" for trial in trials if trial.status == "failed"]
     if failed:
         first = {normalise_error(reason): reason for reason in reversed(failed)}
         grouped = Counter(map(normalise_error, failed)).most_common()
         reasons = "; ".join(f"{count} times: {first[kind]}" for kind, count in grouped)
-        raise TrainingError(f"no trial of {state.folder} finished an epoch. Failed: {reasons}")
+        raise TrainingError(f"no trial of {folder} finished an epoch. Failed: {reasons}")
     raise TrainingError(
-        f"no trial of {state.folder} has finished an epoch yet; resume with: {state.folder.resume} and a larger "
-        "budget"
+        f"no trial of {folder} has finished an epoch yet; resume with: {folder.resume} and a larger budget"
     )
+
+
+def sweep_summary(folder: SweepDir) -> dict[str, Any]:
+    """Return the --json object, from what the sweep left on disk."""
+    cfg, trials = folder.config, folder.trials()
+    best = best_of(trials)
+    kept = best and folder.kept_checkpoint(best.name)
+    shown = ("status", "objective", "lift", "steps", "epochs", "parameters", "latency_ms", "seconds", "reason")
+    front = pareto_front(trials, read_space(cfg), cfg.secondary_objective or "parameters")
+    return {
+        "sweep": str(folder),
+        "status": STATUS_OF_END.get(folder.entries()[-1].get("status", ""), "running"),
+        "best": best
+        and {
+            "trial": best.name,
+            "config": best.setting,
+            "objective": best.objective,
+            "lift": best.lift,
+            "parameters": best.parameters,
+            "checkpoint": kept and folder.shown(folder.path / kept),
+        },
+        "pareto_front": [trial.name for trial in front],
+        "trials": [
+            {"id": trial.name, "config": trial.setting, **{key: getattr(trial, key) for key in shown}}
+            for trial in trials
+        ],
+        "final": final_result(folder, best),
+        "files": folder.files(),
+    }
 
 
 def render_tune(result: dict[str, Any], console: Console) -> None:
@@ -214,20 +197,19 @@ def render_tune(result: dict[str, Any], console: Console) -> None:
     if best:
         verdict = "" if best["lift"] > 0 else ": no better than a rule without learning"
         console.print(
-            f"best: {best['trial']} ({describe_space(best['config'])}), "
+            f"best: {best['trial']} ({describe(best['config'])}), "
             f"{100 * best['objective']:.1f} % on the validation part, lift {100 * best['lift']:+.1f} points{verdict}",
         )
     if final:
         console.print(final["sentence"], style="bold")
-        command = f"ray-app promote {shlex.quote(final['run'])}"
-        if (lift := final["seeds"][0]["lift"]) > 0:
-            offer = f"promote it with:\n  {command}"
-        else:
+        offer = "promote it with:"
+        if (lift := final["seeds"][0]["lift"]) <= 0:
             offer = (
-                f"its first seed is not above the best baseline (lift {100 * lift:+.1f} points). {final['try_next']}"
+                f"its first seed is not above the best baseline (lift {100 * lift:+.1f} points). "
+                f"{final['try_next']}\n"
+                "as it is, it is promoted with:"
             )
-            offer += f"\nas it is, it is promoted with:\n  {command}"
-        console.print(offer, soft_wrap=True)
+        console.print(f"{offer}\n  {final['promote']}", soft_wrap=True)
     for path in result["files"]:
         if path.endswith(".html"):
             console.print(path, soft_wrap=True)

@@ -9,8 +9,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ray_app.commands.tune.spec import describe_space
-from ray_app.commands.tune.sweep_dir import SweepDir, Trial, ranked
+from ray_app.commands.tune.space import describe
+from ray_app.commands.tune.sweep_dir import SweepDir
+from ray_app.commands.tune.trials import Trial, ranked
 from ray_app.terminal import make_console
 
 NUM_SHOWN = 15
@@ -20,14 +21,18 @@ REFRESH_S = 1.0
 """Seconds between two looks of `watch` at the event logs."""
 DRIVERLESS_S = 5.0
 """Seconds without a writer of the sweep's event log after which its driver counts as dead."""
+TRIAL_HEADS = ("trial", "status", "epochs", "accepted at 0.80", "lift (points)", "parameters", "minutes", "setting")
+"""Heads of `trial_cells`, in the terminal and on the page."""
+LIFT_STYLES = {"+": "green", "-": "red"}
+"""Colours by a cell's sign, which only a lift has."""
 
 
 class SweepView:
     """Header and table of the best trials, live on a terminal; elsewhere printed once, at the end."""
 
-    def __init__(self, *, transient: bool = False) -> None:
+    def __init__(self, folder: SweepDir, *, transient: bool = False) -> None:
         """`transient`: nothing of the table stays at the end."""
-        self.console = make_console(stderr=True)
+        self.folder, self.console = folder, make_console(stderr=True)
         self._live = Live(console=self.console, auto_refresh=False, transient=transient)
 
     def __enter__(self) -> Self:
@@ -37,15 +42,17 @@ class SweepView:
     def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
         self._live.stop()
 
-    def update(self, lines: list[dict[str, Any]], trials: list[Trial]) -> None:
-        """Show the sweep as its event log and its trials have it."""
-        self._live.update(Group(header(lines, trials), trials_table(trials)), refresh=True)
+    def update(self, trials: list[Trial]) -> None:
+        """Show the sweep as its event log and these trials have it."""
+        self._live.update(Group(header(self.folder.entries(), trials), trials_table(trials)), refresh=True)
 
-    def trial_changed(self, trial: Trial, lines: list[dict[str, Any]], trials: list[Trial]) -> None:
+    def trial_changed(self, trial: Trial, trials: list[Trial]) -> None:
         """Show the sweep after a trial started or ended; print a line for one that ended."""
         if trial.ended_at is not None:
-            self.console.print(trial_line(trial), soft_wrap=True)
-        self.update(lines, trials)
+            cells = zip(TRIAL_HEADS, trial_cells(trial), strict=True)
+            line = ", ".join(f"{head} {cell}" for head, cell in cells if cell)
+            self.console.print(line, soft_wrap=True)
+        self.update(trials)
 
 
 def watch(folder: SweepDir) -> None:
@@ -53,10 +60,10 @@ def watch(folder: SweepDir) -> None:
     folder.refresh()
     folder.metadata()
     driven_at = time.monotonic()
-    with SweepView() as view:
+    with SweepView(folder) as view:
         while True:
             if lines := folder.entries():  # none yet: it is about to start
-                view.update(lines, folder.trials())
+                view.update(folder.trials())
                 if lines[-1]["kind"] == "run_ended":
                     return
             if folder.has_driver():
@@ -87,33 +94,27 @@ def header(lines: list[dict[str, Any]], trials: list[Trial]) -> Text:
 def trials_table(trials: list[Trial]) -> Table:
     """Table of the best trials, best first; those without a number last."""
     table = Table(box=None, header_style="bold")
-    table.add_column("trial", no_wrap=True)
-    table.add_column("status")
-    for name in ("epochs", "accepted at 0.80", "lift (points)", "parameters"):
-        table.add_column(name, justify="right")
-    table.add_column("setting", overflow="fold")
-    for trial in ranked(trials)[:NUM_SHOWN]:
-        table.add_row(
-            trial.name,
-            trial.status,
-            str(trial.epochs),
-            "" if trial.accept_rate is None else f"{100 * trial.accept_rate:.1f} %",
-            Text(
-                "" if trial.lift is None else f"{100 * trial.lift:+.1f}",
-                style="green" if (trial.lift or 0) > 0 else "red",
-            ),
-            f"{trial.parameters:,}",
-            describe_space(trial.setting) + (f": {trial.reason}" if trial.reason else ""),
+    for head in TRIAL_HEADS:
+        left = head in ("trial", "status", "setting")
+        table.add_column(
+            head, justify="left" if left else "right", no_wrap=left and head != "setting", overflow="fold"
         )
+    for trial in ranked(trials)[:NUM_SHOWN]:
+        table.add_row(*(Text(cell, style=LIFT_STYLES.get(cell[:1], "")) for cell in trial_cells(trial)))
     return table
 
 
-def trial_line(trial: Trial) -> str:
-    """One trial in words."""
-    numbers = "no epoch"
-    if trial.accept_rate is not None and trial.lift is not None:
-        numbers = f"accepted at 0.80 {100 * trial.accept_rate:.1f} %, lift {100 * trial.lift:+.1f}"
-    why = f": {trial.reason}" if trial.reason else ""
-    return (
-        f"{trial.name} {trial.status} after {trial.epochs} epochs: {numbers}  ({describe_space(trial.setting)}){why}"
-    )
+def trial_cells(trial: Trial) -> list[str]:
+    """A trial as a row of text, with its latency and the reason of its failure after its setting."""
+    return [
+        trial.name,
+        trial.status,
+        str(trial.epochs),
+        "" if trial.accept_rate is None else f"{100 * trial.accept_rate:.1f} %",
+        "" if trial.lift is None else f"{100 * trial.lift:+.1f}",
+        f"{trial.parameters:,}",
+        f"{trial.seconds / 60:.1f}",
+        describe(trial.setting)
+        + ("" if trial.latency_ms is None else f"; one pair {trial.latency_ms:.2f} ms")
+        + (f"; {trial.reason}" if trial.reason else ""),
+    ]

@@ -1,46 +1,55 @@
-"""`sweep.html`: trials, figures and verdict of a sweep on one page that loads nothing from outside its folder."""
+"""`sweep.html`: trials, figures and verdict of a sweep on one page that loads nothing from outside its folder.
 
-from collections.abc import Iterator
-from pathlib import Path
+Optuna draws the figures, from a study of the recorded trials.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ray_app.commands.tune.figures import (
-    history_figure,
-    importance_figure,
-    parallel_figure,
-    pareto_figure,
-    slice_figures,
-)
-from ray_app.commands.tune.final_training import final_result
-from ray_app.commands.tune.searchers import TrialRecord, importances
-from ray_app.commands.tune.spec import SweepSpec, describe_space, space_of
-from ray_app.commands.tune.sweep_dir import PAGE, SweepDir, Trial, best_of, ranked
-from ray_app.core.metrics import THETA, rate_key
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import optuna
+from matplotlib.ticker import NullFormatter
+from optuna.importance import FanovaImportanceEvaluator
+from optuna.visualization import matplotlib as optuna_figures
+
+from ray_app.commands.tune.final import final_result, final_seeds
+from ray_app.commands.tune.progress import TRIAL_HEADS, trial_cells
+from ray_app.commands.tune.space import Space, complete, describe, importances, read_space, study_of
+from ray_app.commands.tune.sweep_dir import PAGE, SweepDir
+from ray_app.commands.tune.trials import Trial, best_of, ranked, scored
+from ray_app.config.tune import TuneConfig
+from ray_app.core.thresholds import THETA, rate_key
+from ray_app.reports.figures import FAINT, INK, PALETTE, STYLE, to_svg
 from ray_app.reports.html import Cell, Facts, Figure, Outcome, Row, Section, Table, page
 
+BASELINE = PALETTE[3]
+"""Colour of the best baseline."""
+SLICES = 3
+"""Settings in a row of figures."""
 
-def write_page(folder: SweepDir) -> Path:
-    """Write the page from what is on disk; return its path."""
+
+def write_page(folder: SweepDir) -> None:
+    """Write the page from what is on disk."""
     folder.write(PAGE, render_page(folder).encode())
-    return folder.path / PAGE
 
 
 def render_page(folder: SweepDir) -> str:
     """Return the whole page."""
-    about, spec, trials, lines = folder.metadata(), folder.spec, folder.trials(), folder.entries()
+    about, cfg, trials = folder.metadata(), folder.config, folder.trials()
     best = best_of(trials)
-    finals = [line for line in lines if line["kind"] == "final_seed" and best and line["trial"] == best.name]
-    final = final_result(finals, folder) if finals else None
-    second = spec.secondary_objective or "parameters"
+    final = final_result(folder, best)
     baselines = {key: max(part["baselines"].values()) for key, part in about["data"].items()}
-    if spec.objective == "lift":
+    if cfg.objective == "lift":
         baselines = dict.fromkeys(baselines, 0.0)
     sections = [
-        *([Section("The winner on the test part", [finals_table(finals)])] if finals else []),
-        *(sweep_figures(spec, trials, baselines, second) if best else []),
+        *([Section("The winner on the test part", [finals_table(final_seeds(folder, best))])] if final else []),
+        *(sweep_figures(cfg, trials, baselines) if best else []),
         Section("Baselines on the validation part", [baselines_table(about["data"])]),
-        Section("Trials", [trials_block(folder, ranked(trials), spec.secondary_objective == "latency_ms")]),
-        Section("The sweep", [Facts(list(facts(about, spec, lines)))]),
+        Section("Trials", [trials_block(folder, trials)]),
+        Section("The sweep", [Facts(list(facts(folder, about, cfg)))]),
     ]
     return page(
         f"Sweep: {about['name']}",
@@ -99,80 +108,141 @@ def notes(about: dict[str, Any], trials: list[Trial], best: Trial | None) -> lis
     ]
 
 
-def figure_section(title: str, svg: str, alt: str, caption: str) -> Section:
-    """Section of one figure; `alt`: its text for screen readers."""
-    return Section(title, [Figure(svg, alt, caption)])
-
-
-def sweep_figures(
-    spec: SweepSpec, trials: list[Trial], baselines: dict[str, float], second: str
-) -> Iterator[Section]:
-    """Section of each figure."""
-    name = f"{'lift' if spec.objective == 'lift' else f'accepted at {rate_key(THETA)}'}, %"
-    space, best = space_of(spec), best_of(trials)
-    assert best is not None
-    scored = [trial for trial in trials if trial.objective is not None and trial.status != "failed"]
+def sweep_figures(cfg: TuneConfig, trials: list[Trial], baselines: Mapping[str, float]) -> Iterator[Section]:
+    """Section of each figure. `baselines`: the best of each set of window lengths, as fractions."""
+    name = f"{'lift' if cfg.objective == 'lift' else f'accepted at {rate_key(THETA)}'}, %"
+    space, second = read_space(cfg), cfg.secondary_objective or "parameters"
+    best, *others = scored(trials)
+    shown = complete(sorted((best, *others), key=lambda trial: trial.index))
+    study = study_of(shown, space)
     yield figure_section(
         "The best so far",
-        history_figure(scored, space, baselines, name),
-        f"The objective of each trial and the best so far, which reaches {100 * (best.objective or 0.0):.1f} "
-        "percent.",
+        history_figure(study, baselines, name),
+        f"The objective of each trial and the best so far: {100 * (best.objective or 0.0):.1f} percent at the end.",
         "A dot is a trial: the objective of its best checkpoint.",
     )
-    yield figure_section(
-        "What was tried",
-        parallel_figure(scored, space, name),
-        f"Parallel coordinates of {len(scored)} trials. The best: {describe_space(best.setting)}.",
-        "A line is a trial, the darker the better.",
-    )
-    records = [
-        TrialRecord(t.setting, "finished", (t.objective,), t.epochs) for t in scored if t.objective is not None
-    ]
-    shares = importances(space, records, spec.seed)
-    if shares:
+    if shares := importances(study, cfg.seed):
         yield figure_section(
             "What mattered",
-            importance_figure(scored, space, list(shares), spec.seed, name),
+            importance_figure(study, list(shares), cfg.seed, name),
             "Importance of each setting: " + ", ".join(f"{k} {100 * v:.0f} percent" for k, v in shares.items()),
-            "Share of the objective's variance, by fANOVA (Hutter et al. 2014) over the trials that did "
-            "not fail. With a dozen trials it is a hint, with a hundred a measurement.",
-        )
-        yield figure_section(
-            "Values of each setting",
-            slice_figures(scored, space, name),
-            f"The objective of every trial over its value of {', '.join(space)}.",
-            "A dot is a trial, the darker the later.",
+            "Share of the objective's variance, by fANOVA (Hutter et al. 2014) over the trials that did not fail. "
+            "With a dozen trials it is a hint, with a hundred a measurement.",
         )
     yield figure_section(
+        "What was tried",
+        slice_figures(study, space, name),
+        f"The objective of every trial over its value of {', '.join(space)}. The best: {describe(best.setting)}.",
+        "A dot is a trial, the darker the later.",
+    )
+    yield figure_section(
         "What it costs",
-        pareto_figure(scored, space, second, name),
+        pareto_figure(shown, space, second, name),
         f"The objective against {second}, with the front of trials that no other beats in both.",
         "Red: no other trial is better in both.",
     )
 
 
-def row(folder: SweepDir, trial: Trial) -> dict[str, Any]:
-    """A trial's row of the table, with a link to its checkpoint if it is kept."""
-    best = folder.run(trial.name).best_on_disk
-    return {
-        "trial": trial,
-        "setting": describe_space(trial.setting),
-        "checkpoint": f"trials/{trial.name}/{best}" if best else None,
-    }
+def figure_section(title: str, figure: str, alt: str, caption: str) -> Section:
+    """Section of one figure; `alt`: its text for screen readers."""
+    return Section(title, [Figure(figure, alt, caption)])
 
 
-def facts(about: dict[str, Any], spec: SweepSpec, lines: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+def history_figure(study: optuna.Study, baselines: Mapping[str, float], name: str) -> str:
+    """Objective of each trial and the best so far, with the best baselines (as fractions)."""
+
+    def draw() -> Any:
+        axes = optuna_figures.plot_optimization_history(study, target_name=name)
+        for key, value in baselines.items():
+            label = "best baseline" if len(baselines) == 1 else f"best baseline, {key}"
+            axes.axhline(100 * value, color=BASELINE, linestyle="--", label=label)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=4, frameon=False, fontsize=9)
+        return axes
+
+    return optuna_svg("history", draw, 3.4)
+
+
+def importance_figure(study: optuna.Study, names: Sequence[str], seed: int, name: str) -> str:
+    """Share of the objective's variance that each of some settings explains (fANOVA)."""
+
+    def draw() -> Any:
+        evaluator = FanovaImportanceEvaluator(seed=seed)
+        axes = optuna_figures.plot_param_importances(study, evaluator, list(names), target_name=name)
+        if legend := axes.get_legend():
+            legend.remove()
+        return axes
+
+    return optuna_svg("importance", draw, 1.2 + 0.4 * len(names))
+
+
+def slice_figures(study: optuna.Study, space: Space, name: str) -> str:
+    """Objective of every trial over its value of each setting, SLICES of them in a row."""
+
+    def row(names: list[str]) -> str:
+        def draw() -> Any:
+            drawn: Any = optuna_figures.plot_slice(study, names, target_name=name)
+            drawn = np.ravel(drawn)
+            drawn[0].figure.get_layout_engine().set(wspace=0.06)  # numbers at the ends of two axes must not touch
+            for axes in drawn:
+                axes.tick_params(axis="x", rotation=90)
+            return drawn[0]
+
+        return optuna_svg(f"slice-{names[0]}", draw, 3.2)
+
+    return "".join(row(list(space)[n : n + SLICES]) for n in range(0, len(space), SLICES))
+
+
+def pareto_figure(trials: Sequence[Trial], space: Space, second: str, name: str) -> str:
+    """Objective against parameters or latency; red: trials that no other beats in both."""
+    measured = [trial for trial in trials if getattr(trial, second) is not None]
+    label = "parameters" if second == "parameters" else "milliseconds for one pair"
+
+    def draw() -> Any:
+        axes = optuna_figures.plot_pareto_front(study_of(measured, space, second), target_names=[name, label])
+        if all(getattr(trial, second) > 0 for trial in measured):  # an adapter that is solved trains no parameters
+            axes.set_yscale("log")
+        return axes
+
+    return optuna_svg("pareto", draw, 3.6)
+
+
+def optuna_svg(name: str, draw: Callable[[], Any], height: float) -> str:
+    """SVG of the figure of the axes that `draw` makes with Optuna, without its title, in the colours of the page."""
+    size = (8.2, height)
+    style = STYLE | {"svg.hashsalt": name, "figure.figsize": size, "figure.constrained_layout.use": True}
+    with warnings.catch_warnings(), matplotlib.rc_context(style):
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        plt.switch_backend("agg")
+        figure = draw().figure
+        figure.set_size_inches(size)
+        figure.suptitle("")
+        for axes in figure.axes:
+            axes.set_facecolor("none")
+            for loc in ("left", "center"):
+                axes.set_title("", loc=loc)
+            axes.tick_params(colors=INK, labelsize=8)
+            axes.xaxis.label.set_color(INK)
+            axes.yaxis.label.set_color(INK)
+            axes.grid(color=FAINT)
+            for axis in (axes.xaxis, axes.yaxis):
+                if axis.get_scale() == "log":
+                    axis.set_major_formatter("{x:g}")  # the default is mathematical markup
+                    axis.set_minor_formatter(NullFormatter())
+        figure.patch.set_facecolor("none")
+        svg = to_svg(figure)
+        plt.close(figure)
+    return svg
+
+
+def facts(folder: SweepDir, about: dict[str, Any], cfg: TuneConfig) -> Iterator[tuple[str, str]]:
     """Name and value of each fact of the sweep."""
-    starts = sum(line["kind"] == "run_started" for line in lines)
-    yield "searched", "\n".join(f"{name}: {value}" for name, value in spec.space.items())
-    yield "base", "\n".join(f"{name}: {value}" for name, value in spec.base.items()) or "nothing"
-    yield "objective", f"{spec.objective} on the validation part, at the checkpoint of the lowest validation loss"
-    yield "search algorithm, scheduler", f"{spec.search_alg} (seed {spec.seed}), {spec.scheduler}"
-    limits = ", ".join(
-        f"{n} {getattr(spec, n)}" for n in ("max_trials", "max_hours", "max_gpu_hours") if getattr(spec, n)
-    )
-    yield "budget", limits
-    yield "started", f"{starts} times"
+    yield "searched", "\n".join(f"{name}: {value}" for name, value in cfg.space.items())
+    yield "base", "\n".join(f"{name}: {value}" for name, value in cfg.base.items()) or "nothing"
+    yield "objective", f"{cfg.objective} on the validation part, at the checkpoint of the lowest validation loss"
+    yield "search algorithm, scheduler", f"{cfg.search_alg} (seed {cfg.seed}), {cfg.scheduler}"
+    limits = {name: getattr(cfg, name) for name in ("max_trials", "max_hours", "max_gpu_hours")}
+    yield "budget", ", ".join(f"{name} {value}" for name, value in limits.items() if value)
+    yield "started", f"{sum(line['kind'] == 'run_started' for line in folder.entries())} times"
     yield "fingerprint of the store", about["store_fingerprint"]
 
 
@@ -233,25 +303,16 @@ def baselines_table(data: dict[str, Any]) -> Table:
     )
 
 
-def trials_block(folder: SweepDir, trials: list[Trial], latency: bool) -> Table:
-    """Every trial; `latency`: with the milliseconds for one pair."""
+def trials_block(folder: SweepDir, trials: list[Trial]) -> Table:
+    """Every trial, the best first, with a link to its checkpoint if it is kept."""
     rows = []
-    for trial in trials:
-        line = row(folder, trial)
-        cells = [
-            trial.status,
-            str(trial.epochs),
-            "" if trial.accept_rate is None else f"{100 * trial.accept_rate:.1f} %",
-            "" if trial.lift is None else trial_lift_cell(trial.lift),
-            f"{trial.parameters:,}",
-            *(["" if trial.latency_ms is None else f"{trial.latency_ms:.2f}"] if latency else []),
-            f"{trial.seconds / 60:.1f}",
-            line["setting"] + (f". {trial.reason}" if trial.reason else ""),
-        ]
-        rows.append(Row(Cell(trial.name, href=line["checkpoint"] or ""), cells))
-    heads = ["trial", "status", "epochs", "accepted at 0.80", "lift", "parameters"]
+    for trial in ranked(trials):
+        name, *cells = map(Cell, trial_cells(trial))
+        if trial.lift is not None:
+            cells[TRIAL_HEADS.index("lift (points)") - 1] = trial_lift_cell(trial.lift)
+        rows.append(Row(Cell(name.text, href=folder.kept_checkpoint(trial.name) or ""), cells))
     return Table(
-        [*heads, *(["ms for one pair"] if latency else []), "minutes", "setting"],
+        list(TRIAL_HEADS),
         rows,
         "At the checkpoint of the lowest validation loss. Lift is over the best baseline, in percentage points.",
         wrapped="setting",

@@ -1,12 +1,16 @@
 # ruff: noqa: ARG002 - the names of arguments are Tune's
-"""Search: Ray Tune runs the trials that the sweep's state proposes, and its callbacks log what becomes of them."""
+"""Search: Ray Tune runs the trials, and the sweep's event log records them.
+
+Ray Tune's own snapshots are not used to resume: the event logs say exactly which trials there are and how far each
+has come, without unpickling, and also after the budget was raised.
+"""
 
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
@@ -14,38 +18,42 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from ray_app.commands.train.shared_dataset import SharedDataset
-from ray_app.commands.tune.datasets import INITS_DIR, with_starts
+from ray_app.commands.tune.context import SweepContext
 from ray_app.commands.tune.progress import SweepView
-from ray_app.commands.tune.spec import SweepSpec
-from ray_app.commands.tune.state import SweepState
-from ray_app.commands.tune.sweep_dir import Trial
-from ray_app.commands.tune.trial import GROUP_RESOURCES, run_group_trial, run_trial
-from ray_app.errors import RunInterrupted, RunStopped
+from ray_app.commands.tune.space import propose
+from ray_app.commands.tune.sweep_dir import SweepDir
+from ray_app.commands.tune.trial import GROUP_RESOURCES, TrialSpec, log_end, run_group_trial, run_trial
+from ray_app.commands.tune.trials import Setting, Trial, ranked, trial_name
+from ray_app.config.tune import TuneConfig
+from ray_app.errors import ConfigError, RunInterrupted, RunStopped
+from ray_app.runs.event_log import EVENT_LOG, EventLog, entries
+from ray_app.runs.run_dir import CHECKPOINTS, STATES
 from ray_app.runs.signals import handle_signals
+from ray_app.store.provenance import provenance
 
+INITS_DIR = "init"
+"""Folder of a sweep that keeps what its trials start from."""
 MAX_FAILURES = 8
 """Times that Tune starts a trial again; one that dies twice at the same step ends sooner."""
 
 
-def search(state: SweepState, placed: dict[str, SharedDataset], concurrent: int) -> None:
+def run_search(searcher: "SweepSearcher", pairs: dict[str, SharedDataset], concurrent: int) -> None:
     """Run all trials that are left, `concurrent` at a time. RunStopped: the search was asked to stop."""
-    spec, folder = state.spec, state.folder
-    budget = Budget(spec, folder.used_seconds(), sum(trial.seconds for trial in state.trials.values()))
-    num_trials = len(state.queue) + state.left
-    if not num_trials or budget.stop_all():
+    cfg, folder = searcher.sweep.cfg, searcher.folder
+    budget = Budget(cfg, folder.used_seconds(), list(searcher.trials.values()))
+    if not searcher.num_left or budget.stop_all():
         return
-    placed = with_starts(spec, placed, folder.path / INITS_DIR)
-    run, resources = run_trial, {"CPU": spec.cpus_per_worker, **({"GPU": 1.0} if spec.use_gpu else {})}
-    if spec.num_workers > 1:
+    pairs = searcher.sweep.share_inits(pairs, folder.path / INITS_DIR)
+    run, resources = run_trial, {"CPU": cfg.cpus_per_worker, **({"GPU": 1.0} if cfg.use_gpu else {})}
+    if cfg.num_workers > 1:
         run, resources = run_group_trial, GROUP_RESOURCES
-    with SweepView(transient=True) as view, stop_on_signal(budget):
-        state.on_change = lambda trial: view.trial_changed(trial, folder.entries(), list(state.trials.values()))
+    with SweepView(folder, transient=True) as searcher.view, handle_signals(dict.fromkeys(SIGNALS, budget.stop)):
         tune.Tuner(
-            tune.with_resources(tune.with_parameters(run, placed=placed), resources),
+            tune.with_resources(tune.with_parameters(run, placed=pairs), resources),
             tune_config=tune.TuneConfig(
-                search_alg=StateSearcher(state),
-                scheduler=make_scheduler(state),
-                num_samples=num_trials,
+                search_alg=searcher,
+                scheduler=make_scheduler(cfg, folder, list(searcher.trials.values())),
+                num_samples=searcher.num_left,
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,
             ),
@@ -53,14 +61,14 @@ def search(state: SweepState, placed: dict[str, SharedDataset], concurrent: int)
                 name=f"{int(time.time() * 1000)}",
                 storage_path=str(folder.path / "ray"),
                 stop=budget,
-                callbacks=[SweepCallback(state, budget)],
+                callbacks=[SweepCallback(searcher, budget)],
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
                 verbose=0,
             ),
         ).fit()
     if budget.signal:
         raise RunInterrupted if budget.signal == signal.SIGINT else RunStopped
-    if budget.spent and (unfinished := sum(trial.ended_at is None for trial in state.trials.values())):
+    if budget.spent and (unfinished := sum(trial.ended_at is None for trial in searcher.trials.values())):
         print(
             f"{budget.spent}: {unfinished} trials have not ended; resume them with {folder.resume} and a larger "
             "budget",
@@ -75,17 +83,121 @@ class NotPickled:
         return {}
 
 
-class StateSearcher(NotPickled, Searcher):
-    """Search algorithm of Tune that asks the sweep's state for each trial."""
+class SweepSearcher(NotPickled, Searcher):
+    """Every trial of a sweep, and which one comes next. It is the one writer of the sweep's event log."""
 
-    def __init__(self, state: SweepState) -> None:
+    def __init__(self, sweep: SweepContext, folder: SweepDir, log: EventLog) -> None:
         super().__init__(metric="compared", mode="max")
-        self.state = state
+        self.sweep, self.folder, self.log = sweep, folder, log
+        self.metadata = folder.metadata()
+        self.provenance = provenance(["ray-app", "tune", str(folder)], sweep.fingerprint)
+        self.view: SweepView | None = None
+        self.trials = {trial.name: trial for trial in folder.trials()}
+        recorded = {line["name"] for line in folder.entries() if line["kind"] == "trial_ended"}
+        for trial in list(self.trials.values()):
+            if trial.ended_at is not None and trial.name not in recorded:  # the driver was killed as the trial ended
+                self.record_end(trial)
+        self.queue = [trial.name for trial in self.trials.values() if trial.ended_at is None]
+
+    @property
+    def num_left(self) -> int:
+        """Number of trials that may still be started."""
+        return len(self.queue) + max(self.sweep.cfg.max_trials - len(self.trials), 0)
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the next trial's config, or FINISHED."""
-        trial = self.state.next_trial()
-        return Searcher.FINISHED if trial is None else {"trial": self.state.trial_spec(trial)}
+        """Return the config of the next trial, or FINISHED."""
+        trial = self.next_trial()
+        return Searcher.FINISHED if trial is None else {"trial": self.start(trial)}
+
+    def next_trial(self) -> Trial | None:
+        """Return the next trial that has not ended, else a new one. None if there is none."""
+        if self.queue:
+            return self.trials[self.queue.pop(0)]
+        while self.num_left and (setting := propose(self.sweep.cfg, self.sweep.space, list(self.trials.values()))):
+            if (trial := self.create(setting)).ended_at is None:
+                return trial
+        return None
+
+    def create(self, setting: Setting) -> Trial:
+        """Log a new trial. One whose setting `train` refuses has failed."""
+        index = len(self.trials)
+        trial, reason = Trial(index, trial_name(index, setting), setting, 0), None
+        try:
+            trial = replace(trial, parameters=self.sweep.run(setting).parameters)
+        except ConfigError as error:
+            reason = str(error)
+        fields = {key: getattr(trial, key) for key in ("index", "name", "setting", "parameters")}
+        self.log.write("trial_created", **fields, time=time.time())
+        self.trials[trial.name] = trial
+        if reason is None:
+            return trial
+        return self.record_end(replace(trial, status="failed", reason=reason, ended_at=time.time()))
+
+    def start(self, trial: Trial) -> TrialSpec:
+        """Create the run folder if there is none, log that this driver starts the trial; return the message to it."""
+        run = self.folder.run(trial.name)
+        context = self.sweep.run(trial.setting, str(run))
+        if not run.claimed:
+            run.create(context.metadata(f"{self.metadata['name']}/{trial.name}", self.metadata["key"]))
+        metadata = run.metadata()
+        run.clear_signals()
+        tags = {"sweep": self.metadata["name"], "trial": trial.name}
+        with run.event_log() as log:
+            log.write("run_started", **context.start(metadata, tags, time.time()))
+        self.trials[trial.name] = replace(trial, status="running")
+        self.show(trial)
+        return TrialSpec(
+            trial=trial,
+            train=context.cfg,
+            objective=self.sweep.cfg.objective,
+            measure_latency=self.sweep.cfg.secondary_objective == "latency_ms",
+            provenance=self.provenance
+            | {"run": metadata["name"], "run_key": metadata["key"], "config": context.recorded},
+        )
+
+    def process_died(self, name: str, reason: str) -> None:
+        """Log that a trial's process died; Tune starts it again."""
+        self.log.write("trial_process_died", name=name, reason=reason, time=time.time())
+
+    def end(self, name: str, status: str, error: str | None = None) -> None:
+        """Log how a trial ended; also in its own event log, unless its process has done that."""
+        trial, run = self.current(name), self.folder.run(name)
+        if trial.ended_at is None:
+            if status == "KILLED" and self.sweep.cfg.num_workers > 1:
+                run.request_stop()  # its workers may be at work: they save, end, and release the event log
+            with run.event_log() as log:
+                log_end(log, status, error)
+            trial = self.current(name)
+        self.record_end(trial)
+
+    def current(self, name: str) -> Trial:
+        """Return a trial as its own event log has it."""
+        return self.folder.current(self.trials[name], self.sweep.cfg.objective)
+
+    def record_end(self, trial: Trial) -> Trial:
+        """Log a trial that has ended; delete what only resuming it would need, and weights that are not kept."""
+        if trial.status == "failed":
+            died = [line for line in self.folder.entries() if line["kind"] == "trial_process_died"]
+            reasons = [line["reason"] for line in died if line["name"] == trial.name and line["reason"]]
+            if reasons:
+                trial = replace(trial, reason=f"{trial.reason} (the last time: {reasons[-1]})")
+        self.trials[trial.name] = trial
+        self.log.write("trial_ended", **trial.to_dict())
+        run = self.folder.run(trial.name)
+        best = run.best_on_disk
+        for kind in (STATES, CHECKPOINTS):
+            run.delete_checkpoints(kind, best)
+        if num := self.sweep.cfg.num_to_keep:
+            for worse in ranked(list(self.trials.values()))[num:]:
+                if worse.ended_at is not None:
+                    self.folder.run(worse.name).delete_checkpoints(CHECKPOINTS)
+        self.show(trial)
+        return trial
+
+    def show(self, trial: Trial) -> None:
+        """Show the sweep after this trial has started or ended."""
+        if self.view:
+            self.view.trial_changed(trial, list(self.trials.values()))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Do nothing: SweepCallback logs the end."""
@@ -100,28 +212,23 @@ class StateSearcher(NotPickled, Searcher):
 class SweepCallback(NotPickled, tune.Callback):
     """Callback of Tune that logs what happens to trials."""
 
-    def __init__(self, state: SweepState, budget: "Budget") -> None:
-        self.state, self.budget = state, budget
-
-    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
-        """Start to count the trial's time."""
-        self.budget.started(trial.trial_id)
+    def __init__(self, searcher: SweepSearcher, budget: "Budget") -> None:
+        self.searcher, self.budget = searcher, budget
 
     def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
         """Log the death of the trial's process."""
-        self.state.process_died(trial.config["trial"].name, reason_of(trial))
+        self.searcher.process_died(str(trial.config["trial"]), reason_of(trial))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
         """Log that the trial failed for good."""
-        self.budget.ended(trial.trial_id)
-        self.state.failed(trial.config["trial"].name, reason_of(trial) or "its process failed too often")
+        reason = reason_of(trial) or "its process failed too often"
+        self.searcher.end(str(trial.config["trial"]), "FAILED", reason)
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **_: Any) -> None:
         """Log how the trial ended; one that a spent budget cut off has not ended, and can be resumed."""
-        name = trial.config["trial"].name
-        self.budget.ended(trial.trial_id)
-        if not self.budget.spent or self.state.trial_status(name).ended_at is not None:
-            self.state.stopped(name)
+        name = str(trial.config["trial"])
+        if not self.budget.spent or self.searcher.current(name).ended_at is not None:
+            self.searcher.end(name, "KILLED")
 
 
 def reason_of(trial: TuneTrial) -> str:
@@ -134,50 +241,41 @@ def reason_of(trial: TuneTrial) -> str:
     return (lines[0] if type(error).__name__ != "TuneError" else lines[-1]) if lines else type(error).__name__
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""End the search with what every trial has saved, instead of this process."""
+
+
 class Budget(NotPickled, tune.Stopper):
     """Stopper of Tune: ends the search when hours or GPU hours are used up, or at a signal."""
 
-    def __init__(self, spec: SweepSpec, used_s: float, trial_s: float) -> None:
-        """`used_s`: seconds of earlier starts; `trial_s`: seconds of all trials so far."""
-        self._spec, self._used_s, self._trial_s = spec, used_s, trial_s
-        self._started = time.monotonic()
-        self._running: dict[str, float] = {}
+    def __init__(self, cfg: TuneConfig, used_s: float, trials: list[Trial]) -> None:
+        """`used_s`: seconds of search of earlier starts."""
+        self._cfg, self._started = cfg, time.monotonic() - used_s
+        self._seconds = {trial.name: trial.seconds for trial in trials}
         self.signal = 0
         """Number of the signal that asked it to stop, or 0."""
 
-    @property
-    def used_hours(self) -> float:
-        """Hours of search, all starts together."""
-        return (self._used_s + time.monotonic() - self._started) / 3600
-
-    @property
-    def used_gpu_hours(self) -> float:
-        """GPU hours of all trials."""
-        running = sum(time.monotonic() - started for started in self._running.values())
-        return (self._trial_s + running) / 3600 * (self._spec.num_workers if self._spec.use_gpu else 0)
+    def stop(self, number: int) -> None:
+        """End the search because of a signal."""
+        self.signal = number
 
     @property
     def spent(self) -> str | None:
         """Reason to end the search, or None."""
+        hours = (time.monotonic() - self._started) / 3600
+        gpu_hours = sum(self._seconds.values()) / 3600 * (self._cfg.num_workers if self._cfg.use_gpu else 0)
         if self.signal:
             return "the search was asked to stop"
-        if self._spec.max_hours and self.used_hours >= self._spec.max_hours:
-            return f"--max-hours {self._spec.max_hours:g} are used up"
-        if self._spec.max_gpu_hours and self.used_gpu_hours >= self._spec.max_gpu_hours:
-            return f"--max-gpu-hours {self._spec.max_gpu_hours:g} are used up"
+        if self._cfg.max_hours and hours >= self._cfg.max_hours:
+            return f"--max-hours {self._cfg.max_hours:g} are used up"
+        if self._cfg.max_gpu_hours and gpu_hours >= self._cfg.max_gpu_hours:
+            return f"--max-gpu-hours {self._cfg.max_gpu_hours:g} are used up"
         return None
 
-    def started(self, trial_id: str) -> None:
-        """Start to count a trial's time; also again, after its process died."""
-        self.ended(trial_id)
-        self._running[trial_id] = time.monotonic()
-
-    def ended(self, trial_id: str) -> None:
-        """Add a trial's time."""
-        self._trial_s += time.monotonic() - self._running.pop(trial_id, time.monotonic())
-
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Stop no trial alone."""
+        """Count the trial's seconds so far, of all its processes; stop no trial alone."""
+        if "trial" in result:  # one that ends without a report has none of our metrics
+            self._seconds[result["trial"]] = result["seconds"]
         return False
 
     def stop_all(self) -> bool:
@@ -185,46 +283,29 @@ class Budget(NotPickled, tune.Stopper):
         return self.spent is not None
 
 
-@contextmanager
-def stop_on_signal(budget: Budget) -> Iterator[None]:
-    """End the search at SIGTERM or Ctrl-C, with what every trial has saved, instead of this process."""
-
-    def stop(number: int) -> None:
-        budget.signal = number
-
-    with handle_signals({signal.SIGTERM: stop, signal.SIGINT: stop}):
-        yield
-
-
-def make_scheduler(state: SweepState) -> TrialScheduler:
+def make_scheduler(cfg: TuneConfig, folder: SweepDir, trials: list[Trial]) -> TrialScheduler:
     """Tune's scheduler of the sweep; ASHA gets the results of trials that ended under earlier drivers."""
-    spec = state.spec
-    if spec.scheduler == "none":
+    if cfg.scheduler == "none":
         return FIFOScheduler()
-    scheduler = make_asha(spec)
-    for trial in state.trials.values():
-        if trial.ended_at is not None:
-            replay_results(scheduler, state, trial)
+    scheduler, controller = make_asha(cfg), cast(Any, None)
+    for trial in trials:
+        path = folder.run(trial.name).path
+        if trial.ended_at is not None and (path / EVENT_LOG).is_file():
+            ended: Any = SimpleNamespace(trial_id=trial.name)  # ASHA reads no more of a trial than its id
+            scheduler.on_trial_add(controller, ended)
+            for then in trial.after_each_epoch(entries(path), cfg.objective):
+                scheduler.on_trial_result(controller, ended, then.metrics)
     return scheduler
 
 
-def make_asha(spec: SweepSpec) -> ASHAScheduler:
+def make_asha(cfg: TuneConfig) -> ASHAScheduler:
     """Scheduler that stops, at each rung, what is not in the best `1 / reduction_factor` of the trials so far."""
     return ASHAScheduler(
         time_attr="epoch",
         metric="compared",
         mode="max",
-        max_t=spec.num_epochs,
-        grace_period=min(spec.grace_period, spec.num_epochs),
-        reduction_factor=spec.reduction_factor,
+        max_t=cfg.num_epochs,
+        grace_period=min(cfg.grace_period, cfg.num_epochs),
+        reduction_factor=cfg.reduction_factor,
         stop_last_trials=False,
     )
-
-
-def replay_results(scheduler: TrialScheduler, state: SweepState, trial: Trial) -> None:
-    """Give an ended trial's epochs to a scheduler; ASHA reads no more of a trial than its id."""
-    ended: Any = type("EndedTrial", (), {"trial_id": trial.name})()
-    controller: Any = None
-    scheduler.on_trial_add(controller, ended)
-    for epoch, value in state.folder.curve(trial.name, state.spec.objective):
-        scheduler.on_trial_result(controller, ended, {"epoch": epoch, "compared": value})

@@ -7,26 +7,24 @@ Kinds in the event log: `run_started` (one per driver), `trial_created` (a setti
 trial's own progress is in its own event log.
 """
 
-import hashlib
 import itertools
 import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ray_app.commands.tune.spec import Setting, SweepSpec
-from ray_app.core.metrics import THETA, rate_key
+from ray_app.commands.tune.trials import Trial
+from ray_app.config.tune import TuneConfig
 from ray_app.errors import StoreError
 from ray_app.parsing.json_text import parse_object
 from ray_app.runs.event_log import EVENT_LOG, EventLog, entries, is_locked
 from ray_app.runs.mirror import DRIVER_LEASE, Mirror
-from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir
+from ray_app.runs.run_dir import RunDir
 from ray_app.store.atomic import disk_errors, write_file
-from ray_app.store.filesystem import LocalDir, RemoteDir, open_storage
+from ray_app.store.filesystem import LocalDir, RemoteDir, StorageDir, absolute, open_storage
 from ray_app.store.scratch import scratch_dir
 
 SWEEP, PAGE = "sweep.json", "sweep.html"
@@ -35,53 +33,6 @@ SWEEP_HANDOVER_S = 5.0
 RUNS = ("trials/*", "final/*/*")
 """Patterns of run folders in a sweep."""
 RUN_OF_SWEEP = re.compile(r"(trials|final)/[A-Za-z0-9_-]+(/seed_\d+)?")
-Status = Literal["waiting", "running", "finished", "stopped", "failed"]
-"""`stopped`: by the scheduler, since others were better. `waiting` and `running` trials can still be resumed."""
-TIE_BREAK = 1e-6
-"""Weight of the mean cosine when running trials are compared: less than one pair in half a million, so that it only
-decides between equal objectives."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One trial and its state."""
-
-    index: int
-    """Number of the trial."""
-    name: str
-    """Number and a hash of the setting: the same in every run of the sweep."""
-    setting: Setting
-    """Values of the searched settings."""
-    parameters: int
-    """Trained parameters of its adapter."""
-    status: Status = "waiting"
-    """Status of the trial."""
-    objective: float | None = None
-    """Objective at its best checkpoint."""
-    accept_rate: float | None = None
-    """cosine_accept_rate_0.80 at its best checkpoint."""
-    lift: float | None = None
-    """Lift over the best baseline, at its best checkpoint."""
-    epochs: int = 0
-    """Finished epochs."""
-    best_epoch: int = 0
-    """Epoch of the best checkpoint."""
-    steps: int = 0
-    """Optimizer steps."""
-    seconds: float = 0.0
-    """Seconds that a process worked on it."""
-    latency_ms: float | None = None
-    """Latency of one pair, if it is an objective."""
-    reason: str | None = None
-    """Reason of its failure."""
-    ended_at: float | None = None
-    """Unix time of its end."""
-
-    @property
-    def rank(self) -> tuple[float, int, int]:
-        """Sort key, smaller is better: the objective, then fewer parameters, then the earlier trial."""
-        assert self.objective is not None
-        return -self.objective, self.parameters, self.index
 
 
 @contextmanager
@@ -207,19 +158,16 @@ class SweepDir:
         return is_locked(self.path) if driven is None else driven
 
     def metadata(self) -> dict[str, Any]:
-        """Return what it was started with: `name`, `key`, `created`, `spec`, `store_fingerprint`.
+        """Return what it was started with: `name`, `key`, `created`, `config`, `store_fingerprint`, `data`.
 
         StoreError: no sweep.
         """
-        try:
-            return parse_object((self.path / SWEEP).read_bytes())
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{self} is not the folder of a sweep: {SWEEP} cannot be read ({error})") from error
+        return sweep_metadata(LocalDir(self.path), str(self))
 
     @property
-    def spec(self) -> SweepSpec:
+    def config(self) -> TuneConfig:
         """Settings that the sweep was started with."""
-        return SweepSpec.model_validate({**self.metadata()["spec"], "out": str(self)})
+        return TuneConfig.model_validate({**self.metadata()["config"], "out": str(self)})
 
     def entries(self) -> list[dict[str, Any]]:
         """Lines of the sweep's event log. StoreError: it is missing, or a line is damaged."""
@@ -230,29 +178,21 @@ class SweepDir:
             )
         return entries(self.path)
 
-    def event_times(self) -> list[float]:
-        """Times of all lines of its event logs, in order."""
-        folders = (self.path, *self.runs("trials/*"))
-        return sorted(line["time"] for folder in folders for line in entries(folder) if "time" in line)
-
     def runs(self, *patterns: str) -> list[Path]:
         """Run folders that have an event log, of all RUNS or of these patterns."""
         return sorted(
             path.parent for pattern in patterns or RUNS for path in self.path.glob(f"{pattern}/{EVENT_LOG}")
         )
 
-    def sessions(self) -> list[tuple[float, float]]:
-        """Time of each start and of the last event before the next start."""
-        starts = [line["time"] for line in self.entries() if line["kind"] == "run_started"]
-        times = self.event_times()
-        return [
-            (begin_s, max(moment for moment in times if begin_s <= moment < next_s))
-            for begin_s, next_s in itertools.pairwise([*starts, float("inf")])
-        ]
-
     def used_seconds(self) -> float:
-        """Seconds of search of all starts but the newest."""
-        return sum(end_s - begin_s for begin_s, end_s in self.sessions()[:-1])
+        """Seconds of search of all starts but the newest: each from its start to the last event before the next."""
+        starts = [line["time"] for line in self.entries() if line["kind"] == "run_started"]
+        folders = (self.path, *self.runs("trials/*"))
+        times = [line["time"] for folder in folders for line in entries(folder) if "time" in line]
+        return sum(
+            max(moment for moment in times if begin_s <= moment < next_s) - begin_s
+            for begin_s, next_s in itertools.pairwise(starts)
+        )
 
     def run(self, name: str) -> RunDir:
         """Run folder of a trial."""
@@ -269,124 +209,33 @@ class SweepDir:
 
     def trials(self) -> list[Trial]:
         """All trials by number; the state of those that have not ended is read from their own event logs."""
-        spec = self.spec
-        trials: dict[str, Trial] = {}
+        objective = self.config.objective
+        recorded: dict[str, Trial] = {}
         for line in self.entries():
-            if line["kind"] == "trial_created":
-                trials[line["name"]] = Trial(*(line[key] for key in ("index", "name", "setting", "parameters")))
-            elif line["kind"] == "trial_ended":
-                trials[line["name"]] = Trial(**{key: line[key] for key in Trial.__dataclass_fields__})
-        return [
-            trial if trial.ended_at else Trial(**asdict(trial) | self.trial_status(trial.name, spec))
-            for trial in trials.values()
-        ]
+            if line["kind"] in ("trial_created", "trial_ended"):
+                recorded[line["name"]] = Trial.recorded(line)
+        return [trial if trial.ended_at else self.current(trial, objective) for trial in recorded.values()]
 
-    def trial_status(self, name: str, spec: SweepSpec) -> dict[str, Any]:
-        """State of a trial by its own event log, as fields of Trial; empty if it has not started."""
-        run = self.run(name)
-        run.refresh()
-        if not (run.path / EVENT_LOG).is_file():
-            return {}
-        lines = entries(run.path)
-        reached = {"seconds": active_seconds(lines), "status": "running", **scores(lines, spec.objective)}
-        reached["steps"] = max((line["global_step"] for line in lines if line["kind"] == "step"), default=0)
-        reached["latency_ms"] = next((line["ms"] for line in lines if line["kind"] == "latency"), None)
-        if lines and lines[-1]["kind"] == "run_ended":
-            reached["ended_at"] = lines[-1]["time"]
-            reached["status"] = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[lines[-1]["status"]]
-            reached["reason"] = next((line["error"] for line in lines[::-1] if line["kind"] == "failed"), None)
-        return reached
+    def kept_checkpoint(self, name: str) -> str | None:
+        """Folder in the sweep of a trial's best checkpoint, if it is kept."""
+        best = self.run(name).best_on_disk
+        return best and f"trials/{name}/{best}"
 
-    def curve(self, name: str, objective: str) -> list[tuple[int, float]]:
-        """Epoch and scheduler metric of each finished epoch of a trial."""
-        folder = self.run(name).path
-        lines = entries(folder) if (folder / EVENT_LOG).is_file() else []
-        ends = [n for n, line in enumerate(lines, 1) if line["kind"] == "epoch"]
-        return [(lines[n - 1]["epoch"], scheduler_metric(lines[:n], objective)) for n in ends]
-
-    def end_trial(self, log: EventLog, trial: Trial) -> None:
-        """Log how a trial ended, and delete what only resuming it would need."""
-        log.write("trial_ended", **asdict(trial))
+    def current(self, trial: Trial, objective: str) -> Trial:
+        """Return a trial as its own event log has it; unchanged if it has not started."""
         run = self.run(trial.name)
-        best = run.best_on_disk
-        for kind in (STATES, CHECKPOINTS):
-            run.delete_checkpoints(kind, best)
-
-    def prune_checkpoints(self, trials: list[Trial], num: int) -> None:
-        """Delete the weights of ended trials that are not among the best `num`. 0: all are kept."""
-        ranked = sorted((trial for trial in trials if trial.objective is not None), key=lambda trial: trial.rank)
-        for trial in ranked[num:] if num else ():
-            if trial.ended_at:
-                self.run(trial.name).delete_checkpoints(CHECKPOINTS)
+        run.refresh()
+        return trial.after(entries(run.path), objective) if (run.path / EVENT_LOG).is_file() else trial
 
 
-def trial_name(index: int, setting: Setting) -> str:
-    """Return number and hash of the setting."""
-    digest = hashlib.sha256(json.dumps([setting], sort_keys=True).encode()).hexdigest()
-    return f"trial_{index:04d}-{digest[:8]}"
+def sweep_metadata(storage: StorageDir, name: str) -> dict[str, Any]:
+    """Return what a sweep was started with; `name`: its path or URI. StoreError: not a sweep."""
+    try:
+        return parse_object(storage.read(SWEEP))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{name} is not the folder of a sweep: {SWEEP} cannot be read ({error})") from error
 
 
-def scores(lines: list[dict[str, Any]], objective: str) -> dict[str, Any]:
-    """Metrics of a trial at its best checkpoint, that of the lowest validation loss, as fields of Trial."""
-    epochs = [line for line in lines if line["kind"] == "epoch"]
-    if not epochs:
-        return {}
-    best = best_epoch(epochs)
-    rate, lift = best["val"]["cosine_accept_rate"][rate_key(THETA)], best["val"]["lift"]
-    return {
-        "objective": lift if objective == "lift" else rate,
-        "accept_rate": rate,
-        "lift": lift,
-        "epochs": epochs[-1]["epoch"],
-        "best_epoch": best["epoch"],
-    }
-
-
-def scheduler_metric(lines: list[dict[str, Any]], objective: str) -> float:
-    """Metric that a scheduler compares: the objective plus TIE_BREAK times the mean cosine at the same checkpoint.
-
-    The objective is a count of validation pairs, so many trials are equal, and a scheduler stops none of equal ones.
-    """
-    best = best_epoch([line for line in lines if line["kind"] == "epoch"])
-    return scores(lines, objective)["objective"] + TIE_BREAK * best["val"]["cos_sim_mean"]
-
-
-def best_epoch(epochs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Line of the best checkpoint."""
-    return min(epochs, key=lambda line: line["val"]["loss"])
-
-
-def active_seconds(lines: list[dict[str, Any]]) -> float:
-    """Seconds from each start of a process to its last event."""
-    total, started, last = 0.0, None, 0.0
-    for line in lines:
-        if line["kind"] == "workers_started":
-            total += last - started if started is not None else 0.0
-            started = last = line["time"]
-        elif started is not None and line["kind"] in ("step", "epoch", "failed", "run_ended"):
-            last = line["time"]
-    return total + (last - started if started is not None else 0.0)
-
-
-def best_of(trials: list[Trial]) -> Trial | None:
-    """Trial with the best objective; of equal ones that with fewer parameters, then the earlier one."""
-    scored = [trial for trial in trials if trial.objective is not None and trial.status != "failed"]
-    return min(scored, key=lambda trial: trial.rank, default=None)
-
-
-def ranked(trials: list[Trial]) -> list[Trial]:
-    """Trials with an objective, best first, then the others."""
-    with_objective = sorted((trial for trial in trials if trial.objective is not None), key=lambda trial: trial.rank)
-    return with_objective + [trial for trial in trials if trial.objective is None]
-
-
-def pareto_front(trials: list[Trial], second: str) -> list[Trial]:
-    """Trials that no other beats in the objective without losing in the second one, best objective first."""
-    scored = [
-        t for t in trials if t.objective is not None and t.status != "failed" and getattr(t, second) is not None
-    ]
-    front: list[Trial] = []
-    for trial in sorted(scored, key=lambda t: (t.rank[0], getattr(t, second))):
-        if not front or getattr(trial, second) < getattr(front[-1], second):
-            front.append(trial)
-    return front
+def settings_of_sweep(where: str) -> dict[str, Any]:
+    """Return the settings of `tune` that a sweep was started with. StoreError: not a sweep."""
+    return {**sweep_metadata(open_storage(where), where)["config"], "out": absolute(where)}

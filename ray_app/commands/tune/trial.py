@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -25,13 +25,12 @@ from ray_app.commands.train.loop import WorkerContext, is_finished, train_epochs
 from ray_app.commands.train.shared_dataset import SharedDataset, shared_init, shared_worker_data
 from ray_app.commands.train.state import TrainState
 from ray_app.commands.train.worker import WorkerSpec
-from ray_app.commands.tune.sweep_dir import scheduler_metric, scores
+from ray_app.commands.tune.context import data_key
+from ray_app.commands.tune.trials import Trial
 from ray_app.config.train import TrainConfig
-from ray_app.core.metrics import THETA, rate_key
 from ray_app.runs.event_log import EventLog, entries, entries_since_start, last_start_time, tail
 from ray_app.runs.run_dir import RunDir, open_run
 
-RATE_METRIC = f"cosine_accept_rate_{rate_key(THETA)}"
 GROUP_RESOURCES = {"CPU": 0.0, "memory": 1_000_000}
 """Resources of the process that waits for a worker group: no CPU, which its workers may need; Ray wants a claim."""
 
@@ -40,24 +39,41 @@ GROUP_RESOURCES = {"CPU": 0.0, "memory": 1_000_000}
 class TrialSpec:
     """Message from the driver to the process that runs a trial."""
 
-    name: str
-    """Name of the trial."""
+    trial: Trial
+    """The trial."""
     train: TrainConfig
     """Settings of its training; `out` is its run folder."""
-    data: str
-    """Key of its data set in `placed`."""
     objective: str
     """Objective of the sweep."""
     measure_latency: bool
     """Measure the latency of one pair."""
-    threads: int
-    """Threads that a worker computes with."""
     provenance: dict[str, Any]
     """Provenance of its checkpoints."""
 
     def __str__(self) -> str:
         """Return the name, which Ray Tune puts into names of folders."""
-        return self.name
+        return self.trial.name
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of each worker."""
+        return self.train.cpus_per_worker or 1.0
+
+    @property
+    def threads(self) -> int:
+        """Threads that a worker computes with."""
+        return max(int(self.cpus), 1)
+
+    def after(self, lines: list[dict[str, Any]]) -> Trial:
+        """Return the trial as these lines of its event log have it."""
+        return self.trial.after(lines, self.objective)
+
+
+def log_end(log: EventLog, status: str, error: str | None = None) -> None:
+    """Log how a trial ended, without artifacts: its checkpoints stay in its folder."""
+    if error is not None:
+        log.write("failed", error=error, time=time.time())
+    log.write("run_ended", status=status, artifacts=None, time=time.time())
 
 
 def run_trial(config: dict[str, TrialSpec], placed: dict[str, SharedDataset]) -> None:
@@ -69,74 +85,53 @@ def run_trial(config: dict[str, TrialSpec], placed: dict[str, SharedDataset]) ->
     spec = config["trial"]
     torch.set_num_threads(spec.threads)
     with open_run(spec.train.out) as run, run.event_log() as log:
-        spec = replace(spec, train=spec.train.at(run.path))
         if entries(run.path)[-1]["kind"] == "run_ended":
             return  # the process before this one was killed between its last line and its last report
-        reporter = TrialReporter(spec, run, log)
         lines = entries_since_start(run.path)
         nodes = {line["node"] for line in lines if line["kind"] == "workers_started"}
         if reason := give_up_reason(lines, dead_nodes(nodes)):
-            reporter.fail(reason)
+            log_end(log, "FAILED", reason)
             return
         log.write("workers_started", node=ray.get_runtime_context().get_node_id(), time=time.time())
         try:
-            reporter.report_past_epochs()
-            data = placed[spec.data]
-            device = torch.device("cuda" if spec.train.use_gpu else "cpu")
-            context = RunContext.of(spec.train, data.store, data.split)
-            worker = WorkerContext(context, 0, 1, device, shared_init(data, context))
-            train_epochs(worker, run, shared_worker_data(data, worker), log, spec.provenance, reporter.report_epoch)
+            train_here(spec, run, log, placed[data_key(spec.train)])
         except Exception as error:
-            reporter.retry_or_fail(error)
+            cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            repeated = is_repeated(cause, entries_since_start(run.path))
+            log.write("exception", cause=cause, time=time.time())
+            if not repeated:
+                raise
+            log_end(log, "FAILED", f"twice the same: {cause}")
         else:
             if any(line["kind"] == "failed" for line in entries_since_start(run.path)):
-                reporter.end("FAILED")
+                log_end(log, "FAILED")
 
 
-class TrialReporter:
-    """Reports of a trial of one worker, to its event log and to Tune."""
+def train_here(spec: TrialSpec, run: RunDir, log: EventLog, data: SharedDataset) -> None:
+    """Train in this process and report each epoch to Tune, first those that earlier processes have finished.
 
-    def __init__(self, spec: TrialSpec, run: RunDir, log: EventLog) -> None:
-        self.spec, self.run, self.log = spec, run, log
+    The log is released during a report: Tune may stop this process there, and then the driver logs the end. So an end
+    that is reached is logged before its report.
+    """
 
-    def report_epoch(self, state: TrainState, _: dict[str, Any]) -> None:
-        """Report one epoch. The end is logged first, since Tune may stop this process at a report."""
-        lines = entries(self.run.path)
-        if self.spec.measure_latency and not any(line["kind"] == "latency" for line in lines):
-            self.log.write("latency", ms=latency_ms(state.objective.adapter))
-        if is_finished(state, self.spec.train):
-            self.end("FINISHED")
-        self._report(lines, state.epoch)
+    def report(trial: Trial) -> None:
+        with run.released(log):
+            tune.report(trial.metrics)
 
-    def report_past_epochs(self) -> None:
-        """Report what earlier processes have done."""
-        lines = entries(self.run.path)
-        for n, line in enumerate(lines, 1):
-            if line["kind"] == "epoch":
-                self._report(lines[:n], line["epoch"])
+    def epoch_ended(state: TrainState, _: dict[str, Any]) -> None:
+        lines = entries(run.path)
+        if spec.measure_latency and not any(line["kind"] == "latency" for line in lines):
+            log.write("latency", ms=latency_ms(state.objective.adapter))
+        if is_finished(state, context.cfg):
+            log_end(log, "FINISHED")
+        report(spec.after(lines))
 
-    def _report(self, lines: list[dict[str, Any]], epoch: int) -> None:
-        """Report to Tune, with the log released: Tune may stop this process here, and the driver ends the log."""
-        with self.run.released(self.log):
-            tune.report(metrics_of(lines, epoch, self.spec.objective))
-
-    def end(self, status: str) -> None:
-        """Log the end, without artifacts: checkpoints of trials stay in their folders."""
-        self.log.write("run_ended", status=status, artifacts=None, time=time.time())
-
-    def fail(self, reason: str) -> None:
-        """End the trial for a reason."""
-        self.log.write("failed", error=reason, time=time.time())
-        self.end("FAILED")
-
-    def retry_or_fail(self, error: Exception) -> None:
-        """Raise the error for another attempt, or end the trial if it is the second error of its cause."""
-        cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        repeated = is_repeated(cause, entries_since_start(self.run.path))
-        self.log.write("exception", cause=cause, time=time.time())
-        if not repeated:
-            raise error
-        self.fail(f"twice the same: {cause}")
+    for earlier in spec.trial.after_each_epoch(entries(run.path), spec.objective):
+        report(earlier)
+    context = RunContext.of(spec.train.at(run.path), data.store, data.split)
+    device = torch.device("cuda" if context.cfg.use_gpu else "cpu")
+    worker = WorkerContext(context, 0, 1, device, shared_init(data, context))
+    train_epochs(worker, run, shared_worker_data(data, worker), log, spec.provenance, epoch_ended)
 
 
 def run_group_trial(config: dict[str, TrialSpec], placed: dict[str, SharedDataset]) -> None:
@@ -148,32 +143,29 @@ def run_group_trial(config: dict[str, TrialSpec], placed: dict[str, SharedDatase
     with open_run(spec.train.out) as run:
         run.refresh()
         with run.mirror.syncing():  # without signals, which are the sweep driver's: this process would delete them
-            error = train_group(spec, run, placed[spec.data])
+            error = train_group(spec, run, placed[data_key(spec.train)])
         if error and not isinstance(error, RayActorError | WorkerGroupError):
             raise error
         lines = entries_since_start(run.path)
         with run.event_log() as log:
-            if error:
-                log.write("failed", error=f"its workers died: {str(error).splitlines()[0]}", time=time.time())
+            reason = f"its workers died: {str(error).splitlines()[0]}" if error else None
             failed = error is not None or any(line["kind"] == "failed" for line in lines)
-            log.write("run_ended", status="FAILED" if failed else "FINISHED", artifacts=None, time=time.time())
+            log_end(log, "FAILED" if failed else "FINISHED", reason)
         lines = entries(run.path)
-    epochs = [line["epoch"] for line in lines if line["kind"] == "epoch"]
-    if epochs and epochs[-1] == spec.train.num_epochs:  # reported last, since Tune may stop this process at a report
-        tune.report(metrics_of(lines, epochs[-1], spec.objective))
+    if any(line["kind"] == "epoch" and line["epoch"] == spec.train.num_epochs for line in lines):
+        tune.report(spec.after(lines).metrics)  # last, since Tune may stop this process here
 
 
 def train_group(spec: TrialSpec, run: RunDir, data: SharedDataset) -> Exception | None:
     """Run the group to its end, and report each epoch but the last to Tune. Return what the group raised, or None."""
-    cfg, errors, done = spec.train, list[Exception](), threading.Event()
+    errors, done = list[Exception](), threading.Event()
 
     def work() -> None:
-        name, cpus = f"{spec.name}-{int(time.time() * 1000)}", cfg.cpus_per_worker or 1.0
-        started = last_start_time(run.path)
+        name, started = f"{spec}-{int(time.time() * 1000)}", last_start_time(run.path)
         try:
-            context = RunContext.of(cfg, data.store, data.split)
+            context = RunContext.of(spec.train, data.store, data.split)
             worker_spec = WorkerSpec(str(run), context, started, True, spec.threads, spec.provenance, data)
-            run_worker_group(worker_spec, run, cpus, name)
+            run_worker_group(worker_spec, run, spec.cpus, name)
             run.refresh()
         except Exception as error:
             errors.append(error)
@@ -185,20 +177,9 @@ def train_group(spec: TrialSpec, run: RunDir, data: SharedDataset) -> Exception 
     for new in tail(run.path, done):
         for line in new:
             lines.append(line)
-            if line["kind"] == "epoch" and line["epoch"] < cfg.num_epochs:
-                tune.report(metrics_of(lines, line["epoch"], spec.objective))
+            if line["kind"] == "epoch" and line["epoch"] < spec.train.num_epochs:
+                tune.report(spec.after(lines).metrics)
     return errors[0] if errors else None
-
-
-def metrics_of(lines: list[dict[str, Any]], epoch: int, objective: str) -> dict[str, Any]:
-    """Metrics that Tune gets after an epoch."""
-    best = scores(lines, objective)
-    return {
-        "epoch": epoch,
-        "compared": scheduler_metric(lines, objective),
-        RATE_METRIC: best["accept_rate"],
-        "lift": best["lift"],
-    }
 
 
 def is_repeated(cause: str, lines: list[dict[str, Any]]) -> bool:
