@@ -37,7 +37,7 @@ Judge Judged Judgement Keeper Keys Lanes Measured Nameless NodeAddress ObjectSto
 Rig RunCopy RunFolder Scored Sketch Succession Survey SweepCopy SweepFolder Tally Tried Turn Unsaved Waiting
 agreed_place asked_to_stop back_off bring_artifacts by_optuna cause_of cut_short fetch_folder following
 folder_of going_on has_writer held_compressed judged_store keep_best kept_settings kind_of
-let_go listed_sums most_alike newest_start no_listener no_room own_folder planned reigns changed_settings
+let_go listed_sums most_alike newest_start no_listener no_room own_folder planned reigns refuse_changes
 refuse_seen_pairs require_here require_newest run_at run_that_holds send_folder set_aside since_start
 steps_told sweep_at take_signs_away tell_past tracked_run unsynced user_errors way_on way_on_told
 why_not_again CHANGEABLE EXCHANGE_S FORGET HOPELESS KEPT_PLACES LOOK_S SUMS SWALLOW TOLD VOICES YOUNG_S
