@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from ray_app.command_table import GROUPS, Command
 from ray_app.config.base import Config
 from ray_app.config.train import TrainConfig
+from ray_app.config.tune import TuneConfig
 from ray_app.errors import ConfigError
 from ray_app.parsing.yaml_text import parse_yaml
 
@@ -28,6 +29,8 @@ Every command also takes
 """
 
 
+NAMES_RECORD: dict[type[Config], tuple[str, ...]] = {TrainConfig: ("--resume",), TuneConfig: ("--resume", "--watch")}
+"""Flags that name a run or a sweep, whose own settings are then the defaults."""
 TYPE_HINTS: dict[Any, str] = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 """Values in `--help`, as tyro calls them where they may not be absent."""
 MOST_CHOICES = 4
@@ -49,11 +52,10 @@ def parse(
     flags = {key: known[key] for key in command.flags}
     refuse_unknown_flags(name, flags, argv)
     given: dict[str, Any] = {}
-    if resumed := value_of("--resume", argv) or value_of("--watch", argv):
-        recorded = {
-            key: value for key, value in recorded_settings(command, resumed).items() if value not in (None, [])
-        }
-        given |= typed(recorded, known, resumed)
+    for flag in NAMES_RECORD.get(command.config, ()):
+        if where := value_of(flag, argv):
+            recorded = recorded_settings(command, where).items()
+            given |= typed({key: value for key, value in recorded if value not in (None, [])}, known, where)
     if config_file:
         given |= typed(read_yaml(config_file), known, str(config_file))
     form = grouped_form(flags, given)

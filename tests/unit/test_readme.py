@@ -38,8 +38,10 @@ def test_a_command_of_a_page_is_understood(line: str) -> None:
     name, rest = cli.find_command(words)
     rest, trailing = cli.split_trailing(cli.COMMANDS[name], rest)
     _, config_file, rest = cli.take_common(rest)
-    if name == "train" and "--resume" in rest:  # its settings are those of a run that is not here
-        with pytest.raises(StoreError, match="not the folder of a run"):
+    if name in ("train", "tune") and {"--resume", "--watch"} & set(
+        rest
+    ):  # its settings are those of a run or a sweep that is not here
+        with pytest.raises(StoreError, match=r"not the folder of a (run|sweep)"):
             cli.parse(name, cli.COMMANDS[name], config_file, rest)
         return
     assert cli.parse(name, cli.COMMANDS[name], config_file, rest, trailing)
