@@ -1,14 +1,12 @@
 """`ray-app decode`: live speculative decoding, drafter by drafter next to plain decoding, on the clock.
 
-Ray Data runs one replica for each GPU, or those that are asked for; each decodes whole sequences in order, because
+A replica is an actor, one for each GPU or as many as are asked for; each decodes whole sequences in order, because
 drafters learn from the answers before. The same command continues an interrupted run.
 """
 
 import os
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,13 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray.exceptions import RayActorError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ray_app import errors
-from ray_app.cluster.connection import cluster
+from ray_app.cluster.connection import BUSY_HINT, cluster
 from ray_app.cluster.resources import ClusterInfo
 from ray_app.commands.decode.drafters import require_drafters
 from ray_app.commands.decode.files import publish, settings_of, write_event_log
@@ -44,7 +43,8 @@ from ray_app.terminal import make_console
 from ray_app.tracking.mlflow_logger import sync_run, tracking_uri
 
 SETTINGS = "decode.json"
-POLL_S = 0.5
+START_S = 300
+"""Longest wait for the replicas' resources, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,43 +147,40 @@ def _result(plan: DecodePlan, lines: Sequence[Line], num_rejected: int, kept: in
 
 
 def _decode(plan: DecodePlan, num_workers: int) -> None:
-    """Decode on the connected cluster. Errors of the actors are raised as they were."""
-    lanes = lanes_of(plan.shards, num_workers)
-    dataset = ray.data.from_items([{"lane": n} for n in range(num_workers)], override_num_blocks=num_workers).map(
-        DecodeActor,  # type: ignore[arg-type]  # a class is an actor
-        fn_constructor_args=(plan.cfg, plan.data, lanes, plan.answered, _device(plan.cfg)),
-        compute=ray.data.ActorPoolStrategy(size=num_workers),
-        num_cpus=1,
-        num_gpus=1 if plan.cfg.use_gpu else 0,
-    )
-    with _progress(plan):
-        for done in dataset.iter_rows():
-            if done["error"]:
-                raise getattr(errors, done["kind"])(
-                    f"{done['error']} Finished shards stay; repeat the command to continue."
-                )
-
-
-@contextmanager
-def _progress(plan: DecodePlan) -> Iterator[None]:
-    """Show how many rows are in finished shards, on a terminal."""
+    """Decode on the connected cluster. Errors of the replicas are raised as they were."""
+    cfg, lanes = plan.cfg, lanes_of(plan.shards, num_workers)
+    replica: Any = ray.remote(DecodeActor).options(num_cpus=1, num_gpus=1 if cfg.use_gpu else 0)
+    data, answered = ray.put(plan.data), ray.put(plan.answered)
+    actors = [replica.remote(cfg, data, answered, _device(cfg)) for _ in lanes]
     columns = (TextColumn("decode"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
-    ended = threading.Event()
-    with Progress(*columns, console=make_console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=len(plan.data.rows))
-
-        def follow() -> None:
-            while not ended.wait(POLL_S):
-                sums = {path.stem for path in (plan.cfg.out / SHARDS).glob("*.sha256")}
-                bar.update(task, completed=sum(len(shard.rows) for shard in plan.shards if shard.name in sums))
-
-        follower = threading.Thread(target=follow, daemon=True)
-        follower.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            follower.join()
+    try:
+        _, waiting = ray.wait([actor.ready.remote() for actor in actors], num_returns=len(actors), timeout=START_S)
+        if waiting:
+            raise ResourceError(f"{len(waiting)} of {len(actors)} replicas did not start in {START_S} s. {BUSY_HINT}")
+        # An actor takes its calls in order: each drafter learns from the rows before.
+        pending = {
+            actor.decode.remote(shard): len(shard.rows)
+            for actor, lane in zip(actors, lanes, strict=True)
+            for shard in lane
+        }
+        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task("", total=len(plan.data.rows))
+            while pending:
+                (finished,), _ = ray.wait(list(pending))
+                done = ray.get(finished)
+                if done["error"]:
+                    raise getattr(errors, done["kind"])(
+                        f"{done['error']} Finished shards stay; repeat the command to continue."
+                    )
+                bar.advance(task, pending.pop(finished))
+    except RayActorError as error:
+        raise ResourceError(
+            "a replica died, which is mostly a lack of memory; take fewer --num-workers or a smaller model. Finished "
+            "shards stay; repeat the command to continue."
+        ) from error
+    finally:
+        for actor in actors:
+            ray.kill(actor)
 
 
 def _num_workers(cfg: DecodeConfig, info: ClusterInfo) -> int:

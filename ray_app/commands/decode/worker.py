@@ -1,7 +1,6 @@
 """The actor of `decode`: one replica, and the rows of its sequences, shard by shard.
 
 A shard that is finished and holds is not decoded again: drafters learn its answers, as they did when it was decoded.
-Errors that the user can fix come back as rows: Ray Data would wrap them in an error of its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,22 +58,23 @@ def lanes_of(shards: Sequence[DecodeShard], num_lanes: int) -> list[list[DecodeS
 
 
 class DecodeActor:
-    """One replica; the models are loaded at its lane, where an error can be given back."""
+    """One replica; the models are loaded at its first shard, where an error can be given back."""
 
-    def __init__(
-        self,
-        cfg: DecodeConfig,
-        data: DecodeInput,
-        lanes: Sequence[Sequence[DecodeShard]],
-        answered: Sequence[AnsweredPrompt],
-        device: str,
-    ) -> None:
-        self._cfg, self._data, self._lanes, self._answered, self._device = cfg, data, lanes, answered, device
+    def __init__(self, cfg: DecodeConfig, data: DecodeInput, answered: Sequence[AnsweredPrompt], device: str) -> None:
+        self._cfg, self._data, self._answered, self._device = cfg, data, answered, device
+        self._session: DecodeSession | None = None
         torch.set_num_threads(1)
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+    def ready(self) -> bool:
+        """Answer: the replica has its resources."""
+        return True
+
+    def decode(self, shard: DecodeShard) -> dict[str, str]:
+        """Decode a shard; shards come in order. Return the kind and text of an error, empty where there is none."""
         try:
-            decode_lane(self._cfg, self._data, self._lanes[item["lane"]], self._answered, self._device)
+            if self._session is None:
+                self._session = DecodeSession(self._cfg, self._answered, self._device)
+            decode_shard(self._session, self._cfg, self._data, shard)
         except RayAppError as error:
             return {"error": str(error), "kind": type(error).__name__}
         return {"error": "", "kind": ""}
@@ -89,29 +89,41 @@ def decode_lane(
     on_pass: OnPass | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
-    """Decode what is missing of a lane's shards, in order. A row that cannot be decoded is rejected alone."""
+    """Decode what is missing of some shards in this process, in order."""
     session = DecodeSession(cfg, answered, device)
     for shard in lane:
-        kept = read_shard(cfg.out, shard.name)
-        if kept is not None and not kept.rejected:
-            for line in kept.rows:
-                session.learn(line)
+        decode_shard(session, cfg, data, shard, on_pass, on_row)
+
+
+def decode_shard(
+    session: DecodeSession,
+    cfg: DecodeConfig,
+    data: DecodeInput,
+    shard: DecodeShard,
+    on_pass: OnPass | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Decode a shard, or learn from it if it is finished. A row that cannot be decoded is rejected alone."""
+    kept = read_shard(cfg.out, shard.name)
+    if kept is not None and not kept.rejected:
+        for line in kept.rows:
+            session.learn(line)
+        return
+    lines: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
+    for row, pictures in zip(shard.rows, data.read(shard.rows), strict=True):
+        try:
+            if isinstance(pictures, str):
+                raise InputError(pictures)
+            other = _other(data, row) if "other" in cfg.drafter_sees else None
+            lines.append(session.decode(row, pictures, other, on_pass))
+        except InputError as error:
+            rejected.append({"row": row.row, "id": row.id, "sequence": row.sequence, "reason": str(error)})
             continue
-        lines: list[dict[str, Any]] = []
-        rejected: list[dict[str, Any]] = []
-        for row, pictures in zip(shard.rows, data.read(shard.rows), strict=True):
-            try:
-                if isinstance(pictures, str):
-                    raise InputError(pictures)
-                other = _other(data, row) if "other" in cfg.drafter_sees else None
-                lines.append(session.decode(row, pictures, other, on_pass))
-            except InputError as error:
-                rejected.append({"row": row.row, "id": row.id, "sequence": row.sequence, "reason": str(error)})
-                continue
-            lines[-1]["weight_bytes"] = session.memory()
-            if on_row is not None:
-                on_row(lines[-1])
-        write_shard(Path(cfg.out), shard.name, Shard(lines, rejected), {})
+        lines[-1]["weight_bytes"] = session.memory()
+        if on_row is not None:
+            on_row(lines[-1])
+    write_shard(Path(cfg.out), shard.name, Shard(lines, rejected), {})
 
 
 def _other(data: DecodeInput, row: DecodeRow) -> RowPictures:
