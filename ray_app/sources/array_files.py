@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ray_app.errors import InputError
+from ray_app.listing import data_in
 from ray_app.parsing.json_text import parse_object
 
 BATCH_ROWS = 64
@@ -165,7 +166,7 @@ def table_files(path: Path) -> list[Path]:
         if state.get("_indices_data_files"):
             raise InputError(f"{path} is a view on other rows; save it after `dataset.flatten_indices()`")
     else:
-        files = sorted(path.glob("*.parquet"))
+        files = [file for file in data_in(path) if file.suffix == ".parquet"]
     if not files:
         raise InputError(f"{path} is neither a folder of Parquet files nor of Hugging Face `Dataset.save_to_disk`")
     return files

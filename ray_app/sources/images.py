@@ -25,7 +25,7 @@ FILE_FORMATS = (*FORMATS, "BMP", "TIFF")
 """Formats of files."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 DAMAGE = (
-    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError),
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError),
     *(struct.error, Image.DecompressionBombError, Warning),
 )
 """Errors of Pillow where a file is damaged; its warnings can be made errors."""
@@ -39,7 +39,10 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         raise InputError(f"{path} is missing") from None
     except OSError as error:
         raise InputError(f"{path} is no readable image: {error}") from error
-    return decode_image(data, str(path), FILE_FORMATS)
+    try:
+        return decode_image(data, str(path), FILE_FORMATS)
+    except MemoryError as error:
+        raise InputError(f"{path} takes more memory than there is; make it smaller") from error
 
 
 def decode_image(
@@ -48,7 +51,7 @@ def decode_image(
     """Return an image's bytes as (H, W, 3) uint8 RGB.
 
     InputError: empty, truncated, of no such format, too large, or with pixels of an unknown range. Formats and sizes
-    are looked at before anything is decoded.
+    are looked at before anything is decoded. MemoryError: it takes more than there is.
     """
     if not data:
         raise InputError(f"{where} is empty (0 bytes)")
