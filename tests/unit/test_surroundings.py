@@ -76,12 +76,12 @@ def test_help_is_printed_where_the_terminal_has_no_unicode() -> None:
 
 
 @pytest.mark.parametrize(
-    ("closed", "words", "code", "last"), [("2>&-", "nothing", 2, ""), ("<&- 2>&-", "--help", 0, "ray-app --version")]
+    ("closed", "words", "code", "printed"), [("2>&-", "nothing", 2, ""), ("<&- 2>&-", "--help", 0, "ray-app train")]
 )
-def test_a_closed_stream_changes_nothing_on_the_others(closed: str, words: str, code: int, last: str) -> None:
+def test_a_closed_stream_changes_nothing_on_the_others(closed: str, words: str, code: int, printed: str) -> None:
     done = subprocess.run(["sh", "-c", f'"$@" {words} {closed}', "sh", *RUN], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
-    assert done.stdout.strip().rpartition("\n")[2].strip() == last
+    assert (printed in done.stdout) if printed else not done.stdout
     assert not done.stderr
 
 
