@@ -32,7 +32,7 @@ def read_tokens(path: Path) -> list[Token]:
     """Read all tokens. ConfigError: unreadable, writable by others, empty, or a line that is not a token."""
     try:
         mode = path.stat().st_mode
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the token file {path} cannot be read: {error}") from error
     if stat.S_IMODE(mode) & (stat.S_IWGRP | stat.S_IWOTH):
@@ -62,12 +62,12 @@ def append_token(path: Path, name: str, scopes: Sequence[str]) -> str:
         raise ConfigError(
             f"token name '{name}' is not allowed; use 1 to 64 letters, digits, dots, dashes or underscores."
         )
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     if any(line.partition(":")[0] == name for line in lines):
         raise ConfigError(f"{path} already has a token '{name}'; use another name, or delete its line first.")
     secret = secrets.token_urlsafe(32)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(handle, "a") as out:
+    with os.fdopen(handle, "a", encoding="utf-8") as out:
         out.write(f"{name}:{','.join(scopes)}:{sha256_of(secret.encode())}\n")
     return secret
 

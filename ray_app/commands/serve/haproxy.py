@@ -7,6 +7,7 @@ the port, and answers for an endpoint that is gone.
 
 import ctypes
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ PR_SET_PDEATHSIG = 1
 def write_binary(folder: Path, haproxy: str) -> Path:
     """Write an executable that runs `haproxy` bound to the life of its parent."""
     program = folder / "haproxy"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{Path(__file__).resolve()}" "{haproxy}" "$@"\n')
+    command = shlex.join([sys.executable, "-IS", str(Path(__file__).resolve()), haproxy])
+    program.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
     program.chmod(0o700)
     return program
 
