@@ -3,6 +3,7 @@
 import random
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,14 @@ def test_no_spoiled_file_of_any_kind_breaks_a_bound(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore")
 def test_a_few_of_every_kind_are_refused_or_read(kind: str, tmp_path: Path) -> None:
     """In this process; the kinds' own processes are those of the test above."""
     readers = Readers(tmp_path)
     found = []
     for number in range(25):
         size, read = readers.prepare(kind, random.Random(f"12 {kind} {number}"))
-        found.append(measured(read, size))
+        with warnings.catch_warnings(action="ignore"):
+            found.append(measured(read, size))
     assert [one["finding"] for one in found] == [""] * 25
     assert {"refused"} <= {one["outcome"] for one in found}
 
