@@ -85,7 +85,7 @@ def spoil_tree(tree: Any, rng: random.Random) -> Any:
                 case 2:
                     holder[key] = [holder[key]] * rng.choice((1, 2, 1000))
                 case 3:
-                    holder[key] = nested(rng.choice((3, 20, 70, 900)), holder[key])
+                    holder[key] = nested(rng.choice((3, 20, 70, 300)), holder[key])
                 case _:
                     holder[key] = copy.deepcopy(rng.choice(WORDS))
             break
