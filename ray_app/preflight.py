@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ray_app.config.base import Config
 from ray_app.config.evaluate import CompareConfig, PromoteConfig, ReportFlags
-from ray_app.config.prepare import InspectConfig, PrepareArrays, PrepareFlags
+from ray_app.config.prepare import EncodeConfig, InspectConfig, PrepareArrays, PrepareFlags
 from ray_app.config.serve import ServeConfig
 from ray_app.config.train import TrainConfig
 from ray_app.config.tune import ImportCheckpointConfig, TuneConfig
@@ -28,6 +28,9 @@ def refuse_early(cfg: Config) -> None:
     match cfg:
         case PrepareFlags():
             require_inputs(getattr(cfg, "files", ()) or [path for path in [getattr(cfg, "root", None)] if path])
+            require_inputs(filter(None, (cfg.event_encoder, cfg.target_encoder)))
+            if isinstance(cfg, EncodeConfig):
+                Manifest.read(cfg.store)
             require_claimable(open_storage(cfg.out, cfg.storage_timeout_s))
         case PrepareArrays():
             require_inputs([cfg.file] if cfg.file else [])

@@ -1,11 +1,15 @@
-"""Settings of `prepare` and `inspect`."""
+"""Settings of `prepare`, `encode` and `inspect`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ray_app.config.base import ClusterFlags, Config, Positive, SplitFlags, StorePlace
+from ray_app.errors import ConfigError
+
+Pool = Annotated[str, Field(pattern=r"^(none|mean|cls|[1-9]\d?x[1-9]\d?)$")]
+"""Tokens of a picture that are kept: all, the mean of its grid, the class token, or rows x columns of means."""
 
 
 class PrepareFlags(ClusterFlags):
@@ -19,6 +23,53 @@ class PrepareFlags(ClusterFlags):
     """Ray tasks at a time; 0 means one for each CPU of the cluster."""
     max_rejected_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
     """Largest fraction of pairs that may be rejected; above it the command fails."""
+    event_encoder: Path | None = None
+    """Folder of an image model, in safetensors: the event side is its features of the full pictures, not pixels."""
+    target_encoder: Path | None = None
+    """The same for the target side."""
+    layer: Annotated[tuple[Annotated[int, Field(le=-1)], ...], Field(max_length=2)] = ()
+    """Layer of the encoders, counted from the last one, -1: one number for both sides, or two, event and target;
+    default: the last one, of LLaVA and Video-LLaVA their own."""
+    pool: Annotated[tuple[Pool, ...], Field(min_length=1, max_length=2)] = ("mean",)
+    """Tokens of a picture that are kept: none (all of them), mean, cls, or a grid of means such as 3x3; one for both
+    sides, or two."""
+    num_event_images: Positive | None = None
+    """Event images of a pair, of equal event count, that the event encoder takes together; default: 5 for EventGPT,
+    else 1."""
+    num_frames: Positive | None = None
+    """Frames of a pair, evenly spread, that the target encoder takes together; default: 8 for Video-LLaVA, else 1."""
+    projector: bool = False
+    """Take the tokens of LLaVA and Video-LLaVA behind their projector; EventGPT's always are."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Number format of stored features, on GPUs of the forward pass too; CPUs compute in float32."""
+    use_gpu: bool = False
+    """Encode on GPUs, one worker each; drawing and reading stay on CPUs."""
+
+    @model_validator(mode="after")
+    def _encoders_are_named(self) -> Self:
+        """Refuse settings of encoders where there is none."""
+        asked = {"--layer": self.layer, "--projector": self.projector, "--use-gpu": self.use_gpu}
+        asked |= {"--num-frames": self.num_frames, "--num-event-images": self.num_event_images}
+        asked["--pool"] = self.pool != ("mean",)
+        if not (self.event_encoder or self.target_encoder) and any(asked.values()):
+            flags = ", ".join(flag for flag, given in asked.items() if given)
+            raise ConfigError(
+                f"{flags}: without --event-encoder or --target-encoder nothing is encoded; name a folder."
+            )
+        return self
+
+
+class EncodeConfig(PrepareFlags):
+    """Make a store of the same pairs with encoder features instead of pixels."""
+
+    store: StorePlace
+    """Pair store of pixels: a folder, or a URI such as s3://bucket/store."""
+
+    @model_validator(mode="after")
+    def _something_is_encoded(self) -> Self:
+        if not (self.event_encoder or self.target_encoder):
+            raise ConfigError("encode needs --event-encoder, --target-encoder or both: folders of image models.")
+        return self
 
 
 class PrepareScenes(PrepareFlags):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.seeded_noise import BatchNoise
-from ray_app.core.adapters.sequences import next_position_cosine, sequence_cosine, sequence_mse
+from ray_app.core.adapters.sequences import next_position_cosine, sequence_cosine, sequence_cosines, sequence_mse
 from ray_app.core.augmentation import Augmentation
 from ray_app.core.metrics import THETA
 
@@ -135,10 +135,11 @@ class AlignmentObjective(nn.Module):
 
     def _centred_cosine(self, aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
         assert self.mean_target is not None
-        assert not self.token_width, "sequences have no mean target of their own"
-        return cosine_per_pair(aligned_BD - self.mean_target, target_BD - self.mean_target)
+        return self.cosine(aligned_BD - self.mean_target, target_BD - self.mean_target)
 
     def _cosine_matrix(self, aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
-        """Cosine of each aligned feature (row) with each target (column), (B, B)."""
+        """Cosine of each aligned feature (row) with each target (column), (B, B); see `cosine`."""
         unit = nn.functional.normalize
+        if self.token_width:
+            return sequence_cosines(aligned_BD, target_BD, self.token_width)
         return unit(aligned_BD, dim=1, eps=EPSILON) @ unit(target_BD, dim=1, eps=EPSILON).T

@@ -64,8 +64,13 @@ def equal_counts(events: Events, num_parts: int) -> list[Events]:
     """Parts of equal event count in time order; the remainder goes to the last. InputError: too few."""
     if len(events) < num_parts:
         raise InputError(f"{len(events)} events cannot be drawn as {num_parts} images; at least one each is needed")
+    return drawn_parts(events, num_parts)
+
+
+def drawn_parts(events: Events, num_parts: int) -> list[Events]:
+    """Return parts as `equal_counts`; where there are too few events for it, all are in the last part."""
     count = len(events) // num_parts
-    bounds = [i * count for i in range(num_parts)] + [len(events)]
+    bounds = [*(count * i for i in range(num_parts)), len(events)]
     return [events[slice(a, b)] for a, b in pairwise(bounds)]
 
 

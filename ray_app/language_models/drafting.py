@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from ray_app.core.speculative.decoding import Proposal, Sampled
 from ray_app.core.speculative.verification import draw
+from ray_app.encoders.library import transformers
 from ray_app.errors import InputError
-from ray_app.language_models.loading import tokenizer_difference, transformers
+from ray_app.language_models.loading import tokenizer_difference
 from ray_app.language_models.model import Context, LanguageModel
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ray_app.encoders.library import transformers
 from ray_app.errors import InputError
-from ray_app.language_models.loading import read_config, transformers
+from ray_app.language_models.loading import read_config
 from ray_app.language_models.model import Frames, LanguageModel, Prompt
 
 

@@ -5,33 +5,19 @@ No code from a folder is run, nothing is unpickled, and nothing is fetched.
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
+from ray_app.encoders.library import transformers
 from ray_app.errors import InputError, ResourceError
 from ray_app.listing import data_in, is_data
 from ray_app.parsing.json_text import parse_object
 from ray_app.store.atomic import sha256_file
 
-EXTRA = "pip install 'ray-app[capture]'"
 SAFE = {"local_files_only": True, "trust_remote_code": False}
 IDENTITY = ("config.json", "*.safetensors", "tokenizer*", "*processor_config.json")
 """Files that decide what a model answers."""
-
-
-def transformers() -> ModuleType:
-    """Return the library, which only language models need. ResourceError: it is not installed."""
-    try:
-        import transformers as library
-    except ImportError as error:
-        raise ResourceError(
-            f"language models need the library transformers, which is not installed: {EXTRA}"
-        ) from error
-    library.utils.logging.set_verbosity_error()
-    library.utils.logging.disable_progress_bar()
-    return library
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ray_app.encoders.library import transformers
 from ray_app.errors import InputError
-from ray_app.language_models.loading import read_tokenizer, read_weights, transformers
+from ray_app.language_models.loading import read_tokenizer, read_weights
 
 Frames = NDArray[np.uint8]
 """Pictures (T, H, W, C)."""

@@ -19,6 +19,19 @@ from ray_app.listing import is_data
 
 
 @dataclass(frozen=True, slots=True)
+class Views:
+    """Number of pictures of a window on either side; several are for models that see several."""
+
+    num_event_images: int = 1
+    """Event images of equal event count, in order of time."""
+    num_frames: int = 1
+    """Frames, evenly spread over the window."""
+
+
+ONE_EACH = Views()
+
+
+@dataclass(frozen=True, slots=True)
 class RawPair:
     """One window as two pictures, before resizing."""
 
@@ -40,6 +53,10 @@ class RawPair:
     """Positive events among those that were drawn."""
     target_t_us: int | None = None
     """Time of the target's frame, in microseconds."""
+    event_images: tuple[NDArray[np.uint8], ...] = ()
+    """All event images, (H, W, 3) each, where several are wanted; `event_HWC` is the middle one."""
+    frames: tuple[NDArray[np.uint8], ...] = ()
+    """All frames, likewise; `target_HWC` is the middle one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +113,11 @@ class Source(Protocol):
         ResourceError: what `tasks` found is not to be seen from this machine; no pair is to blame for that.
         """
         ...
+
+
+def spread(places: range, count: int) -> list[int]:
+    """Return `count` places, evenly spread: one is the middle. Of fewer places than that some come again."""
+    return [places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count)]
 
 
 def named_sequences(files: Iterable[Path]) -> list[tuple[str, Path]]:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ray_app.errors import ConfigError, InputError
 from ray_app.events.windows import Window, format_duration, windows_between
-from ray_app.sources.base import RawPair, RejectedPair, SourceTask
+from ray_app.sources.base import ONE_EACH, RawPair, RejectedPair, SourceTask, Views, spread
 from ray_app.sources.event_stream import EventImageBuilder, RecordedEvents, Slice, render_slices
 
 SHORTEST_US, LONGEST_US = 50_000, 20_000_000
@@ -67,6 +67,8 @@ class WindowingConfig:
     """Longest time in a window without an event, or without a frame."""
     event_window_us: int | None = None
     """Events are taken from this length in the middle of the window; None: from all of it."""
+    views: Views = ONE_EACH
+    """Pictures of each pair."""
 
     def __post_init__(self) -> None:
         """ConfigError: settings that do not fit together."""
@@ -87,6 +89,11 @@ class WindowingConfig:
             raise ConfigError(f"--step ({format_duration(self.step_us)}) must be 1ms or more")
         if self.max_gap_us < SHORTEST_GAP_US:
             raise ConfigError(f"--max-gap ({format_duration(self.max_gap_us)}) must be 2ms or more")
+        if self.views != ONE_EACH and self.pairs_per_window == "all":
+            raise ConfigError(
+                "--pairs-per-window all makes a pair of each event image, and this encoder takes "
+                f"{self.views.num_event_images} event images and {self.views.num_frames} frames; leave it out"
+            )
         if not 1 <= self.event_bins <= PAIRS_PER_TASK:
             raise ConfigError(f"--event-bins ({self.event_bins}) must be between 1 and {PAIRS_PER_TASK}")
 
@@ -100,7 +107,8 @@ class WindowingConfig:
 
     def describe(self) -> dict[str, Any]:
         """Every setting, and in words what is drawn."""
-        part = "the middle one" if self.pairs_per_window == "middle" else "each"
+        one = self.pairs_per_window == "middle" and self.views.num_event_images == 1
+        part = "the middle one" if one else "each"
         frame = (
             "the middle frame"
             if self.pairs_per_window == "middle"
@@ -157,25 +165,38 @@ class WindowingConfig:
         """
         plans = [self._planned(events, times_us, window) for window in windows]
         sketches = render_slices(events, [each for plan in plans for each in plan.slices])
+        images_per_pair = self.views.num_event_images
         for plan in plans:
             for i in range(self.num_pairs):
                 try:
                     if plan.reason:
                         raise plan.reason
-                    yield self._pair(sequence, plan, times_us, next(sketches), sides)
+                    mine = list(islice(sketches, images_per_pair))
+                    yield self._pair(sequence, plan, times_us, mine, sides)
                 except InputError as error:
                     where = f"window [{plan.window.t_start_us}, {plan.window.t_end_us})"
                     where += f", image {i}" if self.num_pairs > 1 else ""
                     yield RejectedPair(sequence, where, str(error))
 
     def _pair(
-        self, sequence: str, plan: WindowPlan, times_us: NDArray[np.int64], sketch: EventImageBuilder, sides: Sides
+        self,
+        sequence: str,
+        plan: WindowPlan,
+        times_us: NDArray[np.int64],
+        sketches: list[EventImageBuilder],
+        sides: Sides,
     ) -> RawPair:
-        drawn, number = sketch.image(), plan.frames[len(plan.frames) // 2]
+        drawn, number = [sketch.image() for sketch in sketches], plan.frames[len(plan.frames) // 2]
         if self.pairs_per_window == "all":
-            middle_us = (sketch.first_us + sketch.last_us) / 2
+            middle_us = (sketches[0].first_us + sketches[0].last_us) / 2
             number = plan.frames[int(np.argmin(np.abs(times_us[plan.frames] - middle_us)))]
-        event_HWC, target_HWC = sides(drawn, number)
+        event_HWC, target_HWC = sides(drawn[len(drawn) // 2], number)
+        event_images: tuple[NDArray[np.uint8], ...] = ()
+        frames: tuple[NDArray[np.uint8], ...] = ()
+        if self.views.num_event_images > 1:
+            event_images = tuple(sides(image, number)[0] for image in drawn)
+        if self.views.num_frames > 1:
+            frames = tuple(sides(drawn[0], each)[1] for each in spread(plan.frames, self.views.num_frames))
         return RawPair(
             sequence,
             plan.window.t_start_us,
@@ -183,9 +204,11 @@ class WindowingConfig:
             event_HWC,
             target_HWC,
             num_events=plan.num_events,
-            num_drawn=sketch.stop - sketch.first,
-            num_positive=sketch.num_positive,
+            num_drawn=sum(sketch.stop - sketch.first for sketch in sketches),
+            num_positive=sum(sketch.num_positive for sketch in sketches),
             target_t_us=int(times_us[number]),
+            event_images=event_images,
+            frames=frames,
         )
 
     def _planned(self, events: RecordedEvents, times_us: NDArray[np.int64], window: Window) -> WindowPlan:
@@ -199,7 +222,7 @@ class WindowingConfig:
         except InputError as error:
             return WindowPlan(window, frames, reason=error)
         slices = list(pairwise(bounds))
-        if self.pairs_per_window == "middle":
+        if self.pairs_per_window == "middle" and self.views.num_event_images == 1:
             slices = [slices[self.event_bins // 2]]
         return WindowPlan(window, frames, tuple(slices), num_events)
 

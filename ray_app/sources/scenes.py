@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ray_app.errors import ConfigError
 from ray_app.events.recording import Events
-from ray_app.events.render import event_image
+from ray_app.events.render import drawn_parts, event_image
 from ray_app.events.simulator import EventSimulator, SimulatedEvents, SimulatorConfig
 from ray_app.events.windows import format_duration
 from ray_app.scenes.scene import RENDERER, Scene
-from ray_app.sources.base import RawPair, SourceTask
+from ray_app.sources.base import ONE_EACH, RawPair, SourceTask, Views, spread
 
 SCENE_SENSOR = SimulatorConfig(
     theta_on=0.24,
@@ -58,6 +59,8 @@ class ScenesSource:
     """Distance between window starts."""
     event_span_us: int = 50_000
     """Length of the simulated part in the middle of each window."""
+    views: Views = ONE_EACH
+    """Pictures of each pair."""
 
     name = "scenes"
 
@@ -80,7 +83,7 @@ class ScenesSource:
         return {
             "events": "simulated",
             "renderer": RENDERER,
-            **asdict(self),
+            **{key: value for key, value in asdict(self).items() if key != "views"},
             "longest_frame_us": FRAME_US,
             "simulator": asdict(SCENE_SENSOR),
         }
@@ -106,6 +109,13 @@ class ScenesSource:
             start_us = window * self.step_us
             frame_us = start_us + self.duration_us // 2
             events = self.events(scene, drive, window)
+            images: tuple[NDArray[np.uint8], ...] = ()
+            if self.views.num_event_images > 1:
+                images = tuple(event_image(part) for part in drawn_parts(events, self.views.num_event_images))
+            frames: tuple[NDArray[np.uint8], ...] = ()
+            if self.views.num_frames > 1:
+                times_us = spread(range(start_us, start_us + self.duration_us), self.views.num_frames)
+                frames = tuple(scene.rgb(t_us * 1e-6) for t_us in times_us)
             yield RawPair(
                 sequence=task.spec["sequence"],
                 t_start_us=start_us,
@@ -116,6 +126,8 @@ class ScenesSource:
                 num_drawn=len(events),
                 num_positive=int(np.count_nonzero(events.p)),
                 target_t_us=frame_us,
+                event_images=images,
+                frames=frames,
             )
 
     def scene(self, drive: int) -> Scene:

@@ -16,10 +16,20 @@ from PIL import Image
 
 from ray_app.errors import InputError
 from ray_app.events.recording import Events
-from ray_app.events.render import event_image
+from ray_app.events.render import drawn_parts, event_image
 from ray_app.events.simulator import EventSimulator, SimulatedEvents, SimulatorConfig
 from ray_app.events.windows import format_duration
-from ray_app.sources.base import RawPair, RejectedPair, SourceTask, file_identity, named_sequences, require_visible
+from ray_app.sources.base import (
+    ONE_EACH,
+    RawPair,
+    RejectedPair,
+    SourceTask,
+    Views,
+    file_identity,
+    named_sequences,
+    require_visible,
+    spread,
+)
 from ray_app.sources.images import images_in, read_image
 from ray_app.sources.recorded import file_name
 from ray_app.sources.video_decoder import Frame, video_frames
@@ -58,6 +68,8 @@ class VideoSource:
     """Length of a window, centred on its frame."""
     frame_stride: int = 1
     """Frames from one pair to the next."""
+    views: Views = ONE_EACH
+    """Pictures of each pair."""
 
     @property
     def name(self) -> str:
@@ -135,15 +147,26 @@ class VideoSource:
         stop = int(np.searchsorted(times_us, last_end, side="left")) + 1
         rng = np.random.default_rng([self.seed, task.spec["video"], wanted[0]])
         footage = _Footage(EventSimulator(CAMERA, self.height, self.width, rng), times_us, self.duration_us)
+        frames_of = {i: self._frames_of(i, times_us, starts[i]) for i in wanted}
+        kept = {*wanted, *(number for numbers in frames_of.values() for number in numbers)}
         targets: dict[int, Frame] = {}
         pending = list(wanted)
         for i, frame in frames(path, first, stop):
             footage.add(i, frame)
-            if i in starts and not isinstance(frame, str):
+            if i in kept and not isinstance(frame, str):
                 targets[i] = frame
             while pending and footage.until_us >= starts[pending[0]] + self.duration_us:
-                yield self._pair(name, path, pending[0], starts, targets, footage)
+                yield self._pair(name, path, pending[0], starts, frames_of, targets, footage)
                 pending.pop(0)
+                oldest = min(pending[0], frames_of[pending[0]][0]) if pending else len(times_us)
+                targets = {number: each for number, each in targets.items() if number >= oldest}
+
+    def _frames_of(self, i: int, times_us: list[int], start_us: int) -> list[int]:
+        """Return the numbers of a window's frames that are wanted, in order; `i` is the middle one."""
+        if self.views.num_frames == 1:
+            return [i]
+        inside = range(*np.searchsorted(times_us, (start_us, start_us + self.duration_us)).tolist())
+        return spread(inside, self.views.num_frames)
 
     def _pair(
         self,
@@ -151,6 +174,7 @@ class VideoSource:
         path: Path,
         i: int,
         starts: dict[int, int],
+        frames_of: dict[int, list[int]],
         targets: dict[int, Frame],
         footage: "_Footage",
     ) -> RawPair | RejectedPair:
@@ -158,16 +182,21 @@ class VideoSource:
         if flaw := footage.flaw(start, end):
             return RejectedPair(str(path), f"frame {i}", flaw)
         events = footage.take(start, end, self.width, self.height)
+        images: tuple[Frame, ...] = ()
+        if self.views.num_event_images > 1:
+            images = tuple(event_image(part) for part in drawn_parts(events, self.views.num_event_images))
         return RawPair(
             name,
             start,
             end,
             event_image(events),
-            targets.pop(i),
+            targets[i],
             num_events=len(events),
             num_drawn=len(events),
             num_positive=int(np.count_nonzero(events.p)),
             target_t_us=footage.time_us(i),
+            event_images=images,
+            frames=tuple(targets[number] for number in frames_of[i]) if self.views.num_frames > 1 else (),
         )
 
 

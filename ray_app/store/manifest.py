@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import FailFast, Field, ValidationError
+from pydantic import FailFast, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from ray_app.config.base import Config
 from ray_app.errors import CheckpointError, StoreError
@@ -25,6 +25,32 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 
 
+class EncoderRecord(Config):
+    """Encoder that made a feature: what another machine needs to make the same one."""
+
+    model: str
+    """Class of the model."""
+    sha256: Sha256
+    """Checksum of its configuration and of every weight that was used."""
+    layer: int
+    """Layer whose output is taken, from the last one, which is -1."""
+    pool: str
+    """Tokens of a picture that are kept: none (all), mean, cls, or a grid such as 3x3 of means."""
+    projector: bool
+    """True if the tokens went through the projector to the language model."""
+    dtype: Literal["float32", "float16", "bfloat16"]
+    """Number format of the forward pass."""
+    num_images: int = Field(ge=1)
+    """Pictures of one feature."""
+    preprocessing: dict[str, Any]
+    """Steps from a picture to the numbers that the model takes."""
+
+    def __str__(self) -> str:
+        parts = [f"layer {self.layer}", f"pool {self.pool}", *(["projector"] if self.projector else [])]
+        parts += [f"{self.num_images} pictures"] if self.num_images > 1 else []
+        return f"{self.model}, {', '.join(parts)}, SHA-256 {self.sha256[:12]}…"
+
+
 class FeatureSpec(Config):
     """Layout of one feature's bytes: a little-endian array of this type and shape, times `scale`.
 
@@ -38,9 +64,17 @@ class FeatureSpec(Config):
     """Shape of one feature, for images (channels, height, width), for sequences (tokens, width)."""
     scale: float = Field(gt=0.0, allow_inf_nan=False)
     """Factor from a stored number to the value that an adapter sees."""
+    encoder: EncoderRecord | None = None
+    """Encoder that made it; None for pixels, and where it is not known."""
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `encoder` out where there is none: stores of pixels keep their bytes and fingerprints."""
+        return {key: value for key, value in handler(self).items() if value is not None}
 
     def __str__(self) -> str:
-        return f"width {self.width} ({self.dtype} {list(self.shape)} × {self.scale:.6g})"
+        maker = f" by {self.encoder}" if self.encoder else ""
+        return f"width {self.width} ({self.dtype} {list(self.shape)} × {self.scale:.6g}){maker}"
 
     @property
     def width(self) -> int:
@@ -57,6 +91,11 @@ class FeatureSpec(Config):
     def token_width(self) -> int | None:
         """Width of a token, where a feature is a sequence."""
         return self.shape[1] if len(self.shape) == 2 else None
+
+    @property
+    def is_ragged(self) -> bool:
+        """True if features differ in length: sequences, but for those of an encoder, which always gives as many."""
+        return self.token_width is not None and self.encoder is None
 
     @property
     def read_as(self) -> Literal["uint8", "float16", "float32"]:
@@ -85,6 +124,11 @@ class Features(Config):
     """The drafter's side."""
     target: FeatureSpec
     """The side that an adapter is trained to reach."""
+
+    def encoders(self) -> dict[str, str]:
+        """Return in words what made each side that an encoder made."""
+        sides = {"event": self.event.encoder, "target": self.target.encoder}
+        return {side: str(encoder) for side, encoder in sides.items() if encoder}
 
 
 class CheckpointDocument(Config, extra="ignore"):

@@ -82,7 +82,12 @@ def made_up(**changes: Any) -> tuple[dict[str, Any], dict[str, NDArray[np.float6
             "test_windows_overlapping_train": 0.0,
             "test_pairs_trained_on": 0,
         },
-        "data": {"source": "npy", "events": "recorded", "features": {"event": "images", "target": "images"}},
+        "data": {
+            "source": "npy",
+            "events": "recorded",
+            "features": {"event": "images", "target": "images"},
+            "encoders": {},
+        },
         "fingerprint": "f" * 64,
         "test_fingerprint": "7" * 64,
         "checkpoint_sha256": "c" * 64,
@@ -115,6 +120,14 @@ def test_a_report_links_to_the_page_about_tokens() -> None:
     assert links == ["../tokens%20of%20today/page.html"]
     assert "What cosine acceptance predicted about tokens" in with_link
     assert "<a " not in report_page(result, cosines)
+
+
+def test_a_report_names_the_encoders_of_its_features(page: str) -> None:
+    assert "encoder" not in page
+    by = "MobileNetV2Model, layer -1, pool 3x3, SHA-256 bb1446597501…"
+    features = {"event": "sequences", "target": "sequences"}
+    data = {"source": "scenes", "events": "simulated", "features": features, "encoders": {"event": by, "target": by}}
+    assert report_page(*made_up(data=data)).count(by) == 2
 
 
 def test_what_the_data_says_is_never_markup(page: str) -> None:
@@ -233,7 +246,7 @@ def of_an_encoder() -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
         "baselines": {name: of for name, of in result["baselines"].items() if name not in ("before", "white")},
         "centered_cos_sim_mean_before": None,
         "by_lighting": {},
-        "data": {"source": "arrays", "events": "unknown", "features": features},
+        "data": {"source": "arrays", "events": "unknown", "features": features, "encoders": {}},
     }
     return result, {name: cos for name, cos in cosines.items() if name not in ("before", "white")}
 

@@ -118,6 +118,7 @@ class EvaluationContext:
                 "source": source.get("name", "unknown"),
                 "events": source.get("events", "unknown"),
                 "features": {side: self.store.feature(side).kind for side in ("event", "target")},
+                "encoders": self.store.manifest.features.encoders(),
             },
         }
 

@@ -376,6 +376,8 @@ def split_lines(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     yield "test pairs that the checkpoint was trained on", "not recorded" if trained_on is None else f"{trained_on:,}"
     yield "source of the pairs", f"{data['source']}, events {data['events']}"
+    for side, encoder in data["encoders"].items():
+        yield f"{side} encoder", encoder
     yield "fingerprint of the store", result["fingerprint"]
     yield "fingerprint of the test pairs", result["test_fingerprint"]
     yield "SHA-256 of the checkpoint", result["checkpoint_sha256"]

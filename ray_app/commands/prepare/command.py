@@ -5,7 +5,6 @@ the same bytes. A task whose worker or node dies is done again elsewhere; a slow
 """
 
 import time
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,10 +13,14 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 from rich.console import Console
 from rich.table import Table
 
+from ray_app import errors
 from ray_app.cluster.autoscaler import wait_for_autoscaler
 from ray_app.cluster.connection import cluster
+from ray_app.cluster.resources import ClusterInfo
+from ray_app.commands.prepare.encoding import EncodingPlan, encoding_plan, views_of
 from ray_app.commands.prepare.progress import PrepareProgress
-from ray_app.commands.prepare.store_builder import BuiltTask, build_task, claim_store, finish, finished, sole_builder
+from ray_app.commands.prepare.store_builder import BuiltTask, claim_store, finish, sole_builder
+from ray_app.commands.prepare.worker import TaskBuilder
 from ray_app.config.prepare import (
     PrepareDavis,
     PrepareDsec,
@@ -27,12 +30,12 @@ from ray_app.config.prepare import (
     PrepareVideo,
     RecordedFlags,
 )
-from ray_app.errors import ResourceError, StoreError
+from ray_app.errors import ResourceError
 from ray_app.events.windows import parse_duration
-from ray_app.sources.base import Source, SourceTask
+from ray_app.sources.base import ONE_EACH, Source, Views
 from ray_app.sources.recorded import WindowingConfig
-from ray_app.store.filesystem import StorageDir, open_storage
-from ray_app.store.manifest import PIXELS, REJECTED, Features, FeatureSpec
+from ray_app.store.filesystem import open_storage
+from ray_app.store.manifest import PIXELS, REJECTED, EncoderRecord, Features, FeatureSpec
 
 LONGEST_SILENCE_S = 600.0
 """Longest time in which no task of the cluster ends: on a slow core one may take minutes."""
@@ -42,10 +45,11 @@ REPEAT = "Finished files stay; repeat the command to continue."
 
 def run_prepare(cfg: PrepareFlags) -> dict[str, Any]:
     """Build the store that a `prepare` command asks for."""
-    return prepare(source_from_config(cfg), cfg)
+    views = views_of(cfg)
+    return prepare(source_from_config(cfg, views), cfg, views=views)
 
 
-def source_from_config(cfg: PrepareFlags) -> Source:
+def source_from_config(cfg: PrepareFlags, views: Views = ONE_EACH) -> Source:
     """Return the source that a `prepare` command names, with its defaults filled in.
 
     Only its own module is imported: each brings libraries that the others do without.
@@ -64,6 +68,7 @@ def source_from_config(cfg: PrepareFlags) -> Source:
                 duration_us=duration_us,
                 step_us=parse_duration(cfg.step) if cfg.step else duration_us // 2,
                 event_span_us=parse_duration(cfg.event_span),
+                views=views,
             )
         case PrepareVideo():
             from ray_app.sources.video import VideoSource
@@ -76,6 +81,7 @@ def source_from_config(cfg: PrepareFlags) -> Source:
                 height=cfg.height,
                 duration_us=parse_duration(cfg.duration),
                 frame_stride=cfg.frame_stride,
+                views=views,
             )
         case PrepareEventGpt():
             from ray_app.sources.eventgpt.source import EventGptSource
@@ -86,83 +92,80 @@ def source_from_config(cfg: PrepareFlags) -> Source:
                 step_us=parse_duration(cfg.step) if cfg.step else None,
                 instructions=cfg.instructions.absolute() if cfg.instructions else None,
                 event_bins=cfg.event_bins,
+                views=views,
             )
         case PrepareDsec():
             from ray_app.sources.dsec.source import DsecSource
 
-            return DsecSource(cfg.root.absolute(), cut_of(cfg), window_rounding=cfg.window_rounding, align=cfg.align)
+            return DsecSource(
+                cfg.root.absolute(), cut_of(cfg, views), window_rounding=cfg.window_rounding, align=cfg.align
+            )
         case PrepareDavis():
             from ray_app.sources.davis.source import DavisSource
 
-            return DavisSource(tuple(file.absolute() for file in cfg.files), cut_of(cfg))
+            return DavisSource(tuple(file.absolute() for file in cfg.files), cut_of(cfg, views))
     raise AssertionError(f"no source for {type(cfg).__name__}")
 
 
-def cut_of(cfg: RecordedFlags) -> WindowingConfig:
+def cut_of(cfg: RecordedFlags, views: Views = ONE_EACH) -> WindowingConfig:
     """Return how a command wants recordings divided into windows."""
     return WindowingConfig(
         durations_us=tuple(parse_duration(name) for name in cfg.durations),
         step_us=parse_duration(cfg.step) if cfg.step else None,
         pairs_per_window=cfg.pairs_per_window,
-        event_bins=cfg.event_bins,
+        event_bins=views.num_event_images if views.num_event_images > 1 else cfg.event_bins,
         max_gap_us=parse_duration(cfg.max_gap),
         event_window_us=parse_duration(cfg.event_window) if cfg.event_window else None,
+        views=views,
     )
 
 
-def prepare(source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS) -> dict[str, Any]:
+def prepare(
+    source: Source, cfg: PrepareFlags, feature: FeatureSpec = PIXELS, views: Views = ONE_EACH
+) -> dict[str, Any]:
     """Build a store of `source` in `cfg.out` on the cluster of `cfg.address`; returns the --json object.
 
-    `feature` is the shape (3, height, width) and scale of both sides, uint8. StoreError: the folder is in the
-    way or cannot be written, or too many pairs are rejected. ResourceError: the cluster loses workers, hangs, or
-    does not see the input. What was built stays.
+    `feature` is the shape (3, height, width) and scale, uint8, of each side without an encoder; `views` the number
+    of pictures that the source gives of each side. StoreError: the folder is in the way or cannot be written, or too
+    many pairs are rejected. InputError: an encoder that cannot be used. ResourceError: the cluster loses workers,
+    hangs, or does not see the input. What was built stays.
     """
     assert feature.dtype == "uint8", "pictures are stored as uint8"
-    features = Features(event=feature, target=feature)
+    plan = encoding_plan(cfg, feature, views)
+    features = plan.features if plan else Features(event=feature, target=feature)
     folder = open_storage(cfg.out, cfg.storage_timeout_s)
     tasks = source.tasks()
     claim_store(folder, source, tasks, features)
     with sole_builder(folder):
         claim_store(folder, source, tasks, features)  # another one may have finished it in between
-        return _build_store(source, cfg, folder, tasks, features)
+        return _build_store(TaskBuilder(source, tasks, folder, features, plan), cfg)
 
 
-def _build_store(
-    source: Source, cfg: PrepareFlags, folder: StorageDir, tasks: list[SourceTask], features: Features
-) -> dict[str, Any]:
+def _build_store(work: TaskBuilder, cfg: PrepareFlags) -> dict[str, Any]:
     """Build the tasks that are not finished on the cluster, and publish the store."""
+    source, tasks, folder, features, plan = work.source, work.tasks, work.folder, work.features, work.plan
 
-    def build(row: dict[str, Any]) -> dict[str, Any]:
-        task = tasks[row["task"]]
-        messages: list[str] = []
-        here = folder.with_logger(messages.append)
-        try:
-            kept = finished(here, task)
-            done = kept or build_task(source, task, here, features)
-        except (StoreError, ResourceError) as error:  # Ray Data would wrap it in an error of its own
-            return {"error": f"{error} {REPEAT}", "kind": type(error).__name__}
-        built = {"built": done.model_dump_json(), "kept": kept is not None}
-        return {"error": "", **built, "messages": "\n".join(messages), "peak_bytes": peak_memory_bytes()}
-
-    built, new, peak_bytes = {}, [], 0
-    with cluster(cfg.address) as info, PrepareProgress(sum(task.num_pairs for task in tasks)) as progress:
-        num_cpus = wait_for_autoscaler(info, cfg.num_workers or 1, 1.0, use_gpu=False).cpus or 1.0
+    built, new, peak_bytes, forward_s, busy_s = {}, [], 0, 0.0, 0.0
+    with (
+        cluster(cfg.address) as info,
+        PrepareProgress(sum(task.num_pairs for task in tasks), plan.num_images if plan else 0) as progress,
+    ):
+        there = wait_for_autoscaler(info, cfg.num_workers or 1, 1.0, use_gpu=cfg.use_gpu)
+        num_cpus = there.cpus or 1.0
         began = time.perf_counter()
-        num_workers = min(cfg.num_workers or max(int(num_cpus), 1), len(tasks))
-        dataset = ray.data.from_items([{"task": i} for i in range(len(tasks))], override_num_blocks=len(tasks)).map(
-            build,
-            compute=ray.data.TaskPoolStrategy(size=num_workers),
-            num_cpus=min(1.0, num_cpus / num_workers),
-        )
+        num_workers = _num_workers(cfg, there, len(tasks))
+        rows = ray.data.from_items([{"task": i} for i in range(len(tasks))], override_num_blocks=len(tasks))
+        dataset = work.on(rows, num_workers, num_cpus)
         dataset.context.execution_no_progress_timeout_s = LONGEST_SILENCE_S
         try:
             for row in dataset.iter_rows():
                 if row["error"]:
-                    raise (StoreError if row["kind"] == "StoreError" else ResourceError)(row["error"])
+                    raise getattr(errors, row["kind"])(f"{row['error']} {REPEAT}")
                 done = BuiltTask.model_validate_json(row["built"])
                 built[done.task] = done
                 progress.add(done, row["kept"], row["messages"])
                 peak_bytes = max(peak_bytes, row["peak_bytes"])
+                forward_s, busy_s = forward_s + row["forward_s"], busy_s + row["busy_s"]
                 if not row["kept"]:
                     new.append(done)
         except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
@@ -200,6 +203,33 @@ def _build_store(
         "worker_peak_bytes": peak_bytes,
         "pairs_per_second": round(per_second, 3),
         "pairs_per_second_per_core": round(per_second / min(num_workers, num_cpus), 3),
+        **(_encoding(plan, num_new, seconds, forward_s, busy_s) if plan else {}),
+    }
+
+
+def _num_workers(cfg: PrepareFlags, info: ClusterInfo, num_tasks: int) -> int:
+    """Return the number of workers: as asked, or one for each CPU or GPU. ResourceError: fewer GPUs than that."""
+    most = int(info.gpus) if cfg.use_gpu else max(int(info.cpus), 1)
+    wanted = min(cfg.num_workers or max(most, 1), num_tasks)
+    if cfg.use_gpu and wanted > most:
+        raise ResourceError(
+            f"--use-gpu with {wanted} workers needs {wanted} GPUs, the cluster has {most}; take fewer --num-workers, "
+            "or leave --use-gpu out"
+        )
+    return wanted
+
+
+def _encoding(plan: EncodingPlan, num_pairs: int, seconds: float, forward_s: float, busy_s: float) -> dict[str, Any]:
+    """Return what encoders add to the --json object."""
+    num_images = num_pairs * plan.num_images
+    specs = {side: getattr(plan.features, side) for side in plan.folders}
+    return {
+        "encoders": {side: spec.encoder.model_dump() for side, spec in specs.items()},
+        "feature_shapes": {side: list(spec.shape) for side, spec in specs.items()},
+        "images": num_images,
+        "images_per_second": round(num_images / seconds, 3),
+        "forward_seconds": round(forward_s, 3),
+        "forward_fraction": round(forward_s / busy_s, 4) if busy_s else 0.0,
     }
 
 
@@ -217,6 +247,15 @@ def render_prepare(result: dict[str, Any], console: Console) -> None:
     table.add_row("rejected", f"{result['rejected']:,}{lost}")
     table.add_row("size", f"{result['bytes'] / 1e6:,.1f} MB in {result['files']:,} files")
     table.add_row("time", f"{result['seconds']:,.1f} s, {speed}")
+    for side, shape in result.get("feature_shapes", {}).items():
+        encoder = EncoderRecord.model_validate(result["encoders"][side])
+        table.add_row(side, f"{' x '.join(map(str, shape))} numbers by {encoder}")
+    if result.get("images"):
+        table.add_row(
+            "encoding",
+            f"{result['images']:,} pictures, {result['images_per_second']:,.1f} pictures/s, forward passes "
+            f"{result['forward_fraction']:.0%} of the workers' time",
+        )
     if result["events_drawn"]:
         covered, drawn = (result[name] / 1e6 for name in ("events_covered", "events_drawn"))
         speed = f"{drawn / result['seconds']:,.1f} million drawn/s"
@@ -225,9 +264,3 @@ def render_prepare(result: dict[str, Any], console: Console) -> None:
         )
     table.add_row("fingerprint", result["fingerprint"])
     console.print(table)
-
-
-def peak_memory_bytes() -> int:
-    """Return the most memory that this process has held at a time, by the system's count."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

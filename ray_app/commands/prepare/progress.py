@@ -13,9 +13,9 @@ SECONDS_PER_LINE = 30.0
 
 
 class PrepareProgress:
-    """Pairs done, windows/s, events/s and time left, on standard error."""
+    """Pairs done, windows/s, events/s, encoded images/s and time left, on standard error."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, images_per_pair: int = 0) -> None:
         self._console = make_console(stderr=True)
         self._bar = Progress(
             TextColumn("prepare"),
@@ -29,7 +29,8 @@ class PrepareProgress:
         )
         self._task = self._bar.add_task("", total=total, speed="", rejected=0)
         self._total, self._done, self._kept, self._rejected = total, 0, 0, 0
-        self._windows = self._events = 0
+        self._windows = self._events = self._images = 0
+        self._images_per_pair = images_per_pair
         self._began = self._printed_at = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -47,6 +48,7 @@ class PrepareProgress:
             self._kept += pairs
         else:
             self._windows, self._events = self._windows + done.windows, self._events + done.events_drawn
+            self._images += done.num_pairs * self._images_per_pair
         for sentence in messages.splitlines():
             self._console.print(sentence, soft_wrap=True)
         now = time.monotonic()
@@ -63,4 +65,5 @@ class PrepareProgress:
     def _speed(self, seconds: float) -> str:
         seconds = max(seconds, 1e-9)
         events = f", {self._events / seconds / 1e6:,.1f} million events/s" if self._events else ""
-        return f"{self._windows / seconds:,.2f} windows/s{events}"
+        images = f", {self._images / seconds:,.1f} images/s" if self._images else ""
+        return f"{self._windows / seconds:,.2f} windows/s{events}{images}"

@@ -6,21 +6,26 @@ second start with the same settings keeps what is finished and continues.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from ray_app.config.base import Config
 from ray_app.errors import InputError, StoreError
 from ray_app.events.windows import parse_duration
+from ray_app.parsing.json_text import parse_object
 from ray_app.sources.base import RawPair, RejectedPair, Source, SourceTask
 from ray_app.sources.images import resized
 from ray_app.store.filesystem import LocalDir, StorageDir, Where, open_storage
 from ray_app.store.manifest import (
     SCRATCH,
     Features,
+    FeatureSpec,
     Manifest,
     PartRecord,
     RejectedLine,
@@ -40,6 +45,35 @@ from ray_app.store.pair_store import (
 from ray_app.store.scratch import locked
 
 SETTINGS_FILE = "settings.json"
+
+
+class PairEncoder(Protocol):
+    """Turns raw pairs into the bytes that are stored."""
+
+    num_pairs: int
+    """Pairs that it is given at a time, at most; a file is cut into such batches from its beginning."""
+
+    def __call__(self, pairs: Sequence[RawPair]) -> list[tuple[bytes, bytes] | str]:
+        """Return event and target bytes of each pair, or the reason why it has none."""
+        ...
+
+
+class PixelEncoder:
+    """Pictures resized to the store's shape."""
+
+    num_pairs = 1
+
+    def __init__(self, features: Features) -> None:
+        self._features = features
+
+    def __call__(self, pairs: Sequence[RawPair]) -> list[tuple[bytes, bytes] | str]:
+        event, target = self._features.event, self._features.target
+        return [(pixel_bytes(pair.event_HWC, event), pixel_bytes(pair.target_HWC, target)) for pair in pairs]
+
+
+def pixel_bytes(image_HWC: NDArray[np.uint8], spec: FeatureSpec) -> bytes:
+    """Return a picture, resized, as the bytes of a feature."""
+    return resized(image_HWC, *spec.shape[1:]).tobytes()
 
 
 class BuiltTask(Config):
@@ -82,7 +116,7 @@ def claim_store(where: Where, source: Source, tasks: list[SourceTask], features:
     if claimed is not None:
         if claimed != text.encode():
             raise StoreError(
-                f"{folder} holds an interrupted prepare of other settings or inputs; repeat that command to "
+                f"{folder} holds an interrupted prepare of {_difference(claimed, features)}; repeat that command to "
                 "finish it, or name another folder for --out."
             )
     elif there - {SCRATCH}:
@@ -109,24 +143,37 @@ def sole_builder(where: Where) -> Iterator[None]:
         yield
 
 
-def build_task(source: Source, task: SourceTask, where: Where, features: Features) -> BuiltTask:
-    """Build one file, and its record after it. A pair that cannot be built costs itself alone."""
+def build_task(
+    source: Source,
+    task: SourceTask,
+    where: Where,
+    features: Features,
+    encoder: PairEncoder | None = None,
+    items: Iterable[RawPair | RejectedPair] | None = None,
+) -> BuiltTask:
+    """Build one file, and its record after it. A pair that cannot be built costs itself alone.
+
+    `encoder`: makes what is stored of a pair; default: its pixels. `items`: the task's pairs, where they are read.
+    """
     folder = open_storage(where)
+    encoder = encoder or PixelEncoder(features)
     lengths_us = {parse_duration(name): name for name in source.durations()}
     pairs: dict[str, Pair] = {}
     rejected = []
     events_in: dict[tuple[str, int, int], int] = {}
     drawn = 0
-    for item in _all_of(source, task):
+    for item, stored in _encoded(iter(items or all_of(source, task)), encoder):
         if isinstance(item, RejectedPair):
             rejected.append(RejectedLine(input=item.input, position=item.position, reason=item.reason))
+            continue
+        if isinstance(stored, str):
+            rejected.append(_line(item.sequence, item.t_start_us, item.t_end_us, stored))
             continue
         pair = Pair(
             item.sequence,
             item.t_start_us,
             item.t_end_us,
-            resized(item.event_HWC, *features.event.shape[1:]).tobytes(),
-            resized(item.target_HWC, *features.target.shape[1:]).tobytes(),
+            *stored,
             **{name: getattr(item, name) for name in FACT_COLUMNS},
         )
         if reason := _flaw(pair, lengths_us):
@@ -192,8 +239,18 @@ def described(source: Source) -> dict[str, Any]:
     return {"name": source.name, **source.describe()}
 
 
-def _all_of(source: Source, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
-    """Return the task's pairs; where its input breaks off, each pair that is missing as Rejected."""
+def _encoded(
+    items: Iterator[RawPair | RejectedPair], encoder: PairEncoder
+) -> Iterator[tuple[RawPair | RejectedPair, tuple[bytes, bytes] | str]]:
+    """Yield each item with what is stored of it, batch by batch, in order; of a rejected pair that is its reason."""
+    while batch := list(islice(items, encoder.num_pairs)):
+        stored = iter(encoder([item for item in batch if isinstance(item, RawPair)]))
+        for item in batch:
+            yield item, item.reason if isinstance(item, RejectedPair) else next(stored)
+
+
+def all_of(source: Source, task: SourceTask) -> Iterator[RawPair | RejectedPair]:
+    """Yield the task's pairs; where its input breaks off, each pair that is missing as rejected."""
     seen = 0
     try:
         for item in source.pairs(task):
@@ -202,6 +259,19 @@ def _all_of(source: Source, task: SourceTask) -> Iterator[RawPair | RejectedPair
     except (InputError, OSError) as error:
         for i in range(seen, task.num_pairs):
             yield RejectedPair(task.name, f"pair {i} of {task.num_pairs}", str(error))
+
+
+def _difference(claimed: bytes, features: Features) -> str:
+    """Return the difference between an interrupted prepare and these settings, in words."""
+    theirs = parse_object(claimed)["features"]
+    for side in ("event", "target"):
+        before, now = theirs[side].get("encoder"), getattr(features, side).encoder
+        if before and now and before["sha256"] != now.sha256:
+            return (
+                f"another {side} encoder: its SHA-256 was {before['sha256'][:12]}…, that of {now.model} is now "
+                f"{now.sha256[:12]}…, so its weights or its config have changed"
+            )
+    return "other settings or inputs"
 
 
 def _flaw(pair: Pair, lengths_us: dict[int, str]) -> str:

@@ -221,16 +221,13 @@ def _init_requirement(cfg: TrainConfig) -> InitRequirement:
 def _resolve_adapter_config(cfg: TrainConfig, store: PairStore, num_train_pairs: int) -> AdapterConfig:
     """Choose the adapter that fits a store. ConfigError: the adapter or a loss does not work on such features."""
     event, target = store.feature("event"), store.feature("target")
-    sequences = target.token_width is not None
-    if cfg.next_position_weight and not sequences:
+    ragged = event.is_ragged or target.is_ragged
+    if cfg.next_position_weight and not target.token_width:
         raise ConfigError("--next-position-weight is for sequences (tokens, width); leave it out")
-    if sequences and (cfg.centred_weight or cfg.contrastive_weight):
-        raise ConfigError(
-            "--centred-weight and --contrastive-weight compare whole features, and sequences differ in length; leave "
-            "them out"
-        )
+    if ragged and cfg.centred_weight:
+        raise ConfigError("--centred-weight compares whole features, and sequences differ in length; leave it out")
     strategy = STRATEGIES[strategy_of(cfg)]
-    if sequences and not issubclass(strategy, TokenAdapter):
+    if ragged and not issubclass(strategy, TokenAdapter):
         raise ConfigError(
             f"{cfg.strategy} takes whole features, and these are sequences of different lengths, whose mask "
             "the token adapters alone keep; use one of: "

@@ -85,7 +85,8 @@ def compute_init(context: RunContext, pairs: TrainingPairs) -> None:
     if context.requires == "nothing" or context.init_from or context.init_dir.exists():
         return
     began = time.perf_counter()
-    tokens = context.store.feature("target").token_width
+    target = context.store.feature("target")
+    tokens = target.token_width if target.is_ragged else None
     init = compute_stats(pairs.reduce_over_batches, context.requires, cfg.rank, len(split.train), cfg.seed, tokens)
     chosen: dict[str, Any] = {}
     if context.requires == "pairs":

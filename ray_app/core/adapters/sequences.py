@@ -39,6 +39,13 @@ def sequence_cosine(a_BD: Tensor, b_BD: Tensor, width: int) -> Tensor:
     return mean_over_tokens(token_cosines(a_BD, b_BD, width), mask_of(b_BD, width))
 
 
+def sequence_cosines(a_BD: Tensor, b_BD: Tensor, width: int) -> Tensor:
+    """Return `sequence_cosine` of each `a` (row) with each `b` (column), (B, B)."""
+    unit = torch.nn.functional.normalize
+    a_BD, b_BD = (unit(x.unflatten(1, (-1, width)), dim=2, eps=MIN_NORM).flatten(1) for x in (a_BD, b_BD))
+    return a_BD @ b_BD.T / mask_of(b_BD, width).sum(dim=1).clamp(min=1)
+
+
 def sequence_mse(a_BD: Tensor, b_BD: Tensor, width: int) -> Tensor:
     """Mean squared difference of each pair over the numbers of the target's tokens, (B,)."""
     square_BT = (a_BD - b_BD).square().unflatten(1, (-1, width)).mean(dim=2)

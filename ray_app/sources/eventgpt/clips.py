@@ -30,12 +30,17 @@ class EventGptClip:
     """The clip's name in it, a number."""
     npy: str
     """Its events."""
-    image: str
-    """Its middle event image; `npy` is drawn where it is not there."""
+    images: tuple[str, ...]
+    """Its event images in order of time; `npy` is drawn where they are not there."""
     video: str
     """Folder of its frames."""
     flaw: str = ""
     """Reason why its entry is rejected."""
+
+    @property
+    def image(self) -> str:
+        """Path of its middle event image."""
+        return self.images[len(self.images) // 2] if self.images else ""
 
     def spec(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,16 +97,16 @@ def _listed(entry: Any, number: int, file: str, event_bins: int) -> EventGptClip
             raise InputError(f"event_data is '{data}'; it must be <sequence>/<clip>.npy")
         clip = _clip(str(data.parent), data.stem, event_bins)
         key = image_folder(event_bins)
-        image, video = clip.image, clip.video
+        paths, video = clip.images, clip.video
         if images := entry.get(key):
             if not isinstance(images, list) or len(images) != event_bins:
                 raise InputError(f"{key} must list {event_bins} images")
-            image = f"{key}/{_path({key: images[event_bins // 2]}, key)}"
+            paths = tuple(f"{key}/{_path({key: image}, key)}" for image in images)
         if entry.get("video_data"):
             video = f"video/{_path(entry, 'video_data')}"
-        return EventGptClip(clip.sequence, clip.name, f"event_npy/{data}", image, video)
+        return EventGptClip(clip.sequence, clip.name, f"event_npy/{data}", paths, video)
     except InputError as error:
-        return EventGptClip(file, f"{number:08d}", "", "", "", f"{where}: {error}")
+        return EventGptClip(file, f"{number:08d}", "", (), "", f"{where}: {error}")
 
 
 def _path(entry: dict[str, Any], key: str) -> str:
@@ -121,13 +126,13 @@ def _clip(sequence: str, name: str, event_bins: int) -> EventGptClip:
         sequence,
         name,
         npy=f"event_npy/{sequence}/{name}.npy",
-        image=f"{image_folder(event_bins)}/{sequence}/{name}_{event_bins // 2}.png",
+        images=tuple(f"{image_folder(event_bins)}/{sequence}/{name}_{i}.png" for i in range(event_bins)),
         video=f"video/{sequence}/{name}",
     )
 
 
 def _in_order(clips: Any) -> list[EventGptClip]:
-    return sorted(clips, key=lambda clip: (clip.sequence, natural(Path(clip.name)), clip.spec()["image"], clip.video))
+    return sorted(clips, key=lambda clip: (clip.sequence, natural(Path(clip.name)), clip.image, clip.video))
 
 
 def _entries(folder: Path) -> list[Path]:

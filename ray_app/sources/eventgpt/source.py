@@ -19,10 +19,19 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_app.errors import InputError
+from ray_app.errors import ConfigError, InputError
 from ray_app.events.render import equal_counts, event_image
 from ray_app.events.windows import format_duration, parse_duration
-from ray_app.sources.base import RawPair, RejectedPair, SourceTask, file_identity, require_visible
+from ray_app.sources.base import (
+    ONE_EACH,
+    RawPair,
+    RejectedPair,
+    SourceTask,
+    Views,
+    file_identity,
+    require_visible,
+    spread,
+)
 from ray_app.sources.eventgpt.clips import INSTRUCTIONS, EventGptClip, found_clips, image_folder, listed_clips
 from ray_app.sources.images import images_in, read_image
 from ray_app.sources.npy import events_of, read_npy
@@ -52,6 +61,8 @@ class EventGptSource:
     """The list; None: every clip that is found."""
     event_bins: int = 5
     """Event images of a clip, by equal event count: 5 or 1."""
+    views: Views = ONE_EACH
+    """Pictures of each pair."""
 
     name = "eventgpt"
 
@@ -63,12 +74,21 @@ class EventGptSource:
         step_us: int | None = None,
         instructions: Path | None = None,
         event_bins: int = 5,
+        views: Views = ONE_EACH,
     ) -> Self:
-        """Read from the folder's name (`…_500ms`) and its list what is not given."""
+        """Read from the folder's name (`…_500ms`) and its list what is not given.
+
+        ConfigError: other event images are wanted than the middle one or all.
+        """
+        if views.num_event_images not in (1, event_bins):
+            raise ConfigError(
+                f"--num-event-images ({views.num_event_images}): a clip has {event_bins} event images; take 1, the "
+                f"middle one, or all {event_bins}"
+            )
         duration_us = duration_us or named_duration(root) or 1_000_000
         step_us = step_us or (duration_us if duration_us <= ADJOINING_US else duration_us // 2)
         own = root / INSTRUCTIONS
-        return cls(root, duration_us, step_us, instructions or (own if own.is_file() else None), event_bins)
+        return cls(root, duration_us, step_us, instructions or (own if own.is_file() else None), event_bins, views)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -123,26 +143,38 @@ class EventGptSource:
     def _pair(self, clip: EventGptClip, number: int) -> RawPair:
         if clip.flaw:
             raise InputError(clip.flaw)
-        event_HWC, t_start_us = self._event_side(clip)
+        images, t_start_us = self._event_side(clip)
         if t_start_us is None:  # nominal: clips follow each other by `step`
             t_start_us = (int(clip.name) if clip.name.isdecimal() else number) * self.step_us
         folder = self.root / clip.video
         frames = images_in(folder) if folder.is_dir() else []
         if not frames:
             raise InputError(f"{folder} holds no frame")
-        target_HWC = read_image(frames[len(frames) // 2])
-        return RawPair(clip.sequence, t_start_us, t_start_us + self.duration_us, event_HWC, target_HWC)
+        several = self.views.num_frames > 1
+        wanted = spread(range(len(frames)), self.views.num_frames) if several else []
+        return RawPair(
+            clip.sequence,
+            t_start_us,
+            t_start_us + self.duration_us,
+            images[len(images) // 2],
+            read_image(frames[len(frames) // 2]),
+            event_images=tuple(images) if len(images) > 1 else (),
+            frames=tuple(read_image(frames[place]) for place in wanted),
+        )
 
-    def _event_side(self, clip: EventGptClip) -> tuple[NDArray[np.uint8], int | None]:
-        """Return the middle event image, and the start of the clip if its recording has one."""
-        npy, image = self.root / clip.npy, self.root / clip.image
-        if image.exists():
-            return read_image(image), None
+    def _event_side(self, clip: EventGptClip) -> tuple[list[NDArray[np.uint8]], int | None]:
+        """Return the event images that are wanted, and the start of the clip if its recording has one."""
+        one = self.views.num_event_images == 1
+        npy, paths = self.root / clip.npy, [self.root / path for path in ([clip.image] if one else clip.images)]
+        missing = next((path for path in paths if not path.exists()), None)
+        if missing is None:
+            return [read_image(path) for path in paths], None
         if not npy.exists():
-            raise InputError(f"{image} is missing, and so is {npy}")
+            raise InputError(f"{missing} is missing, and so is {npy}")
         content = read_npy(npy)
         events = events_of(content, *SENSOR, str(npy))
-        middle = event_image(equal_counts(events, self.event_bins)[self.event_bins // 2])
+        parts = equal_counts(events, self.event_bins)
+        drawn = [event_image(part) for part in ([parts[self.event_bins // 2]] if one else parts)]
         first_us, last_us = int(events.t_us[0]), int(events.t_us[-1])
         if last_us - first_us > self.duration_us + SLACK_US:
             raise InputError(
@@ -152,8 +184,8 @@ class EventGptSource:
             )
         start = content.get("time_start")
         if isinstance(start, int | np.integer):
-            return middle, int(start)
-        return middle, first_us if first_us >= SHORT_CLOCK_US else None
+            return drawn, int(start)
+        return drawn, first_us if first_us >= SHORT_CLOCK_US else None
 
 
 def named_duration(root: Path) -> int | None:

@@ -1,0 +1,1 @@
+"""Image encoders from local folders: pictures in, tokens out."""
