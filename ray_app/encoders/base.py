@@ -126,7 +126,7 @@ class VisionModel:
         except Exception as error:  # the library's checks of a config raise errors of many kinds
             raise InputError(
                 f"{self.folder}: its config is none of an image model of transformers "
-                f"({model_type}: {str(error).splitlines()[0]})."
+                f"({model_type}: {' '.join(str(error).split())})."
             ) from error
         if model_class.main_input_name != "pixel_values":
             raise InputError(

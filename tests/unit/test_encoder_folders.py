@@ -103,7 +103,7 @@ def test_a_projector_of_another_width_than_the_tower(tmp_path: Path) -> None:
 
 
 def test_a_language_model_takes_no_pictures(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 16}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert "is a LlamaModel, which takes input_ids, not pictures" in error_of(folder)
 
 
