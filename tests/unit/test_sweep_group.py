@@ -11,7 +11,7 @@ from waiting import wait_until
 from ray_app.commands.tune import trial
 from ray_app.commands.tune.trials import Trial
 from ray_app.config.train import TrainConfig
-from ray_app.runs import mirror
+from ray_app.runs import succession
 from ray_app.runs.event_log import entries
 from ray_app.runs.run_dir import STOP, RunDir
 from ray_app.store.filesystem import RemoteDir
@@ -21,7 +21,7 @@ def test_a_stop_of_the_sweeps_driver_stays_until_the_workers_have_seen_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The group's process has no such file of its own."""
-    monkeypatch.setattr(mirror, "SYNC_INTERVAL_S", 0.02)
+    monkeypatch.setattr(succession, "SYNC_INTERVAL_S", 0.02)
     there = RemoteDir(f"file://{tmp_path}/there", 1.0)
     driver, worker = RunDir(tmp_path / "driver", there), RunDir(tmp_path / "worker", there)
     driver.create({"name": "t"})
