@@ -103,8 +103,11 @@ def run_trial(config: dict[str, TrialSpec], placed: dict[str, SharedDataset]) ->
                 raise
             log_end(log, "FAILED", f"twice the same: {cause}")
         else:
-            if any(line["kind"] == "failed" for line in entries_since_start(run.path)):
+            kinds = [line["kind"] for line in entries_since_start(run.path)]
+            if "failed" in kinds:
                 log_end(log, "FAILED")
+            elif kinds[-1] not in ("run_ended", "stopped"):  # its last epoch was saved by a process that was killed
+                log_end(log, "FINISHED")
 
 
 def train_here(spec: TrialSpec, run: RunDir, log: EventLog, data: SharedDataset) -> None:
