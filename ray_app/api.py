@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ray_app.cluster.env_defaults import set_defaults
 from ray_app.config.base import TrackingFlags
 from ray_app.core.adapters.registry import num_parameters
 from ray_app.core.evaluation import AlignmentEvaluation, AlignmentEvaluator
@@ -187,6 +188,7 @@ def load(where: str | Path, *, tracking_uri: str | None = None) -> AlignmentMode
     name = str(where)
     with ExitStack() as stack:
         if name.startswith("models:"):
+            set_defaults()  # read by MLflow when it is imported
             from ray_app.tracking.model_registry import checkpoint_folder
 
             folder = stack.enter_context(checkpoint_folder(name, TrackingFlags(tracking_uri=tracking_uri)))
@@ -237,7 +239,6 @@ def train(store: str | Path, out: str | Path, **settings: Any) -> AlignmentModel
     """
     from pydantic import ValidationError
 
-    from ray_app.cluster.env_defaults import set_defaults
     from ray_app.config.train import TrainConfig
 
     try:
