@@ -42,6 +42,14 @@ def refuse_early(cfg: Config) -> None:
             refuse_training(cfg)
         case TuneConfig() if not cfg.watch:
             Manifest.read(cfg.store)
+        case TuneConfig() if not cfg.resume and not cfg.watch:
+            Manifest.read(cfg.store)
+            out = open_storage(cfg.out)
+            if isinstance(out, LocalDir) and out.exists() and (names := out.listdir()):
+                if "sweep.json" in names:
+                    resume = f"ray-app tune --resume {shlex.quote(cfg.out)}"
+                    raise StoreError(f"{out} holds a sweep already; resume it with `{resume}`, or name another `out`")
+                raise StoreError(f"{out} already holds something; name a new folder for the sweep")
         case ReportFlags():
             claim_report_folder(cfg.out)
             require_fit([cfg.checkpoint], cfg.store)

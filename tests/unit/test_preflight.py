@@ -24,6 +24,9 @@ def folder(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "mine").mkdir()
     (here / "mine" / "notes.txt").write_text("notes")
     (here / "sweep.yaml").write_text("store: nowhere\nout: new\nspace: {hidden_dim: [8]}\n")
+    space = "space: {learning_rate: [0.001, 0.002]}"
+    (here / "lost.yaml").write_text(f"store: nowhere\nout: new\n{space}\n")
+    (here / "taken.yaml").write_text(f"store: store\nout: mine\n{space}\n")
     return here
 
 
@@ -33,6 +36,8 @@ CASES = [
     ("train --store store --out run", "continue it with: ray-app train --resume run"),
     ("train --resume run", "was trained on pairs of fingerprint"),
     ("train --resume mine", "is not the folder of a run"),
+    ("tune lost.yaml", "nowhere does not exist"),
+    ("tune taken.yaml", "already holds something; name a new folder for the sweep"),
     ("evaluate --store nowhere --checkpoint run --out new", "nowhere does not exist"),
     ("evaluate --store store --checkpoint run --out mine", "already holds another file (notes.txt)"),
     ("evaluate --store vectors --checkpoint run --out new", "was trained on event features of width 768"),
