@@ -43,6 +43,8 @@ from ray_app.errors import ConfigError, EndpointBusy, EndpointError, EndpointUnr
 REQUEST_ID = "X-Request-Id"
 BUSY = (429, 503)
 """Statuses by which the endpoint asks for another attempt."""
+NO_ROUTES = b"for available routes"
+"""In Ray's answer 404, in plain text, to a path that it does not know."""
 BACKOFF = urllib3.Retry(total=None, allowed_methods=None, backoff_factor=0.05, backoff_max=1.0, backoff_jitter=0.05)
 """Pauses between attempts, in seconds, where no `Retry-After` names one: 0, then 0.1, doubling up to 1."""
 MAX_IDLE_CONNECTIONS = 64
@@ -231,10 +233,13 @@ def _piece(response: urllib3.BaseHTTPResponse, deadline: float, most: int, recei
 def worth_another(reply: Reply) -> bool:
     """Return True if the endpoint asks for another attempt, or if something else answered in its place.
 
-    The endpoint's own errors are `application/problem+json`; a 5xx of another type comes from a proxy.
+    The endpoint's own errors are `application/problem+json`; a 5xx of another type comes from a proxy, and so does
+    Ray's 404, which it answers for every path while it knows of no replica.
     """
-    ours = reply.headers.get("content-type", "").startswith("application/problem+json")
-    return reply.status in BUSY or (reply.status >= 500 and not ours)
+    if reply.headers.get("content-type", "").startswith("application/problem+json"):
+        return reply.status in BUSY
+    no_routes = reply.status == 404 and NO_ROUTES in bytes(reply.body[:4096])
+    return reply.status in BUSY or reply.status >= 500 or no_routes
 
 
 def asked_pause_s(reply: Reply) -> float:

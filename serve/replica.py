@@ -15,16 +15,17 @@ from ray_app.config.serve import EndpointConfig
 
 from .decoding.pool import DecodePool
 from .http.auth import TokenStore
+from .http.loopback import bind_grpc_to_loopback
 from .http.routes import build_api
 from .model.batcher import Batcher
-from .model.hot_reload import ModelReloader, ReloadOutcome, iso_time
+from .model.hot_reload import ModelReloader, ReloadOutcome, ReloadResult, iso_time
 from .model.loaded_model import ServedModel
 from .model.model_source import model_source
 from .model.predict import InferenceRequest, InferenceResult, predict
 from .observability.metrics import Telemetry
 from .observability.stats import Snapshot
 from .observability.tracing import Tracing
-from .protocol.body import MAX_DEPTH
+from .protocol.body import MAX_DEPTH, BodyBudget
 from .protocol.open_inference import Limits
 
 LOG = logging.getLogger("ray.serve")
@@ -60,9 +61,10 @@ class ReplicaState:
             observe=self.telemetry.batch,
         )
         self.decoders = DecodePool()
-        self.limits = Limits(self.model.features, cfg.max_batch)
         self.max_body_bytes = int(cfg.max_body_mib * MIB)
         self.max_json_bytes = int(min(cfg.max_json_mib, cfg.max_body_mib) * MIB)
+        self.limits = Limits(self.model.features, cfg.max_batch, self.max_json_bytes)
+        self.bodies = BodyBudget(int(cfg.max_bodies_mib * MIB))
         self.closing = False
         self._reload_task: asyncio.Task[None] | None = None
 
@@ -143,6 +145,7 @@ class ReplicaState:
                 "max_queue_rows": self.cfg.max_queue,
                 "max_body_bytes": self.max_body_bytes,
                 "max_json_bytes": self.max_json_bytes,
+                "max_bodies_bytes": self.bodies.max_bytes,
                 "json_depth": MAX_DEPTH,
                 "timeout_s": self.cfg.timeout_s,
             },
@@ -157,6 +160,7 @@ class Replica:
     """Ray Serve deployment. The model is loaded here: a replica that cannot load never starts."""
 
     def __init__(self, settings: dict[str, object]) -> None:
+        bind_grpc_to_loopback()
         cfg = EndpointConfig.model_validate(settings)
         context = serve.get_replica_context()
         self._app_name = context.app_name
@@ -173,12 +177,13 @@ class Replica:
         if self._state.cfg.most_replicas == 1:
             return [await getattr(self, method)()]
         handle = serve.get_deployment_handle(DEPLOYMENT, self._app_name)
-        results = await handle.broadcast(method).results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
-        return [result for result in results if not isinstance(result, Exception)]
+        responses = handle.broadcast(method)
+        return list(await responses.results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True))
 
-    async def reload(self) -> str:
+    async def reload(self) -> ReloadResult:
         """Check the model source now; a version that was refused is tried again."""
-        return await self._state.reload(retry_refused=True)
+        outcome = await self._state.reload(retry_refused=True)
+        return ReloadResult(outcome, self._state.reloader.reason(outcome))
 
     async def snapshot(self) -> Snapshot:
         """Numbers of this replica for `/v1/stats`."""

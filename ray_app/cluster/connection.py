@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import ray
 from ray.data.exceptions import ExecutionTimeoutError
@@ -14,6 +13,7 @@ from ray.exceptions import RayError
 from ray.train import ControllerError, TrainingFailedError
 
 from ray_app.cluster.interrupts import interrupt_after
+from ray_app.cluster.private_folder import keep_token_private, private_folder
 from ray_app.cluster.ray_internals import is_startup_timeout
 from ray_app.cluster.reachability import connection_error
 from ray_app.cluster.resources import ClusterInfo, cluster_info
@@ -46,6 +46,7 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
                     logging_level=logging.ERROR,
                     log_to_driver=False,
                     include_dashboard=dashboard if where == "local" else None,
+                    _temp_dir=str(private_folder() / "ray") if where == "local" else None,
                 )
         except (ConnectionError, RayError) as error:
             raise ResourceError(_no_cluster(where, str(error).splitlines()[0])) from error
@@ -61,7 +62,7 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
         try:
             info = cluster_info()
             if where == "local":
-                _keep_token_private()
+                keep_token_private()
                 print(f"started Ray on this machine: {info.cpus:g} CPUs, {info.gpus:g} GPUs", file=sys.stderr)
             yield info
         finally:
@@ -121,10 +122,3 @@ def _bare(error: RayAppError) -> RayAppError:
     cause = getattr(error, "cause", None)
     text = (cause if isinstance(cause, RayAppError) else error).args[0]
     return plain(text.partition("\nFailed to apply")[0])
-
-
-def _keep_token_private() -> None:
-    """Restrict the token file, which Ray writes readable by everyone on the machine."""
-    token = Path.home() / ".ray" / "auth_token"
-    if token.is_file() and token.stat().st_uid == os.getuid():
-        token.chmod(0o600)

@@ -1,5 +1,6 @@
 """Settings of the endpoint and of `serve`."""
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -43,6 +44,8 @@ class EndpointConfig(Config):
     """Largest request body in MiB, as sent and inflated."""
     max_json_mib: float = Field(default=8.0, gt=0.0)
     """Largest JSON request in MiB; parsing JSON delays all other requests, binary ones do not."""
+    max_bodies_mib: float = Field(default=256.0, gt=0.0)
+    """Memory in MiB that the bodies of all requests in progress may take; beyond it they are answered 429."""
     timeout_s: float = Field(default=10.0, gt=0.0)
     """Time limit of a request in seconds; a client may ask for less."""
     reload_interval_s: float = Field(default=10.0, gt=0.0)
@@ -59,6 +62,10 @@ class EndpointConfig(Config):
             )
         if self.token_file and self.no_auth:
             raise ConfigError("--token-file and --no-auth contradict each other; give only one of them.")
+        if self.max_bodies_mib < self.max_body_mib:
+            raise ConfigError(
+                f"--max-bodies-mib ({self.max_bodies_mib:g}) must be at least --max-body-mib ({self.max_body_mib:g})."
+            )
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
             raise ConfigError(
                 f"--max-replicas ({self.max_replicas}) must be at least --num-replicas ({self.num_replicas})."
@@ -108,7 +115,17 @@ class ServeConfig(EndpointConfig):
     @property
     def loopback(self) -> bool:
         """True if only this machine can reach the endpoint."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Return True for `localhost` and the addresses of the loopback interface, not for names that resemble them."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class ServeTokenConfig(Config):

@@ -98,6 +98,11 @@ class FeatureSpec(Config):
         return self.token_width is not None and self.encoder is None
 
     @property
+    def value_range(self) -> tuple[float, float] | None:
+        """Least and largest value that an adapter sees, where the stored type bounds them: 0 and 1 for pixels."""
+        return (0.0, 255 * self.scale) if self.dtype == "uint8" else None
+
+    @property
     def read_as(self) -> Literal["uint8", "float16", "float32"]:
         """Type of a number in memory."""
         return "float32" if self.dtype == "bfloat16" else self.dtype

@@ -1,5 +1,6 @@
 """The endpoint's token file: one `NAME:SCOPE[,SCOPE]:SHA256` a line. Secrets themselves are never stored."""
 
+import fcntl
 import hashlib
 import os
 import re
@@ -30,45 +31,66 @@ class Token:
 
 def read_tokens(path: Path) -> list[Token]:
     """Read all tokens. ConfigError: unreadable, writable by others, empty, or a line that is not a token."""
+    tokens, error = valid_tokens(path)
+    if error or not tokens:
+        raise ConfigError(error or no_token(path))
+    return tokens
+
+
+def no_token(path: Path) -> str:
+    """Return what is wrong with a file that has no token."""
+    return f"{path} has no token; create one with `ray-app serve-token create NAME --token-file {path}`."
+
+
+def valid_tokens(path: Path) -> tuple[list[Token], str | None]:
+    """Return the tokens of the lines that can be read, and what is wrong with the first that cannot.
+
+    Of a file that cannot be read, or that others may have written, no token is valid.
+    """
     try:
         mode = path.stat().st_mode
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the token file {path} cannot be read: {error}") from error
+        return [], f"the token file {path} cannot be read: {error}"
     if stat.S_IMODE(mode) & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(f"the token file {path} can be written by others; run `chmod 600 {path}`.")
+        return [], f"the token file {path} can be written by others; run `chmod 600 {path}`."
     tokens: list[Token] = []
+    first_error = None
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
         match = LINE.fullmatch(line.strip())
         scopes = frozenset(match["scopes"].split(",")) if match else frozenset()
         if match is None or not scopes <= set(SCOPES):
-            raise ConfigError(
+            first_error = first_error or (
                 f"{path} line {number} is not a token; a line is NAME:infer,admin:SHA256, as written by "
                 "`ray-app serve-token create NAME --token-file FILE`."
             )
-        tokens.append(Token(match["name"], scopes, match["sha256"]))
-    if not tokens:
-        raise ConfigError(
-            f"{path} has no token; create one with `ray-app serve-token create NAME --token-file {path}`."
-        )
-    return tokens
+        else:
+            tokens.append(Token(match["name"], scopes, match["sha256"]))
+    return tokens, first_error
 
 
 def append_token(path: Path, name: str, scopes: Sequence[str]) -> str:
-    """Add a token to the file and return its secret. ConfigError: the name is taken or not allowed."""
+    """Add a token to the file and return its secret. ConfigError: the name is taken or not allowed, or a bad file."""
     if not NAME.fullmatch(name):
         raise ConfigError(
             f"token name '{name}' is not allowed; use 1 to 64 letters, digits, dots, dashes or underscores."
         )
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    if any(line.partition(":")[0] == name for line in lines):
-        raise ConfigError(f"{path} already has a token '{name}'; use another name, or delete its line first.")
     secret = secrets.token_urlsafe(32)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(handle, "a", encoding="utf-8") as out:
-        out.write(f"{name}:{','.join(scopes)}:{sha256_of(secret.encode())}\n")
+    try:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # two that add the same name at a time
+            text = file.read()
+            tokens, damage = valid_tokens(path)
+            if damage:
+                raise ConfigError(damage)
+            if any(token.name == name for token in tokens):
+                raise ConfigError(f"{path} already has a token '{name}'; use another name, or delete its line first.")
+            start = "\n" if text and not text.endswith("\n") else ""
+            file.write(f"{start}{name}:{','.join(scopes)}:{sha256_of(secret.encode())}\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the token file {path} cannot be written: {error}") from error
     return secret
 
 

@@ -1,26 +1,31 @@
-"""Bearer tokens of requests, compared in constant time; the token file is read again when it changes."""
+"""Bearer tokens of requests, compared in constant time; the token file is read again when it changes.
+
+What is not in the file now is not valid, whatever the reason: a deleted, emptied or damaged file lets fewer in.
+"""
 
 import hmac
+import json
+import logging
 import os
 import time
 from pathlib import Path
 
-from ray_app.errors import ConfigError
-from ray_app.store.token_file import read_tokens, sha256_of
+from ray_app.store.token_file import no_token, read_tokens, sha256_of, valid_tokens
 
 from ..protocol.errors import ApiError
 
+LOG = logging.getLogger("ray.serve")
 TOKEN_POLL_INTERVAL_S = 1.0
 """Time between two checks of the file."""
 
 
 class TokenStore:
-    """Tokens that are valid now. A file that became unreadable changes nothing."""
+    """Tokens that are valid now: those of the lines of the file that can be read."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.error: str | None = None
-        """Why the file could not be read the last time; None if it could."""
+        """Error of the file that was found last; None if there is none."""
         self._file_id = self._stat()  # before it is read: a change in between is seen the next time
         self._tokens = read_tokens(path) if path else []
         self._checked = time.monotonic()
@@ -56,10 +61,14 @@ class TokenStore:
         if file_id == self._file_id:
             return
         assert self.path is not None
-        try:
-            self._tokens, self._file_id, self.error = read_tokens(self.path), file_id, None
-        except ConfigError as error:
-            self.error = str(error)
+        before = {token.sha256 for token in self._tokens}
+        self._tokens, self.error = valid_tokens(self.path)
+        self._file_id = file_id
+        if not self._tokens:
+            self.error = self.error or no_token(self.path)
+        revoked = len(before - {token.sha256 for token in self._tokens})
+        line = {"event": "tokens", "valid": len(self._tokens), "revoked": revoked, "error": self.error}
+        LOG.log(logging.WARNING if self.error else logging.INFO, json.dumps(line))
 
     def _stat(self) -> tuple[int, int, int] | None:
         if self.path is None:

@@ -6,13 +6,16 @@ import logging
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ray_app.config.serve import is_loopback
+
+from ..protocol.body import BodyShare, read_body
 from ..protocol.errors import PROBLEM_JSON, ApiError
 
 if TYPE_CHECKING:
@@ -24,8 +27,8 @@ OPEN = {"/", "/openapi.json", "/v2/health/live", "/v2/health/ready"}
 ADMIN = {"/v1/reload"}
 REFUSAL_LOG_INTERVAL_S = 1.0
 """While the queue is full, one line per interval is logged, with the number of requests refused meanwhile."""
-LOCAL = ("localhost", "127.0.0.1", "[::1]")
 UNSAFE = re.compile(r"[^A-Za-z0-9._:/+-]")
+AUTHORITY = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9.-]+))(?::[0-9]{1,5})?")
 TIMEOUT = b"x-request-timeout-ms"
 MODEL_PATH = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?"
 TEMPLATES = (
@@ -58,6 +61,8 @@ class RequestContext:
     """Header values by lower-case name; the last one of several."""
     route: str
     """Path with parameters left in braces, the label of metrics; `other` for an unknown path."""
+    share: BodyShare
+    """Share of its body in the memory for bodies."""
     model: str | None = None
     """Model named in the path."""
     model_version: str | None = None
@@ -82,7 +87,7 @@ class RequestContext:
     """Seconds by part of the request, for Server-Timing."""
 
     @staticmethod
-    def of(scope: Scope) -> "RequestContext":
+    def of(scope: Scope, share: BodyShare) -> "RequestContext":
         """Read the request line and headers; never fails."""
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         headers = dict(scope["headers"])
@@ -96,6 +101,7 @@ class RequestContext:
             method=scope["method"] if scope["method"] in METHODS else "OTHER",
             headers=headers,
             route=route,
+            share=share,
             model=named["model"] if named else None,
             model_version=named["version"] if named else None,
             request_id=UNSAFE.sub("_", headers.get(b"x-request-id", b"").decode("latin-1")[:128]),
@@ -110,14 +116,22 @@ class RequestContext:
                     400, "parameter", "x-request-timeout-ms must be a number of milliseconds, such as 250."
                 )
             granted = min(granted, float(text) / 1e3)
-        if asked_us:
-            granted = min(granted, asked_us / 1e6)
+        if asked_us and asked_us < granted * 1e6:
+            granted = asked_us / 1e6
         return max(granted - (time.perf_counter() - self.started), 0.0)
 
 
 def context_of(request: Request) -> tuple["ReplicaState", RequestContext]:
     """Return the replica and the context of a request inside of `RequestMiddleware`."""
     return request.scope["ray_app.replica"], request.scope["ray_app.request"]
+
+
+async def body_of(request: Request, limit: int, raw_at: int = 0) -> memoryview:
+    """Read the body of a request, as `read_body` does; its size is counted in the metrics."""
+    replica, ctx = context_of(request)
+    body = await read_body(ctx.headers, request.receive, limit, ctx.share, raw_at)
+    replica.telemetry.body(len(body))
+    return body
 
 
 class RequestMiddleware:
@@ -131,14 +145,14 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        ctx = RequestContext.of(scope)
+        ctx = RequestContext.of(scope, self._replica.bodies.hold())
         sender = ResponseSender(ctx, send, id_is_sent_by_ray=bool(ctx.request_id))
         ctx.request_id = ctx.request_id or f"{random.getrandbits(128):032x}"
         scope["ray_app.request"], scope["ray_app.replica"] = ctx, self._replica
         self._replica.telemetry.in_flight += 1
         try:
             with self._replica.tracing.request(ctx):
-                self._authenticate(ctx)
+                self._authenticate(ctx, scope["headers"])
                 if ctx.method == "HEAD":  # answered as GET; the HTTP server leaves out the body
                     scope = {**scope, "method": "GET"}
                 await self._app(scope, with_deadline(receive, ctx, self._replica.cfg.timeout_s), sender.send)
@@ -151,14 +165,15 @@ class RequestMiddleware:
                 await sender.problem(ApiError(500, "internal", detail))
         finally:
             self._replica.telemetry.in_flight -= 1
+            ctx.share.release()
             self._record(ctx, sender.code or 499)
 
-    def _authenticate(self, ctx: RequestContext) -> None:
+    def _authenticate(self, ctx: RequestContext, headers: Iterable[tuple[bytes, bytes]]) -> None:
         if ctx.path not in OPEN:
             scope_needed = "admin" if ctx.path in ADMIN else "infer"
             ctx.token = self._replica.tokens.check(ctx.headers.get(b"authorization"), scope_needed)
         if self._replica.tokens.path is None and not self._replica.cfg.no_auth:
-            require_local(ctx)
+            require_local(headers)
 
     def _record(self, ctx: RequestContext, code: int) -> None:
         seconds = time.perf_counter() - ctx.started
@@ -241,13 +256,20 @@ def with_deadline(receive: Receive, ctx: RequestContext, limit_s: float) -> Rece
     return bounded
 
 
-def require_local(ctx: RequestContext) -> None:
+def require_local(headers: Iterable[tuple[bytes, bytes]]) -> None:
     """ApiError 403 for a request from another site's page, which a browser on this machine could be made to send."""
-    host = ctx.headers.get(b"host", b"localhost").decode("latin-1").rpartition(":")
-    name = host[0] if host[0] and host[2].isdigit() else "".join(host)
-    if name.lower() not in LOCAL and not name.startswith("127."):
-        raise ApiError(
-            403, "forbidden", "without tokens this endpoint answers only as localhost; serve it with --token-file."
-        )
-    if ctx.headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
-        raise ApiError(403, "forbidden", "pages of other sites are refused without tokens; serve with --token-file.")
+    for name, value in headers:
+        text = value.decode("latin-1")
+        if name == b"host" and not is_loopback(host_of(text)):
+            detail = "without tokens this endpoint answers only as localhost; serve it with --token-file."
+            raise ApiError(403, "forbidden", detail)
+        foreign = name == b"origin" and not is_loopback(host_of(text.partition("://")[2]))
+        if foreign or (name == b"sec-fetch-site" and text in ("cross-site", "same-site")):
+            detail = "pages of other sites are refused without tokens; serve with --token-file."
+            raise ApiError(403, "forbidden", detail)
+
+
+def host_of(authority: str) -> str:
+    """Return the host of `HOST`, `HOST:PORT` or `[IPV6]:PORT`, empty if it is none of them."""
+    matched = AUTHORITY.fullmatch(authority)
+    return (matched["v6"] or matched["name"]) if matched else ""

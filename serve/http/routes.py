@@ -29,7 +29,7 @@ CSP = (
 MODEL_PATHS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 
 Broadcast = Callable[[str], Awaitable[list[Any]]]
-"""Calls a method on every replica."""
+"""Calls a method on every replica; what a replica raised is in its place."""
 
 
 def build_api(replica: "ReplicaState", broadcast: Broadcast) -> FastAPI:
@@ -53,12 +53,12 @@ def build_api(replica: "ReplicaState", broadcast: Broadcast) -> FastAPI:
 
     async def reload(_: Request) -> Response:
         """Check the model source now, on every replica; a version that was refused is tried again."""
-        outcomes = await broadcast("reload")
+        results = require_answers(await broadcast("reload"), all_of_them=True)
+        for outcome, status, code in (("refused", 409, "refused"), ("unreachable", 503, "unreachable")):
+            if reasons := [result.reason for result in results if result.outcome == outcome]:
+                raise ApiError(status, code, reasons[0])
+        outcomes = [result.outcome for result in results]
         about = replica.about()
-        if "refused" in outcomes and about["refused"]:
-            raise ApiError(409, "refused", f"version {about['refused']['version']}: {about['refused']['reason']}")
-        if "unreachable" in outcomes:
-            raise ApiError(503, "unreachable", f"the registry does not answer: {about['watch']['last_error']}")
         action = "swapped" if "swapped" in outcomes else "unchanged"
         return JSONResponse(
             {"action": action, "version": about["version"], "digest": about["digest"], "replicas": outcomes}
@@ -66,18 +66,19 @@ def build_api(replica: "ReplicaState", broadcast: Broadcast) -> FastAPI:
 
     async def metrics(_: Request) -> Response:
         """Prometheus series of every replica, distinguished by the label `replica`."""
-        texts = await broadcast("exposition")
+        texts = require_answers(await broadcast("exposition"))
         return PlainTextResponse(merged(texts), media_type="text/plain; version=1.0.0; charset=utf-8")
 
     async def stats(_: Request) -> Response:
         """Live numbers of all replicas."""
-        parts = await broadcast("snapshot")
+        parts = require_answers(await broadcast("snapshot"))
         return JSONResponse(summed(parts, replica.model.evaluation_record, replica.model.identity.digest))
 
     async def console(_: Request) -> Response:
         """Return the console's page."""
         return HTMLResponse(
-            CONSOLE.read_bytes(), headers={"content-security-policy": CSP, "cache-control": "no-cache"}
+            CONSOLE.read_bytes(),
+            headers={"content-security-policy": CSP, "cache-control": "no-cache", "referrer-policy": "no-referrer"},
         )
 
     def get(path: str, handler: Callable[..., Any], *codes: int, **more: Any) -> None:
@@ -86,9 +87,9 @@ def build_api(replica: "ReplicaState", broadcast: Broadcast) -> FastAPI:
         )
 
     get("/", console, include_in_schema=False)
-    get("/metrics", metrics, 401, response_class=PlainTextResponse)
+    get("/metrics", metrics, 401, 503, response_class=PlainTextResponse)
     get("/v1/model", v1.model, 401)
-    get("/v1/stats", stats, 401)
+    get("/v1/stats", stats, 401, 503)
     get("/v2", v2.server_metadata, 401)
     get("/v2/health/live", v2.live)
     get("/v2/health/ready", v2.ready, 503)
@@ -107,6 +108,20 @@ def build_api(replica: "ReplicaState", broadcast: Broadcast) -> FastAPI:
     app.add_middleware(RequestMiddleware, replica=replica)
     app.openapi = describe_infer(app, bool(replica.tokens.path))  # type: ignore[method-assign]
     return app
+
+
+def require_answers(results: list[Any], all_of_them: bool = False) -> list[Any]:
+    """Return what replicas answered. ApiError 503: none did, or not `all_of_them`; it says why the first did not."""
+    failures = [result for result in results if isinstance(result, Exception)]
+    if failures and (all_of_them or len(failures) == len(results)):
+        cause = getattr(failures[0], "cause", None) or failures[0]  # Ray wraps what a replica raised
+        raise ApiError(
+            503,
+            "replica_failed",
+            f"{len(failures)} of {len(results)} replicas did not answer: {type(cause).__name__}: {cause}; ask again, "
+            "and see their log.",
+        )
+    return [result for result in results if not isinstance(result, Exception)]
 
 
 async def as_api_error(request: Request, error: Exception) -> Response:

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from ..decoding.job import DecodeJob
 from ..model.predict import InferenceRequest, InferenceResult, gathered
-from ..protocol.body import read_body
 from ..protocol.errors import ApiError
 from ..protocol.inputs import decode_job, parse_request, pixels, png_of, require_pixels, rows_of
 from ..protocol.schemas import AlignRequest, Picture, Recording, VerifyRequest
-from .request import context_of
+from .request import body_of, context_of
 
 if TYPE_CHECKING:
     from ..replica import ReplicaState
@@ -80,8 +79,7 @@ async def read_request(request: Request, kind: type[AlignRequest]) -> tuple[Alig
 
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content_type in IMAGES | {EVENTS} and kind is AlignRequest:
-        body = await read_body(ctx.headers, request.receive, replica.max_body_bytes)
-        replica.telemetry.body(len(body))
+        body = await body_of(request, replica.max_body_bytes)
         asked = from_query(request)
         spec = replica.limits.features.event
         value = Picture(png="") if content_type in IMAGES else Recording(recording="")
@@ -94,8 +92,7 @@ async def read_request(request: Request, kind: type[AlignRequest]) -> tuple[Alig
             "content_type",
             f"Content-Type '{content_type[:60]}' is not supported here; send {' or '.join(takes)}.",
         )
-    body = await read_body(ctx.headers, request.receive, replica.max_json_bytes)
-    replica.telemetry.body(len(body))
+    body = await body_of(request, replica.max_json_bytes)
     asked = await asyncio.to_thread(parse_request, body, kind)
     return (asked, *await rows_of(asked, replica.limits, decode))
 

@@ -11,10 +11,9 @@ from starlette.types import Receive, Scope, Send
 from ray_app.datatypes import V2_DATATYPES
 
 from ..model.predict import InferenceRequest
-from ..protocol.body import read_body
 from ..protocol.errors import ApiError
 from ..protocol.open_inference import OUTPUTS, parse_infer, render_infer
-from .request import RequestContext, context_of
+from .request import RequestContext, body_of, context_of
 
 if TYPE_CHECKING:
     from ..replica import ReplicaState
@@ -48,8 +47,7 @@ async def infer(request: Request) -> Response:
     raw_at = int(header_length) if header_length and header_length.isdigit() and len(header_length) < 9 else 0
     limit = replica.max_body_bytes if header_length else replica.max_json_bytes
     with replica.batcher.reserve_slot():
-        body = await read_body(ctx.headers, request.receive, limit, raw_at)
-    replica.telemetry.body(len(body))
+        body = await body_of(request, limit, raw_at)
     read_at = time.perf_counter()
     asked = parse_infer(body, header_length, replica.limits)
     work = InferenceRequest(asked.event_BE, asked.target_BD, aligned="aligned" in asked.outputs)

@@ -17,6 +17,16 @@ ReloadOutcome = Literal["swapped", "unchanged", "refused", "unreachable"]
 
 
 @dataclass(frozen=True, slots=True)
+class ReloadResult:
+    """Answer of one replica that was asked to check the model source."""
+
+    outcome: ReloadOutcome
+    """Outcome of the check."""
+    reason: str = ""
+    """Sentence about a model that was refused, or a source that does not answer."""
+
+
+@dataclass(frozen=True, slots=True)
 class RejectedModel:
     """A version that was refused."""
 
@@ -99,6 +109,12 @@ class ModelReloader:
                 f"{model.identity.source} takes {model.features.event}, the model in service "
                 f"{self.model.features.event}; start another endpoint for it."
             )
+
+    def reason(self, outcome: ReloadOutcome) -> str:
+        """Return the sentence that explains the outcome of the last check."""
+        if outcome == "refused" and self.refused:
+            return f"version {self.refused.identity.version}: {self.refused.reason}"
+        return f"the model source does not answer: {self.watch.last_error}" if outcome == "unreachable" else ""
 
     def status(self) -> dict[str, Any]:
         """Last refusal as JSON values, empty if there is none."""

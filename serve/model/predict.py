@@ -16,6 +16,8 @@ from ..protocol.errors import ApiError
 from .loaded_model import ServedModel
 
 CPU = torch.device("cpu")
+RANGE_SLACK = 0.5
+"""Part of the range by which values may be beyond it, as those of a bicubic resize are; others have another scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class InferenceResult:
 
 @torch.inference_mode()
 def predict(model: ServedModel, works: Sequence[InferenceRequest]) -> list[InferenceResult | ApiError]:
-    """Return an answer for each request, or an ApiError 422: a number that is not finite, or a zero vector."""
+    """Return an answer for each request, or an ApiError 422: not finite, not in the range of pixels, all zeros."""
     features = model.features
     event_NE = gathered([work.event_BE for work in works], features.event, model.device)
     aligned_ND = model.forward(event_NE)
@@ -65,6 +67,7 @@ def predict(model: ServedModel, works: Sequence[InferenceRequest]) -> list[Infer
         start += work.rows
         answers.append(
             input_error(event_norm_N[own], "event")
+            or range_error(work.event_BE, features.event, "event")
             or output_error(norm_N[own], model)
             or _answer(model, work, event_NE[own], aligned_ND[own])
         )
@@ -78,6 +81,8 @@ def _answer(
     if work.target_BD is not None:
         target_BD = gathered([work.target_BD], model.features.target, model.device)
         if problem := input_error(torch.linalg.vector_norm(target_BD, dim=1), "target"):
+            return problem
+        if problem := range_error(work.target_BD, model.features.target, "target"):
             return problem
         width = model.features.target.token_width
         cos_B = pair_cosine(aligned_BD, target_BD, width).cpu()
@@ -122,6 +127,23 @@ def input_error(norm_B: Tensor, name: str) -> ApiError | None:
         422,
         "zero_norm",
         f"'{name}' row {_list(zero)} is all zeros; a zero vector has no direction to compare, so leave it out.",
+    )
+
+
+def range_error(values_BW: Tensor, spec: FeatureSpec, name: str) -> ApiError | None:
+    """Error 422 if values of pixels, sent as floats, are beyond those that the model was trained on."""
+    if spec.value_range is None or values_BW.dtype == torch.uint8:
+        return None
+    low, high = spec.value_range
+    least, largest = (float(bound) for bound in torch.aminmax(values_BW))
+    slack = RANGE_SLACK * (high - low)
+    if low - slack <= least and largest <= high + slack:
+        return None
+    return ApiError(
+        422,
+        "range",
+        f"'{name}' has values from {least:g} to {largest:g}, pixels of this model are values from {low:g} to "
+        f"{high:g}: divide by {1 / spec.scale:g}, or send UINT8.",
     )
 
 

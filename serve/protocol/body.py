@@ -1,7 +1,7 @@
 """A request's body: bytes bounded as they arrive and as they are inflated, JSON bounded in depth, without NaN."""
 
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,10 @@ ALIGN = 64
 DRAIN_FACTOR = 4
 """A refused body is read and dropped up to this many times the limit, so that its sender reads the answer."""
 WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+PIECE = 2**16
+"""Bytes that are inflated at a time."""
+MAX_MEMBERS = 1024
+"""Members of a gzip body."""
 MAX_DEPTH = 16
 """Nesting of lists and objects in JSON."""
 JSON_TYPES = {
@@ -30,32 +34,73 @@ JSON_TYPES = {
 }
 
 
-async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int, raw_at: int = 0) -> memoryview:
+class BodyBudget:
+    """Bytes of the bodies that a replica holds, all requests together. Used from one event loop."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.held_bytes = 0
+
+    def hold(self) -> "BodyShare":
+        """Return the share of one request, empty so far."""
+        return BodyShare(self)
+
+
+class BodyShare:
+    """Part of the budget that the body of one request takes, until it is released."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self.num_bytes = 0
+
+    def grow(self, num_bytes: int) -> None:
+        """Take `num_bytes` more. ApiError 429: others have taken all, and have to end first."""
+        budget = self._budget
+        if budget.held_bytes + num_bytes > budget.max_bytes:
+            taken = f"the bodies of requests in progress take {budget.held_bytes:,} bytes"
+            detail = f"{taken}, the limit is {budget.max_bytes:,}; try again in 1 s."
+            raise ApiError(429, "busy", detail, {"retry-after": "1"})
+        budget.held_bytes += num_bytes
+        self.num_bytes += num_bytes
+
+    def release(self) -> None:
+        """Give all of it back."""
+        self._budget.held_bytes -= self.num_bytes
+        self.num_bytes = 0
+
+
+async def read_body(
+    headers: Mapping[bytes, bytes], receive: Receive, limit: int, share: BodyShare, raw_at: int = 0
+) -> memoryview:
     """Read at most `limit` bytes, inflated as Content-Encoding says; the result is writable.
 
-    `raw_at` is the offset of raw tensors, which get aligned. ApiError 413: too large; 400: damaged.
+    Memory follows what has arrived, whatever Content-Length announces. `raw_at` is the offset of raw tensors, which
+    get aligned. ApiError 413: too large; 429: too many bodies at a time; 400: damaged.
     """
     encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
     if encoding not in ("identity", "", *WINDOW_BITS):
         raise ApiError(415, "encoding", f"Content-Encoding '{encoding[:40]}' is not supported; send gzip or deflate.")
     parts = chunks(receive)
-    declared = headers.get(b"content-length")
-    size = int(declared) if declared is not None and declared.isdigit() else None
-    if size is not None and size > limit:
+    declared = headers.get(b"content-length", b"")
+    if declared.isdigit() and int(declared) > limit:
         await drain(parts, DRAIN_FACTOR * limit)
-        raise too_large(f"{size:,}", limit)
+        raise too_large(f"{int(declared):,}", limit)
     pad = -raw_at % ALIGN
-    if encoding in WINDOW_BITS:
-        return await _inflated(parts, WINDOW_BITS[encoding], limit, pad)
-    buffer = bytearray(pad + (size or 0))
-    end = pad
+    buffer, received = bytearray(pad), 0
+    inflated = Inflated(encoding) if encoding in WINDOW_BITS else None
     async for chunk in parts:
-        if end + len(chunk) - pad > limit:
-            await drain(parts, DRAIN_FACTOR * limit)
-            raise too_large(f"more than {limit:,}", limit)
-        buffer[end : end + len(chunk)] = chunk
-        end += len(chunk)
-    return memoryview(buffer)[pad:end]
+        received += len(chunk)
+        for piece in inflated.pieces(chunk) if inflated else (chunk,):
+            if max(received, len(buffer) - pad + len(piece)) > limit:
+                share.release()
+                buffer.clear()
+                await drain(parts, DRAIN_FACTOR * limit)
+                raise too_large(f"more than {limit:,}{' when inflated' if inflated else ''}", limit)
+            share.grow(len(piece))
+            buffer += piece
+    if inflated and not inflated.ended:
+        raise ApiError(400, "encoding", "the compressed body is cut short; send it again.")
+    return memoryview(buffer)[pad:]
 
 
 async def chunks(receive: Receive) -> AsyncIterator[bytes]:
@@ -78,23 +123,39 @@ async def drain(parts: AsyncIterator[bytes], max_bytes: int) -> None:
             return
 
 
-async def _inflated(parts: AsyncIterator[bytes], window_bits: int, limit: int, pad: int) -> memoryview:
-    inflater = zlib.decompressobj(window_bits)
-    buffer = bytearray(pad)
-    try:
-        async for chunk in parts:
-            data = chunk
-            while data:
-                buffer += inflater.decompress(data, limit + pad - len(buffer) + 1)
-                if len(buffer) - pad > limit:
-                    await drain(parts, DRAIN_FACTOR * limit)
-                    raise too_large(f"more than {limit:,} when inflated", limit)
-                data = inflater.unconsumed_tail
-    except zlib.error as error:
-        raise ApiError(400, "encoding", f"the compressed body is damaged ({error}); send it again.") from error
-    if not inflater.eof:
-        raise ApiError(400, "encoding", "the compressed body is cut short; send it again.")
-    return memoryview(buffer)[pad:]
+class Inflated:
+    """A compressed body as it arrives: one stream of zlib, or members of gzip (RFC 1952) one after the other."""
+
+    def __init__(self, encoding: str) -> None:
+        self._window_bits = WINDOW_BITS[encoding]
+        self._members_left = MAX_MEMBERS if encoding == "gzip" else 1
+        self._start()
+
+    def _start(self) -> None:
+        if not self._members_left:
+            raise ApiError(400, "encoding", "bytes follow the end of the compressed body; send it without them.")
+        self._members_left -= 1
+        self._stream = zlib.decompressobj(self._window_bits)
+
+    @property
+    def ended(self) -> bool:
+        """True if nothing of the last member is missing."""
+        return self._stream.eof
+
+    def pieces(self, chunk: bytes) -> Iterator[bytes]:
+        """Yield what a part inflates to, in pieces of at most `PIECE` bytes. ApiError 400: damaged."""
+        try:
+            for start in range(0, len(chunk), PIECE):
+                data, piece = chunk[start : start + PIECE], b""
+                while data or len(piece) == PIECE:  # a full piece: the stream may hold more
+                    if self._stream.eof:
+                        if not data:
+                            break
+                        self._start()
+                    yield (piece := self._stream.decompress(data, PIECE))
+                    data = self._stream.unconsumed_tail or self._stream.unused_data
+        except zlib.error as error:
+            raise ApiError(400, "encoding", f"the compressed body is damaged ({error}); send it again.") from error
 
 
 def too_large(size: str, limit: int) -> ApiError:
@@ -142,6 +203,11 @@ def number_rows(value: Any, width: int, name: str) -> Tensor:
     except OverflowError as error:
         raise ApiError(422, "not_finite", f"'{name}' contains a whole number beyond float64.") from error
     return torch.from_numpy(values)
+
+
+def present(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the members that are not null: what many clients write for a value that they do not give."""
+    return {name: value for name, value in document.items() if value is not None}
 
 
 def json_type_name(value: Any) -> str:

@@ -20,23 +20,37 @@ from torch import Tensor
 from ray_app.store.manifest import FeatureSpec
 
 from ..decoding.job import DecodeJob
-from .body import number_rows, parse_object
+from .body import number_rows, parse_object, present
 from .errors import ApiError
 from .open_inference import Limits, raw_rows, same_rows
 from .schemas import AlignRequest, Picture, RawTensor, Recording
 
 Decode = Callable[[DecodeJob, bytes], Awaitable[NDArray[np.uint8]]]
 """Decodes a picture or recording in another process."""
+MAX_MEMBERS = 20
+"""Largest number of members of an object in a request; each unknown one would cost an error of its own."""
 
 
 def parse_request(body: memoryview, kind: type[AlignRequest]) -> AlignRequest:
     """Parse a JSON body. ApiError 400: not JSON; 422: the member that does not fit."""
     try:
-        return kind.model_validate(parse_object(body))
+        document = few_members(parse_object(body))
+        forms = {name: few_members(value) for name, value in document.items() if isinstance(value, dict)}
+        return kind.model_validate(document | forms)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"][:6])
+        where = ".".join(str(part)[:40] for part in first["loc"][:6])
         raise ApiError(422, code_of(first), f"{where or 'the request'}: {first['msg']}.") from error
+
+
+def few_members(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the members that are not null. ApiError 422: so many that most are unknown, each of which costs time."""
+    if len(document) > MAX_MEMBERS:
+        detail = (
+            f"an object has {len(document):,} members, the limit is {MAX_MEMBERS}; leave out those of no meaning."
+        )
+        raise ApiError(422, "unknown_field", detail)
+    return present(document)
 
 
 def code_of(error: Mapping[str, Any]) -> str:

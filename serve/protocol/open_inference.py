@@ -15,7 +15,7 @@ from torch import Tensor
 from ray_app.datatypes import V2_DATATYPES
 from ray_app.store.manifest import Features, FeatureSpec
 
-from .body import json_type_name, number_rows, parse_object, parse_theta
+from .body import json_type_name, number_rows, parse_object, parse_theta, present
 from .errors import ApiError
 
 DTYPES: dict[str, torch.dtype] = {v2: getattr(torch, name) for name, v2 in V2_DATATYPES.items()}
@@ -34,6 +34,8 @@ class Limits:
     """Widths and types of both sides."""
     max_batch: int
     """Largest number of pairs in a request."""
+    max_json_bytes: int
+    """Largest size of JSON, with tensors behind it or without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,10 @@ class InferRequest:
 def parse_infer(body: memoryview, header_length: bytes | None, limits: Limits) -> InferRequest:
     """Parse a request's body. ApiError 4xx says what is wrong and what to send instead."""
     split = len(body) if header_length is None else _header_length(header_length, len(body))
-    header, raw = parse_object(body[:split]), body[split:]
+    if split > limits.max_json_bytes:
+        limit = limits.max_json_bytes
+        raise ApiError(413, "too_large", f"the JSON header has {split:,} bytes, the limit is {limit:,}.")
+    header, raw = present(parse_object(body[:split])), body[split:]
     _known(header, {"id", "parameters", "inputs", "outputs"}, "the request")
     if "id" in header and not isinstance(header["id"], str):
         raise ApiError(400, "bad_header", f"'id' is {json_type_name(header['id'])}; it must be text.")
@@ -166,6 +171,7 @@ def same_rows(event_BE: Tensor, target_BD: Tensor | None) -> None:
 
 def _input(item: dict[str, Any], raw: memoryview, start: int, limits: Limits) -> tuple[str, Tensor, int]:
     """Return the input's name, its rows, and the offset of the next raw tensor."""
+    item = present(item)
     _known(item, {"name", "shape", "datatype", "parameters", "data"}, "an input")
     name = item.get("name")
     if name not in ("event", "target"):
@@ -220,6 +226,7 @@ def _outputs(header: dict[str, Any], parameters: dict[str, Any], has_target: boo
         return {name: binary for name in OUTPUTS if has_target or name not in OF_TARGET}
     outputs: dict[str, bool] = {}
     for item in _items(header, "outputs"):
+        item = present(item)
         _known(item, {"name", "parameters"}, "an output")
         name = item.get("name")
         if not isinstance(name, str) or name not in OUTPUTS:
@@ -259,6 +266,7 @@ def _parameters(item: dict[str, Any], known: set[str], where: str) -> dict[str, 
         raise ApiError(
             400, "bad_header", f"'parameters' of {where} is {json_type_name(parameters)}; it must be an object."
         )
+    parameters = present(parameters)
     _known(parameters, known, f"the parameters of {where}")
     return parameters
 

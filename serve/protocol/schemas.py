@@ -27,7 +27,7 @@ class RawTensor(Strict):
     """Base64."""
     datatype: Datatype
     """UINT8: pixels, scaled as the model's features are. Floats: values, from 0 to 1 for pixels."""
-    shape: Annotated[list[int], Field(min_length=2, max_length=2)]
+    shape: Annotated[list[int], Field(min_length=2, max_length=2, fail_fast=True)]
     """[B, W]."""
 
 
@@ -88,7 +88,9 @@ class AlignRequest(Strict):
     """Target features, as many as event features."""
     theta: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.8
     """A pair is accepted where cos_sim > theta."""
-    wanted: Annotated[list[Wanted] | None, Field(alias="return", default=None, max_length=4)]
+    wanted: Annotated[
+        Annotated[list[Wanted], Field(max_length=4, fail_fast=True)] | None, Field(alias="return", default=None)
+    ]
     """Values to return with the verdicts; default: ["aligned"] for /v1/align, nothing for /v1/verify."""
     encoding: Literal["json", "base64", "png"] = "json"
     """Form of `aligned`: numbers, raw FP32, or a picture with values clipped to 0..1."""
@@ -203,10 +205,10 @@ class InferParameters(TypedDict):
 class InferRequestDocument(TypedDict):
     """JSON of a v2 request; raw tensors may follow it."""
 
-    id: NotRequired[str]
+    id: NotRequired[str | None]
     inputs: Annotated[list[InferInput], Field(min_length=1, max_length=2)]
-    outputs: NotRequired[Annotated[list[InferRequestedOutput], Field(max_length=3)]]
-    parameters: NotRequired[InferParameters]
+    outputs: NotRequired[Annotated[list[InferRequestedOutput], Field(max_length=3)] | None]
+    parameters: NotRequired[InferParameters | None]
 
 
 @with_config(ConfigDict(extra="forbid"))

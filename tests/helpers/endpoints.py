@@ -23,6 +23,7 @@ from ray_app.core.adapters.registry import build_adapter
 from ray_app.store.checkpoint import save_checkpoint
 from ray_app.store.manifest import Features, FeatureSpec
 from serve.http.routes import build_api
+from serve.model.hot_reload import ReloadResult
 from serve.replica import ReplicaState
 
 SHAPE = (3, 16, 16)
@@ -95,11 +96,17 @@ class LocalServer(Server):
         super().__init__(free_port())
         self.endpoint = ReplicaState(cfg, "test")
 
+        self.others: list[Any] = []
+        """What other replicas answer to a broadcast, or raise."""
+
         async def everywhere(method: str) -> list[Any]:
-            if method == "reload":
-                return [await self.endpoint.reload(retry_refused=True)]
             telemetry, rows = self.endpoint.telemetry, self.endpoint.batcher.queued_rows
-            return [telemetry.snapshot(rows) if method == "snapshot" else telemetry.exposition(rows).decode()]
+            if method == "reload":
+                outcome = await self.endpoint.reload(retry_refused=True)
+                own: Any = ReloadResult(outcome, self.endpoint.reloader.reason(outcome))
+            else:
+                own = telemetry.snapshot(rows) if method == "snapshot" else telemetry.exposition(rows).decode()
+            return [own, *self.others]
 
         options = uvicorn.Config(
             build_api(self.endpoint, everywhere), port=self.port, log_level="warning", timeout_graceful_shutdown=5

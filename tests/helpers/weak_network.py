@@ -15,9 +15,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-Fate = Literal["pass", "drop", "half", "502", "silence"]
+Fate = Literal["pass", "drop", "half", "502", "404", "silence"]
 """Of a connection: passed on; ended before anything is read; ended in the middle of the answer; answered in HTML by a
-proxy whose server is gone; never answered."""
+proxy whose server is gone, or in plain text by Ray's, which knows of no replica; never answered."""
+PROXY = {
+    "502": ("502 Bad Gateway", "<h1>gone</h1>\r\n"),
+    "404": ("404 Not Found", "Path '/v1/align' not found. Ping http://.../-/routes for available routes."),
+}
 
 
 class WeakNetwork:
@@ -42,11 +46,11 @@ class WeakNetwork:
         with suppress(OSError):
             if self._tls:
                 connection = self._tls.wrap_socket(connection, server_side=True)
-            if fate == "502":
+            if fate in PROXY:
                 connection.recv(65536)
-                connection.sendall(
-                    b"HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\nContent-Length: 15\r\n\r\n<h1>gone</h1>\r\n"
-                )
+                status, text = PROXY[fate]
+                head = f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {len(text)}\r\n\r\n"
+                connection.sendall((head + text).encode())
             elif fate == "silence":
                 connection.settimeout(30)
                 while connection.recv(65536):

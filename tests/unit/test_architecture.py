@@ -82,7 +82,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "cli_settings": {"tyro", "yaml", "pydantic"},
     "cli": {"rich"},
     "serve": {"ray", "fastapi", "starlette", "uvicorn", "pydantic", "torch", "numpy", "PIL", "mlflow", "sqlalchemy"}
-    | {"prometheus_client", "opentelemetry", "typing_extensions"},
+    | {"prometheus_client", "opentelemetry", "typing_extensions", "grpc"},
 }
 """A command may also import what `commands` may."""
 

@@ -142,7 +142,7 @@ def test_a_token_is_sent_and_never_shown(tmp_path: Path) -> None:
             assert client.ready()
 
 
-@pytest.mark.parametrize("fates", [("drop",), ("half",), ("502",), ("drop", "half", "502")])
+@pytest.mark.parametrize("fates", [("drop",), ("half",), ("502",), ("404",), ("drop", "half", "502", "404")])
 def test_a_lost_request_is_sent_again(server: LocalServer, fates: tuple[Fate, ...]) -> None:
     with weak_network(server.port, *fates) as network, AlignmentClient(f"http://127.0.0.1:{network.port}") as client:
         answer = client.align(EVENT)
@@ -151,6 +151,19 @@ def test_a_lost_request_is_sent_again(server: LocalServer, fates: tuple[Fate, ..
         assert client.retries == len(fates)
         client.align(EVENT)
         assert network.connections == len(fates) + 1  # the last one stays open
+
+
+def test_the_endpoints_own_404_is_final(server: LocalServer) -> None:
+    with AlignmentClient(f"http://{server.url}", model_name="another") as client:
+        with pytest.raises(EndpointError, match="there is no model of this name") as caught:
+            client.align(EVENT)
+        assert (caught.value.status, client.retries) == (404, 0)
+
+
+def test_pixels_of_another_range_are_refused_in_the_endpoints_words(client: AlignmentClient) -> None:
+    for wire in WIRES:
+        with pytest.raises(EndpointError, match=r"pixels of this model are values from 0 to 1: divide by 255"):
+            client.verify(EVENT.astype(np.float32), TARGET, wire=wire)
 
 
 def test_the_time_limit_spans_all_attempts(server: LocalServer) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, m
 from mlflow import MlflowClient
 
 from ray_app.store.atomic import CHECKSUMS_FILE, sha256_bytes, sha256_file, verify_folder
+from serve.http.routes import require_answers
+from serve.model.hot_reload import ReloadResult
+from serve.protocol.errors import ApiError
 
 MODEL = "alignment-adapter"
 BODY, HEADERS = binary_request(np.full((2, WIDTH), 0.5))
@@ -95,6 +99,38 @@ def test_a_good_champion_takes_over(server: LocalServer, registry: Registry) -> 
     assert server.json("POST", "/v1/reload")[1]["action"] == "unchanged"
     assert server.metric("align_model_info", version=version) == 1
     assert server.metric("align_model_info") == 1, "only one is in service"
+
+
+@pytest.mark.parametrize(
+    ("others", "status", "code", "words"),
+    [
+        (
+            [RuntimeError("no room for it")],
+            503,
+            "replica_failed",
+            "1 of 2 replicas did not answer: RuntimeError: no",
+        ),
+        ([TimeoutError(), KeyError("x")], 503, "replica_failed", "2 of 3 replicas did not answer: TimeoutError"),
+        ([ReloadResult("refused", "version 9: it is damaged")], 409, "refused", "version 9: it is damaged"),
+        ([ReloadResult("unreachable", "it is away: no route")], 503, "unreachable", "it is away: no route"),
+    ],
+)
+def test_a_reload_that_failed_on_another_replica_is_an_error_with_its_cause(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch, others: list[Any], status: int, code: str, words: str
+) -> None:
+    """The replica that was asked is well, and knows of no cause itself."""
+    monkeypatch.setattr(server, "others", others)
+    answered, problem = server.json("POST", "/v1/reload")
+    assert (answered, problem["code"]) == (status, code)
+    assert words in problem["detail"]
+
+
+def test_numbers_are_of_the_replicas_that_answer(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "others", [TimeoutError()])
+    assert server.json("GET", "/v1/stats")[1]["replicas"] == 1
+    assert server.ask("GET", "/metrics")[0] == 200
+    with pytest.raises(ApiError, match="2 of 2 replicas did not answer"):
+        require_answers([TimeoutError(), TimeoutError()])
 
 
 def flipped(folder: Path) -> None:

@@ -248,7 +248,6 @@ HEADERS_BAD: list[tuple[Any, str]] = [
     ({"inputs": [event_input()], "parameters": {"timeout": -1}}, "parameter"),
     ({"inputs": [event_input()], "id": 7}, "bad_header"),
     ({"inputs": [event_input()], "outputs": {}}, "bad_header"),
-    ({"inputs": [event_input()], "outputs": None}, "bad_header"),
     ({"inputs": [event_input()], "outputs": ""}, "bad_header"),
 ]
 
@@ -258,6 +257,58 @@ def test_a_malformed_header_is_refused(server: LocalServer, header: Any, code: s
     status, problem = server.json("POST", INFER, header)
     assert 400 <= status < 500
     assert problem["code"] == code
+
+
+def test_null_is_what_was_not_given(server: LocalServer) -> None:
+    nulls = {"id": None, "parameters": None, "outputs": None}
+    plain = server.json("POST", INFER, {"inputs": [event_input()]})
+    assert plain[0] == 200
+    assert server.json("POST", INFER, {"inputs": [event_input()], **nulls}) == plain
+    item = {**event_input(), "parameters": {"binary_data_size": None}}
+    asked = {"inputs": [item], "parameters": {"theta": None, "timeout": None, "binary_data_output": None}}
+    assert server.json("POST", INFER, asked) == plain
+    wanted = [{"name": "aligned", "parameters": None}]
+    assert server.json("POST", INFER, {"inputs": [{**event_input(), "parameters": None}], "outputs": wanted}) == plain
+    status, problem = server.json("POST", INFER, {"inputs": None})
+    assert (status, problem["code"]) == (400, "bad_header")
+
+
+def test_a_time_limit_beyond_any_number_of_the_machine_is_the_servers_own(server: LocalServer) -> None:
+    for timeout in (10**400, 10**4000, 2**63):
+        asked = {"inputs": [event_input()], "parameters": {"timeout": timeout}}
+        assert server.json("POST", INFER, asked)[0] == 200
+
+
+@pytest.mark.parametrize("datatype", ["FP32", "FP16", "BF16"])
+@pytest.mark.parametrize("name", ["event", "target"])
+def test_pixels_of_0_to_255_sent_as_values_are_refused_with_the_range(
+    server: LocalServer, name: str, datatype: str
+) -> None:
+    dtype = {"FP32": np.float32, "FP16": np.float16, "BF16": ml_dtypes.bfloat16}[datatype]
+    sent = {"event": EVENT.astype(dtype), "target": TARGET.astype(dtype)}
+    sent[name] = np.round(sent[name].astype(np.float32) * 255).astype(dtype)
+    sent[name][0, 0] = 255
+    with pytest.raises(InferenceServerException) as caught:
+        ask(server, [tensor(side, values, datatype) for side, values in sent.items()])
+    text = str(caught.value)
+    assert caught.value.status() == "422"
+    assert f"'{name}' has values from 0 to 255, pixels of this model are values from 0 to 1" in text
+    assert "divide by 255, or send UINT8" in text
+
+
+def test_values_that_overshoot_are_taken_and_those_of_another_scale_are_not(server: LocalServer) -> None:
+    for worst, status in ((1.0, 200), (1.2, 200), (-0.2, 200), (2.0, 422), (-1.0, 422), (-1e30, 422)):
+        values = np.full((1, WIDTH), 0.5, np.float32)
+        values[0, 3] = worst
+        assert server.ask("POST", INFER, *binary_request(values))[0] == status, worst
+    assert server.json("POST", "/v1/align", {"event": [[255.0] * WIDTH]})[1]["code"] == "range"
+
+
+def test_json_in_front_of_tensors_has_the_limit_of_json(server: LocalServer) -> None:
+    head = b" " * server.endpoint.max_json_bytes + GOOD[:AT]
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    status, problem = server.json("POST", INFER, head + GOOD[AT:], headers=headers)
+    assert (status, problem["code"]) == (413, "too_large")
 
 
 def test_openapi_describes_infer_and_what_it_describes_is_answered(server: LocalServer) -> None:
@@ -330,9 +381,19 @@ def test_damaged_bodies_are_refused(server: LocalServer, body: bytes, length: st
     assert server.ask("POST", INFER, GOOD, GOOD_HEADERS)[0] == 200
 
 
+def test_the_members_of_a_gzip_body_are_read_as_one(server: LocalServer) -> None:
+    headers = {**GOOD_HEADERS, "content-encoding": "gzip"}
+    whole = server.ask("POST", INFER, GOOD, GOOD_HEADERS)
+    for cut in (1, AT, len(GOOD) - 1):
+        body = gzip.compress(GOOD[:cut]) + gzip.compress(GOOD[cut:])
+        status, _, data = server.ask("POST", INFER, body, headers)
+        assert (status, data) == (200, whole[2])
+
+
 def test_damaged_compression_is_refused(server: LocalServer) -> None:
     packed = gzip.compress(GOOD)
-    for body in (packed[:-9], packed[:30], GOOD):
+    empty = gzip.compress(b"")
+    for body in (packed[:-9], packed[:30], GOOD, packed + b"more", packed + packed[:-1], packed + 1024 * empty):
         status, problem = server.json("POST", INFER, body, headers={**GOOD_HEADERS, "content-encoding": "gzip"})
         assert (status, problem["code"]) == (400, "encoding")
     status, problem = server.json("POST", INFER, GOOD, headers={**GOOD_HEADERS, "content-encoding": "br"})

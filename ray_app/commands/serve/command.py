@@ -13,11 +13,13 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from ray_app.cluster.private_folder import keep_token_private, private_folder
 from ray_app.commands.serve.haproxy import write_binary
 from ray_app.config.base import TrackingFlags
 from ray_app.config.serve import ServeConfig
@@ -38,6 +40,12 @@ BUFFER = 256 * 1024
 """Bytes of a request that HAProxy buffers, so that it can retry on another replica; a pair of images has 150 KB."""
 DRAIN_S = "1"
 """How long a stopping replica still accepts requests; HAProxy on the same machine learns of it at once."""
+PROXY_CHECK_S = "1"
+"""Time between two checks of HAProxy by Ray, which starts it again after the third that fails."""
+PROXY_START_S = "60"
+"""Longest start of a new proxy; Ray's own 5 s are too short on a busy machine, and it would start another."""
+PROXY_RESTART_S = 180.0
+"""Longest time without a proxy before the endpoint ends."""
 
 
 def run_serve(cfg: ServeConfig) -> dict[str, Any]:
@@ -48,7 +56,8 @@ def run_serve(cfg: ServeConfig) -> dict[str, Any]:
         )
     require_free(cfg.host, cfg.port)
     stop = threading.Event()
-    with tempfile.TemporaryDirectory(prefix="ray-app-serve-") as scratch:
+    folder = private_folder()
+    with tempfile.TemporaryDirectory(prefix="s", dir=folder) as scratch:
         haproxy = uses_haproxy(cfg)
         os.environ.update(environment(Path(scratch), haproxy, cfg.host))
         sys.path.insert(0, str(ROOT))
@@ -61,8 +70,9 @@ def run_serve(cfg: ServeConfig) -> dict[str, Any]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1" if cfg.loopback else None,
+            _temp_dir=str(folder / "ray"),
         )
+        keep_token_private()
         # After ray.init, which installs its own handlers.
         with handle_signals(dict.fromkeys((signal.SIGTERM, signal.SIGINT), lambda _: stop.set())):
             try:
@@ -84,12 +94,32 @@ def serve_until(cfg: ServeConfig, app: Any, stop: threading.Event, haproxy: bool
     proxy = "HAProxy" if haproxy else "Ray's Python proxy"
     token = f"tokens of {cfg.token_file}" if cfg.token_file else "no token needed"
     print(f"serving {cfg.checkpoint} at {address} ({proxy}; {token}; Ctrl-C ends it)", file=sys.stderr, flush=True)
-    while not stop.wait(1.0):
-        pass
+    wait(cfg, stop)
     print("stopping: requests in progress are answered first", file=sys.stderr, flush=True)
     if not drained():
         print("Ray stopped first, by the same signal: requests may be lost", file=sys.stderr, flush=True)
     return {"address": address, "ended": True}
+
+
+def wait(cfg: ServeConfig, stop: threading.Event) -> None:
+    """Wait for `stop`. ResourceError: the proxy ended, and Ray did not start it again."""
+    heard = time.monotonic()
+    while not stop.wait(1.0):
+        try:
+            socket.create_connection((reached_at(cfg.host), cfg.port), 5.0).close()
+        except OSError as error:
+            if time.monotonic() - heard > PROXY_RESTART_S:
+                raise ResourceError(
+                    f"nothing has listened on {cfg.host}:{cfg.port} for {PROXY_RESTART_S:g} s ({error}): the proxy "
+                    "ended and Ray does not start it again. Start the endpoint again."
+                ) from error
+        else:
+            heard = time.monotonic()
+
+
+def reached_at(host: str) -> str:
+    """Return an address of this machine at which an endpoint on `host` can be reached."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def drained() -> bool:
@@ -170,9 +200,15 @@ def environment(scratch: Path, haproxy: bool, host: str = "127.0.0.1") -> dict[s
         "RAY_worker_niceness": "0",  # Ray's 15 gives HAProxy and every other program priority over the replicas
         "MALLOC_ARENA_MAX": "2",  # glibc keeps freed memory in an arena per thread
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DRAIN_S,
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": PROXY_CHECK_S,
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": PROXY_START_S,
+        # Makes 127.0.0.1 the address of this node, on which alone GCS, raylet, agents and workers then listen. Ray
+        # replaces a `_node_ip_address` of 127.0.0.1 by the address of an interface.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
     if haproxy:
-        names = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "METRICS_SOCKET_PATH": "metrics.sock"}
+        # Short names of sockets: their paths may have 107 bytes, and Ray adds the node's id of 56.
+        names = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "a", "METRICS_SOCKET_PATH": "m"}
         names |= {"SERVER_STATE_BASE": "", "SERVER_STATE_FILE": "server-state"}
         values |= {f"RAY_SERVE_HAPROXY_{name}": str(scratch / file) for name, file in names.items()}
         first = free_block(host)
