@@ -27,7 +27,7 @@ def head(*lines: str, method: str = "POST", path: str = INFER) -> bytes:
     return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
 
 
-def answered(server: Server, data: bytes, wait_s: float = 30.0) -> list[int]:
+def answered(server: Server, data: bytes, wait_s: float = 12.0) -> list[int]:
     """Send bytes on a connection; the status codes of all that comes back until it is closed or silent."""
     received = bytearray()
     with socket.create_connection(("127.0.0.1", server.port), wait_s) as connection, suppress(OSError):
