@@ -27,10 +27,11 @@ from rich.console import Console
 from rich.text import Text
 
 from ray_app.cluster.env_defaults import token_path
+from ray_app.cluster.private_folder import private_folder
 from ray_app.cluster.reachability import CONNECT_S, connection_error
 from ray_app.config.base import TrackingFlags
 from ray_app.config.submit import DoctorConfig
-from ray_app.errors import ConfigError
+from ray_app.errors import ConfigError, ResourceError
 from ray_app.parsing.redact import redact
 from ray_app.terminal import make_console
 
@@ -83,6 +84,7 @@ def all_checks(cfg: DoctorConfig) -> Iterator[DoctorCheck]:
     yield check_memory(memory_bytes())
     yield check_shm(Path("/dev/shm"))
     yield check_disk(Path.cwd())
+    yield check_socket_folder()
     yield check_gpu()
     yield check_tracking(cfg.tracking_uri)
     yield check_ray(cfg.address or os.environ.get("RAY_ADDRESS"))
@@ -188,6 +190,14 @@ def check_disk(folder: Path) -> DoctorCheck:
         fix = f"a run at full width keeps up to {MIN_DISK_GIB} GiB of checkpoints and state; make room"
         return DoctorCheck("disk", "warning", found, fix)
     return DoctorCheck("disk", "ok", found)
+
+
+def check_socket_folder() -> DoctorCheck:
+    """Folder of Ray's sockets, whose names are short: TMPDIR may be too long, or not writable."""
+    try:
+        return DoctorCheck("sockets", "ok", f"below {private_folder()}")
+    except ResourceError as error:
+        return DoctorCheck("sockets", "problem", str(error))
 
 
 def check_gpu() -> DoctorCheck:

@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ray_app.cluster.interrupts import interrupt_after
 from ray_app.cluster.private_folder import keep_token_private, private_folder
 from ray_app.commands.serve.haproxy import write_binary
 from ray_app.config.base import TrackingFlags
@@ -65,13 +66,14 @@ def run_serve(cfg: ServeConfig) -> dict[str, Any]:
 
         local_app = importlib.import_module("serve.app").local_app
         app = local_app(resolved(cfg))
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(folder / "ray"),
-        )
+        with interrupt_after():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder / "ray"),
+            )
         keep_token_private()
         # After ray.init, which installs its own handlers.
         with handle_signals(dict.fromkeys((signal.SIGTERM, signal.SIGINT), lambda _: stop.set())):

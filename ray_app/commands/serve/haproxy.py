@@ -63,7 +63,7 @@ def main() -> None:
         config = Path(sys.argv[sys.argv.index("-f") + 1])
         error_file = config.with_name("503.http")
         error_file.write_bytes(unavailable())
-        config.write_text(completed(config.read_text(), error_file))
+        config.write_text(completed(config.read_text(encoding="utf-8"), error_file), encoding="utf-8")
     os.execv(sys.argv[1], sys.argv[1:])
 
 
