@@ -163,7 +163,7 @@ def _decode(plan: DecodePlan, num_workers: int) -> None:
             for actor, lane in zip(actors, lanes, strict=True)
             for shard in lane
         }
-        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        with Progress(*columns, console=make_console(stderr=True), disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task("", total=len(plan.data.rows))
             while pending:
                 (finished,), _ = ray.wait(list(pending))

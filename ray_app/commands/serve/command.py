@@ -158,7 +158,7 @@ def drained() -> bool:
 
 def render_serve(result: dict[str, Any], console: Console) -> None:
     """Print the address that was served."""
-    console.print(f"ended: {result['address']}", markup=False)
+    console.print(f"ended: {result['address']}")
 
 
 def resolved(cfg: ServeConfig) -> ServeConfig:
