@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ray_app.encoders.library import transformers
 from ray_app.errors import InputError
-from ray_app.language_models.loading import read_config
+from ray_app.language_models.eventgpt import EventGpt
+from ray_app.language_models.joined import JoinedModel
+from ray_app.language_models.loading import EVENTGPT, JOINED, read_config
 from ray_app.language_models.model import Frames, LanguageModel, Prompt
 
 
@@ -86,24 +88,18 @@ class Llava(LanguageModel):
         return torch.cat(list(self.model.model.get_image_features(pixels_TCHW).pooler_output))
 
 
-LOADERS: dict[str, type[LanguageModel] | None] = {
+LOADERS: dict[str, type[LanguageModel]] = {
     "video_llava": VideoLlava,
     "llava": Llava,
-    "EventChat_llama": None,
+    EVENTGPT: EventGpt,
+    JOINED: JoinedModel,
 }
-"""Loaders by `model_type` of config.json; every other model is a `TextModel`. EventGPT has none: its classes are not
-part of transformers, and code from a checkpoint is never run."""
+"""Loaders by `model_type` of config.json; every other model is a `TextModel`."""
 
 
 def loader(folder: Path) -> type[LanguageModel]:
-    """Return the loader of a folder's model. InputError: no model, no loader, weights not in safetensors."""
-    kind = LOADERS.get(read_config(folder).get("model_type", ""), TextModel)
-    if kind is None:
-        raise InputError(
-            f"{folder} is EventGPT, which has no loader here yet. Name another --drafter, or bring EventGPT's "
-            "recorded outputs as traces."
-        )
-    return kind
+    """Return the loader of a folder's model. InputError: no model, or weights not in safetensors."""
+    return LOADERS.get(read_config(folder).get("model_type", ""), TextModel)
 
 
 def load(folder: Path, dtype: str, device: str) -> LanguageModel:

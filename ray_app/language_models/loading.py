@@ -15,6 +15,8 @@ from ray_app.listing import data_in, is_data
 from ray_app.parsing.json_text import parse_object
 from ray_app.store.atomic import sha256_file
 
+EVENTGPT, JOINED = "EventChat_llama", "ray_app_joined"
+"""`model_type` of EventGPT, and of folders of our own; transformers knows neither."""
 SAFE = {"local_files_only": True, "trust_remote_code": False}
 IDENTITY = ("config.json", "*.safetensors", "tokenizer*", "*processor_config.json")
 """Files that decide what a model answers."""
@@ -35,8 +37,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of a model's files by name."""
-    found = {path.name: path for pattern in IDENTITY for path in folder.glob(pattern) if is_data(path.name)}
+    """Return the SHA-256 of a model's files by name, those of folders within it too."""
+    found = {
+        str(path.relative_to(folder)): path
+        for pattern in IDENTITY
+        for path in folder.rglob(pattern)
+        if is_data(path.name)
+    }
     return {name: sha256_file(found[name]) for name in sorted(found)}
 
 
@@ -67,12 +74,18 @@ class Vocabulary:
 
 def vocabulary(folder: Path) -> Vocabulary:
     """Read the facts of the model in a folder. InputError: no tokenizer, or one without an end token."""
-    hf = transformers()
     try:
-        config, tokenizer = hf.AutoConfig.from_pretrained(folder, **SAFE), read_tokenizer(folder)
+        values = parse_object((folder / "config.json").read_bytes())
+        if values.get("model_type") == JOINED:
+            folder = folder / values["language_model"]
+        tokenizer = read_tokenizer(folder)
+        if values.get("model_type") == EVENTGPT:
+            size = int(values["vocab_size"])
+        else:
+            size = transformers().AutoConfig.from_pretrained(folder, **SAFE).get_text_config().vocab_size
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: its config or tokenizer cannot be read: {str(error).splitlines()[0]}") from error
-    return Vocabulary(config.get_text_config().vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return Vocabulary(size, tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def read_tokenizer(folder: Path) -> Any:

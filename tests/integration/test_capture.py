@@ -333,7 +333,10 @@ def test_what_the_user_can_fix(models: Path, footage: Path, captured: Path, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "EventChat_llama"}, "is EventGPT, which has no loader here yet"),
+        (
+            {"model_type": "EventChat_llama", "hidden_size": 64},
+            "of a LlamaForCausalLM are missing or of another shape",
+        ),
         ({"model_type": "mamba"}, "weights of a MambaForCausalLM are missing"),
         ({"model_type": "never heard of"}, "cannot be loaded as TextModel"),
     ],
@@ -347,6 +350,15 @@ def test_models_that_cannot_be_loaded_are_named(
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(InputError, match=message):
         here(config(models, footage, tmp_path / "out", drafter=wrong, duration="1600ms"))
+
+
+def test_eventgpt_is_not_shown_frames(models: Path, footage: Path, tmp_path: Path) -> None:
+    eventgpt = tmp_path / "eventgpt"
+    subprocess.run(["cp", "-r", models / "drafter", eventgpt], check=True)
+    path = eventgpt / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "EventChat_llama"}))
+    with pytest.raises(InputError, match="EventGPT, which reads event images; capture shows frames"):
+        run_capture(config(models, footage, tmp_path / "out", drafter=eventgpt))
 
 
 def test_pickled_weights_are_refused(models: Path, footage: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ray_app.commands.capture.capture_worker import CaptureActor, CapturePlan
 from ray_app.config.speculative import CaptureConfig
 from ray_app.errors import InputError, ResourceError, StoreError
 from ray_app.events.windows import parse_duration
+from ray_app.language_models.eventgpt import EventGpt
 from ray_app.language_models.kinds import loader
 from ray_app.language_models.loading import Vocabulary, model_files, vocabulary
 from ray_app.sources.base import named_sequences
@@ -44,6 +45,9 @@ def run_capture(cfg: CaptureConfig) -> dict[str, Any]:
     transformers, too few GPUs.
     """
     target = vocabulary(cfg.target)
+    for folder in (cfg.target, cfg.drafter):
+        if loader(folder) is EventGpt:
+            raise InputError(f"{folder} is EventGPT, which reads event images; capture shows frames. Take `decode`.")
     plan = plan_of(cfg)
     folder = cfg.out.absolute()
     claim_capture(folder, settings_of(cfg))
