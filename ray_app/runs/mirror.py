@@ -229,9 +229,9 @@ class Mirror:
             return
         if self._lost:
             raise self._lost
-        self._logs.join()
-        data = whole_lines(self._logs.read())
-        with self._lock:
+        with self._lock:  # a push between the steps of this would take its own process for another
+            self._logs.join()
+            data = whole_lines(self._logs.read())
             self._set_log(self._local_log(), data)
             self._logs.write(data)
             self._sent = data

@@ -186,6 +186,42 @@ def test_a_process_that_was_taken_over_takes_nothing_from_the_one_that_continues
         new.mirror.push()
 
 
+def test_a_push_at_the_moment_at_which_its_own_process_takes_the_log_again_is_no_takeover(
+    copy: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial of a sweep lends its event log at each report; the background thread may push at any moment of that."""
+    run, write = copy("again"), RemoteDir.write
+    errors: list[Exception] = []
+
+    def push() -> None:
+        try:
+            run.mirror.push()
+        except StoreError as error:
+            errors.append(error)
+
+    pushes: list[threading.Thread] = []
+
+    def write_slowly(self: RemoteDir, name: str, data: bytes) -> None:
+        if not data:  # it joins
+            pushes.append(threading.Thread(target=push))
+            pushes[-1].start()
+            pushes[-1].join(0.5)
+        write(self, name, data)
+
+    with run.event_log() as log:
+        log.write("note", n=0)
+        with monkeypatch.context() as patch:
+            patch.setattr(RemoteDir, "write", write_slowly)
+            with run.released(log):
+                pass
+        pushes[0].join()
+        log.write("note", n=1)
+    assert not errors
+    reader = copy("again")
+    reader.refresh()
+    assert lines_of(reader) == [0, 1]
+
+
 def test_a_lease_that_is_half_written_is_no_answer(copy: Callable[[str], RunDir]) -> None:
     run = copy("half")
     run.mirror.storage.write(f"{mirror.DRIVER_LEASE}.000001-0123abcd", b'{"process": ')
