@@ -17,7 +17,7 @@ from ray_app.language_models.loading import read_config
 from ray_app.language_models.model import Frames, LanguageModel, Prompt
 
 EVENT_PLACE = -200
-"""Number that stands for all event images in a prompt, as in EventGPT's own code; no token has it."""
+"""Number in the place of all event images in a prompt, as in EventGPT's own code; no token has it."""
 TEMPLATE = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the human's questions. USER: <event>\n{question} ASSISTANT:"

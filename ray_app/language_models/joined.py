@@ -30,7 +30,7 @@ from ray_app.store.atomic import sha256_file, staged_folder
 
 PICTURES = "{pictures}"
 PICTURE_PLACE = -1
-"""Number that stands for all pictures in a prompt; no token has it."""
+"""Number in the place of all pictures in a prompt; no token has it."""
 CHECKSUMS = "MANIFEST.sha256"
 
 
@@ -85,7 +85,8 @@ def save_joined(
 def verify_joined(folder: Path) -> None:
     """Check every file against the list. InputError names the one that is missing, damaged or not listed."""
     try:
-        listed = dict(reversed(line.split("  ", 1)) for line in (folder / CHECKSUMS).read_text().splitlines())
+        lines = [line.split("  ", 1) for line in (folder / CHECKSUMS).read_text().splitlines()]
+        listed = {name: sha256 for sha256, name in lines}
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / CHECKSUMS} is missing or damaged; write the folder again.") from error
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {CHECKSUMS}

@@ -59,7 +59,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "store": {"numpy", "torch", "pyarrow", "safetensors", "pydantic"},
     "sources": {"numpy", "PIL", "h5py", "hdf5plugin", "av", "yaml", "aedat", "pyarrow", "safetensors"},
     "encoders": {"numpy", "torch", "transformers", "PIL", "safetensors"},
-    "language_models": {"numpy", "torch", "transformers"},
+    "language_models": {"numpy", "torch", "transformers", "safetensors", "pydantic"},
     "drafters": {"numpy", "torch"},
     "data": {"numpy", "torch", "pyarrow", "ray"},
     "runs": {"torch", "pyarrow"},
