@@ -59,7 +59,7 @@ MIB = 2**20
 MEMORY_FACTOR, MEMORY_ROOM = 4, 64 * MIB
 SECONDS_PER_MB = 1.0
 SPEC = FeatureSpec(dtype="float32", shape=(12,), scale=1.0)
-LIMITS = Limits(Features(event=SPEC, target=SPEC), max_batch=32)
+LIMITS = Limits(Features(event=SPEC, target=SPEC), max_batch=32, max_json_bytes=16 * MIB)
 REFUSALS = (RayAppError, ApiError)
 """Exceptions of a reader that say what is wrong; any other is a finding."""
 

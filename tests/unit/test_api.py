@@ -91,7 +91,7 @@ PIXELS = np.full((2, 3, 16, 16), 100, np.uint8)
         (PIXELS[0], r"shape \[3, 16, 16\]; this model takes a batch of \(B, 3, 16, 16\) or \(B, 768\)"),
         (PIXELS.transpose(0, 2, 3, 1), r"shape \[2, 16, 16, 3\]"),
         (PIXELS.astype(np.int32), "events are int32; give uint8"),
-        (PIXELS / np.float32(0), "row 0 holds a number that is not finite"),
+        (PIXELS * np.float32(np.nan), "row 0 holds a number that is not finite"),
         (PIXELS * 0, "row 0 holds only zeros"),
         (PIXELS / np.float32(-255), "values go from -0.39"),
     ],
