@@ -183,10 +183,12 @@ class stdout_to_stderr:
         sys.stdout.flush()
         self._kept = os.dup(1)
         os.dup2(2, 1)
+        self._replaced, sys.stdout = sys.stdout, sys.stderr
         self._stdout = os.fdopen(os.dup(self._kept), "w", encoding="utf-8")
         return self._stdout
 
     def __exit__(self, *_: object) -> None:
+        sys.stdout = self._replaced
         sys.stdout.flush()
         os.dup2(self._kept, 1)
         os.close(self._kept)

@@ -40,8 +40,6 @@ def refuse_early(cfg: Config) -> None:
                 Manifest.read(store)
         case TrainConfig():
             refuse_training(cfg)
-        case TuneConfig() if not cfg.watch:
-            Manifest.read(cfg.store)
         case TuneConfig() if not cfg.resume and not cfg.watch:
             Manifest.read(cfg.store)
             out = open_storage(cfg.out)

@@ -46,7 +46,8 @@ def log_evaluation(
             return None
         now_ms, step = int(time.time() * 1000), 0
         numbers = {key: result[key] for key in EVALUATION_METRICS if key in result}
-        points = [Metric(key, value, now_ms, step) for key, value in flat_params(numbers, "test").items()]
+        named = {key.replace("@", "_at_"): value for key, value in flat_params(numbers, "test").items()}
+        points = [Metric(key, value, now_ms, step) for key, value in named.items()]  # MLflow takes no @
         tags = {f"test.{key}": str(result[key]) for key in ("best_baseline", "test_fingerprint", "verdict")}
         client.log_batch(run_id, metrics=points, tags=[RunTag(key, value) for key, value in tags.items()])
         for path in files:

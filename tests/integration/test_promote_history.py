@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow_process import MlflowServer
 
-from ray_app.commands.promote import command as promote_module
+from ray_app.commands.promote import promotion
 from ray_app.commands.promote.champions import alias_moves, predecessor, registry_warnings
 from ray_app.commands.promote.promotion import Challenger, register
 from ray_app.commands.promote.rollback import list_champions, roll_back
@@ -300,7 +300,7 @@ def test_of_two_promotions_at_once_the_later_one_sees_that_the_champion_changed(
 def test_a_promoted_version_keeps_the_reason_of_its_promotion(
     contest: Contest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(promote_module, "timestamp", lambda: "2027-01-01T00:00:00.000+00:00")
+    monkeypatch.setattr(promotion, "timestamp", lambda: "2027-01-01T00:00:00.000+00:00")
     contest.promote("first", 0.1, None)
     contest.promote("second", 0.2, "1")
     assert contest.promote("second", 0.2, "2")["verdict_code"] == "already_champion"

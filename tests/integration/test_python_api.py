@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mlflow import MlflowClient, pyfunc, set_tracking_uri
+from mlflow import MlflowClient, pyfunc
 
 import ray_app
 from ray_app.commands.evaluate.benchmark import run_benchmark
@@ -56,9 +56,11 @@ def promoted(mine: dict[str, Any]) -> dict[str, Any]:
     return run_promote(PromoteConfig(run=str(mine["folder"] / "runs" / "mine"), tracking_uri=mine["uri"]))
 
 
-def test_mlflow_opens_the_champion_and_answers_as_align_does(mine: dict[str, Any], promoted: dict[str, Any]) -> None:
+def test_mlflow_opens_the_champion_and_answers_as_align_does(
+    mine: dict[str, Any], promoted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert promoted["promoted"]
-    set_tracking_uri(mine["uri"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mine["uri"])
     rows = mine["event"][:7]
     model = pyfunc.load_model(CHAMPION)
     np.testing.assert_allclose(model.predict(rows), mine["aligned"][:7], atol=1e-5)
@@ -83,6 +85,7 @@ def test_a_run_shows_its_data_and_what_evaluate_found(mine: dict[str, Any], prom
     assert json.loads(data.dataset.profile)["fingerprint"] == result["fingerprint"]
     assert data.dataset.digest == result["fingerprint"][:36]
     assert run.data.metrics["test/lift"] == result["lift"]
+    assert run.data.metrics["test/retrieval/R_at_1"] == result["retrieval"]["R@1"]
     assert run.data.metrics["test/cosine_accept_rate_0.80"] == result["cosine_accept_rate"]["0.80"]
     assert (run.data.tags["strategy"], run.data.tags["features"]) == ("lowrank", "vectors")
     assert "evaluation/report.html" in [item.path for item in client.list_artifacts(run.info.run_id, "evaluation")]

@@ -37,6 +37,7 @@ from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
 
 TINY: dict[str, Any] = {
+    "strategy": "lightweight",
     "num_epochs": 8,
     "early_stop_patience": 8,
     "hidden_dim": 4,

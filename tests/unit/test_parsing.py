@@ -88,10 +88,15 @@ def test_a_megabyte_of_json_takes_less_than_a_second(unit: str) -> None:
     """A quadratic step takes minutes."""
     data = unit * (2**20 // len(unit.encode()))
     for text in ('{"event": [' + data, '{"event": ["' + data, data):
-        started = time.process_time()
-        with suppress(ValueError):
-            parse_json(text, max_depth=16, nan=False)
-        assert time.process_time() - started < 1.0
+        assert min(seconds_to_parse(text) for _ in range(3)) < 1.0, "the best of three: the garbage of other tests"
+
+
+def seconds_to_parse(text: str) -> float:
+    """CPU seconds of this thread."""
+    started = time.thread_time()
+    with suppress(ValueError):
+        parse_json(text, max_depth=16, nan=False)
+    return time.thread_time() - started
 
 
 def laughs(levels: int, form: str) -> str:

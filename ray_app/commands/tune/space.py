@@ -29,6 +29,7 @@ from ray_app.config.tune import TuneConfig
 from ray_app.core.adapters.registry import STRATEGIES
 from ray_app.core.adapters.seeded_noise import derive_seed
 from ray_app.errors import ConfigError
+from ray_app.parsing.json_text import parse_json
 
 Space = dict[str, BaseDistribution]
 """Distribution of each searched setting."""
@@ -150,7 +151,7 @@ def as_param(value: Any) -> Any:
 
 def as_value(param: Any) -> Any:
     """Value of a setting out of Optuna."""
-    return json.loads(param) if isinstance(param, str) and param.startswith("[") else param
+    return parse_json(param) if isinstance(param, str) and param.startswith("[") else param
 
 
 def bounds(dimension: BaseDistribution) -> list[Any]:
