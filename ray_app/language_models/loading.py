@@ -49,9 +49,8 @@ def model_files(folder: Path) -> dict[str, str]:
 
 def read_weights(folder: Path, kind: Any, dtype: str, device: str, config: Any = None) -> Any:
     """Return the model of a class of transformers, for inference. InputError: weights that the class lacks."""
-    model, loaded = kind.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, config=config, **SAFE
-    )
+    reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that they are named below
+    model, loaded = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, config=config, **reported, **SAFE)
     if absent := sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"]):
         raise InputError(  # the library would make them up
             f"{folder}: {len(absent)} weights of a {type(model).__name__} are missing or of another shape, "
