@@ -72,4 +72,4 @@ class EventGpt(LanguageModel):
 def template_of(folder: Path, default: str) -> str:
     """Return the prompt template of a folder, its own where it has one."""
     path = folder / TEMPLATE_FILE
-    return path.read_text() if path.is_file() else default
+    return path.read_text(encoding="utf-8") if path.is_file() else default

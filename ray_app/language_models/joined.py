@@ -76,16 +76,16 @@ def save_joined(
             {key: value.detach().contiguous() for key, value in projector.state_dict().items()},
             partial / "model.safetensors",
         )
-        (partial / "config.json").write_text(config.model_dump_json(indent=1) + "\n")
+        (partial / "config.json").write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         sums = [f"{sha256_file(path)}  {path.relative_to(partial)}\n" for path in files]
-        (partial / CHECKSUMS).write_text("".join(sums))
+        (partial / CHECKSUMS).write_text("".join(sums), encoding="utf-8")
 
 
 def verify_joined(folder: Path) -> None:
     """Check every file against the list. InputError names the one that is missing, damaged or not listed."""
     try:
-        lines = [line.split("  ", 1) for line in (folder / CHECKSUMS).read_text().splitlines()]
+        lines = [line.split("  ", 1) for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()]
         listed = {name: sha256 for sha256, name in lines}
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / CHECKSUMS} is missing or damaged; write the folder again.") from error
