@@ -109,3 +109,15 @@ def test_a_config_survives_json_and_refuses_what_it_does_not_know() -> None:
         AdapterConfig.from_dict({"strategy": "linear"})
     with pytest.raises(ConfigError, match="no strategy 'nothing'"):
         meta_adapter(AdapterConfig("nothing", 1, 1))
+
+
+def test_layers_steps_and_seeds_have_noise_of_their_own() -> None:
+    cpu = torch.device("cpu")
+    first = BatchNoise(0, 0, 0, 4, 4).uniform(0, 8, cpu)
+    others = [
+        BatchNoise(0, 0, 0, 4, 4).uniform(1, 8, cpu),
+        BatchNoise(0, 1, 0, 4, 4).uniform(0, 8, cpu),
+        BatchNoise(1, 0, 0, 4, 4).uniform(0, 8, cpu),
+    ]
+    assert torch.equal(first, BatchNoise(0, 0, 0, 4, 4).uniform(0, 8, cpu))
+    assert not any(torch.equal(first, other) for other in others)

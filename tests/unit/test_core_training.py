@@ -1,5 +1,7 @@
 """Losses and the optimizer step against NumPy in float64, and against themselves when divided."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -160,3 +162,33 @@ def test_decoding_leaves_the_callers_features_as_they_are() -> None:
         decoded = decode(stored, 0.5, torch.device("cpu"))
         assert torch.equal(decoded, torch.tensor([[0.5, 1.0], [1.5, 2.0]]))
         assert torch.equal(stored, before)
+
+
+def grad_norm(**options: Any) -> float:
+    """Norm of one step's gradient before it is clipped, of 4 pairs; the step changes nothing."""
+    objective = objective_of(dropout=0.0)
+    optimizer = make_optimizer(objective, 0.0, 0.0)
+    return training_step(objective, optimizer, draw(4, 20), draw(4, 20, seed=1), None, **options).grad_norm
+
+
+def test_a_worker_s_gradient_is_scaled_so_that_the_mean_over_workers_is_that_of_the_global_batch() -> None:
+    alone = grad_norm(global_pairs=4)
+    assert grad_norm(global_pairs=8) == pytest.approx(alone / 2, rel=1e-5), "half of the batch, one worker"
+    assert grad_norm(global_pairs=8, world_size=2) == pytest.approx(alone, rel=1e-5), "DDP halves it again"
+
+
+def test_the_precision_of_a_step_is_that_of_its_forward_pass() -> None:
+    assert grad_norm(global_pairs=4, precision="bf16") != grad_norm(global_pairs=4)
+    objective = objective_of(dropout=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = objective(draw(4, 20), draw(4, 20, seed=1))["loss"].sum().item()
+    done = training_step(
+        objective,
+        make_optimizer(objective, 0.0, 0.0),
+        draw(4, 20),
+        draw(4, 20, seed=1),
+        None,
+        global_pairs=4,
+        precision="bf16",
+    )
+    assert done.loss_sum == pytest.approx(expected, rel=1e-6)
