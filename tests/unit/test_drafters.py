@@ -242,3 +242,23 @@ def test_hybrid_learns_which_words_of_an_answer_go_together(monkeypatch: pytest.
     assert right() > 0.9
     monkeypatch.setattr(hybrid, "WORD_RATE", 0.0)
     assert right() < 0.75, "without ties between words it is close to a guess, so the case can tell"
+
+
+def test_of_equal_matches_the_nearest_to_the_same_place_is_continued() -> None:
+    text = Continuation((5, 1, 9, 8, 7, 6, 5, 2))
+    assert text.behind((5,), 1) == (1,)
+    assert text.behind((3, 3, 3, 3, 3, 3, 5), 1) == (2,)
+
+
+def test_hybrid_forgets_with_every_window() -> None:
+    """A word for 30 windows, another one for 4: what was said a moment ago counts for more than what was said often."""
+    drafter = HybridDrafter()
+    for _ in range(30):
+        drafter.update(QUESTION, (1, 2, 3))
+    for _ in range(4):
+        drafter.update(QUESTION, (1, 2, 4))
+    (tally_old, tally_new) = (drafter._tallies[QUESTION.question, ("place", 2)][token] for token in (3, 4))
+    assert (tally_old.total, tally_new.total) == (30.0, 4.0)
+    assert tally_new.window - tally_old.window == 4, "windows since the old word was said"
+    assert tally_old.recent[1] == pytest.approx(sum(0.2**age for age in range(30)))
+    assert drafter.draft(QUESTION, (1, 2), 1).tokens == (4,)
