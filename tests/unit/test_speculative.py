@@ -271,3 +271,11 @@ def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
         low, high = block_bootstrap(sums, lambda total: total[:, 0] / total[:, 1], rng, num_samples=300)
         covered += int(low <= 1.0 <= high)
     assert 0.86 < covered / 100 <= 1.0
+
+
+def test_behind_a_draft_that_is_kept_whole_comes_a_token_of_the_last_distribution() -> None:
+    target_G1V = np.eye(5)[[1, 2, 3]]
+    verified = verify_sampled((1, 2), np.eye(5)[[1, 2]], target_G1V, np.random.default_rng(0))
+    assert (verified.tokens, verified.num_accepted) == ((1, 2, 3), 2)
+    verified = verify_sampled((1, 4), np.eye(5)[[1, 4]], target_G1V, np.random.default_rng(0))
+    assert (verified.tokens, verified.num_accepted) == ((1, 2), 1)
