@@ -251,7 +251,7 @@ def test_of_equal_matches_the_nearest_to_the_same_place_is_continued() -> None:
 
 
 def test_hybrid_forgets_with_every_window() -> None:
-    """A word for 30 windows, another one for 4: what was said a moment ago counts for more than what was often said."""
+    """A word for 30 windows, another for 4: what was said a moment ago counts for more than what was often said."""
     drafter = HybridDrafter()
     for _ in range(30):
         drafter.update(QUESTION, (1, 2, 3))
