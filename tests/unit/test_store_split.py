@@ -193,3 +193,12 @@ def test_previous_window_is_the_nearest_earlier_start_of_the_same_kind() -> None
 
 def test_previous_window_of_no_rows_is_nothing() -> None:
     assert len(previous_window(drives(3), np.arange(0))) == 0
+
+
+@pytest.mark.parametrize("count", [7, 12, 13, 19, 5208])
+def test_single_windows_are_divided_as_torch_s_random_split_with_the_smaller_whole_number(count: int) -> None:
+    first = int(0.8 * count)
+    generator = torch.Generator().manual_seed(42)
+    theirs = torch.utils.data.random_split(range(count), [first, count - first], generator=generator)
+    ours = split_module._random_windows(np.arange(count), 0.2, 42)
+    assert [part.tolist() for part in ours] == [sorted(part.indices) for part in theirs]
