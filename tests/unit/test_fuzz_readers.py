@@ -56,8 +56,8 @@ def test_a_reader_that_breaks_a_bound_is_found() -> None:
     assert measured(refuse, 10)["outcome"] == "refused"
     assert "ZeroDivisionError" in measured(lambda: 1 // 0, 10)["finding"]
     assert "for 10 bytes" in measured(spin, 10)["finding"]
-    assert "MiB for 10 bytes" in measured(lambda: len(b"a" * (80 * MIB)), 10)["finding"]
-    assert measured(lambda: len(b"a" * (80 * MIB)), 20 * MIB)["finding"] == ""
+    assert "MiB for 10 bytes" in measured(lambda: len(b"a" * (400 * MIB)), 10)["finding"]
+    assert measured(lambda: len(b"a" * (400 * MIB)), 100 * MIB)["finding"] == ""
 
 
 @pytest.mark.slow
