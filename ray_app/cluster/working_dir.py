@@ -8,6 +8,8 @@ from ray_app.errors import ConfigError
 BUILT = {"__pycache__", "node_modules", "venv", "build", "dist", "mlartifacts"}
 SECRET = {Path("deploy/ray-app.env"), Path("deploy/tokens")}
 """Folders of this project that git ignores."""
+NO_JOBS = (Path("tests"), Path("docs"), Path("benchmarks/results"))
+"""Folders of this project that no job reads."""
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -25,6 +27,8 @@ def files_of(folder: Path) -> list[Path]:
                 for part in path.relative_to(folder).parts
             )
         ]
+    if (folder / "ray_app" / "cli.py").is_file():
+        listed = [file for file in listed if not any(file.is_relative_to(part) for part in NO_JOBS)]
     files = sorted(file for file in listed if (folder / file).is_file())
     if not files:
         raise ConfigError(f"--working-dir {folder} holds no file to send; name the folder that has ray_app/ in it")

@@ -71,7 +71,13 @@ def test_mlflow_serves_what_align_answers(registered: Registered, tmp_path: Path
     with (tmp_path / "serve.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", *words, "--port", str(port)],
-            env={**os.environ, "MLFLOW_TRACKING_URI": registered.server.uri},
+            env={
+                **os.environ,
+                "MLFLOW_TRACKING_URI": registered.server.uri,
+                "PATH": os.pathsep.join(
+                    [str(Path(sys.executable).parent), os.environ["PATH"]]
+                ),  # MLflow runs uvicorn
+            },
             stdout=log,
             stderr=log,
             start_new_session=True,

@@ -258,6 +258,15 @@ def test_data_does_not_travel(tmp_path: Path) -> None:
         assert size < 100
 
 
+def test_tests_docs_and_results_of_this_project_do_not_travel(tmp_path: Path) -> None:
+    for name in ("ray_app/cli.py", "tests/test_a.py", "docs/a.md", "benchmarks/results/a.json", "benchmarks/a.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    of_this_project = {str(file) for file in files_of(tmp_path)}
+    assert of_this_project >= {"ray_app/cli.py", "benchmarks/a.py"}
+    assert not [name for name in of_this_project if name.startswith(("tests", "docs", "benchmarks/results"))]
+
+
 def test_secrets_do_not_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hidden@mlflow")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")

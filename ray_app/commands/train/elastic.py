@@ -6,6 +6,7 @@ the cluster is counted again once every listed node answers: otherwise the next 
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,19 +25,20 @@ LOST_NODE_S = 60.0
 class ElasticResizeCallback(ControllerCallback):
     """Hooks of one run in the process of Ray Train's controller."""
 
-    def __init__(self, run: RunDir) -> None:
-        self._run = run
+    def __init__(self, path: Path) -> None:
+        """`path`: folder of the run; an open one has a lock, which does not travel."""
+        self._path = path
 
     def after_controller_state_update(self, _: Any, current: Any) -> None:
         """Before workers are replaced, request a save and wait for it."""
         if not is_resizing(current):
             return
-        deadline = time.monotonic() + SAVE_S
-        self._run.resize_file.touch()
+        deadline, resize_file = time.monotonic() + SAVE_S, RunDir(self._path).resize_file
+        resize_file.touch()
         # The end of an epoch is saved too, and a worker that reports it waits for this process.
-        while entries(self._run.path)[-1]["kind"] not in ("stopped", "epoch") and time.monotonic() < deadline:
+        while entries(self._path)[-1]["kind"] not in ("stopped", "epoch") and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        self._run.resize_file.unlink()
+        resize_file.unlink()
 
     def before_controller_execute_failure_decision(self, _: Any) -> None:
         """After a failure, count the cluster once every node that Ray lists answers."""

@@ -87,7 +87,7 @@ def run_worker_group(
         run_config=RunConfig(
             name=name,
             storage_path=str(run.path / "ray"),
-            callbacks=[ElasticResizeCallback(RunDir(run.path))] if cfg.elastic else [],  # type: ignore[list-item]
+            callbacks=[ElasticResizeCallback(run.path)] if cfg.elastic else [],  # type: ignore[list-item]
             failure_config=FailureConfig(
                 max_failures=cfg.max_failures,
                 controller_failure_limit=3,  # type: ignore[call-arg]
