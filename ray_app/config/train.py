@@ -57,7 +57,7 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     cosine_weight: float = Field(default=0.5, ge=0.0)
     """Weight of 1 − cosine."""
     contrastive_weight: float = Field(default=0.0, ge=0.0)
-    """Weight of the symmetric contrastive loss."""
+    """Weight of the symmetric contrastive loss; negatives are the other pairs of the batch, those of all workers."""
     mse_space: Literal["raw", "unit"] = "raw"
     """Take the squared error on features, or on unit vectors as the reference did."""
     accept_weight: float = Field(default=0.0, ge=0.0)
@@ -119,11 +119,6 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
             raise ConfigError(
                 f"--num-workers ({self.num_workers}) asks for more workers than a batch has pairs "
                 f"({self.batch_size}); take at most {self.batch_size}, or a larger --batch-size."
-            )
-        if self.elastic and self.contrastive_weight:
-            raise ConfigError(
-                "--contrastive-weight compares a pair with the others of its worker, so the loss would change with "
-                f"the number of workers; fix it (--num-workers {self.max_workers}), or leave the weight out."
             )
         losses = ("mse", "cosine", "contrastive", "accept", "centred", "next_position")
         if not any(getattr(self, f"{name}_weight") for name in losses):

@@ -1,8 +1,10 @@
 """Losses per pair, so that any division of a batch adds up to the same mean.
 
-Shapes: B = pairs of this worker (may be 0), D = feature width. Losses are float32, under autocast too.
+Shapes: B = pairs of this worker (may be 0), G = pairs of the global batch, D = feature width. Losses are float32,
+under autocast too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +21,9 @@ EPSILON = 1e-8
 """Smallest norm that is divided by: an adapter's output may be zero early on."""
 INITIAL_TEMPERATURE = 0.07
 """Initial value of the learned temperature of the contrastive loss (CLIP, arXiv 2103.00020)."""
+
+GatherPairs = Callable[[Tensor], tuple[Tensor, int]]
+"""From a worker's rows (B, D) to those of all workers (G, D), with gradients, and the place of its first one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +65,15 @@ def rejection_per_pair(cos_B: Tensor, thetas: tuple[float, ...], temperature: fl
     return torch.stack([torch.sigmoid((theta - cos_B) / temperature) for theta in thetas]).mean(dim=0)
 
 
-def contrastive_per_pair(cos_BB: Tensor, log_temperature: Tensor) -> Tensor:
+def contrastive_per_pair(cos_BG: Tensor, cos_GB: Tensor, first: int, log_temperature: Tensor) -> Tensor:
     """Symmetric InfoNCE in the manner of CEIA, shape (B,) (InfoNCE: arXiv 1807.03748).
 
-    `cos_BB`: row = aligned feature, column = target. A pair's negatives are the other pairs of the same
-    worker.
+    Row = aligned feature, column = target: `cos_BG` those of this worker with all targets, `cos_GB` all of them with
+    its targets. `first`: place of its first pair in the global batch, whose other pairs are a pair's negatives.
     """
-    logits_BB = cos_BB / log_temperature.exp()
-    own_B = logits_BB.diagonal()
-    return (logits_BB.logsumexp(dim=1) + logits_BB.logsumexp(dim=0)) / 2 - own_B
+    logits_BG, logits_GB = cos_BG / log_temperature.exp(), cos_GB / log_temperature.exp()
+    own_B = logits_BG.diagonal(first)
+    return (logits_BG.logsumexp(dim=1) + logits_GB.logsumexp(dim=0)) / 2 - own_B
 
 
 class AlignmentObjective(nn.Module):
@@ -91,6 +96,8 @@ class AlignmentObjective(nn.Module):
         assert mean_target_D is not None or not weights.centred, "the centred cosine needs the mean training target"
         self.mean_target: Tensor | None
         self.register_buffer("mean_target", mean_target_D, persistent=False)
+        self.gather_pairs: GatherPairs = lambda own_BD: (own_BD, 0)
+        """Brings the pairs of all workers together, where there are several."""
 
     def forward(self, event_BE: Tensor, target_BD: Tensor, noise: BatchNoise | None = None) -> dict[str, Tensor]:
         """`loss`, `mse`, `cos_sim` and, if weighted, `contrastive`, each (B,); only `loss` has a gradient."""
@@ -112,7 +119,7 @@ class AlignmentObjective(nn.Module):
         # The order of these four decides the order in which autograd adds their gradients, and so the last bits.
         weights, width = self.weights, self.token_width
         centred_B = self._centred_cosine(aligned_BD, target_BD) if weights.centred else None
-        cos_BB = self._cosine_matrix(aligned_BD, target_BD) if self.log_temperature is not None else None
+        contrastive_B = self._contrastive(aligned_BD, target_BD) if self.log_temperature is not None else None
         mse_B = sequence_mse(aligned_BD, target_BD, width) if width else mse_per_pair(aligned_BD, target_BD)
         cos_B = self.cosine(aligned_BD, target_BD)
         if weights.mse_space == "unit":  # |a/|a| − b/|b||² / D = 2 (1 − cos) / D
@@ -127,8 +134,7 @@ class AlignmentObjective(nn.Module):
         if weights.next_position:
             assert width, "only sequences have a next position"
             loss_B = loss_B + weights.next_position * (1.0 - next_position_cosine(aligned_BD, target_BD, width))
-        if cos_BB is not None and self.log_temperature is not None:
-            contrastive_B = contrastive_per_pair(cos_BB, self.log_temperature)
+        if contrastive_B is not None:
             loss_B = loss_B + weights.contrastive * contrastive_B
             parts["contrastive"] = contrastive_B.detach()
         return {"loss": loss_B, **parts}
@@ -137,8 +143,16 @@ class AlignmentObjective(nn.Module):
         assert self.mean_target is not None
         return self.cosine(aligned_BD - self.mean_target, target_BD - self.mean_target)
 
+    def _contrastive(self, aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
+        assert self.log_temperature is not None
+        aligned_GD, first = self.gather_pairs(aligned_BD)
+        target_GD, _ = self.gather_pairs(target_BD)
+        cos_BG = self._cosine_matrix(aligned_BD, target_GD)
+        cos_GB = cos_BG if aligned_GD is aligned_BD else self._cosine_matrix(aligned_GD, target_BD)
+        return contrastive_per_pair(cos_BG, cos_GB, first, self.log_temperature)
+
     def _cosine_matrix(self, aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
-        """Cosine of each aligned feature (row) with each target (column), (B, B); see `cosine`."""
+        """Cosine of each aligned feature (row) with each target (column); see `cosine`."""
         unit = nn.functional.normalize
         if self.token_width:
             return sequence_cosines(aligned_BD, target_BD, self.token_width)

@@ -136,6 +136,17 @@ def test_three_workers_on_batches_of_eight_equal_one(
     assert {line["val"]["pairs"] for line in judged} == {both["val"]["pairs"]}
 
 
+@pytest.mark.slow
+def test_contrasts_are_with_the_pairs_of_all_workers(config: Callable[..., TrainConfig]) -> None:
+    """Batches of eight on three workers, and validation: a worker's own pairs alone would give another loss."""
+    settings = {"contrastive_weight": 0.5, "num_epochs": 2}
+    alone, three = (run_train(config(f"contrast-{n}", num_workers=n, **settings)) for n in ("1", "3"))
+    assert three["val"]["loss"] == pytest.approx(alone["val"]["loss"], rel=1e-5)
+    a, b = (load_checkpoint(Path(result["checkpoint"])).adapter.state_dict() for result in (alone, three))
+    for key in a:
+        assert torch.allclose(a[key], b[key], atol=1e-5), key
+
+
 def kill_a_worker_after(run: Path, epoch: int, killed: list[int]) -> None:
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:

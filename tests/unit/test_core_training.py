@@ -46,7 +46,7 @@ def test_losses_agree_with_numpy() -> None:
     rows = -np.log(np.exp(logits).diagonal() / np.exp(logits).sum(1))
     columns = -np.log(np.exp(logits).diagonal() / np.exp(logits).sum(0))
     cos_BB = torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=2)
-    found = contrastive_per_pair(cos_BB, torch.tensor(0.5).log())
+    found = contrastive_per_pair(cos_BB, cos_BB, 0, torch.tensor(0.5).log())
     np.testing.assert_allclose(found, (rows + columns) / 2, rtol=1e-4)
 
 
@@ -93,6 +93,21 @@ def test_two_parts_of_a_batch_give_the_gradient_of_the_whole() -> None:
         (divided(event[part], target[part], noise)["loss"].sum() / 8).backward()
     for a, b in zip(whole.parameters(), divided.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-7)
+
+
+def test_contrasts_with_all_workers_pairs_give_the_loss_and_the_gradient_of_the_whole_batch() -> None:
+    event, target = draw(8, 20), draw(8, 20, seed=1)
+    whole, divided = (objective_of(contrastive=0.5, dropout=0.0) for _ in range(2))
+    expected = whole(event, target)
+    expected["loss"].mean().backward()
+    aligned, found = divided.adapter(event), []
+    for part in (slice(0, 3), slice(3, 8), slice(8, 8)):
+        divided.gather_pairs = lambda own, first=part.start: (aligned if own.requires_grad else target, first)
+        found.append(divided.losses(aligned[part], target[part]))
+    torch.testing.assert_close(torch.cat([each["contrastive"] for each in found]), expected["contrastive"])
+    (torch.cat([each["loss"] for each in found]).sum() / 8).backward()
+    for a, b in zip(whole.parameters(), divided.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
 
 
 def test_a_step_is_the_step_of_a_plain_loop() -> None:

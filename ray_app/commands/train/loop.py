@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from ray_app.commands.train.all_pairs import gather_pairs
 from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.state import Checkpointer, TrainState, broadcast_resume_point, resume_or_init
 from ray_app.config.train import TrainConfig
@@ -159,8 +160,10 @@ class WorkerContext:
 
 
 def parallel(objective: AlignmentObjective, worker: WorkerContext) -> torch.nn.Module:
-    """Wrap the objective: gradients are averaged over the workers if there are several."""
+    """Wrap the objective: of several workers gradients are averaged, and contrasts see all pairs."""
     objective.train()
+    if worker.world > 1:
+        objective.gather_pairs = gather_pairs
     if worker.world == 1 or not any(parameter.requires_grad for parameter in objective.parameters()):
         return objective
     devices = [worker.device] if worker.device.type == "cuda" else None
@@ -262,12 +265,15 @@ def validate(
 ) -> dict[str, Any]:
     """Return loss and alignment metrics over the whole validation part; every pair counts once on some worker.
 
-    With `baselines` also their cosine_accept_rate at θ, and `lift` over the best of them. TrainingError, on every
-    worker alike: the loss is not finite; `where` names the step in that message.
+    Batches are those of one worker, divided: contrasts are with the same pairs for any number of workers. With
+    `baselines` also their cosine_accept_rate at θ, and `lift` over the best of them. TrainingError, on every worker
+    alike: the loss is not finite; `where` names the step in that message.
     """
     objective.eval()
     cos, shuffled, loss_sum = [], [], 0.0
-    for positions in np.array_split(pairs.positions, -(-len(pairs.positions) // worker.cfg.batch_size) or 1):
+    total = int(worker.all_reduce_sum([len(pairs.positions)])[0])
+    for batch in np.array_split(np.arange(total), -(-total // worker.cfg.batch_size) or 1):
+        positions = np.intersect1d(batch, pairs.positions, assume_unique=True)
         event_BE, target_BD = worker.decode_pair(*pairs.take(positions))
         aligned_BD = objective.adapter(event_BE)
         losses = objective.losses(aligned_BD, target_BD)

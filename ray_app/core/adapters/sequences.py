@@ -40,7 +40,7 @@ def sequence_cosine(a_BD: Tensor, b_BD: Tensor, width: int) -> Tensor:
 
 
 def sequence_cosines(a_BD: Tensor, b_BD: Tensor, width: int) -> Tensor:
-    """Return `sequence_cosine` of each `a` (row) with each `b` (column), (B, B)."""
+    """Return `sequence_cosine` of each `a` (row) with each `b` (column); there may be more of either."""
     unit = torch.nn.functional.normalize
     a_BD, b_BD = (unit(x.unflatten(1, (-1, width)), dim=2, eps=MIN_NORM).flatten(1) for x in (a_BD, b_BD))
     return a_BD @ b_BD.T / mask_of(b_BD, width).sum(dim=1).clamp(min=1)
