@@ -91,6 +91,14 @@ COMMANDS: dict[str, Command] = {
         "a pair store of your own features",
         "file",
     ),
+    "prepare capture": Command(
+        prepare.PrepareCapture,
+        "prepare.capture",
+        "prepare_capture",
+        "prepare capture FOLDER --out STORE",
+        "a pair store of the hidden states of a capture",
+        "folder",
+    ),
     "encode": Command(
         prepare.EncodeConfig,
         "encode.command",

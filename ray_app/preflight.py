@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ray_app.config.base import Config
 from ray_app.config.evaluate import CompareConfig, PromoteConfig, ReportFlags
-from ray_app.config.prepare import EncodeConfig, InspectConfig, PrepareArrays, PrepareFlags
+from ray_app.config.prepare import EncodeConfig, InspectConfig, PrepareArrays, PrepareCapture, PrepareFlags
 from ray_app.config.serve import ServeConfig
 from ray_app.config.train import TrainConfig
 from ray_app.config.tune import ImportCheckpointConfig, TuneConfig
@@ -34,6 +34,9 @@ def refuse_early(cfg: Config) -> None:
             require_claimable(open_storage(cfg.out, cfg.storage_timeout_s))
         case PrepareArrays():
             require_inputs([cfg.file] if cfg.file else [])
+            require_claimable(open_storage(cfg.out))
+        case PrepareCapture():
+            require_inputs([cfg.folder])
             require_claimable(open_storage(cfg.out))
         case InspectConfig():
             for store in filter(None, (cfg.store, cfg.against)):

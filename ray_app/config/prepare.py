@@ -192,6 +192,20 @@ class PrepareArrays(Config):
     """Largest fraction of pairs that may be rejected (numbers that are not finite, all zeros, a pair twice)."""
 
 
+class PrepareCapture(Config):
+    """Pairs of the hidden states that `capture --features` kept of both models."""
+
+    folder: Path
+    """Folder of the capture."""
+    out: StorePlace
+    """Folder of the new pair store, or a URI such as s3://bucket/store; must be new or empty."""
+    unit: Literal["token", "answer"] = "token"
+    """token: a pair of vectors for each place that both answers have, as `replay --drafter adapter` and `correlate`
+    take them; answer: a pair of sequences for each window."""
+    max_rejected_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Largest fraction of pairs that may be rejected (numbers that are not finite, all zeros, a pair twice)."""
+
+
 class InspectConfig(SplitFlags, ClusterFlags):
     """Show a store: counts, windows, split sizes, leaks, cosine before, checksums."""
 

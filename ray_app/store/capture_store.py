@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ray_app.config.base import Config
 from ray_app.errors import InputError, StoreError
 from ray_app.listing import data_in
 from ray_app.parsing.json_text import parse_object
@@ -118,6 +119,42 @@ def as_lines(values: Sequence[Mapping[str, Any]]) -> bytes:
 def state_key(row: int, side: ModelSide) -> str:
     """Name of a row's states (T, D) in its shard."""
     return f"{row}.{side}"
+
+
+class CapturedRow(Config, extra="ignore"):
+    """Part of a line of traces that names the states of a window."""
+
+    row: int
+    """Place in the recording order."""
+    sequence: str
+    """Video of the window."""
+    t_start_us: int
+    """First microsecond of the window."""
+    t_end_us: int
+    """First microsecond after it."""
+    draft_tokens: tuple[int, ...]
+    """The drafter's answer."""
+    target_tokens: tuple[int, ...]
+    """The target's answer."""
+    states: str
+    """File with both models' states."""
+
+
+def read_captured(folder: Path) -> tuple[dict[str, Any], list[CapturedRow]]:
+    """Return settings and rows of a capture. InputError: it is not finished, damaged, or kept no states."""
+    try:
+        settings = parse_object((folder / CAPTURE_SETTINGS).read_bytes())
+        lines = (folder / TRACES).read_bytes().splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} is no finished capture ({error}); name the --out of `ray-app capture`."
+        ) from error
+    if not settings.get("features"):
+        raise InputError(f"{folder} has no states; capture them: ray-app capture … --features")
+    try:
+        return settings, [CapturedRow.model_validate(parse_object(line)) for line in lines]
+    except ValueError as error:
+        raise InputError(f"{folder / TRACES} is damaged; repeat the command that wrote it.") from error
 
 
 class StateReader:

@@ -54,6 +54,8 @@ CASES = [
     ("prepare dsec nothing --out new", "nothing does not exist"),
     ("prepare arrays nothing.npz --out new", "nothing.npz does not exist"),
     ("prepare arrays --event a.npy --target b.npy --out store", "already holds a complete pair store"),
+    ("prepare capture nothing --out new", "nothing does not exist"),
+    ("prepare capture mine --out store", "already holds a complete pair store"),
     ("serve --checkpoint nowhere", "nowhere is not a folder"),
     ("import-checkpoint nothing.pt --out new", "nothing.pt does not exist"),
     ("tune sweep.yaml", "nowhere does not exist"),

@@ -1,6 +1,7 @@
 """`ray-app prepare arrays`: a pair store from files of features; no Ray, one file after the other."""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -8,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ray_app.config.prepare import PrepareArrays
-from ray_app.data.array_store import write_store
+from ray_app.data.array_store import Row, write_store
 from ray_app.sources.array_files import open_arrays
 from ray_app.terminal import make_console
 
@@ -17,24 +18,22 @@ COLUMNS = ("event", "target", "sequence", "t_start_us", "t_end_us")
 
 def run_prepare_arrays(cfg: PrepareArrays) -> dict[str, Any]:
     """Write the store. InputError: the arrays cannot be read, or do not fit. StoreError: --out is in the way."""
-    began = time.perf_counter()
     given = open_arrays(cfg.file, {name: getattr(cfg, name) for name in COLUMNS})
     source = {"files": [path.name for path in given.files], "bytes": [path.stat().st_size for path in given.files]}
+    how = {"duration": cfg.duration, "source": source, "max_rejected_fraction": cfg.max_rejected_fraction}
+    return written(cfg.out, given.rows, total=given.pairs, **(given.arrays or {}), **how)
+
+
+def written(out: str, rows: Iterable[Row] | None, *, total: int, **how: Any) -> dict[str, Any]:
+    """Write a store as `write_store` does, with progress; returns the --json object."""
+    began = time.perf_counter()
     console = make_console(stderr=True)
     columns = (TextColumn("prepare"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,} pairs"))
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=given.pairs)
-        manifest = write_store(
-            cfg.out,
-            given.rows,
-            **(given.arrays or {}),
-            duration=cfg.duration,
-            source=source,
-            max_rejected_fraction=cfg.max_rejected_fraction,
-            progress=lambda done: bar.update(task, completed=done),
-        )
+        task = bar.add_task("", total=total)
+        manifest = write_store(out, rows, progress=lambda done: bar.update(task, completed=done), **how)
     return {
-        "store": str(cfg.out),
+        "store": str(out),
         "source": manifest.source,
         "features": {side: str(getattr(manifest.features, side)) for side in ("event", "target")},
         "pairs": manifest.pairs,
