@@ -18,6 +18,7 @@ from ray_app.store.filesystem import absolute, open_storage
 from ray_app.store.token_file import read_tokens
 
 from .deployment import application
+from .model.encoders import load_encoders
 from .model.loaded_model import load_served
 from .model.model_source import model_source
 
@@ -65,18 +66,24 @@ def local_app(cfg: EndpointConfig) -> serve.Application:
 
 
 def require_registered_model(cfg: EndpointConfig) -> None:
-    """Load the model once. CheckpointError, RegistryError, StoreError: no replica could serve it.
+    """Load model and encoders once. CheckpointError, RegistryError, StoreError, InputError: no replica could start.
 
     Ray would restart a replica that cannot load again and again, with the reason only in its log.
     """
     source = model_source(cfg.checkpoint, cfg.tracking_uri)
     identity = source.current()
     with source.files(identity) as folder:
-        load_served(folder, identity, "fp32", use_gpu=False, max_batch=1)
+        model = load_served(folder, identity, "fp32", use_gpu=False, max_batch=1)
+    load_encoders(cfg, model.features, "cpu")
 
 
 def with_model(cfg: EndpointConfig) -> EndpointConfig:
-    """Resolve the checkpoint's location for every replica. ConfigError: no tracking server, or no such folder."""
+    """Resolve the places of checkpoint and encoders for every replica.
+
+    ConfigError: no tracking server, or no such folder.
+    """
+    folders = {name: getattr(cfg, name) for name in ("event_encoder", "target_encoder")}
+    cfg = cfg.model_copy(update={name: folder and folder.absolute() for name, folder in folders.items()})
     if not cfg.checkpoint.startswith("models:"):
         if not open_storage(cfg.checkpoint).exists():
             raise ConfigError(f"checkpoint '{cfg.checkpoint}' is neither a folder here nor models:/NAME@ALIAS.")

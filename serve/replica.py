@@ -17,7 +17,8 @@ from .decoding.pool import DecodePool
 from .http.auth import TokenStore
 from .http.loopback import bind_grpc_to_loopback
 from .http.routes import build_api
-from .model.batcher import Batcher
+from .model.batcher import STUCK_S, Batcher
+from .model.encoders import load_encoders, num_weights, rows_within
 from .model.hot_reload import ModelReloader, ReloadOutcome, ReloadResult, iso_time
 from .model.loaded_model import ServedModel
 from .model.model_source import model_source
@@ -53,9 +54,10 @@ class ReplicaState:
             max_batch=cfg.max_batch,
         )
         self.telemetry.serving(self.model)
+        self.encoders = load_encoders(cfg, self.model.features, "cuda" if cfg.use_gpu else "cpu")
         self.batcher = Batcher(
-            lambda works: predict(self.model, works),
-            max_rows=cfg.max_batch,
+            lambda works: predict(self.model, works, self.encoders),
+            max_rows=rows_within(STUCK_S / 2, self.encoders, cfg.max_batch),
             max_queued_rows=cfg.max_queue,
             wait_s=cfg.batch_wait_timeout_ms / 1e3,
             observe=self.telemetry.batch,
@@ -63,7 +65,7 @@ class ReplicaState:
         self.decoders = DecodePool()
         self.max_body_bytes = int(cfg.max_body_mib * MIB)
         self.max_json_bytes = int(min(cfg.max_json_mib, cfg.max_body_mib) * MIB)
-        self.limits = Limits(self.model.features, cfg.max_batch, self.max_json_bytes)
+        self.limits = Limits(self.model.features, cfg.max_batch, self.max_json_bytes, self.encoders)
         self.bodies = BodyBudget(int(cfg.max_bodies_mib * MIB))
         self.closing = False
         self._reload_task: asyncio.Task[None] | None = None
@@ -126,6 +128,11 @@ class ReplicaState:
             "dataset_fingerprint": model.provenance.get("dataset_fingerprint"),
             "adapter": {**model.config.to_dict(), "parameters": model.parameters},
             "features": model.features.model_dump(mode="json"),
+            "encoders": {
+                side: {"model": record.model, "sha256": record.sha256, "loaded": side in self.encoders}
+                for side in ("event", "target")
+                if (record := getattr(model.features, side).encoder)
+            },
             "metrics": {"test": model.evaluation_record.test, "val": model.evaluation_record.val},
             "acceptance_curve": model.evaluation_record.curve,
             "loaded_at": iso_time(model.loaded_at),
@@ -166,7 +173,8 @@ class Replica:
         self._app_name = context.app_name
         torch.set_num_threads(max(1, int(cfg.cpus_per_replica)))
         self._state = ReplicaState(cfg, context.replica_id.unique_id)
-        torch.set_num_threads(threads_for(self._state.model.parameters, int(cfg.cpus_per_replica)))
+        weights = self._state.model.parameters + num_weights(self._state.encoders)
+        torch.set_num_threads(threads_for(weights, int(cfg.cpus_per_replica)))
         sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

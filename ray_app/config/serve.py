@@ -28,6 +28,11 @@ class EndpointConfig(Config):
     """Number of replicas: processes that answer requests."""
     max_replicas: Positive | None = None
     """Largest number of replicas: Ray adds some while requests wait; default: --num-replicas."""
+    event_encoder: Path | None = None
+    """Folder of the encoder that made the model's event features, verified by SHA-256: the endpoint then takes
+    recordings and pictures and encodes them; without it, features."""
+    target_encoder: Path | None = None
+    """The same for the target's features and pictures."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the forward pass; auto: bf16 where the hardware multiplies it (AMX, AVX-512 BF16, GPUs)."""
     use_gpu: bool = False

@@ -56,8 +56,8 @@ def what_to_try(result: Mapping[str, Any]) -> str | None:
         return f"try next: more pairs, of more drives; {pairs:,} training pairs are few"
     if kind == "images":
         return (
-            "try next: features of an encoder instead of pixels (`ray-app prepare arrays`), or a search of the "
-            "settings with `ray-app tune`"
+            "try next: features of an encoder instead of pixels (`ray-app encode STORE --event-encoder DIR "
+            "--target-encoder DIR`), or a search of the settings with `ray-app tune`"
         )
     solved = "ray-app train --strategy ridge (the best linear map, solved), or " if kind == "vectors" else ""
     return f"try next: {solved}a search of strategy, learning rate and loss with `ray-app tune`"

@@ -8,13 +8,13 @@ Shapes: H, W = pixels of a picture, C = 3 colours, h, w = pixels that the model 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ray_app.encoders.weights import read_json
+from ray_app.encoders.model_folder import read_json
 from ray_app.errors import InputError
 
 CONFIG, JOINT_CONFIG = "preprocessor_config.json", "processor_config.json"
@@ -54,16 +54,28 @@ class ImagePreprocessing:
         """Return the steps as JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
+    @classmethod
+    def of(cls, description: Mapping[str, Any]) -> Self:
+        """Return the steps that `describe` gave."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in description.items()})
+
     def __call__(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the model's input (C, h, w) of an RGB picture (H, W, C)."""
+        return self.numbers(self.cut(image_HWC))
+
+    def cut(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the part of a picture that the model sees, in its size (h, w, C)."""
         height, width = image_HWC.shape[:2]
         if size := self._resized(height, width):
             image = Image.fromarray(np.ascontiguousarray(image_HWC))
             image_HWC = np.asarray(image.resize((size[1], size[0]), Image.Resampling(self.resample)))
         if self.crop:
             image_HWC = _centre_crop(image_HWC, *self.crop)
-        table_CV = self._table()
-        return np.stack([table[image_HWC[..., c]] for c, table in enumerate(table_CV)])
+        return image_HWC
+
+    def numbers(self, image_hwC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the model's input (C, h, w) of what `cut` gave."""
+        return np.stack([table[image_hwC[..., c]] for c, table in enumerate(self._table())])
 
     def _resized(self, height: int, width: int) -> tuple[int, int] | None:
         if self.shortest_edge is None:

@@ -14,27 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ray_app.encoders.model_folder import read_json
 from ray_app.errors import InputError
-from ray_app.parsing.json_text import parse_object
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 BUFFER = "position_ids"
 """Last part of a key that old checkpoints have and no model needs: the numbers from 0 on."""
 NUM_NAMED = 3
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Return a JSON object of a model's folder. InputError: missing or damaged."""
-    path = folder / name
-    try:
-        return parse_object(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} has no {name}; name the folder of a Hugging Face model, as `save_pretrained` writes it."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a JSON object: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ import resource
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_app.encoders.preprocessing import ImagePreprocessing
 from ray_app.errors import InputError
 from ray_app.events.render import equal_counts, event_image
 from ray_app.sources.images import decode_image, resized
@@ -23,7 +25,7 @@ from ray_app.sources.npz import parse_recording
 from .job import DecodeJob, read_message, write_message
 
 NUM_IMAGES = 5
-"""Event images per recording, by equal event count; the middle one is the event feature."""
+"""Event images per recording, by equal event count; the middle one is the event feature, or what is encoded."""
 MAX_PIXELS = 2**22
 """Largest number of pixels of a picture or a sensor: 4.2 million."""
 ROOM_BYTES = 128 * 2**20
@@ -33,17 +35,34 @@ ALARM_S = 30
 
 
 def decode(job: DecodeJob, data: bytes) -> NDArray[np.uint8]:
-    """Return the image (3, height, width). InputError: unreadable, damaged, too large, or outside of the sensor."""
+    """Return the images, (3 · num_images, height, width).
+
+    InputError: unreadable, damaged, too large, or outside of the sensor.
+    """
+    return np.concatenate([fitted(image_HWC, job) for image_HWC in images(job, data)])
+
+
+def images(job: DecodeJob, data: bytes) -> Iterator[NDArray[np.uint8]]:
+    """Yield the images (H, W, 3) of a job in their own size."""
     if job.kind == "image":
-        return resized(decode_image(data, f"the picture '{job.name}'", max_pixels=MAX_PIXELS), job.height, job.width)
+        yield decode_image(data, f"the picture '{job.name}'", max_pixels=MAX_PIXELS)
+        return
     what = "the recording"
     columns, rows = job.sensor
     if columns * rows > MAX_PIXELS:
         raise InputError(f"a sensor of {columns} x {rows} pixels is larger than the limit of {MAX_PIXELS:,}")
     events = events_of(parse_recording(data, what), columns, rows, what)
-    if job.middle:
-        events = equal_counts(events, NUM_IMAGES)[NUM_IMAGES // 2]
-    return resized(event_image(events), job.height, job.width)
+    if job.num_images > 1:
+        yield from map(event_image, equal_counts(events, job.num_images))
+        return
+    yield event_image(equal_counts(events, NUM_IMAGES)[NUM_IMAGES // 2] if job.middle else events)
+
+
+def fitted(image_HWC: NDArray[np.uint8], job: DecodeJob) -> NDArray[np.uint8]:
+    """Return an image as a feature of pixels, or the part of it that an encoder sees, (3, height, width)."""
+    if job.steps is None:
+        return resized(image_HWC, job.height, job.width)
+    return ImagePreprocessing.of(job.steps).cut(image_HWC).transpose(2, 0, 1)
 
 
 def answer(job: DecodeJob, data: bytes) -> tuple[dict[str, Any], bytes]:

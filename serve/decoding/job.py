@@ -10,7 +10,7 @@ MAX_HEAD_BYTES = 2**16
 
 @dataclass(frozen=True, slots=True)
 class DecodeJob:
-    """A picture, or the events of a recording, to be made an image of a given size."""
+    """A picture, or the events of a recording, to be made images of a given size."""
 
     kind: Literal["image", "recording"]
     """Picture or recording; also the code of the error where it cannot be decoded."""
@@ -22,6 +22,10 @@ class DecodeJob:
     """Columns and rows of the recording's sensor."""
     middle: bool = True
     """True: the middle one of five images of equal event count; else one of all events."""
+    num_images: int = 1
+    """More than one: that many images of a recording, of equal event count."""
+    steps: dict[str, Any] | None = None
+    """Preprocessing of the encoder that takes the images; without one they are resized."""
     name: str = "event"
     """Side of the pair, in messages."""
 

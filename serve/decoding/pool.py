@@ -58,7 +58,7 @@ class Decoder:
     def ask(self, job: DecodeJob, data: bytes | memoryview) -> tuple[dict[str, Any], bytes]:
         """Return the answer to a job. EOFError, OSError: the process died, or was killed."""
         write_message(self._to, asdict(job), data)
-        return read_message(self._from, 3 * job.height * job.width)
+        return read_message(self._from, 3 * job.num_images * job.height * job.width)
 
     def alive(self) -> bool:
         """False if it has died."""
@@ -96,7 +96,7 @@ class DecodePool:
         return not self._stuck and self._failed_starts < MAX_FAILED_STARTS
 
     async def decode(self, job: DecodeJob, data: bytes | memoryview, timeout_s: float) -> NDArray[np.uint8]:
-        """Return the image (3, height, width).
+        """Return the images, (3 · num_images, height, width).
 
         ApiError 422: refused, or longer than the limit; 429: too many wait; 503: no process; 504: no time left.
         """
@@ -142,7 +142,7 @@ class DecodePool:
         self._idle.append(decoder)
         if "refused" in head:
             raise ApiError(422, job.kind, f"{head['refused']}.")
-        return np.frombuffer(bytearray(image), np.uint8).reshape(3, job.height, job.width)
+        return np.frombuffer(bytearray(image), np.uint8).reshape(-1, job.height, job.width)
 
     async def _next(self) -> Decoder:
         while self._idle:

@@ -16,10 +16,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
+from ray_app.store.manifest import FeatureSpec
+
 from ..decoding.job import DecodeJob
 from ..model.predict import InferenceRequest, InferenceResult, gathered
 from ..protocol.errors import ApiError
-from ..protocol.inputs import decode_job, parse_request, pixels, png_of, require_pixels, rows_of
+from ..protocol.inputs import (
+    Pictures,
+    Rows,
+    parse_request,
+    png_of,
+    png_of_image,
+    require_pixels,
+    row_of_file,
+    rows_of,
+)
 from ..protocol.schemas import AlignRequest, Picture, Recording, VerifyRequest
 from .request import body_of, context_of
 
@@ -44,12 +55,10 @@ async def answer_request(request: Request, kind: type[AlignRequest], default: li
     """Read a request, compute, and encode the answer; `default` is returned where it names no `return`."""
     replica, ctx = context_of(request)
     with replica.batcher.reserve_slot():
-        asked, event_BE, target_BD = await read_request(request, kind)
+        asked, event, target = await read_request(request, kind)
     wanted: list[str] = default if asked.wanted is None else list(asked.wanted)
-    require_images(replica, wanted, target_BD)
-    work = InferenceRequest(
-        event_BE, target_BD, aligned=bool({"aligned", "aligned_image"} & set(wanted)), before=True
-    )
+    require_images(replica, wanted, event, target)
+    work = InferenceRequest(event, target, aligned=bool({"aligned", "aligned_image"} & set(wanted)), before=True)
     read_at = time.perf_counter()
     answer = await replica.answer(work, ctx.timeout_s(replica.cfg.timeout_s))
     computed_at = time.perf_counter()
@@ -67,24 +76,27 @@ async def answer_request(request: Request, kind: type[AlignRequest], default: li
         "answer": computed_at - read_at,
         "write": time.perf_counter() - computed_at,
     }
+    if isinstance(event, Pictures) or isinstance(target, Pictures):
+        ctx.spans |= {"encode": answer.encoding_s, "adapter": answer.adapter_s}
     return response
 
 
-async def read_request(request: Request, kind: type[AlignRequest]) -> tuple[AlignRequest, Tensor, Tensor | None]:
+async def read_request(request: Request, kind: type[AlignRequest]) -> tuple[AlignRequest, Rows, Rows | None]:
     """Return request, events and targets from JSON, or from the bare bytes of a picture or a recording."""
     replica, ctx = context_of(request)
 
     async def decode(job: DecodeJob, data: bytes | memoryview) -> NDArray[np.uint8]:
-        return await replica.decoders.decode(job, data, ctx.timeout_s(replica.cfg.timeout_s))
+        began = time.perf_counter()
+        images = await replica.decoders.decode(job, data, ctx.timeout_s(replica.cfg.timeout_s))
+        ctx.spans["draw"] = ctx.spans.get("draw", 0.0) + time.perf_counter() - began
+        return images
 
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content_type in IMAGES | {EVENTS} and kind is AlignRequest:
         body = await body_of(request, replica.max_body_bytes)
         asked = from_query(request)
-        spec = replica.limits.features.event
         value = Picture(png="") if content_type in IMAGES else Recording(recording="")
-        event_BE = pixels(await decode(decode_job(spec, "event", value), body), spec)
-        return asked, event_BE, None
+        return asked, await row_of_file(value, body, "event", replica.limits, decode), None
     if content_type != "application/json":
         takes = ["application/json", *([*sorted(IMAGES), EVENTS] if kind is AlignRequest else [])]
         raise ApiError(
@@ -112,17 +124,17 @@ def from_query(request: Request) -> AlignRequest:
         raise ApiError(422, "field", f"?{first['loc'][0]}=: {first['msg']}.") from error
 
 
-def require_images(replica: "ReplicaState", wanted: list[str], target_BD: Tensor | None) -> None:
-    """ApiError 422 if a picture is wanted of features that are not images."""
+def require_images(replica: "ReplicaState", wanted: list[str], event: Rows, target: Rows | None) -> None:
+    """ApiError 422 if a picture is wanted of features that are not images, nor were sent as such."""
     features = replica.limits.features
-    for name, spec in (
-        ("event_image", features.event),
-        ("aligned_image", features.target),
-        ("target_image", features.target),
+    for name, spec, sent in (
+        ("event_image", features.event, event),
+        ("aligned_image", features.target, None),
+        ("target_image", features.target, target),
     ):
-        if name in wanted:
+        if name in wanted and not isinstance(sent, Pictures):
             require_pixels(spec, name.removesuffix("_image"))
-    if "target_image" in wanted and target_BD is None:
+    if "target_image" in wanted and target is None:
         raise ApiError(422, "missing", "target_image is wanted but 'target' is missing.")
 
 
@@ -142,13 +154,21 @@ def pairs_of(
         if "aligned" in wanted and answer.aligned_BD is not None:
             pair["aligned"] = encoded(answer.aligned_BD[i], asked.encoding, answer)
         if "event_image" in wanted:
-            pair["event_image"] = png_of(gathered([work.event_BE[i : i + 1]], features.event)[0], features.event)
+            pair["event_image"] = picture_of(work.event, i, features.event)
         if "aligned_image" in wanted and answer.aligned_BD is not None:
             pair["aligned_image"] = png_of(answer.aligned_BD[i], features.target)
-        if "target_image" in wanted and work.target_BD is not None:
-            pair["target_image"] = png_of(gathered([work.target_BD[i : i + 1]], features.target)[0], features.target)
+        if "target_image" in wanted and work.target is not None:
+            pair["target_image"] = picture_of(work.target, i, features.target)
         pairs.append(pair)
     return pairs
+
+
+def picture_of(rows: Rows, i: int, spec: FeatureSpec) -> str:
+    """Return what was sent of a pair as a picture: its pixels, or the middle one of what the encoder saw."""
+    if isinstance(rows, Pictures):
+        images_IChw = rows.images_BIChw[i]
+        return png_of_image(images_IChw[len(images_IChw) // 2])
+    return png_of(gathered([rows[i : i + 1]], spec)[0], spec)
 
 
 def encoded(row_D: Tensor, encoding: str, answer: InferenceResult) -> Any:

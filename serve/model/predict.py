@@ -1,8 +1,9 @@
-"""One forward pass for several requests; an error in one of them does not affect the others.
+"""One pass for several requests, encoders first; an error in one of them does not affect the others.
 
 Shapes: B = pairs of a request, N = pairs of all requests, E = event width, D = target width.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from ray_app.core.evaluation import pair_cosine
 from ray_app.store.manifest import FeatureSpec
 
 from ..protocol.errors import ApiError
+from ..protocol.inputs import Rows
+from .encoders import NO_ENCODERS, Encoders, encoded
 from .loaded_model import ServedModel
 
 CPU = torch.device("cpu")
@@ -24,10 +27,10 @@ RANGE_SLACK = 0.5
 class InferenceRequest:
     """Input of the model and what to compute."""
 
-    event_BE: Tensor
-    """Event features, in the type in which they were sent."""
-    target_BD: Tensor | None = None
-    """Target features, likewise."""
+    event: Rows
+    """Event features (B, E) in the type in which they were sent, or pictures."""
+    target: Rows | None = None
+    """Target features (B, D), likewise."""
     aligned: bool = True
     """True to return the aligned features."""
     before: bool = False
@@ -36,7 +39,7 @@ class InferenceRequest:
     @property
     def rows(self) -> int:
         """B."""
-        return self.event_BE.shape[0]
+        return len(self.event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,44 +54,61 @@ class InferenceResult:
     """Cosine with the target, if there is one; for sequences the mean over the target's tokens."""
     before_B: Tensor | None
     """Cosine of the raw event feature with the target, if requested and both have the same width."""
+    encoding_s: float
+    """Seconds in which the pictures of all requests of the pass were encoded."""
+    adapter_s: float
+    """Seconds of the adapter's forward pass."""
 
 
 @torch.inference_mode()
-def predict(model: ServedModel, works: Sequence[InferenceRequest]) -> list[InferenceResult | ApiError]:
+def predict(
+    model: ServedModel, works: Sequence[InferenceRequest], encoders: Encoders = NO_ENCODERS
+) -> list[InferenceResult | ApiError]:
     """Return an answer for each request, or an ApiError 422: not finite, not in the range of pixels, all zeros."""
-    features = model.features
-    event_NE = gathered([work.event_BE for work in works], features.event, model.device)
+    features, began = model.features, time.perf_counter()
+    events = encoded([work.event for work in works], features.event, encoders.get("event"))
+    sent_targets = [work.target for work in works if work.target is not None]
+    targets = iter(encoded(sent_targets, features.target, encoders.get("target")))
+    encoded_at = time.perf_counter()
+    event_NE = gathered(events, features.event, model.device)
     aligned_ND = model.forward(event_NE)
     event_norm_N, norm_N = (torch.linalg.vector_norm(side, dim=1).cpu() for side in (event_NE, aligned_ND))
+    seconds = encoded_at - began, time.perf_counter() - encoded_at
     answers: list[InferenceResult | ApiError] = []
     start = 0
-    for work in works:
+    for work, sent_BE in zip(works, events, strict=True):
         own = slice(start, start + work.rows)
         start += work.rows
+        sent_BD = None if work.target is None else next(targets)
         answers.append(
             input_error(event_norm_N[own], "event")
-            or range_error(work.event_BE, features.event, "event")
+            or range_error(sent_BE, features.event, "event")
             or output_error(norm_N[own], model)
-            or _answer(model, work, event_NE[own], aligned_ND[own])
+            or _answer(model, work, event_NE[own], aligned_ND[own], sent_BD, seconds)
         )
     return answers
 
 
 def _answer(
-    model: ServedModel, work: InferenceRequest, event_BE: Tensor, aligned_BD: Tensor
+    model: ServedModel,
+    work: InferenceRequest,
+    event_BE: Tensor,
+    aligned_BD: Tensor,
+    sent_BD: Tensor | None,
+    seconds: tuple[float, float],
 ) -> InferenceResult | ApiError:
     cos_B = before_B = None
-    if work.target_BD is not None:
-        target_BD = gathered([work.target_BD], model.features.target, model.device)
+    if sent_BD is not None:
+        target_BD = gathered([sent_BD], model.features.target, model.device)
         if problem := input_error(torch.linalg.vector_norm(target_BD, dim=1), "target"):
             return problem
-        if problem := range_error(work.target_BD, model.features.target, "target"):
+        if problem := range_error(sent_BD, model.features.target, "target"):
             return problem
         width = model.features.target.token_width
         cos_B = pair_cosine(aligned_BD, target_BD, width).cpu()
         if work.before and event_BE.shape == target_BD.shape:
             before_B = pair_cosine(event_BE, target_BD, width).cpu()
-    return InferenceResult(model, aligned_BD.cpu() if work.aligned else None, cos_B, before_B)
+    return InferenceResult(model, aligned_BD.cpu() if work.aligned else None, cos_B, before_B, *seconds)
 
 
 def gathered(parts: Sequence[Tensor], spec: FeatureSpec, device: torch.device = CPU) -> Tensor:

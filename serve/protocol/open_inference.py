@@ -5,7 +5,7 @@ Tensors are views of the body; nothing is copied. Shapes: B = pairs of a request
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ class Limits:
     """Largest number of pairs in a request."""
     max_json_bytes: int
     """Largest size of JSON, with tensors behind it or without."""
+    encoders: Collection[str] = ()
+    """Sides whose encoder is at hand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,7 @@ def check_shape(shape: Any, width: int, name: str, max_batch: int) -> int:
     return rows
 
 
-def same_rows(event_BE: Tensor, target_BD: Tensor | None) -> None:
+def same_rows(event_BE: Sized, target_BD: Sized | None) -> None:
     """ApiError 422 unless there are as many targets as events."""
     if target_BD is not None and len(target_BD) != len(event_BE):
         raise ApiError(

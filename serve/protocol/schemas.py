@@ -32,7 +32,7 @@ class RawTensor(Strict):
 
 
 class Picture(Strict):
-    """One image, resized like event images."""
+    """One image, resized like event images, or encoded."""
 
     png: str
     """Base64 of a PNG, JPEG or WebP file."""
@@ -48,7 +48,8 @@ class Recording(Strict):
     height: Annotated[int, Field(ge=1, le=4096)] = 480
     """Rows of the sensor."""
     part: Literal["middle", "all"] = "middle"
-    """The middle one of five images of equal event count, as in training; or one image of all events."""
+    """The middle one of five images of equal event count, as in training; or one image of all events. An encoder that
+    takes several event images gets as many, whatever this says."""
 
 
 def form(value: Any) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +13,10 @@ from torch import Tensor
 from ray_app.commands.prepare.store_builder import pixel_bytes
 from ray_app.config.prepare import PrepareFlags
 from ray_app.encoders.base import STORED, EncoderSettings, VisionModel
-from ray_app.encoders.registry import encoder_class, load_encoder, load_recorded
+from ray_app.encoders.registry import Side, encoder_class, load_encoder, load_sides
 from ray_app.sources.base import ONE_EACH, RawPair, Views
 from ray_app.store.manifest import Features, FeatureSpec
 
-Side = Literal["event", "target"]
 SIDES: tuple[Side, Side] = ("event", "target")
 BATCH_PAIRS = 32
 """Pairs that are encoded together."""
@@ -94,7 +93,9 @@ class FeatureEncoder:
     def __call__(self, pairs: Sequence[RawPair]) -> list[tuple[bytes, bytes] | str]:
         """Encode both sides. InputError: a folder holds another encoder here than where the command started."""
         if self._encoders is None:
-            self._encoders = self._loaded()
+            plan = self._plan
+            self._encoders = load_sides(plan.folders, plan.features, plan.device)
+            self.models = list({id(encoder): encoder for encoder in self._encoders.values()}.values())
         if not pairs:
             return []
         event, target = (self._side(side, pairs) for side in SIDES)
@@ -102,19 +103,6 @@ class FeatureEncoder:
             a if isinstance(a, str) else b if isinstance(b, str) else (a, b)
             for a, b in zip(event, target, strict=True)
         ]
-
-    def _loaded(self) -> dict[Side, VisionModel]:
-        """Return the encoder of each side; one that makes both is loaded once."""
-        loaded: dict[tuple[Path, str], VisionModel] = {}
-        sides: dict[Side, VisionModel] = {}
-        for side, folder in self._plan.folders.items():
-            record = getattr(self._plan.features, side).encoder
-            key = folder, record.model_dump_json()
-            if key not in loaded:
-                loaded[key] = load_recorded(folder, record, self._plan.device)
-            sides[side] = loaded[key]
-        self.models = list(loaded.values())
-        return sides
 
     def _side(self, side: Side, pairs: Sequence[RawPair]) -> Sequence[bytes | str]:
         spec = getattr(self._plan.features, side)
