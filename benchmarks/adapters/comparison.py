@@ -3,6 +3,7 @@
     python -m benchmarks.adapters.comparison --store stores/scenes --folder runs/adapters --name scenes
     python -m benchmarks.adapters.comparison --store stores/drive --folder runs/footage --name footage
     python -m benchmarks.adapters.comparison --store stores/scenes --folder runs/tokens --name tokens --tokens
+    python -m benchmarks.adapters.comparison --store stores/features --folder runs/features --name features --encoder
 
 Settings were chosen on validation parts; the test part is read once a run, here. Each run's numbers lie in the
 folder: finished runs are not repeated, interrupted ones are resumed, and two processes may share the folder.
@@ -73,6 +74,9 @@ TOKENS: dict[str, dict[str, Any]] = {
 """Without the squared error, from the mean target on, and as they are by default: an event patch is five times as
 long as a target's. `token_causal, next`: its own loss too, with the weight that the cosine of the same position has,
 as the reference's project halves the two; the other rows of `token_causal` are plain causal attention."""
+ENCODED: dict[str, dict[str, Any]] = {}
+"""Adapters of the features of an encoder."""
+ALL = SETTINGS | TOKENS | ENCODED
 PATCH = 16
 """Side of a patch that is one token, of images at half their size: 49 tokens of 768 numbers."""
 BASELINES = ("before", "white", "mean_target", "shuffled", "previous_window")
@@ -82,7 +86,7 @@ def measured(store: Path, folder: Path, name: str, seed: int, *, use_gpu: bool) 
     """One run of `train` and `evaluate`."""
     run = folder / f"{name.replace(', ', '-')}-{seed}"
     common = {"store": store, "tracking_uri": f"sqlite:///{folder}/mlflow.db", "use_gpu": use_gpu}
-    settings: dict[str, Any] = {"out": run, "seed": seed, **common, **(SETTINGS | TOKENS)[name]}
+    settings: dict[str, Any] = {"out": run, "seed": seed, **common, **ALL[name]}
     if (run / "run.json").is_file():
         settings = {**RunDir(run).metadata()["config"], "out": run, "resume": run}
     elif (subspaces := folder / "lowrank-0" / "init").is_dir() and (
@@ -197,11 +201,11 @@ def collected(folder: Path) -> dict[str, Any]:
     """All runs whose numbers lie in the folder, by strategy and seed."""
     runs = {
         name: {path.stem.rpartition("-")[2]: json.loads(path.read_text()) for path in paths}
-        for name in SETTINGS | TOKENS
+        for name in ALL
         if (paths := sorted(folder.glob(f"{name}-[0-9]*.json")))
     }
     return {
-        "settings": {name: (SETTINGS | TOKENS)[name] for name in runs},
+        "settings": {name: ALL[name] for name in runs},
         "summary": {name: summary(list(each.values())) for name, each in runs.items()},
         "runs": runs,
     }
@@ -213,14 +217,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for the runs")
     parser.add_argument("--name", required=True, help="of the result")
     parser.add_argument("--tokens", action="store_true", help="cut the images into patches; the adapters of tokens")
-    parser.add_argument("--strategies", nargs="+", choices=[*SETTINGS, *TOKENS], help="default: all")
+    parser.add_argument("--encoder", action="store_true", help="the store has features of an encoder")
+    parser.add_argument("--strategies", nargs="+", choices=[*ALL], help="default: all")
     parser.add_argument("--use-gpu", action="store_true", help="train and evaluate there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     args.folder = args.folder.absolute()
     args.folder.mkdir(parents=True, exist_ok=True)
     store = token_store(PairStore.open(args.store), args.folder / "store") if args.tokens else args.store
-    names = args.strategies or (TOKENS if args.tokens else SETTINGS)
+    names = args.strategies or (TOKENS if args.tokens else ENCODED if args.encoder else SETTINGS)
     wanted = {args.folder / f"{name}-{seed}.json": (name, seed) for seed in args.seeds for name in names}
     with nullcontext() if all(path.is_file() for path in wanted) else cluster(None):
         for path, (name, seed) in wanted.items():

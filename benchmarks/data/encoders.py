@@ -5,8 +5,9 @@
     python -m benchmarks.data.encoders --store stores/scenes
 
 The first part encodes both sides of every pair in this process, with one thread, and counts its processor seconds.
-The second writes a checkpoint of Video-LLaVA's shapes and index with holes for weights, which take no place on the
-disk, and loads the video tower in a process of its own. Writes benchmarks/results/encoders.json.
+The second does so on Ray with 1, 2 and 4 workers, and once while ten workers are killed, one with each finished file,
+and compares the bytes. The third writes a checkpoint of Video-LLaVA's shapes and index with holes for weights, which
+take no place on the disk, and loads the video tower in a process of its own. Writes benchmarks/results/encoders.json.
 """
 
 import argparse
@@ -17,14 +18,19 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import psutil
+
 from benchmarks.provenance import require_commit, save
+from ray_app.cluster.connection import cluster
 from ray_app.commands.demo.command import cache_folder
+from ray_app.commands.encode.command import run_encode
 from ray_app.commands.encode.source import StoreSource
 from ray_app.commands.prepare.encoding import FeatureEncoder, encoding_plan
 from ray_app.commands.prepare.store_builder import build_task, claim_store, finish
@@ -33,10 +39,11 @@ from ray_app.encoders.base import EncoderSettings
 from ray_app.encoders.registry import load_encoder
 from ray_app.encoders.weights import INDEX, ModelWeights, update_digest
 from ray_app.store.filesystem import open_storage
-from ray_app.store.manifest import PIXELS, Manifest
+from ray_app.store.manifest import PIXELS, SCRATCH, Manifest
 
 SHARD_BYTES = 5 * 10**9
 BFLOAT16_BYTES = 2
+NUM_KILLS = 10
 VISION = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -50,9 +57,7 @@ VISION = {
 
 def encoded(store: str, out: Path) -> dict[str, Any]:
     """Encode a store; processor seconds of all of it and of the forward passes, and the size of what comes out."""
-    model = cache_folder() / "mobilenet_v2"
-    cfg = EncodeConfig(store=store, out=str(out), event_encoder=model, target_encoder=model, pool=("3x3",))
-    folder = open_storage(store)
+    cfg, folder = settings(store, out), open_storage(store)
     source = StoreSource(folder, Manifest.read(folder))
     plan = encoding_plan(cfg, PIXELS)
     assert plan
@@ -73,6 +78,61 @@ def encoded(store: str, out: Path) -> dict[str, Any]:
         "store_mb": round(sum(file.bytes for file in manifest.files) / 1e6, 2),
         "pixels_mb": round(sum(file.bytes for file in source.manifest.files) / 1e6, 2),
     }
+
+
+def settings(store: str, out: Path, num_workers: int = 0) -> EncodeConfig:
+    model = cache_folder() / "mobilenet_v2"
+    sides = {"event_encoder": model, "target_encoder": model, "pool": ("3x3",)}
+    return EncodeConfig.model_validate({"store": store, "out": str(out), "num_workers": num_workers, **sides})
+
+
+def same_bytes(store: str, scratch: Path) -> dict[str, Any]:
+    """SHA-256 of all bytes of the store that each number of workers makes, and of one whose workers are killed."""
+    digests: dict[str, str] = {}
+    with cluster(None):
+        for num_workers in (1, 2, 4):
+            run_encode(settings(store, out := scratch / f"workers-{num_workers}", num_workers))
+            digests[f"{num_workers} workers"] = digest_of(out)
+        done, killed = threading.Event(), list[int]()
+        out = scratch / "killed"
+        killer = threading.Thread(target=kill_workers, args=(out, done, killed))
+        killer.start()
+        try:
+            run_encode(settings(store, out, 2))
+        finally:
+            done.set()
+            killer.join()
+        digests[f"{len(killed)} kills"] = digest_of(out)
+    return {"sha256": digests, "kills": len(killed), "equal": len(set(digests.values())) == 1}
+
+
+def digest_of(store: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(store.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def kill_workers(out: Path, done: threading.Event, killed: list[int]) -> None:
+    """Kill a worker with each file that is finished, ten in all."""
+    while not done.is_set() and len(killed) < NUM_KILLS:
+        finished = len(list((out / SCRATCH).glob("*.json"))) - 1  # one has the settings
+        if finished > len(killed) and (workers := encoding_workers()):
+            workers[0].kill()
+            killed.append(workers[0].pid)
+        done.wait(0.05)
+
+
+def encoding_workers() -> list[psutil.Process]:
+    """Ray's processes that encode now."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "EncodingWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
 
 
 class ForwardClock:
@@ -220,7 +280,8 @@ def main() -> None:
     require_commit()
     with tempfile.TemporaryDirectory() as scratch:
         mobilenet = encoded(args.store, Path(scratch) / "encoded")
-    save("encoders", {"mobilenet_v2": mobilenet, "video_tower": tower()})
+        bytes_of_stores = same_bytes(args.store, Path(scratch))
+    save("encoders", {"mobilenet_v2": mobilenet, "bytes": bytes_of_stores, "video_tower": tower()})
 
 
 if __name__ == "__main__":
