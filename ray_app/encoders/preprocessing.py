@@ -57,7 +57,10 @@ class ImagePreprocessing:
     @classmethod
     def of(cls, description: Mapping[str, Any]) -> Self:
         """Return the steps that `describe` gave."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in description.items()})
+        steps: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in description.items()
+        }
+        return cls(**steps)
 
     def __call__(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the model's input (C, h, w) of an RGB picture (H, W, C)."""

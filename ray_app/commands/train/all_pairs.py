@@ -17,7 +17,7 @@ def gather_pairs(own_BD: Tensor) -> tuple[Tensor, int]:
     dist.all_reduce(sizes_W)
     sizes = sizes_W.tolist()
     first = sum(sizes[: dist.get_rank()])
-    return _GatheredRows.apply(own_BD, first, sum(sizes)), first  # type: ignore[no-untyped-call]
+    return _GatheredRows.apply(own_BD, first, sum(sizes)), first
 
 
 class _GatheredRows(torch.autograd.Function):
@@ -32,7 +32,7 @@ class _GatheredRows(torch.autograd.Function):
         return all_GD
 
     @staticmethod
-    def backward(ctx: Any, grad_GD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_GD: Tensor) -> tuple[Tensor, None, None]:
         """Add what the losses of all workers have to say about this worker's rows."""
         grad_GD = grad_GD.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad_GD)
