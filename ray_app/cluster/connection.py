@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.data import Dataset
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 from ray.train import ControllerError, TrainingFailedError
@@ -20,6 +21,8 @@ from ray_app.cluster.resources import ClusterInfo, cluster_info
 from ray_app.errors import RayAppError, ResourceError
 
 BUSY_HINT = "Something else may hold the cluster's CPUs (see `ray status`); wait for it, or ask for less."
+LONGEST_TASK_S = 1800.0
+"""Seconds without the end of any task after which the tasks of a command are given up."""
 
 
 @contextmanager
@@ -67,6 +70,13 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
             yield info
         finally:
             ray.shutdown()
+
+
+def allow_long_tasks(dataset: Dataset) -> Dataset:
+    """Let a task take LONGEST_TASK_S: Ray Data takes nothing but its end for progress. Training's reading keeps
+    its shorter limit."""
+    dataset.context.execution_no_progress_timeout_s = LONGEST_TASK_S
+    return dataset
 
 
 def _no_cluster(where: str, reason: str) -> str:

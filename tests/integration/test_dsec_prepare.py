@@ -97,6 +97,7 @@ def test_all_images_of_a_window_stand_in_one_store(two_seconds: DsecFiles, tmp_p
     assert sorted(set(store.index.t_start_us.tolist())) == [BEGIN_US + i * 500_000 for i in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_any_number_of_workers_prepares_the_same_store(tmp_path: Path) -> None:
     long_drive(tmp_path / "dsec", "interlaken_00_a", 420)

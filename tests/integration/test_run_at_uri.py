@@ -175,6 +175,7 @@ def killer(s3: S3) -> Iterator[Callable[[str], list[int]]]:
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_whose_processes_died_is_resumed_from_the_uri_alone_and_ends_with_the_same_bytes(
     s3: S3,

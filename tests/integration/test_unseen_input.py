@@ -13,6 +13,7 @@ from dsec_drives import dsec, write_small
 from numpy_source import SMALL, NumpySource
 from PIL import Image
 
+from ray_app.cluster import connection
 from ray_app.commands.prepare import command as preparing
 from ray_app.commands.prepare.store_builder import SCRATCH
 from ray_app.config.prepare import PrepareFlags
@@ -106,7 +107,7 @@ def test_prepare_ends_with_it_and_resumes_once_the_input_is_there(tmp_path: Path
 def test_a_cluster_on_which_no_task_ends_is_named_with_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "LONGEST_SILENCE_S", 3.0)
+    monkeypatch.setattr(connection, "LONGEST_TASK_S", 3.0)
 
     @dataclass(frozen=True)
     class Hanging(NumpySource):

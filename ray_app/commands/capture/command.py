@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ray_app import errors
-from ray_app.cluster.connection import cluster
+from ray_app.cluster.connection import allow_long_tasks, cluster
 from ray_app.cluster.resources import ClusterInfo
 from ray_app.commands.capture.capture_worker import CaptureActor, CapturePlan
 from ray_app.config.speculative import CaptureConfig
@@ -124,7 +124,7 @@ def _capture(cfg: CaptureConfig, info: ClusterInfo, missing: CapturePlan, num_wo
     )
     with Progress(*columns, console=make_console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=total)
-        for done in dataset.iter_rows():
+        for done in allow_long_tasks(dataset).iter_rows():
             if done["error"]:
                 raise getattr(errors, done["kind"])(
                     f"{done['error']} Finished shards stay; repeat the command to continue."

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from ray_app import errors
-from ray_app.cluster.connection import cluster
+from ray_app.cluster.connection import allow_long_tasks, cluster
 from ray_app.config.base import flat
 from ray_app.config.speculative import CorrelateConfig
 from ray_app.core.speculative.correlation import REPORT_THETAS, Places, cosines, judge, rank_correlation
@@ -254,7 +254,7 @@ def _judge_all(
     found: dict[str, list[AdapterScore]] = {name: [] for name, _ in tasks}
     with cluster(cfg.address):
         dataset = ray.data.from_items([{"task": n} for n in range(len(tasks))], override_num_blocks=len(tasks))
-        done = {row["task"]: row for row in dataset.map(task).iter_rows()}
+        done = {row["task"]: row for row in allow_long_tasks(dataset.map(task)).iter_rows()}
     for number, (name, _) in enumerate(tasks):
         if done[number]["error"]:
             raise getattr(errors, done[number]["kind"])(done[number]["error"])

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_app import errors
+from ray_app.cluster import connection
 from ray_app.cluster.autoscaler import wait_for_autoscaler
-from ray_app.cluster.connection import cluster
+from ray_app.cluster.connection import allow_long_tasks, cluster
 from ray_app.cluster.resources import ClusterInfo
 from ray_app.commands.prepare.encoding import EncodingPlan, encoding_plan, views_of
 from ray_app.commands.prepare.progress import PrepareProgress
@@ -36,9 +37,6 @@ from ray_app.sources.base import ONE_EACH, Source, Views
 from ray_app.sources.recorded import WindowingConfig
 from ray_app.store.filesystem import open_storage
 from ray_app.store.manifest import PIXELS, REJECTED, EncoderRecord, Features, FeatureSpec
-
-LONGEST_SILENCE_S = 600.0
-"""Longest time in which no task of the cluster ends: on a slow core one may take minutes."""
 
 REPEAT = "Finished files stay; repeat the command to continue."
 
@@ -155,8 +153,7 @@ def _build_store(work: TaskBuilder, cfg: PrepareFlags) -> dict[str, Any]:
         began = time.perf_counter()
         num_workers = _num_workers(cfg, there, len(tasks))
         rows = ray.data.from_items([{"task": i} for i in range(len(tasks))], override_num_blocks=len(tasks))
-        dataset = work.on(rows, num_workers, num_cpus)
-        dataset.context.execution_no_progress_timeout_s = LONGEST_SILENCE_S
+        dataset = allow_long_tasks(work.on(rows, num_workers, num_cpus))
         try:
             for row in dataset.iter_rows():
                 if row["error"]:
@@ -175,7 +172,7 @@ def _build_store(work: TaskBuilder, cfg: PrepareFlags) -> dict[str, Any]:
             ) from error
         except ExecutionTimeoutError as error:
             raise ResourceError(
-                f"no task ended for {LONGEST_SILENCE_S:.0f} s, and {len(built)} of {len(tasks)} are done. See by "
+                f"no task ended for {connection.LONGEST_TASK_S:.0f} s, and {len(built)} of {len(tasks)} are done. See by "
                 "`ray status` whether the cluster has CPUs for them, look for a node whose disk or network hangs, or "
                 f"take fewer --num-workers if all are slow. {REPEAT}"
             ) from error

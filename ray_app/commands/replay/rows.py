@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from ray_app import errors
-from ray_app.cluster.connection import cluster
+from ray_app.cluster.connection import allow_long_tasks, cluster
 from ray_app.config.speculative import ReplayConfig
 from ray_app.drafters.cost import StepTimes, row_cost
 from ray_app.drafters.recorded_states import answers, answers_with_states, read_files
@@ -78,7 +78,7 @@ def replay_files(cfg: ReplayConfig, files: Sequence[TraceFile], names: list[str]
         dataset = ray.data.from_items(
             [{"task": n} for n in range(len(tasks))], override_num_blocks=min(len(tasks), 4 * workers)
         ).map(replay, compute=ray.data.TaskPoolStrategy(size=workers))
-        for done in dataset.iter_rows():
+        for done in allow_long_tasks(dataset).iter_rows():
             if done["error"]:
                 raise getattr(errors, done["kind"])(done["error"])
             found[done["task"]] = [_read_row(row) for row in json.loads(done["rows"])]
