@@ -73,8 +73,7 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
 
 
 def allow_long_tasks(dataset: Dataset) -> Dataset:
-    """Let a task take LONGEST_TASK_S: Ray Data takes nothing but its end for progress. Training's reading keeps
-    its shorter limit."""
+    """Let a task take LONGEST_TASK_S, where Ray Data sees no progress but its end. Training keeps a shorter limit."""
     dataset.context.execution_no_progress_timeout_s = LONGEST_TASK_S
     return dataset
 

@@ -53,7 +53,7 @@ def test_the_study_has_every_trial_with_an_objective_in_percent_and_the_second_o
     assert len(scored(trials)) == len(trials) - 1
 
 
-@pytest.mark.parametrize("num_settings", [1, 4, 8])
+@pytest.mark.parametrize("num_settings", [1, 8])
 def test_no_two_words_of_a_figure_touch_whatever_was_tried(num_settings: int, tmp_path: Path) -> None:
     space = dict(list(SPACE.items())[:num_settings])
     trials = complete(trials_of(space)[:-1])

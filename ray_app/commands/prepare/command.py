@@ -172,9 +172,9 @@ def _build_store(work: TaskBuilder, cfg: PrepareFlags) -> dict[str, Any]:
             ) from error
         except ExecutionTimeoutError as error:
             raise ResourceError(
-                f"no task ended for {connection.LONGEST_TASK_S:.0f} s, and {len(built)} of {len(tasks)} are done. See by "
-                "`ray status` whether the cluster has CPUs for them, look for a node whose disk or network hangs, or "
-                f"take fewer --num-workers if all are slow. {REPEAT}"
+                f"no task ended for {connection.LONGEST_TASK_S:.0f} s, and {len(built)} of {len(tasks)} are "
+                "done. See by `ray status` whether the cluster has CPUs for them, look for a node whose disk or "
+                f"network hangs, or take fewer --num-workers if all are slow. {REPEAT}"
             ) from error
         seconds = time.perf_counter() - began
     manifest = finish(folder, source, [built[task.name] for task in tasks], features, cfg.max_rejected_fraction)
