@@ -64,6 +64,17 @@ class Scene:
         """Radians turned to the right since the drive began."""
         return self.road.heading(self.drive.at(t_s)[0])
 
+    def view(self, t_s: float) -> View:
+        """Position of the camera, which weaves a little within its lane."""
+        s, _ = self.drive.at(t_s)
+        weave = 0.25 * np.sin(0.031 * s + self._phases[0]) + 0.1 * np.sin(0.083 * s + self._phases[1])
+        return View(t_s, s, self.world.lane_m * (self.world.lane + 0.5) + float(weave), self.road.bend(s))
+
+    def roadside_ahead(self, view: View) -> list[Thing]:
+        """Return the things at the roadside from just behind the camera as far as it sees."""
+        chunks = range(int(view.s // CHUNK_M) - 1, int((view.s + VIEW_M) // CHUNK_M) + 1)
+        return [thing for chunk in chunks for thing in self._roadside(chunk)]
+
     def _exposed(self, image_CHW: Floats) -> Floats:
         """Apply the tone curve to the grey, so that colours and grey stay one picture; clipped to 0 to 255."""
         grey_HW = image_CHW[0] if len(image_CHW) == 1 else luma(image_CHW)
@@ -71,13 +82,10 @@ class Scene:
         return np.clip(image_CHW * np.power(bright_HW, np.float32(self.world.contrast - 1)), 0, 255)
 
     def _painted(self, t_s: float, colours: int) -> Floats:
-        world = self.world
-        s, v = self.drive.at(t_s)
-        weave = 0.25 * np.sin(0.031 * s + self._phases[0]) + 0.1 * np.sin(0.083 * s + self._phases[1])
-        view = View(t_s, s, world.lane_m * (world.lane + 0.5) + float(weave), self.road.bend(s))
+        world, view = self.world, self.view(t_s)
         air = Air(world.light.sky_low, world.light.haze_m)
-        canvas = Canvas(self._camera, self._horizon(t_s, v), air, colours)
-        self._paint_sky(canvas, self.road.heading(s))
+        canvas = Canvas(self._camera, self._horizon(t_s, self.speed(t_s)), air, colours)
+        self._paint_sky(canvas, self.road.heading(view.s))
         self._ground.paint(canvas, view, marks_ahead(world, self.drive, view), shadows_ahead(world, view))
         self._paint_things(canvas, view)
         return canvas.image_CHW
@@ -121,9 +129,7 @@ class Scene:
 
     def _paint_things(self, canvas: Canvas, view: View) -> None:
         """Walls and boards, the farthest first; a wall's far end counts, for what is before it hides it."""
-        things: list[Thing] = list(traffic(self.world, self.drive, view.t_s))
-        for chunk in range(int(view.s // CHUNK_M) - 1, int((view.s + VIEW_M) // CHUNK_M) + 1):
-            things += self._roadside(chunk)
+        things: list[Thing] = [*traffic(self.world, self.drive, view.t_s), *self.roadside_ahead(view)]
         far_m = np.array([thing.s1 if isinstance(thing, Wall) else thing.s for thing in things]) - view.s
         for i in np.argsort(-far_m, kind="stable"):
             thing = things[i]
