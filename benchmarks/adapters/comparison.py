@@ -74,8 +74,17 @@ TOKENS: dict[str, dict[str, Any]] = {
 """Without the squared error, from the mean target on, and as they are by default: an event patch is five times as
 long as a target's. `token_causal, next`: its own loss too, with the weight that the cosine of the same position has,
 as the reference's project halves the two; the other rows of `token_causal` are plain causal attention."""
-ENCODED: dict[str, dict[str, Any]] = {}
-"""Adapters of the features of an encoder."""
+EPOCHS = {"num_epochs": 20, "early_stop_patience": 20, "schedule": "cosine"}
+CONTRAST = {"contrastive_weight": 0.1, "centred_weight": 0.5, "batch_size": 64}
+ENCODED: dict[str, dict[str, Any]] = {
+    "ridge, features": {"strategy": "ridge"},
+    "bottleneck, features": {"strategy": "bottleneck", "hidden_dim": 32, "init": "pca", **EPOCHS},
+    "lowrank, features": {"strategy": "lowrank", **EPOCHS},
+    "lowrank, contrast": {"strategy": "lowrank", **EPOCHS, **CONTRAST},
+    "token_bottleneck, features": {"strategy": "token_bottleneck", "init": "pca", **EPOCHS},
+    "token_bottleneck, contrast": {"strategy": "token_bottleneck", "init": "pca", **EPOCHS, **CONTRAST},
+}
+"""Adapters of at most a million parameters on features of an encoder, with the default losses and with contrast."""
 ALL = SETTINGS | TOKENS | ENCODED
 PATCH = 16
 """Side of a patch that is one token, of images at half their size: 49 tokens of 768 numbers."""
@@ -103,7 +112,7 @@ def measured(store: Path, folder: Path, name: str, seed: int, *, use_gpu: bool) 
         "epochs": trained["epochs"],
         "train_seconds": trained["seconds"],
         "step_seconds": trained["step_seconds"],
-        "validation": {key: trained["val"][key] for key in ("loss", "cos_sim_mean")},
+        "validation": {key: trained["val"][key] for key in ("loss", "cos_sim_mean", "cosine_accept_rate")},
         "cos_sim_mean": result["cos_sim_mean"],
         "accept": result["cosine_accept_rate"],
         "lift": result["lift_by_theta"],
