@@ -147,10 +147,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "compare": Command(
         judge.CompareConfig,
-        "evaluate.compare",
         "compare",
-        "compare CKPT… --store STORE --out DIR",
-        "several checkpoints on the same test pairs, with size and latency",
+        "compare",
+        "compare CKPT… --store STORE --out DIR | compare DECODED… --out DIR",
+        "several checkpoints on the same test pairs, or drafters of several runs of decode",
         "checkpoints",
     ),
     "benchmark": Command(

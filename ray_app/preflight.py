@@ -16,7 +16,7 @@ from ray_app.config.serve import ServeConfig
 from ray_app.config.train import TrainConfig
 from ray_app.config.tune import ImportCheckpointConfig, TuneConfig
 from ray_app.errors import CheckpointError, InputError, StoreError
-from ray_app.reports.folder import COMPARISON_FILES, claim_report_folder
+from ray_app.reports.folder import COMPARISON_FILES, are_decoded, claim_report_folder
 from ray_app.runs.run_dir import RUN, best_of_run, run_metadata
 from ray_app.store.atomic import CHECKSUMS_FILE
 from ray_app.store.filesystem import LocalDir, open_storage
@@ -56,7 +56,8 @@ def refuse_early(cfg: Config) -> None:
             require_fit([cfg.checkpoint], cfg.store)
         case CompareConfig():
             claim_report_folder(cfg.out, COMPARISON_FILES)
-            require_fit(cfg.checkpoints, cfg.store)
+            if not are_decoded(cfg.checkpoints):
+                require_fit(cfg.checkpoints, cfg.needed_store)
         case PromoteConfig() if cfg.run:
             require_fit([cfg.run], cfg.store)
         case ServeConfig():

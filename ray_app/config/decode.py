@@ -7,7 +7,7 @@ from pydantic import Field
 
 from ray_app.config.base import ClusterFlags
 
-Sees = Literal["events", "frames", "constant", "other", "nothing"]
+Sees = Literal["events", "frames", "adapter", "constant", "other", "nothing"]
 """Pictures that a drafter is shown."""
 
 
@@ -27,8 +27,13 @@ class DecodeConfig(ClusterFlags):
     """Drafters, each decoded in turn with the others: those of `replay`, `early_exit`, or folders of language models
     with the target's tokenizer."""
     drafter_sees: tuple[Sees, ...] = ("nothing",)
-    """Pictures for a drafting language model, a drafter for each: the row's events or frames, a constant, pictures of
-    another drive, or nothing. The last three are baselines."""
+    """Pictures for a drafting language model, a drafter for each: the row's events or frames, its events through
+    --adapter, a constant, pictures of another drive, or nothing. The last three are baselines."""
+    adapter: Path | None = None
+    """Checkpoint of an adapter from features of event images to the drafter's image tokens, for --drafter-sees
+    adapter."""
+    event_encoder: Path | None = None
+    """Folder of the encoder that made the event features which --adapter was trained on."""
     target_sees: Literal["frames", "nothing"] = "frames"
     """Pictures for the target."""
     learn_from: tuple[Path, ...] = ()

@@ -38,15 +38,25 @@ class EvaluateConfig(ReportFlags):
 
 
 class CompareConfig(EvaluationFlags):
-    """Several checkpoints on the same test pairs: acceptance, size, latency and pictures side by side."""
+    """Several checkpoints on the same test pairs: acceptance, size, latency and pictures side by side.
+
+    Or several runs of `decode` on the same rows: every drafter next to the baselines of drafting.
+    """
 
     checkpoints: tuple[str, ...]
     """Checkpoints or runs (their best checkpoints), each a folder or a URI such as s3://bucket/run; or
-    models:/NAME@ALIAS."""
-    store: StorePlace
-    """Pair store: a folder, or a URI such as s3://bucket/store."""
+    models:/NAME@ALIAS. Or folders that `decode` wrote."""
     out: Path
     """Folder for comparison.json and comparison.html; files of these names are replaced."""
+    store: StorePlace | None = None
+    """Pair store: a folder, or a URI such as s3://bucket/store; required for checkpoints."""
+
+    @property
+    def needed_store(self) -> str:
+        """Return the store of checkpoints. ConfigError: none is named."""
+        if self.store is None:
+            raise ConfigError("compare needs --store STORE, whose test pairs every checkpoint is evaluated on.")
+        return self.store
 
 
 class BenchmarkConfig(ReportFlags):

@@ -23,10 +23,14 @@ class StepTimes:
     """One plain step of the target."""
     verify_ms: float
     """A target pass over γ drafted tokens."""
+    empty_ms: float
+    """A target pass for which the drafter had no token."""
     event_start_ms: float
     """EventGPT's vision and prefill, where the drafter needs its tokens, else 0."""
     event_step_ms: float
     """One step of EventGPT, where the drafter needs its tokens, else 0."""
+    own_ms: float | None = None
+    """The drafter's own time for the whole answer; None: that of the replay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ def row_cost(row: RowReplay, times: StepTimes, *, gamma: int, num_event_tokens: 
 
     The drafter's own measured time is added in full to the continuous mode; in one-shot mode a pass's share of it.
     """
-    own_ms = row.seconds * 1e3
+    own_ms = row.seconds * 1e3 if times.own_ms is None else times.own_ms
 
     def start(num_tokens: int) -> float:
         event_ms = times.event_start_ms + num_tokens * times.event_step_ms
@@ -62,5 +66,5 @@ def row_cost(row: RowReplay, times: StepTimes, *, gamma: int, num_event_tokens: 
         + verified_ms
         + max(row.length - taken - 1, 0) * times.target_step_ms
     )
-    passes_ms = sum(times.verify_ms if drafted else times.target_step_ms for drafted in row.drafted)
+    passes_ms = sum(times.verify_ms if drafted else times.empty_ms for drafted in row.drafted)
     return RowCost(plain_ms, one_shot_ms, start(num_event_tokens) + own_ms + passes_ms)

@@ -3,6 +3,7 @@
 Shapes: T = tokens of an answer, D = width of a model's last hidden state.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -46,11 +47,15 @@ def answer(
     max_new_tokens: int,
     verify: tuple[int, ...] = (),
     with_states: bool = False,
+    pictures: Callable[[Frames], Tensor] | None = None,
 ) -> ModelAnswer:
-    """Decode greedily, a token at a time. Preparing the prompt on the CPU is in no time."""
+    """Decode greedily, a token at a time. Preparing the prompt on the CPU is in no time.
+
+    `pictures` makes the embeddings of the frames (N, D) in the model's place.
+    """
     prompt = model.prompt(frames_THWC, question)
     began = model.now()
-    prefix_PD = model.prefix(prompt)
+    prefix_PD = model.prefix(prompt, pictures(frames_THWC) if pictures and frames_THWC is not None else None)
     encode_s = model.now() - began
     model.require_room(len(prefix_PD), max_new_tokens)
     context = model.context()

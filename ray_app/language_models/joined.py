@@ -149,6 +149,12 @@ class JoinedModel(LanguageModel):
         pixels_TCHW = np.stack([self._encoder.preprocess(frame_HWC) for frame_HWC in frames_THWC])
         return Prompt((*ids, PICTURE_PLACE, *after_ids), PICTURE_PLACE, torch.from_numpy(pixels_TCHW))
 
+    def embed_pictures(self, tokens_ND: Tensor) -> Tensor:
+        if tokens_ND.shape[1] != self._joined.projector[0]:
+            return super().embed_pictures(tokens_ND)
+        embedded_ND: Tensor = self._projector(tokens_ND.to(self.device, self.model.dtype))
+        return embedded_ND
+
     def picture_embeddings(self, pixels_TCHW: Tensor) -> Tensor:
         tokens_TNE: Tensor = self._encoder.tokens(pixels_TCHW)
         embedded: Tensor = self._projector(tokens_TNE)

@@ -74,9 +74,19 @@ class LanguageModel(ABC):
         """Return the pictures as the language model reads them, shape (N, D)."""
         raise InputError(f"{self.folder} sees no pictures.")
 
+    def embed_pictures(self, tokens_ND: Tensor) -> Tensor:
+        """Return image tokens that were made elsewhere as the language model reads them. InputError: their width."""
+        width = self.model.get_input_embeddings().weight.shape[1]
+        if tokens_ND.shape[1] != width:
+            raise InputError(
+                f"the adapter's image tokens are {tokens_ND.shape[1]} wide, {self.folder} reads {width}; train it on "
+                "the image tokens of this model (`ray-app encode --target-encoder DIR --projector`)."
+            )
+        return tokens_ND
+
     @torch.inference_mode()
-    def prefix(self, prompt: Prompt) -> Tensor:
-        """Return the embeddings of a prompt, shape (P, D): this is where pictures are encoded."""
+    def prefix(self, prompt: Prompt, pictures_ND: Tensor | None = None) -> Tensor:
+        """Return the embeddings of a prompt, shape (P, D): this is where pictures are encoded, unless given."""
         embed, ids = self.model.get_input_embeddings(), prompt.token_ids
         if prompt.pixels_TCHW is None:
             whole_PD: Tensor = embed(torch.tensor(ids, device=self.device))
@@ -86,8 +96,9 @@ class LanguageModel(ABC):
             embed(torch.tensor(part, dtype=torch.long, device=self.device))
             for part in (ids[:place], ids[place + 1 :])
         )
-        pictures_ND = self.picture_embeddings(prompt.pixels_TCHW.to(self.device, self.model.dtype))
-        return torch.cat([before_PD, pictures_ND.to(before_PD.dtype), after_PD])
+        if pictures_ND is None:
+            pictures_ND = self.picture_embeddings(prompt.pixels_TCHW.to(self.device, self.model.dtype))
+        return torch.cat([before_PD, pictures_ND.to(before_PD), after_PD])
 
     def context(self) -> "Context":
         """Return an empty context. InputError: the model's cache cannot be cropped."""

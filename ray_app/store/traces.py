@@ -38,7 +38,9 @@ class Timing(BaseModel):
     draft_per_token: float | None = Field(default=None, gt=0.0)
     """One step of EventGPT."""
     verify: dict[int, Milliseconds] = Field(default_factory=dict)
-    """A target pass over so many drafted tokens, by γ."""
+    """A target pass over so many drafted tokens, by γ; 0: a pass for which the drafter had none."""
+    drafting: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
+    """A drafter's own time for the whole answer, learning from it included, by its name."""
 
 
 class Trace(BaseModel):
@@ -148,7 +150,7 @@ def read_timing(path: Path) -> Timing:
     except ValidationError as error:
         raise InputError(
             f"--timing {path}: {_first_problem(error)}. It needs target_prefill and target_per_token, and may have "
-            "draft_vision, draft_prefill, draft_per_token, and verify by γ, all in milliseconds."
+            "draft_vision, draft_prefill, draft_per_token, verify by γ, and drafting by drafter, all in milliseconds."
         ) from error
 
 

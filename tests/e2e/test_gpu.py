@@ -18,7 +18,7 @@ from small_runs import make_run
 
 from ray_app.commands.evaluate.benchmark import run_benchmark
 from ray_app.commands.evaluate.command import run_evaluate
-from ray_app.commands.evaluate.compare import run_compare
+from ray_app.commands.evaluate.compare import compare_checkpoints
 from ray_app.commands.train.command import run_train
 from ray_app.commands.tune.command import run_tune
 from ray_app.config.evaluate import BenchmarkConfig, CompareConfig, EvaluateConfig
@@ -161,7 +161,7 @@ def test_judges_find_what_they_find_on_the_cpu(small_store: Path, tmp_path: Path
     for key in ("cos_sim_mean", "centered_cos_sim_mean"):
         assert found[True][key] == pytest.approx(found[False][key], abs=1e-5)
     assert found[True]["cosine_accept_rate"] == found[False]["cosine_accept_rate"]
-    run_compare(CompareConfig(checkpoints=(str(run),), out=tmp_path / "compared", use_gpu=True, **common))
+    compare_checkpoints(CompareConfig(checkpoints=(str(run),), out=tmp_path / "compared", use_gpu=True, **common))
     timed = run_benchmark(BenchmarkConfig(checkpoint=str(run), out=tmp_path / "benchmark", use_gpu=True, **common))
     assert torch.cuda.get_device_name() in json.dumps(timed) + Path(timed["files"][0]).read_text()
 

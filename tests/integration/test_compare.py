@@ -14,7 +14,7 @@ from small_runs import make_run
 
 from ray_app import cli
 from ray_app.commands.evaluate.command import run_evaluate
-from ray_app.commands.evaluate.compare import cost_figure, run_compare
+from ray_app.commands.evaluate.compare import compare_checkpoints, cost_figure
 from ray_app.config.evaluate import CompareConfig, EvaluateConfig
 from ray_app.errors import StoreError
 
@@ -71,7 +71,7 @@ def test_checkpoints_get_the_numbers_of_evaluate_and_one_page(
     assert json.loads((out / "comparison.json").read_text())["adapters"] == result["adapters"]
     (out / "notes.txt").write_text("mine")
     with pytest.raises(StoreError, match=r"notes\.txt"):
-        run_compare(CompareConfig(checkpoints=(str(runs[0]),), store=str(small_store), out=out))
+        compare_checkpoints(CompareConfig(checkpoints=(str(runs[0]),), store=str(small_store), out=out))
 
 
 def test_the_page_opens_without_a_network_wide_and_narrow(compared: tuple[list[Path], Path, dict[str, Any]]) -> None:

@@ -66,6 +66,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_replay_predicts_the_passes_of_a_run_and_mlflow_has_its_metrics(target: Path, tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     first = run_decode(

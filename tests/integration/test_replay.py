@@ -17,7 +17,9 @@ from ray_app.drafters.replay import RowReplay
 from ray_app.drafters.summary import METRICS, ReplayedRow, details, match_rate_by_shift, rate_of_group, summarise
 from ray_app.errors import ConfigError, InputError
 
-TIMES = StepTimes(target_prefill_ms=300.0, target_step_ms=15.0, verify_ms=20.0, event_start_ms=0.0, event_step_ms=0.0)
+TIMES = StepTimes(
+    target_prefill_ms=300.0, target_step_ms=15.0, verify_ms=20.0, empty_ms=15.0, event_start_ms=0.0, event_step_ms=0.0
+)
 ROW = RowReplay(
     length=10, drafted=(4, 4, 4), accepted=(4, 2, 1), at_once=(1, 2, 3, 4, 9), prefix=4, matches=4, seconds=0.003
 )
@@ -38,7 +40,7 @@ def test_the_cost_of_a_row_by_hand() -> None:
 
 
 def test_eventgpt_costs_its_time_unless_a_second_device_hides_it() -> None:
-    times = StepTimes(300.0, 15.0, 20.0, event_start_ms=100.0, event_step_ms=10.0)
+    times = StepTimes(300.0, 15.0, 20.0, 15.0, event_start_ms=100.0, event_step_ms=10.0)
     same = row_cost(ROW, times, gamma=4, num_event_tokens=30, device="same")
     second = row_cost(ROW, times, gamma=4, num_event_tokens=30, device="separate")
     assert same.one_shot_ms - second.one_shot_ms == pytest.approx(140)  # four tokens of it, within the prefill

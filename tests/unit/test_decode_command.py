@@ -15,11 +15,8 @@ from transformers import MistralConfig
 from ray_app import cli
 from ray_app.commands.decode import worker
 from ray_app.commands.decode.command import run_decode
-from ray_app.commands.decode.files import trace
 from ray_app.commands.decode.session import DecodeSession
 from ray_app.config.decode import DecodeConfig
-from ray_app.drafters.cost import StepTimes, row_cost
-from ray_app.drafters.replay import RowReplay
 from ray_app.errors import ConfigError, InputError, RayAppError, ResourceError, StoreError
 from ray_app.language_models.answers import answer
 from ray_app.language_models.kinds import load
@@ -142,43 +139,6 @@ def test_traces_are_what_replay_reads(done: Path) -> None:
         assert file.traces[3].draft_tokens == [20]
         assert file.traces[3].timing_ms is not None
     assert file.traces[3].timing_ms.draft_prefill is not None  # of the drafter that is a model
-
-
-def test_replay_adds_a_row_s_times_up_to_what_was_measured() -> None:
-    """Times by hand: three passes over 4 drafts, one without any, 2 ms of the loop, and the drafter's own time."""
-    passes = [[4, 4, 4, 4, 1.0, 20.0], [4, 4, 1, 5, 1.0, 25.0], [4, 0, 0, 1, 1.0, 10.0], [4, 3, 3, 4, 1.0, 21.0]]
-    way = {
-        "passes": passes,
-        "bookkeeping_ms": 2.0,
-        "own_ms": {},
-        "total_ms": 5.0 + 30.0 + 4.0 + 76.0 + 2.0 + 0.5,
-        "encode_ms": 5.0,
-        "prefill_ms": 30.0,
-    }
-    line = {
-        "row": 0,
-        "sequence": "",
-        "question": "q",
-        "given_draft_tokens": [],
-        "target_tokens": list(range(5, 17)),
-        "target_text": "",
-        "temperature": 0.0,
-        "t_start_us": None,
-        "t_end_us": None,
-        "drafters": {"hybrid": way},
-        "plain": {"encode_ms": 5.0, "prefill_ms": 30.0, "total_ms": 5.0 + 30.0 + 120.0},
-    }
-    cfg = DecodeConfig(
-        source=(Path("p.jsonl"),), target=Path("t"), out=Path("o"), num_speculative_tokens=4, draft_length="fixed"
-    )
-    timing = trace(cfg, line, "hybrid")["timing_ms"]
-    times = StepTimes(timing["target_prefill"], timing["target_per_token"], timing["verify"]["4"], 0.0, 0.0)
-    row = RowReplay(12, (4, 4, 0, 3), (4, 1, 0, 3), (), 0, 0, seconds=4.5e-3)
-    cost = row_cost(row, times, gamma=4, num_event_tokens=0, device="same")
-    assert cost.plain_ms == pytest.approx(line["plain"]["total_ms"])
-    assert cost.continuous_ms == pytest.approx(
-        way["total_ms"], abs=0.6
-    )  # the pass without drafts took 10 ms, and 0.5
 
 
 def test_the_page_shows_every_drafter_with_its_accepted_tokens(done: Path) -> None:

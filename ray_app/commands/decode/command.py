@@ -36,13 +36,13 @@ from ray_app.core.speculative.prompts import AnsweredPrompt
 from ray_app.errors import InputError, ResourceError, StoreError
 from ray_app.language_models.kinds import loader
 from ray_app.language_models.loading import Vocabulary, vocabulary
+from ray_app.reports.folder import DECODE_SETTINGS
 from ray_app.reports.html import require_suffix, write_output
 from ray_app.store.capture_store import SHARDS, claim_capture, read_shard
 from ray_app.store.traces import read_traces
 from ray_app.terminal import make_console
 from ray_app.tracking.mlflow_logger import sync_run, tracking_uri
 
-SETTINGS = "decode.json"
 START_S = 300
 """Longest wait for the replicas' resources, in seconds."""
 
@@ -70,7 +70,7 @@ def run_decode(cfg: DecodeConfig) -> dict[str, Any]:
     require_suffix("--html", cfg.html, ".html")
     plan = plan_of(cfg)
     cfg = plan.cfg
-    claim_capture(cfg.out, settings_of(cfg, plan.data), SETTINGS)
+    claim_capture(cfg.out, settings_of(cfg, plan.data), DECODE_SETTINGS)
     missing = [shard for shard in plan.shards if not _is_whole(cfg.out, shard)]
     if cfg.watch:
         watch = Watch(make_console())
@@ -102,7 +102,8 @@ def plan_of(cfg: DecodeConfig) -> DecodePlan:
     """Check everything that can be checked before a model is loaded. Errors as `run_decode`."""
     paths = ("source", "learn_from")
     absolute: dict[str, Any] = {name: tuple(path.absolute() for path in getattr(cfg, name)) for name in paths}
-    absolute |= {"target": cfg.target.absolute(), "out": cfg.out.absolute()}
+    single = {"target": cfg.target, "out": cfg.out, "adapter": cfg.adapter, "event_encoder": cfg.event_encoder}
+    absolute |= {name: path and path.absolute() for name, path in single.items()}
     absolute["drafter"] = tuple(str(Path(name).absolute()) if Path(name).is_dir() else name for name in cfg.drafter)
     cfg = cfg.model_copy(update=absolute)
     target = vocabulary(cfg.target)

@@ -17,11 +17,14 @@ from ray_app.core.speculative.decoding import Proposal, Proposer, Sampled
 from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
 from ray_app.drafters.base import Drafter
 from ray_app.drafters.replay import DRAFTERS
+from ray_app.encoders.registry import encoder_class
 from ray_app.errors import ConfigError, InputError
+from ray_app.language_models.aligned import AlignedPictures, event_encoder_of
 from ray_app.language_models.answers import answer
 from ray_app.language_models.drafting import EarlyExit, EarlyExitProposer, ModelProposer, require_same_tokens
 from ray_app.language_models.kinds import load, loader
 from ray_app.language_models.model import Context, Frames, LanguageModel
+from ray_app.store.checkpoint import load_checkpoint
 
 EARLY_EXIT = "early_exit"
 NEED_ANSWERS = ("constant", "positional", "ngram")
@@ -98,29 +101,42 @@ class RuleDrafter:
 class ModelDrafter:
     """A language model with the target's tokens, and one picture."""
 
-    def __init__(self, name: str, model: LanguageModel, sees: Sees, vocabulary_size: int) -> None:
+    def __init__(
+        self, name: str, model: LanguageModel, sees: Sees, vocabulary_size: int, aligned: AlignedPictures | None
+    ) -> None:
+        """`aligned` makes image tokens of the events for a drafter that sees `adapter`."""
         self.name, self._model, self._sees, self._vocabulary_size = name, model, sees, vocabulary_size
+        self._aligned = aligned if sees == "adapter" else None
 
     def proposer(self, row: RowToDraft) -> Proposer:
         frames_THWC = self._shown(row)
         model, question = self._model, row.prompt.question
-        return ModelProposer(
-            model,
-            lambda: model.prefix(model.prompt(frames_THWC, question)),
-            self._vocabulary_size,
-            row.sampled,
-        )
+
+        def prefix() -> Tensor:
+            asked = model.prompt(frames_THWC, question)
+            return model.prefix(asked, None if self._aligned is None else self._pictures(frames_THWC))
+
+        return ModelProposer(model, prefix, self._vocabulary_size, row.sampled)
+
+    def _pictures(self, events_THWC: Frames | None) -> Tensor:
+        """Return the embeddings of event images through the adapter."""
+        assert self._aligned is not None
+        assert events_THWC is not None
+        return self._model.embed_pictures(self._aligned.tokens(events_THWC))
 
     def update(self, prompt: Prompt, answer: Sequence[int]) -> None:
         pass
 
     def own_answer(self, row: RowToDraft, max_new_tokens: int) -> tuple[list[int], dict[str, float]]:
-        said = answer(self._model, self._shown(row), row.prompt.question, max_new_tokens=max_new_tokens)
+        pictures = self._pictures if self._aligned else None
+        said = answer(
+            self._model, self._shown(row), row.prompt.question, max_new_tokens=max_new_tokens, pictures=pictures
+        )
         times = {"draft_prefill": said.prefill_ms}
         return said.tokens, times | ({"draft_per_token": said.step_ms} if said.step_ms else {})
 
     def weight_bytes(self) -> int:
-        return self._model.weight_bytes()
+        return self._model.weight_bytes() + (self._aligned.weight_bytes() if self._aligned else 0)
 
     def _shown(self, row: RowToDraft) -> Frames | None:
         match self._sees:
@@ -166,7 +182,19 @@ class EarlyExitDrafter:
 
 
 def require_drafters(cfg: DecodeConfig) -> None:
-    """ConfigError or InputError unless every drafter can be one, before a model is loaded."""
+    """ConfigError, InputError or CheckpointError unless every drafter can be one, before a model is loaded."""
+    if "adapter" in cfg.drafter_sees:
+        if cfg.adapter is None or cfg.event_encoder is None:
+            raise ConfigError(
+                "--drafter-sees adapter needs --adapter CKPT, and --event-encoder DIR, which made the event features "
+                "that it was trained on."
+            )
+        event_encoder_of(load_checkpoint(cfg.adapter))
+        encoder_class(cfg.event_encoder)
+    elif cfg.adapter or cfg.event_encoder:
+        raise ConfigError(
+            "--adapter and --event-encoder are for a drafter that sees them; add --drafter-sees adapter."
+        )
     for name in cfg.drafter:
         if name == EARLY_EXIT:
             continue
@@ -192,6 +220,7 @@ def run_drafters(
 ) -> list[RunDrafter]:
     """Return every drafter of a run, fitted on earlier answers. InputError: tokenizers that differ."""
     made: list[RunDrafter] = []
+    aligned = AlignedPictures(cfg.adapter, cfg.event_encoder, device) if cfg.adapter and cfg.event_encoder else None
     for name in cfg.drafter:
         if name == EARLY_EXIT:
             ids = {token for each in answered for token in each.answer} | {target.end_token}
@@ -210,7 +239,7 @@ def run_drafters(
             short = Path(name).name
             many = len(cfg.drafter_sees) > 1 or model.sees
             made += [
-                ModelDrafter(f"{short}-{sees}" if many else short, model, sees, target.vocabulary_size)
+                ModelDrafter(f"{short}-{sees}" if many else short, model, sees, target.vocabulary_size, aligned)
                 for sees in cfg.drafter_sees
             ]
     names = [drafter.name for drafter in made]

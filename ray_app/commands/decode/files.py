@@ -31,6 +31,7 @@ def settings_of(cfg: DecodeConfig, data: DecodeInput) -> dict[str, Any]:
     """Return all that decides what is decoded, as JSON values."""
     values = {name: value for name, value in flat(cfg).items() if name not in (*NOT_RECORDED, "source")}
     folders = [cfg.target, *(Path(name) for name in cfg.drafter if Path(name).is_dir())]
+    folders += [folder for folder in (cfg.adapter, cfg.event_encoder) if folder]
     return {
         **values,
         "source": data.describe(),
@@ -63,8 +64,8 @@ def publish(cfg: DecodeConfig, lines: Sequence[Line], rejected: Sequence[Line], 
 def trace(cfg: DecodeConfig, line: Line, name: str) -> dict[str, Any]:
     """Return a row as a line of traces.
 
-    Times are those that `replay` adds up: a step is the time after the prompt's pass over the answer's tokens, and a
-    pass over drafts bears its share of the loop. The drafter's own time is measured again by `replay`.
+    Times are those that `replay` adds up: a step is the time after the prompt's pass over the answer's tokens, a pass
+    bears its share of the loop, and each drafter has its own time.
     """
     way, plain, tokens = line["drafters"][name], line["plain"], line["target_tokens"]
     timing: dict[str, Any] = {
@@ -75,12 +76,13 @@ def trace(cfg: DecodeConfig, line: Line, name: str) -> dict[str, Any]:
     share_ms = way["bookkeeping_ms"] / len(way["passes"])
     by_gamma: dict[int, list[float]] = {}
     for gamma, drafted, _, _, _, verify_ms in way["passes"]:
-        if drafted:
-            by_gamma.setdefault(gamma, []).append(verify_ms + share_ms)
-    # The last pass of an answer that reaches the limit asks for fewer; they count for the whole length.
-    most = max(by_gamma, default=0)
-    if cfg.draft_length == "fixed" and most:
-        by_gamma = {cfg.num_speculative_tokens: [ms for times in by_gamma.values() for ms in times]}
+        # At a fixed length only the last pass before the limit asks for fewer or none: `replay` has no limit.
+        if cfg.draft_length == "fixed" and (drafted or not gamma):
+            length = cfg.num_speculative_tokens
+        else:
+            length = gamma if drafted else 0
+        by_gamma.setdefault(length, []).append(verify_ms + share_ms)
+    timing["drafting"] = {name: each["draft_ms"] + each["learn_ms"] for name, each in line["drafters"].items()}
     timing["verify"] = {str(gamma): statistics.fmean(times) for gamma, times in by_gamma.items()}
     values = {
         "row": line["row"],

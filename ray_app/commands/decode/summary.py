@@ -96,7 +96,8 @@ def blocks_of(lines: Sequence[Line]) -> list[int]:
     return [numbers[name] for name in names]
 
 
-def _ratios(lines: Sequence[Line], name: str, rng: np.random.Generator) -> dict[str, Any]:
+def sums_of(lines: Sequence[Line], name: str) -> NDArray[np.float64]:
+    """Return the sums of `SUMMED` of each block that the bootstrap draws, shape (S, M)."""
     blocks = blocks_of(lines)
     sums_SM = np.zeros((max(blocks) + 1, len(SUMMED)))
     for block, line in zip(blocks, lines, strict=True):
@@ -112,16 +113,22 @@ def _ratios(lines: Sequence[Line], name: str, rng: np.random.Generator) -> dict[
             decode_ms(plain),
             decode_ms(way),
         )
-    values = _divide(sums_SM.sum(axis=0, keepdims=True))[0]
+    return sums_SM
+
+
+def _ratios(lines: Sequence[Line], name: str, rng: np.random.Generator) -> dict[str, Any]:
+    sums_SM = sums_of(lines, name)
+    values = divide(sums_SM.sum(axis=0, keepdims=True))[0]
     ratios: dict[str, Any] = {ratio: float(value) for ratio, value in zip(RATIOS, values, strict=True)}
     interval: dict[str, list[float] | None] = dict.fromkeys(RATIOS)
     if len(sums_SM) > 1:
-        low_M, high_M = block_bootstrap(sums_SM, _divide, rng)
+        low_M, high_M = block_bootstrap(sums_SM, divide, rng)
         interval = {ratio: [float(low), float(high)] for ratio, low, high in zip(RATIOS, low_M, high_M, strict=True)}
     return {**ratios, "interval95": interval}
 
 
-def _divide(total_KM: NDArray[np.float64]) -> NDArray[np.float64]:
+def divide(total_KM: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the `RATIOS` of totals, shape (K, len(RATIOS)); a ratio of nothing is 0."""
     columns = {name: total_KM[:, n] for n, name in enumerate(SUMMED)}
     return np.stack(
         [

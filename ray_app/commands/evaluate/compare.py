@@ -1,4 +1,4 @@
-"""`ray-app compare`: several checkpoints on the same test pairs; JSON and one page."""
+"""`ray-app compare` of checkpoints: all on the same test pairs; JSON and one page."""
 
 import sys
 from collections import Counter
@@ -50,10 +50,10 @@ class CandidateResult:
     """Outputs on the pairs that are drawn, shape (P, D)."""
 
 
-def run_compare(cfg: CompareConfig) -> dict[str, Any]:
+def compare_checkpoints(cfg: CompareConfig) -> dict[str, Any]:
     """Evaluate the checkpoints one after the other. StoreError, CheckpointError, RegistryError: as of `evaluate`."""
     claim_report_folder(cfg.out, COMPARISON_FILES)
-    context = EvaluationContext.open(cfg, cfg.store)
+    context = EvaluationContext.open(cfg, cfg.needed_store)
     store, test = context.store, context.split.test
     record = provenance(sys.argv, store.fingerprint, config=settings(cfg))
     drawn = test[pictured(store.index.sequence[test])] if has_images(store) else test[:0]
@@ -297,7 +297,7 @@ def cost_figure(result: dict[str, Any]) -> str:
     return svg("cost", draw)
 
 
-def render_compare(result: dict[str, Any], console: Console) -> None:
+def render_checkpoints(result: dict[str, Any], console: Console) -> None:
     """Print two tables that fit a terminal, the verdict, the warnings and the files."""
     first = next(iter(result["adapters"].values()))
     title = f"{first['pairs']:,} test pairs; split: {first['split']['label']}"

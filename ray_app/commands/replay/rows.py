@@ -103,8 +103,10 @@ def replayed_row(
             target_prefill_ms=times.target_prefill,
             target_step_ms=step_ms,
             verify_ms=verify_ms,
+            empty_ms=times.verify.get(0, step_ms),
             event_start_ms=times.draft_vision + (times.draft_prefill or 0.0) if needs_event else 0.0,
             event_step_ms=event_step_ms,
+            own_ms=times.drafting.get(name),
         )
         cost = row_cost(
             replay,
