@@ -36,7 +36,7 @@ BASELINES = {
 SAME = ("source", "target_sees", "max_new_tokens", "temperature", "top_p", "dtype")
 """Settings without which two runs do not decode the same texts."""
 GAINS = ("tokens_per_target_pass", "speedup")
-HEADS = ("drafter", "baseline", "tokens per pass", "gain", "accepted", "speed-up", "gain", "texts that differ")
+HEADS = ("drafter", "tokens per pass", "gain in tokens", "accepted", "speed-up", "gain in speed", "other texts")
 Key = tuple[str, str, str]
 
 
@@ -205,18 +205,21 @@ def table_rows(result: Mapping[str, Any]) -> list[Row]:
     """Return a line for each drafter, most tokens first, then every baseline, measured or not."""
     ranked = sorted(result["drafters"].items(), key=lambda item: -item[1]["tokens_per_target_pass"])
     rows = [Row(label, _cells(each), "adapter") for label, each in ranked if each["baseline"] is None]
-    rows += [Row(label, _cells(each), "context") for label, each in ranked if each["baseline"] is not None]
+    for label, each in ranked:
+        if key := each["baseline"]:
+            rows.append(Row(Cell(label, quiet=BASELINES[key][0]), _cells(each), "context"))
     for key in result["baselines_missing"]:
-        rows.append(Row("–", [BASELINES[key][0], "not measured", *["–"] * (len(HEADS) - 3)], "context"))
+        empty = ["not measured", *["–"] * (len(HEADS) - 2)]
+        rows.append(Row(Cell("–", quiet=BASELINES[key][0]), empty, "context"))
     return rows
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
     """Return what is to be read with the table."""
     lines = [
-        f"{result['rows']:,} rows of {result['sequences']:,} sequences, which all runs have; in brackets 95 % over "
-        "sequences. A gain is over the best baseline on the same rows. A speed-up is over the plain decoding of the "
-        "same run, in which the ways took turns."
+        f"Rows that all runs have: {result['rows']:,}, sequences: {result['sequences']:,}; in brackets 95 % over "
+        "sequences. A second line below a name says which baseline it is. A gain is over the best baseline on the "
+        "same rows. A speed-up is over the plain decoding of the same run, in which the ways took turns."
     ]
     for key in result["baselines_missing"]:
         words, flags = BASELINES[key]
@@ -239,11 +242,11 @@ def drafters_page(result: Mapping[str, Any]) -> str:
 
 def render_drafters(result: dict[str, Any], console: Console) -> None:
     """Print the table, what to read with it, and the files."""
-    table = TerminalTable(title=result["verdict"], title_justify="left")
+    table = TerminalTable(title=result["verdict"], title_justify="left", box=None, pad_edge=False)
     for n, head in enumerate(HEADS):
-        table.add_column(head, justify="right" if n > 1 else "left")
+        table.add_column(head, justify="right" if n else "left", no_wrap=not n)
     for row in table_rows(result):
-        table.add_row(str(row.name), *map(str, row.cells))
+        table.add_row(*map(_lines, (row.name, *row.cells)))
     console.print(table)
     for line in (*notes(result), *result["files"]):
         console.print(line, soft_wrap=True)
@@ -288,16 +291,20 @@ def _gain(one: Candidate, other: Candidate, ratio: str, rng: np.random.Generator
     return {"difference": float(difference(both.sum(axis=0, keepdims=True))[0]), "interval95": low_high}
 
 
+def _lines(cell: str | Cell) -> str:
+    return cell if isinstance(cell, str) else f"{cell.text}\n{cell.quiet}".rstrip()
+
+
 def _cells(each: Mapping[str, Any]) -> list[str | Cell]:
     interval, differ = each["interval95"], each["texts_that_differ"]
-    gains = dict.fromkeys(GAINS, "–")
-    gains |= {ratio: f"{gain['difference']:+.2f}{span(gain['interval95'])}" for ratio, gain in each["gain"].items()}
+    gains = dict.fromkeys(GAINS, Cell("–"))
+    for ratio, gain in each["gain"].items():
+        gains[ratio] = Cell(f"{gain['difference']:+.2f}", quiet=span(gain["interval95"]).strip())
     return [
-        BASELINES[each["baseline"]][0] if each["baseline"] else "",
-        f"{each['tokens_per_target_pass']:.2f}{span(interval['tokens_per_target_pass'])}",
+        Cell(f"{each['tokens_per_target_pass']:.2f}", quiet=span(interval["tokens_per_target_pass"]).strip()),
         gains["tokens_per_target_pass"],
         f"{each['draft_acceptance_rate']:.1%}",
-        f"{each['speedup']:.2f}×{span(interval['speedup'])}",
+        Cell(f"{each['speedup']:.2f}×", quiet=span(interval["speedup"]).strip()),
         gains["speedup"],
         "sampled" if differ is None else f"{differ} of {each['rows']}",
     ]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ray_app.commands.decode.inputs import DecodeInput, RowPictures
 from ray_app.commands.decode.summary import STAGES, Line
@@ -17,7 +17,8 @@ MOST_ROWS = 24
 """Rows that are shown with pictures: a page must open."""
 MOST_FRAMES = 2
 """Frames of a row that are shown: the first and the last."""
-BARS = " ▁▂▃▄▅▆▇█"
+BARS = "▁▂▃▄▅▆▇█"
+"""The lowest is γ = 0: a space would not be drawn."""
 WIDTH = 8.2
 
 
@@ -110,6 +111,7 @@ def _gamma_figure(lines: Sequence[Line]) -> Figure:
         for number, name in enumerate(lines[0]["drafters"]):
             means = [float(np.mean([each[0] for each in line["drafters"][name]["passes"]])) for line in lines]
             axes.plot(range(len(means)), means, color=PALETTE[number % len(PALETTE)], label=name, linewidth=1.2)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("row")
         axes.set_ylabel("mean γ")
         axes.set_ylim(bottom=0)

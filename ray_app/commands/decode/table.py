@@ -7,8 +7,8 @@ from ray_app.commands.decode.files import RESULTS
 from ray_app.store.capture_store import REJECTED_ROWS
 
 HEADS = (
-    *("tokens per pass", "accepted", "speed-up", "decoding alone", "texts that differ"),
-    *("drafting", "verifying", "loop overhead"),
+    *("tokens per pass", "accepted", "speed-up", "decoding alone", "other texts"),
+    *("drafting", "verifying", "loop"),
 )
 
 
@@ -40,7 +40,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     """Return what is to be read with the table."""
     plain = result["plain"]
     lines = [
-        f"{result['rows']:,} rows of {result['sequences']:,} sequences, {plain['step_ms']:.1f} ms for a plain step; "
+        f"Rows: {result['rows']:,}, sequences: {result['sequences']:,}, {plain['step_ms']:.1f} ms for a plain step; "
         "in brackets 95 % over sequences. Every cost is charged: pictures, prompt, drafter, learning, loop."
     ]
     if result["without_end"]:
