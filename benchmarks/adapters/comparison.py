@@ -74,17 +74,16 @@ TOKENS: dict[str, dict[str, Any]] = {
 """Without the squared error, from the mean target on, and as they are by default: an event patch is five times as
 long as a target's. `token_causal, next`: its own loss too, with the weight that the cosine of the same position has,
 as the reference's project halves the two; the other rows of `token_causal` are plain causal attention."""
-EPOCHS = {"num_epochs": 20, "early_stop_patience": 20, "schedule": "cosine"}
-CONTRAST = {"contrastive_weight": 0.1, "centred_weight": 0.5, "batch_size": 64}
+EPOCHS = {"num_epochs": 6, "early_stop_patience": 6, "schedule": "cosine", "learning_rate": 3e-3}
+CONTRAST = {"contrastive_weight": 0.05, "centred_weight": 1.0}
 ENCODED: dict[str, dict[str, Any]] = {
-    "ridge, features": {"strategy": "ridge"},
-    "bottleneck, features": {"strategy": "bottleneck", "hidden_dim": 32, "init": "pca", **EPOCHS},
-    "lowrank, features": {"strategy": "lowrank", **EPOCHS},
-    "lowrank, contrast": {"strategy": "lowrank", **EPOCHS, **CONTRAST},
     "token_bottleneck, features": {"strategy": "token_bottleneck", "init": "pca", **EPOCHS},
     "token_bottleneck, contrast": {"strategy": "token_bottleneck", "init": "pca", **EPOCHS, **CONTRAST},
+    "lowrank, contrast": {"strategy": "lowrank", **EPOCHS, "num_epochs": 20, "learning_rate": 1e-3, **CONTRAST},
+    "ridge, features": {"strategy": "ridge"},
 }
-"""Adapters of at most a million parameters on features of an encoder, with the default losses and with contrast."""
+"""Adapters of at most a million parameters on features of an encoder. Strategy, weights and rate were chosen by three
+folds of the drives that are not in the test part: there `token_bottleneck` led, and contrast raised no lift."""
 ALL = SETTINGS | TOKENS | ENCODED
 PATCH = 16
 """Side of a patch that is one token, of images at half their size: 49 tokens of 768 numbers."""
