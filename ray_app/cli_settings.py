@@ -19,6 +19,7 @@ from ray_app.config.base import Config
 from ray_app.config.train import TrainConfig
 from ray_app.config.tune import TuneConfig
 from ray_app.errors import ConfigError
+from ray_app.parsing.text import read_text
 from ray_app.parsing.yaml_text import parse_yaml
 
 COMMON = """\
@@ -151,7 +152,7 @@ def typed(settings: Mapping[str, Any], known: Mapping[str, FieldInfo], source: s
             raise ConfigError(f"{source}: '{name}' must be one value or a list, not a mapping")
         if get_origin(info.annotation) is tuple and not isinstance(value, list):
             value = [value]
-        elif info.annotation in (str, str | None) and isinstance(value, int | float):
+        elif info.annotation in (str, str | None) and isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)  # YAML reads `num_workers: 4` as a number where the setting is text
         kind: Any = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
         adapter: TypeAdapter[Any] = TypeAdapter(kind)
@@ -167,7 +168,7 @@ def validated(validate: Callable[[], Any], label: Callable[[str], str]) -> Any:
         first = error.errors()[0]
         place = label(str(first["loc"][0]) if first["loc"] else "")  # an element of a list is named by its list
         words = first["msg"][:1].lower() + first["msg"][1:]
-        raise ConfigError(f"{place} ({first['input']}): {words}") from error
+        raise ConfigError(f"{place} ({str(first['input'])[:200]}): {words}") from error
 
 
 def suggestion(word: str, known: Iterable[str], otherwise: str = "") -> str:
@@ -189,7 +190,7 @@ def value_of(option: str, argv: Sequence[str]) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return a file of `key: value` lines. ConfigError: it cannot be read, or holds something else."""
     try:
-        settings = parse_yaml(path.read_text(encoding="utf-8"))
+        settings = parse_yaml(read_text(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict):

@@ -14,6 +14,7 @@ Shapes: B = pairs, E = event width, D = target width.
 """
 
 import json
+import re
 import ssl
 import time
 import uuid
@@ -48,6 +49,9 @@ NO_ROUTES = b"for available routes"
 BACKOFF = urllib3.Retry(total=None, allowed_methods=None, backoff_factor=0.05, backoff_max=1.0, backoff_jitter=0.05)
 """Pauses between attempts, in seconds, where no `Retry-After` names one: 0, then 0.1, doubling up to 1."""
 MAX_IDLE_CONNECTIONS = 64
+TAG = re.compile(r"<[^<>]*>")
+MAX_FOREIGN_BYTES, MAX_FOREIGN_WORDS = 2**18, 2000
+"""Bytes that are read, and characters that are shown, of an answer that is not the endpoint's own."""
 
 
 @dataclass(slots=True)
@@ -250,10 +254,20 @@ def asked_pause_s(reply: Reply) -> float:
         return 0.0
 
 
+def foreign_words(body: memoryview) -> str:
+    """Return the text of an answer that is not the endpoint's own, such as a proxy's page; of a long one both ends.
+
+    The cause is often at the end, as in a traceback.
+    """
+    text = " ".join(TAG.sub(" ", bytes(body[:MAX_FOREIGN_BYTES]).decode(errors="replace")).split())
+    half = MAX_FOREIGN_WORDS // 2
+    return text if len(text) <= MAX_FOREIGN_WORDS else f"{text[:half]} … {text[-half:]}"
+
+
 def refusal(reply: Reply) -> EndpointError:
     """Return the endpoint's own words about a request as an error."""
     document = reply.json()
-    words = document.get("error") or bytes(reply.body[:300]).decode(errors="replace").strip() or "no reason was given"
+    words = document.get("error") or foreign_words(reply.body) or "no reason was given"
     return EndpointError(
         f"{words} (HTTP {reply.status}, request {reply.request_id})", reply.status, str(document.get("code", ""))
     )

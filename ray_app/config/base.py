@@ -33,7 +33,12 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 Positive = Annotated[int, Field(ge=1)]
 
-StorePlace = Annotated[str, BeforeValidator(os.fspath)]
+
+def _place(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+StorePlace = Annotated[str, BeforeValidator(_place)]
 """A folder, or a URI such as s3://bucket/store. Text, for a Path would make one slash of the two."""
 
 

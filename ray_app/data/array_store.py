@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_app.errors import InputError, StoreError
+from ray_app.events.recording import LATEST_US
 from ray_app.events.windows import format_duration, parse_duration
 from ray_app.store.filesystem import StorageDir, Where, open_storage
 from ray_app.store.manifest import (
@@ -244,10 +245,10 @@ class ArrayWriter:
         if start_us is None:
             start_us = self._next_start_us.get(sequence, 0)
         end_us = whole(row.get("t_end_us"), "t_end_us", number) or start_us + self.duration_us
-        if not 0 <= start_us < end_us < 2**63:
+        if not 0 <= start_us < end_us < LATEST_US:
             raise InputError(
-                f"row {number}: its window [{start_us}, {end_us}) must begin at 0 or later, end after that, and fit "
-                "63 bits; times are in microseconds"
+                f"row {number}: its window [{start_us}, {end_us}) must begin at 0 or later, end after that, and be "
+                f"in microseconds, which reach {LATEST_US} in the year 5138; divide nanoseconds by 1000"
             )
         self._next_start_us[sequence] = end_us
         if len(self._lengths_us | {end_us - start_us}) > MAX_DURATIONS:

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ray_app.parsing.text import decode_text
+
 MAX_DEPTH = 64
 """Nesting of lists and objects in a document of ours; the deepest has about ten levels."""
-BYTES_OF = {"]": 64, "}": 240, ",": 36, '"': 30}
+BYTES_OF = {"]": 64, "}": 240, ",": 36, '"': 30, ":": 80}
 """Most memory that CPython needs for what such a character means: a list, an object with one member, a number in a
-list, half of a text. Lists and objects that are not closed are few: their nesting is bounded."""
+list, half of a text, a member while it is read. Lists and objects that are not closed are few: their nesting is
+bounded."""
 EXPANSION = 2
 """Memory of the values may be this many times the text's …"""
 SPARE_BYTES = 64 * 2**20
@@ -22,15 +25,16 @@ class NestedTooDeep(ValueError):
 
 
 def parse_json(data: bytes | bytearray | memoryview | str, max_depth: int = MAX_DEPTH, nan: bool = True) -> Any:
-    """Return the value. ValueError: no UTF-8, no JSON, too deep, too many small values; NaN, Infinity unless `nan`.
+    """Return the value.
 
-    A number of more than 4,300 digits is refused by Python itself, since it is read in quadratic time.
+    ValueError: no UTF-8, no JSON, too deep, too many small values, a member twice; NaN, Infinity unless `nan`. Python
+    itself refuses a number of more than 4,300 digits, since it is read in quadratic time.
     """
-    text = data if isinstance(data, str) else str(data, "utf-8")
+    text = data if isinstance(data, str) else decode_text(data)
     _require_room(text)
     with _no_collection():
         try:
-            value = json.loads(text, parse_constant=None if nan else _refuse_constant)
+            value = json.loads(text, parse_constant=None if nan else _refuse_constant, object_pairs_hook=_members)
         except RecursionError:
             raise NestedTooDeep(f"it is nested deeper than {max_depth} levels") from None
         except MemoryError:
@@ -84,6 +88,15 @@ def _require_depth(value: Any, max_depth: int) -> None:
         if not level:
             return
     raise NestedTooDeep(f"it is nested deeper than {max_depth} levels")
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in members if names.count(name) > 1)
+        raise ValueError(f"'{twice[:40]}' is there twice in one object")
+    return members
 
 
 def _refuse_constant(name: str) -> None:

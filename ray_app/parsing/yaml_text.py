@@ -1,6 +1,7 @@
 """YAML from outside: plain values of a bounded size, however its anchors are used."""
 
 import re
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -11,18 +12,33 @@ MAX_VALUES = 2**16
 """Most values, those repeated by anchors counted each time."""
 
 
+TEXT = re.compile(r"0[\d_]+$|0x\w{17,}$|0b\w{65,}$|\d+_[\d_]*$|\d+(:[\d.]+)+$|\d{4}-\d\d?-\d\d?(\D.*)?$", re.ASCII)
+"""Text that begins with a digit and that YAML 1.1 takes for something else: 010 (8), 2024_01 (202401), 1:8 (68),
+2024-01-31 (a date), numbers of thousands of digits."""
+PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+"""Kinds of values that are read, by their tags in YAML."""
+
+
 class _PlainLoader(yaml.SafeLoader):
-    """Read 1:8 as text, not as 68: YAML 1.1 reads it in base 60."""
+    """Reads what JSON could hold too: a folder may be named 2024-01-31."""
 
 
 _PlainLoader.yaml_implicit_resolvers = yaml.SafeLoader.yaml_implicit_resolvers | {
-    digit: [("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$")), *yaml.SafeLoader.yaml_implicit_resolvers[digit]]
+    digit: [("tag:yaml.org,2002:str", TEXT), *yaml.SafeLoader.yaml_implicit_resolvers[digit]]
     for digit in "0123456789"
+}
+_PlainLoader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in PLAIN
 }
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the one document's value. ValueError: no YAML, too long, too deep, anchors that repeat without end."""
+    """Return the one document's value, of plain values.
+
+    ValueError: no YAML, too long, too deep, a key that is there twice, anchors that repeat without end.
+    """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"it has {len(text):,} characters, the limit is {MAX_CHARACTERS:,}")
     try:
@@ -40,12 +56,16 @@ def parse_yaml(text: str) -> Any:
 
 
 def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
-    """Count the values below a node, each as often as it is repeated. ValueError: it contains itself."""
+    """Count the values below a node, each as often as it is repeated. ValueError: it contains itself, a key twice."""
     if id(node) in known:
         if not known[id(node)]:
             raise ValueError("an anchor contains itself")
         return known[id(node)]
     known[id(node)] = 0
+    if isinstance(node, yaml.MappingNode):
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for key, count in Counter(keys).items() if count > 1), None):
+            raise ValueError(f"'{twice[1][:40]}' is there twice, in the mapping of line {node.start_mark.line + 1}")
     count = 1
     for item in node.value if not isinstance(node, yaml.ScalarNode) else ():
         count += sum(_values_in(part, known) for part in (item if isinstance(item, tuple) else (item,)))

@@ -10,6 +10,7 @@ Shapes: N = pairs, W = token width.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,11 @@ from safetensors import SafetensorError, safe_open
 from ray_app.errors import InputError
 from ray_app.listing import data_in
 from ray_app.parsing.json_text import parse_object
+from ray_app.parsing.text import read_text
+from ray_app.parsing.zip_archive import ZIP_ERRORS, open_zip
 
+HEADER_ERRORS = (TokenError, SyntaxError)
+"""What NumPy raises for a damaged header of an array, in addition to those of a damaged file."""
 BATCH_ROWS = 64
 """Rows of a table that are decoded at a time."""
 
@@ -76,14 +81,14 @@ def read_column(path: Path, name: str) -> Any:
     """Return an array, or a list of arrays (tokens, W); None if the file has none of this name."""
     try:
         if path.suffix == ".txt":
-            return path.read_text(encoding="utf-8").splitlines()
-        if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        if name not in names_in(path):
+            return [line.strip() for line in read_text(path).splitlines()]
+        if path.suffix != ".npy" and name not in names_in(path):
             return None
         column, lengths = _array_in(path, name), f"{name}_lengths"
+        if not column.ndim:
+            raise InputError(f"{path}: '{name}' is one number; a column has one row for each pair")
         return cut(column, _array_in(path, lengths), f"{path}: {name}") if lengths in names_in(path) else column
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
+    except (*ZIP_ERRORS, *HEADER_ERRORS, SafetensorError) as error:
         if "allow_pickle" in str(error) or "Python objects" in str(error):
             raise InputError(
                 f"{path} holds Python objects (dtype object), which are never unpickled; save plain arrays, "
@@ -95,8 +100,8 @@ def read_column(path: Path, name: str) -> Any:
 def names_in(path: Path) -> list[str]:
     """Return the names of a file's arrays. InputError: a suffix that is not known."""
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            return list(archive.files)
+        with path.open("rb") as file, open_zip(file) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
     if path.suffix == ".safetensors":
         with safe_open(path, "np") as file:
             return list(file.keys())
@@ -108,9 +113,14 @@ def names_in(path: Path) -> list[str]:
 
 
 def _array_in(path: Path, name: str) -> NDArray[Any]:
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r", allow_pickle=False)
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as archive:
-            return archive[name]
+            array = archive[name]
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"'{name}' in it is no array")
+        return array
     with safe_open(path, "np") as file:
         if file.get_slice(name).get_dtype() != "BF16":
             return file.get_tensor(name)
@@ -135,7 +145,7 @@ def open_table(path: Path, columns: Mapping[str, str]) -> ArrayInput:
     files = table_files(path)
     try:
         tables = [_Table(file) for file in files]
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(f"{path} cannot be read as a table: {str(error).splitlines()[0]}") from error
     has = tables[0].schema.names
     missing = [name for role, name in columns.items() if name not in has and role in ("event", "target")]
@@ -196,7 +206,7 @@ class _Table:
                         role: _value(batch.column(name), n, f"{self.path.name}: {name}")
                         for role, name in columns.items()
                     }
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise InputError(f"{self.path} is damaged: {str(error).splitlines()[0]}") from error
 
 
@@ -207,7 +217,7 @@ def _value(column: pa.Array, row: int, what: str) -> Any:
     cell = column[row]
     if not cell.is_valid:
         raise InputError(f"{what} has no value in row {row} of a batch; leave such rows out")
-    if pa.types.is_struct(column.type):
+    if pa.types.is_struct(column.type) or pa.types.is_map(column.type):
         raise InputError(f"{what} holds pictures or other structures; features are lists of numbers")
     return _nested(cell.values, what) if hasattr(cell, "values") else cell.as_py()
 

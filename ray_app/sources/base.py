@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ray_app.errors import InputError, ResourceError
 from ray_app.listing import is_data
+from ray_app.parsing.text import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +124,14 @@ def spread(places: range, count: int) -> list[int]:
 def named_sequences(files: Iterable[Path]) -> list[tuple[str, Path]]:
     """(sequence, path) of each recording that is a sequence of its own; equal names are numbered.
 
-    What `clips/*` names besides, such as Thumbs.db, is left out.
+    What `clips/*` names besides, such as Thumbs.db, is left out. InputError: a name that no manifest can hold.
     """
     named: list[tuple[str, Path]] = []
     for path in files:
         if not is_data(path.name):
             continue
+        if printable(path.name) != path.name:
+            raise InputError(f"the name {printable(str(path))} is no valid text (UTF-8); rename it")
         stem = re.sub(r"[^A-Za-z0-9_-]", "_", path.name if path.is_dir() else path.stem) or "recording"
         taken = {name for name, _ in named}
         name, number = stem, 2

@@ -40,15 +40,15 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     except OSError as error:
         raise InputError(f"{path} is no readable image: {error}") from error
     try:
-        return decode_image(data, str(path), FILE_FORMATS)
+        return np.asarray(decode_image(data, str(path), FILE_FORMATS))
     except MemoryError as error:
         raise InputError(f"{path} takes more memory than there is; make it smaller") from error
 
 
 def decode_image(
     data: bytes, where: str, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS
-) -> NDArray[np.uint8]:
-    """Return an image's bytes as (H, W, 3) uint8 RGB.
+) -> Image.Image:
+    """Return the image in some bytes, as RGB.
 
     InputError: empty, truncated, of no such format, too large, or with pixels of an unknown range. Formats and sizes
     are looked at before anything is decoded. MemoryError: it takes more than there is.
@@ -63,8 +63,8 @@ def decode_image(
                 )
             if image.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
                 raise InputError(f"{where} has {scans} scans, the limit is {MAX_JPEG_SCANS}; save it again")
-            depth = _depth(image)
-            return _rgb(_upright(image), depth, where)
+            depth, inverted = _depth(image), _is_inverted(image)
+            return _rgb(_upright(image), depth, inverted, where)
     except UnidentifiedImageError as error:
         raise InputError(
             f"{where} is no readable image: it is none of {', '.join(formats)}, or damaged at its beginning"
@@ -77,8 +77,12 @@ def resized(image_HWC: NDArray[np.uint8], height: int, width: int) -> NDArray[np
     """Bilinear resize as Pillow does it; (H, W, 3) uint8 to (3, height, width) uint8."""
     assert image_HWC.dtype == np.uint8
     assert image_HWC.shape[2:] == (3,)
-    image = Image.fromarray(np.ascontiguousarray(image_HWC)).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
+    return resized_image(Image.fromarray(np.ascontiguousarray(image_HWC)), height, width)
+
+
+def resized_image(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+    """Resize an RGB image in the same way."""
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -98,6 +102,12 @@ def _depth(image: Image.Image) -> int:
     return int(tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
 
 
+def _is_inverted(image: Image.Image) -> bool:
+    """True for a TIFF whose 0 is white; of more than 8 bits Pillow does not turn its values round."""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    return tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """Turn and mirror an image as its EXIF orientation says; damaged EXIF data say nothing."""
     image.load()
@@ -111,8 +121,8 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-def _rgb(image: Image.Image, depth: int, where: str) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 of an image of any mode. InputError: its values have no known range."""
+def _rgb(image: Image.Image, depth: int, inverted: bool, where: str) -> Image.Image:
+    """Return an image of any mode as RGB. InputError: its values have no known range."""
     if image.mode in ("I", "F"):
         kind = "whole numbers" if image.mode == "I" else "floats"
         raise InputError(
@@ -120,10 +130,10 @@ def _rgb(image: Image.Image, depth: int, where: str) -> NDArray[np.uint8]:
         )
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
-        grey = (values >> (depth - 8)).astype(np.uint8)
+        grey = (values >> (depth - 8)).astype(np.uint8) ^ np.uint8(255 if inverted else 0)
         grey[values == image.info.get("transparency", -1)] = 255
-        return np.repeat(grey[..., None], 3, axis=2)
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -32,7 +32,8 @@ def parse_npz(data: bytes | memoryview, where: str) -> dict[str | int, Any]:
         with open_zip(io.BytesIO(data)) as archive:
             for name in EVENT_COLUMNS:
                 if f"{name}.npy" not in archive.NameToInfo:
-                    continue
+                    has = ", ".join(each[:40] for each in archive.namelist()[:20]) or "none"
+                    raise InputError(f"{where}: no column {name}; the archive has {has}, and needs x, y, t, p")
                 member = memoryview(_inflated(archive, f"{name}.npy", left))
                 code, shape, fortran, at = parse_header(member)
                 if code[-2:] not in TYPES:

@@ -7,10 +7,18 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import FailFast, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    BeforeValidator,
+    FailFast,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from ray_app.config.base import Config
 from ray_app.errors import CheckpointError, StoreError
+from ray_app.parsing.text import printable
 from ray_app.store.atomic import sha256_bytes
 from ray_app.store.filesystem import StorageDir, Where, open_storage
 
@@ -21,6 +29,8 @@ SCRATCH = ".prepare"
 NUM_REJECTED_NAMED = 3
 """Rejected pairs that an error names."""
 
+Text = Annotated[str, BeforeValidator(printable)]
+"""Text that may name a file of any name."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 
@@ -263,11 +273,11 @@ def content_fingerprint(sample_ids: Iterable[str], features: Features) -> str:
 class RejectedLine(Config):
     """One line of rejected.jsonl: a pair that is not in the store."""
 
-    input: str
+    input: Text
     """File or drive that it should have come from."""
-    position: str
+    position: Text
     """Position in the input."""
-    reason: str
+    reason: Text
     """Reason of the rejection."""
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_app.errors import ConfigError
+from ray_app.parsing.text import read_text
 
 SCOPES = ("infer", "admin")
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -49,8 +50,8 @@ def valid_tokens(path: Path) -> tuple[list[Token], str | None]:
     """
     try:
         mode = path.stat().st_mode
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         return [], f"the token file {path} cannot be read: {error}"
     if stat.S_IMODE(mode) & (stat.S_IWGRP | stat.S_IWOTH):
         return [], f"the token file {path} can be written by others; run `chmod 600 {path}`."
@@ -81,10 +82,10 @@ def append_token(path: Path, name: str, scopes: Sequence[str]) -> str:
     try:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # two that add the same name at a time
-            text = file.read()
             tokens, damage = valid_tokens(path)
             if damage:
                 raise ConfigError(damage)
+            text = file.read()
             if any(token.name == name for token in tokens):
                 raise ConfigError(f"{path} already has a token '{name}'; use another name, or delete its line first.")
             start = "\n" if text and not text.endswith("\n") else ""

@@ -144,12 +144,13 @@ def read_traces(path: Path, vocabulary: int, end_token: int) -> TraceFile:
 def read_timing(path: Path) -> Timing:
     """Return the times of a `--timing FILE`: an object with fields of `Timing`. InputError: anything else."""
     try:
-        return Timing.model_validate_json(path.read_bytes())
+        return Timing.model_validate(parse_json(path.read_bytes()))
     except OSError as error:
         raise InputError(f"--timing {path} cannot be read: {error.strerror}.") from error
-    except ValidationError as error:
+    except ValueError as error:
+        why = _first_problem(error) if isinstance(error, ValidationError) else error
         raise InputError(
-            f"--timing {path}: {_first_problem(error)}. It needs target_prefill and target_per_token, and may have "
+            f"--timing {path}: {why}. It needs target_prefill and target_per_token, and may have "
             "draft_vision, draft_prefill, draft_per_token, verify by γ, and drafting by drafter, all in milliseconds."
         ) from error
 
@@ -199,7 +200,7 @@ def _trace(line: bytes, vocabulary: int, end_token: int) -> Trace:
     try:
         values: Any = parse_json(line)
     except ValueError as error:
-        raise InputError("cut short, or not JSON") from error
+        raise InputError(f"cut short, or not JSON ({error})") from error
     try:
         trace = Trace.model_validate(values)
     except ValidationError as error:

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ray_app.encoders.preprocessing import ImagePreprocessing
 from ray_app.errors import InputError
 from ray_app.events.render import equal_counts, event_image
-from ray_app.sources.images import decode_image, resized
+from ray_app.sources.images import decode_image, resized_image
 from ray_app.sources.npy import events_of
 from ray_app.sources.npz import parse_recording
 
@@ -26,8 +27,11 @@ from .job import DecodeJob, read_message, write_message
 
 NUM_IMAGES = 5
 """Event images per recording, by equal event count; the middle one is the event feature, or what is encoded."""
-MAX_PIXELS = 2**22
-"""Largest number of pixels of a picture or a sensor: 4.2 million."""
+MAX_PIXELS = 12_600_000
+"""Largest number of pixels of a picture: phones take 12.5 million. One that is turned is twice in memory, at 4 bytes
+each, which is what a decoder may take."""
+MAX_SENSOR_PIXELS = 2**22
+"""Largest number of pixels of a sensor: 4.2 million."""
 ROOM_BYTES = 128 * 2**20
 """Address space of a job in addition to four times its input: twice the memory that decoding may take."""
 ALARM_S = 30
@@ -39,30 +43,31 @@ def decode(job: DecodeJob, data: bytes) -> NDArray[np.uint8]:
 
     InputError: unreadable, damaged, too large, or outside of the sensor.
     """
-    return np.concatenate([fitted(image_HWC, job) for image_HWC in images(job, data)])
+    return np.concatenate([fitted(image, job) for image in images(job, data)])
 
 
-def images(job: DecodeJob, data: bytes) -> Iterator[NDArray[np.uint8]]:
-    """Yield the images (H, W, 3) of a job in their own size."""
+def images(job: DecodeJob, data: bytes) -> Iterator[Image.Image]:
+    """Yield the images of a job in their own size."""
     if job.kind == "image":
         yield decode_image(data, f"the picture '{job.name}'", max_pixels=MAX_PIXELS)
         return
     what = "the recording"
     columns, rows = job.sensor
-    if columns * rows > MAX_PIXELS:
-        raise InputError(f"a sensor of {columns} x {rows} pixels is larger than the limit of {MAX_PIXELS:,}")
+    if columns * rows > MAX_SENSOR_PIXELS:
+        raise InputError(f"a sensor of {columns} x {rows} pixels is larger than the limit of {MAX_SENSOR_PIXELS:,}")
     events = events_of(parse_recording(data, what), columns, rows, what)
     if job.num_images > 1:
-        yield from map(event_image, equal_counts(events, job.num_images))
+        yield from (Image.fromarray(event_image(part)) for part in equal_counts(events, job.num_images))
         return
-    yield event_image(equal_counts(events, NUM_IMAGES)[NUM_IMAGES // 2] if job.middle else events)
+    drawn = equal_counts(events, NUM_IMAGES)[NUM_IMAGES // 2] if job.middle else events
+    yield Image.fromarray(event_image(drawn))
 
 
-def fitted(image_HWC: NDArray[np.uint8], job: DecodeJob) -> NDArray[np.uint8]:
+def fitted(image: Image.Image, job: DecodeJob) -> NDArray[np.uint8]:
     """Return an image as a feature of pixels, or the part of it that an encoder sees, (3, height, width)."""
     if job.steps is None:
-        return resized(image_HWC, job.height, job.width)
-    return ImagePreprocessing.of(job.steps).cut(image_HWC).transpose(2, 0, 1)
+        return resized_image(image, job.height, job.width)
+    return ImagePreprocessing.of(job.steps).cut(np.asarray(image)).transpose(2, 0, 1)
 
 
 def answer(job: DecodeJob, data: bytes) -> tuple[dict[str, Any], bytes]:

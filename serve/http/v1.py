@@ -37,7 +37,7 @@ from .request import body_of, context_of
 if TYPE_CHECKING:
     from ..replica import ReplicaState
 
-IMAGES = {"image/png", "image/jpeg"}
+IMAGES = {"image/png", "image/jpeg", "image/webp"}
 EVENTS = "application/octet-stream"
 
 

@@ -1,6 +1,8 @@
 """Stores from arrays: vectors of two widths, images, ragged sequences; a row that cannot be used is refused."""
 
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,8 @@ OBJECTS[:] = [np.ones(3), np.ones(2)]
         ({"event": GOOD["event"].reshape(N, 1, 1, 1, E)}, "row 0: event has the shape"),
         ({"t_start_us": np.full(N, -1)}, r"row 0: its window \[-1"),
         ({"t_start_us": np.arange(N) + 0.5}, "whole number of microseconds"),
-        ({"t_start_us": np.full(N, 2**64 - 1, np.uint64)}, "fit 63 bits"),
+        ({"t_start_us": np.full(N, 2**64 - 1, np.uint64)}, "divide nanoseconds by 1000"),
+        ({"t_start_us": np.arange(N) * 10**9 + 17 * 10**17}, "divide nanoseconds by 1000"),
         ({"t_start_us": np.arange(N), "t_end_us": 1_000_000 + 2 * np.arange(N)}, "16 different lengths"),
         ({"sequence": [1.5] * N}, "named by text or a whole number, not by 1.5"),
         ({"event": np.zeros((0, E), np.float32), "target": np.zeros((0, D), np.float32), "sequence": "a"}, "no pair"),
@@ -244,11 +247,33 @@ def test_bfloat16_becomes_float32_exactly(tmp_path: Path) -> None:
     np.testing.assert_array_equal(given.arrays["event"], values.float().numpy())
 
 
+def npy_header(kind: str, shape: tuple[int, ...]) -> bytes:
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": kind, "fortran_order": False, "shape": shape})
+    return out.getvalue()
+
+
 def damaged(folder: Path) -> None:
     np.save(folder / "objects.npy", OBJECTS, allow_pickle=True)
     np.savez(folder / "half.npz", event=GOOD["event"])
     tokens = {"event": np.ones((5, W)), "event_lengths": np.array([2, 2]), "target": np.ones((2, D))}
     np.savez(folder / "lengths.npz", **tokens)
+    np.savez(folder / "number.npz", event=np.float32(1), target=GOOD["target"])
+    whole = (folder / "half.npz").read_bytes()
+    (folder / "cut.npz").write_bytes(whole[:-30])
+    (folder / "flipped.npz").write_bytes(whole[:200] + bytes([whole[200] ^ 255]) + whole[201:])
+    (folder / "array.npz").write_bytes((folder / "objects.npy").read_bytes())
+    with zipfile.ZipFile(folder / "huge.npz", "w") as archive:
+        archive.writestr("event.npy", npy_header("<f4", (2**40, 4)))
+    with zipfile.ZipFile(folder / "text.npz", "w") as archive:
+        archive.writestr("event.npy", "text")
+    header = npy_header("<f4", (2, 4))
+    (folder / "header.npy").write_bytes(header.replace(b"}", b" "))
+    kind = pa.map_(pa.string(), pa.float32())
+    pq.write_table(pa.table({"event": pa.array([[("a", 1.0)]], kind), "target": [[1.0]]}), folder / "map.parquet")
+    names = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
+    rows = {"event": [[1.0]], "target": [[1.0]], "sequence": names}
+    pq.write_table(pa.table(rows), folder / "names.parquet")
     (folder / "cut.safetensors").write_bytes(b"\x10")
     (folder / "cut.parquet").write_bytes(b"PAR1")
     (folder / "a.csv").write_text("1,2")
@@ -266,6 +291,15 @@ def damaged(folder: Path) -> None:
     [
         (["--event", "objects.npy", "--target", "objects.npy"], "never unpickled"),
         (["half.npz"], "no array 'target'; it has event"),
+        (["number.npz"], "'event' is one number; a column has one row for each pair"),
+        (["cut.npz"], "cut.npz cannot be read: File is not a zip file"),
+        (["flipped.npz"], "flipped.npz cannot be read: Bad CRC-32"),
+        (["array.npz"], "array.npz cannot be read: File is not a zip file"),
+        (["huge.npz"], "huge.npz cannot be read: Unable to allocate"),
+        (["text.npz"], "text.npz cannot be read: 'event' in it is no array"),
+        (["--event", "header.npy", "--target", "header.npy"], "header.npy cannot be read"),
+        (["map.parquet"], "holds pictures or other structures"),
+        (["names.parquet"], "names.parquet is damaged: 'utf-8' codec can't decode"),
         (["lengths.npz"], "has 5 tokens, its lengths add up to 4"),
         (["cut.safetensors"], "cut.safetensors cannot be read"),
         (["cut.parquet"], "cannot be read as a table"),
@@ -290,6 +324,16 @@ def test_a_file_that_cannot_be_used_is_one_sentence(
     said = capfd.readouterr().err.replace("\n", " ")
     assert words in said
     assert "Traceback" not in said
+
+
+def test_names_of_windows_files_are_the_names_alone(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfa\r\na \r\nb\r\n")
+    for name in ("e", "t"):
+        np.save(tmp_path / f"{name}.npy", np.ones((3, 2), np.float32))
+    columns = {"event": f"{tmp_path}/e.npy", "target": f"{tmp_path}/t.npy", "sequence": f"{tmp_path}/names.txt"}
+    given = open_arrays(None, columns).arrays
+    assert given is not None
+    assert given["sequence"] == ["a", "a", "b"]
 
 
 def test_rows_of_another_layout_than_those_before_are_refused(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ class ScriptedServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Scripted)
         self.script: list[Answer | None] = []
+        self.body = json.dumps({"error": "said by the script", "code": "script"}).encode()
         self.requests: list[dict[str, str]] = []
         self.over = threading.Event()
 
@@ -47,7 +48,7 @@ class Scripted(BaseHTTPRequestHandler):
             self.server.over.wait()
             return
         status, headers = answer
-        body = json.dumps({"error": "said by the script", "code": "script"}).encode()
+        body = self.server.body
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
@@ -148,3 +149,20 @@ def test_a_kept_connection_has_the_limit_of_the_call_it_is_used_for(server: Scri
         with pytest.raises(EndpointUnreachable, match=r"within 0\.3 s.*timed out"):
             client.model()
     assert len(server.requests) == 2
+
+
+def test_of_a_long_page_of_something_else_the_cause_at_its_end_is_kept(server: ScriptedServer) -> None:
+    server.script = [(400, {"Content-Type": HTML})]
+    server.body = (
+        b"<html><h1>A proxy\n says</h1>" + b"<p>frame of a traceback</p>" * 500 + b"RuntimeError: the cause</html>"
+    )
+    with AlignmentClient(server.url) as client, pytest.raises(EndpointError) as raised:
+        client.model()
+    words = str(raised.value)
+    assert words.startswith("A proxy says frame of a traceback")
+    assert "RuntimeError: the cause (HTTP 400" in words
+    assert len(words) < 2200
+    assert "<" not in words
+    server.body = b"<" * 2**20
+    with AlignmentClient(server.url) as client, pytest.raises(EndpointError, match="<<<< … <<<<"):
+        client.model()

@@ -21,6 +21,7 @@ from dsec_writer import (
 )
 
 from ray_app.errors import InputError
+from ray_app.sources.dsec import events_file
 
 
 def refuses(own: DsecFiles, message: str, **settings: Any) -> None:
@@ -121,6 +122,13 @@ def test_values_that_hdf5_would_fill_in_are_refused_by_name(own: DsecFiles) -> N
     with h5py.File(outside, "a") as file:
         file["rest"] = x[half:]
     assert len(pairs_of(dsec(own.root, SECOND))) == 3, "with its sources it is read"
+    with h5py.File(outside, "a") as file:
+        del file["rest"]
+        file.create_dataset("rest", (len(x) - half,), x.dtype, chunks=(100,))[:100] = 1
+    refuses(own, r"values lie in 'rest' of 'x\.h5', where they are not")
+    with h5py.File(outside, "a") as file:
+        del file["rest"]
+        file["rest"] = x[half:]
     layout = h5py.VirtualLayout(x.shape, x.dtype)
     layout[half:] = h5py.VirtualSource("x.h5", "rest", (len(x) - half,))
     edit(own.events, virtual)
@@ -143,6 +151,11 @@ def test_values_outside_the_file_and_blocks_that_were_never_written_are_refused(
     refuses(own, "'/events/x' keeps its values outside, in '/etc/hostname'")
     edit(own.events, unwritten)
     refuses(own, r"'/events/x' holds 1 of its \d+ blocks; was its writing cut off?")
+
+
+def test_an_index_of_more_than_a_day_is_not_read(own: DsecFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events_file, "MAX_MS", 100)
+    refuses(own, r"ms_to_idx has \d+ entries, the limit is 100: a day")
 
 
 def test_times_above_what_64_bits_hold_are_refused_with_the_number(own: DsecFiles) -> None:

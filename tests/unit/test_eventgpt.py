@@ -1,6 +1,7 @@
 """The reference's dataset folder as pairs: from its list or from its folders, with what cannot be read rejected."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,17 @@ def test_the_list_may_name_other_places_for_images_and_frames(dataset: Path) -> 
     assert (pair.sequence, pair.t_start_us) == ("zurich", 5_000_000)
 
 
+def test_a_clip_whose_name_is_no_text_costs_itself_alone(dataset: Path) -> None:
+    before = len(everything(EventGptSource.of_folder(dataset)))
+    os.mkdir(os.fsencode(dataset / "video" / "thun") + b"/caf\xe9")
+    *good, bad = sorted(
+        everything(EventGptSource.of_folder(dataset)), key=lambda item: isinstance(item, RejectedPair)
+    )
+    assert len(good) == before
+    assert isinstance(bad, RejectedPair)
+    assert bad.reason == r"thun/caf\udce9 is no valid text; rename it"
+
+
 def test_an_entry_that_is_flawed_or_leads_nowhere_costs_itself_alone(dataset: Path) -> None:
     (dataset / "event_npy/interlaken/000000.npy").write_bytes(b"")
     flawed = {
@@ -171,6 +183,7 @@ def test_an_entry_that_is_flawed_or_leads_nowhere_costs_itself_alone(dataset: Pa
         "is missing, and so is": entry("a", "b"),
         "000000.npy is empty (0 bytes)": entry("interlaken", "000000", event_image=[]),
         "holds no frame": entry("thun", "000001", video_data="thun/nothing"),
+        "video_data is no path": entry("a", "b", video_data="thun/\ud800"),
     }
     found = everything(listed(dataset, [*flawed.values(), entry("zurich", "000002")]))
     rejected = [item for item in found if isinstance(item, RejectedPair)]

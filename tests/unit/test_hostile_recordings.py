@@ -209,7 +209,7 @@ PLAIN = {"descr": "|u1", "fortran_order": False, "shape": (2**60,)}
         (empty_entries(30_000), "directory has"),
         (zipped(member(PLAIN | {"shape": (9,)}, bytes(9)))[:-30], "no .npz file"),
         (b"PK\3\4", "no .npz file"),
-        (zipped(b"", name="other.npy"), "no column"),
+        (zipped(b"", name="other.npy"), "no column x; the archive has other.npy, and needs x, y, t, p"),
     ],
     ids=["claims", "bomb", "narrow bomb", "objects", "fields", "noise", "lzma", "entries", "cut", "magic", "none"],
 )

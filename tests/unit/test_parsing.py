@@ -25,6 +25,33 @@ from ray_app.store.traces import read_traces
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.parametrize("text", ["{}", '{"a": "ä"}'])
+def test_text_of_windows_is_read_and_other_encodings_are_named(text: str, tmp_path: Path) -> None:
+    marked = b"\xef\xbb\xbf" + text.encode()
+    for data in (marked, bytearray(marked), memoryview(marked)):
+        assert parse_json(data) == json.loads(text)
+    with pytest.raises(ValueError, match=r"it is no UTF-8 text \(byte 0xff at 0\); save it as UTF-8"):
+        parse_json(text.encode("utf-16"))
+    (tmp_path / "a.yaml").write_bytes(b"\xef\xbb\xbfa: 1\r\nb: [2]\r\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"a": 1, "b": [2]}
+    (tmp_path / "a.yaml").write_bytes("ä: 1".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"it is no UTF-8 text \(byte 0xe4 at 0\)"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_member_that_is_there_twice_is_an_error() -> None:
+    for text in ('{"theta": 0.1, "theta": 0.9}', '[{"a": {"theta": 1, "b": 2, "theta": 1}}]'):
+        with pytest.raises(ValueError, match="'theta' is there twice in one object"):
+            parse_json(text)
+
+
+@pytest.mark.parametrize("value", ["no", "~", "[a]", "{a: b}"])
+def test_a_place_that_is_no_text_is_one_sentence(value: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"store: {value}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="store"):
+        parse("train", COMMANDS["train"], tmp_path / "a.yaml", ["--out", "x"])
+
+
 def test_json_is_what_the_standard_library_reads() -> None:
     rng = random.Random(0)
 
@@ -53,14 +80,14 @@ def test_json_is_what_the_standard_library_reads() -> None:
     ("data", "message"),
     [
         (b"[" * 10**6, "nested deeper than 64"),
-        (b'{"a":' * 10**6, "nested deeper than 64"),
+        (b'{"a":' * 10**5, "nested deeper than 64"),
         (b"[" * 65 + b"]" * 65, "nested deeper than 64"),
         (b"1" * 5000, "4300 digits"),
         (b'"' + b'\\"' * 500_000, "Unterminated string"),
         (b"[" + b"[]," * 10**6 + b"1]", "too many small values"),
         (b"[" + b'{"":0},' * 10**6 + b"1]", "too many small values"),
-        (b"\xff", "utf-8"),
-        (b"\xff\xfe{\x00}\x00", "utf-8"),
+        (b"\xff", "no UTF-8"),
+        (b"\xff\xfe{\x00}\x00", "no UTF-8"),
         (b"", "Expecting value"),
         (b"{} {}", "Extra data"),
     ],
@@ -116,8 +143,11 @@ def laughs(levels: int, form: str) -> str:
         ("- " * 5000, "nested too deep"),
         ("a" * (MAX_CHARACTERS + 1), "the limit is 65,536"),
         ("a: " + "1" * 5000, "4300 digits"),
-        ("a: 2001-99-99", "month must be"),
-        ("!!timestamp x", "NoneType"),
+        ("a: !!timestamp 2001-01-01", "could not determine a constructor"),
+        ("a: !!binary aGFsbG8=", "could not determine a constructor"),
+        ("a: !!set {b}", "could not determine a constructor"),
+        ("num_epochs: 3\nout: a\nnum_epochs: 5", "'num_epochs' is there twice, in the mapping of line 1"),
+        ("a:\n  b: 1\n  'b': 2", "'b' is there twice, in the mapping of line 2"),
         ("!!python/object:os.system {}", "could not determine a constructor"),
         ("? [a]\n: b", "unhashable"),
         ("a: b: c", "mapping values"),
@@ -135,7 +165,18 @@ def test_yaml_reads_settings_with_anchors_and_times_as_text() -> None:
         "k": [1, 2],
         "n": 31,
     }
-    assert parse_yaml("ratio: 1:8") == {"ratio": "1:8"}
+    for text in (
+        "1:8",
+        "1:30.5",
+        "2001-01-31",
+        "2001-99-99",
+        "010",
+        "2024_01",
+        "2001-01-01T00:00:00Z",
+        "0x" + "f" * 60,
+    ):
+        assert parse_yaml(f"a: {text}") == {"a": text}, "as it was written"
+    assert parse_yaml("[10, -3, 0, 0.5, 1e3, 1.5e+3, 0x1f]") == [10, -3, 0, 0.5, "1e3", 1500.0, 31]
     assert parse_yaml("") is None
 
 

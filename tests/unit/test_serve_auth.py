@@ -143,6 +143,18 @@ def test_a_token_that_was_taken_out_is_void_though_another_line_is_damaged(
     tokens.write_text(whole)
 
 
+def test_a_file_of_windows_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    append_token(file, "a", ("infer",))
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b" \r\n"))
+    append_token(file, "b", ("infer",))
+    assert [token.name for token in read_tokens(file)] == ["a", "b"]
+    file.write_bytes(file.read_text(encoding="utf-8-sig").encode("utf-16"))
+    for use in (lambda: read_tokens(file), lambda: append_token(file, "c", ("infer",))):
+        with pytest.raises(ConfigError, match="save it as UTF-8"):
+            use()
+
+
 def test_a_token_is_added_to_whatever_file_is_there_or_refused(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("# of the night shift")

@@ -288,6 +288,14 @@ def test_a_request_that_is_wrong_in_many_places_costs_one_error(body: bytes) -> 
     assert peak < 40 * len(body)
 
 
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_a_picture_may_be_the_whole_body(server: LocalServer, kind: str) -> None:
+    out = io.BytesIO()
+    Image.fromarray(image_of(PIXELS[0])).save(out, kind)
+    headers = {"content-type": f"image/{kind}"}
+    assert server.json("POST", "/v1/align", out.getvalue(), headers=headers)[0] == 200
+
+
 def test_other_types_of_body_are_refused(server: LocalServer) -> None:
     for path, content_type in (("/v1/align", "text/plain"), ("/v1/verify", "image/png")):
         status, problem = server.json("POST", path, b"{}", headers={"content-type": content_type})

@@ -1,5 +1,6 @@
 """Readers of real formats, on true-format files: what is read, what is refused, and that no foreign code runs."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ray_app.events.simulator import EventSimulator, SimulatorConfig
 from ray_app.sources.base import RawPair, RejectedPair, Source
 from ray_app.sources.npy import events_of, read_npy
 from ray_app.sources.video import SUBSTEP_US, VideoSource, _Footage
+from ray_app.store.manifest import RejectedLine, rejected_lines
 
 
 def recording(n: int = 200, seed: int = 0) -> dict[str, Any]:
@@ -229,6 +231,15 @@ def test_one_bad_video_costs_no_other(video: Path, frames: Path, tmp_path: Path)
         source_of(tmp_path / "b.mp4", tmp_path / "one", fps=25.0).tasks()
     with pytest.raises(InputError, match="no video is named"):
         source_of(tmp_path / "Thumbs.db").tasks()
+
+
+def test_a_name_that_no_manifest_can_hold_is_refused_at_once(video: Path, tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4"))
+    odd.write_bytes(video.read_bytes())
+    with pytest.raises(InputError, match=r"caf\\udce9\.mp4 is no valid text \(UTF-8\); rename it"):
+        source_of(video, odd).tasks()
+    line = RejectedLine(input=str(odd), position="frame 1", reason=f"{odd} is missing")
+    assert b"caf\\\\udce9.mp4 is missing" in rejected_lines([line])
 
 
 def test_a_frame_holds_until_the_next_where_a_video_pauses() -> None:

@@ -23,6 +23,13 @@ def test_every_row_of_a_file_is_read(tmp_path: Path) -> None:
     assert (file.rejected, file.cut_off) == ((), 0)
 
 
+def test_a_file_of_windows_loses_no_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", rows(3))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    file = read(path)
+    assert ([trace.row for trace in file.traces], file.rejected) == ([0, 1, 2], ())
+
+
 def test_answers_without_an_end_token_are_counted(tmp_path: Path) -> None:
     made = rows(5)
     for row in made[:3]:
@@ -111,6 +118,11 @@ def test_measured_times_are_read_and_checked(tmp_path: Path) -> None:
         path.write_text(wrong)
         with pytest.raises(InputError, match="in milliseconds"):
             read_timing(path)
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(TIMING).encode())
+    assert read_timing(path).target_prefill == TIMING["target_prefill"]
+    path.write_bytes(json.dumps(TIMING).encode("utf-16"))
+    with pytest.raises(InputError, match="save it as UTF-8"):
+        read_timing(path)
     with pytest.raises(InputError, match="cannot be read"):
         read_timing(tmp_path / "none.json")
 

@@ -8,6 +8,7 @@ Times are whole microseconds of the common clock (with t_offset) everywhere outs
 """
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +28,8 @@ EVENTS_AT_A_TIME = 2**18
 CHUNK_CACHE_BYTES = 4 * 2**20
 """Size of the cache of each column: the chunk at the end of a part is not decompressed again for the next."""
 COLUMNS = ("x", "y", "t", "p")
+MAX_MS = 86_400_000
+"""Most milliseconds of a recording."""
 
 
 class DsecEvents:
@@ -138,7 +141,10 @@ class DsecEvents:
         self._count = lengths["t"]
         if not self._count:
             raise InputError(f"{self.path} holds no event")
-        self._ms = self._whole(self._column("ms_to_idx"))
+        index = self._column("ms_to_idx")
+        if len(index) > MAX_MS:  # before it is read: an index of zeros takes next to no bytes
+            raise InputError(f"{self.path}: ms_to_idx has {len(index)} entries, the limit is {MAX_MS}: a day")
+        self._ms = self._whole(index)
         wrong = self._ms[(self._ms < 0) | (self._ms > self._count)]
         if wrong.size or (np.diff(self._ms) < 0).any() or (self._ms.size and self._ms[0]):
             found = f"it holds {wrong[0]}" if wrong.size else "its values fall, or do not start at 0"
@@ -159,16 +165,17 @@ class DsecEvents:
     def _offset(self) -> int:
         try:
             dataset = self._file.get("t_offset")
-            if isinstance(dataset, h5py.Dataset):
-                require_whole(dataset, self.path)
-            value = np.asarray(0 if dataset is None else dataset[()])
+            if dataset is None:
+                return 0
+            shape, dtype = getattr(dataset, "shape", None), getattr(dataset, "dtype", np.dtype(np.void))
+            if shape is None or prod(shape) != 1 or not np.issubdtype(dtype, np.integer):
+                raise InputError(
+                    f"{self.path}: t_offset must be one whole number, it has shape {shape} and type {dtype}"
+                )
+            require_whole(dataset, self.path)
+            return int(np.asarray(dataset[()]).reshape(-1)[0])
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise InputError(f"{self.path} is damaged: t_offset cannot be read: {error}") from error
-        if value.size != 1 or not np.issubdtype(value.dtype, np.integer):
-            raise InputError(
-                f"{self.path}: t_offset must be one whole number, it has shape {value.shape} and type {value.dtype}"
-            )
-        return int(value.reshape(-1)[0])
 
     def _at_ms(self, ms: int) -> int:
         return int(self._at_all_ms(ms, ms + 1)[0])

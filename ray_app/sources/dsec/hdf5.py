@@ -47,7 +47,7 @@ def _flaw(dataset: h5py.Dataset, path: Path) -> str:
 
 
 def _size_of_source(path: Path, file_name: str, dataset_name: str) -> int:
-    """Number of values of a virtual dataset's source, looked for where HDF5 does; 0 if there is none."""
+    """Number of values of a virtual dataset's source, looked for where HDF5 does; 0 if there is no whole one."""
     places = [path] if file_name == "." else [path.parent / file_name, path.resolve().parent / file_name]
     places += [] if file_name == "." else [path.parent / Path(file_name).name, Path(file_name)]
     for place in places:
@@ -55,7 +55,8 @@ def _size_of_source(path: Path, file_name: str, dataset_name: str) -> int:
             try:
                 with h5py.File(place, "r", locking="best-effort") as file:
                     found = file.get(dataset_name)
-                    return int(found.size) if isinstance(found, h5py.Dataset) else 0
+                    whole = isinstance(found, h5py.Dataset) and not _flaw(found, place)
+                    return int(found.size) if whole else 0
             except (OSError, RuntimeError, KeyError, ValueError):
                 return 0
     return 0

@@ -23,10 +23,13 @@ from numpy.typing import NDArray
 from ray_app.errors import InputError
 from ray_app.events.camera_view import EventView, Pinhole, StereoCalibration, event_view
 from ray_app.listing import data_in
+from ray_app.parsing.text import read_text
 from ray_app.parsing.yaml_text import parse_yaml
 from ray_app.sources.dsec.hdf5 import require_whole
 from ray_app.sources.images import read_image
 
+MAP_SHAPE = (480, 640, 2)
+"""Shape of the map from raw event pixels to rectified places."""
 FRAME_SIZE = (1440, 1080)
 """Columns and rows of DSEC's rectified frames, where the calibration does not tell."""
 
@@ -123,7 +126,7 @@ def sequence_in(folder: Path, name: str) -> DsecSequence:
 def read_rig(path: Path) -> StereoCalibration:
     """Return the left cameras of a cam_to_cam.yaml. InputError: no YAML, or a camera or rotation that is missing."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
         content = parse_yaml("\n".join(line for line in lines if not line.startswith("%YAML")))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as YAML: {error}") from error
@@ -178,13 +181,14 @@ def read_rectify_map(path: Path) -> NDArray[np.floating]:
             dataset = file.get("rectify_map")
             if isinstance(dataset, h5py.Dataset):
                 require_whole(dataset, path)
-            array = dataset[()] if isinstance(dataset, h5py.Dataset) else np.zeros(0)
+            shape, dtype = getattr(dataset, "shape", None), getattr(dataset, "dtype", np.dtype(np.void))
+            if shape != MAP_SHAPE or not np.issubdtype(dtype, np.floating):  # before it is read: it may be huge
+                raise InputError(
+                    f"{path}: 'rectify_map' has shape {shape} and type {dtype}; it must be {MAP_SHAPE}, floats"
+                )
+            array: NDArray[np.floating] = dataset[()]
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise InputError(f"{path} is truncated or damaged: {error}") from error
-    if array.shape != (480, 640, 2) or not np.issubdtype(array.dtype, np.floating):
-        raise InputError(
-            f"{path}: 'rectify_map' has shape {array.shape} and type {array.dtype}; it must be (480, 640, 2), floats"
-        )
     return array
 
 
@@ -235,8 +239,8 @@ def _first(folder: Path, name: str, tree: str, flat: str) -> Path:
 
 def _read_times(path: Path) -> NDArray[np.int64]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     times: list[int] = []
     for number, line in enumerate(lines, start=1):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ray_app.errors import ConfigError, InputError
 from ray_app.events.windows import Window, format_duration
+from ray_app.parsing.text import printable
 from ray_app.sources.base import RawPair, RejectedPair, SourceTask, file_identity, require_visible
 from ray_app.sources.dsec.events_file import DsecEvents
 from ray_app.sources.dsec.layout import DsecSequence, find_sequences, sequence_in
@@ -190,7 +191,5 @@ def _check_clocks(sequence: DsecSequence, events: DsecEvents, times_us: NDArray[
 
 
 def _check_name(name: str) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the sequence's name {name!r} is no valid text (UTF-8); rename the folder") from error
+    if printable(name) != name:
+        raise InputError(f"the sequence's name {name!r} is no valid text (UTF-8); rename the folder")

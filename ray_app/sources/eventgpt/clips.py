@@ -13,6 +13,7 @@ from typing import Any
 from ray_app.errors import InputError
 from ray_app.listing import data_in
 from ray_app.parsing.json_text import parse_json
+from ray_app.parsing.text import printable
 from ray_app.sources.images import natural
 
 INSTRUCTIONS = "EventGPT_Instruction_Subset.json"
@@ -112,7 +113,7 @@ def _listed(entry: Any, number: int, file: str, event_bins: int) -> EventGptClip
 def _path(entry: dict[str, Any], key: str) -> str:
     """Return a path below the dataset folder. InputError: missing, or one that leads out of it."""
     value = entry.get(key)
-    if not isinstance(value, str) or not value or "\0" in value:
+    if not isinstance(value, str) or not value or "\0" in value or printable(value) != value:
         raise InputError(f"it has no {key}" if value is None else f"{key} is no path")
     path = PurePosixPath(value)
     if path.is_absolute() or ".." in path.parts:
@@ -121,7 +122,9 @@ def _path(entry: dict[str, Any], key: str) -> str:
 
 
 def _clip(sequence: str, name: str, event_bins: int) -> EventGptClip:
-    """Return a clip whose parts lie where the reference puts them."""
+    """Return a clip whose parts lie where the reference puts them; one that no manifest can name has a flaw."""
+    if (text := printable(f"{sequence}/{name}")) != f"{sequence}/{name}":
+        return EventGptClip(printable(sequence), printable(name), "", (), "", f"{text} is no valid text; rename it")
     return EventGptClip(
         sequence,
         name,
