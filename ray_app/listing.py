@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
-LEFT_BY_SYSTEMS = {".ds_store", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"}
-"""Names that file managers write into any folder, in small letters."""
+LEFT_BY_SYSTEMS = {
+    *(".ds_store", "__macosx", ".spotlight-v100", ".fseventsd", ".trashes", ".temporaryitems", ".apdisk", "icon\r"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *("lost+found", "@eadir", ".directory", ".ipynb_checkpoints"),
+}
+"""Names that systems, file managers and notebooks write into any folder, in small letters."""
 
 
 def is_data(name: str) -> bool:

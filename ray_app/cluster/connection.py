@@ -15,7 +15,7 @@ from ray.train import ControllerError, TrainingFailedError
 
 from ray_app.cluster.interrupts import interrupt_after
 from ray_app.cluster.private_folder import keep_token_private, private_folder
-from ray_app.cluster.ray_internals import is_startup_timeout
+from ray_app.cluster.ray_internals import is_node_timeout, is_startup_timeout
 from ray_app.cluster.reachability import connection_error
 from ray_app.cluster.resources import ClusterInfo, cluster_info
 from ray_app.errors import RayAppError, ResourceError
@@ -94,7 +94,7 @@ def _other_version(where: str, theirs: tuple[str, str], ours: tuple[str, str]) -
 
 @contextmanager
 def unwrap_user_errors() -> Iterator[None]:
-    """Raise an error of ours inside one of Ray's as itself, and a full cluster as ResourceError."""
+    """Raise an error of ours inside one of Ray's as itself, a cluster that is full or too slow as ResourceError."""
     try:
         yield
     except ExecutionTimeoutError as error:
@@ -106,6 +106,13 @@ def unwrap_user_errors() -> Iterator[None]:
     except (RayError, TrainingFailedError) as error:
         if (ours := find_user_error(error)) is not None:
             raise ours from error
+        raise
+    except Exception as error:
+        if is_node_timeout(error):
+            raise ResourceError(
+                "Ray did not start on this machine within 30 s; other programs may keep it busy. Try again when they "
+                "have ended, or start Ray first (`ray start --head`) and set RAY_ADDRESS=auto."
+            ) from error
         raise
 
 

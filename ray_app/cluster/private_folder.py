@@ -5,12 +5,15 @@ this user may enter closes both logs and sockets, from the moment in which they 
 """
 
 import os
+import re
 import stat
 import tempfile
 from pathlib import Path
 
 from ray_app.errors import ResourceError
 
+PLAIN = re.compile(r"[\w./+@=-]+", re.ASCII)
+"""Names that neither Ray's command lines nor HAProxy's configuration take for more than one word."""
 MAX_LENGTH = 26
 """Longest path of the folder in bytes. Paths of sockets below it have up to 81 more, of 107 in all (AF_UNIX)."""
 
@@ -22,7 +25,7 @@ def private_folder() -> Path:
     """
     for parent in filter(None, (os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp")):
         folder = Path(parent).absolute() / f"ray-app-{os.getuid()}"
-        if len(os.fsencode(folder)) > MAX_LENGTH:
+        if len(os.fsencode(folder)) > MAX_LENGTH or not PLAIN.fullmatch(str(folder)):
             continue
         try:
             folder.mkdir(0o700, exist_ok=True)
@@ -37,7 +40,7 @@ def private_folder() -> Path:
         return folder
     raise ResourceError(
         f"no folder for Ray's sockets: neither RAY_TMPDIR, TMPDIR nor /tmp is writable and at most "
-        f"{MAX_LENGTH - len(f'/ray-app-{os.getuid()}')} characters long; set RAY_TMPDIR to such a folder."
+        f"{MAX_LENGTH - len(f'/ray-app-{os.getuid()}')} plain characters long; set RAY_TMPDIR to such a folder."
     )
 
 

@@ -44,6 +44,11 @@ def is_startup_timeout(error: ControllerError) -> bool:
     return isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
 
 
+def is_node_timeout(error: Exception) -> bool:
+    """Return True if Ray gave up waiting for the node that it started: its 30 s are too short on a busy machine."""
+    return type(error) is Exception and "timed out during startup" in str(error)
+
+
 def unwrap_worker_failure(failure: Exception) -> Exception:
     """Return the exception of a worker's code, or of its health check, without Ray Train's wrapper."""
     cause: Any = getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", failure)

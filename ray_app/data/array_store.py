@@ -72,6 +72,8 @@ def write_store(
         columns = {"event": event, "target": target, "t_start_us": t_start_us, "t_end_us": t_end_us}
         pairs = rows_of({name: column for name, column in columns.items() if column is not None}, sequence)
     claim_folder(folder)
+    for name in folder.listdir() - {SCRATCH}:  # of a start that was interrupted
+        folder.delete(name)
     writer = ArrayWriter(folder, parse_duration(duration))
     for row in pairs:
         writer.add(row)
@@ -122,11 +124,8 @@ def number_type(dtype: Any, side: str) -> str:
 
 def claim_folder(folder: StorageDir) -> None:
     """Make the folder ours. StoreError unless it is new, empty, or was left by a start that was interrupted."""
-    existing = require_claimable(folder)
-    if SCRATCH in existing and folder.listdir(SCRATCH) != {"arrays"}:
+    if SCRATCH in require_claimable(folder) and "arrays" not in folder.listdir(SCRATCH):
         raise StoreError(f"{folder} holds another interrupted prepare; name a new or empty folder")
-    for name in existing - {SCRATCH}:
-        folder.delete(name)
     folder.write(f"{SCRATCH}/arrays", b"")
 
 

@@ -18,5 +18,6 @@ def _redact_rest(scheme: str, rest: str) -> str:
     if "@" in (authority if scheme in PATH_SCHEMES else rest):
         rest = f"***@{rest.rpartition('@')[2]}"
     place, mark, query = re.fullmatch(r"([^?#]*)([?#]?)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
-    values = re.sub(r"=[^&#;]*", "=***", query)
+    values = re.sub(r"=[^&#]*", "=***", query)  # in one value ; divides settings, as of ODBC
+    place = re.sub(r"(;[^=;/]*=)[^;/]*", r"\1***", place)
     return f"{place}{mark}{'***' if mark == '?' and query and values == query else values}"

@@ -18,9 +18,11 @@ from s3_process import S3
 from ray_app import cli
 from ray_app.commands.inspect.command import run_inspect
 from ray_app.commands.prepare.command import prepare
+from ray_app.commands.prepare.sole_builder import sole_builder
 from ray_app.commands.prepare.store_builder import SCRATCH, build_task, claim_store, finish, finished
 from ray_app.config.prepare import InspectConfig, PrepareFlags
 from ray_app.config.train import TrainConfig
+from ray_app.data.array_store import claim_folder
 from ray_app.data.pairs_dataset import pairs_dataset, to_arrays
 from ray_app.errors import ConfigError, StoreError
 from ray_app.sources.base import RawPair, RejectedPair, SourceTask
@@ -78,6 +80,16 @@ def test_a_store_in_a_bucket_has_the_files_of_one_on_a_disk(s3: S3, small_store:
     assert {name: there.read(name) for name in local} == local
     with pytest.raises(StoreError, match="s3://bucket/deep/er/s already holds a complete pair store"):
         claim_store(where, source, source.tasks(), BOTH)
+
+
+def test_one_process_at_a_time_builds_a_store_in_a_bucket(s3: S3, tmp_path: Path) -> None:
+    where = s3.uri("bucket/claimed")
+    claim_folder(open_storage(where))
+    with sole_builder(where), pytest.raises(StoreError, match=r"claimed/\.prepare is driven by process \d+ on "):
+        sole_builder(where).__enter__()
+    np.savez(tmp_path / "a.npz", event=np.ones((3, 2)), target=np.ones((3, 2)))
+    assert cli.run(["prepare", "arrays", str(tmp_path / "a.npz"), "--out", where]) == 0
+    assert SCRATCH not in open_storage(where).listdir()
 
 
 def test_commands_read_and_write_it_by_its_uri(s3: S3, small_store: Path) -> None:

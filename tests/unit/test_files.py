@@ -7,13 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from ray_app.commands.prepare.store_builder import SCRATCH, sole_builder
+from ray_app import cli
+from ray_app.commands.prepare.sole_builder import sole_builder
+from ray_app.data.array_store import claim_folder
 from ray_app.errors import StoreError
 from ray_app.runs.run_dir import RunDir, validate_relative_path
 from ray_app.store.atomic import disk_errors, write_file
-from ray_app.store.filesystem import RemoteDir
+from ray_app.store.filesystem import RemoteDir, open_storage
+from ray_app.store.manifest import SCRATCH
 
 
 def at_once(count: int, action: Callable[[int], object]) -> list[object]:
@@ -56,6 +60,21 @@ def test_two_that_prepare_one_store_do_not_do_so_at_once(tmp_path: Path) -> None
         sole_builder(tmp_path).__enter__()
     with sole_builder(tmp_path):
         pass
+
+
+def test_two_that_prepare_arrays_in_one_folder_do_not_do_so_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "a.npz", event=np.ones((3, 2)), target=np.ones((3, 2)))
+    argv = ["prepare", "arrays", str(tmp_path / "a.npz"), "--out", str(tmp_path / "store")]
+    claim_folder(open_storage(tmp_path / "store"))
+    (tmp_path / "store" / "arrays-00000.parquet").write_bytes(b"of the other one")
+    with sole_builder(tmp_path / "store"):
+        assert cli.run(argv) == 2
+    assert "another `prepare` is at work in" in capfd.readouterr().err.replace("\n", " ")
+    assert (tmp_path / "store" / "arrays-00000.parquet").read_bytes() == b"of the other one"
+    assert cli.run(argv) == 0
+    assert SCRATCH not in os.listdir(tmp_path / "store")
 
 
 def test_a_disk_without_inodes_is_no_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", [*LEFT, "__MACOSX", "THUMBS.DB", "._.DS_Store"])
+@pytest.mark.parametrize(
+    "name", [*LEFT, "__MACOSX", "THUMBS.DB", "._.DS_Store", "lost+found", "@eaDir", "$RECYCLE.BIN", "Icon\r"]
+)
 def test_what_systems_leave_is_no_data(name: str) -> None:
     assert not is_data(name)
 

@@ -41,6 +41,16 @@ def test_a_folder_or_link_of_somebody_else_is_refused(parent: Path, monkeypatch:
         private_folder()
 
 
+@pytest.mark.parametrize("name", ["a b", "a'b", "a#b", "a\nb", "ä"])
+def test_a_temporary_folder_that_is_no_plain_word_is_not_taken(
+    name: str, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (parent / name).mkdir()
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setattr("tempfile.tempdir", str(parent / name))
+    assert private_folder() == Path("/tmp") / NAME
+
+
 def test_a_long_temporary_folder_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths of sockets may have 107 bytes; those of HAProxy are the longest."""
     monkeypatch.delenv("RAY_TMPDIR", raising=False)

@@ -2,11 +2,14 @@
 
 import inspect
 
+import pytest
 import ray
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
 from ray_app.cluster import ray_internals
+from ray_app.cluster.connection import cluster
 from ray_app.commands.train.elastic import ElasticResizeCallback
+from ray_app.errors import ResourceError
 
 
 def test_ray_is_the_version_that_its_private_names_were_read_in() -> None:
@@ -24,3 +27,16 @@ def test_the_cause_of_a_failed_worker_is_unwrapped() -> None:
     assert ray_internals.unwrap_worker_failure(UserExceptionWithTraceback(cause, "Traceback")) is cause
     assert ray_internals.unwrap_worker_failure(WorkerHealthCheckFailedError("gone", cause)) is cause
     assert ray_internals.unwrap_worker_failure(cause) is cause
+
+
+def test_a_machine_that_is_too_busy_to_start_ray_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "The current node timed out during startup. This could happen because"
+    assert said.partition(".")[0] in " ".join(inspect.getsource(ray._private.node).replace('"', " ").split())
+
+    def start(**_: object) -> None:
+        raise Exception(said)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    with pytest.raises(ResourceError, match="Ray did not start on this machine within 30 s"), cluster("local"):
+        pass

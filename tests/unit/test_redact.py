@@ -19,12 +19,14 @@ FORMS = {
     "mysql://alice%40firm:SECRET%2F%3A@host/db": "mysql://***@host/db",
     "HTTP://alice:SECRET@HOST": "HTTP://***@HOST",
     "http://host:5000/?token=SECRET": "http://host:5000/?token=***",
-    "http://host/x?a=SEC&b=RET;c=SECRET#top": "http://host/x?a=***&b=***;c=***#top",
+    "http://host/x?a=SEC&b=RET;c=SECRET#top": "http://host/x?a=***&b=***#top",
     "http://host?SECRET": "http://host?***",
     "http://host/#access_token=SECRET": "http://host/#access_token=***",
     "http://alice:SECRET@[::1]:5000/?k=SECRET": "http://***@[::1]:5000/?k=***",
     "sqlite:////data/x.db?password=SECRET": "sqlite:////data/x.db?password=***",
     "s3://KEY:SECRET@bucket/a@b": "s3://***@b",
+    "mssql+pyodbc:///?odbc_connect=DRIVER%3Dx;PWD%3DSECRET": "mssql+pyodbc:///?odbc_connect=***",
+    "http://host/x;password=SECRET/y;z?a=SECRET": "http://host/x;password=***/y;z?a=***",
 }
 PLAIN = [
     "sqlite:////data/mlflow.db",

@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ray_app.commands.prepare.sole_builder import sole_builder
 from ray_app.config.prepare import PrepareArrays
-from ray_app.data.array_store import Row, write_store
+from ray_app.data.array_store import Row, claim_folder, write_store
 from ray_app.sources.array_files import open_arrays
+from ray_app.store.filesystem import open_storage
 from ray_app.terminal import make_console
 
 COLUMNS = ("event", "target", "sequence", "t_start_us", "t_end_us")
@@ -25,13 +27,20 @@ def run_prepare_arrays(cfg: PrepareArrays) -> dict[str, Any]:
 
 
 def written(out: str, rows: Iterable[Row] | None, *, total: int, **how: Any) -> dict[str, Any]:
-    """Write a store as `write_store` does, with progress; returns the --json object."""
+    """Write a store as `write_store` does, with progress; returns the --json object.
+
+    StoreError: another `prepare` is at work in it.
+    """
     began = time.perf_counter()
-    console = make_console(stderr=True)
+    console, folder = make_console(stderr=True), open_storage(out)
     columns = (TextColumn("prepare"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,} pairs"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+    claim_folder(folder)
+    with (
+        sole_builder(folder),
+        Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar,
+    ):
         task = bar.add_task("", total=total)
-        manifest = write_store(out, rows, progress=lambda done: bar.update(task, completed=done), **how)
+        manifest = write_store(folder, rows, progress=lambda done: bar.update(task, completed=done), **how)
     return {
         "store": str(out),
         "source": manifest.source,

@@ -20,7 +20,8 @@ from ray_app.cluster.connection import allow_long_tasks, cluster
 from ray_app.cluster.resources import ClusterInfo
 from ray_app.commands.prepare.encoding import EncodingPlan, encoding_plan, views_of
 from ray_app.commands.prepare.progress import PrepareProgress
-from ray_app.commands.prepare.store_builder import BuiltTask, claim_store, finish, sole_builder
+from ray_app.commands.prepare.sole_builder import sole_builder
+from ray_app.commands.prepare.store_builder import BuiltTask, claim_store, finish
 from ray_app.commands.prepare.worker import TaskBuilder
 from ray_app.config.prepare import (
     PrepareDavis,

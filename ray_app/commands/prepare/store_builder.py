@@ -7,7 +7,6 @@ second start with the same settings keeps what is finished and continues.
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ from ray_app.events.windows import parse_duration
 from ray_app.parsing.json_text import parse_object
 from ray_app.sources.base import RawPair, RejectedPair, Source, SourceTask
 from ray_app.sources.images import resized
-from ray_app.store.filesystem import LocalDir, StorageDir, Where, open_storage
+from ray_app.store.filesystem import StorageDir, Where, open_storage
 from ray_app.store.manifest import (
     SCRATCH,
     Features,
@@ -42,7 +41,6 @@ from ray_app.store.pair_store import (
     write_part,
     write_table,
 )
-from ray_app.store.scratch import locked
 
 SETTINGS_FILE = "settings.json"
 
@@ -123,24 +121,6 @@ def claim_store(where: Where, source: Source, tasks: list[SourceTask], features:
         raise StoreError(f"{folder} already holds something else; --out must be a new or empty folder.")
     else:
         folder.write(f"{SCRATCH}/{SETTINGS_FILE}", text.encode())
-
-
-@contextmanager
-def sole_builder(where: Where) -> Iterator[None]:
-    """Keep others out of a folder on a disk that is ours. StoreError: another `prepare` is at work in it."""
-    folder = open_storage(where)
-    if not isinstance(folder, LocalDir):
-        yield
-        return
-    with ExitStack() as stack:
-        try:
-            with suppress(FileNotFoundError):  # the other one has just finished
-                stack.enter_context(locked(folder.path / SCRATCH))
-        except BlockingIOError as error:
-            raise StoreError(
-                f"another `prepare` is at work in {folder}; wait for its end, or name another folder for --out."
-            ) from error
-        yield
 
 
 def build_task(

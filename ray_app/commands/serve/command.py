@@ -64,9 +64,11 @@ def run_serve(cfg: ServeConfig) -> dict[str, Any]:
         sys.path.insert(0, str(ROOT))
         import ray
 
+        from ray_app.cluster.connection import unwrap_user_errors
+
         local_app = importlib.import_module("serve.app").local_app
         app = local_app(resolved(cfg))
-        with interrupt_after():
+        with interrupt_after(), unwrap_user_errors():
             ray.init(
                 address="local",
                 include_dashboard=False,
