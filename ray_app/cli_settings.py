@@ -19,7 +19,7 @@ from ray_app.config.base import Config
 from ray_app.config.train import TrainConfig
 from ray_app.config.tune import TuneConfig
 from ray_app.errors import ConfigError
-from ray_app.parsing.text import read_text
+from ray_app.parsing.text import read_utf8
 from ray_app.parsing.yaml_text import parse_yaml
 
 COMMON = """\
@@ -190,7 +190,7 @@ def value_of(option: str, argv: Sequence[str]) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return a file of `key: value` lines. ConfigError: it cannot be read, or holds something else."""
     try:
-        settings = parse_yaml(read_text(path))
+        settings = parse_yaml(read_utf8(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict):

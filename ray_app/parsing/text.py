@@ -3,7 +3,7 @@
 from pathlib import Path
 
 
-def read_text(path: Path) -> str:
+def read_utf8(path: Path) -> str:
     """Return a file's text. OSError: it cannot be read; ValueError: no UTF-8."""
     return decode_text(path.read_bytes())
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from ray_app.errors import InputError
 from ray_app.listing import data_in
 from ray_app.parsing.json_text import parse_object
-from ray_app.parsing.text import read_text
+from ray_app.parsing.text import read_utf8
 from ray_app.parsing.zip_archive import ZIP_ERRORS, open_zip
 
 HEADER_ERRORS = (TokenError, SyntaxError)
@@ -81,7 +81,7 @@ def read_column(path: Path, name: str) -> Any:
     """Return an array, or a list of arrays (tokens, W); None if the file has none of this name."""
     try:
         if path.suffix == ".txt":
-            return [line.strip() for line in read_text(path).splitlines()]
+            return [line.strip() for line in read_utf8(path).splitlines()]
         if path.suffix != ".npy" and name not in names_in(path):
             return None
         column, lengths = _array_in(path, name), f"{name}_lengths"

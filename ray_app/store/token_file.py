@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_app.errors import ConfigError
-from ray_app.parsing.text import read_text
+from ray_app.parsing.text import read_utf8
 
 SCOPES = ("infer", "admin")
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -50,7 +50,7 @@ def valid_tokens(path: Path) -> tuple[list[Token], str | None]:
     """
     try:
         mode = path.stat().st_mode
-        lines = read_text(path).splitlines()
+        lines = read_utf8(path).splitlines()
     except (OSError, ValueError) as error:
         return [], f"the token file {path} cannot be read: {error}"
     if stat.S_IMODE(mode) & (stat.S_IWGRP | stat.S_IWOTH):

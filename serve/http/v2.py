@@ -1,6 +1,8 @@
 """Routes of the Open Inference Protocol v2: health, metadata and `infer`, whose bodies may be raw tensors."""
 
+import asyncio
 import time
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 EXTENSIONS = ["binary_tensor_data"]
 HEADER_LENGTH = b"inference-header-content-length"
+LONG_JSON = 2**16
+"""Bytes of JSON from which on a thread reads it: half of that time others are answered."""
 
 
 class TensorResponse(Response):
@@ -49,7 +53,9 @@ async def infer(request: Request) -> Response:
     with replica.batcher.reserve_slot():
         body = await body_of(request, limit, raw_at)
     read_at = time.perf_counter()
-    asked = parse_infer(body, header_length, replica.limits)
+    parse = partial(parse_infer, body, header_length, replica.limits)
+    in_thread = not header_length and len(body) > LONG_JSON  # binary tensors are views of the body
+    asked = await asyncio.to_thread(parse) if in_thread else parse()
     work = InferenceRequest(asked.event_BE, asked.target_BD, aligned="aligned" in asked.outputs)
     answer = await replica.answer(work, ctx.timeout_s(replica.cfg.timeout_s, asked.timeout_us))
     computed_at = time.perf_counter()

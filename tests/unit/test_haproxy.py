@@ -12,7 +12,7 @@ from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
 from ray.serve.config import HTTPOptions
 
 from ray_app.commands.serve import command
-from ray_app.commands.serve.haproxy import ANSWERS, answer, completed
+from ray_app.commands.serve.haproxy import completed, unavailable
 from ray_app.config.serve import ServeConfig
 from ray_app.errors import ResourceError
 
@@ -34,7 +34,7 @@ def by_ray(folder: Path, host: str) -> str:
 
 @pytest.mark.parametrize(("host", "bound"), [("127.0.0.1", "127.0.0.1:8123"), ("0.0.0.0", "*:8123")])
 def test_only_the_endpoint_itself_listens_where_it_was_asked_to(tmp_path: Path, host: str, bound: str) -> None:
-    config = completed(by_ray(tmp_path, host), tmp_path)
+    config = completed(by_ray(tmp_path, host), tmp_path / "503.http")
     binds = re.findall(r"^ *bind (\S+)$", config, re.MULTILINE)
     assert len(binds) == 3
     assert bound in binds
@@ -42,27 +42,20 @@ def test_only_the_endpoint_itself_listens_where_it_was_asked_to(tmp_path: Path, 
     assert re.search(r"stats socket \S+ mode 600 level admin", config)
 
 
-def test_headers_have_a_time_limit_and_without_a_replica_the_answer_is_503(tmp_path: Path) -> None:
-    config = completed(by_ray(tmp_path, "127.0.0.1"), tmp_path)
+def test_headers_have_a_time_limit_and_without_a_replica_the_answer_is_503_in_json(tmp_path: Path) -> None:
+    error_file = tmp_path / "503.http"
+    config = completed(by_ray(tmp_path, "127.0.0.1"), error_file)
     defaults = config.partition("defaults\n")[2].partition("\nfrontend")[0]
     assert re.search(r"^ *timeout http-request 10s$", defaults, re.MULTILINE)
     files = dict(re.findall(r"errorfile (\d+) (\S+)", defaults))
-    named = {"400": 400, "408": 408, "502": 503, "503": 503, "504": 503}
-    assert files == {status: str(tmp_path / f"{file}.http") for status, file in named.items()}
+    assert files == dict.fromkeys(("502", "503", "504"), str(error_file))
     unknown_path = config.partition("\nbackend default_backend\n")[2].partition("\nlisten")[0]
     assert unknown_path.split() == ["http-request", "deny", "deny_status", "503"]
-
-
-@pytest.mark.parametrize("status", ANSWERS)
-def test_what_haproxy_answers_itself_is_json(status: int) -> None:
-    head, _, body = answer(status).partition(b"\r\n\r\n")
-    assert head.startswith(f"HTTP/1.1 {status} ".encode())
-    assert b"Content-Type: application/problem+json" in head
+    head, _, body = unavailable().partition(b"\r\n\r\n")
     assert f"Content-Length: {len(body)}".encode() in head
-    assert (b"Retry-After: 1" in head) == (status == 503)
+    assert b"Retry-After: 1" in head
     problem = json.loads(body)
-    assert (problem["status"], problem["error"]) == (status, problem["detail"])
-    assert problem["code"] in ("bad_request", "deadline", "unavailable")
+    assert (problem["status"], problem["code"], problem["error"]) == (503, "unavailable", problem["detail"])
 
 
 def test_another_form_of_configuration_is_not_run_half_closed(tmp_path: Path) -> None:
@@ -72,7 +65,7 @@ def test_another_form_of_configuration_is_not_run_half_closed(tmp_path: Path) ->
         .replace("frontend prom", "frontend x")
     )
     with pytest.raises(ValueError, match="no line like"):
-        completed(config, tmp_path)
+        completed(config, tmp_path / "503.http")
 
 
 def test_an_endpoint_whose_proxy_does_not_come_back_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from ray_app.config.decode import DecodeConfig
 from ray_app.errors import ConfigError, InputError
 from ray_app.events.windows import parse_duration
 from ray_app.language_models.model import Frames
-from ray_app.parsing.text import read_text
+from ray_app.parsing.text import read_utf8
 from ray_app.sources.base import RejectedPair
 from ray_app.sources.clips import ClipWindow, clip_windows, clips
 from ray_app.sources.images import read_image
@@ -237,7 +237,7 @@ def _store(cfg: DecodeConfig, path: Path) -> StoreInput:
 
 def _prompts(cfg: DecodeConfig, path: Path) -> PromptInput:
     try:
-        texts = read_text(path).split("\n")  # JSON may hold other ends of lines
+        texts = read_utf8(path).split("\n")  # JSON may hold other ends of lines
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}. Name a .jsonl file of prompts.") from error
     lines: list[PromptLine] = []

@@ -23,7 +23,7 @@ from ray_app.cluster.job_client import JobClient, show_ended
 from ray_app.cluster.working_dir import files_of
 from ray_app.config.submit import SubmitConfig
 from ray_app.errors import ConfigError, ResourceError
-from ray_app.parsing.text import read_text
+from ray_app.parsing.text import read_utf8
 from ray_app.store.scratch import scratch_dir
 
 STOP_WAIT_S = 120
@@ -71,7 +71,7 @@ def entrypoint(cfg: SubmitConfig) -> str:
 def requirement_lines(path: Path) -> list[str]:
     """Return the requirements of a file, one a line, comments left out."""
     try:
-        lines = [re.split(r"(?:^|\s)#", line)[0].strip() for line in read_text(path).splitlines()]
+        lines = [re.split(r"(?:^|\s)#", line)[0].strip() for line in read_utf8(path).splitlines()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"--requirements {path} cannot be read: {error}") from error
     return [line for line in lines if line]

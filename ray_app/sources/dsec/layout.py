@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ray_app.errors import InputError
 from ray_app.events.camera_view import EventView, Pinhole, StereoCalibration, event_view
 from ray_app.listing import data_in
-from ray_app.parsing.text import read_text
+from ray_app.parsing.text import read_utf8
 from ray_app.parsing.yaml_text import parse_yaml
 from ray_app.sources.dsec.hdf5 import require_whole
 from ray_app.sources.images import read_image
@@ -126,7 +126,7 @@ def sequence_in(folder: Path, name: str) -> DsecSequence:
 def read_rig(path: Path) -> StereoCalibration:
     """Return the left cameras of a cam_to_cam.yaml. InputError: no YAML, or a camera or rotation that is missing."""
     try:
-        lines = read_text(path).splitlines()
+        lines = read_utf8(path).splitlines()
         content = parse_yaml("\n".join(line for line in lines if not line.startswith("%YAML")))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as YAML: {error}") from error
@@ -239,7 +239,7 @@ def _first(folder: Path, name: str, tree: str, flat: str) -> Path:
 
 def _read_times(path: Path) -> NDArray[np.int64]:
     try:
-        lines = read_text(path).splitlines()
+        lines = read_utf8(path).splitlines()
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     times: list[int] = []
