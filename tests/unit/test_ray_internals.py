@@ -29,7 +29,7 @@ def test_the_cause_of_a_failed_worker_is_unwrapped() -> None:
     assert ray_internals.unwrap_worker_failure(cause) is cause
 
 
-def test_a_machine_that_is_too_busy_to_start_ray_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_that_does_not_start_on_a_busy_machine_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "The current node timed out during startup. This could happen because"
     assert said.partition(".")[0] in " ".join(inspect.getsource(ray._private.node).replace('"', " ").split())
 
