@@ -27,7 +27,7 @@ from ray_app.parsing.text import read_utf8
 from ray_app.parsing.zip_archive import ZIP_ERRORS, open_zip
 
 HEADER_ERRORS = (TokenError, SyntaxError)
-"""What NumPy raises for a damaged header of an array, in addition to those of a damaged file."""
+"""Exceptions of NumPy for the damaged header of an array, in addition to those of a damaged file."""
 BATCH_ROWS = 64
 """Rows of a table that are decoded at a time."""
 
