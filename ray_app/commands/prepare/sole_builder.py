@@ -6,13 +6,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from ray_app.errors import StoreError
 from ray_app.runs.succession import Lease, run_in_background
 from ray_app.store.filesystem import LocalDir, RemoteDir, Where, open_storage
-from ray_app.store.manifest import MANIFEST, SCRATCH
+from ray_app.store.manifest import SCRATCH
 from ray_app.store.scratch import locked
+
+PATIENCE_S = 10.0
+"""Longest outage that a request of a lease waits for; what it guards waits longer."""
 
 
 @contextmanager
 def sole_builder(where: Where) -> Iterator[None]:
-    """Keep others out of a folder that is ours. StoreError: another `prepare` is at work in it."""
+    """Keep others out of a folder until the store in it is whole. StoreError: another `prepare` is at work in it."""
     folder = open_storage(where)
     with ExitStack() as stack:
         if isinstance(folder, RemoteDir):
@@ -37,13 +40,13 @@ def _locked(folder: LocalDir) -> Iterator[None]:
 
 @contextmanager
 def _leased(folder: RemoteDir) -> Iterator[None]:
-    lease = Lease(RemoteDir(folder.uri_of(SCRATCH), folder.timeout_s), "builder")
+    remote = RemoteDir(folder.uri_of(SCRATCH), min(folder.timeout_s, PATIENCE_S))
+    lease = Lease(remote.with_logger(lambda _: None), "builder")  # the builder itself says that a bucket is away
     lease.take()
     try:
         with run_in_background(lease.renew):
             yield
-    finally:
+    except BaseException:
         lease.release()
-        with suppress(StoreError, FileNotFoundError):
-            if MANIFEST in folder.listdir():  # the lease was renewed after its folder was deleted
-                folder.delete(SCRATCH)
+        raise
+    folder.delete(SCRATCH)  # again: the lease may have been renewed after it was deleted with the store's end
