@@ -17,8 +17,10 @@ from ray_app.cli_settings import COMMON, parse, suggestion
 from ray_app.cluster.env_defaults import set_defaults
 from ray_app.command_table import COMMANDS, Command
 from ray_app.completion import completion_script
+from ray_app.config.base import Config
+from ray_app.config.submit import SubmitConfig
 from ray_app.errors import ConfigError, RayAppError
-from ray_app.preflight import refuse_early
+from ray_app.preflight import refuse_early, refuse_job
 from ray_app.terminal import make_console
 
 EXIT_CLOSED_PIPE = 141
@@ -75,10 +77,12 @@ def run(argv: list[str]) -> int:
             return 0
         name, rest = find_command(argv)
         command = COMMANDS[name]
-        rest, trailing = split_trailing(command, rest)
+        rest, trailing, job = split_trailing(command, rest)
         as_json, config_file, rest = take_common(rest)
         settings = parse(name, command, config_file, rest, trailing)
         refuse_early(settings)
+        if isinstance(settings, SubmitConfig):
+            refuse_job(settings, job)
         set_defaults()
         module = importlib.import_module(f"ray_app.commands.{command.module}")
         if as_json:
@@ -160,17 +164,18 @@ def take_common(argv: list[str]) -> tuple[bool, Path | None, list[str]]:
     return as_json, config_file, rest
 
 
-def split_trailing(command: Command, argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split off the words after `--`: another command, whose settings are checked here."""
+def split_trailing(command: Command, argv: list[str]) -> tuple[list[str], list[str], Config | None]:
+    """Split off the words after `--`: another command, whose settings are checked here and returned."""
     if not command.trailing or "--" not in argv:
-        return argv, []
+        return argv, [], None
     dashes = argv.index("--")
     own, trailing = argv[:dashes], argv[dashes + 1 :]
+    job: Config | None = None
     if trailing and "--resume" not in trailing:  # the run that it resumes may be visible on the cluster alone
         name, rest = find_command(trailing)
         _, config_file, rest = take_common(rest)
-        parse(name, COMMANDS[name], config_file, rest)
-    return own, trailing
+        job = parse(name, COMMANDS[name], config_file, rest)
+    return own, trailing, job
 
 
 class stdout_to_stderr:

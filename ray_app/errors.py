@@ -36,7 +36,7 @@ class TrainingError(RayAppError):
 
 
 class RunStopped(RayAppError):
-    """Training was asked to stop, has saved, and can be resumed."""
+    """Work was asked to stop, has saved, and can be resumed."""
 
     exit_code = 143
     """Exit code of a process that SIGTERM ended."""

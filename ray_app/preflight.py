@@ -3,19 +3,27 @@
 A command checks the same again, with everything else, when it runs.
 """
 
+import os
+import re
 import shlex
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
+from pydantic.fields import FieldInfo
 
-from ray_app.config.base import Config
+from ray_app.cluster.working_dir import files_of
+from ray_app.config.base import Config, TrackingFlags
 from ray_app.config.evaluate import CompareConfig, PromoteConfig, ReportFlags
 from ray_app.config.prepare import EncodeConfig, InspectConfig, PrepareArrays, PrepareCapture, PrepareFlags
 from ray_app.config.serve import ServeConfig
+from ray_app.config.submit import SubmitConfig
 from ray_app.config.train import TrainConfig
 from ray_app.config.tune import ImportCheckpointConfig, TuneConfig
-from ray_app.errors import CheckpointError, InputError, StoreError
+from ray_app.errors import CheckpointError, ConfigError, InputError, StoreError
 from ray_app.reports.folder import COMPARISON_FILES, are_decoded, claim_report_folder
 from ray_app.runs.run_dir import RUN, best_of_run, run_metadata
 from ray_app.store.atomic import CHECKSUMS_FILE
@@ -111,3 +119,52 @@ def require_fit(checkpoints: Iterable[str], store: str | None) -> None:
             continue
         if manifest:
             require_same_features(document.features, manifest.features, str(folder))
+
+
+def refuse_job(cfg: SubmitConfig, job: Config | None) -> None:
+    """Refuse a job whose data would not be where it runs; say where its tracking goes. ConfigError: a relative path.
+
+    `job`: the settings of its command; None of one that resumes a run which the cluster alone may see.
+    """
+    sent = {str(parent) for file in files_of(cfg.working_dir) for parent in (file, *file.parents)}
+    resumed = (("resume", word) for flag, word in pairwise(cfg.command) if flag == "--resume")
+    for name, path in places_in(job) if job else resumed:
+        if not (os.path.isabs(path) or "://" in path or path.startswith("models:") or os.path.normpath(path) in sent):
+            last = Path(path).name
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {path} is a relative path, and a job runs in a folder of its own on the "
+                f"cluster, without this one's data; name a path that all its nodes see (/mnt/…/{last}) or a URI "
+                f"(s3://BUCKET/{last})"
+            )
+    if not isinstance(job, TrackingFlags):
+        return
+    passed = os.environ.get("MLFLOW_TRACKING_URI") if "MLFLOW_TRACKING_URI" in cfg.env else None
+    uri = job.tracking_uri or passed
+    if uri is None:
+        print(
+            "MLflow: the job uses MLFLOW_TRACKING_URI of the cluster's nodes; where they have none, its records go "
+            "with the job's own folder. --tracking-uri names a server",
+            file=sys.stderr,
+        )
+    elif re.match(r"sqlite:///(?!/)", uri):
+        raise ConfigError(
+            f"the tracking server {uri} would be a file in the job's own folder, which goes with the job; name a "
+            "server (http://HOST:5000), or a file on a disk that all nodes see (sqlite:////mnt/…/mlflow.db)"
+        )
+
+
+def places_in(settings: Config) -> Iterator[tuple[str, str]]:
+    """Yield name and value of each setting that is a file, folder or URI, and is not the default."""
+    for name, info in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if value != info.default and (is_place(info) or name in ("checkpoint", "checkpoints", "run")):
+            for path in value if isinstance(value, tuple) else (value,):
+                yield name, str(path)
+
+
+def is_place(info: FieldInfo) -> bool:
+    """Return True if a setting is a path, or a folder that may be at a URI."""
+    kinds: list[Any] = [info.annotation, *info.metadata]
+    for kind in kinds:
+        kinds += get_args(kind)
+    return any(kind is Path or (isinstance(kind, BeforeValidator) and kind.func is os.fspath) for kind in kinds)

@@ -42,6 +42,8 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
         where = address or os.environ.get("RAY_ADDRESS") or "local"
         if where not in ("local", "auto") and (reason := connection_error(where)):
             raise ResourceError(_no_cluster(where, reason))
+        if where == "local":
+            print("starting Ray on this machine", file=sys.stderr)
         try:
             with interrupt_after():
                 ray.init(

@@ -46,9 +46,10 @@ class SubmitConfig(JobsConfig):
     command: tuple[str, ...] = ()
     """Command with its flags, after `--`; its paths are those of the cluster."""
     working_dir: Path = Path()
-    """Folder that is uploaded with the job: its code and settings, without files that git ignores."""
-    max_upload_mib: float = Field(default=5.0, gt=0.0)
-    """Largest size of that folder; data is not uploaded with a job."""
+    """Folder that is uploaded with the job: its code and settings, without files that git ignores, and without
+    stores, runs, sweeps, checkpoints and reports."""
+    max_upload_mib: float = Field(default=2.0, gt=0.0)
+    """Largest size of what is uploaded, compressed; data is not uploaded with a job."""
     env: tuple[str, ...] = ()
     """Names of variables to pass to the job. Not for secrets: the dashboard shows them."""
     requirements: Path | None = None

@@ -47,7 +47,7 @@ class Row:
     cells: Sequence[str | Cell]
     """One for each further column."""
     kind: str = ""
-    """`adapter`, `context` or `lift`: its look."""
+    """`adapter`, `context`, `lift` or `interval`: its look."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a run's records are read
 RUN, BEST, STOP, RESIZE = "run.json", "best.json", "stop", "resize"
 CHECKPOINTS, STATES = "checkpoints", "training_state"
 NUM_CHECKPOINTS_KEPT = 2
-"""Newest checkpoints of which everything is kept."""
+"""Newest checkpoints of which everything is kept while a run lasts: one may turn out damaged."""
 STOP_S = 30.0
 """Longest time that workers at a URI get to stop before their event log is taken over."""
 
@@ -240,22 +240,26 @@ class RunDir:
             self.mirror.upload(f"{kind}/{name}")
         self.prune_checkpoints(name, best_epoch)
 
-    def prune_checkpoints(self, newest: str, best_epoch: int) -> None:
+    def prune_checkpoints(self, newest: str, best_epoch: int, num_kept: int = NUM_CHECKPOINTS_KEPT) -> None:
         """Name the best checkpoint, then delete older ones.
 
-        The newest two stay whole, because the newest may turn out damaged, and so do the weights that were the best
-        at each of them. A second call changes nothing.
+        The newest `num_kept` stay whole, and so do the weights that were the best at each of them. A second call changes
+        nothing.
         """
         if best_epoch:
             best = {"checkpoint": f"{CHECKPOINTS}/{checkpoint_name(best_epoch)}", "epoch": best_epoch}
             self.mirror.storage.write(BEST, json.dumps(best).encode())
         states = sorted(name for name in self.places(STATES) if name < newest)
-        keep = {newest, *states[-(NUM_CHECKPOINTS_KEPT - 1) :]}
+        keep = {newest, *states[len(states) - (num_kept - 1) :]}
         best_of_each = {best_epoch, *(self._best_epoch_at(name) for name in keep - {newest})}
         keep_weights = keep | {checkpoint_name(epoch) for epoch in best_of_each if epoch}
         for kind, kept in ((CHECKPOINTS, keep_weights), (STATES, keep)):
             for old in sorted(self.places(kind) - kept):
                 self.mirror.delete(f"{kind}/{old}")
+
+    def keep_last(self, best_epoch: int) -> None:
+        """Keep the last state and the best weights alone, at the end of a run."""
+        self.prune_checkpoints(max(self.places(STATES)), best_epoch, num_kept=1)
 
     def places(self, kind: str) -> set[str]:
         """Return names of the checkpoints that have weights (`CHECKPOINTS`) or state (`STATES`)."""

@@ -22,7 +22,7 @@ class EvaluationRecord:
     test: dict[str, Any] | None
     """Results of promotion on the test part, with baselines; None if not measured."""
     val: dict[str, Any] | None
-    """Results of training on the validation part, without baselines."""
+    """Results of training on the validation part; of baselines at most their acceptance at θ 0.80."""
     curve: dict[str, Any] | None
     """Acceptance by θ on the test part, else on the validation part."""
     drift_reference: tuple[str, Any, Any] | None
@@ -33,7 +33,7 @@ def read_evaluation_record(name: str, evaluation: str | None, metrics: Mapping[s
     """Parse the tag `evaluation` of a registered version and a checkpoint's metrics. CheckpointError: malformed."""
     try:
         test, val = parse_json(evaluation) if evaluation else None, metrics.get("val")
-        val = {**val, "without_baselines": True} if val else None
+        val = {**val, "without_baselines": "baselines" not in val} if val else None
         record = EvaluationRecord(test, val, acceptance_curve(test, val), drift_reference(test, val))
         json.dumps([record.test, record.val], allow_nan=False, ensure_ascii=False).encode()
     except MALFORMED as error:
@@ -44,14 +44,14 @@ def read_evaluation_record(name: str, evaluation: str | None, metrics: Mapping[s
 
 
 def acceptance_curve(test: dict[str, Any] | None, val: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Acceptance by θ: on the test part with its baselines, else on the validation part, which has none."""
+    """Acceptance by θ: on the test part with its baselines, else on the validation part without them."""
     result, part = (test, "test") if test else (val, "val")
     rates = (result or {}).get("cosine_accept_rate")
     if not isinstance(rates, dict):
         return None
     keys = [rate_key(theta) for theta in THETAS if rate_key(theta) in rates]
     curve = {"part": part, "theta": [float(key) for key in keys], "adapter": [rates[key] for key in keys]}
-    baselines = (result or {}).get("baselines", {})
+    baselines = (test or {}).get("baselines", {})
     if not baselines:
         return {**curve, "without_baselines": True}
     of_baselines = {name: [one["cosine_accept_rate"][key] for key in keys] for name, one in baselines.items()}

@@ -1,5 +1,6 @@
 """Checks that every HTML page passes."""
 
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -16,6 +17,22 @@ CROSSING = r"""() => {
         texts.slice(n + 1).filter(([, b]) => !apart(a, b)).map(([other]) => name + " | " + other))
 }"""
 """Words of figures that overlap."""
+OUTSIDE = r"""() => {
+    const shown = [...document.querySelectorAll("h1, h2, h3, p, li, td, th, figcaption, img, svg, summary")].filter(
+        e => e.checkVisibility() && e.getBoundingClientRect().width > 1)
+    const beyond = e => {
+        const box = e.getBoundingClientRect()
+        return box.left < -1 || box.right > innerWidth + 1
+    }
+    const cut = [...document.querySelectorAll("svg text")].filter(t => {
+        const [a, b] = [t.getBoundingClientRect(), t.closest("svg").getBoundingClientRect()]
+        const across = a.left < b.left - 1 || a.right > b.right + 1
+        return b.width && (across || a.top < b.top - 1 || a.bottom > b.bottom + 1)
+    })
+    const scrolled = [...document.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth + 1)
+    return [...shown.filter(beyond), ...cut, ...scrolled].map(e => e.tagName + " " + e.textContent.slice(0, 40))
+}"""
+"""What is not inside the window, and words of figures that are cut off."""
 
 
 class Elements(HTMLParser):
@@ -59,11 +76,12 @@ def assert_light_and_dark(page: str) -> None:
     assert set(re.findall(r"var\((--[\w-]+)\)", page)) <= set(re.findall(r"--[\w-]+(?=:)", light))
 
 
-def assert_opens(path: Path) -> None:
+def assert_opens(path: Path, most_height: int = 0) -> None:
     """A browser without a network shows it, wide and narrow, light and dark; skips where there is no browser.
 
-    Nothing is asked for or complained of, nothing sticks out of the window, every picture is drawn, and no two words
-    of a figure overlap.
+    Nothing is asked for or complained of, nothing is outside the window, every picture is drawn, and no two words of
+    a figure overlap. `most_height`: of the page on a phone. With PAGE_SCREENSHOTS set to a folder, pictures are left
+    there.
     """
     sync_api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
@@ -72,7 +90,7 @@ def assert_opens(path: Path) -> None:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
         )
-        for width, scheme in ((1280, "light"), (400, "dark")):
+        for width, scheme in ((1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
             context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
             page, complaints = context.new_page(), []
             page.on("console", lambda said, to=complaints: to.append(said.text))
@@ -84,5 +102,11 @@ def assert_opens(path: Path) -> None:
             assert page.evaluate("document.documentElement.scrollWidth") == width
             assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
             assert page.evaluate(CROSSING) == []
+            assert page.evaluate(OUTSIDE) == []
             assert complaints == []
+            if most_height and width == 390:
+                assert page.evaluate("document.documentElement.scrollHeight") <= most_height
+            if folder := os.environ.get("PAGE_SCREENSHOTS"):
+                name = f"{path.parent.name}-{path.stem}-{width}-{scheme}.png"
+                page.screenshot(path=Path(folder) / name, full_page=True)
         browser.close()

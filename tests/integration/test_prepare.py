@@ -1,6 +1,7 @@
 """`prepare` writes the same bytes with any number of workers, loses only the bad pair, and resumes."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import pytest
 from numpy_source import SMALL, NumpySource, build_store
 
+from ray_app.commands.prepare import command as prepare_command
 from ray_app.commands.prepare.command import prepare, render_prepare, run_prepare, source_from_config
 from ray_app.commands.prepare.store_builder import BuiltTask, build_task, claim_store, finish, finished
 from ray_app.config.prepare import PrepareEventGpt, PrepareFlags, PrepareScenes, PrepareVideo
-from ray_app.errors import StoreError
+from ray_app.errors import RunInterrupted, StoreError
 from ray_app.store.manifest import Features
 from ray_app.store.pair_store import PairStore
 
@@ -75,6 +77,17 @@ def test_too_many_bad_pairs_end_with_the_first_few_named_and_what_was_built_stay
     result = prepare(source, allowed, SMALL)
     assert (result["pairs"], result["rejected"], result["pairs_reused"]) == (23, 13, 12)
     PairStore.open(flags.out).verify()
+
+
+def test_after_ctrl_c_it_says_the_command_that_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(_: str | None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_command, "cluster", leave)
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/ray-app", "prepare", "scenes", "--out", "my store"])
+    with pytest.raises(RunInterrupted, match=r"continue with: ray-app prepare scenes --out 'my store'$") as caught:
+        prepare(NumpySource(), PrepareFlags(out=tmp_path / "s"), SMALL)
+    assert caught.value.exit_code == 130
 
 
 def test_one_bad_pair_costs_one_line_and_no_neighbour(tmp_path: Path) -> None:

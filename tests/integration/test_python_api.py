@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from endpoints import local_server
 from mlflow import MlflowClient, pyfunc
 
 import ray_app
+from ray_app.client import AlignmentClient
 from ray_app.commands.evaluate.benchmark import run_benchmark
 from ray_app.commands.evaluate.command import run_evaluate
 from ray_app.commands.promote.command import run_promote
@@ -72,6 +74,20 @@ def test_mlflow_opens_the_champion_and_answers_as_align_does(
     np.testing.assert_allclose(ray_app.load(CHAMPION, tracking_uri=mine["uri"]).align(rows), model.predict(rows))
     with pytest.raises(RegistryError, match="missing"):
         ray_app.load("models:/alignment-adapter@missing", tracking_uri=mine["uri"])
+
+
+def test_what_mlflow_opens_answers_as_the_endpoint_does(
+    mine: dict[str, Any], promoted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert promoted["promoted"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mine["uri"])
+    rows = mine["event"].astype(np.float32)
+    with (
+        local_server(CHAMPION, tracking_uri=mine["uri"]) as server,
+        AlignmentClient(f"http://127.0.0.1:{server.port}") as client,
+    ):
+        answered = np.concatenate([client.align(some).aligned for some in np.array_split(rows, 30)])
+    np.testing.assert_allclose(pyfunc.load_model(CHAMPION).predict(rows), answered, rtol=0, atol=1e-4)
 
 
 def test_a_run_shows_its_data_and_what_evaluate_found(mine: dict[str, Any], promoted: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """Sending an event log to MLflow: nothing is lost or stored twice, and a server that is away delays nothing."""
 
 import http.server
+import io
 import json
+import re
 import sqlite3
 import threading
 import time
@@ -15,11 +17,13 @@ from endpoints import make_checkpoint
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow_process import MlflowServer, free_port, missing_and_extra
+from rich.console import Console
 
 from ray_app import cli
 from ray_app.cluster.env_defaults import set_defaults
 from ray_app.commands.doctor import check_tracking
 from ray_app.commands.sync import run_sync
+from ray_app.commands.train import progress as train_progress
 from ray_app.commands.train.progress import TrainingProgress
 from ray_app.config.base import TrackingFlags
 from ray_app.config.tune import SyncConfig
@@ -440,20 +444,40 @@ def test_artifacts_outside_of_the_run_are_not_uploaded(database: str, run: Path,
         run_sync(SyncConfig(runs=(str(run),), tracking_uri=database))
 
 
-def test_off_a_terminal_progress_is_one_line_for_each_epoch(
+def test_off_a_terminal_progress_is_a_line_for_what_comes_before_the_first_step_and_for_each_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     val = {"loss": 0.2, "cos_sim_mean": 0.9, "cosine_accept_rate": {"0.80": 0.75}}
     with EventLog(tmp_path) as log:
+        log.write("workers_started", workers=1)
         log.step(1, loss=1.0, epoch=1, cos_sim=0.5, pairs=8, seconds=1.0)
         train = {"loss": 0.25, "cos_sim": 0.8, "pairs": 16, "seconds": 2.0}
         log.epoch(1, train=train, val=val)
-    with TrainingProgress(tmp_path, 2):
-        pass
-    (line,) = capsys.readouterr().err.splitlines()
-    assert " ".join(line.split()) == (
-        "epoch 1 train loss 0.2500 cos_sim 0.8000 val loss 0.2000 cos_sim 0.9000 accepted at 0.80 75.0% 8.0 pairs/s"
-    )
+        log.epoch(2, train=train, val={**val, "baselines": {"white": 0.5, "mean_target": 0.875}, "lift": -0.125})
+    with TrainingProgress(tmp_path, 2) as progress:
+        progress.show("starting 1 worker")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
+    epoch = "train loss 0.2500 cos_sim 0.8000 val loss 0.2000 cos_sim 0.9000 accepted at 0.80 75.0%"
+    assert sorted(lines) == [
+        f"epoch 1 {epoch} 8.0 pairs/s",
+        f"epoch 2 {epoch} (best baseline mean_target 87.5%) 8.0 pairs/s",
+        "first step",
+        "starting 1 worker",
+    ]
+
+
+def test_on_a_terminal_nothing_that_is_not_known_yet_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr(train_progress, "make_console", lambda **_: console)
+    with EventLog(tmp_path) as log, TrainingProgress(tmp_path, 2) as progress:
+        progress.show("reading 8 training and 2 validation pairs")
+        log.write("workers_started", workers=1)
+    assert "reading 8 training and 2 validation pairs" in screen.getvalue()
+    assert "first step" in screen.getvalue()
+    assert not re.search(r"nan|pairs/s|loss", screen.getvalue())
 
 
 def test_system_metrics_are_on_the_run_where_mlflow_s_own_variable_asks_for_them(

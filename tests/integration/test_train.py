@@ -21,9 +21,11 @@ from mlflow import MlflowClient
 from ray_app import cli
 from ray_app.cluster.resources import ClusterInfo, require_resources
 from ray_app.commands.train.command import run_train
+from ray_app.commands.train.shared_dataset import baselines_of
 from ray_app.config.train import TrainConfig
 from ray_app.errors import ConfigError, ResourceError, StoreError, TrainingError
 from ray_app.runs.event_log import EventLog, entries
+from ray_app.runs.run_dir import RunDir
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
@@ -71,6 +73,11 @@ def test_a_run_leaves_a_checkpoint_an_event_log_and_a_tracked_run(
     losses = [line["train"]["loss"] for line in lines if line["kind"] == "epoch"]
     assert losses[-1] < losses[0]
     assert result["val"]["pairs"] == len(split.val)
+    mean = torch.from_numpy(store.read_rows(split.train)[1].mean(axis=0) / 255).float()
+    for name, counts in baselines_of(store, split, *store.read_rows(split.val), mean).fixed.items():
+        assert result["val"]["baselines"][name] == counts.accept_rate()
+    best = max(result["val"]["baselines"].values())
+    assert result["val"]["lift"] == result["val"]["cosine_accept_rate"]["0.80"] - best
 
 
 def test_mlflow_holds_every_point_of_the_event_log(one_worker: tuple[TrainConfig, dict[str, Any]]) -> None:
@@ -93,11 +100,11 @@ def test_mlflow_holds_every_point_of_the_event_log(one_worker: tuple[TrainConfig
     assert {"model.safetensors", "config.json", "MANIFEST.sha256"} <= names
 
 
-def test_only_the_best_weights_and_the_newest_places_stay(one_worker: tuple[TrainConfig, dict[str, Any]]) -> None:
+def test_only_the_best_weights_and_the_last_state_stay(one_worker: tuple[TrainConfig, dict[str, Any]]) -> None:
     cfg, result = one_worker
     kept = {path.name for path in (cfg.folder / "checkpoints").iterdir()}
-    assert kept == {Path(result["checkpoint"]).name, "epoch_0002", "epoch_0003"}
-    assert {path.name for path in (cfg.folder / "training_state").iterdir()} == {"epoch_0002", "epoch_0003"}
+    assert kept == {Path(result["checkpoint"]).name, "epoch_0003"}
+    assert [path.name for path in (cfg.folder / "training_state").iterdir()] == ["epoch_0003"]
     tensors, meta = load_training_state(cfg.folder / "training_state" / "epoch_0003")
     assert meta["counters"]["step"] == result["steps"]
     assert any(name.endswith("exp_avg_sq") for name in tensors)
@@ -126,6 +133,7 @@ def test_three_workers_on_batches_of_eight_equal_one(
     assert both["steps"] == alone["steps"]
     assert both["val"]["pairs"] == alone["val"]["pairs"]
     assert both["val"]["cosine_accept_rate"] == alone["val"]["cosine_accept_rate"]
+    assert both["val"]["baselines"] == alone["val"]["baselines"]
     assert both["val"]["cos_sim_mean"] == pytest.approx(alone["val"]["cos_sim_mean"], abs=1e-6)
     a, b = (load_checkpoint(Path(r["checkpoint"])).adapter.state_dict() for r in (alone, both))
     for key in a:
@@ -240,10 +248,18 @@ def test_all_of_it_killed_then_asked_to_stop_then_resumed_the_run_ends_with_the_
 
 @pytest.mark.slow
 def test_another_number_of_workers_may_resume_and_the_cost_is_printed(
-    one_worker: tuple[TrainConfig, dict[str, Any]], capfd: pytest.CaptureFixture[str], tmp_path: Path
+    config: Callable[..., TrainConfig],
+    one_worker: tuple[TrainConfig, dict[str, Any]],
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = tmp_path / "moved"  # a run may be moved, too
-    shutil.copytree(one_worker[0].folder, run)
+    cfg, run = config("whole"), tmp_path / "moved"  # a run may be moved, too
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "keep_last", lambda *_: None)
+        run_train(cfg)
+    capfd.readouterr()
+    shutil.copytree(cfg.folder, run)
     for place in ("checkpoints/epoch_0003", "training_state/epoch_0003"):
         shutil.rmtree(run / place)
     assert cli.run(["train", "--resume", str(run), "--num-workers", "1:2", "--json"]) == 0

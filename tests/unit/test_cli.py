@@ -102,7 +102,8 @@ def test_leading_words_are_the_commands_subject() -> None:
 
 def test_words_after_two_dashes_are_a_command_of_their_own() -> None:
     argv = ["--env", "A", "--", "train", "--store", "S", "--out", "R"]
-    own, trailing = cli.split_trailing(cli.COMMANDS["submit"], argv)
+    own, trailing, job = cli.split_trailing(cli.COMMANDS["submit"], argv)
+    assert (job and job.model_dump()["store"]) == "S"
     cfg = cli.parse("submit", cli.COMMANDS["submit"], None, own, trailing)
     assert (cfg.model_dump()["command"], cfg.model_dump()["env"]) == (tuple(argv[3:]), ("A",))
     with pytest.raises(ConfigError, match="train has no flag --stor"):

@@ -3,13 +3,14 @@
 import html
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from pages import Elements, assert_has_words, assert_light_and_dark, assert_self_contained
+from pages import Elements, assert_has_words, assert_light_and_dark, assert_opens, assert_self_contained
 from rich.console import Console
 
 from ray_app.commands.evaluate.report import (
@@ -168,9 +169,14 @@ def test_every_colour_is_a_variable_with_a_light_and_a_dark_value(page: str) -> 
 @pytest.mark.parametrize(
     ("lift", "interval", "kind", "words"),
     [
-        (0.12, [0.05, 0.2], "beats", "beats the best baseline (mean_target) by 12.0 percentage points at θ 0.80"),
-        (0.12, [-0.05, 0.2], "unsure", "but not with certainty"),
-        (-0.03, [-0.1, 0.02], "loses", "does not beat the best baseline (mean_target): it is 3.0 percentage points"),
+        (0.12, [0.05, 0.2], "beats", "beats the best baseline (mean_target) by 12.0 points at θ 0.80"),
+        (0.12, [-0.05, 0.2], "unsure", "the 95 % interval includes zero"),
+        (
+            -0.03,
+            [-0.1, 0.02],
+            "loses",
+            "does not beat the best baseline (mean_target) at θ 0.80: it is 3.0 points worse",
+        ),
         (0.0, [0.0, 0.0], "loses", "both are equal"),
     ],
 )
@@ -181,7 +187,10 @@ def test_the_sentence_says_who_is_ahead_by_how_much_and_how_surely(
     result, _ = made_up(lift=lift, interval95=bounds)
     assert outcome(result) == kind
     assert words in result["verdict"]
-    assert f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}" in result["verdict"]
+    assert len(result["verdict"].split()) <= 20
+    out = io.StringIO()
+    Console(width=140, file=out).print(results_table(result, "test part"))
+    assert f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}" in out.getvalue(), "the numbers are in the table"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +229,7 @@ def test_table_and_page_show_the_same_rates(page: str) -> None:
     for numbers in (result, *result["baselines"].values()):
         rate = f"{100 * numbers['cosine_accept_rate']['0.80']:.1f}"
         assert f"{rate} %" in printed
-        assert f'<td class="key">{rate}</td>' in page
+        assert f'<td data-head="θ 0.80" class="key">{rate}</td>' in page
     assert f"{100 * result['lift']:+.1f}" in printed
 
 
@@ -290,3 +299,23 @@ def test_a_theta_that_shows_nothing_is_pointed_out() -> None:
     heads = out.getvalue().splitlines()[2]
     assert "θ 0.70" in heads
     assert "θ 0.95" not in heads
+
+
+def test_the_last_words_of_a_page_say_what_to_do_next(page: str) -> None:
+    last = html.unescape(page).rpartition("<h2>")[2]
+    assert "ray-app promote 'runs/<b>one</b>'" in last
+    result, cosines = made_up(lift=-0.1, strategy="lightweight")
+    assert "try next: ray-app train --strategy conv" in report_page(result, cosines).rpartition("<h2>")[2]
+
+
+def test_points_and_bars_show_their_values_where_the_pointer_is(page: str) -> None:
+    titles = re.findall(r"<rect [^>]*><title>([^<]+)</title>", page)
+    result, _ = made_up()
+    rate = 100 * result["cosine_accept_rate"]["0.80"]
+    assert any(re.match(rf"adapter: 0\.80*, {rate:.0f}", title) for title in titles), titles[:5]
+    assert any(re.match(r"0\.\d+ to 0\.\d+: \d+$", title) for title in titles)
+
+
+def test_on_a_phone_a_report_is_no_longer_than_a_few_screens(page: str, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(page, encoding="utf-8")
+    assert_opens(tmp_path / "report.html", most_height=6000)

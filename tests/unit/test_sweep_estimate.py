@@ -75,7 +75,7 @@ def test_an_estimate_above_a_limit_is_asked_about_on_a_terminal(
         confirm_estimate(cfg, estimate)
     capfd.readouterr()
     confirm_estimate(cfg, replace(estimate, gpu_hours=2.0))
-    assert "for 4 trials, 1 at a time, then about 0.25 h for 3 seeds of the winner" in capfd.readouterr().err
+    assert "for 4 trials, 1 at a time, then about 15.0 min for 3 seeds of the winner" in capfd.readouterr().err
     confirm_estimate(cfg.model_copy(update={"final": False}), replace(estimate, gpu_hours=2.0))
     assert "winner" not in capfd.readouterr().err
 

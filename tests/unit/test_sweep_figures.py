@@ -16,6 +16,7 @@ from ray_app.commands.tune.report import (
 )
 from ray_app.commands.tune.space import Space, complete, draws, study_of
 from ray_app.commands.tune.trials import Trial, scored
+from ray_app.reports.html import Figure, Section, page
 
 SPACE: Space = {
     "hidden_dim": CategoricalDistribution((64, 128, 256, 512)),
@@ -59,13 +60,14 @@ def test_no_two_words_of_a_figure_touch_whatever_was_tried(num_settings: int, tm
     trials = complete(trials_of(space)[:-1])
     study = study_of(trials, space)
     figures = [
-        history_figure(study, {"all": 0.55}, NAME),
-        history_figure(study, {"1s": 0.639, "2s": 0.639, "4s": 0.63}, NAME),
-        importance_figure(study, list(space), 0, NAME),
+        history_figure(study, {"all": 0.55}, NAME, 3),
+        history_figure(study, {"1s": 0.639, "2s": 0.639, "4s": 0.63}, NAME, 0),
+        importance_figure({name: 1 / (n + 1.5) for n, name in enumerate(space)}),
         slice_figures(study, space, NAME),
-        pareto_figure(trials, space, "parameters", NAME),
+        pareto_figure(trials, space, "parameters", NAME, scored(trials)[0]),
     ]
-    (tmp_path / "figures.html").write_text("".join(f"<div>{figure}</div>" for figure in figures))
+    shown = [Section("figure", [Figure(figure, "a figure", "caption")]) for figure in figures]
+    (tmp_path / "figures.html").write_text(page("figures", "figures", "", [], shown), encoding="utf-8")
     assert_opens(tmp_path / "figures.html")
 
 
@@ -73,4 +75,8 @@ def test_equal_trials_and_a_solved_adapter_without_parameters_have_figures() -> 
     trials = complete([Trial(n, f"t{n}", {"hidden_dim": 64}, 0, objective=0.5, ended_at=1.0) for n in range(2)])
     space: Space = {"hidden_dim": SPACE["hidden_dim"]}
     assert slice_figures(study_of(trials, space), space, NAME).startswith("<svg")
-    assert pareto_figure(trials, space, "parameters", NAME).startswith("<svg")
+    assert pareto_figure(trials, space, "parameters", NAME, trials[0]).startswith("<svg")
+    history = history_figure(study_of(trials, space), {"all": 0.4}, NAME, 1)
+    assert "<title>best trial: 1.000, 50.00</title>" in history, (
+        "of equal trials the one that is named best has the star"
+    )

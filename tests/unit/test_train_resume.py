@@ -285,6 +285,11 @@ def test_a_disk_that_fails_a_worker_is_named_with_the_resume_command_and_a_defec
             raise error
     with pytest.raises(WorkerGroupError), with_resume_hint(run):
         raise ended_by(ValueError("ours"))
+    with (
+        pytest.raises(RunInterrupted, match=r"What was saved is whole; resume with: ray-app train"),
+        with_resume_hint(run),
+    ):
+        raise KeyboardInterrupt
 
 
 def test_a_validation_loss_that_is_not_finite_ends_training(cfg: TrainConfig, store: PairStore, start: Start) -> None:

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from ray_app.commands.decode.inputs import DecodeInput, RowPictures
 from ray_app.commands.decode.summary import STAGES, Line
 from ray_app.commands.decode.table import HEADS, cells, headline, notes
-from ray_app.reports.figures import PALETTE, svg
+from ray_app.reports.figures import PALETTE, WIDE, legend_outside, svg
 from ray_app.reports.html import Block, Figure, Group, Marked, Pictures, Row, Section, Table, Text, page, picture
 
 MOST_ROWS = 24
@@ -19,7 +19,6 @@ MOST_FRAMES = 2
 """Frames of a row that are shown: the first and the last."""
 BARS = "▁▂▃▄▅▆▇█"
 """The lowest is γ = 0: a space would not be drawn."""
-WIDTH = 8.2
 
 
 def decode_page(data: DecodeInput, lines: Sequence[Line], result: Mapping[str, Any]) -> str:
@@ -96,10 +95,10 @@ def _stages_figure(result: Mapping[str, Any]) -> Figure:
         axes.set_ylim(len(shares) - 0.4, -0.6)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("time of plain decoding")
-        figure.legend(loc="outside right upper", frameon=False)
+        legend_outside(figure)
 
     return Figure(
-        svg("stages", draw, (WIDTH, 1.2 + 0.4 * len(shares))),
+        svg("stages", draw, (WIDE, 1.2 + 0.4 * len(shares))),
         "Share of each stage in the time of every drafter, with plain decoding as 100 %",
         "Shorter is faster. Plain decoding is 100 %.",
     )
@@ -110,12 +109,14 @@ def _gamma_figure(lines: Sequence[Line]) -> Figure:
         axes = figure.subplots()
         for number, name in enumerate(lines[0]["drafters"]):
             means = [float(np.mean([each[0] for each in line["drafters"][name]["passes"]])) for line in lines]
-            axes.plot(range(len(means)), means, color=PALETTE[number % len(PALETTE)], label=name, linewidth=1.2)
+            axes.plot(
+                range(len(means)), means, color=PALETTE[number % len(PALETTE)], label=name, linewidth=1.2, marker="."
+            )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("row")
         axes.set_ylabel("mean γ")
         axes.set_ylim(bottom=0)
-        figure.legend(loc="outside right upper", frameon=False)
+        legend_outside(figure)
 
     return Figure(
         svg("gamma", draw),

@@ -18,13 +18,13 @@ from ray_app.cluster.connection import cluster
 from ray_app.commands.evaluate.command import as_image, as_json, settings
 from ray_app.commands.evaluate.context import EvaluationContext
 from ray_app.commands.evaluate.evaluator import EvaluatorHandle
-from ray_app.commands.evaluate.report import data_warnings, outcome, print_warnings, verdict_sentence
+from ray_app.commands.evaluate.report import data_warnings, next_section, outcome, print_warnings, verdict_sentence
 from ray_app.config.evaluate import CompareConfig
 from ray_app.core.adapters.registry import num_parameters
 from ray_app.core.evaluation import BASELINES
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.listing import data_in
-from ray_app.reports.figures import INK, PALETTE, log_scale, svg
+from ray_app.reports.figures import INK, PALETTE, is_narrow, log_scale, svg
 from ray_app.reports.folder import COMPARISON_FILES, claim_report_folder
 from ray_app.reports.html import Figure, Pictures, Row, Section, Table, page, picture
 from ray_app.store.atomic import write_file
@@ -247,6 +247,7 @@ def comparison_page(result: dict[str, Any], best: CandidateResult, drawings: lis
             ],
         ),
         *([Section("The same pairs by each adapter", drawings)] if drawings else []),
+        next_section({**best.result, "checkpoint": best.name}),
     ]
     return page(
         "Adapters side by side",
@@ -273,7 +274,7 @@ def cost_figure(result: dict[str, Any]) -> str:
     none_trained = min(filter(None, counts), default=10) / 10  # x of a solved adapter: a log axis has no 0
 
     def draw(figure: Canvas) -> None:
-        left, right = figure.subplots(1, 2, sharey=True)
+        left, right = figure.subplots(*((2, 1) if is_narrow(figure) else (1, 2)), sharey=True)
         for n, (name, each) in enumerate(adapters):
             rate, label = each["cosine_accept_rate"][KEY], name if each["parameters"] else f"{name} (none trained)"
             look: dict[str, Any] = {
@@ -292,9 +293,10 @@ def cost_figure(result: dict[str, Any]) -> str:
         log_scale(left, [parameters or none_trained for parameters in counts])
         log_scale(right, latencies)
         handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", frameon=False, ncols=4, handletextpad=0.3)
+        columns = 1 if is_narrow(figure) else 4
+        figure.legend(handles, labels, loc="outside upper left", frameon=False, ncols=columns, handletextpad=0.3)
 
-    return svg("cost", draw)
+    return svg("cost", draw, narrow_height=5.2 + 0.2 * len(adapters))
 
 
 def render_checkpoints(result: dict[str, Any], console: Console) -> None:

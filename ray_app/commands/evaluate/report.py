@@ -3,6 +3,7 @@
 Rates are fractions in the result and percent on the page; a lift is given in percentage points.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 from rich.text import Text as TerminalText
 
+from ray_app.core.advice import what_to_try
 from ray_app.core.evaluation import BASELINES, DARK
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.reports.figures import CosineSeries, acceptance_figure, histogram_figure
@@ -33,6 +35,8 @@ from ray_app.reports.html import (
 )
 
 KEY = rate_key(THETA)
+MOST_ROWS = 8
+"""Rows of a table that is not folded away."""
 TOKEN_NOTE = (
     "Cosine acceptance is not token acceptance: it measures how close features are, not how many drafted tokens "
     "the target model would keep."
@@ -63,23 +67,15 @@ def outcome(result: Mapping[str, Any]) -> Outcome:
 
 
 def verdict_sentence(result: Mapping[str, Any]) -> str:
-    """One sentence: does the adapter beat the best baseline at θ 0.80, by how much, and how certain is that."""
-    best = result["best_baseline"]
-    lift = 100 * result["lift"]
-    low, high = (100 * bound for bound in result["interval95"]["lift"])
-    unit = result["interval95"]["unit"]
+    """One short sentence: does the adapter beat the best baseline at θ 0.80, by how much, and is that certain."""
+    baseline, points = f"the best baseline ({result['best_baseline']})", f"{abs(100 * result['lift']):.1f} points"
+    worse = f"it is {points} worse" if result["lift"] else "both are equal"
     comparison = {
-        "beats": f"beats the best baseline ({best}) by {lift:.1f} percentage points",
-        "unsure": f"beats the best baseline ({best}) by {lift:.1f} percentage points, but not with certainty",
-        "loses": f"does not beat the best baseline ({best}): it is {-lift:.1f} percentage points worse"
-        if lift < 0
-        else f"does not beat the best baseline ({best}): both are equal",
+        "beats": f"beats {baseline} by {points} at θ {KEY}",
+        "unsure": f"beats {baseline} by {points} at θ {KEY}; the 95 % interval includes zero",
+        "loses": f"does not beat {baseline} at θ {KEY}: {worse}",
     }[outcome(result)]
-    return (
-        f"The adapter {comparison} at θ {KEY}: cosine_accept_rate {100 * result['cosine_accept_rate'][KEY]:.1f} % "
-        f"against {100 * result['baselines'][best]['cosine_accept_rate'][KEY]:.1f} % "
-        f"(95 % interval of the lift {low:+.1f} to {high:+.1f}, by bootstrap over {unit}s)."
-    )
+    return f"The adapter {comparison}."
 
 
 def report_warnings(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -206,7 +202,14 @@ def results_table(result: Mapping[str, Any], title: str) -> TerminalTable:
         "",
         *(TerminalText(f"{100 * lift:+.1f}", style="green" if lift > 0 else "red") for lift in lifts),
     )
+    table.add_row("95 % interval", "", *interval_cells(result, thetas), style="dim")
     return table
+
+
+def interval_cells(result: Mapping[str, Any], thetas: Sequence[str]) -> list[str]:
+    """Return the interval of the lift at each θ, in percentage points."""
+    intervals = result["interval95"]["lift_by_theta"]
+    return [" to ".join(f"{100 * bound:+.1f}" for bound in intervals.get(theta, ())) for theta in thetas]
 
 
 def report_page(
@@ -229,9 +232,15 @@ def report_page(
         Section("Cosine of each pair", [histogram_block(result, cosines)]),
         *([Section("Best and worst pairs", groups, columns=True)] if groups else []),
         *(group_section(result, key) for key in ("by_lighting", "by_sequence") if len(result[key]) > 1),
-        Section("Further measures", [Facts(list(measures(result)))]),
-        Section("Split", [Facts(list(split_lines(result)))]),
-        Section("Provenance", provenance_blocks(result["provenance"])),
+        Section(
+            "Details",
+            [
+                Group("Further measures", [Facts(list(measures(result)))], "fold"),
+                Group("Split", [Facts(list(split_lines(result)))], "fold"),
+                Group("Provenance", provenance_blocks(result["provenance"]), "fold"),
+            ],
+        ),
+        next_section(result),
     ]
     return page(
         f"Alignment report: {result['checkpoint']}",
@@ -242,6 +251,14 @@ def report_page(
         sections,
         outcome(result),
     )
+
+
+def next_section(result: Mapping[str, Any]) -> Section:
+    """What to do with the checkpoint, or what to try instead."""
+    register = (
+        f"ray-app promote {shlex.quote(result['checkpoint'])} makes it champion, if it beats the present one too"
+    )
+    return Section("Next", [Text(what_to_try(result) or register)])
 
 
 def provenance_blocks(provenance: Mapping[str, Any]) -> list[Facts | Group]:
@@ -270,7 +287,11 @@ def rates_table(result: Mapping[str, Any]) -> Table:
     lifts = [lift_cell(result["lift_by_theta"][theta]) for theta in thetas]
     return Table(
         ["answer", "pairs", "mean cos_sim", *(f"θ {theta}" for theta in thetas)],
-        [*rows, Row("lift", ["", "", *lifts], "lift")],
+        [
+            *rows,
+            Row("lift", ["", "", *lifts], "lift"),
+            Row("95 % interval", ["", "", *interval_cells(result, thetas)], "interval"),
+        ],
         "cosine_accept_rate: share of test pairs with cos_sim > θ, in percent. Lift: adapter minus the best of "
         f"{', '.join(name for name in result['baselines'] if name in BASELINES)} at that θ, in percentage points. "
         f"Retrieval by centred cosine: {retrieval_line(result)}. {flat_note(result)}".rstrip(),
@@ -353,7 +374,10 @@ def group_section(result: Mapping[str, Any], key: str) -> Section:
     if key == "by_lighting":
         caption += f" Night: a target less than {DARK:g} times as bright as the mean training target."
     heads = [head, "pairs", "mean cos_sim", f"θ {KEY}", "lift", "95 % interval (bootstrap over)"]
-    return Section(title, [Table(heads, rows, caption)])
+    table = Table(heads, rows, caption)
+    return Section(
+        title, [table if len(rows) <= MOST_ROWS else Group(f"{len(rows):,} {head}s, one by one", [table], "fold")]
+    )
 
 
 def interval_words(part: Mapping[str, Any]) -> str:

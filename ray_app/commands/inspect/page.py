@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ray_app.commands.inspect.leaks import Example, LeakComparison, describe_pair
 from ray_app.commands.inspect.scan import StoreScan
 from ray_app.commands.inspect.statistics import NIGHT_BELOW, overlap_with_previous, positive_share
-from ray_app.reports.figures import INK, PALETTE, log_scale, svg
+from ray_app.reports.figures import INK, PALETTE, is_narrow, log_scale, svg
 from ray_app.reports.html import Facts, Figure, Group, Pictures, Row, Section, Table, Text, flat_rows, page, picture
 from ray_app.store.pair_store import PairIndex
 
@@ -234,7 +234,7 @@ def drawn_figure(scan: StoreScan) -> str:
     of_events = positive_share(scan)
 
     def draw(figure: Canvas) -> None:
-        left, right = figure.subplots(1, 2)
+        left, right = figure.subplots(*((2, 1) if is_narrow(figure) else (1, 2)))
         histogram(left, scan.active, BLUE)
         left.set_xlabel("active pixels of the drawn image")
         histogram(right, scan.positive, RED, "pixels of the drawn image")
@@ -248,7 +248,7 @@ def drawn_figure(scan: StoreScan) -> str:
             axes.set_ylabel("windows")
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
 
-    return svg("drawn", draw, (8.2, 3.2))
+    return svg("drawn", draw, (8.2, 3.2), 5.6)
 
 
 def histogram(axes: Axes, values: NDArray[np.float64], colour: str, label: str | None = None) -> None:
@@ -285,7 +285,8 @@ def sequences_figure(sequences: list[dict[str, Any]]) -> str:
     def draw(figure: Canvas) -> None:
         axes = figure.subplots()
         if len(counts) <= MOST_BARS:
-            axes.bar(range(len(counts)), counts, color=TEAL)
+            for bar, line in zip(axes.bar(range(len(counts)), counts, color=TEAL), sequences, strict=True):
+                bar.set_gid(f"{line['sequence']}: {line['pairs']:,} pairs")
             axes.set_xlabel("sequences, sorted by name")
             axes.set_ylabel("pairs")
             axes.set_xticks([])

@@ -8,7 +8,6 @@ from datetime import datetime
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ray_app.cluster.job_client import JobClient, result_in, show_ended
 from ray_app.config.submit import JobConfig, JobFetchConfig, JobLogsConfig, JobsConfig
@@ -22,18 +21,16 @@ def run_jobs_list(cfg: JobsConfig) -> dict[str, Any]:
 
 
 def render_jobs_list(result: dict[str, Any], console: Console) -> None:
-    """Return a row for each job."""
-    table = Table("job", "status", "exit code", "started", "seconds", "command", box=None)
+    """Print a line for each job; a narrow terminal breaks it, and cuts nothing."""
     for job in result["jobs"]:
-        table.add_row(
-            job["job"],
-            job["status"].lower(),
-            "" if job["exit_code"] is None else str(job["exit_code"]),
-            datetime.fromtimestamp(job["started"]).strftime("%Y-%m-%d %H:%M:%S"),
-            "" if job["seconds"] is None else f"{job['seconds']:.0f}",
-            job["entrypoint"].partition("-m ray_app ")[2] or job["entrypoint"],
-        )
-    console.print(table if result["jobs"] else f"{result['address']} has no jobs")
+        started = datetime.fromtimestamp(job["started"]).strftime("%Y-%m-%d %H:%M:%S")
+        facts = [f"{job['job']}  {job['status'].lower():<9}", started]
+        facts += [] if job["seconds"] is None else [f"{job['seconds']:.0f} s"]
+        facts += [] if job["exit_code"] is None else [f"exit code {job['exit_code']}"]
+        facts.append(job["entrypoint"].partition("-m ray_app ")[2] or job["entrypoint"])
+        console.print("  ".join(facts), soft_wrap=True)
+    if not result["jobs"]:
+        console.print(f"{result['address']} has no jobs", soft_wrap=True)
 
 
 def run_jobs_logs(cfg: JobLogsConfig) -> dict[str, Any]:

@@ -1,17 +1,18 @@
 """`ray-app submit -- train …`: one of our commands as a job on a cluster, followed to its end.
 
-What travels is the working directory's own files, a few MiB; data stays where the cluster finds it. The command is
-checked here before anything is sent. Its log is followed across lost connections, and its exit code is ours.
+What travels is the working directory's own files, compressed at most 2 MiB; data stays where the cluster finds it.
+The command is checked here before anything is sent. Its log is followed across lost connections, and its exit code is
+ours.
 """
 
 import asyncio
 import os
 import re
 import shlex
-import shutil
 import sys
 import time
 import uuid
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,12 +35,13 @@ SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
 def run_submit(cfg: SubmitConfig) -> dict[str, Any]:
     """Submit, follows and returns the --json object; `exit_code` is the job's own."""
     environment = job_environment(cfg)
-    with staged(cfg.working_dir, cfg.max_upload_mib) as (folder, size):
+    with packed(cfg.working_dir, cfg.max_upload_mib) as package:
         client = JobClient(cfg.address)
-        runtime_env: dict[str, Any] = {"working_dir": str(folder), "env_vars": environment}
+        runtime_env: dict[str, Any] = {"env_vars": environment} | ({"working_dir": str(package)} if package else {})
         if cfg.requirements:
             runtime_env["pip"] = requirement_lines(cfg.requirements)
         job = f"ray-app-{cfg.command[0]}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        size = package.stat().st_size if package else 0
         began = time.perf_counter()
         client.submit(job, entrypoint(cfg), runtime_env)
     print(f"submitted {job} to {client.address} ({size / 1e6:.1f} MB)", file=sys.stderr)
@@ -97,27 +99,36 @@ def job_environment(cfg: SubmitConfig) -> dict[str, str]:
 
 
 @contextmanager
-def staged(folder: Path, max_mib: float) -> Iterator[tuple[Path, int]]:
-    """Return a copy of the folder's own files, and their bytes. ResourceError where they are more than a few MiB."""
+def packed(folder: Path, max_mib: float) -> Iterator[Path | None]:
+    """Yield the folder's own files as a zip archive, the same bytes for the same files; None where there are none.
+
+    ResourceError: it would have more than `max_mib`.
+    """
     files = files_of(folder)
-    sizes = {file: (folder / file).stat().st_size for file in files}
-    total = sum(sizes.values())
-    if total > max_mib * 2**20:
-        largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
-        listing = ", ".join(f"{file} ({sizes[file] / 2**20:.1f} MiB)" for file in largest)
-        raise ResourceError(
-            f"--working-dir {folder} holds {total / 2**20:.1f} MiB, the limit is {max_mib:g} MiB; the largest: "
-            f"{listing}. Data does not travel with a job: put it where the cluster finds it, and name its folders in "
-            ".gitignore"
-        )
     if not any(file.parts[0] == "ray_app" for file in files):
         print(f"{folder} has no ray_app/ of its own: the cluster runs the one that it has installed", file=sys.stderr)
     with scratch_dir() as temporary:
-        for file in files:
-            target = temporary / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(folder / file, target)
-        yield temporary, total
+        package = temporary / "working_dir.zip"
+        with zipfile.ZipFile(package, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in files:
+                about = zipfile.ZipInfo.from_file(folder / file, file, strict_timestamps=False)
+                about.date_time, about.compress_type = (1980, 1, 1, 0, 0, 0), zipfile.ZIP_DEFLATED
+                archive.writestr(about, (folder / file).read_bytes())
+                if package.stat().st_size > max_mib * 2**20:
+                    raise ResourceError(_too_large(folder, files, max_mib))
+        yield package if files else None
+
+
+def _too_large(folder: Path, files: list[Path], max_mib: float) -> str:
+    """Return what is wrong with a folder of which too much would travel."""
+    sizes = {file: (folder / file).stat().st_size for file in files}
+    largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
+    listing = ", ".join(f"{file} ({sizes[file] / 2**20:.1f} MiB)" for file in largest)
+    return (
+        f"--working-dir {folder} holds {sum(sizes.values()) / 2**20:.1f} MiB, of which at most {max_mib:g} MiB "
+        f"travel, compressed; the largest: {listing}. Data does not travel with a job: put it where the cluster "
+        "finds it, and name its folders in .gitignore"
+    )
 
 
 def render_submit(result: dict[str, Any], console: Console) -> None:

@@ -4,6 +4,8 @@ The cut into tasks depends on the input alone, and each file on its task alone: 
 the same bytes. A task whose worker or node dies is done again elsewhere; a slow one holds up no other.
 """
 
+import shlex
+import sys
 import time
 from typing import Any
 
@@ -32,14 +34,12 @@ from ray_app.config.prepare import (
     PrepareVideo,
     RecordedFlags,
 )
-from ray_app.errors import ResourceError
+from ray_app.errors import ResourceError, RunInterrupted
 from ray_app.events.windows import parse_duration
 from ray_app.sources.base import ONE_EACH, Source, Views
 from ray_app.sources.recorded import WindowingConfig
 from ray_app.store.filesystem import open_storage
 from ray_app.store.manifest import PIXELS, REJECTED, EncoderRecord, Features, FeatureSpec
-
-REPEAT = "Finished files stay; repeat the command to continue."
 
 
 def run_prepare(cfg: PrepareFlags) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def prepare(
     `feature` is the shape (3, height, width) and scale, uint8, of each side without an encoder; `views` the number
     of pictures that the source gives of each side. StoreError: the folder is in the way or cannot be written, or too
     many pairs are rejected. InputError: an encoder that cannot be used. ResourceError: the cluster loses workers,
-    hangs, or does not see the input. What was built stays.
+    hangs, or does not see the input. RunInterrupted: Ctrl-C. What was built stays.
     """
     assert feature.dtype == "uint8", "pictures are stored as uint8"
     plan = encoding_plan(cfg, feature, views)
@@ -137,7 +137,15 @@ def prepare(
     claim_store(folder, source, tasks, features)
     with sole_builder(folder):
         claim_store(folder, source, tasks, features)  # another one may have finished it in between
-        return _build_store(TaskBuilder(source, tasks, folder, features, plan), cfg)
+        try:
+            return _build_store(TaskBuilder(source, tasks, folder, features, plan), cfg)
+        except KeyboardInterrupt:
+            raise RunInterrupted(f"interrupted. {how_to_continue()}") from None
+
+
+def how_to_continue() -> str:
+    """Return a sentence with the command that continues: this process's own."""
+    return f"Finished files stay; continue with: {shlex.join(('ray-app', *sys.argv[1:]))}"
 
 
 def _build_store(work: TaskBuilder, cfg: PrepareFlags) -> dict[str, Any]:
@@ -153,12 +161,13 @@ def _build_store(work: TaskBuilder, cfg: PrepareFlags) -> dict[str, Any]:
         num_cpus = there.cpus or 1.0
         began = time.perf_counter()
         num_workers = _num_workers(cfg, there, len(tasks))
+        progress.show(f"building {len(tasks):,} files with {num_workers} workers")
         rows = ray.data.from_items([{"task": i} for i in range(len(tasks))], override_num_blocks=len(tasks))
         dataset = allow_long_tasks(work.on(rows, num_workers, num_cpus))
         try:
             for row in dataset.iter_rows():
                 if row["error"]:
-                    raise getattr(errors, row["kind"])(f"{row['error']} {REPEAT}")
+                    raise getattr(errors, row["kind"])(f"{row['error']} {how_to_continue()}")
                 done = BuiltTask.model_validate_json(row["built"])
                 built[done.task] = done
                 progress.add(done, row["kept"], row["messages"])
@@ -169,13 +178,13 @@ def _build_store(work: TaskBuilder, cfg: PrepareFlags) -> dict[str, Any]:
         except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
             raise ResourceError(
                 f"a task lost its worker time and again ({str(error).splitlines()[0]}). Take fewer --num-workers if "
-                f"memory is short. {REPEAT}"
+                f"memory is short. {how_to_continue()}"
             ) from error
         except ExecutionTimeoutError as error:
             raise ResourceError(
                 f"no task ended for {connection.LONGEST_TASK_S:.0f} s, and {len(built)} of {len(tasks)} are "
                 "done. See by `ray status` whether the cluster has CPUs for them, look for a node whose disk or "
-                f"network hangs, or take fewer --num-workers if all are slow. {REPEAT}"
+                f"network hangs, or take fewer --num-workers if all are slow. {how_to_continue()}"
             ) from error
         seconds = time.perf_counter() - began
     manifest = finish(folder, source, [built[task.name] for task in tasks], features, cfg.max_rejected_fraction)

@@ -27,7 +27,7 @@ class PrepareProgress:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=total, speed="", rejected=0)
+        self._task = self._bar.add_task("", total=total, speed="waiting for room on the cluster", rejected=0)
         self._total, self._done, self._kept, self._rejected = total, 0, 0, 0
         self._windows = self._events = self._images = 0
         self._images_per_pair = images_per_pair
@@ -39,6 +39,12 @@ class PrepareProgress:
 
     def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
         self._bar.stop()
+
+    def show(self, doing: str) -> None:
+        """Show what is done before the first file is finished."""
+        self._bar.update(self._task, speed=doing, refresh=True)
+        if not self._console.is_terminal:
+            self._console.print(f"{self._total:,} pairs: {doing}", soft_wrap=True)
 
     def add(self, done: BuiltTask, kept: bool, messages: str) -> None:
         """Count a finished task, or one `kept` from an earlier start; `messages` come from its worker's store."""

@@ -8,13 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ray_app.reports.figures import INK, PALETTE, svg
+from ray_app.reports.figures import INK, PALETTE, WIDE, is_narrow, legend_outside, svg
 from ray_app.reports.html import Figure, Row, Section, Table, Text, page
 
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
 MARKERS = "osD^vP"
-WIDTH, LINE = 8.2, 0.36
-"""Inches of a figure, and of a line of it."""
+LINE = 0.36
+"""Inches of a line of a figure."""
 PLAIN_SPEED = 1.0
 MOST_BINS = 60
 
@@ -150,11 +150,11 @@ def intervals_figure(name: str, results: DrafterMetrics, metrics: Mapping[str, s
         axes.axvline(mark, color=INK, linewidth=0.8)
         axes.set_xlim(left=0)
         if len(metrics) > 1:
-            figure.legend(loc="outside right upper", frameon=False)
+            legend_outside(figure)
         else:
             axes.set_xlabel(next(iter(metrics.values())))
 
-    return svg(name, draw, (WIDTH, 1.0 + LINE * len(results) * (1 if len(metrics) == 1 else 1.4)))
+    return svg(name, draw, (WIDE, 1.0 + LINE * len(results) * (1 if len(metrics) == 1 else 1.4)))
 
 
 def places_figure(details: DrafterMetrics) -> str:
@@ -165,13 +165,15 @@ def places_figure(details: DrafterMetrics) -> str:
         for number, (name, more) in enumerate(details.items()):
             rates = more["acceptance_by_place"]
             colour, line = PALETTE[number % len(PALETTE)], LINES[number % len(LINES)]
-            axes.plot(range(1, len(rates) + 1), rates, color=colour, linestyle=line, linewidth=2, label=name)
+            axes.plot(
+                range(1, len(rates) + 1), rates, color=colour, linestyle=line, linewidth=2, marker=".", label=name
+            )
         axes.set_ylim(-0.02, 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("place in the draft")
         axes.set_ylabel("accepted")
-        figure.legend(loc="outside right upper", frameon=False, handlelength=3.2)
+        legend_outside(figure, handlelength=3.2)
 
     return svg("places", draw)
 
@@ -179,23 +181,24 @@ def places_figure(details: DrafterMetrics) -> str:
 def rows_figure(details: DrafterMetrics) -> str:
     """Rows by how many tokens were accepted in a row at the start, a small histogram for each drafter."""
     longest = max(len(more["rows_by_prefix"]) for more in details.values())
-    lines = -(-len(details) // 3)
     width = -(-longest // MOST_BINS)
     edges = np.arange(0, longest + width, width) - 0.5
 
     def draw(figure: Canvas) -> None:
-        axes_LC = figure.subplots(lines, 3, sharex=True, sharey=True, squeeze=False)
+        columns = 2 if is_narrow(figure) else 3
+        axes_LC = figure.subplots(-(-len(details) // columns), columns, sharex=True, sharey=True, squeeze=False)
         for axes in axes_LC.flat[len(details) :]:
             axes.set_axis_off()
         for number, (axes, (name, more)) in enumerate(zip(axes_LC.flat, details.items(), strict=False)):
             counts = more["rows_by_prefix"]
             axes.hist(range(len(counts)), bins=edges.tolist(), weights=counts, color=PALETTE[number % len(PALETTE)])
             axes.set_title(name, loc="left", fontsize=10)
-            axes.tick_params(labelbottom=number + 3 >= len(details))
+            axes.tick_params(labelbottom=number + columns >= len(details))
         figure.supxlabel("tokens accepted in a row", fontsize=10)
         figure.supylabel("rows", fontsize=10)
 
-    return svg("rows", draw, (WIDTH, 0.8 + 1.4 * lines))
+    wide, narrow = (0.8 + 1.4 * -(-len(details) // columns) for columns in (3, 2))
+    return svg("rows", draw, (WIDE, wide), narrow)
 
 
 def groups_figure(groups: Groups) -> str:
@@ -212,9 +215,9 @@ def groups_figure(groups: Groups) -> str:
         drafters(axes, names)
         axes.set_xlim(left=0)
         axes.set_xlabel("tokens per target pass")
-        figure.legend(loc="outside right upper", frameon=False)
+        legend_outside(figure)
 
-    return svg("groups", draw, (WIDTH, 1.0 + max(LINE * len(names), 0.25 * len(groups))))
+    return svg("groups", draw, (WIDE, 1.0 + max(LINE * len(names), 0.25 * len(groups))))
 
 
 def drafters(axes: Axes, names: Sequence[str]) -> None:

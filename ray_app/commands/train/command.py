@@ -61,8 +61,9 @@ def _train(context: RunContext, plan: ResourcePlan, run: RunDir) -> dict[str, An
     status, best = "FAILED", None
     try:
         steps = ShardedBatchOrder(len(context.split.train), cfg.batch_size, cfg.seed).steps * cfg.num_epochs
-        with stop_when_terminated(run), TrainingProgress(run.path, steps), run.synced():
-            run_training(spec, run, plan.cpus_per_worker, f"{metadata['name']}-{int(started * 1000)}")
+        with stop_when_terminated(run), TrainingProgress(run.path, steps) as progress, run.synced():
+            name = f"{metadata['name']}-{int(started * 1000)}"
+            run_training(spec, run, plan.cpus_per_worker, name, progress.show)
         last = entries(run.path)[-1]
         if last["kind"] == "stopped":
             raise RunStopped(f"stopped on request after step {last['global_step']}; resume with: {run.resume}")

@@ -98,6 +98,12 @@ class RunContext:
         """Folder of this run's statistics."""
         return self.init_from or self.cfg.folder / INIT
 
+    @property
+    def starts_from(self) -> str:
+        """Statistics that this run computes before its first step, in words; empty if none are missing."""
+        names = {"nothing": "", "means": "means", "subspaces": "principal subspaces", "pairs": "the ridge solution"}
+        return "" if self.init_from or self.init_dir.exists() else names[self.requires]
+
     def metadata(self, name: str, parent_key: str | None) -> dict[str, Any]:
         """Return what a new run records of itself, with a new key. `parent_key`: key of the sweep it belongs to."""
         identity = {"name": name, "key": uuid.uuid4().hex, "parent_key": parent_key}

@@ -82,7 +82,7 @@ class TrainingPairs(Protocol):
 def compute_init(context: RunContext, pairs: TrainingPairs) -> None:
     """Compute and save the statistics that the run needs, unless they exist or another run's are given."""
     cfg, split = context.cfg, context.split
-    if context.requires == "nothing" or context.init_from or context.init_dir.exists():
+    if not context.starts_from:
         return
     began = time.perf_counter()
     target = context.store.feature("target")

@@ -1,8 +1,9 @@
 """The driver's use of Ray Train: read the pairs, compute initial statistics, run workers until the run ends."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from ray.data import Dataset
@@ -14,26 +15,40 @@ from ray_app.cluster.node_address import NodeAddressTorchConfig
 from ray_app.cluster.ray_internals import unwrap_worker_failure
 from ray_app.commands.train.context import INIT, RunContext
 from ray_app.commands.train.elastic import ElasticResizeCallback
-from ray_app.commands.train.initialization import PairsThroughRay, compute_init
+from ray_app.commands.train.initialization import PairsThroughRay, compute_init, load_init
 from ray_app.commands.train.worker import WorkerSpec, train_loop_per_worker
 from ray_app.data.pairs_dataset import ordered_pairs, pairs_dataset
-from ray_app.errors import StoreError, TrainingError
+from ray_app.data.training_means import mean_target
+from ray_app.errors import RunInterrupted, StoreError, TrainingError
 from ray_app.runs.event_log import entries, entries_since_start
 from ray_app.runs.run_dir import RunDir
 
 
-def run_training(spec: WorkerSpec, run: RunDir, cpus_per_worker: float, name: str) -> None:
-    """Train a run to its end or until it is asked to stop. TrainingError: a loss is not finite."""
-    context = spec.context
+def run_training(
+    spec: WorkerSpec, run: RunDir, cpus_per_worker: float, name: str, show: Callable[[str], None]
+) -> None:
+    """Train a run to its end or until it is asked to stop; `show` takes what is done before the first step.
+
+    TrainingError: a loss is not finite.
+    """
+    context = spec.context.at(run.path)
     cfg, store, split = context.cfg, context.store, context.split
+    show(f"reading {len(split.train):,} training and {len(split.val):,} validation pairs")
     datasets = _datasets(context, spec.in_memory)
     run.download(INIT)
-    compute_init(context.at(run.path), PairsThroughRay(store, split, datasets))
+    if context.starts_from:
+        show(f"computing {context.starts_from} of the training part")
+    compute_init(context, PairsThroughRay(store, split, datasets))
     run.upload(INIT)
+    if len(split.val):
+        start = load_init(context) if context.requires != "nothing" else {}
+        mean_D = start["target_mean"] if start else mean_target(store, split.train)
+        spec = replace(spec, mean_target_D=mean_D)
     if not spec.in_memory and (dropped := len(split.train) % cfg.min_workers):
         print(f"streaming to {cfg.num_workers} workers leaves out {dropped} pairs of each epoch", file=sys.stderr)
     while True:
         last_step = last_logged_step(run.path)
+        show(f"starting {cfg.num_workers} {'worker' if cfg.max_workers == 1 else 'workers'}")
         try:
             run_worker_group(spec, run, cpus_per_worker, name, datasets)
             break
@@ -105,13 +120,15 @@ def last_logged_step(run: Path) -> int:
 
 @contextmanager
 def with_resume_hint(run: RunDir) -> Iterator[None]:
-    """Re-raise dead workers and failed disks as TrainingError and StoreError with a resume command.
+    """Re-raise Ctrl-C, dead workers and failed disks as errors of ours with a resume command.
 
     One dead worker also fails its peers, so any death among the causes counts.
     """
     resume = f"What was saved is whole; resume with: {run.resume}"
     try:
         yield
+    except KeyboardInterrupt:
+        raise RunInterrupted(f"interrupted. {resume}") from None
     except StoreError as error:
         raise StoreError(f"{str(error).rstrip('.')}. {resume}") from error
     except (RayActorError, WorkerGroupError) as error:

@@ -54,7 +54,7 @@ class WorkerData:
     validation: PairTensors | None
     """This worker's validation pairs; None where all pairs train."""
     baselines: "BaselineContext | None" = None
-    """Set where lift is wanted at every epoch."""
+    """Baselines that every epoch is compared with; None where all pairs train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class BaselineContext:
     baselines: Baselines
     """Baselines of all validation pairs."""
     all_pairs: PairTensors
-    """All validation pairs: `shuffled` compares with the target of another pair, which may be another worker's."""
+    """Validation pairs with those of which `shuffled` takes the target, which may be another worker's."""
 
 
 def train_epochs(
@@ -287,14 +287,15 @@ def validate(
         raise TrainingError(
             f"The validation loss is not finite ({loss_sum}) at {where}; try a smaller --learning-rate."
         )
-    counts = reduce_counts(worker, cos)
-    lift = baselines.baselines.lift(counts, reduce_counts(worker, shuffled)) if baselines else {}
+    counts = all_reduce_counts(worker, AlignmentCounts.of(torch.cat(cos)))
+    lift = {}
+    if baselines:
+        lift = baselines.baselines.lift(counts, all_reduce_counts(worker, AlignmentCounts.of(torch.cat(shuffled))))
     return {"loss": loss_sum / counts.pairs, **counts.means(), **lift}
 
 
-def reduce_counts(worker: WorkerContext, cosines: list[torch.Tensor]) -> AlignmentCounts:
-    """Count cosines over all workers."""
-    counts = AlignmentCounts.of(torch.cat(cosines))
+def all_reduce_counts(worker: WorkerContext, counts: AlignmentCounts) -> AlignmentCounts:
+    """Add counts over all workers."""
     if worker.world > 1:
         sums, maxima = (vector.to(worker.device) for vector in counts.pack())
         dist.all_reduce(sums)

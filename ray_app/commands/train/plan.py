@@ -1,8 +1,10 @@
 """Needs of a run from the cluster and the disk, by arithmetic, before anything is started."""
 
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from ray_app.cluster.autoscaler import wait_for_autoscaler
 from ray_app.cluster.resources import ClusterInfo, require_resources
@@ -54,7 +56,9 @@ def make_plan(context: RunContext, folder: Path, info: ClusterInfo) -> ResourceP
         data_cpus=data_cpus,
         memory_bytes=cfg.min_workers * (context.parameters * WEIGHTS_AND_MOMENTS_BYTES + in_memory * shard_bytes),
     )
-    _require_disk(context.parameters, folder)
+    needs = DiskNeeds.of(context)
+    _require_disk(needs.peak_bytes, context.parameters, folder)
+    print(needs, file=sys.stderr)
     return plan
 
 
@@ -75,10 +79,32 @@ def _require_streamable(cfg: TrainConfig, shard_bytes: int) -> None:
         )
 
 
-def _require_disk(parameters: int, folder: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class DiskNeeds:
+    """Bytes of a run's checkpoints."""
+
+    peak_bytes: int
+    """Most while it trains: what is kept, and the checkpoint being written."""
+    end_bytes: int
+    """Most at its end: the last state, its weights, and the best weights."""
+
+    @classmethod
+    def of(cls, context: RunContext) -> Self:
+        """Compute the bytes of a run."""
+        weights, moments = context.parameters * 4 + context.buffer_bytes, context.parameters * 8
+        kept = NUM_CHECKPOINTS_KEPT  # whole, with the weights that were the best at each
+        return cls((2 * kept + 1) * weights + (kept + 1) * moments, 2 * weights + moments)
+
+    def __str__(self) -> str:
+        peak, end = (
+            f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+            for size in (self.peak_bytes, self.end_bytes)
+        )
+        return f"checkpoints take at most {peak} of disk while training, {end} at its end"
+
+
+def _require_disk(needed: int, parameters: int, folder: Path) -> None:
     """ResourceError if the checkpoints of a run do not fit on the disk of `folder`."""
-    # Weights: of the newest checkpoints, the best at each, and the one being written. State: two moments at each.
-    needed = parameters * 4 * ((2 * NUM_CHECKPOINTS_KEPT + 1) + 2 * (NUM_CHECKPOINTS_KEPT + 1))
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
         raise ResourceError(

@@ -139,10 +139,18 @@ def baselines_of(
     store: PairStore, split: Split, event_NE: NDArray[Any], target_ND: NDArray[Any], mean_target_D: torch.Tensor
 ) -> Baselines:
     """Compute the baselines of the validation part."""
+    fixed = count_fixed_baselines(store, event_NE, target_ND, mean_target_D)
+    return Baselines(fixed, derangement(store.index.sequence[split.val].tolist(), seed=0))
+
+
+def count_fixed_baselines(
+    store: PairStore, event_NE: NDArray[Any], target_ND: NDArray[Any], mean_target_D: torch.Tensor
+) -> dict[str, AlignmentCounts]:
+    """Count the cosines of the baselines that need no adapter, on pairs as stored."""
     width = store.feature("target").token_width
     scales, cpu = [store.feature(side).scale for side in ("event", "target")], torch.device("cpu")
     fixed: dict[str, AlignmentCounts] = {}
-    for rows in np.array_split(np.arange(len(event_NE)), -(-len(event_NE) // PAIRS_PER_CHUNK)):
+    for rows in np.array_split(np.arange(len(event_NE)), -(-len(event_NE) // PAIRS_PER_CHUNK) or 1):
         event_BE, target_BD = (
             decode(torch.from_numpy(side[rows]), scale, cpu)
             for side, scale in zip((event_NE, target_ND), scales, strict=True)
@@ -150,7 +158,7 @@ def baselines_of(
         images = store.feature("target").kind == "images"
         for name, cos_B in fixed_baselines(event_BE, target_BD, mean_target_D[None], width, images=images).items():
             fixed[name] = fixed.get(name, AlignmentCounts()) + AlignmentCounts.of(cos_B)
-    return Baselines(fixed, derangement(store.index.sequence[split.val].tolist(), seed=0))
+    return fixed
 
 
 def shared_worker_data(data: SharedDataset, worker: WorkerContext) -> WorkerData:

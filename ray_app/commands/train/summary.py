@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.plan import ResourcePlan
+from ray_app.commands.train.progress import acceptance
 from ray_app.runs.event_log import entries
 from ray_app.runs.run_dir import RunDir
 from ray_app.store.atomic import sha256_file, verify_folder
@@ -21,9 +22,11 @@ def run_summary(
     best = run.best()
     assert best is not None, "a run that ended well has a best checkpoint"
     verify_folder(best)
+    best_epoch = int(best.name.removeprefix("epoch_"))
+    run.keep_last(best_epoch)
     lines, split = entries(run.path), context.split
     epochs = {line["epoch"]: line for line in lines if line["kind"] == "epoch"}
-    chosen, last = epochs[int(best.name.removeprefix("epoch_"))], epochs[max(epochs)]
+    chosen, last = epochs[best_epoch], epochs[max(epochs)]
     totals = {
         key: sum(line["train"][key] for line in epochs.values()) for key in ("pairs", "seconds", "data_wait_seconds")
     }
@@ -80,8 +83,7 @@ def render_train(result: dict[str, Any], console: Console) -> None:
     if val:
         table.add_row(
             "validation",
-            f"cos_sim {val['cos_sim_mean']:.4f}, accepted at 0.80 {val['cosine_accept_rate']['0.80']:.1%} "
-            f"of {val['pairs']} pairs",
+            f"cos_sim {val['cos_sim_mean']:.4f}, {acceptance(val)} of {val['pairs']} pairs",
         )
     counts = " then ".join(str(count["workers"]) for count in result["worker_counts"])
     table.add_row(
@@ -95,6 +97,6 @@ def render_train(result: dict[str, Any], console: Console) -> None:
         f"{result['mlflow_run_id']} {where}" if result["mlflow_run_id"] else "none: the tracking server was away"
     )
     console.print(f"MLflow run: {tracked}", soft_wrap=True)
-    caution = "These are validation numbers, without baselines" if val else "Nothing was validated"
+    caution = "These are validation numbers, of one part" if val else "Nothing was validated"
     command = f"ray-app evaluate --store STORE --checkpoint {shlex.quote(result['run'])} --out REPORT"
     console.print(f"{caution}. Evaluate it with\n  {command}", soft_wrap=True)

@@ -12,16 +12,25 @@ from ray.train.torch import get_device
 
 from ray_app.commands.train.context import INIT, RunContext
 from ray_app.commands.train.loop import (
+    BaselineContext,
     Batches,
     WorkerContext,
     WorkerData,
+    all_reduce_counts,
     batches_in_memory,
     sleep_before_retry,
     train_epochs,
 )
-from ray_app.commands.train.shared_dataset import SharedDataset, shared_init, shared_worker_data
+from ray_app.commands.train.shared_dataset import (
+    SharedDataset,
+    count_fixed_baselines,
+    shared_init,
+    shared_worker_data,
+)
 from ray_app.commands.train.state import TrainState
+from ray_app.core.evaluation import Baselines, derangement
 from ray_app.data.batch_order import ShardedBatchOrder
+from ray_app.data.pair_tensors import PairTensors
 from ray_app.data.pairs_dataset import iter_batches, load_pair_tensors
 from ray_app.runs.run_dir import open_run
 
@@ -44,6 +53,8 @@ class WorkerSpec:
     """Written into each checkpoint."""
     shared: SharedDataset | None = field(default=None, repr=False)
     """Pairs in shared memory, for the trials of a sweep."""
+    mean_target_D: torch.Tensor | None = field(default=None, repr=False)
+    """Mean training target, a baseline; set where pairs are not shared and there is a validation part."""
 
 
 def train_loop_per_worker(config: dict[str, WorkerSpec]) -> None:
@@ -60,20 +71,17 @@ def train_loop_per_worker(config: dict[str, WorkerSpec]) -> None:
             sleep_before_retry(run)
             log.write("workers_started", workers=world, time=time.time())
         run.download(INIT)
-        if spec.shared:
-            data = shared_worker_data(spec.shared, worker)
-        else:
-            data = _data_of_this_worker(worker, in_memory=spec.in_memory)
+        data = shared_worker_data(spec.shared, worker) if spec.shared else _data_of_this_worker(worker, spec)
         train_epochs(worker, run, data, log, spec.provenance, _report)
 
 
-def _data_of_this_worker(worker: WorkerContext, *, in_memory: bool) -> WorkerData:
+def _data_of_this_worker(worker: WorkerContext, spec: WorkerSpec) -> WorkerData:
     """Take a worker's part of both data sets; its training part in memory, or streamed again each epoch."""
     cfg, store, split = worker.cfg, worker.store, worker.context.split
     rank, world = worker.rank, worker.world
     train, shard = None, ray.train.get_dataset_shard("train")
     order = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
-    if in_memory:
+    if spec.in_memory:
         train = load_pair_tensors(shard, store, split.train, order.held(rank, world)).on(worker.device)
 
     def rest_of_epoch(state: TrainState) -> Batches:
@@ -81,11 +89,26 @@ def _data_of_this_worker(worker: WorkerContext, *, in_memory: bool) -> WorkerDat
             return batches_in_memory(train, order, state, worker)
         return iter_batches(shard, store, cfg.seed, state.epoch, rank, world, cfg.batch_size)
 
-    val = None
-    if len(split.val):
-        rows = np.arange(rank, len(split.val), world)
-        val = load_pair_tensors(ray.train.get_dataset_shard("val"), store, split.val, rows).on(worker.device)
-    return WorkerData(rest_of_epoch, in_memory, val)
+    if spec.mean_target_D is None:
+        return WorkerData(rest_of_epoch, spec.in_memory, None)
+    return WorkerData(rest_of_epoch, spec.in_memory, *_validation_of_this_worker(worker, spec.mean_target_D))
+
+
+def _validation_of_this_worker(
+    worker: WorkerContext, mean_target_D: torch.Tensor
+) -> tuple[PairTensors, BaselineContext]:
+    """Take a worker's validation pairs, and the baselines of all of them; the same for any number of workers."""
+    store, split = worker.store, worker.context.split
+    rows = np.arange(worker.rank, len(split.val), worker.world)
+    others = derangement(store.index.sequence[split.val].tolist(), seed=0)
+    shard = ray.train.get_dataset_shard("val")
+    held = load_pair_tensors(shard, store, split.val, np.union1d(rows, others[rows]))
+    val = held if worker.world == 1 else PairTensors(rows, *held.take(rows))
+    own = count_fixed_baselines(store, val.event_BE.numpy(), val.target_BD.numpy(), mean_target_D)
+    fixed = {name: all_reduce_counts(worker, counts) for name, counts in own.items()}
+    held = held.on(worker.device)
+    val = held if worker.world == 1 else val.on(worker.device)
+    return val, BaselineContext(Baselines(fixed, others), held)
 
 
 def _report(state: TrainState, val: dict[str, Any]) -> None:

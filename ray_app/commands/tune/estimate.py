@@ -16,6 +16,7 @@ from ray_app.commands.train.context import RunContext, strategy_of
 from ray_app.commands.train.plan import WEIGHTS_AND_MOMENTS_BYTES
 from ray_app.commands.train.state import make_objective
 from ray_app.commands.tune.context import SweepContext
+from ray_app.commands.tune.progress import duration_words
 from ray_app.commands.tune.space import describe, grid
 from ray_app.config.tune import TuneConfig
 from ray_app.core.adapters.registry import build_adapter
@@ -163,12 +164,15 @@ def step_seconds(context: RunContext, threads: int) -> float:
 
 def confirm_estimate(cfg: TuneConfig, estimate: Estimate) -> None:
     """Print the estimate; ask if it is above a limit. ConfigError: the answer is no, or there is no terminal."""
-    most = f" (at most {estimate.hours:.2g} h)" if estimate.hours_expected < estimate.hours else ""
+    expected, longest, last = (
+        duration_words(3600 * hours) for hours in (estimate.hours_expected, estimate.hours, estimate.final_hours)
+    )
+    most = f" (at most {longest})" if estimate.hours_expected < estimate.hours else ""
     gpus = f", {estimate.gpu_hours:.2g} GPU hours at most" if estimate.gpu_hours else ""
     seeds = f"{cfg.num_final_seeds} seeds of the winner"
-    final = f", then about {estimate.final_hours:.2g} h for {seeds}" if cfg.final else ""
+    final = f", then about {last} for {seeds}" if cfg.final else ""
     print(
-        f"about {estimate.hours_expected:.2g} h{most}{gpus} for {estimate.trials} trials, {estimate.concurrent} at a "
+        f"about {expected}{most}{gpus} for {estimate.trials} trials, {estimate.concurrent} at a "
         f"time{final}; {estimate.measured}",
         file=sys.stderr,
     )

@@ -21,7 +21,7 @@ REFRESH_S = 1.0
 """Seconds between two looks of `watch` at the event logs."""
 DRIVERLESS_S = 5.0
 """Seconds without a writer of the sweep's event log after which its driver counts as dead."""
-TRIAL_HEADS = ("trial", "status", "epochs", "accepted at 0.80", "lift (points)", "parameters", "minutes", "setting")
+TRIAL_HEADS = ("trial", "status", "epochs", "accepted at 0.80", "lift (points)", "parameters", "time", "setting")
 """Heads of `trial_cells`, in the terminal and on the page."""
 LIFT_STYLES = {"+": "green", "-": "red"}
 """Colours by a cell's sign, which only a lift has."""
@@ -104,6 +104,13 @@ def trials_table(trials: list[Trial]) -> Table:
     return table
 
 
+def duration_words(seconds: float) -> str:
+    """Return a duration in seconds, minutes or hours, whichever is readable."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def trial_cells(trial: Trial) -> list[str]:
     """A trial as a row of text, with its latency and the reason of its failure after its setting."""
     return [
@@ -113,7 +120,7 @@ def trial_cells(trial: Trial) -> list[str]:
         "" if trial.accept_rate is None else f"{100 * trial.accept_rate:.1f} %",
         "" if trial.lift is None else f"{100 * trial.lift:+.1f}",
         f"{trial.parameters:,}",
-        f"{trial.seconds / 60:.1f}",
+        duration_words(trial.seconds),
         describe(trial.setting)
         + ("" if trial.latency_ms is None else f"; one pair {trial.latency_ms:.2f} ms")
         + (f"; {trial.reason}" if trial.reason else ""),

@@ -11,19 +11,19 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import optuna
-from matplotlib.ticker import NullFormatter
-from optuna.importance import FanovaImportanceEvaluator
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import NullFormatter, PercentFormatter
 from optuna.visualization import matplotlib as optuna_figures
 
 from ray_app.commands.tune.final import final_result, final_seeds
-from ray_app.commands.tune.progress import TRIAL_HEADS, trial_cells
+from ray_app.commands.tune.progress import TRIAL_HEADS, duration_words, trial_cells
 from ray_app.commands.tune.space import Space, complete, describe, importances, read_space, study_of
 from ray_app.commands.tune.sweep_dir import PAGE, SweepDir
 from ray_app.commands.tune.trials import Trial, best_of, ranked, scored
 from ray_app.config.tune import TuneConfig
 from ray_app.core.thresholds import THETA, rate_key
-from ray_app.reports.figures import FAINT, INK, PALETTE, STYLE, to_svg
-from ray_app.reports.html import Cell, Facts, Figure, Outcome, Row, Section, Table, page
+from ray_app.reports.figures import FAINT, INK, NARROW, PALETTE, STYLE, WIDE, svg, to_svg
+from ray_app.reports.html import Cell, Facts, Figure, Outcome, Row, Section, Table, Text, page
 
 BASELINE = PALETTE[3]
 """Colour of the best baseline."""
@@ -50,6 +50,7 @@ def render_page(folder: SweepDir) -> str:
         Section("Baselines on the validation part", [baselines_table(about["data"])]),
         Section("Trials", [trials_block(folder, trials)]),
         Section("The sweep", [Facts(list(facts(folder, about, cfg)))]),
+        Section("Next", [Text(next_step(folder, best, final))]),
     ]
     return page(
         f"Sweep: {about['name']}",
@@ -72,6 +73,16 @@ def headline(best: Trial | None, final: dict[str, Any] | None, num: int) -> str:
         f"The best of {num} trials is accepted for {100 * best.accept_rate:.1f} % of the validation pairs at "
         f"θ {rate_key(THETA)}, {ahead} the best baseline: lift {100 * best.lift:+.1f} percentage points."
     )
+
+
+def next_step(folder: SweepDir, best: Trial | None, final: dict[str, Any] | None) -> str:
+    """What to do with the winner, or what to try instead."""
+    if final:
+        lifts = final["test"]["lift"]["min"] > 0
+        return f"promote the winner: {final['promote']}" if lifts or not final["try_next"] else str(final["try_next"])
+    if best is None or (best.lift or 0.0) > 0:
+        return f"finish the sweep: {folder.resume}"
+    return "try next: a wider space, more pairs of more drives, or features of encoders (`ray-app encode`)"
 
 
 def sweep_outcome(best: Trial | None, final: dict[str, Any] | None) -> Outcome:
@@ -117,14 +128,14 @@ def sweep_figures(cfg: TuneConfig, trials: list[Trial], baselines: Mapping[str, 
     study = study_of(shown, space)
     yield figure_section(
         "The best so far",
-        history_figure(study, baselines, name),
+        history_figure(study, baselines, name, shown.index(best)),
         f"The objective of each trial and the best so far: {100 * (best.objective or 0.0):.1f} percent at the end.",
-        "A dot is a trial: the objective of its best checkpoint.",
+        f"A dot is a trial: the objective of its best checkpoint. The star: {best.name}, the best.",
     )
     if shares := importances(study, cfg.seed):
         yield figure_section(
             "What mattered",
-            importance_figure(study, list(shares), cfg.seed, name),
+            importance_figure(shares),
             "Importance of each setting: " + ", ".join(f"{k} {100 * v:.0f} percent" for k, v in shares.items()),
             "Share of the objective's variance, by fANOVA (Hutter et al. 2014) over the trials that did not fail. "
             "With a dozen trials it is a hint, with a hundred a measurement.",
@@ -137,9 +148,9 @@ def sweep_figures(cfg: TuneConfig, trials: list[Trial], baselines: Mapping[str, 
     )
     yield figure_section(
         "What it costs",
-        pareto_figure(shown, space, second, name),
+        pareto_figure(shown, space, second, name, best),
         f"The objective against {second}, with the front of trials that no other beats in both.",
-        "Red: no other trial is better in both.",
+        f"Red: no other trial is better in both. The star: {best.name}, the best by the objective alone.",
     )
 
 
@@ -148,38 +159,49 @@ def figure_section(title: str, figure: str, alt: str, caption: str) -> Section:
     return Section(title, [Figure(figure, alt, caption)])
 
 
-def history_figure(study: optuna.Study, baselines: Mapping[str, float], name: str) -> str:
-    """Objective of each trial and the best so far, with the best baselines (as fractions)."""
+def history_figure(study: optuna.Study, baselines: Mapping[str, float], name: str, best: int) -> str:
+    """Objective of each trial and the best so far, with the best baselines (as fractions). `best`: its number."""
 
-    def draw() -> Any:
+    def draw(width: float) -> Any:
         axes = optuna_figures.plot_optimization_history(study, target_name=name)
         for key, value in baselines.items():
             label = "best baseline" if len(baselines) == 1 else f"best baseline, {key}"
             axes.axhline(100 * value, color=BASELINE, linestyle="--", label=label)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=4, frameon=False, fontsize=9)
+        mark_best(axes, best, study.trials[best].values[0])
+        columns = 4 if width == WIDE else 2
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=columns, frameon=False, fontsize=9)
         return axes
 
     return optuna_svg("history", draw, 3.4)
 
 
-def importance_figure(study: optuna.Study, names: Sequence[str], seed: int, name: str) -> str:
-    """Share of the objective's variance that each of some settings explains (fANOVA)."""
+def mark_best(axes: Any, x: float, y: float) -> None:
+    """Draw a star at the trial that is named best."""
+    axes.plot([x], [y], marker="*", markersize=13, color=PALETTE[8], linestyle="", label="best trial", zorder=5)
 
-    def draw() -> Any:
-        evaluator = FanovaImportanceEvaluator(seed=seed)
-        axes = optuna_figures.plot_param_importances(study, evaluator, list(names), target_name=name)
-        if legend := axes.get_legend():
-            legend.remove()
-        return axes
 
-    return optuna_svg("importance", draw, 1.2 + 0.4 * len(names))
+def importance_figure(shares: Mapping[str, float]) -> str:
+    """Share of the objective's variance that each setting explains, largest first."""
+    names = sorted(shares, key=lambda name: -shares[name])
+
+    def draw(figure: Canvas) -> None:
+        axes = figure.subplots()
+        bars = axes.barh(range(len(names)), [shares[name] for name in names], color=PALETTE[0], height=0.6)
+        axes.bar_label(bars, [f"{shares[name]:.0%}" for name in names], padding=3)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlim(0, 1.1 * max(shares.values()))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("share of the objective's variance")
+
+    return svg("importance", draw, (WIDE, 1.2 + 0.4 * len(names)))
 
 
 def slice_figures(study: optuna.Study, space: Space, name: str) -> str:
     """Objective of every trial over its value of each setting, SLICES of them in a row."""
 
-    def row(names: list[str]) -> str:
-        def draw() -> Any:
+    def row(names: list[str], width: float) -> str:
+        def draw(_: float) -> Any:
             drawn: Any = optuna_figures.plot_slice(study, names, target_name=name)
             drawn = np.ravel(drawn)
             drawn[0].figure.get_layout_engine().set(wspace=0.06)  # numbers at the ends of two axes must not touch
@@ -187,18 +209,25 @@ def slice_figures(study: optuna.Study, space: Space, name: str) -> str:
                 axes.tick_params(axis="x", rotation=90)
             return drawn[0]
 
-        return optuna_svg(f"slice-{names[0]}", draw, 3.2)
+        return optuna_svg(f"slice-{names[0]}", draw, 3.9, (width,))
 
-    return "".join(row(list(space)[n : n + SLICES]) for n in range(0, len(space), SLICES))
+    return "".join(
+        row(list(space)[n : n + columns], width)
+        for columns, width in ((SLICES, WIDE), (1, NARROW))
+        for n in range(0, len(space), columns)
+    )
 
 
-def pareto_figure(trials: Sequence[Trial], space: Space, second: str, name: str) -> str:
+def pareto_figure(trials: Sequence[Trial], space: Space, second: str, name: str, best: Trial) -> str:
     """Objective against parameters or latency; red: trials that no other beats in both."""
     measured = [trial for trial in trials if getattr(trial, second) is not None]
     label = "parameters" if second == "parameters" else "milliseconds for one pair"
 
-    def draw() -> Any:
-        axes = optuna_figures.plot_pareto_front(study_of(measured, space, second), target_names=[name, label])
+    def draw(_: float) -> Any:
+        study = study_of(measured, space, second)
+        axes = optuna_figures.plot_pareto_front(study, target_names=[name, label])
+        if best in measured:
+            mark_best(axes, *study.trials[measured.index(best)].values)
         if all(getattr(trial, second) > 0 for trial in measured):  # an adapter that is solved trains no parameters
             axes.set_yscale("log")
         return axes
@@ -206,14 +235,20 @@ def pareto_figure(trials: Sequence[Trial], space: Space, second: str, name: str)
     return optuna_svg("pareto", draw, 3.6)
 
 
-def optuna_svg(name: str, draw: Callable[[], Any], height: float) -> str:
-    """SVG of the figure of the axes that `draw` makes with Optuna, without its title, in the colours of the page."""
-    size = (8.2, height)
+def optuna_svg(
+    name: str, draw: Callable[[float], Any], height: float, widths: Sequence[float] = (WIDE, NARROW)
+) -> str:
+    """SVG of the figures of the axes that `draw` makes with Optuna for a width, without their titles."""
+    return "".join(_optuna_svg(f"{name}-{width:g}", draw, (width, height)) for width in widths)
+
+
+def _optuna_svg(name: str, draw: Callable[[float], Any], size: tuple[float, float]) -> str:
+    """SVG of one of them, in the colours of the page."""
     style = STYLE | {"svg.hashsalt": name, "figure.figsize": size, "figure.constrained_layout.use": True}
     with warnings.catch_warnings(), matplotlib.rc_context(style):
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         plt.switch_backend("agg")
-        figure = draw().figure
+        figure = draw(size[0]).figure
         figure.set_size_inches(size)
         figure.suptitle("")
         for axes in figure.axes:
@@ -229,9 +264,9 @@ def optuna_svg(name: str, draw: Callable[[], Any], height: float) -> str:
                     axis.set_major_formatter("{x:g}")  # the default is mathematical markup
                     axis.set_minor_formatter(NullFormatter())
         figure.patch.set_facecolor("none")
-        svg = to_svg(figure)
+        drawn = to_svg(figure, "wide" if size[0] == WIDE else "narrow")
         plt.close(figure)
-    return svg
+    return drawn
 
 
 def facts(folder: SweepDir, about: dict[str, Any], cfg: TuneConfig) -> Iterator[tuple[str, str]]:
@@ -241,7 +276,10 @@ def facts(folder: SweepDir, about: dict[str, Any], cfg: TuneConfig) -> Iterator[
     yield "objective", f"{cfg.objective} on the validation part, at the checkpoint of the lowest validation loss"
     yield "search algorithm, scheduler", f"{cfg.search_alg} (seed {cfg.seed}), {cfg.scheduler}"
     limits = {name: getattr(cfg, name) for name in ("max_trials", "max_hours", "max_gpu_hours")}
-    yield "budget", ", ".join(f"{name} {value}" for name, value in limits.items() if value)
+    limits = {
+        name: duration_words(3600 * value) if "hours" in name else value for name, value in limits.items() if value
+    }
+    yield "budget", ", ".join(f"{name} {value}" for name, value in limits.items())
     yield "started", f"{sum(line['kind'] == 'run_started' for line in folder.entries())} times"
     yield "fingerprint of the store", about["store_fingerprint"]
 
@@ -305,12 +343,15 @@ def baselines_table(data: dict[str, Any]) -> Table:
 
 def trials_block(folder: SweepDir, trials: list[Trial]) -> Table:
     """Every trial, the best first, with a link to its checkpoint if it is kept."""
-    rows = []
+    rows, best = [], best_of(trials)
     for trial in ranked(trials):
         name, *cells = map(Cell, trial_cells(trial))
         if trial.lift is not None:
             cells[TRIAL_HEADS.index("lift (points)") - 1] = trial_lift_cell(trial.lift)
-        rows.append(Row(Cell(name.text, href=folder.kept_checkpoint(trial.name) or ""), cells))
+        named = Cell(
+            name.text, href=folder.kept_checkpoint(trial.name) or "", quiet="the best" if trial is best else ""
+        )
+        rows.append(Row(named, cells, "adapter" if trial is best else ""))
     return Table(
         list(TRIAL_HEADS),
         rows,
