@@ -243,8 +243,8 @@ class RunDir:
     def prune_checkpoints(self, newest: str, best_epoch: int, num_kept: int = NUM_CHECKPOINTS_KEPT) -> None:
         """Name the best checkpoint, then delete older ones.
 
-        The newest `num_kept` stay whole, and so do the weights that were the best at each of them. A second call changes
-        nothing.
+        The newest `num_kept` stay whole, and so do the weights that were the best at each of them. A second call
+        changes nothing.
         """
         if best_epoch:
             best = {"checkpoint": f"{CHECKPOINTS}/{checkpoint_name(best_epoch)}", "epoch": best_epoch}
