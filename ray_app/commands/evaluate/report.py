@@ -254,7 +254,7 @@ def report_page(
 
 
 def next_section(result: Mapping[str, Any]) -> Section:
-    """What to do with the checkpoint, or what to try instead."""
+    """Section with the next step: register the checkpoint, or what to try instead."""
     register = (
         f"ray-app promote {shlex.quote(result['checkpoint'])} makes it champion, if it beats the present one too"
     )

@@ -76,7 +76,7 @@ def headline(best: Trial | None, final: dict[str, Any] | None, num: int) -> str:
 
 
 def next_step(folder: SweepDir, best: Trial | None, final: dict[str, Any] | None) -> str:
-    """What to do with the winner, or what to try instead."""
+    """Return the next step: promote the winner, or what to try instead."""
     if final:
         lifts = final["test"]["lift"]["min"] > 0
         return f"promote the winner: {final['promote']}" if lifts or not final["try_next"] else str(final["try_next"])
