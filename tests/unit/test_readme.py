@@ -36,7 +36,7 @@ def test_a_command_of_a_page_is_understood(line: str) -> None:
     if words[-1] == "--help":
         return
     name, rest = cli.find_command(words)
-    rest, trailing = cli.split_trailing(cli.COMMANDS[name], rest)
+    rest, trailing, _ = cli.split_trailing(cli.COMMANDS[name], rest)
     _, config_file, rest = cli.take_common(rest)
     if name in ("train", "tune") and {"--resume", "--watch"} & set(
         rest
