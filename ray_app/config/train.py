@@ -152,3 +152,16 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     def elastic(self) -> bool:
         """True if the number of workers follows the cluster."""
         return ":" in self.num_workers
+
+
+class AnswerTrainConfig(TrainConfig):
+    """Train image tokens and LoRA factors of a language model on answers, by the same loop."""
+
+    strategy: Literal["image_tokens"] = "image_tokens"  # type: ignore[assignment]
+    """Adapter."""
+    language_model: Path
+    """Folder of the frozen language model."""
+    projector_start: Path
+    """File of the projector that training starts from."""
+    image_tokens: Positive
+    """Tokens of a picture."""

@@ -1,16 +1,19 @@
 """Greedy answers of one model with the time of each stage, and what verification of drafts would cost it.
 
-Shapes: T = tokens of an answer, D = width of a model's last hidden state.
+Shapes: T = tokens of an answer, D = width of a model's last hidden state, B = prompts of a batch,
+P = positions of each.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ray_app.core.speculative.decoding import FixedGamma, Greedy, decode
+from ray_app.encoders.library import transformers
 from ray_app.language_models.model import Context, Frames, LanguageModel
 
 WARM_UP_TOKENS = 4
@@ -83,6 +86,23 @@ def answer(
         num_verified_otherwise=sum(otherwise for _, _, otherwise in passes),
         states_TD=torch.stack(states).to("cpu", torch.bfloat16) if with_states else None,
     )
+
+
+@torch.inference_mode()
+def greedy_batch(model: Any, prefix_BPD: Tensor, end_token: int, max_new_tokens: int) -> list[list[int]]:
+    """Return the greedy answers to prompts of one length, without the end token, by a model of transformers."""
+    cache = transformers().DynamicCache(config=model.config)
+    logits_BV = model(inputs_embeds=prefix_BPD, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    chosen: list[Tensor] = []
+    ended_B = torch.zeros(len(prefix_BPD), dtype=torch.bool, device=prefix_BPD.device)
+    while len(chosen) < max_new_tokens:
+        chosen.append(logits_BV.argmax(dim=1))
+        ended_B |= chosen[-1] == end_token
+        if bool(ended_B.all()):
+            break
+        logits_BV = model(input_ids=chosen[-1][:, None], cache=cache, use_cache=True).logits[:, -1]
+    answers: list[list[int]] = torch.stack(chosen, dim=1).tolist()
+    return [tokens[: tokens.index(end_token)] if end_token in tokens else tokens for tokens in answers]
 
 
 def warm_up(model: LanguageModel, frames_THWC: Frames | None, question: str, verify: tuple[int, ...]) -> None:

@@ -8,7 +8,9 @@
 Shapes: T = pictures, N = image tokens, E = width of an encoder's token, D = width of the language model.
 """
 
+import json
 import shutil
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,6 +53,8 @@ class JoinedConfig(Config):
     """Pictures that the encoder takes at a time."""
     projector: tuple[Positive, ...]
     """Widths of the projector, from the encoder's token to the language model."""
+    image_tokens: Positive | None = None
+    """Tokens that the projector makes of all of the encoder's; default: one of each."""
     prompt: Annotated[str, Field(pattern=r"\{pictures\}[\s\S]*\{question\}")] = "{pictures}\n{question}\n"
     """Text around pictures and question."""
 
@@ -64,9 +68,17 @@ def projector_of(widths: tuple[int, ...]) -> nn.Sequential:
 
 
 def save_joined(
-    folder: Path, config: JoinedConfig, projector: nn.Module, encoder: Path, language_model: Path
+    folder: Path,
+    config: JoinedConfig,
+    projector: nn.Module,
+    encoder: Path,
+    language_model: Path,
+    documents: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a folder that appears whole or not at all; the two models are copied into it. InputError: it exists."""
+    """Write a folder that appears whole or not at all; the two models are copied into it. InputError: it exists.
+
+    `documents`: further JSON files by name.
+    """
     if folder.exists():
         raise InputError(f"{folder} already exists; nothing is overwritten.")
     with staged_folder(folder) as partial:
@@ -77,6 +89,8 @@ def save_joined(
             partial / "model.safetensors",
         )
         (partial / "config.json").write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        for name, document in (documents or {}).items():
+            (partial / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         sums = [f"{sha256_file(path)}  {path.relative_to(partial)}\n" for path in files]
         (partial / CHECKSUMS).write_text("".join(sums), encoding="utf-8")
@@ -124,9 +138,10 @@ class JoinedModel(LanguageModel):
                 f"{' '.join(str(error).split())}"
             ) from error
         width = self.model.get_input_embeddings().weight.shape[1]
-        if joined.projector[-1] != width:
+        if joined.projector[-1] != width * (joined.image_tokens or 1):
             raise InputError(
-                f"{folder}: the projector ends at width {joined.projector[-1]}, the language model reads {width}."
+                f"{folder}: the projector ends at width {joined.projector[-1]}, the language model reads "
+                f"{joined.image_tokens or 1} x {width}."
             )
         self._projector = self._projector.to(self.device, self.model.dtype).eval()
 
@@ -157,5 +172,8 @@ class JoinedModel(LanguageModel):
 
     def picture_embeddings(self, pixels_TCHW: Tensor) -> Tensor:
         tokens_TNE: Tensor = self._encoder.tokens(pixels_TCHW)
-        embedded: Tensor = self._projector(tokens_TNE)
-        return embedded.flatten(0, 1)
+        if (number := self._joined.image_tokens) is None:
+            embedded: Tensor = self._projector(tokens_TNE)
+            return embedded.flatten(0, 1)
+        whole: Tensor = self._projector(tokens_TNE.flatten(1))
+        return whole.unflatten(1, (number, -1)).flatten(0, 1)

@@ -81,6 +81,13 @@ def run_demo_fetch(cfg: DemoFetchConfig) -> dict[str, Any]:
     return {"cache": str(cache), "models": {name: _fetched(cache / name, MODELS[name]) for name in cfg.parts}}
 
 
+def fetched(name: str, cache: Path | None) -> Path:
+    """Return the folder of a model, fetched if it is not there; errors as `run_demo_fetch`."""
+    folder = cache_folder(cache) / name
+    _fetched(folder, MODELS[name])
+    return folder
+
+
 def render_demo_fetch(result: dict[str, Any], console: Console) -> None:
     """Print the folders."""
     table = Table(show_header=False, box=None)

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from ray_app.config.base import TrackingFlags, changed_settings, flat
-from ray_app.config.train import TrainConfig
-from ray_app.core.adapters.base import InitRequirement
+from ray_app.config.train import AnswerTrainConfig, TrainConfig
+from ray_app.core.adapters.base import Adapter, InitRequirement
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.initialization import check_rank
-from ray_app.core.adapters.registry import STRATEGIES, meta_adapter, num_parameters
+from ray_app.core.adapters.registry import FOR_LANGUAGE_MODELS, STRATEGIES, meta_adapter, num_parameters
 from ray_app.core.adapters.token import TokenAdapter
 from ray_app.core.advice import default_settings
 from ray_app.core.augmentation import Augmentation
 from ray_app.errors import ConfigError, StoreError
+from ray_app.language_models.answer_objective import shape_of
 from ray_app.parsing.redact import redact
 from ray_app.runs.run_dir import run_metadata
 from ray_app.store.filesystem import absolute, open_storage
@@ -145,7 +146,7 @@ def open_run_context(cfg: TrainConfig) -> RunContext:
     store = PairStore.open(cfg.store, cfg.durations)
     split = training_split(cfg, store)
     cfg = with_default_strategy(cfg, store, len(split.train))
-    if STRATEGIES[strategy_of(cfg)].REQUIRES == "pairs":  # solved in one pass
+    if _adapter_class(cfg).REQUIRES == "pairs":  # solved in one pass
         cfg = cfg.model_copy(update={"num_epochs": 1})
     if cfg.resume:
         _check_resume_compatible(cfg, store, run_metadata(open_storage(cfg.out)))
@@ -172,6 +173,10 @@ def strategy_of(cfg: TrainConfig) -> str:
     return cfg.strategy
 
 
+def _adapter_class(cfg: TrainConfig) -> type[Adapter]:
+    return (STRATEGIES | FOR_LANGUAGE_MODELS)[strategy_of(cfg)]
+
+
 def training_split(cfg: TrainConfig, store: PairStore) -> Split:
     """Split a store; with --train-on-val the validation part is empty and its pairs train."""
     split = split_pairs(store.index, cfg.split_config)
@@ -195,7 +200,7 @@ def persisted_config(cfg: TrackingFlags) -> dict[str, Any]:
 
 def _check_resume_compatible(cfg: TrainConfig, store: PairStore, metadata: Mapping[str, Any]) -> None:
     """ConfigError if a setting would make it another run; a warning if its weights will not be byte-identical."""
-    old = TrainConfig.model_validate({**metadata["config"], "out": str(cfg.out)})
+    old = type(cfg).model_validate({**metadata["config"], "out": str(cfg.out)})
     changed = changed_settings(str(cfg.out), old, cfg, RESUME_OVERRIDABLE)
     if store.fingerprint != metadata["store_fingerprint"]:
         raise StoreError(
@@ -212,7 +217,7 @@ def _check_resume_compatible(cfg: TrainConfig, store: PairStore, metadata: Mappi
 
 def _init_requirement(cfg: TrainConfig) -> InitRequirement:
     """Decide which statistics a run needs. ConfigError: --init pca for a strategy that has no layers for it."""
-    strategy = STRATEGIES[strategy_of(cfg)]
+    strategy = _adapter_class(cfg)
     if cfg.init == "pca" and strategy.REQUIRES != "subspaces":
         if strategy.PCA_REQUIRES == "nothing":
             able = [name for name, kind in STRATEGIES.items() if "subspaces" in (kind.PCA_REQUIRES, kind.REQUIRES)]
@@ -232,7 +237,7 @@ def _resolve_adapter_config(cfg: TrainConfig, store: PairStore, num_train_pairs:
         raise ConfigError("--next-position-weight is for sequences (tokens, width); leave it out")
     if ragged and cfg.centred_weight:
         raise ConfigError("--centred-weight compares whole features, and sequences differ in length; leave it out")
-    strategy = STRATEGIES[strategy_of(cfg)]
+    strategy = _adapter_class(cfg)
     if ragged and not issubclass(strategy, TokenAdapter):
         raise ConfigError(
             f"{cfg.strategy} takes whole features, and these are sequences of different lengths, whose mask "
@@ -251,6 +256,11 @@ def _resolve_adapter_config(cfg: TrainConfig, store: PairStore, num_train_pairs:
         patch=cfg.patch,
         rank=num_train_pairs if strategy.REQUIRES == "pairs" else cfg.rank,
         mean_start=cfg.init == "pca" and strategy.PCA_REQUIRES == "means",
+        **(
+            {"image_tokens": cfg.image_tokens, "language_model": tuple(shape_of(cfg.language_model))}
+            if isinstance(cfg, AnswerTrainConfig)
+            else {}
+        ),
     )
 
 

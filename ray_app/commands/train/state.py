@@ -12,15 +12,17 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.initialization import load_init
-from ray_app.config.train import TrainConfig
+from ray_app.config.train import AnswerTrainConfig, TrainConfig
 from ray_app.core.adapters.base import Adapter, InitStats
+from ray_app.core.adapters.image_tokens import ImageTokens
 from ray_app.core.adapters.registry import build_adapter
 from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.core.optimizer_step import CosineByEpoch, StepResult, make_optimizer
+from ray_app.language_models.answer_objective import AnswerObjective
 from ray_app.parsing.json_text import parse_object
 from ray_app.runs.event_log import EventLog
 from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir, checkpoint_name
-from ray_app.store.checkpoint import load_checkpoint, load_training_state
+from ray_app.store.checkpoint import load_checkpoint, load_training_state, read_tensors
 from ray_app.store.pair_store import PairStore
 
 COUNTERS = ("epoch", "step", "best_loss", "best_epoch", "waited")
@@ -139,9 +141,14 @@ class TrainState:
         self.sums = EpochTotals(**meta["sums"])
 
 
-def make_objective(context: RunContext, adapter: Adapter, init: InitStats) -> AlignmentObjective:
-    """Join the adapter with the losses and the augmentation of a run."""
+def make_objective(
+    context: RunContext, adapter: Adapter, init: InitStats, device: torch.device
+) -> AlignmentObjective:
+    """Join the adapter with the losses and the augmentation of a run, on a device."""
     cfg = context.cfg
+    if isinstance(cfg, AnswerTrainConfig):
+        assert isinstance(adapter, ImageTokens)
+        return AnswerObjective(adapter, cfg.language_model, device)
     weights = LossWeights(
         mse=cfg.mse_weight,
         cosine=cfg.cosine_weight,
@@ -154,7 +161,7 @@ def make_objective(context: RunContext, adapter: Adapter, init: InitStats) -> Al
         next_position=cfg.next_position_weight,
     )
     mean_target = init["target_mean"] if cfg.centred_weight else None
-    return AlignmentObjective(adapter, weights, context.augmentation, mean_target)
+    return AlignmentObjective(adapter, weights, context.augmentation, mean_target).to(device)
 
 
 def resume_or_init(
@@ -171,9 +178,11 @@ def resume_or_init(
         adapter = build_adapter(context.adapter, cfg.seed)
         if init:
             adapter.initialize_from(init, pca=cfg.init == "pca")
+        if isinstance(cfg, AnswerTrainConfig):
+            adapter.load_state_dict(read_tensors(cfg.projector_start), strict=False)
     else:
         adapter = load_checkpoint(run.checkpoint(checkpoint)).adapter
-    objective = make_objective(context, adapter, init).to(device)
+    objective = make_objective(context, adapter, init, device)
     optimizer = make_optimizer(objective, cfg.learning_rate, cfg.weight_decay)
     state = TrainState(objective, optimizer, make_schedule(cfg, optimizer))
     if checkpoint is not None:

@@ -44,6 +44,10 @@ class AdapterConfig:
     """Number of dimensions of the subspaces; for `ridge` the number of training pairs."""
     mean_start: bool = False
     """Adapters of sequences add to the mean training target of each position instead of their input."""
+    image_tokens: int = 0
+    """Tokens of a picture for a language model, where the strategy makes such."""
+    language_model: tuple[int, ...] = ()
+    """Sizes of that language model: `ray_app.core.adapters.image_tokens.LanguageModelShape`."""
 
     def __post_init__(self) -> None:
         for name in ("event_dim", "target_dim", "hidden_dim", "depth", "patch", "rank"):

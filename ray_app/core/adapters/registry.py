@@ -6,6 +6,7 @@ from torch import nn
 from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.conv import Conv
+from ray_app.core.adapters.image_tokens import ImageTokens
 from ray_app.core.adapters.lowrank import LowRank
 from ray_app.core.adapters.mlp import Bottleneck, LightweightAlignmentModule, LightweightReference, Linear
 from ray_app.core.adapters.ridge import Ridge
@@ -32,6 +33,9 @@ STRATEGIES: dict[str, type[Adapter]] = {
     "token_attention": TokenAttention,
     "token_causal": TokenCausal,
 }
+"""Adapters that align features."""
+FOR_LANGUAGE_MODELS: dict[str, type[Adapter]] = {"image_tokens": ImageTokens}
+"""Adapters whose outputs a language model reads, which trains them."""
 
 
 def meta_adapter(config: AdapterConfig) -> Adapter:
@@ -39,12 +43,13 @@ def meta_adapter(config: AdapterConfig) -> Adapter:
 
     ConfigError: there is no such strategy, it does not work on such features, or they are too large.
     """
-    if config.strategy not in STRATEGIES:
+    kind = (STRATEGIES | FOR_LANGUAGE_MODELS).get(config.strategy)
+    if kind is None:
         raise ConfigError(f"there is no strategy '{config.strategy}'; there are: {', '.join(STRATEGIES)}")
-    STRATEGIES[config.strategy].check(config)
+    kind.check(config)
     try:
         with torch.device("meta"):
-            return STRATEGIES[config.strategy](config)
+            return kind(config)
     except (RuntimeError, OverflowError, ValueError, TypeError) as error:  # a width beyond what torch can count
         raise ConfigError(f"there is no {config.strategy} adapter of these settings: {error}") from error
 
