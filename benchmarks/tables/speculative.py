@@ -94,55 +94,9 @@ def speculative_facts() -> Table:
     )
 
 
-def demo_sight() -> Table:
-    rows = []
-    for kind, each in read("demo_target")["sight"]["kinds"].items():
-        low, high = each["interval95"]
-        shares = (percent(each[key]) for key in ("right", "majority", "probe"))
-        said, majority, probe = shares
-        rows.append((kind, said, f"{100 * low:.0f} to {100 * high:.0f} %", majority, probe))
-    return Table(("said about", "right", "95 %", "majority", "linear probe"), rows, ["demo_target"], named=False)
-
-
-def demo_facts() -> Table:
-    sight, tables = "sight", "drafters"
-    return facts(
-        ("place right", "demo_target", f"{sight}/kinds/place/right", "{:.0%}", "≥ 85 %"),
-        ("light right", "demo_target", f"{sight}/kinds/light/right", "{:.0%}", "≥ 85 %"),
-        (
-            "all kinds, points above the majority",
-            "demo_target",
-            lambda r: 100 * r["sight"]["above_majority"],
-            "{:.1f}",
-            "≥ 15",
-        ),
-        ("loss with another drive's picture / own", "demo_target", f"{sight}/loss_ratio_other", "{:.2f}", "≥ 2"),
-        ("loss without a picture", "demo_target", f"{sight}/loss/none", "{:.3f}", ""),
-        ("loss with the own picture", "demo_target", f"{sight}/loss/own", "{:.3f}", ""),
-        ("different texts, one question", "demo_target", f"{sight}/distinct_texts", "{:.0f} of 104", "≥ 60 of 100"),
-        ("tokens of a text", "demo_target", f"{sight}/tokens_mean", "{:.0f}", ""),
-        (
-            "3-gram table of its own answers, tokens per target pass, γ = 8",
-            "demo_target",
-            f"{tables}/3-gram/tokens_per_target_pass",
-            "{:.2f}",
-            "≤ 4.5",
-        ),
-        (
-            "`ngram` (six tokens), tokens per target pass",
-            "demo_target",
-            f"{tables}/ngram/tokens_per_target_pass",
-            "{:.2f}",
-            "",
-        ),
-    )
-
-
 TABLES: dict[str, Callable[[], Table]] = {
     "drafters": drafters,
     "drafters-duration": by_duration,
     "drafters-length": by_length,
     "speculative": speculative_facts,
-    "demo-sight": demo_sight,
-    "demo-facts": demo_facts,
 }

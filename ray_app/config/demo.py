@@ -68,15 +68,12 @@ class DemoEvaluateConfig(Config):
 
 
 class DemoDecodeConfig(Config):
-    """Decode live with the small target that sees, about rendered scenes: what drafts save, on this machine.
+    """Decode live with the small target that sees, about rendered scenes: what drafts save, on this machine."""
 
-    Fetches MobileNetV2 and SmolLM2 (98 MB) from the package index once; projector and LoRA are in this package.
-    """
-
+    target: Path = Path("models/demo")
+    """Folder that `demo build` made."""
     out: Path = Path("demo-decode")
     """Folder for pictures and results; must be new or empty, or of the same settings."""
-    cache: Path | None = None
-    """Folder of fetched models and of the target; default: ray-app in XDG_CACHE_HOME, else in ~/.cache."""
     num_pictures: Positive = 8
     """Pictures, four of each drive."""
     drafter: tuple[str, ...] = ("hybrid", "ngram")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from ray_app.commands.demo.projector_start import projector_start, solve_probe
-from ray_app.commands.demo.target import merge_lora, read_parts, ship_parts, write_target
+from ray_app.commands.demo.target import merge_lora, write_target
 from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.loop import WorkerContext, WorkerData, batches_in_memory, train_epoch
 from ray_app.commands.train.state import Checkpointer, TrainState, resume_or_init
@@ -23,7 +23,7 @@ from ray_app.core.adapters.registry import build_adapter
 from ray_app.data.array_store import write_store
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pair_tensors import PairTensors
-from ray_app.errors import CheckpointError, InputError
+from ray_app.errors import InputError
 from ray_app.language_models.answer_objective import AnswerObjective, pack_row, shape_of, unpack_row
 from ray_app.language_models.answers import answer, greedy_batch
 from ray_app.language_models.kinds import load
@@ -140,18 +140,6 @@ def test_a_joined_folder_answers_as_adapter_and_merged_model(
     )
     with pytest.raises(InputError, match="already exists"):
         write_target(tmp_path / "target", adapter, models / "encoder", models / "language_model", {}, {})
-
-
-def test_shipped_parts_come_back_in_half_precision_and_damage_is_named(adapter: ImageTokens, tmp_path: Path) -> None:
-    ship_parts(tmp_path / "parts", adapter, {"encoder": {}}, {"values": {}}, {"seed": 0})
-    back, belongs = read_parts(tmp_path / "parts")
-    assert belongs == {"encoder": {}}
-    for key, tensor in adapter.state_dict().items():
-        torch.testing.assert_close(back.state_dict()[key], tensor.half().float(), rtol=0, atol=0)
-    path = tmp_path / "parts" / "facts.json"
-    path.write_text("{}", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"facts\.json"):
-        read_parts(tmp_path / "parts")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`ray-app demo decode`: live speculative decoding with the small target that sees, from parts in this package."""
+"""`ray-app demo decode`: live speculative decoding with the small target that sees, about rendered scenes."""
 
 import json
 from io import BytesIO
@@ -12,32 +12,25 @@ from rich.console import Console
 
 from ray_app.commands.decode.command import render_decode, run_decode
 from ray_app.commands.demo.answers import HELD_OUT, pictures
-from ray_app.commands.demo.command import cache_folder, fetched
-from ray_app.commands.demo.target import PROVENANCE, SEEN, SHIPPED, identity_of, read_parts, write_target
 from ray_app.config.decode import DecodeConfig
 from ray_app.config.demo import DemoDecodeConfig
-from ray_app.errors import InputError, StoreError
-from ray_app.language_models.joined import verify_joined
-from ray_app.parsing.json_text import parse_object
-from ray_app.store.atomic import CHECKSUMS_FILE, make_folder, sha256_file, write_file
+from ray_app.errors import InputError
+from ray_app.store.atomic import make_folder, write_file
 
 PER_DRIVE = 4
-TARGET = "demo_target"
 MAX_NEW_TOKENS = 128
 
 
 def run_demo_decode(cfg: DemoDecodeConfig) -> dict[str, Any]:
-    """Fetch, join, and decode live; return the --json object of `decode`.
-
-    ResourceError: no package index. InputError: models other than those that the parts belong to.
-    """
-    target = shipped_target(cfg.cache)
+    """Decode live; return the --json object of `decode`. InputError: the target is not built, or damaged."""
+    if not cfg.target.exists():
+        raise InputError(f"{cfg.target} is not there; build it first: ray-app demo build --out {cfg.target}")
     out = cfg.out.absolute()
     prompts = write_prompts(out / "pictures", cfg.num_pictures, cfg.seed)
     return run_decode(
         DecodeConfig(
             source=(prompts,),
-            target=target,
+            target=cfg.target,
             out=out / "results",
             drafter=cfg.drafter,
             max_new_tokens=MAX_NEW_TOKENS,
@@ -51,30 +44,6 @@ def run_demo_decode(cfg: DemoDecodeConfig) -> dict[str, Any]:
 def render_demo_decode(result: dict[str, Any], console: Console) -> None:
     """Print the table of `decode`."""
     render_decode(result, console)
-
-
-def shipped_target(cache: Path | None) -> Path:
-    """Return the target of the parts in this package, joined with the fetched models where it is not there yet."""
-    encoder, language_model = fetched("mobilenet_v2", cache), fetched("smollm2", cache)
-    folder = cache_folder(cache) / TARGET
-    parts = sha256_file(SHIPPED / CHECKSUMS_FILE)
-    if folder.exists():
-        try:
-            found = parse_object((folder / PROVENANCE).read_bytes()).get("parts")
-        except (OSError, ValueError):
-            found = None
-        if found != parts:
-            raise StoreError(f"{folder} was made from other parts; delete it, or name another --cache.")
-        verify_joined(folder)
-        return folder
-    adapter, models = read_parts(SHIPPED)
-    if models != identity_of(encoder, language_model):
-        raise InputError(
-            f"{encoder} and {language_model} are not the models that the parts in this package belong to."
-        )
-    origin, seen = (parse_object((SHIPPED / name).read_bytes()) for name in (PROVENANCE, SEEN))
-    write_target(folder, adapter, encoder, language_model, seen, {**origin, "parts": parts})
-    return folder
 
 
 def write_prompts(folder: Path, number: int, seed: int) -> Path:

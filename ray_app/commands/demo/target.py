@@ -1,25 +1,12 @@
-"""The demo's target as a folder: from small trained parts, an image encoder and a language model.
+"""The demo's target as a folder: trained projector and LoRA factors, merged with an encoder and a language model."""
 
-The small parts (projector and LoRA factors) are what is trained; a folder of them in half precision is in the
-package:
-
-    adapter.safetensors   float16
-    config.json           settings of the adapter, and the SHA-256 of the two models that it belongs to
-    facts.json            values of facts by the projector's scores
-    provenance.json       how it was trained
-    MANIFEST.sha256
-"""
-
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from ray_app.commands.demo.answers import HELD_OUT, features_of, pictures
-from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.image_tokens import ImageTokens
 from ray_app.encoders.base import EncoderSettings, VisionModel
 from ray_app.encoders.library import transformers
@@ -29,17 +16,13 @@ from ray_app.language_models.answers import greedy_batch
 from ray_app.language_models.joined import PICTURES, JoinedConfig, save_joined
 from ray_app.language_models.loading import model_files, read_tokenizer, read_weights
 from ray_app.scenes.captions import KEY_ELEMENTS
-from ray_app.store.atomic import CHECKSUMS_FILE, sha256_file, staged_folder, verify_folder
-from ray_app.store.checkpoint import read_document, read_tensors
-from ray_app.store.golden import assembled
+from ray_app.store.atomic import staged_folder
 
 POOL = "3x3"
 """Means of the encoder's tokens that the projector reads."""
 ASKED = "\n{question}\n"
 """Prompt behind the picture."""
-PROVENANCE, GOLDEN, SEEN, PARTS = "provenance.json", "golden.json", "facts.json", "adapter.safetensors"
-SHIPPED = Path(__file__).with_name("parts")
-"""Folder of the trained parts in the package."""
+PROVENANCE, GOLDEN, SEEN = "provenance.json", "golden.json", "facts.json"
 NUM_GOLDEN, GOLDEN_TOKENS = 2, 40
 
 
@@ -107,33 +90,3 @@ def _golden(merged: Any, adapter: ImageTokens, encoder: Path, tokenizer: Any) ->
     answers = greedy_batch(merged, prefix_BPD, tokenizer.eos_token_id, GOLDEN_TOKENS)
     texts = [tokenizer.decode(tokens) for tokens in answers]
     return {"question": KEY_ELEMENTS, "tokens": answers, "texts": texts}
-
-
-def ship_parts(
-    folder: Path, adapter: ImageTokens, models: Mapping[str, Any], seen: Mapping[str, Any], origin: Mapping[str, Any]
-) -> None:
-    """Write the trained parts in half precision. `models`: of `identity_of`; `seen`, `origin`: of `write_target`."""
-    with staged_folder(folder) as staged:
-        save_file(
-            {key: each.detach().half().contiguous() for key, each in adapter.state_dict().items()}, staged / PARTS
-        )
-        for name, document in (
-            ("config.json", {"adapter": adapter.config.to_dict(), "models": dict(models)}),
-            (PROVENANCE, dict(origin)),
-            (SEEN, dict(seen)),
-        ):
-            (staged / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        sums = [
-            f"{sha256_file(staged / name)}  {name}\n" for name in sorted((PARTS, "config.json", PROVENANCE, SEEN))
-        ]
-        (staged / CHECKSUMS_FILE).write_text("".join(sums), encoding="utf-8")
-
-
-def read_parts(folder: Path) -> tuple[ImageTokens, dict[str, Any]]:
-    """Return the trained parts in float32 and the models that they belong to. CheckpointError: a damaged file."""
-    verify_folder(folder)
-    document = read_document(folder / "config.json")
-    tensors = {key: tensor.float() for key, tensor in read_tensors(folder / PARTS).items()}
-    adapter = assembled(AdapterConfig.from_dict(document["adapter"]), tensors)
-    assert isinstance(adapter, ImageTokens)
-    return adapter, document["models"]
