@@ -256,11 +256,8 @@ def _resolve_adapter_config(cfg: TrainConfig, store: PairStore, num_train_pairs:
         patch=cfg.patch,
         rank=num_train_pairs if strategy.REQUIRES == "pairs" else cfg.rank,
         mean_start=cfg.init == "pca" and strategy.PCA_REQUIRES == "means",
-        **(
-            {"image_tokens": cfg.image_tokens, "language_model": tuple(shape_of(cfg.language_model))}
-            if isinstance(cfg, AnswerTrainConfig)
-            else {}
-        ),
+        image_tokens=cfg.image_tokens if isinstance(cfg, AnswerTrainConfig) else 0,
+        language_model=tuple(shape_of(cfg.language_model)) if isinstance(cfg, AnswerTrainConfig) else (),
     )
 
 

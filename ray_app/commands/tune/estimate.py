@@ -149,7 +149,7 @@ def step_seconds(context: RunContext, threads: int) -> float:
     device = torch.device("cuda" if cfg.use_gpu else "cpu")
     adapter = build_adapter(context.adapter, 0)
     means = {"target_mean": torch.ones(store.feature("target").width)}
-    objective = make_objective(context, adapter, means).to(device).train()
+    objective = make_objective(context, adapter, means, device).train()
     optimizer = make_optimizer(objective, LEARNING_RATE, cfg.weight_decay)
     widths = store.feature("event").width, store.feature("target").width
     event_BE, target_BD = (torch.rand(cfg.batch_size, width, device=device) for width in widths)
