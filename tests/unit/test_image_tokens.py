@@ -118,6 +118,7 @@ def test_a_probe_finds_what_features_hold_and_the_projector_starts_at_the_words(
     values = sorted({fact.true(facts) for facts in seen for fact in FACTS.values()})
     words = {value: torch.randn(6, generator=generator) for value in values}
     start = projector_start(probe, features, seen, words)
+    assert all(tensor.is_contiguous() for tensor in start.values()), "safetensors takes no others"
     hidden = F.gelu(features @ start["projector.0.weight"].T + start["projector.0.bias"])
     tokens = (hidden @ start["projector.2.weight"].T + start["projector.2.bias"]).reshape(len(seen), len(FACTS), 6)
     place = list(FACTS).index("place")

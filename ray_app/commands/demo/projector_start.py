@@ -79,7 +79,7 @@ def projector_start(
     penalty = 1e-2 * gram_VV.diagonal().mean() * torch.eye(len(gram_VV), dtype=torch.float64)
     weight_VX = torch.linalg.solve(gram_VV + penalty, centred_NV.T @ (y_NX - y_NX.mean(dim=0)))
     return {
-        "projector.0.weight": SHARPNESS * probe.weight_VE,
+        "projector.0.weight": (SHARPNESS * probe.weight_VE).contiguous(),
         "projector.0.bias": SHARPNESS * probe.bias_V,
         "projector.2.weight": weight_VX.T.float().contiguous(),
         "projector.2.bias": (y_NX.mean(dim=0) - mean_V @ weight_VX).float(),
