@@ -42,7 +42,7 @@ class Picture:
     image_HWC: NDArray[np.uint8]
     """The picture, `SIDE` x `SIDE`."""
     facts: SceneFacts
-    """What is in it."""
+    """Facts about it."""
 
 
 def pictures(seed: int, part: int, num_drives: int, per_drive: int) -> Iterator[Picture]:
