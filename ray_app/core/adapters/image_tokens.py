@@ -1,4 +1,4 @@
-"""Trained parts with which a frozen language model sees: a projector from an image's features to tokens, and LoRA factors.
+"""Trained parts with which a language model sees: a projector from an image's features to tokens, and LoRA factors.
 
 Shapes: B = pairs, E = event width, H = hidden width, N = image tokens, D = width of the language model, L = layers,
 R = rank, I, O = inputs and outputs of one of its linear maps.
