@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ray_app.commands.demo.answers import TRAINING, Picture, features_of, pictures, write_rows
@@ -42,7 +41,7 @@ from ray_app.runs.run_dir import RUN
 from ray_app.scenes.captions import FACTS
 from ray_app.scenes.facts import SceneFacts
 from ray_app.store.atomic import make_folder, staged_folder, write_file
-from ray_app.store.checkpoint import load_checkpoint, read_tensors
+from ray_app.store.checkpoint import load_checkpoint, read_tensors, save_training_state
 from ray_app.store.provenance import provenance
 from ray_app.terminal import make_console
 
@@ -179,7 +178,7 @@ def _data(folder: Path, cfg: DemoBuildConfig, recipe: Recipe, encoder: VisionMod
     start = projector_start(probe, features_NE, facts, _words(language_model, tokenizer, facts))
     with staged_folder(folder) as staged:
         write_rows(staged / "rows", some, features_NE, tokenizer, ASKED, recipe.rows_each, cfg.seed)
-        save_file(start, staged / "start.safetensors")
+        save_training_state(staged / "start", start, {})
         document = {"values": probe.values, "majority": majority_of(facts)}
         (staged / SEEN).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -209,14 +208,14 @@ def probe_of(target: Path) -> tuple[Probe, dict[str, str]]:
 def _trained(cfg: DemoBuildConfig, recipe: Recipe, work: Path, language_model: Path) -> Path:
     """Train, or resume the run, or keep a finished one; return its last checkpoint."""
     run = work / "run"
-    tensors = read_tensors(work / "data" / "start.safetensors")
-    hidden = len(tensors["projector.0.bias"])
+    start = (work / "data" / "start" / "training_state.safetensors").absolute()
+    hidden = len(read_tensors(start)["projector.0.bias"])
     settings = AnswerTrainConfig(
         store=str(work / "data" / "rows"),
         out=str(run),
         resume=str(run) if (run / RUN).is_file() else None,
         language_model=language_model,
-        projector_start=(work / "data" / "start.safetensors").absolute(),
+        projector_start=start,
         image_tokens=len(FACTS),
         hidden_dim=hidden,
         rank=recipe.rank,
