@@ -3,9 +3,15 @@
 import math
 from dataclasses import dataclass
 
+import psutil
 import ray
 
 from ray_app.errors import ResourceError
+
+
+def free_memory_bytes() -> int:
+    """Return the memory of this machine that is available."""
+    return int(psutil.virtual_memory().available)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from torch import Tensor
 
+from ray_app.cluster.resources import free_memory_bytes
 from ray_app.commands.demo.answers import TRAINING, Picture, features_of, pictures, write_rows
 from ray_app.commands.demo.command import fetched
 from ray_app.commands.demo.evaluate import held_out, majority_of, render_demo_evaluate
@@ -147,7 +147,7 @@ def _claim(work: Path, settings: dict[str, Any]) -> None:
 
 def _require_memory(language_model: Path) -> None:
     size = sum(path.stat().st_size for path in language_model.glob("*.safetensors"))
-    needed, free = MEMORY_FACTOR * size + 2**30, psutil.virtual_memory().available
+    needed, free = MEMORY_FACTOR * size + 2**30, free_memory_bytes()
     if free < needed:
         raise ResourceError(
             f"building needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; close something."
