@@ -94,9 +94,24 @@ def speculative_facts() -> Table:
     )
 
 
+def trees() -> Table:
+    by_size = read("trees")["tokens_per_target_pass"]
+    rows = [
+        (
+            size,
+            f"{each['chain']:.2f}",
+            f"{each['tree']:.2f}",
+            f"{100 * each['gain']:+.1f} % [{100 * each['interval95'][0]:+.1f}, {100 * each['interval95'][1]:+.1f}]",
+        )
+        for size, each in by_size.items()
+    ]
+    return Table(("drafted tokens", "in a row", "in a tree", "gain"), rows, ["trees"])
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "drafters": drafters,
     "drafters-duration": by_duration,
     "drafters-length": by_length,
     "speculative": speculative_facts,
+    "trees": trees,
 }
