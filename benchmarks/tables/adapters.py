@@ -29,6 +29,14 @@ TOKENS = {
 }
 
 
+FEATURES = {
+    "token_bottleneck, features": "`token_bottleneck`, default losses",
+    "token_bottleneck, contrast": "`token_bottleneck`, contrast and centred cosine",
+    "lowrank, contrast": "`lowrank`, contrast and centred cosine",
+    "ridge, features": "`ridge`",
+}
+
+
 BASELINES = ("before", "white", "mean_target", "shuffled", "previous_window")
 
 
@@ -75,6 +83,41 @@ def baselines(result: str, name: str) -> Table:
     return Table(("baseline", "mean cos_sim", "accepted, θ 0.80", "θ 0.90"), rows, [result], named=False)
 
 
+def best_baseline(run: dict[str, Any], theta: str) -> float:
+    """Return the share that the best baseline accepts."""
+    rates = {key: baseline["cosine_accept_rate"] for key, baseline in run["baselines"].items()}
+    return max(rate[theta] for key, rate in rates.items() if key != "previous_window")
+
+
+def features() -> Table:
+    """Adapters of encoder features, each at the θ where the best baseline accepts nearest to a third of the pairs."""
+    encoded, pixels = read("adapters_features")["runs"], read("adapters_scenes")["runs"]["conv"]
+    named = {label: encoded[name] for name, label in FEATURES.items() if name in encoded}
+    rows = []
+    for label, runs in {**named, "`conv`, on pixels": pixels}.items():
+        seeds = [run for run in runs.values() if not uncommitted(run["provenance"])]
+        first = seeds[0]
+        theta = min(first["accept"], key=lambda each: abs(best_baseline(first, each) - 1 / 3))
+        intervals = [run["lift_interval95"][theta] for run in seeds]
+        rows.append(
+            (
+                label,
+                f"{first['parameters']:,}",
+                str(len(seeds)),
+                theta,
+                percent(best_baseline(first, theta)),
+                percent(statistics.mean(run["accept"][theta] for run in seeds)),
+                points(statistics.mean(run["lift"][theta] for run in seeds)),
+                points(min(low for low, _ in intervals)),
+                points(max(high for _, high in intervals)),
+                f"{statistics.mean(run['centred_cos_sim'] for run in seeds):.3f}",
+                percent(statistics.mean(run["retrieval"]["R@1"] for run in seeds)),
+            )
+        )
+    columns = ("adapter", "parameters", "seeds", "θ", "best baseline", "accepted", "lift", "lowest", "highest")
+    return Table((*columns, "centred cosine", "R@1"), rows, ["adapters_features", "adapters_scenes"])
+
+
 def race(key: str) -> Callable[[dict[str, Any]], float]:
     """Mean over the seeds of one number of the race."""
     return lambda result: statistics.mean(run[key] for run in result["runs"])
@@ -101,6 +144,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "adapters-scenes": lambda: adapters("adapters_scenes", STRATEGIES),
     "adapters-footage": lambda: adapters("adapters_footage", STRATEGIES),
     "adapters-tokens": lambda: adapters("adapters_tokens", TOKENS),
+    "adapters-features": features,
+    "baselines-features": lambda: baselines("adapters_features", "token_bottleneck, features"),
     "baselines-scenes": lambda: baselines("adapters_scenes", "conv"),
     "baselines-footage": lambda: baselines("adapters_footage", "lowrank"),
     "baselines-tokens": lambda: baselines("adapters_tokens", "token_bottleneck, spectral"),
