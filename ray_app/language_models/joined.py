@@ -138,10 +138,9 @@ class JoinedModel(LanguageModel):
                 f"{' '.join(str(error).split())}"
             ) from error
         width = self.model.get_input_embeddings().weight.shape[1]
-        if joined.projector[-1] != width * (joined.image_tokens or 1):
+        if joined.projector[-1] != (wanted := width * (joined.image_tokens or 1)):
             raise InputError(
-                f"{folder}: the projector ends at width {joined.projector[-1]}, the language model reads "
-                f"{joined.image_tokens or 1} x {width}."
+                f"{folder}: the projector ends at width {joined.projector[-1]}, the language model reads {wanted}."
             )
         self._projector = self._projector.to(self.device, self.model.dtype).eval()
 
