@@ -76,7 +76,7 @@ class DemoDecodeConfig(Config):
     """Folder for pictures and results; must be new or empty, or of the same settings."""
     num_pictures: Positive = 8
     """Pictures, four of each drive."""
-    drafter: tuple[str, ...] = ("hybrid", "ngram")
+    drafter: tuple[str, ...] = ("hybrid", "previous_window")
     """Drafters, as in `decode`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Number format of the target."""

@@ -69,9 +69,9 @@ def test_an_interrupted_build_ends_with_the_same_weights_and_decode_takes_them(
 
     prompts = write_prompts(tmp_path / "pictures", 3, seed=0)
     decode = DecodeConfig(
-        source=(prompts,), target=cfg.out, out=tmp_path / "out", drafter=("ngram",), max_new_tokens=8, watch=True
+        source=(prompts,), target=cfg.out, out=tmp_path / "out", drafter=("hybrid",), max_new_tokens=8, watch=True
     )
-    assert run_decode(decode)["drafters"]["ngram"]["texts_that_differ"] == 0
+    assert run_decode(decode)["drafters"]["hybrid"]["texts_that_differ"] == 0
 
     with pytest.raises(StoreError, match=r"demo holds another model"):
         run_demo_build(cfg.model_copy(update={"seed": 1}))
