@@ -71,7 +71,7 @@ def test_an_interrupted_build_ends_with_the_same_weights_and_decode_takes_them(
     decode = DecodeConfig(
         source=(prompts,), target=cfg.out, out=tmp_path / "out", drafter=("hybrid",), max_new_tokens=8, watch=True
     )
-    assert run_decode(decode)["drafters"]["hybrid"]["texts_that_differ"] == 0
+    assert run_decode(decode)["results"]["hybrid"]["texts_that_differ"] == 0
 
     with pytest.raises(StoreError, match=r"demo holds another model"):
         run_demo_build(cfg.model_copy(update={"seed": 1}))
