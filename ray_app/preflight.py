@@ -12,11 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BeforeValidator, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from ray_app.cluster.working_dir import files_of
-from ray_app.config.base import Config, TrackingFlags
+from ray_app.config.base import PLACE, Config, TrackingFlags
 from ray_app.config.evaluate import CompareConfig, PromoteConfig, ReportFlags
 from ray_app.config.prepare import EncodeConfig, InspectConfig, PrepareArrays, PrepareCapture, PrepareFlags
 from ray_app.config.serve import ServeConfig
@@ -167,4 +167,4 @@ def is_place(info: FieldInfo) -> bool:
     kinds: list[Any] = [info.annotation, *info.metadata]
     for kind in kinds:
         kinds += get_args(kind)
-    return any(kind is Path or (isinstance(kind, BeforeValidator) and kind.func is os.fspath) for kind in kinds)
+    return any(kind is Path or kind == PLACE for kind in kinds)

@@ -38,7 +38,8 @@ def _place(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-StorePlace = Annotated[str, BeforeValidator(_place)]
+PLACE = BeforeValidator(_place)
+StorePlace = Annotated[str, PLACE]
 """A folder, or a URI such as s3://bucket/store. Text, for a Path would make one slash of the two."""
 
 
