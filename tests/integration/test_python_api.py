@@ -86,7 +86,7 @@ def test_what_mlflow_opens_answers_as_the_endpoint_does(
         local_server(CHAMPION, tracking_uri=mine["uri"]) as server,
         AlignmentClient(f"http://127.0.0.1:{server.port}") as client,
     ):
-        answered = np.concatenate([client.align(some).aligned for some in np.array_split(rows, 30)])
+        answered = np.concatenate([client.align(some).aligned_BD for some in np.array_split(rows, 30)])
     np.testing.assert_allclose(pyfunc.load_model(CHAMPION).predict(rows), answered, rtol=0, atol=1e-4)
 
 
