@@ -27,11 +27,8 @@ from .job import DecodeJob, read_message, write_message
 
 NUM_IMAGES = 5
 """Event images per recording, by equal event count; the middle one is the event feature, or what is encoded."""
-MAX_PIXELS = 12_600_000
-"""Largest number of pixels of a picture: phones take 12.5 million. One that is turned is twice in memory, at 4 bytes
-each, which is what a decoder may take."""
-MAX_SENSOR_PIXELS = 2**22
-"""Largest number of pixels of a sensor: 4.2 million."""
+MAX_PIXELS = 2**22
+"""Largest number of pixels of a picture or sensor, 4.2 million: one with transparency takes 16 bytes each, 64 MiB."""
 ROOM_BYTES = 128 * 2**20
 """Address space of a job in addition to four times its input: twice the memory that decoding may take."""
 ALARM_S = 30
@@ -53,8 +50,8 @@ def images(job: DecodeJob, data: bytes) -> Iterator[Image.Image]:
         return
     what = "the recording"
     columns, rows = job.sensor
-    if columns * rows > MAX_SENSOR_PIXELS:
-        raise InputError(f"a sensor of {columns} x {rows} pixels is larger than the limit of {MAX_SENSOR_PIXELS:,}")
+    if columns * rows > MAX_PIXELS:
+        raise InputError(f"a sensor of {columns} x {rows} pixels is larger than the limit of {MAX_PIXELS:,}")
     events = events_of(parse_recording(data, what), columns, rows, what)
     if job.num_images > 1:
         yield from (Image.fromarray(event_image(part)) for part in equal_counts(events, job.num_images))
