@@ -78,6 +78,7 @@ def test_the_page_opens_without_a_network_wide_and_narrow(compared: tuple[list[P
     assert_opens(compared[1] / "comparison.html")
 
 
+@pytest.mark.slow
 def test_no_two_words_of_the_picture_touch_however_near_or_far_apart_the_adapters_are(tmp_path: Path) -> None:
     def point(parameters: int, latency_ms: float) -> dict[str, Any]:
         return {

@@ -99,6 +99,7 @@ def test_replay_predicts_the_passes_of_a_run_and_mlflow_has_its_metrics(target: 
         assert run.data.metrics[f"validation/{metric}"] == pytest.approx(number)
 
 
+@pytest.mark.slow
 def test_replicas_decode_whole_drives_and_give_the_same_texts(target: Path, tmp_path: Path) -> None:
     source = prompts(tmp_path / "prompts.jsonl", 20)
     run_decode(config(target, source, tmp_path / "two", num_workers=2, drafter=("hybrid",)))

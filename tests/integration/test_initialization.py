@@ -43,6 +43,7 @@ def lowrank(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return cfg, run_train(cfg)
 
 
+@pytest.mark.slow
 def test_a_lowrank_run_validates_as_the_evaluator_does(
     lowrank: tuple[TrainConfig, dict[str, Any]],
 ) -> None:
@@ -53,6 +54,7 @@ def test_a_lowrank_run_validates_as_the_evaluator_does(
     assert result["val"]["cos_sim_min"] == pytest.approx(float(cos.min()), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_start_through_ray_data_is_that_of_a_singular_value_decomposition(
     lowrank: tuple[TrainConfig, dict[str, Any]],
 ) -> None:
@@ -71,6 +73,7 @@ def test_a_start_through_ray_data_is_that_of_a_singular_value_decomposition(
         np.testing.assert_allclose(overlap[:3], 1.0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_another_run_takes_a_start_over_and_one_of_other_pairs_is_refused(
     lowrank: tuple[TrainConfig, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -96,6 +99,7 @@ def test_another_run_takes_a_start_over_and_one_of_other_pairs_is_refused(
         starts.load_init(nothing)
 
 
+@pytest.mark.slow
 def test_ridge_is_solved_once_and_is_no_worse_on_validation_than_the_mean_target(
     small_store: Path, tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def server(tmp_path: Path) -> Iterator[MlflowServer]:
     served.kill()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_comes_back_gets_every_point_in_one_run(
     server: MlflowServer, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

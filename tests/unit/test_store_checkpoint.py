@@ -187,7 +187,7 @@ DOCUMENTS: list[tuple[str, bytes, str]] = [
     ("config.json", b"[]", "a list, not an object"),
     ("config.json", b"[" * 10**6, "nested deeper"),
     ("config.json", b'{"format": [[[[1]]]]}', "format None"),
-    ("config.json", b"\xff", "utf-8"),
+    ("config.json", b"\xff", "no UTF-8 text"),
     ("config.json", b"1" * 5000, "4300 digits"),
     ("metrics.json", b"[]", "a list, not an object"),
     ("metrics.json", b'{"val":' * 10**5, "nested deeper"),

@@ -125,7 +125,7 @@ def _is_of(out: Path, settings: dict[str, Any]) -> bool:
         found = parse_object((out / PROVENANCE).read_bytes()).get("settings")
     except (OSError, ValueError):
         found = None
-    if found != json.loads(json.dumps(settings)):
+    if found != parse_object(json.dumps(settings)):
         raise StoreError(f"{out} holds another model; name another --out, or move it away.")
     verify_joined(out)
     return True

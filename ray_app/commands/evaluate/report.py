@@ -202,7 +202,8 @@ def results_table(result: Mapping[str, Any], title: str) -> TerminalTable:
         "",
         *(TerminalText(f"{100 * lift:+.1f}", style="green" if lift > 0 else "red") for lift in lifts),
     )
-    table.add_row("95 % interval", "", *interval_cells(result, thetas), style="dim")
+    if "interval95" in result:
+        table.add_row("95 % interval", "", *interval_cells(result, thetas), style="dim")
     return table
 
 
