@@ -3,7 +3,8 @@
     python -m benchmarks.results_tables
 
 A page marks a table's place with `<!-- table NAME -->` and `<!-- end -->`; `benchmarks/tables/` holds its contents.
-A line for each result file follows, with commit, date and machine. Numbers of uncommitted code are marked with †.
+A line for each result file follows, with commit, date and machine. Results of code that was not committed are
+refused.
 """
 
 import importlib
@@ -58,8 +59,7 @@ def facts(*rows: tuple[str, str, str | Callable[[dict[str, Any]], Any], str | Ca
     for what, name, path, form, wanted in rows:
         number = path(read(name)) if callable(path) else value(name, path)
         cell = form(number) if callable(form) else form.format(number)
-        mark = " †" if uncommitted(read(name)["provenance"]) else ""
-        lines.append((what, cell + mark, wanted or "–"))
+        lines.append((what, cell, wanted or "–"))
         results.append(name)
     return Table(("what", "measured", "wanted"), lines, list(dict.fromkeys(results)))
 
@@ -77,14 +77,12 @@ def points(number: float) -> str:
 def source_line(name: str, page: Path) -> str:
     """Origin of a result: link, commit, date, machine, load."""
     origin = read(name)["provenance"]
+    assert not uncommitted(origin), f"{name} is of code that was not committed: measure it again"
     up = "../" * len(page.relative_to(ROOT).parts[:-1])
-    when = (
-        "before" if "load_when_saved" in origin else "at the end"
-    )  # older results have the load under the other name
     when = "before" if "load_when_saved" in origin else "at the end"  # what older results call load_at_start
     machine = origin["cpu"].replace("(R)", "").replace(" Processor", "")
     parts = [
-        f"commit {origin['commit'][:7]}" + (" with uncommitted changes †" if uncommitted(origin) else ""),
+        f"commit {origin['commit'][:7]}",
         origin["date"][:10],
         f"{origin['cores']} cores of an {machine}" + (f" and an {origin['gpu']}" if origin.get("gpu") else ""),
         *([f"load {origin['load_at_start']:.0f} {when}"] if origin.get("load_at_start") is not None else []),

@@ -41,18 +41,17 @@ BASELINES = ("before", "white", "mean_target", "shuffled", "previous_window")
 
 
 def adapters(result: str, names: dict[str, str]) -> Table:
-    """Mean over the seeds whose run was made by committed code; all seeds, marked, where none was."""
+    """Mean over the seeds whose run was made by committed code; an adapter that has none is left out."""
     runs, rows = read(result)["runs"], []
     for name, label in names.items():
-        if name not in runs:
+        seeds = [run for run in runs.get(name, {}).values() if not uncommitted(run["provenance"])]
+        if not seeds:
             continue
-        committed = [run for run in runs[name].values() if not uncommitted(run["provenance"])]
-        seeds = committed or list(runs[name].values())
         low, high = (pick(run["lift_interval95"]["0.80"][i] for run in seeds) for i, pick in ((0, min), (1, max)))
         means = {theta: statistics.mean(run["accept"][theta] for run in seeds) for theta in ("0.80", "0.90")}
         rows.append(
             (
-                label + ("" if committed else " †"),
+                label,
                 f"{seeds[0]['parameters']:,}",
                 str(len(seeds)),
                 percent(means["0.80"]),

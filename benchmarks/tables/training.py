@@ -115,24 +115,10 @@ def scaling() -> Table:
 
 def failure_facts() -> Table:
     return facts(
-        ("processes of a training killed", "chaos", "kills", "{}", ""),
-        (
-            "· runs with the undisturbed run's weights",
-            "chaos",
-            lambda r: sum(x["equal"] for x in r["runs"]),
-            "{}",
-            "4",
-        ),
-        ("· pairs lost or seen twice", "chaos", "pairs_lost_or_seen_twice", "{:.0f}", "0"),
-        ("nodes killed under an elastic training", "train_elastic", "kills", "{}", ""),
-        ("· runs that ended wrong", "train_elastic", "jobs_ended_wrong", "{}", "0"),
-        ("· to the first new step, median", "train_elastic", "seconds_to_continue/median", "{:.0f} s", ""),
         ("nodes killed under `prepare`", "node_kills_prepare", "nodes_killed", "{}", ""),
         ("· pairs lost", "node_kills_prepare", "pairs_lost", "{}", "0"),
         ("· to the next finished file, median", "node_kills_prepare", "median_s", "{:.0f} s", ""),
         ("· worst", "node_kills_prepare", "worst_s", "{:.0f} s", ""),
-        ("step over links of 20 Mbit/s", "slow_links", lambda r: 1e3 * r["slow"][0]["step_s"], "{:.0f} ms", ""),
-        ("· over free links", "slow_links", lambda r: 1e3 * r["slow"][0]["step_s_of_a_free_link"], "{:.0f} ms", ""),
         ("MLflow away: points of a run", "tracking_outage", lambda r: sum(r["rounds"][0]["points"]), "{:,}", ""),
         ("· missing after `sync`", "tracking_outage", "missing_after_sync", "{}", "0"),
         ("· step time, server cut off for 60 s", "tracking_outage", "ratio_cut", "{:.2f} times", "1.01"),
