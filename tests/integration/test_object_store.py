@@ -191,7 +191,7 @@ def test_a_server_that_stays_away_ends_it_with_what_is_done_intact(s3: S3, small
     printed = str(errors[0])
     assert "s3://bucket/away/" in printed
     assert re.search(r"\d+ tries in \d+ s failed", printed)
-    assert "Finished files stay; continue with: ray-app " in printed
+    assert "Finished files stay; continue with: ray-app" in printed
     assert errors[0].exit_code == 2
     kept = {key: open_storage(s3.uri("bucket")).read(key) for key in done}
     result = prepare(source, flags, SMALL)

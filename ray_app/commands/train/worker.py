@@ -54,7 +54,7 @@ class WorkerSpec:
     shared: SharedDataset | None = field(default=None, repr=False)
     """Pairs in shared memory, for the trials of a sweep."""
     mean_target_D: torch.Tensor | None = field(default=None, repr=False)
-    """Mean training target, a baseline; set where pairs are not shared and there is a validation part."""
+    """Mean training target, a baseline; None where pairs are shared, nothing is validated, or targets are tokens."""
 
 
 def train_loop_per_worker(config: dict[str, WorkerSpec]) -> None:
@@ -89,21 +89,26 @@ def _data_of_this_worker(worker: WorkerContext, spec: WorkerSpec) -> WorkerData:
             return batches_in_memory(train, order, state, worker)
         return iter_batches(shard, store, cfg.seed, state.epoch, rank, world, cfg.batch_size)
 
-    if spec.mean_target_D is None:
+    if not len(split.val):
         return WorkerData(rest_of_epoch, spec.in_memory, None)
     return WorkerData(rest_of_epoch, spec.in_memory, *_validation_of_this_worker(worker, spec.mean_target_D))
 
 
 def _validation_of_this_worker(
-    worker: WorkerContext, mean_target_D: torch.Tensor
-) -> tuple[PairTensors, BaselineContext]:
-    """Take a worker's validation pairs, and the baselines of all of them; the same for any number of workers."""
+    worker: WorkerContext, mean_target_D: torch.Tensor | None
+) -> tuple[PairTensors, BaselineContext | None]:
+    """Take a worker's validation pairs, and the baselines of all of them; the same for any number of workers.
+
+    Without a mean target there are no baselines.
+    """
     store, split = worker.store, worker.context.split
     rows = np.arange(worker.rank, len(split.val), worker.world)
     others = derangement(store.index.sequence[split.val].tolist(), seed=0)
     shard = ray.train.get_dataset_shard("val")
     held = load_pair_tensors(shard, store, split.val, np.union1d(rows, others[rows]))
     val = held if worker.world == 1 else PairTensors(rows, *held.take(rows))
+    if mean_target_D is None:
+        return val.on(worker.device), None
     own = count_fixed_baselines(store, val.event_BE.numpy(), val.target_BD.numpy(), mean_target_D)
     fixed = {name: all_reduce_counts(worker, counts) for name, counts in own.items()}
     held = held.on(worker.device)
