@@ -240,13 +240,11 @@ def test_the_numbers_of_a_page_are_those_of_the_results(page: Path) -> None:
     assert results_tables.filled(page.read_text(), page) == page.read_text()
 
 
-def test_a_number_of_uncommitted_code_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_of_uncommitted_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     result = {"provenance": {"commit": "0123456789ab", "uncommitted_changes": True}, "speed": {"s": 2.5}}
     monkeypatch.setattr(results_tables, "read", lambda _: result)
-    assert results_tables.facts(("a step", "made_up", "speed/s", "{:.2f} s", "")).rows == [
-        ("a step", "2.50 s †", "–")
-    ]
-    result["provenance"]["uncommitted_changes"] = False
     assert results_tables.facts(("a step", "made_up", "speed/s", "{:.2f} s", "3 s")).rows == [
         ("a step", "2.50 s", "3 s")
     ]
+    with pytest.raises(AssertionError, match="made_up is of code that was not committed: measure it again"):
+        results_tables.source_line("made_up", results_tables.ROOT / "README.md")
