@@ -260,6 +260,8 @@ def fuzz(kind: str, count: int, seed: int = 0) -> Totals:
                     number = result["number"]
                 else:
                     totals.add(number, result)
+                    if (number + 1) % 500 == 0:
+                        print(f"{kind}: {number + 1} of {count}", file=sys.stderr, flush=True)
         if process.returncode:
             totals.deaths += 1
             totals.findings.append(f"example {number}: the process died with {process.returncode}")
