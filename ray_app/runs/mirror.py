@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ray_app.runs.event_log import EVENT_LOG
+from ray_app.runs.signals import handle_signals
 from ray_app.runs.succession import Lease, Successors, TakenOver, run_in_background
 from ray_app.store.atomic import CHECKSUMS_FILE, disk_errors, verify_folder, write_file
 from ray_app.store.checkpoint_transfer import download_dir, upload_dir
@@ -121,8 +122,10 @@ class Mirror:
                 self._lost = error
 
         driver.take()
+        # A script's background process ignores SIGINT; this one must arrive all the same.
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         try:
-            with run_in_background(renew):
+            with handle_signals({signal.SIGINT: _interrupt if ignored else None}), run_in_background(renew):
                 yield
         except BaseException:
             if self._lost:
@@ -253,3 +256,7 @@ class Mirror:
 def whole_lines(data: bytes) -> bytes:
     """Return what is before the end of the last line."""
     return data[: data.rfind(b"\n") + 1]
+
+
+def _interrupt(_: int) -> None:
+    raise KeyboardInterrupt

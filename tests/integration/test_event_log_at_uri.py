@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -279,8 +280,9 @@ def test_a_run_has_one_driver_and_one_that_was_killed_is_followed_when_its_lease
             killed.renew()
 
 
+@pytest.mark.parametrize("usual", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
 def test_a_driver_that_another_has_followed_is_interrupted_and_sends_no_more_signals(
-    copy: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
+    copy: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch, usual: Any
 ) -> None:
     monkeypatch.setattr(succession, "SYNC_INTERVAL_S", 0.05)
     run = copy("lost")
@@ -289,15 +291,19 @@ def test_a_driver_that_another_has_followed_is_interrupted_and_sends_no_more_sig
         with run.exclusive({}):
             assert run.mirror.remote
             Successors(run.mirror.remote, mirror.DRIVER_LEASE).join(b"{}")
-            with suppress(KeyboardInterrupt):
-                time.sleep(400)
+            with pytest.raises(KeyboardInterrupt):
+                time.sleep(60)
             run.stop_file.touch()
             run.mirror.push_signals("stop")
             with run.event_log():
                 raise AssertionError("it writes no more")
 
-    with pytest.raises(TakenOver, match="/there/lost continues in another process"):
-        drive()
+    before = signal.signal(signal.SIGINT, usual)  # a script's background process ignores it
+    try:
+        with pytest.raises(TakenOver, match="/there/lost continues in another process"):
+            drive()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "stop" not in run.mirror.storage.listdir(), "it would stop the workers of the other driver"
 
 
