@@ -19,6 +19,7 @@ from ray_app.commands.evaluate import evaluator as judge
 from ray_app.commands.evaluate.command import render_evaluate, run_evaluate, varied
 from ray_app.config.base import SplitConfig
 from ray_app.config.evaluate import EvaluateConfig
+from ray_app.data import training_means as data_means
 from ray_app.data.training_means import training_means
 from ray_app.errors import CheckpointError, RegistryError, ResourceError, StoreError
 from ray_app.reports.folder import claim_report_folder
@@ -104,7 +105,9 @@ def test_the_adapter_and_the_preceding_window_are_compared_on_the_same_pairs(
     assert result["previous_window_better"] == ((previous > 0.8).mean() > (after[now] > 0.8).mean())
 
 
-def test_means_summed_by_ray_data_are_exact(small_store: Path) -> None:
+@pytest.mark.parametrize("at_once_bytes", [2**30, 0], ids=["at once", "by Ray Data"])
+def test_means_are_exact(small_store: Path, monkeypatch: pytest.MonkeyPatch, at_once_bytes: int) -> None:
+    monkeypatch.setattr(data_means, "AT_ONCE_BYTES", at_once_bytes)
     store = PairStore.open(small_store)
     rows = split_pairs(store.index, SplitConfig()).train
     sums = training_means(store, rows)
