@@ -58,7 +58,11 @@ def assert_self_contained(page: str) -> None:
 
 
 def assert_has_words(page: str) -> None:
-    """Pictures, figures and table heads have text for those who do not see them; identities are unique."""
+    """Pictures, figures and table heads have text for those who do not see them; identities are unique.
+
+    The last section says what to do next.
+    """
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", page, re.DOTALL)[-1].strip() == "Next"
     elements = Elements(page).found
     assert all(attributes.get("alt") for tag, attributes in elements if tag == "img")
     assert all(attributes.get("aria-label") for tag, attributes in elements if attributes.get("role") == "img")

@@ -169,7 +169,7 @@ def kill_a_worker_after(run: Path, epoch: int, killed: list[int]) -> None:
         time.sleep(0.01)
 
 
-LONG = {"num_epochs": 60, "early_stop_patience": 60}
+LONG = {"num_epochs": 24, "early_stop_patience": 24}
 """Long enough that a kill after the first epochs comes before the end, on a busy machine too."""
 
 
@@ -222,7 +222,7 @@ def test_all_of_it_killed_then_asked_to_stop_then_resumed_the_run_ends_with_the_
 ) -> None:
     """Within epochs: saved every fourth step, killed after step 30, asked to stop after step 100."""
     cfg = config("stopped", **LONG)
-    words = f"train --store {cfg.store} --out {cfg.folder} --num-epochs 60 --early-stop-patience 60 --hidden-dim 16"
+    words = f"train --store {cfg.store} --out {cfg.folder} --num-epochs 24 --early-stop-patience 24 --hidden-dim 16"
     words += " --strategy lightweight"
     words += f" --batch-size 8 --tracking-uri {cfg.tracking_uri} --checkpoint-every 4"
     resume = ["train", "--resume", str(cfg.folder)]

@@ -11,8 +11,9 @@ from small_runs import make_run
 from ray_app import cli
 from ray_app.cluster.working_dir import files_of
 from ray_app.commands.jobs.command import render_jobs_list
-from ray_app.commands.jobs.submit import packed
+from ray_app.commands.jobs.submit import packed, requirement_lines
 from ray_app.config.submit import SubmitConfig
+from ray_app.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,6 +105,18 @@ def test_what_the_cluster_sees_is_sent_and_where_its_runs_go_is_said(
     said = capsys.readouterr().err
     assert "there is no cluster at http://127.0.0.1:9" in said
     assert ("MLFLOW_TRACKING_URI of the cluster's nodes" in said) is not tracked
+
+
+def test_requirements_are_read_without_their_comments(tmp_path: Path) -> None:
+    file = tmp_path / "requirements.txt"
+    file.write_bytes(b"# of the project\n\nnumpy==2.3.0  # pinned\r\npackage @ https://host/a.whl#sha256=ab\n")
+    assert requirement_lines(file) == ["numpy==2.3.0", "package @ https://host/a.whl#sha256=ab"]
+    for damaged in (tmp_path / "absent", tmp_path):
+        with pytest.raises(ConfigError, match=f"--requirements {damaged} cannot be read"):
+            requirement_lines(damaged)
+    file.write_bytes(b"\x80\xff\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        requirement_lines(file)
 
 
 def test_a_list_of_jobs_cuts_no_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from ray_app.drafters.recorded_states import answers_with_states, bootstrap_bloc
 from ray_app.drafters.replay import Fold, folds_of
 from ray_app.errors import CheckpointError, InputError, StoreError
 from ray_app.reports.figures import reliability_figure
-from ray_app.reports.html import Cell, Figure, Row, Section, Table, page
+from ray_app.reports.html import Cell, Figure, Row, Section, Table, Text, page
 from ray_app.store.atomic import write_file
 from ray_app.store.provenance import provenance
 from ray_app.store.traces import TraceFile
@@ -205,6 +205,7 @@ def correlation_page(result: dict[str, Any]) -> str:
             ),
             Section("P(match | cos > θ)", [Table(["states", *(f"θ {theta}" for theta in thetas)], above)]),
             Section("The cosine taken as a probability", [figure]),
+            Section("Next", [Text("ray-app evaluate --token-report links this page from an adapter's report.")]),
         ],
     )
 

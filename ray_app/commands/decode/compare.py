@@ -22,7 +22,7 @@ from ray_app.core.speculative.metrics import block_bootstrap
 from ray_app.errors import InputError
 from ray_app.parsing.json_text import parse_object
 from ray_app.reports.folder import COMPARISON_FILES, DECODE_SETTINGS, claim_report_folder
-from ray_app.reports.html import Cell, Outcome, Row, Section, Table, page, write_output
+from ray_app.reports.html import Cell, Outcome, Row, Section, Table, Text, page, write_output
 from ray_app.store.capture_store import SHARDS, read_shard
 
 BASELINES = {
@@ -35,6 +35,9 @@ BASELINES = {
 """Drafters that every table has: what each is in words, and the flags of `decode` that measure it."""
 SAME = ("source", "target_sees", "max_new_tokens", "temperature", "top_p", "dtype")
 """Settings without which two runs do not decode the same texts."""
+NEXT = (
+    "ray-app decode with the best of them on rows of your own; ray-app replay tries more drafters, without a model."
+)
 GAINS = ("tokens_per_target_pass", "speedup")
 HEADS = ("drafter", "tokens per pass", "gain in tokens", "accepted", "speed-up", "gain in speed", "other texts")
 Key = tuple[str, str, str]
@@ -235,7 +238,10 @@ def drafters_page(result: Mapping[str, Any]) -> str:
         result["verdict"],
         words[0],
         [{"text": text, "warning": True} for text in words[1:]],
-        [Section("Drafters and baselines", [Table(list(HEADS), table_rows(result), key="tokens per pass")])],
+        [
+            Section("Drafters and baselines", [Table(list(HEADS), table_rows(result), key="tokens per pass")]),
+            Section("Next", [Text(NEXT)]),
+        ],
         outcome(result),
     )
 

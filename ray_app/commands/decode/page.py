@@ -17,6 +17,8 @@ MOST_ROWS = 24
 """Rows that are shown with pictures: a page must open."""
 MOST_FRAMES = 2
 """Frames of a row that are shown: the first and the last."""
+FASTER = "ray-app compare RUN RUN … sets this run against others on the same rows, with the baselines of drafting."
+NOT_FASTER = "Try another --drafter: ray-app replay measures many of them on recorded answers, without a model."
 BARS = "▁▂▃▄▅▆▇█"
 """The lowest is γ = 0: a space would not be drawn."""
 
@@ -38,6 +40,7 @@ def decode_page(data: DecodeInput, lines: Sequence[Line], result: Mapping[str, A
             Section("Where the time went", [_stages_figure(result)]),
             Section("γ over time", [_gamma_figure(lines)]),
             Section(f"{len(shown)} of {len(lines)} rows", [block for line in shown for block in _row(data, line)]),
+            Section("Next", [Text(FASTER if best > 1.0 else NOT_FASTER)]),
         ],
         "beats" if best > 1.0 else "loses",
     )

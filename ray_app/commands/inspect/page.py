@@ -3,6 +3,7 @@
 Shapes: N = pairs of the index.
 """
 
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ SEQUENCE_HEADS = [
     "events drawn (median)",
     "active pixels (median)",
 ]
+LEAKING = "Divide by whole sequences (--split sequence, the default), or leave the pairs out that are shared."
 BLUE, RED, TEAL, GREY = PALETTE[0], PALETTE[3], PALETTE[5], PALETTE[1]
 
 
@@ -45,6 +47,7 @@ def inspect_page(result: dict[str, Any], index: PairIndex, scan: StoreScan, leak
         f"{result['pairs']:,} pairs of {result['sequences']} sequences in {result['store']} · source "
         f"{result['source']['name']}, events {result['source']['events']} · all checksums match"
     )
+    leaking = any(comparison.leaks.any for comparison in leaks)
     sequences = Table(SEQUENCE_HEADS, [sequence_row(line) for line in result["by_sequence"]], day_rule(result))
     sections = [
         Section(
@@ -59,6 +62,7 @@ def inspect_page(result: dict[str, Any], index: PairIndex, scan: StoreScan, leak
         *(Section(title, [figure]) for title, figure in store_figures(result, index, scan)),
         Section("Sequences", [Group(f"{len(result['by_sequence']):,} sequences, one by one", [sequences], "fold")]),
         Section("Source", [Facts([*flat_rows(result["source"]), ("fingerprint", result["fingerprint"])])]),
+        Section("Next", [Text(LEAKING if leaking else f"ray-app train --store {shlex.quote(result['store'])}")]),
     ]
     return page(
         f"Pair store: {result['store']}",
@@ -66,7 +70,7 @@ def inspect_page(result: dict[str, Any], index: PairIndex, scan: StoreScan, leak
         lead + (f" · compared with {other['pairs']:,} pairs in {other['store']}" if other else ""),
         [{"text": text, "warning": False} for text in result["warnings"]],
         sections,
-        "plain" if not leaks else "loses" if any(comparison.leaks.any for comparison in leaks) else "beats",
+        "plain" if not leaks else "loses" if leaking else "beats",
     )
 
 

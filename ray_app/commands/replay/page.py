@@ -28,6 +28,10 @@ Groups = Mapping[str, DrafterMetrics]
 """`tokens_per_target_pass` and its `interval95` for each group and drafter."""
 
 
+BEHIND = "Try more recorded answers of other drives to learn from: --learn-from."
+AHEAD = "ray-app decode times the best of them with a live target, everything charged."
+
+
 def replay_page(
     result: Mapping[str, Any],
     details: DrafterMetrics,
@@ -45,6 +49,7 @@ def replay_page(
         Section("Results", [*tables, Text(EXPLANATION)]),
         *(Section(title, [figure]) for title, figure in replay_figures(result["results"], details, groups)),
         Section("Tokens per target pass, by duration and question", [Table(["rows", *result["results"]], rows)]),
+        Section("Next", [Text(BEHIND if behind else AHEAD)]),
     ]
     return page(
         "Replay of recorded outputs",
