@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ray_app.errors import ConfigError
+from ray_app.parsing.json_text import require_few_members
 
 Strategy = Literal[
     "lightweight",
@@ -61,6 +62,7 @@ class Config(BaseModel):
     """Frozen settings; unknown names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    _few = model_validator(mode="before")(require_few_members)
 
     @model_validator(mode="after")
     def _no_uri_for_a_path(self) -> Self:

@@ -10,6 +10,8 @@ from ray_app.parsing.text import decode_text
 
 MAX_DEPTH = 64
 """Nesting of lists and objects in a document of ours; the deepest has about ten levels."""
+MAX_MEMBERS = 1_000
+"""Members of an object whose every member is validated."""
 BYTES_OF = {"]": 64, "}": 240, ",": 36, '"': 30, ":": 80}
 """Most memory that CPython needs for what such a character means: a list, an object with one member, a number in a
 list, half of a text, a member while it is read. Lists and objects that are not closed are few: their nesting is
@@ -41,6 +43,13 @@ def parse_json(data: bytes | bytearray | memoryview | str, max_depth: int = MAX_
             raise ValueError("its values do not fit into memory") from None
         if type(value) in (list, dict) and text.count("[") + text.count("{") > max_depth:
             _require_depth(value, max_depth)
+    return value
+
+
+def require_few_members(value: Any) -> Any:
+    """Return the value. ValueError: an object of more members than ours have, each with a problem of its own."""
+    if isinstance(value, dict) and len(value) > MAX_MEMBERS:
+        raise ValueError(f"it has {len(value)} members, the limit is {MAX_MEMBERS}")
     return value
 
 

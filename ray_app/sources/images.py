@@ -87,12 +87,14 @@ def resized_image(image: Image.Image, height: int, width: int) -> NDArray[np.uin
 
 def images_in(folder: Path) -> list[Path]:
     """Return the image files of a folder, numbers in their names in numerical order."""
-    return sorted((path for path in data_in(folder) if path.suffix.lower() in SUFFIXES), key=natural)
+    return sorted(
+        (path for path in data_in(folder) if path.suffix.lower() in SUFFIXES), key=lambda path: natural(path.name)
+    )
 
 
-def natural(path: Path) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Sorting key by which 2 comes before 10."""
-    parts = re.split(r"(\d+)", path.name)
+    parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 

@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import FailFast
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -132,9 +133,9 @@ class CapturedRow(Config, extra="ignore"):
     """First microsecond of the window."""
     t_end_us: int
     """First microsecond after it."""
-    draft_tokens: tuple[int, ...]
+    draft_tokens: Annotated[tuple[int, ...], FailFast()]
     """The drafter's answer."""
-    target_tokens: tuple[int, ...]
+    target_tokens: Annotated[tuple[int, ...], FailFast()]
     """The target's answer."""
     states: str
     """File with both models' states."""

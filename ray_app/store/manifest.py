@@ -18,6 +18,7 @@ from pydantic import (
 
 from ray_app.config.base import Config
 from ray_app.errors import CheckpointError, StoreError
+from ray_app.parsing.json_text import require_few_members
 from ray_app.parsing.text import printable
 from ray_app.store.atomic import sha256_bytes
 from ray_app.store.filesystem import StorageDir, Where, open_storage
@@ -184,7 +185,7 @@ class Manifest(Config):
     """Sequences that have a pair."""
     rejected: int = Field(ge=0)
     """Pairs that could not be built: lines of rejected.jsonl."""
-    durations: dict[str, Annotated[int, Field(ge=1)]]
+    durations: Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(require_few_members)]
     """Window lengths in the store: name to microseconds."""
     features: Features
     """Type, shape and scale of both features."""
@@ -192,7 +193,7 @@ class Manifest(Config):
     """Kind of source and every setting that shaped a pixel."""
     fingerprint: Sha256
     """Hash of all pairs and of their features' layout; independent of files and their order."""
-    files: tuple[PartRecord, ...]
+    files: Annotated[tuple[PartRecord, ...], FailFast()]
     """Parquet files, sorted by name."""
     rejected_file: FileRecord
     """The file of rejected pairs, empty where there are none."""

@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from ray_app.core.speculative.prompts import Prompt
 from ray_app.errors import InputError
-from ray_app.parsing.json_text import parse_json
+from ray_app.parsing.json_text import parse_json, require_few_members
 
 FIRST_WORD = re.compile(r"\w+")
+MOST_BAD = 10_000
+"""Lines that may be rejected: a file with more of them holds something else."""
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Milliseconds = Annotated[float, Field(gt=0.0)]
+Few = BeforeValidator(require_few_members)
 
 
 class Timing(BaseModel):
@@ -37,10 +40,12 @@ class Timing(BaseModel):
     """EventGPT's pass over its prompt."""
     draft_per_token: float | None = Field(default=None, gt=0.0)
     """One step of EventGPT."""
-    verify: dict[int, Milliseconds] = Field(default_factory=dict)
+    verify: Annotated[dict[int, Milliseconds], Few] = Field(default_factory=dict)
     """A target pass over so many drafted tokens, by γ; 0: a pass for which the drafter had none."""
-    drafting: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
+    drafting: Annotated[dict[str, Annotated[float, Field(ge=0.0)]], Few] = Field(default_factory=dict)
     """A drafter's own time for the whole answer, learning from it included, by its name."""
+
+    _few = model_validator(mode="before")(require_few_members)
 
 
 class Trace(BaseModel):
@@ -54,9 +59,9 @@ class Trace(BaseModel):
     """Place in the recording order."""
     question: str
     """Question to both models."""
-    draft_tokens: list[TokenId]
+    draft_tokens: Annotated[list[TokenId], FailFast()]
     """EventGPT's output; may be empty."""
-    target_tokens: list[TokenId]
+    target_tokens: Annotated[list[TokenId], FailFast()]
     """The target's output, decoded greedily."""
     duration: str = ""
     """Window length."""
@@ -118,6 +123,10 @@ def read_traces(path: Path, vocabulary: int, end_token: int) -> TraceFile:
             trace = _trace(line, vocabulary, end_token)
         except InputError as error:
             bad.append(BadLine(str(path), number, str(error)))
+            if len(bad) > MOST_BAD:
+                raise InputError(
+                    f"{path}: more than {MOST_BAD:,} lines cannot be used; line {bad[0].line}: {bad[0].reason}"
+                ) from error
             continue
         if trace.do_sample or trace.temperature > 0.0:
             raise InputError(

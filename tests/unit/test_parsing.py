@@ -185,6 +185,7 @@ READERS: list[tuple[Callable[[Path], Any], type[Exception], bytes]] = [
     (read_yaml, ConfigError, b"a: " + b"9" * 5000),
     (lambda path: parse("tune", COMMANDS["tune"], path, []), ConfigError, b"[" * 5000),
     (lambda path: listed_clips(path, 5), InputError, b"[" * 10**6),
+    (lambda path: listed_clips(path, 5), InputError, b"[" + b'"",' * 10**5 + b"1]"),
     (lambda path: listed_clips(path, 5), InputError, b"[" + b"1" * 5000 + b"]"),
     (lambda path: read_traces(path, 9, 2), InputError, b'{"row":' + b"[" * 10**5),
     (lambda path: read_traces(path, 9, 2), InputError, b'{"row":' + b"1" * 5000 + b"}"),

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from made_up_traces import TIMING, rows, write
+from pydantic import ValidationError
 
 from ray_app.errors import InputError
-from ray_app.store.traces import read_timing, read_traces
+from ray_app.store.traces import MOST_BAD, Trace, read_timing, read_traces
 
 
 def read(path: Path) -> Any:
@@ -57,6 +58,28 @@ def test_a_row_that_cannot_be_used_costs_one_line(tmp_path: Path, change: dict[s
     assert [trace.row for trace in file.traces] == [0, 1, 2, 4, 5]
     assert file.rejected[0].line == 4
     assert words in file.rejected[0].reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_tokens": ["x"] * 5000},
+        {"draft_tokens": [[]] * 5000},
+        {"timing_ms": {f"{n}": 1.0 for n in range(5000)}},
+        {"timing_ms": {**TIMING, "verify": {f"x{n}": 1.0 for n in range(5000)}}},
+    ],
+)
+def test_of_many_problems_the_first_alone_is_kept(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Trace.model_validate(rows(1)[0] | change)
+    assert caught.value.error_count() == 1
+
+
+def test_a_file_of_bad_lines_is_refused_soon(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", rows(2))
+    path.write_bytes(path.read_bytes() + b"{}\n" * (MOST_BAD + 1) + b"never read")
+    with pytest.raises(InputError, match=r"more than 10,000 lines cannot be used; line 3: row: field required"):
+        read(path)
 
 
 def test_a_truncated_line_and_broken_text_are_set_aside_with_their_numbers(tmp_path: Path) -> None:

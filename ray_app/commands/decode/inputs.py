@@ -6,16 +6,17 @@ Shapes: T = frames, H, W = pixels, C = 3 colours.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError, model_validator
 
 from ray_app.config.decode import DecodeConfig
 from ray_app.errors import ConfigError, InputError
 from ray_app.events.windows import parse_duration
 from ray_app.language_models.model import Frames
+from ray_app.parsing.json_text import require_few_members
 from ray_app.parsing.text import read_utf8
 from ray_app.sources.base import RejectedPair
 from ray_app.sources.clips import ClipWindow, clip_windows, clips
@@ -125,12 +126,14 @@ class PromptLine(BaseModel):
     """The continuous drive that it is from."""
     question: str | None = None
     """Question to the models."""
-    frames: list[str] = []
+    frames: Annotated[list[str], FailFast()] = []
     """Image files that the target sees."""
-    events: list[str] = []
+    events: Annotated[list[str], FailFast()] = []
     """Event images that a drafter may see."""
-    draft_tokens: list[int] = []
+    draft_tokens: Annotated[list[int], FailFast()] = []
     """The event model's own answer in the target's tokens."""
+
+    _few = model_validator(mode="before")(require_few_members)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from ray_app.sources.images import natural
 
 INSTRUCTIONS = "EventGPT_Instruction_Subset.json"
 """Name of the list in a dataset folder."""
+MOST_FLAWS = 10_000
+"""Flawed entries of a list: one with more of them lists something else."""
 MAX_LIST_BYTES = 2**30
 
 
@@ -83,7 +85,15 @@ def listed_clips(path: Path, event_bins: int) -> list[EventGptClip]:
         raise InputError(f"{path} holds a {type(entries).__name__}; an instruction JSON is a list of entries")
     if not entries:
         raise InputError(f"{path} lists no clip")
-    return _in_order({_listed(entry, i, path.name, event_bins): None for i, entry in enumerate(entries)})
+    clips: dict[EventGptClip, None] = {}
+    flaws = 0
+    for number, entry in enumerate(entries):
+        clip = _listed(entry, number, path.name, event_bins)
+        flaws += bool(clip.flaw)
+        if flaws > MOST_FLAWS:
+            raise InputError(f"{path}: more than {MOST_FLAWS:,} entries are no clips; {clip.flaw}")
+        clips[clip] = None
+    return _in_order(clips)
 
 
 def _listed(entry: Any, number: int, file: str, event_bins: int) -> EventGptClip:
@@ -135,7 +145,7 @@ def _clip(sequence: str, name: str, event_bins: int) -> EventGptClip:
 
 
 def _in_order(clips: Any) -> list[EventGptClip]:
-    return sorted(clips, key=lambda clip: (clip.sequence, natural(Path(clip.name)), clip.image, clip.video))
+    return sorted(clips, key=lambda clip: (clip.sequence, natural(clip.name), clip.image, clip.video))
 
 
 def _entries(folder: Path) -> list[Path]:
