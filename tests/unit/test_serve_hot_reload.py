@@ -9,6 +9,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from mlflow import MlflowClient
 
 from ray_app.store.atomic import CHECKSUMS_FILE, sha256_bytes, sha256_file, verify_folder
 from serve.http.routes import require_answers
-from serve.model.hot_reload import ReloadResult
+from serve.model.hot_reload import ReloadResult, same_model
+from serve.model.loaded_model import Identity
 from serve.protocol.errors import ApiError
 
 MODEL = "alignment-adapter"
@@ -72,6 +74,13 @@ EVALUATION = {
     "percentiles": {"P10": 0.5, "P50": 0.7, "P90": 0.9},
     "baselines": {"white": {"cos_sim_mean": 0.4, "cosine_accept_rate": {"0.80": 0.125, "0.90": 0.0}}},
 }
+
+
+def test_a_version_of_another_digest_is_another_model() -> None:
+    first = Identity("1", "a" * 64, "models:/it@champion")
+    assert same_model(first, replace(first, source="models:/it/1"))
+    assert not same_model(first, replace(first, digest="b" * 64))
+    assert not same_model(first, replace(first, version="2"))
 
 
 def test_the_first_champion_is_served_with_what_promotion_noted(server: LocalServer) -> None:

@@ -18,6 +18,9 @@ from endpoints import INFER, WIDTH, LocalServer, binary_request, local_server, m
 from tritonclient.utils import InferenceServerException
 
 from ray_app.store.checkpoint import load_checkpoint
+from ray_app.store.manifest import FeatureSpec
+from serve.protocol.errors import ApiError
+from serve.protocol.open_inference import check_datatype
 
 RNG = np.random.default_rng(0)
 EVENT = RNG.random((3, WIDTH), dtype=np.float32)
@@ -481,3 +484,8 @@ def test_what_is_no_pixel_is_refused_as_uint8_and_not_cut(server: LocalServer, v
     status, problem = server.json("POST", INFER, json_request(pixels, "UINT8"))
     assert status in (400, 422)
     assert "event" in problem["detail"]
+
+
+def test_pixels_are_refused_where_features_are_no_pixels() -> None:
+    with pytest.raises(ApiError, match="'event' features of this model are float32, not pixels; send FP32"):
+        check_datatype("UINT8", FeatureSpec(dtype="float32", shape=(WIDTH,), scale=1.0), "event")
