@@ -121,10 +121,37 @@ def damage() -> Table:
     return Table(columns, rows, ["corruption"])
 
 
+def fuzz_readers() -> Table:
+    """Spoiled files by kind, and the bounds that reading them has kept."""
+    rows = [
+        (
+            kind,
+            f"{found['examples']:,}",
+            f"{found['outcomes'].get('refused', 0):,}",
+            str(found["deaths"]),
+            str(found["num_findings"]),
+            f"{found['most_seconds_for_a_megabyte']:.2f}",
+            f"{max(found['most_mib_beyond_four_times_the_file'], 0.0):.1f}",
+        )
+        for kind, found in read("fuzz_readers")["kinds"].items()
+    ]
+    columns = ("kind", "files", "refused", "processes that died", "findings", "most s/MB", "most MiB beyond 4 x file")
+    return Table(columns, rows, ["fuzz_readers"])
+
+
+def mutant_facts() -> Table:
+    return facts(
+        ("small wrong changes to the code", "mutants", "mutants", "{:,}", ""),
+        ("· noticed by the tests of their file", "mutants", "noticed_share", percent, "95 %"),
+    )
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "data": scene_facts,
     "dsec": dsec,
     "dsec-facts": dsec_facts,
     "damage": damage_facts,
     "damage-by-file": damage,
+    "fuzz-readers": fuzz_readers,
+    "mutants": mutant_facts,
 }
