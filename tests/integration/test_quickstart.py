@@ -20,11 +20,14 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_quickstart_ends_with_a_report_and_a_champion(
-    out: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    out: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     monkeypatch.chdir(out.parent)
     assert cli.run([*ARGV, "q", "--json"]) == 0
-    result = json.loads(capfd.readouterr().out)
+    printed = capfd.readouterr()
+    assert "INFO mlflow" not in printed.err
+    assert not [each for each in recwarn if "Add type hints" in str(each.message)]
+    result = json.loads(printed.out)
     evaluated = result["evaluate"]
     assert {"before", "white", "mean_target", "shuffled"} <= set(evaluated["baselines"])
     assert (
