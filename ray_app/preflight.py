@@ -28,7 +28,13 @@ from ray_app.reports.folder import COMPARISON_FILES, are_decoded, claim_report_f
 from ray_app.runs.run_dir import RUN, best_of_run, run_metadata
 from ray_app.store.atomic import CHECKSUMS_FILE
 from ray_app.store.filesystem import LocalDir, open_storage
-from ray_app.store.manifest import CheckpointDocument, Manifest, require_claimable, require_same_features
+from ray_app.store.manifest import (
+    CheckpointDocument,
+    Manifest,
+    require_claimable,
+    require_same_features,
+    require_target_features,
+)
 
 
 def refuse_early(cfg: Config) -> None:
@@ -102,7 +108,7 @@ def refuse_training(cfg: TrainConfig) -> None:
 
 
 def require_fit(checkpoints: Iterable[str], store: str | None) -> None:
-    """CheckpointError if a checkpoint is missing or was trained on other features; StoreError: no such store.
+    """CheckpointError if a checkpoint is missing, aligns nothing, or is of other features; StoreError: no such store.
 
     A registered model is looked up by the command: MLflow takes seconds to import.
     """
@@ -117,6 +123,7 @@ def require_fit(checkpoints: Iterable[str], store: str | None) -> None:
             raise CheckpointError(f"{folder} is not a checkpoint: it has no {CHECKSUMS_FILE}.") from None
         except (OSError, ValidationError):  # damaged: the command says how
             continue
+        require_target_features(document.adapter.get("strategy"), str(folder))
         if manifest:
             require_same_features(document.features, manifest.features, str(folder))
 

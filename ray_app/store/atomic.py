@@ -129,8 +129,9 @@ def staged_folder(folder: Path) -> Iterator[Path]:
         try:
             yield partial
             readable = partial.stat().st_mode & 0o666  # what the umask allows; safetensors writes 0600
-            for path in partial.iterdir():
-                path.chmod(readable)
+            for path in sorted(partial.rglob("*")):
+                if not path.is_dir():
+                    path.chmod(readable)
                 sync(path)
             sync(partial)
             partial.rename(folder)

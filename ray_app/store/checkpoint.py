@@ -23,7 +23,7 @@ from ray_app.errors import CheckpointError, ConfigError
 from ray_app.parsing.json_text import parse_object
 from ray_app.store.atomic import CHECKSUMS_FILE, sha256_bytes, sha256_file, staged_folder, verify_folder
 from ray_app.store.golden import TOLERANCE, assembled, golden_answers, relative_errors, run_golden
-from ray_app.store.manifest import Features, require_same_features
+from ray_app.store.manifest import Features, require_same_features, require_target_features
 
 MODEL = "model.safetensors"
 GOLDEN = "golden.safetensors"
@@ -52,7 +52,8 @@ class Checkpoint:
     """SHA-256 of MANIFEST.sha256, so of all its bytes: the checkpoint's identity."""
 
     def require(self, features: Features) -> None:
-        """Raise CheckpointError unless these are the features that the adapter was trained on."""
+        """Raise CheckpointError unless the adapter aligns features, and these are those that it was trained on."""
+        require_target_features(self.config.strategy, str(self.folder))
         require_same_features(self.features, features, str(self.folder))
 
 

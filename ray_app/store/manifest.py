@@ -27,6 +27,8 @@ MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
 SCRATCH = ".prepare"
 """Folder in a store that is not finished."""
+IMAGE_TOKENS = "image_tokens"
+"""Name of the adapter that `demo build` trains."""
 NUM_REJECTED_NAMED = 3
 """Rejected pairs that an error names."""
 
@@ -150,6 +152,8 @@ class Features(Config):
 class CheckpointDocument(Config, extra="ignore"):
     """Part of a checkpoint's config.json that says which features it takes."""
 
+    adapter: dict[str, Any]
+    """Settings of the adapter."""
     features: Features
     """Type, shape and scale of the features it was trained on."""
 
@@ -261,6 +265,16 @@ def require_same_features(trained: Features, given: Features, checkpoint: str) -
                 f"{checkpoint} was trained on {side} features of {was}, the store has {now}. Use the store it was "
                 "trained for, or train again."
             )
+
+
+def require_target_features(strategy: str | None, checkpoint: str) -> None:
+    """Raise CheckpointError for an adapter of image tokens, which a language model reads: it is not aligned."""
+    if strategy == IMAGE_TOKENS:
+        raise CheckpointError(
+            f"{checkpoint} makes image tokens for a language model, and no target features to compare or to serve. "
+            "`ray-app demo build` joins it with that model into a target; name that: `ray-app demo evaluate TARGET`, "
+            "`ray-app demo decode --target TARGET`."
+        )
 
 
 def content_fingerprint(sample_ids: Iterable[str], features: Features) -> str:

@@ -18,7 +18,7 @@ from ray_app.core.adapters.registry import num_parameters
 from ray_app.errors import CheckpointError
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint, replay_golden
 from ray_app.store.golden import TOLERANCE, golden_answers, relative_errors
-from ray_app.store.manifest import Features
+from ray_app.store.manifest import Features, require_target_features
 
 from .evaluation_record import EvaluationRecord, read_evaluation_record
 
@@ -112,6 +112,7 @@ def load_served(folder: Path, identity: Identity, precision: str, use_gpu: bool,
             f"{identity.source} is checkpoint {checkpoint.sha256[:12]}, registered was {identity.digest[:12]}: its "
             "files were changed after promotion. Promote it again."
         )
+    require_target_features(checkpoint.config.strategy, str(folder))
     replay_golden(checkpoint)
     require_provenance(checkpoint)
     device = torch.device("cuda" if use_gpu else "cpu")

@@ -1,6 +1,7 @@
 """Every strategy on small features, initialised as in training, without Ray."""
 
 from functools import reduce
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from ray_app.core.adapters.base import Adapter, InitStats
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.initialization import Part, Passes, Sums, compute_stats, solve_ridge
 from ray_app.core.adapters.registry import STRATEGIES, build_adapter
+from ray_app.store.checkpoint import save_checkpoint
+from ray_app.store.manifest import IMAGE_TOKENS, Features, FeatureSpec
 
 PAIRS, VAL = 24, 6
 
@@ -68,3 +71,12 @@ def perturbed(adapter: Adapter, seed: int = 5) -> Adapter:
         for parameter in adapter.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     return adapter
+
+
+def save_image_tokens(folder: Path) -> Path:
+    """A checkpoint that makes one image token for a language model of one layer."""
+    config = AdapterConfig(IMAGE_TOKENS, 2, 3, 2, rank=1, image_tokens=1, language_model=(1, 2, 2, 2, 2))
+    event, target = (FeatureSpec(dtype="float32", shape=(width,), scale=1.0) for width in (2, 3))
+    features = Features(event=event, target=target)
+    save_checkpoint(folder, build_adapter(config, 0).eval(), metrics={}, provenance={}, features=features)
+    return folder

@@ -53,7 +53,7 @@ def test_an_interrupted_build_ends_with_the_same_weights_and_decode_takes_them(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for stage in ("write_rows", "run_train", "write_target"):
+    for stage in ("write_rows", "run_train", "write_parts", "join_parts"):
         with monkeypatch.context() as patch:
             patch.setattr(build, stage, killed)
             with pytest.raises(KeyboardInterrupt):
@@ -84,6 +84,7 @@ def test_what_cannot_be_built_is_said_before_anything_is_written(
     tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "demo.build").mkdir()
+    (tmp_path / "demo.build" / "notes.txt").touch()
     with pytest.raises(StoreError, match=r"demo\.build holds something else"):
         run_demo_build(settings(tmp_path, models))
     monkeypatch.setattr(build, "MEMORY_FACTOR", 1e12)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from rich.console import Console
+from small_adapters import save_image_tokens
 from small_runs import make_run
 
 from ray_app import cli
@@ -228,6 +229,12 @@ def test_a_checkpoint_that_is_not_what_was_saved_is_not_registered_even_by_force
         resealed(folder)
     with pytest.raises(CheckpointError, match=rf"not promoted \({code}\): .*{word}"):
         promote(tmp_path / "run", tracking, force=force)
+    assert not versions(tracking)
+
+
+def test_image_tokens_are_not_registered(tracking: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="tokens makes image tokens for a language model"):
+        promote(save_image_tokens(tmp_path / "tokens"), tracking)
     assert not versions(tracking)
 
 

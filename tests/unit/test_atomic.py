@@ -55,6 +55,22 @@ def test_every_file_of_a_folder_and_its_names_are_on_the_disk_before_it_gets_its
     assert calls[2:] == [("fsync", ".folder.partial"), ("rename", "folder"), ("fsync", tmp_path.name)]
 
 
+def test_folders_within_a_folder_can_be_entered_and_their_files_are_on_the_disk(
+    tmp_path: Path, calls: list[tuple[str, str]]
+) -> None:
+    with staged_folder(tmp_path / "folder") as partial:
+        (partial / "part").mkdir()
+        (partial / "part" / "file").touch(0o600)
+    assert (tmp_path / "folder" / "part").stat().st_mode & 0o700 == 0o700
+    assert (tmp_path / "folder" / "part" / "file").stat().st_mode & 0o777 == 0o666 & ~umask()
+    assert {name for _, name in calls[:2]} == {"part", "file"}
+
+
+def umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
+
+
 def test_each_new_folder_s_name_is_on_the_disk_before_the_next(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
     make_folder(tmp_path / "a" / "b")
     assert calls == [("fsync", tmp_path.name), ("fsync", "a")]

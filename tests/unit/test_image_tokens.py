@@ -1,5 +1,7 @@
 """Image tokens and LoRA: what training minimises is the loss of the merged model, and resuming changes no bit."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from ray_app.commands.demo.projector_start import projector_start, solve_probe
-from ray_app.commands.demo.target import merge_lora, write_target
+from ray_app.commands.demo.target import identity_of, join_parts, merge_lora, write_parts, write_target
 from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.loop import WorkerContext, WorkerData, batches_in_memory, train_epoch
 from ray_app.commands.train.state import Checkpointer, TrainState, resume_or_init
@@ -23,13 +25,14 @@ from ray_app.core.adapters.registry import build_adapter
 from ray_app.data.array_store import write_store
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pair_tensors import PairTensors
-from ray_app.errors import InputError
+from ray_app.errors import CheckpointError, InputError
 from ray_app.language_models.answer_objective import AnswerObjective, pack_row, shape_of, unpack_row
 from ray_app.language_models.answers import answer, greedy_batch
 from ray_app.language_models.kinds import load
 from ray_app.runs.event_log import EventLog
 from ray_app.runs.run_dir import RunDir
 from ray_app.scenes.captions import FACTS
+from ray_app.store.atomic import sha256_file
 from ray_app.store.pair_store import PairStore
 
 CPU = torch.device("cpu")
@@ -141,6 +144,32 @@ def test_a_joined_folder_answers_as_adapter_and_merged_model(
     )
     with pytest.raises(InputError, match="already exists"):
         write_target(tmp_path / "target", adapter, models / "encoder", models / "language_model", {}, {})
+
+
+def test_parts_in_half_precision_join_to_the_target_of_their_numbers(
+    models: Path, adapter: ImageTokens, tmp_path: Path
+) -> None:
+    both = models / "encoder", models / "language_model"
+    documents = {"facts.json": {"majority": {}}, "provenance.json": {"seed": 3}}
+    write_parts(tmp_path / "parts", adapter, identity_of(*both), documents)
+    join_parts(tmp_path / "parts", tmp_path / "joined", *both)
+    halved = build_adapter(adapter.config, 0)
+    halved.load_state_dict({key: each.half() for key, each in adapter.state_dict().items()})
+    assert isinstance(halved, ImageTokens)
+    write_target(tmp_path / "direct", halved, *both, {}, {})
+    for name in ("model.safetensors", "language_model/model.safetensors", "golden.json"):
+        assert (tmp_path / "joined" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes(), name
+    origin = json.loads((tmp_path / "joined" / "provenance.json").read_text(encoding="utf-8"))
+    assert origin == {"seed": 3, "parts": sha256_file(tmp_path / "parts" / "MANIFEST.sha256")}
+
+    shutil.copytree(both[1], tmp_path / "other")
+    (tmp_path / "other" / "origin.json").write_text('{"package": "other==1"}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"parts was trained with other models than .*encoder and .*other"):
+        join_parts(tmp_path / "parts", tmp_path / "new", both[0], tmp_path / "other")
+    (tmp_path / "parts" / "facts.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"facts\.json is damaged"):
+        join_parts(tmp_path / "parts", tmp_path / "new", *both)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_adapters import save_image_tokens
 from small_runs import make_run
 
 from ray_app.data.array_store import write_store
@@ -21,6 +22,7 @@ def folder(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(small_store, here / "run")
     rows = [{"event": [1.0, float(n)], "target": [2.0, 1.0, float(n)], "sequence": n} for n in range(9)]
     write_store(here / "vectors", rows)
+    save_image_tokens(here / "tokens")
     (here / "mine").mkdir()
     (here / "mine" / "notes.txt").write_text("notes")
     (here / "sweep.yaml").write_text("store: nowhere\nout: new\nspace: {hidden_dim: [8]}\n")
@@ -42,6 +44,10 @@ CASES = [
     ("evaluate --store store --checkpoint run --out mine", "already holds another file (notes.txt)"),
     ("evaluate --store vectors --checkpoint run --out new", "was trained on event features of width 768"),
     ("benchmark --store vectors --checkpoint run --out new", "the store has width 2"),
+    ("evaluate --store vectors --checkpoint tokens --out new", "tokens makes image tokens for a language model"),
+    ("compare run tokens --store store --out new", "tokens makes image tokens"),
+    ("promote tokens --store vectors", "`ray-app demo evaluate TARGET`"),
+    ("serve --checkpoint tokens", "tokens makes image tokens"),
     ("compare run run --store vectors --out new", "was trained on event features"),
     ("compare run --store store --out mine", "already holds another file"),
     ("promote nowhere", "nowhere is not a folder; name a checkpoint, or the folder of a run"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from endpoints import WIDTH, make_checkpoint
+from small_adapters import save_image_tokens
 
 import serve.model.loaded_model
 from ray_app.core.adapters.config import AdapterConfig
@@ -95,6 +96,12 @@ def test_a_model_that_answers_otherwise_here_is_not_served(
         CheckpointError, match=rf"in {precision} on cpu its answers have a relative error of .*; serve it"
     ):
         load_served(folder, identity, precision, use_gpu=False, max_batch=1)
+
+
+def test_image_tokens_are_not_served(tmp_path: Path) -> None:
+    folder = save_image_tokens(tmp_path / "tokens")
+    with pytest.raises(CheckpointError, match=r"tokens makes image tokens for a language model"):
+        load_served(folder, model_source(str(folder), None).current(), "fp32", use_gpu=False, max_batch=1)
 
 
 def test_what_linux_says_of_this_cpu_is_understood() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from small_adapters import small_adapter
+from small_adapters import save_image_tokens, small_adapter
 
 from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.registry import STRATEGIES
@@ -152,6 +152,12 @@ def test_features_of_another_width_or_scale_are_refused_with_both_named(tmp_path
         checkpoint.require(Features(event=SPEC, target=PIXELS))
     with pytest.raises(CheckpointError, match="event features"):
         checkpoint.require(Features(event=SPEC.model_copy(update={"scale": 1.0}), target=SPEC))
+
+
+def test_an_adapter_that_aligns_nothing_fits_no_store(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(save_image_tokens(tmp_path / "tokens"))
+    with pytest.raises(CheckpointError, match=r"makes image tokens for a language model.*`ray-app demo evaluate"):
+        checkpoint.require(checkpoint.features)
 
 
 def changed_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:

@@ -20,7 +20,7 @@ from ray_app.language_models.model import LanguageModel
 from ray_app.scenes.captions import FACTS, KEY_ELEMENTS, answer
 
 MAX_NEW_TOKENS = 160
-BATCH_PICTURES = 20
+BATCH_PICTURES = 52
 LEAST_LOSS_RATIO = 1.1
 """A target looks at its picture if another one makes its loss this much larger."""
 

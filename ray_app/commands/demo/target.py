@@ -1,12 +1,26 @@
-"""The demo's target as a folder: trained projector and LoRA factors, merged with an encoder and a language model."""
+"""The demo's target as a folder: small trained parts, joined with an encoder and a language model.
 
+What was trained, projector and LoRA factors, is a folder of its own, small enough for the package:
+
+    adapter.safetensors   float16
+    config.json           settings of the adapter, and the two models that it belongs to
+    facts.json            values of facts by the projector's scores, and the majority of each
+    provenance.json       how it was trained
+    MANIFEST.sha256
+"""
+
+import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from ray_app.commands.demo.answers import HELD_OUT, features_of, pictures
+from ray_app.commands.demo.command import ORIGIN
+from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.image_tokens import ImageTokens
 from ray_app.encoders.base import EncoderSettings, VisionModel
 from ray_app.encoders.library import transformers
@@ -15,14 +29,18 @@ from ray_app.errors import InputError
 from ray_app.language_models.answers import greedy_batch
 from ray_app.language_models.joined import PICTURES, JoinedConfig, save_joined
 from ray_app.language_models.loading import model_files, read_tokenizer, read_weights
+from ray_app.parsing.json_text import parse_object
 from ray_app.scenes.captions import KEY_ELEMENTS
-from ray_app.store.atomic import staged_folder
+from ray_app.store.atomic import CHECKSUMS_FILE, make_folder, sha256_file, staged_folder, verify_folder
+from ray_app.store.checkpoint import read_document, read_tensors
+from ray_app.store.golden import assembled
 
 POOL = "3x3"
 """Means of the encoder's tokens that the projector reads."""
 ASKED = "\n{question}\n"
 """Prompt behind the picture."""
 PROVENANCE, GOLDEN, SEEN = "provenance.json", "golden.json", "facts.json"
+ADAPTER, CONFIG = "adapter.safetensors", "config.json"
 NUM_GOLDEN, GOLDEN_TOKENS = 2, 40
 
 
@@ -32,8 +50,44 @@ def demo_encoder(folder: Path) -> VisionModel:
 
 
 def identity_of(encoder: Path, language_model: Path) -> dict[str, Any]:
-    """Return the SHA-256 of both models' files."""
-    return {"encoder": model_files(encoder), "language_model": model_files(language_model)}
+    """Return the package that each model was made from, or the SHA-256 of its files.
+
+    Another version of transformers writes other files of the same package.
+    """
+    return {
+        name: parse_object((folder / ORIGIN).read_bytes()) if (folder / ORIGIN).is_file() else model_files(folder)
+        for name, folder in (("encoder", encoder), ("language_model", language_model))
+    }
+
+
+def write_parts(
+    folder: Path, adapter: ImageTokens, models: Mapping[str, Any], documents: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write the trained parts in half precision. `models`: of `identity_of`; `documents`: SEEN and PROVENANCE."""
+    config = {"adapter": adapter.config.to_dict(), "models": dict(models)}
+    with staged_folder(folder) as staged:
+        halves = {key: each.detach().half().contiguous() for key, each in adapter.state_dict().items()}
+        save_file(halves, staged / ADAPTER)
+        for name, document in {CONFIG: config, **documents}.items():
+            (staged / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        sums = [f"{sha256_file(path)}  {path.name}\n" for path in sorted(staged.iterdir())]
+        (staged / CHECKSUMS_FILE).write_text("".join(sums), encoding="utf-8")
+
+
+def join_parts(parts: Path, out: Path, encoder: Path, language_model: Path) -> None:
+    """Join trained parts with the two models that they belong to.
+
+    CheckpointError: a damaged part. InputError: other models, or `out` exists.
+    """
+    sha256 = verify_folder(parts)
+    config = read_document(parts / CONFIG)
+    if config["models"] != identity_of(encoder, language_model):
+        raise InputError(f"{parts} was trained with other models than {encoder} and {language_model}.")
+    tensors = {key: each.float() for key, each in read_tensors(parts / ADAPTER).items()}
+    adapter = assembled(AdapterConfig.from_dict(config["adapter"]), tensors)
+    assert isinstance(adapter, ImageTokens)
+    origin = {**read_document(parts / PROVENANCE), "parts": sha256}
+    write_target(out, adapter, encoder, language_model, read_document(parts / SEEN), origin)
 
 
 def write_target(
@@ -53,20 +107,16 @@ def write_target(
     merged = read_weights(language_model, transformers().AutoModelForCausalLM, "float32", "cpu")
     merge_lora(merged, adapter)
     tokenizer = read_tokenizer(language_model)
-    golden = _golden(merged, adapter, encoder, tokenizer)
-    scratch = out.with_name(f".{out.name}.merged")
-    if not scratch.exists():
-        with staged_folder(scratch) as staged:
-            merged.save_pretrained(staged)
-            tokenizer.save_pretrained(staged)
     config = adapter.config
     widths = (config.event_dim, config.hidden_dim, config.image_tokens * config.language_model[1])
     joined = JoinedConfig(pool=POOL, projector=widths, image_tokens=config.image_tokens, prompt=PICTURES + ASKED)
+    golden = _golden(merged, adapter, encoder, tokenizer)
     documents = {PROVENANCE: dict(origin), GOLDEN: golden, SEEN: dict(seen)}
-    save_joined(out, joined, adapter.projector, encoder, scratch, documents)
-    for path in scratch.iterdir():
-        path.unlink()
-    scratch.rmdir()
+    make_folder(out.parent)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        merged.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        save_joined(out, joined, adapter.projector, encoder, Path(scratch), documents)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from ray_app.core.promotion_policy import InvalidCheckpoint, Verdict, promotion_
 from ray_app.errors import CheckpointError, ConfigError
 from ray_app.store.atomic import sha256_file, verify_folder
 from ray_app.store.checkpoint import MODEL, Checkpoint, load_checkpoint, replay_golden
+from ray_app.store.manifest import require_target_features
 from ray_app.tracking.model_registry import CHAMPION, ModelRegistry
 
 
@@ -88,6 +89,7 @@ def verify_checkpoint(folder: Path) -> Checkpoint | InvalidCheckpoint:
     except CheckpointError as error:
         return InvalidCheckpoint("checksum_failed", str(error))
     checkpoint = load_checkpoint(folder)
+    require_target_features(checkpoint.config.strategy, str(folder))
     try:
         replay_golden(checkpoint)
     except CheckpointError as error:
