@@ -80,7 +80,7 @@ def save_checkpoint(
     }
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter.state_dict().items()}
     golden = golden_answers(assembled(adapter.config, weights), features.event)
-    return _save(folder, {MODEL: weights, GOLDEN: golden}, documents)
+    return save_verifiable(folder, {MODEL: weights, GOLDEN: golden}, documents)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -149,7 +149,7 @@ def replay_golden(checkpoint: Checkpoint) -> None:
 
 def save_training_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
     """Write what resuming needs in addition to the weights: tensors by name, and JSON values."""
-    return _save(folder, {"training_state.safetensors": tensors}, {"training_state.json": dict(meta)})
+    return save_verifiable(folder, {"training_state.safetensors": tensors}, {"training_state.json": dict(meta)})
 
 
 def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -158,9 +158,13 @@ def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]
     return read_tensors(folder / "training_state.safetensors"), read_document(folder / "training_state.json")
 
 
-def _save(
+def save_verifiable(
     folder: Path, tensor_files: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, dict[str, Any]]
 ) -> str:
+    """Write a folder for `verify_folder` of tensors and JSON objects by file name; return its identity.
+
+    CheckpointError if it exists.
+    """
     if folder.exists():
         raise CheckpointError(f"{folder} already exists; nothing is overwritten.")
     with staged_folder(folder) as partial:

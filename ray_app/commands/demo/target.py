@@ -9,14 +9,12 @@ What was trained, projector and LoRA factors, is a folder of its own, small enou
     MANIFEST.sha256
 """
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from ray_app.commands.demo.answers import HELD_OUT, features_of, pictures
 from ray_app.commands.demo.command import ORIGIN
@@ -31,8 +29,8 @@ from ray_app.language_models.joined import PICTURES, JoinedConfig, save_joined
 from ray_app.language_models.loading import model_files, read_tokenizer, read_weights
 from ray_app.parsing.json_text import parse_object
 from ray_app.scenes.captions import KEY_ELEMENTS
-from ray_app.store.atomic import CHECKSUMS_FILE, make_folder, sha256_file, staged_folder, verify_folder
-from ray_app.store.checkpoint import read_document, read_tensors
+from ray_app.store.atomic import make_folder, verify_folder
+from ray_app.store.checkpoint import read_document, read_tensors, save_verifiable
 from ray_app.store.golden import assembled
 
 POOL = "3x3"
@@ -61,17 +59,12 @@ def identity_of(encoder: Path, language_model: Path) -> dict[str, Any]:
 
 
 def write_parts(
-    folder: Path, adapter: ImageTokens, models: Mapping[str, Any], documents: Mapping[str, Mapping[str, Any]]
+    folder: Path, adapter: ImageTokens, models: Mapping[str, Any], documents: Mapping[str, dict[str, Any]]
 ) -> None:
     """Write the trained parts in half precision. `models`: of `identity_of`; `documents`: SEEN and PROVENANCE."""
     config = {"adapter": adapter.config.to_dict(), "models": dict(models)}
-    with staged_folder(folder) as staged:
-        halves = {key: each.detach().half().contiguous() for key, each in adapter.state_dict().items()}
-        save_file(halves, staged / ADAPTER)
-        for name, document in {CONFIG: config, **documents}.items():
-            (staged / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        sums = [f"{sha256_file(path)}  {path.name}\n" for path in sorted(staged.iterdir())]
-        (staged / CHECKSUMS_FILE).write_text("".join(sums), encoding="utf-8")
+    halves = {key: tensor.half() for key, tensor in adapter.state_dict().items()}
+    save_verifiable(folder, {ADAPTER: halves}, {CONFIG: config, **documents})
 
 
 def join_parts(parts: Path, out: Path, encoder: Path, language_model: Path) -> None:
