@@ -108,10 +108,62 @@ def trees() -> Table:
     return Table(("drafted tokens", "in a row", "in a tree", "gain"), rows, ["trees"])
 
 
+def decoded() -> Table:
+    """Live decoding: every drafter in fp32 at a fixed γ, and in bf16 with γ chosen online."""
+    live = read("decode")
+    rows = []
+    for part in ("fp32", "bf16", "worst"):
+        for name, each in live[part]["drafters"].items():
+            low, high = each["interval95"]["speedup"]
+            rows.append(
+                (
+                    f"`{name}`" if part != "worst" else "always wrong",
+                    {"float32": "fp32", "bfloat16": "bf16"}[live[part]["dtype"]],
+                    f"{each['tokens_per_target_pass']:.2f}",
+                    percent(each["draft_acceptance_rate"]),
+                    f"{each['speedup']:.2f} [{low:.2f}, {high:.2f}]",
+                    f"{each['decode_speedup']:.2f}",
+                    f"{each['texts_that_differ']} of {each['rows']}",
+                    percent(each["loop_overhead"]),
+                )
+            )
+    columns = ["drafter", "numbers", "tokens per target pass", "accepted", "speed-up", "without the prompt's pass"]
+    return Table([*columns, "texts that differ", "loop"], rows, ["decode"])
+
+
+def decode_limits() -> Table:
+    limits, squares = "limits", "chi_square"
+    return facts(
+        ("texts that differ in fp32, all drafters", "decode", f"{limits}/texts_that_differ/found", "{}", "0"),
+        (
+            "100,000 draws of one position: chi-square tests that reject at 1 %",
+            "decode",
+            lambda r: f"{sum(each['rejected'] for each in r[squares].values())} of {len(r[squares])}",
+            "{}",
+            "0",
+        ),
+        ("loop over the models' own passes, most", "decode", f"{limits}/loop_overhead/found", percent, "≤ 5 %"),
+        ("bf16 speed-up, `hybrid` or `ngram`", "decode", f"{limits}/bf16_speedup/found", "{:.2f}", "≥ 1.5"),
+        ("always wrong, γ online", "decode", f"{limits}/worst_case/found", "{:.3f}", "≥ 0.97"),
+        ("clock predicted by `replay`: largest error", "decode", f"{limits}/replay_error/found", percent, "≤ 5 %"),
+        (
+            "rows with another number of passes than predicted",
+            "decode",
+            lambda r: sum(each["rows_with_other_passes"] for each in r["replay"].values()),
+            "{}",
+            "0",
+        ),
+        ("rows after 5 kills", "decode", "kills/rows", "{:,}", "1,000"),
+        ("· twice, or other than undisturbed", "decode", f"{limits}/rows_after_kills/found", "{}", "0"),
+    )
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "drafters": drafters,
     "drafters-duration": by_duration,
     "drafters-length": by_length,
     "speculative": speculative_facts,
     "trees": trees,
+    "decode": decoded,
+    "decode-limits": decode_limits,
 }

@@ -115,6 +115,16 @@ def scaling() -> Table:
 
 def failure_facts() -> Table:
     return facts(
+        ("processes of a training killed", "chaos", "kills", "{}", ""),
+        (
+            "· runs with the undisturbed run's weights",
+            "chaos",
+            lambda r: f"{sum(run['equal'] for run in r['runs'])} of {len(r['runs'])}",
+            "{}",
+            "all",
+        ),
+        ("· steps lost or logged twice", "chaos", "steps_lost_or_logged_twice", "{:.0f}", "0"),
+        ("· pairs lost or seen twice", "chaos", "pairs_lost_or_seen_twice", "{:.0f}", "0"),
         ("nodes killed under `prepare`", "node_kills_prepare", "nodes_killed", "{}", ""),
         ("· pairs lost", "node_kills_prepare", "pairs_lost", "{}", "0"),
         ("· to the next finished file, median", "node_kills_prepare", "median_s", "{:.0f} s", ""),
