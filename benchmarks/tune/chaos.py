@@ -93,7 +93,7 @@ def outcome_of(sweep: Path) -> dict[str, Any]:
     trials = [trial for trial in folder.trials() if trial.status == "finished"]
     runs = {trial.name: folder.run(trial.name) for trial in trials}
     best = min(trials, key=lambda trial: trial.rank)
-    weights = {name: path for name, run in runs.items() if (path := run.best()) and path.is_dir()}
+    weights = {name: run.path / kept for name, run in runs.items() if (kept := run.best_on_disk)}
     return {
         "finished": sorted(runs),
         "winner": best.name,
