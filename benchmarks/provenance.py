@@ -35,7 +35,7 @@ def provenance() -> dict[str, Any]:
     """JSON values. SystemExit: tracked files differ from the commit."""
     program, *words = sys.argv
     return {
-        "command": shlex.join(["python", "-m", _module(program), *words]),
+        "command": shlex.join(["python", "-m", _module(program), *map(_anywhere, words)]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": require_commit(),
         "uncommitted_changes": False,
@@ -50,6 +50,14 @@ def provenance() -> dict[str, Any]:
             name: text for name in ("ray", "torch", "numpy", "mlflow", "pyarrow") if (text := _version(name))
         },
     }
+
+
+def _anywhere(word: str) -> str:
+    """Shorten a path in the home folder, or next to the repository, to what it is called on any machine."""
+    for folder, short in ((Path.home(), Path("~")), (ROOT.parent, Path(".."))):
+        if Path(word).is_absolute() and Path(word).is_relative_to(folder):
+            return str(short / Path(word).relative_to(folder))
+    return word
 
 
 def save(name: str, result: dict[str, Any]) -> Path:
