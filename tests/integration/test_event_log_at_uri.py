@@ -342,7 +342,8 @@ def test_of_drivers_that_start_a_run_at_one_moment_one_has_it_and_the_others_are
     assert answers.count(True) == 1, answers
     refusals = [answer for answer in answers if answer is not True]
     assert len(refusals) == 3, answers
-    words = ("is driven by process", "continues in another process")  # before it was created, and while it was
+    # Looked after the lease was taken, took it a moment too late, or found the run started.
+    words = ("is driven by process", "continues in another process", "already holds something")
     assert all(any(said in answer for said in words) for answer in refusals), answers
 
 
