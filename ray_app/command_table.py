@@ -242,7 +242,7 @@ COMMANDS: dict[str, Command] = {
         demo.DemoEvaluateConfig,
         "demo.evaluate",
         "demo_evaluate",
-        "demo evaluate TARGET",
+        "demo evaluate [TARGET]",
         "measure how well a target sees, on rendered scenes",
         "target",
         failures="blind",

@@ -81,5 +81,6 @@ def render_quickstart(result: dict[str, Any], console: Console) -> None:
     render_evaluate(result["evaluate"], console)
     render_outcome(result["promote"], console)
     console.print(
-        "Live speculative decoding with a small model that sees: ray-app demo build, then ray-app demo decode"
+        "Live speculative decoding with a small model that sees: ray-app demo build --out models/demo, then "
+        "ray-app demo decode --target models/demo"
     )

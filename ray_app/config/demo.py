@@ -53,8 +53,9 @@ class DemoEvaluateConfig(Config):
     Any target of `decode` can be named. Exit code 1: it does not look at its pictures.
     """
 
-    target: Path = Path("models/demo")
-    """Folder of the target."""
+    target: Path | None = None
+    """Folder of the target; default: the trained parts in this package, joined with the two models of
+    `demo fetch`."""
     encoder: Path | None = None
     """Folder of the image encoder that the linear probe reads; default: MobileNetV2, fetched."""
     cache: Path | None = None
@@ -70,8 +71,9 @@ class DemoEvaluateConfig(Config):
 class DemoDecodeConfig(Config):
     """Decode live with the small target that sees, about rendered scenes: what drafts save, on this machine."""
 
-    target: Path = Path("models/demo")
-    """Folder that `demo build` made."""
+    target: Path | None = None
+    """Folder that `demo build` made; default: the trained parts in this package, joined with the two models of
+    `demo fetch`."""
     out: Path = Path("demo-decode")
     """Folder for pictures and results; must be new or empty, or of the same settings."""
     num_pictures: Positive = 8
@@ -80,5 +82,7 @@ class DemoDecodeConfig(Config):
     """Drafters, as in `decode`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Number format of the target."""
+    cache: Path | None = None
+    """Folder of fetched models; default: ray-app in XDG_CACHE_HOME, else in ~/.cache."""
     seed: int = Field(default=0, ge=0)
     """Seed of the drives, none of which was trained on."""

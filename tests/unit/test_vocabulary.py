@@ -52,7 +52,7 @@ def texts() -> list[Path]:
     paths = [
         ROOT / name
         for name in names.splitlines()
-        if not name.endswith((".json", ".gz", ".png", ".svg", ".jpg", ".mp4", ".avi", ".ts"))
+        if not name.endswith((".json", ".gz", ".png", ".svg", ".jpg", ".mp4", ".avi", ".ts", ".safetensors"))
     ]
     exempt = {ROOT / "CHANGELOG.md", ROOT / "constraints.txt", Path(__file__).resolve()}
     return [path for path in paths if path not in exempt and path.is_file()]

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ray_app.commands.decode.command import render_decode, run_decode
 from ray_app.commands.demo.answers import HELD_OUT, pictures
+from ray_app.commands.demo.shipped import shipped_target
 from ray_app.config.decode import DecodeConfig
 from ray_app.config.demo import DemoDecodeConfig
 from ray_app.errors import InputError
@@ -22,15 +23,19 @@ MAX_NEW_TOKENS = 128
 
 
 def run_demo_decode(cfg: DemoDecodeConfig) -> dict[str, Any]:
-    """Decode live; return the --json object of `decode`. InputError: the target is not built, or damaged."""
-    if not cfg.target.exists():
-        raise InputError(f"{cfg.target} is not there; build it first: ray-app demo build --out {cfg.target}")
+    """Decode live; return the --json object of `decode`.
+
+    InputError: the target is not built, or damaged. Without --target: errors as `shipped_target`.
+    """
+    target = cfg.target or shipped_target(cfg.cache)
+    if not target.exists():
+        raise InputError(f"{target} is not there; build it first: ray-app demo build --out {target}")
     out = cfg.out.absolute()
     prompts = write_prompts(out / "pictures", cfg.num_pictures, cfg.seed)
     return run_decode(
         DecodeConfig(
             source=(prompts,),
-            target=cfg.target,
+            target=target,
             out=out / "results",
             drafter=cfg.drafter,
             max_new_tokens=MAX_NEW_TOKENS,

@@ -10,6 +10,7 @@ from rich.table import Table
 from ray_app.commands.demo.answers import HELD_OUT, TRAINING, Picture, features_of, pictures
 from ray_app.commands.demo.command import fetched
 from ray_app.commands.demo.projector_start import solve_probe
+from ray_app.commands.demo.shipped import shipped_target
 from ray_app.commands.demo.sight import judge
 from ray_app.commands.demo.target import demo_encoder
 from ray_app.config.demo import DemoEvaluateConfig
@@ -23,17 +24,21 @@ PER_DRIVE = 4
 
 
 def run_demo_evaluate(cfg: DemoEvaluateConfig) -> dict[str, Any]:
-    """Judge a target; return the --json object. InputError: it is no target that sees."""
-    if not loader(cfg.target).sees:
-        raise InputError(f"{cfg.target} sees no pictures; name a target that does.")
-    target = load(cfg.target, "float32", "cpu")
+    """Judge a target; return the --json object.
+
+    InputError: it is no target that sees. Without TARGET: errors as `shipped_target`.
+    """
+    folder = cfg.target or shipped_target(cfg.cache)
+    if not loader(folder).sees:
+        raise InputError(f"{folder} sees no pictures; name a target that does.")
+    target = load(folder, "float32", "cpu")
     encoder = demo_encoder(cfg.encoder or fetched("mobilenet_v2", cfg.cache))
     learnt = list(pictures(cfg.seed, TRAINING, cfg.num_train_drives, PER_DRIVE))
     facts = [each.facts for each in learnt]
     probe = solve_probe(features_of(encoder, learnt), facts)
     some = held_out(cfg.seed, cfg.num_test_drives)
     sight = judge(target, some, majority_of(facts), probe.answers(features_of(encoder, some)), cfg.seed)
-    return {"target": str(cfg.target), "blind": int(not sight["looks"]), "sight": sight}
+    return {"target": str(folder), "blind": int(not sight["looks"]), "sight": sight}
 
 
 def held_out(seed: int, num_drives: int) -> list[Picture]:

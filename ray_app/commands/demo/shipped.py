@@ -1,0 +1,41 @@
+"""The demo's target from the trained parts in this package: joined with two fetched models, once, in the cache."""
+
+from pathlib import Path
+
+from ray_app.commands.demo.command import cache_folder, fetched
+from ray_app.commands.demo.target import GOLDEN, join_parts
+from ray_app.errors import CheckpointError, InputError
+from ray_app.store.atomic import verify_folder
+from ray_app.store.checkpoint import read_document
+from ray_app.terminal import make_console
+
+PARTS = Path(__file__).with_name("parts")
+"""What `demo build` trained, as it left it."""
+ANSWERS = Path(__file__).with_name(GOLDEN)
+"""Golden answers of the target that these parts were measured in."""
+
+
+def shipped_target(cache: Path | None) -> Path:
+    """Return the folder of the target, joined from the parts in this package if it is not in the cache.
+
+    InputError: the package has no parts. CheckpointError: damaged parts, or a target that answers otherwise than the
+    measured one. Further errors as `fetched`.
+    """
+    if not PARTS.is_dir():
+        raise InputError(
+            "this package has no trained parts of a target; build one, and name it with --target: "
+            "ray-app demo build --out models/demo"
+        )
+    folder = cache_folder(cache) / f"demo-target-{verify_folder(PARTS)[:12]}"
+    if not folder.exists():
+        log = make_console(stderr=True)
+        log.print(f"making {folder}, once: fetching MobileNetV2 and SmolLM2 (107 MB) if they are not there")
+        encoder, language_model = fetched("mobilenet_v2", cache), fetched("smollm2", cache)
+        log.print("joining them with the trained parts of this package")
+        join_parts(PARTS, folder, encoder, language_model)
+    if read_document(folder / GOLDEN)["tokens"] != read_document(ANSWERS)["tokens"]:
+        raise CheckpointError(
+            f"{folder} gives other golden answers than the target that was measured. Delete it and repeat the "
+            "command; if that does not help, build a target here: ray-app demo build --out models/demo"
+        )
+    return folder
