@@ -133,6 +133,8 @@ def test_a_joined_folder_answers_as_adapter_and_merged_model(
     models: Path, adapter: ImageTokens, tmp_path: Path
 ) -> None:
     write_target(tmp_path / "target", adapter, models / "encoder", models / "language_model", {}, {})
+    modes = {path.stat().st_mode for path in (tmp_path / "target").rglob("*") if path.is_dir()}
+    assert modes == {(tmp_path / "target").stat().st_mode}, "other users may read it"
     target = load(tmp_path / "target", "float32", "cpu")
     frame = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
     said = answer(target, frame[None], "Where are we?", max_new_tokens=6)

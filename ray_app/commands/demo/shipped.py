@@ -10,7 +10,7 @@ from ray_app.store.checkpoint import read_document
 from ray_app.terminal import make_console
 
 PARTS = Path(__file__).with_name("parts")
-"""What `demo build` trained, as it left it."""
+"""Trained parts, as `demo build` left them."""
 ANSWERS = Path(__file__).with_name(GOLDEN)
 """Golden answers of the target that these parts were measured in."""
 

@@ -107,9 +107,10 @@ def write_target(
     documents = {PROVENANCE: dict(origin), GOLDEN: golden, SEEN: dict(seen)}
     make_folder(out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        merged.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        save_joined(out, joined, adapter.projector, encoder, Path(scratch), documents)
+        folder = Path(scratch) / "language_model"  # the scratch folder itself is its user's alone, and so a copy
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        save_joined(out, joined, adapter.projector, encoder, folder, documents)
 
 
 @torch.no_grad()
