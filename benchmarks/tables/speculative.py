@@ -68,10 +68,16 @@ def speculative_facts() -> Table:
             "",
         ),
         ("· 2 steps", "replay", f"{cost}/hybrid/2.0/continuous_speedup", "{:.2f}", ""),
-        ("· nothing gained at", "replay", f"{cost}/hybrid/break_even_steps", "{:.1f} steps", ""),
+        ("· a pass at which nothing is gained", "replay", f"{cost}/hybrid/break_even_steps", "{:.1f} steps", ""),
         ("`previous_window`, 1.5 steps", "replay", f"{cost}/previous_window/1.5/continuous_speedup", "{:.2f}", ""),
         ("· 2 steps", "replay", f"{cost}/previous_window/2.0/continuous_speedup", "{:.2f}", ""),
-        ("· nothing gained at", "replay", f"{cost}/previous_window/break_even_steps", "{:.1f} steps", ""),
+        (
+            "· a pass at which nothing is gained",
+            "replay",
+            f"{cost}/previous_window/break_even_steps",
+            "{:.1f} steps",
+            "",
+        ),
         ("EventGPT on a second device, one-shot", "replay", f"{second}/eventgpt/one_shot_speedup", "{:.2f}", ""),
         ("· continuous", "replay", f"{second}/eventgpt/continuous_speedup", "{:.2f}", ""),
         (
