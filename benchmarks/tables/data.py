@@ -92,6 +92,30 @@ def dsec_facts() -> Table:
     )
 
 
+def encoder_facts() -> Table:
+    def equal(result: dict[str, Any]) -> str:
+        return "equal" if result["bytes"]["equal"] else "not equal"
+
+    return facts(
+        ("pairs encoded by MobileNetV2 on both sides", "encoders", "mobilenet_v2/pairs", "{:,}", ""),
+        ("· processor time, one thread", "encoders", "mobilenet_v2/cpu_seconds", "{:.1f} s", "≤ 60 s"),
+        ("· share of the forward passes in it", "encoders", "mobilenet_v2/forward_fraction", percent, "≥ 80 %"),
+        ("· the store", "encoders", "mobilenet_v2/store_mb", "{:.1f} MB", "≤ 50 MB"),
+        ("· the same pairs as pixels", "encoders", "mobilenet_v2/pixels_mb", "{:.0f} MB", ""),
+        ("stores of 1, 2 and 4 workers, and of 2 that are killed", "encoders", equal, "{}", "equal"),
+        ("· kills", "encoders", "bytes/kills", "{}", "10"),
+        (
+            "video tower of a checkpoint",
+            "encoders",
+            lambda r: r["video_tower"]["tower_bytes"] / 1e6,
+            "{:,.0f} MB",
+            "",
+        ),
+        ("· bytes read, times its own", "encoders", "video_tower/read_ratio", "{:.2f}", "≤ 1.2"),
+        ("· peak memory, times its bytes", "encoders", "video_tower/peak_ratio", "{:.2f}", "≤ 1.5"),
+    )
+
+
 def damage_facts() -> Table:
     return facts(
         ("single-bit flips tried", "corruption", total("flips", "tried"), "{:,}", ""),
@@ -150,6 +174,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "data": scene_facts,
     "dsec": dsec,
     "dsec-facts": dsec_facts,
+    "encoders": encoder_facts,
     "damage": damage_facts,
     "damage-by-file": damage,
     "fuzz-readers": fuzz_readers,
