@@ -1,7 +1,7 @@
 """Settings of `train`, which are also what a sweep varies."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,9 @@ from ray_app.errors import ConfigError
 
 class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Train an adapter with Ray Train."""
+
+    LOSSES: ClassVar[tuple[str, ...]] = ("mse", "cosine", "contrastive", "accept", "centred", "next_position")
+    """Losses that have a weight."""
 
     store: StorePlace
     """Pair store: a folder, or a URI such as s3://bucket/store."""
@@ -120,11 +123,9 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
                 f"--num-workers ({self.num_workers}) asks for more workers than a batch has pairs "
                 f"({self.batch_size}); take at most {self.batch_size}, or a larger --batch-size."
             )
-        losses = ("mse", "cosine", "contrastive", "accept", "centred", "next_position")
-        if not any(getattr(self, f"{name}_weight") for name in losses):
-            raise ConfigError(
-                f"{', '.join(f'--{name}-weight'.replace('_', '-') for name in losses)} are all 0; give one a weight."
-            )
+        if not any(getattr(self, f"{name}_weight") for name in self.LOSSES):
+            flags = ", ".join(f"--{name}-weight".replace("_", "-") for name in self.LOSSES)
+            raise ConfigError(f"{flags} are all 0; give one a weight.")
         if self.accept_weight and not self.accept_thetas:
             raise ConfigError("--accept-weight needs a θ: --accept-thetas 0.8")
         return self
@@ -154,14 +155,55 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
         return ":" in self.num_workers
 
 
-class AnswerTrainConfig(TrainConfig):
-    """Train image tokens and LoRA factors of a language model on answers, by the same loop."""
+class LanguageModelTrainConfig(TrainConfig):
+    """Train what a language model reads, or changes of it, by the same loop."""
 
-    strategy: Literal["image_tokens"] = "image_tokens"  # type: ignore[assignment]
-    """Adapter."""
     language_model: Path
     """Folder of the frozen language model."""
     projector_start: Path
-    """File of the projector that training starts from."""
+    """File of the tensors that training starts from; the others are drawn."""
+
+
+class AnswerTrainConfig(LanguageModelTrainConfig):
+    """Train image tokens and LoRA factors of a language model on answers."""
+
+    strategy: Literal["image_tokens"] = "image_tokens"  # type: ignore[assignment]
+    """Adapter."""
     image_tokens: Positive
     """Tokens of a picture."""
+
+
+class DraftTrainConfig(LanguageModelTrainConfig):
+    """Train a drafter, or the image tokens that it is shown, on a target's own answers and distributions."""
+
+    LOSSES: ClassVar[tuple[str, ...]] = ("kl", "reverse_kl", "acceptance", "lk", "cross_entropy", "cosine", "mse")
+
+    strategy: Literal["early_exit", "event_tokens", "constant_tokens"]  # type: ignore[assignment]
+    """Adapter: the drafter, image tokens of events for a drafter that is frozen, or the best constant ones."""
+    exit_layers: Positive = 2
+    """Layers of the target that an early exit has."""
+    drafter: Path | None = None
+    """Checkpoint of the frozen drafter; for an early exit none."""
+    kl_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of KL(target ‖ drafter)."""
+    reverse_kl_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of KL(drafter ‖ target)."""
+    acceptance_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of 1 − Σ min(p, q), the chance that a drawn token is rejected."""
+    lk_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of KL that gives way to acceptance (arXiv 2602.23881)."""
+    cross_entropy_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of the cross-entropy of the target's own tokens."""
+    mse_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of the mean squared error of image tokens."""
+    cosine_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of 1 − cosine of image tokens."""
+
+    @model_validator(mode="after")
+    def _has_a_drafter(self) -> Self:
+        if (self.strategy == "early_exit") != (self.drafter is None):
+            raise ConfigError(
+                f"--strategy {self.strategy} and --drafter {self.drafter or 'none'} do not go together: an early "
+                "exit is a drafter itself, and image tokens are trained through one."
+            )
+        return self

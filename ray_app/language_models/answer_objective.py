@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ray_app.core.adapters.image_tokens import LORA_SCALE, ImageTokens, LanguageModelShape
+from ray_app.core.adapters.image_tokens import ImageTokens
+from ray_app.core.adapters.lora import LanguageModelShape
 from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.encoders.library import transformers
 from ray_app.errors import InputError
 from ray_app.language_models.loading import read_weights
+from ray_app.language_models.lora import LowRankLayers
 
 
 def pack_row(question_ids: Sequence[int], answer_ids: Sequence[int], length: int) -> NDArray[np.float32]:
@@ -55,22 +57,6 @@ def shape_of(folder: Path) -> LanguageModelShape:
         raise InputError(f"{folder} is no language model of Llama's kind: {str(error).splitlines()[0]}") from error
 
 
-class LowRankLinear(nn.Module):
-    """A frozen linear map with LoRA factors that are passed in before each pass."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear
-        self.factors: tuple[Tensor, Tensor] | None = None
-        """Down (R, I) and up (O, R)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.factors is not None
-        down, up = self.factors
-        plain: Tensor = self.linear(x)
-        return plain + LORA_SCALE * F.linear(F.linear(x, down), up)
-
-
 class AnswerObjective(AlignmentObjective):
     """Image tokens and LoRA factors with the cross-entropy of answers, through a frozen language model.
 
@@ -84,21 +70,12 @@ class AnswerObjective(AlignmentObjective):
         super().__init__(adapter, LossWeights())
         kind = transformers().AutoModelForCausalLM
         model = read_weights(folder, kind, "float32", str(device)).requires_grad_(False)
-        self._maps: dict[str, list[LowRankLinear]] = {key: [] for key in adapter.down}
-        for layer in model.model.layers:
-            for name in LanguageModelShape(*adapter.config.language_model).linear_maps():
-                parent, key = name.split(".")
-                module = LowRankLinear(getattr(getattr(layer, parent), key))
-                setattr(getattr(layer, parent), key, module)
-                self._maps[key].append(module)
+        self._layers = LowRankLayers(model.model.layers, LanguageModelShape(*adapter.config.language_model))
         self._model: tuple[Any, ...] = (model,)  # a tuple, so that its weights are none of this module's
 
     def losses(self, aligned_BD: Tensor, target_BD: Tensor) -> dict[str, Tensor]:
         """Return `loss`, `cos_sim` and an `mse` of zero, each (B,), of image tokens and rows of ids."""
-        for key, modules in self._maps.items():
-            factors = zip(self.adapter.down[key].unbind(), self.adapter.up[key].unbind(), strict=True)
-            for module, both in zip(modules, factors, strict=True):
-                module.factors = both
+        self._layers.use(self.adapter.down, self.adapter.up)
         found = [self._answered(tokens, row) for tokens, row in zip(aligned_BD, target_BD, strict=True)]
         if not found:
             empty_B = aligned_BD.sum(dim=1)

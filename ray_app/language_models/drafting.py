@@ -6,7 +6,7 @@ D = width.
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,11 +31,33 @@ def require_same_tokens(drafter: LanguageModel, target: LanguageModel) -> None:
         )
 
 
+class DraftModel(Protocol):
+    """A model that drafts from a context of its own."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Most positions of a prompt and its answer; None: any number."""
+        ...
+
+    @property
+    def end_token(self) -> int:
+        """Token that ends an answer."""
+        ...
+
+    def require_room(self, num_positions: int, max_new_tokens: int) -> None:
+        """InputError if a prompt and its answer outgrow the model."""
+        ...
+
+    def context(self) -> Context:
+        """Return an empty context."""
+        ...
+
+
 class ModelProposer:
     """A language model that drafts for one answer: it keeps a context of its own, cropped to what was accepted."""
 
     def __init__(
-        self, model: LanguageModel, prefix: Callable[[], Tensor], vocabulary_size: int, sampled: Sampled | None
+        self, model: DraftModel, prefix: Callable[[], Tensor], vocabulary_size: int, sampled: Sampled | None
     ) -> None:
         """`prefix` gives the prompt (P, D) when the first draft is asked for; `sampled`: draw as the target does."""
         self._model, self._prefix, self._size, self._sampled = model, prefix, vocabulary_size, sampled

@@ -29,6 +29,8 @@ SCRATCH = ".prepare"
 """Folder in a store that is not finished."""
 IMAGE_TOKENS = "image_tokens"
 """Name of the adapter that `demo build` trains."""
+OF_DRAFTERS = ("early_exit", "event_tokens", "constant_tokens")
+"""Names of the adapters that `demo draft` trains."""
 NUM_REJECTED_NAMED = 3
 """Rejected pairs that an error names."""
 
@@ -274,6 +276,11 @@ def require_target_features(strategy: str | None, checkpoint: str) -> None:
             f"{checkpoint} makes image tokens for a language model, and no target features to compare or to serve. "
             "`ray-app demo build` joins it with that model into a target; name that: `ray-app demo evaluate TARGET`, "
             "`ray-app demo decode --target TARGET`."
+        )
+    if strategy in OF_DRAFTERS:
+        raise CheckpointError(
+            f"{checkpoint} ({strategy}) is part of a drafter, and makes no target features to compare or to serve. "
+            "`ray-app demo draft` joins such parts; name its folder: `ray-app decode --drafter FOLDER`."
         )
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from ray_app.commands.demo.projector_start import projector_start, solve_probe
-from ray_app.commands.demo.target import identity_of, join_parts, merge_lora, write_parts, write_target
+from ray_app.commands.demo.target import identity_of, join_parts, write_parts, write_target
 from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.loop import WorkerContext, WorkerData, batches_in_memory, train_epoch
 from ray_app.commands.train.state import Checkpointer, TrainState, resume_or_init
@@ -29,6 +29,7 @@ from ray_app.errors import CheckpointError, InputError
 from ray_app.language_models.answer_objective import AnswerObjective, pack_row, shape_of, unpack_row
 from ray_app.language_models.answers import answer, greedy_batch
 from ray_app.language_models.kinds import load
+from ray_app.language_models.lora import merge_changes
 from ray_app.runs.event_log import EventLog
 from ray_app.runs.run_dir import RunDir
 from ray_app.scenes.captions import FACTS
@@ -72,7 +73,7 @@ def test_a_row_keeps_its_tokens() -> None:
 
 def test_the_loss_is_that_of_the_merged_model_by_hand(models: Path, adapter: ImageTokens) -> None:
     merged = AutoModelForCausalLM.from_pretrained(models / "language_model", dtype=torch.float32)
-    merge_lora(merged, adapter)
+    merge_changes(merged.model.layers, adapter.changes())
     event_BE = torch.randn(2, WIDTH)
     losses = AnswerObjective(adapter, models / "language_model", CPU)(event_BE, ROWS)
     for row, (question, said) in enumerate((([7, 8, 9], [10, 11, 2]), ([7], [12, 0, 5, 2]))):

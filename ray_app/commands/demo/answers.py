@@ -14,11 +14,13 @@ from torch import Tensor
 
 from ray_app.data.array_store import write_store
 from ray_app.encoders.base import VisionModel
+from ray_app.events.render import event_image
 from ray_app.language_models.answer_objective import pack_row
 from ray_app.scenes.captions import FRAME_QUESTIONS, answer
 from ray_app.scenes.facts import SceneFacts, frame_facts
 from ray_app.scenes.scene import RENDERER, Scene
 from ray_app.sources.images import resized
+from ray_app.sources.scenes import ScenesSource
 from ray_app.store.filesystem import Where
 
 TRAINING, HELD_OUT = 0, 1
@@ -29,6 +31,8 @@ APART_S = 40.0
 """Pictures of a drive are about so many seconds apart."""
 SIDE = 224
 """Rows and columns of a picture, as a pair store of pictures has them."""
+EVENT_SPAN_US = 50_000
+"""Time of which events are drawn, as `prepare scenes` does by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +47,30 @@ class Picture:
     """The picture, `SIDE` x `SIDE`."""
     facts: SceneFacts
     """Facts about it."""
+    event_HWC: NDArray[np.uint8] | None = None
+    """Image of the simulated events of the last `EVENT_SPAN_US` before it, where they are asked for."""
 
 
-def pictures(seed: int, part: int, num_drives: int, per_drive: int) -> Iterator[Picture]:
+def pictures(
+    seed: int, part: int, num_drives: int, per_drive: int, *, first_drive: int = 0, with_events: bool = False
+) -> Iterator[Picture]:
     """Yield pictures of some drives of a part, drive by drive."""
-    for drive in range(num_drives):
+    for drive in range(first_drive, first_drive + num_drives):
         scene = Scene(int(np.random.SeedSequence([seed, part, drive]).generate_state(1)[0]))
         rng = np.random.default_rng([seed, part, drive])
         for number in range(per_drive):
             t_us = int(1e6 * APART_S * (number + rng.uniform(0.1, 0.9)))
             image_HWC = resized(scene.rgb(t_us * 1e-6), SIDE, SIDE).transpose(1, 2, 0)
-            yield Picture(f"drive_{part}_{drive:04d}", t_us, image_HWC, frame_facts(scene, t_us * 1e-6))
+            event_HWC = event_picture(scene, seed, drive, t_us) if with_events else None
+            facts = frame_facts(scene, t_us * 1e-6)
+            yield Picture(f"drive_{part}_{drive:04d}", t_us, image_HWC, facts, event_HWC)
+
+
+def event_picture(scene: Scene, seed: int, drive: int, t_us: int) -> NDArray[np.uint8]:
+    """Return the image of the events before a moment, `SIDE` x `SIDE`, simulated as `prepare scenes` does."""
+    source = ScenesSource(1, 1, seed, duration_us=EVENT_SPAN_US, step_us=1, event_span_us=EVENT_SPAN_US)
+    events = source.events(scene, drive, window=t_us - EVENT_SPAN_US)  # a window starts at each microsecond
+    return resized(event_image(events), SIDE, SIDE).transpose(1, 2, 0)
 
 
 def features_of(encoder: VisionModel, some: Sequence[Picture]) -> Tensor:

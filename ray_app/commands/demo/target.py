@@ -27,6 +27,7 @@ from ray_app.errors import InputError
 from ray_app.language_models.answers import greedy_batch
 from ray_app.language_models.joined import PICTURES, JoinedConfig, save_joined
 from ray_app.language_models.loading import model_files, read_tokenizer, read_weights
+from ray_app.language_models.lora import merge_changes
 from ray_app.parsing.json_text import parse_object
 from ray_app.scenes.captions import KEY_ELEMENTS
 from ray_app.store.atomic import make_folder, verify_folder
@@ -98,7 +99,7 @@ def write_target(
     if out.exists():
         raise InputError(f"{out} already exists; nothing is overwritten.")
     merged = read_weights(language_model, transformers().AutoModelForCausalLM, "float32", "cpu")
-    merge_lora(merged, adapter)
+    merge_changes(merged.model.layers, adapter.changes())
     tokenizer = read_tokenizer(language_model)
     config = adapter.config
     widths = (config.event_dim, config.hidden_dim, config.image_tokens * config.language_model[1])
@@ -111,14 +112,6 @@ def write_target(
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_joined(out, joined, adapter.projector, encoder, folder, documents)
-
-
-@torch.no_grad()
-def merge_lora(model: Any, adapter: ImageTokens) -> None:
-    """Add LoRA products to a language model's weights."""
-    for name, change_LOI in adapter.changes().items():
-        for layer, change_OI in zip(model.model.layers, change_LOI, strict=True):
-            layer.get_submodule(name).weight += change_OI
 
 
 @torch.no_grad()

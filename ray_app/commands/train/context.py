@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ray_app.config.base import TrackingFlags, changed_settings, flat
-from ray_app.config.train import AnswerTrainConfig, TrainConfig
+from ray_app.config.train import AnswerTrainConfig, DraftTrainConfig, TrainConfig
 from ray_app.core.adapters.base import Adapter, InitRequirement
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.initialization import check_rank
@@ -20,6 +20,7 @@ from ray_app.core.advice import default_settings
 from ray_app.core.augmentation import Augmentation
 from ray_app.errors import ConfigError, StoreError
 from ray_app.language_models.answer_objective import shape_of
+from ray_app.language_models.draft_rows import layout_of
 from ray_app.parsing.redact import redact
 from ray_app.runs.run_dir import run_metadata
 from ray_app.store.filesystem import absolute, open_storage
@@ -256,9 +257,24 @@ def _resolve_adapter_config(cfg: TrainConfig, store: PairStore, num_train_pairs:
         patch=cfg.patch,
         rank=num_train_pairs if strategy.REQUIRES == "pairs" else cfg.rank,
         mean_start=cfg.init == "pca" and strategy.PCA_REQUIRES == "means",
-        image_tokens=cfg.image_tokens if isinstance(cfg, AnswerTrainConfig) else 0,
-        language_model=tuple(shape_of(cfg.language_model)) if isinstance(cfg, AnswerTrainConfig) else (),
+        **_for_language_model(cfg, store),
     )
+
+
+def _for_language_model(cfg: TrainConfig, store: PairStore) -> dict[str, Any]:
+    """Return the settings of an adapter that a language model trains. ConfigError: the store is of another kind."""
+    if isinstance(cfg, AnswerTrainConfig):
+        return {"image_tokens": cfg.image_tokens, "language_model": tuple(shape_of(cfg.language_model))}
+    if isinstance(cfg, DraftTrainConfig):
+        layout = layout_of(store.manifest.source, cfg.store)
+        shape = shape_of(cfg.language_model)._replace(layers=cfg.exit_layers)
+        early_exit = cfg.strategy == "early_exit"
+        return {
+            "image_tokens": layout.image_tokens,
+            "language_model": tuple(shape),
+            "vocabulary": layout.vocabulary if early_exit else (),
+        }
+    return {}
 
 
 def _augmentation(cfg: TrainConfig, store: PairStore) -> Augmentation | None:

@@ -17,7 +17,7 @@ from ray_app.commands.train.context import INIT, RunContext
 from ray_app.commands.train.elastic import ElasticResizeCallback
 from ray_app.commands.train.initialization import PairsThroughRay, compute_init, load_init
 from ray_app.commands.train.worker import WorkerSpec, train_loop_per_worker
-from ray_app.config.train import AnswerTrainConfig
+from ray_app.config.train import LanguageModelTrainConfig
 from ray_app.data.pairs_dataset import ordered_pairs, pairs_dataset
 from ray_app.data.training_means import mean_target
 from ray_app.errors import RunInterrupted, StoreError, TrainingError
@@ -41,7 +41,7 @@ def run_training(
         show(f"computing {context.starts_from} of the training part")
     compute_init(context, PairsThroughRay(store, split, datasets))
     run.upload(INIT)
-    if len(split.val) and not isinstance(cfg, AnswerTrainConfig):  # there is no baseline of image tokens
+    if len(split.val) and not isinstance(cfg, LanguageModelTrainConfig):  # there is no baseline of image tokens
         start = load_init(context) if context.requires != "nothing" else {}
         mean_D = start["target_mean"] if start else mean_target(store, split.train)
         spec = replace(spec, mean_target_D=mean_D)

@@ -12,13 +12,15 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.initialization import load_init
-from ray_app.config.train import AnswerTrainConfig, TrainConfig
+from ray_app.config.train import AnswerTrainConfig, DraftTrainConfig, LanguageModelTrainConfig, TrainConfig
 from ray_app.core.adapters.base import Adapter, InitStats
 from ray_app.core.adapters.image_tokens import ImageTokens
 from ray_app.core.adapters.registry import build_adapter
 from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.core.optimizer_step import CosineByEpoch, StepResult, make_optimizer
 from ray_app.language_models.answer_objective import AnswerObjective
+from ray_app.language_models.draft_objective import draft_objective
+from ray_app.language_models.draft_rows import layout_of
 from ray_app.parsing.json_text import parse_object
 from ray_app.runs.event_log import EventLog
 from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir, checkpoint_name
@@ -149,6 +151,8 @@ def make_objective(
     if isinstance(cfg, AnswerTrainConfig):
         assert isinstance(adapter, ImageTokens)
         return AnswerObjective(adapter, cfg.language_model, device)
+    if isinstance(cfg, DraftTrainConfig):
+        return draft_objective(cfg, adapter, layout_of(context.store.manifest.source, cfg.store), device)
     weights = LossWeights(
         mse=cfg.mse_weight,
         cosine=cfg.cosine_weight,
@@ -178,7 +182,7 @@ def resume_or_init(
         adapter = build_adapter(context.adapter, cfg.seed)
         if init:
             adapter.initialize_from(init, pca=cfg.init == "pca")
-        if isinstance(cfg, AnswerTrainConfig):
+        if isinstance(cfg, LanguageModelTrainConfig):
             adapter.load_state_dict(read_tensors(cfg.projector_start), strict=False)
     else:
         adapter = load_checkpoint(run.checkpoint(checkpoint)).adapter

@@ -47,7 +47,9 @@ class AdapterConfig:
     image_tokens: int = 0
     """Tokens of a picture for a language model, where the strategy makes such."""
     language_model: tuple[int, ...] = ()
-    """Sizes of that language model: `ray_app.core.adapters.image_tokens.LanguageModelShape`."""
+    """Sizes of that language model: `ray_app.core.adapters.lora.LanguageModelShape`."""
+    vocabulary: tuple[int, ...] = ()
+    """Ids of the tokens that a drafter may say, where the strategy is one."""
 
     def __post_init__(self) -> None:
         for name in ("event_dim", "target_dim", "hidden_dim", "depth", "patch", "rank"):

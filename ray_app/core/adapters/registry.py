@@ -6,6 +6,7 @@ from torch import nn
 from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.conv import Conv
+from ray_app.core.adapters.drafting import ConstantTokens, EarlyExitLayers, EventTokens
 from ray_app.core.adapters.image_tokens import ImageTokens
 from ray_app.core.adapters.lowrank import LowRank
 from ray_app.core.adapters.mlp import Bottleneck, LightweightAlignmentModule, LightweightReference, Linear
@@ -34,8 +35,13 @@ STRATEGIES: dict[str, type[Adapter]] = {
     "token_causal": TokenCausal,
 }
 """Adapters that align features."""
-FOR_LANGUAGE_MODELS: dict[str, type[Adapter]] = {"image_tokens": ImageTokens}
-"""Adapters whose outputs a language model reads, which trains them."""
+FOR_LANGUAGE_MODELS: dict[str, type[Adapter]] = {
+    "image_tokens": ImageTokens,
+    "early_exit": EarlyExitLayers,
+    "event_tokens": EventTokens,
+    "constant_tokens": ConstantTokens,
+}
+"""Adapters that a language model trains: it reads their outputs, or they change it."""
 
 
 def meta_adapter(config: AdapterConfig) -> Adapter:

@@ -1,0 +1,143 @@
+"""Settings of a drafter's training, and what it drafts: the same for `demo draft` and for measurements.
+
+Shapes: N = rows, T = width of a row, X = numbers of a picture's image tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ray_app.commands.demo.draft_data import event_start, head_of
+from ray_app.config.train import DraftTrainConfig
+from ray_app.core.adapters.drafting import EarlyExitLayers
+from ray_app.core.adapters.sequences import sequence_cosine
+from ray_app.core.draft_losses import DraftWeights
+from ray_app.core.losses import LossWeights
+from ray_app.language_models.draft_objective import DraftObjective, counts
+from ray_app.language_models.draft_rows import DraftLayout, unpack
+from ray_app.language_models.exit_network import ExitNetwork
+from ray_app.language_models.model import LanguageModel
+from ray_app.store.checkpoint import save_verifiable
+
+EXIT_START, EVENT_START = "exit.safetensors", "event.safetensors"
+ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRecipe:
+    """Amounts of a drafter's training."""
+
+    drives: int = 150
+    """Drives of the training part that the target answers about."""
+    per_drive: int = 4
+    """Pictures of each."""
+    exit_layers: int = 2
+    """Layers of the target that the drafter has."""
+    exit_rank: int = 32
+    """Rank of its LoRA factors."""
+    exit_epochs: int = 8
+    """Rounds over all rows."""
+    exit_learning_rate: float = 3e-3
+    """AdamW learning rate of the drafter."""
+    event_rank: int = 64
+    """Dimensions of the principal subspaces of event features and image tokens."""
+    event_epochs: int = 4
+    """Rounds over all rows."""
+    event_learning_rate: float = 2e-3
+    """AdamW learning rate of the event adapter."""
+    batch_size: int = 16
+    """Rows of a step."""
+
+
+def write_starts(
+    folder: Path, target: LanguageModel, layout: DraftLayout, event_NE: Tensor, rows_NT: Tensor, rank: int
+) -> None:
+    """Write what training starts from: the target's own head, and the subspaces of both sides."""
+    image_NX = rows_NT[:, : layout.image_tokens * layout.width]
+    starts = {
+        EXIT_START: {"head": head_of(target, layout.vocabulary)},
+        EVENT_START: event_start(event_NE, image_NX, min(rank, len(event_NE) - 1)),
+    }
+    save_verifiable(folder, starts, {})
+
+
+def exit_settings(recipe: DraftRecipe, **places: Any) -> DraftTrainConfig:
+    """Return the settings of a drafter: KL to the target with the target's own picture."""
+    return DraftTrainConfig(
+        strategy="early_exit",
+        exit_layers=recipe.exit_layers,
+        rank=recipe.exit_rank,
+        kl_weight=1.0,
+        **_shared(recipe.exit_epochs, recipe.exit_learning_rate, recipe.batch_size),
+        **places,
+    )
+
+
+def event_settings(
+    recipe: DraftRecipe, weights: Mapping[str, float], *, rank: int, constant: bool = False, **places: Any
+) -> DraftTrainConfig:
+    """Return the settings of image tokens for a frozen drafter. `weights`: by loss; `rank`: of the start."""
+    return DraftTrainConfig(
+        strategy="constant_tokens" if constant else "event_tokens",
+        exit_layers=recipe.exit_layers,
+        rank=rank,
+        **{f"{name}_weight": weight for name, weight in weights.items()},
+        **_shared(recipe.event_epochs, recipe.event_learning_rate, recipe.batch_size),
+        **places,
+    )
+
+
+def _shared(num_epochs: int, learning_rate: float, batch_size: int) -> dict[str, Any]:
+    return {
+        "num_epochs": num_epochs,
+        "early_stop_patience": num_epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "schedule": "cosine",
+        "test_share": 0.01,
+        "val_share": 0.1,
+        "cpus_per_worker": 1.0,
+        "experiment": "demo",
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """Outcome of a drafter along some answers."""
+
+    tokens_N: NDArray[np.float64]
+    """Tokens of each answer."""
+    passes_N: NDArray[np.float64]
+    """Target passes that it takes."""
+    cos_N: NDArray[np.float64]
+    """Mean cosine of the shown and the target's image tokens; 0 where none are shown."""
+
+
+class FrozenDrafter:
+    """A trained drafter that is shown one thing or another."""
+
+    def __init__(self, exit_layers: EarlyExitLayers, language_model: Path, layout: DraftLayout) -> None:
+        device = torch.device("cpu")
+        network = ExitNetwork(language_model, exit_layers, device, frozen=True)
+        self._objective = DraftObjective(exit_layers, LossWeights(), DraftWeights(), layout, network, device)
+        self._layout = layout
+
+    @torch.no_grad()
+    def along(self, rows_NT: Tensor, shown_NX: Tensor | None) -> Drafted:
+        """Draft along answers while these image tokens are shown; None: no picture is."""
+        parts = []
+        for at in range(0, len(rows_NT), ROWS_AT_ONCE):
+            rows = unpack(self._layout, rows_NT[at : at + ROWS_AT_ONCE].float())
+            shown_BX = rows.image_BX[:, :0] if shown_NX is None else shown_NX[at : at + ROWS_AT_ONCE]
+            tokens_B, passes_B = counts(self._objective.positions(shown_BX, rows))
+            cos_B = torch.zeros(len(shown_BX))
+            if shown_NX is not None:
+                cos_B = sequence_cosine(shown_BX, rows.image_BX, self._layout.width)
+            parts.append(torch.stack([tokens_B.double(), passes_B.double(), cos_B.double()]))
+        return Drafted(*torch.cat(parts, dim=1).numpy())
