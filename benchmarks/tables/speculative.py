@@ -1,6 +1,7 @@
 """Tables of docs/results/speculative.md."""
 
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks.results_tables import Table, facts, percent, read
 
@@ -164,6 +165,64 @@ def decode_limits() -> Table:
     )
 
 
+EVENT_ARMS = (
+    ("the frame itself", "the target's own picture"),
+    ("events, kl", "events: adapter by KL"),
+    ("events, lk", "events: adapter by LK"),
+    ("events, acceptance", "events: adapter by acceptance"),
+    ("events, kl + cosine", "events: adapter by KL and cosine"),
+    ("events, cosine", "events: adapter by cosine"),
+    ("other drives' events", "baseline: adapter by KL, another drive's events"),
+    ("best constant", "baseline: the best constant picture under KL"),
+    ("mean", "baseline: the mean image tokens"),
+    ("nothing", "baseline: no picture"),
+    ("3-gram", "baseline: a 3-gram table of training answers"),
+    ("hybrid", "baseline: `hybrid`"),
+)
+"""Arms of the event drafter's measurement, with their words."""
+
+
+def _with_interval(each: dict[str, Any], form: str = "{:.2f}") -> str:
+    low, high = (form.format(end) for end in each["interval95"])
+    return f"{form.format(each['mean'])} [{low}, {high}]".replace("-", "−")
+
+
+def event_drafter() -> Table:
+    """One frozen drafter, shown one thing or another."""
+    result = read("event_drafter")
+    rows = []
+    for name, words in EVENT_ARMS:
+        whole = result["all_seeds"]["tokens_per_target_pass"][name]
+        seeds = [each["tokens_per_target_pass"][name]["mean"] for each in result["by_seed"]]
+        cosine = f"{whole['cosine']:.3f}" if whole["cosine"] else "–"
+        rows.append((words, _with_interval(whole), *(f"{mean:.2f}" for mean in seeds), cosine))
+    columns = [
+        "shown to the drafter",
+        "tokens per target pass",
+        *(f"seed {n}" for n in range(len(result["by_seed"]))),
+    ]
+    return Table([*columns, "cosine"], rows, ["event_drafter"])
+
+
+def event_differences() -> Table:
+    """Paired differences, of all seeds and of each."""
+    result = read("event_drafter")
+    words = dict(EVENT_ARMS)
+    rows = []
+    for name, each in result["all_seeds"]["differences"].items():
+        one, other = name.split(" − ")
+        seeds = [_with_interval(by["differences"][name], "{:+.2f}") for by in result["by_seed"]]
+        title = f"{words[one].removeprefix('baseline: ')} − {words[other].removeprefix('baseline: ')}"
+        rows.append(
+            (title, _with_interval(each, "{:+.2f}"), *seeds, f"{100 * each['share']:+.1f} %".replace("-", "−"))
+        )
+    gap = result["all_seeds"]["gap_closed"]
+    seeds = [_with_interval(by["gap_closed"]) for by in result["by_seed"]]
+    rows.append(("share of the gap from constant to own picture", _with_interval(gap), *seeds, "–"))
+    columns = ["difference", "all seeds", *(f"seed {n}" for n in range(len(result["by_seed"])))]
+    return Table([*columns, "of tokens"], rows, ["event_drafter"], named=False)
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "drafters": drafters,
     "drafters-duration": by_duration,
@@ -172,4 +231,6 @@ TABLES: dict[str, Callable[[], Table]] = {
     "trees": trees,
     "decode": decoded,
     "decode-limits": decode_limits,
+    "event-drafter": event_drafter,
+    "event-differences": event_differences,
 }
