@@ -247,6 +247,13 @@ COMMANDS: dict[str, Command] = {
         "target",
         failures="blind",
     ),
+    "demo draft": Command(
+        demo.DemoDraftConfig,
+        "demo.draft",
+        "demo_draft",
+        "demo draft --out DIR",
+        "train a drafter that sees events, and measure it",
+    ),
     "demo decode": Command(
         demo.DemoDecodeConfig,
         "demo.decode",

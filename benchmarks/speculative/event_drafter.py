@@ -24,19 +24,17 @@ from torch import Tensor
 
 from benchmarks.provenance import require_commit, save
 from benchmarks.speculative.demo_target import ThreeGrams
-from ray_app.commands.demo.answers import HELD_OUT, TRAINING
-from ray_app.commands.demo.draft_data import answered_chunks, ids_of, write_draft_store
 from ray_app.commands.demo.draft_training import (
-    EVENT_START,
-    EXIT_START,
+    START,
+    TEST,
+    TRAIN,
     Drafted,
     DraftRecipe,
     FrozenDrafter,
     event_settings,
     exit_settings,
-    write_starts,
+    write_draft_stores,
 )
-from ray_app.commands.demo.target import demo_encoder
 from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.loop import WorkerContext, WorkerData, batches_in_memory, train_epochs
 from ray_app.config.train import DraftTrainConfig
@@ -57,11 +55,10 @@ from ray_app.runs.event_log import EventLog
 from ray_app.runs.run_dir import RunDir
 from ray_app.scenes.captions import KEY_ELEMENTS
 from ray_app.store.atomic import make_folder
-from ray_app.store.checkpoint import load_checkpoint, tensor_shapes
-from ray_app.store.manifest import MANIFEST
+from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.pair_store import PairStore
 
-SEED, TEST_DRIVES, PER_DRIVE, SEEDS = 0, 26, 4, 3
+SEED, TEST_DRIVES, SEEDS = 0, 26, 3
 CPU = torch.device("cpu")
 RECIPE = DraftRecipe()
 LOSSES: Mapping[str, Mapping[str, float]] = {
@@ -131,9 +128,12 @@ def main() -> None:
     began = time.process_time()
     recipe = replace(RECIPE, drives=asked.drives)
     work = asked.work.absolute()
-    train, test = parts(asked.target.absolute(), work, recipe, asked.test_drives)
+    folder = asked.target.absolute()
+    if not (work / START).exists():
+        write_draft_stores(load(folder, "float32", "cpu"), work, recipe, asked.test_drives, SEED, print)
+    train, test = Part.of(work / TRAIN), Part.of(work / TEST)
     answered_s = time.process_time() - began
-    result = measured(asked.target.absolute() / "language_model", work, recipe, train, test, asked.seeds)
+    result = measured(folder / "language_model", work, recipe, train, test, asked.seeds)
     result |= {
         "cpu_seconds": {"answers": answered_s, "all": time.process_time() - began},
         "target": train.layout.target,
@@ -142,28 +142,6 @@ def main() -> None:
         save("event_drafter", result)
     else:
         print(json.dumps(result, indent=1))
-
-
-def parts(folder: Path, work: Path, recipe: DraftRecipe, test_drives: int) -> tuple[Part, Part]:
-    """Return training and test part, answered and written unless they are there, and write where training starts."""
-    amounts = {"train": (TRAINING, recipe.drives), "test": (HELD_OUT, test_drives)}
-    if not all((work / name / MANIFEST).is_file() for name in amounts):
-        target, encoder = load(folder, "float32", "cpu"), demo_encoder(folder / "encoder")
-        chunks = {
-            name: answered_chunks(
-                work / "answers", target, encoder, seed=SEED, part=part, num_drives=drives, per_drive=PER_DRIVE,
-                progress=print,
-            )
-            for name, (part, drives) in amounts.items()
-        }  # fmt: skip
-        ids = ids_of(chunks["train"])
-        for name in amounts:
-            if not (work / name / MANIFEST).is_file():
-                write_draft_store(work / name, chunks[name], target, ids, SEED)
-        if not (work / "start").exists():
-            train = Part.of(work / "train")
-            write_starts(work / "start", target, train.layout, train.event_NE, train.rows_NT, recipe.event_rank)
-    return Part.of(work / "train"), Part.of(work / "test")
 
 
 def trained(cfg: DraftTrainConfig, part: Part) -> Adapter:
@@ -224,13 +202,11 @@ def of_seed(
 ) -> tuple[dict[str, Drafted], dict[str, int]]:
     """Train a drafter and image tokens by every loss; return what each drafts on the test part, and their sizes."""
     folder = work / f"seed_{seed}"
-    places = {"store": str(work / "train"), "language_model": language_model, "seed": seed}
-    exit_cfg = exit_settings(recipe, out=str(folder / "exit"), projector_start=work / "start" / EXIT_START, **places)
+    places = {"language_model": language_model, "seed": seed}
+    exit_cfg = exit_settings(recipe, work, out=str(folder / "exit"), **places)
     drafter = trained(exit_cfg, train)
     assert isinstance(drafter, EarlyExitLayers)
-    start = work / "start" / EVENT_START
-    rank = tensor_shapes(start)["map.event_basis"][1]
-    through = {"drafter": RunDir(exit_cfg.folder).best(), "projector_start": start, "rank": rank, **places}
+    through = {"drafter": RunDir(exit_cfg.folder).best(), **places}
     event_NE, frozen = test.event_NE.float(), FrozenDrafter(drafter, language_model, test.layout)
     arms: dict[str, Drafted] = {}
 
@@ -240,16 +216,16 @@ def of_seed(
     show(FRAME, test.image_NX)
     for name, weights in LOSSES.items():
         out = str(folder / name.replace(", ", "_").replace(" + ", "_"))
-        adapter = trained(event_settings(recipe, weights, out=out, **through), train)
+        adapter = trained(event_settings(recipe, work, weights, out=out, **through), train)
         with torch.no_grad():
             tokens_NX = adapter(event_NE)
         show(name, tokens_NX)
         if name == EVENTS:
             assert isinstance(adapter, EventTokens)
             events, sizes = adapter, {"drafter": num_parameters(drafter), "events": num_parameters(adapter)}
-            show(OTHERS, tokens_NX.roll(PER_DRIVE, dims=0))  # rows are in order of drives
+            show(OTHERS, tokens_NX.roll(recipe.per_drive, dims=0))  # rows are in order of drives
     constant = trained(
-        event_settings(recipe, {"kl": 1.0}, constant=True, out=str(folder / "constant"), **through), train
+        event_settings(recipe, work, {"kl": 1.0}, constant=True, out=str(folder / "constant"), **through), train
     )
     assert isinstance(constant, ConstantTokens)
     with torch.no_grad():

@@ -68,6 +68,30 @@ class DemoEvaluateConfig(Config):
     """Seed of the drives."""
 
 
+class DemoDraftConfig(ClusterFlags):
+    """Train a drafter that sees event images for a target of `demo build`, and measure what it drafts.
+
+    The target answers about rendered drives; its first layers learn to draft with its own picture, then image tokens
+    of event images are trained through that drafter. Repeat the command to continue. What it works with is in
+    OUT.build.
+    """
+
+    target: Path = Path("models/demo")
+    """Folder that `demo build` made."""
+    out: Path = Path("models/demo-drafter")
+    """Folder of the drafter; must be new, or one that this command made."""
+    loss: Literal["kl", "reverse_kl", "acceptance", "lk", "cross_entropy", "cosine"] = "kl"
+    """Loss of the event image's tokens: of the drafter's distributions against the target's, or of the tokens."""
+    size: Literal["full", "small"] = "full"
+    """full: about half an hour on one core. small: minutes, for tests; it drafts little."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of scenes and weights; the target's own, so that the drives it is measured on are new to it."""
+    num_test_drives: Positive = 26
+    """Drives that the drafter is measured on, four pictures each."""
+    tracking_uri: str | None = None
+    """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
+
+
 class DemoDecodeConfig(Config):
     """Decode live with the small target that sees, about rendered scenes: what drafts save, on this machine."""
 
@@ -79,7 +103,7 @@ class DemoDecodeConfig(Config):
     num_pictures: Positive = 8
     """Pictures, four of each drive."""
     drafter: tuple[str, ...] = ("hybrid", "previous_window")
-    """Drafters, as in `decode`."""
+    """Drafters, as in `decode`, such as the folder that `demo draft` made."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Number format of the target."""
     cache: Path | None = None

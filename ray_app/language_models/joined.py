@@ -169,6 +169,12 @@ class JoinedModel(LanguageModel):
         embedded_ND: Tensor = self._projector(tokens_ND.to(self.device, self.model.dtype))
         return embedded_ND
 
+    def features(self, frames_THWC: Frames) -> Tensor:
+        """Return the features of pictures as the projector reads them, (T, E), of one picture each."""
+        pixels_TCHW = np.stack([self._encoder.preprocess(frame_HWC) for frame_HWC in frames_THWC])
+        tokens_TNE: Tensor = self._encoder.tokens(torch.from_numpy(pixels_TCHW).to(self.device, self.model.dtype))
+        return tokens_TNE.flatten(1).float()
+
     def picture_embeddings(self, pixels_TCHW: Tensor) -> Tensor:
         tokens_TNE: Tensor = self._encoder.tokens(pixels_TCHW)
         if (number := self._joined.image_tokens) is None:

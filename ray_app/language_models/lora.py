@@ -40,7 +40,7 @@ class LowRankLayers:
                 setattr(getattr(layer, parent), key, module)
                 self._maps.setdefault(key, []).append(module)
 
-    def use(self, down: Mapping[str, Tensor], up: Mapping[str, Tensor]) -> None:
+    def use(self, down: nn.ParameterDict, up: nn.ParameterDict) -> None:
         """Pass factors in, down (L, R, I) and up (L, O, R) of each map."""
         for key, modules in self._maps.items():
             for module, both in zip(modules, zip(down[key].unbind(), up[key].unbind(), strict=True), strict=True):

@@ -14,13 +14,12 @@ from ray_app.commands.demo import draft_data
 from ray_app.commands.demo.answers import TRAINING, pictures
 from ray_app.commands.demo.draft_data import answered_chunks, ids_of, subspace, write_draft_store
 from ray_app.commands.demo.draft_training import (
-    EVENT_START,
-    EXIT_START,
+    TRAIN,
     DraftRecipe,
     FrozenDrafter,
     event_settings,
     exit_settings,
-    write_starts,
+    write_draft_stores,
 )
 from ray_app.commands.demo.sight import MAX_NEW_TOKENS
 from ray_app.commands.demo.target import demo_encoder
@@ -46,7 +45,7 @@ from ray_app.store.pair_store import PairStore
 
 CPU = torch.device("cpu")
 DRIVES, PER_DRIVE = 4, 2
-RECIPE = DraftRecipe(exit_layers=1, exit_rank=2, batch_size=4)
+RECIPE = DraftRecipe(drives=DRIVES, per_drive=PER_DRIVE, exit_layers=1, exit_rank=2, event_rank=3, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +55,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, target: LanguageModel) -> Path:
-    """`chunks`, the store `rows`, and `start`."""
+    """Answers, stores and what training starts from."""
     folder = tmp_path_factory.mktemp("work")
-    chunks = answered(folder / "chunks", target)
-    layout = write_draft_store(folder / "rows", chunks, target, ids_of(chunks), seed=0)
-    event_NE, rows_NT = features(folder)
-    write_starts(folder / "start", target, layout, event_NE, rows_NT, rank=3)
+    write_draft_stores(target, folder, RECIPE, 1, 0, lambda _: None)
     return folder
 
 
@@ -72,12 +68,12 @@ def answered(folder: Path, target: LanguageModel) -> list[draft_data.Chunk]:
 
 
 def features(work: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    event_NE, rows_NT = PairStore.open(work / "rows").read_rows(range(DRIVES * PER_DRIVE))
+    event_NE, rows_NT = PairStore.open(work / TRAIN).read_rows(range(DRIVES * PER_DRIVE))
     return torch.from_numpy(event_NE), torch.from_numpy(rows_NT)
 
 
 def layout_in(work: Path) -> DraftLayout:
-    return layout_of(PairStore.open(work / "rows").manifest.source, work)
+    return layout_of(PairStore.open(work / TRAIN).manifest.source, work)
 
 
 def trained_exit(cfg: Any, seed: int = 0) -> EarlyExitLayers:
@@ -93,21 +89,21 @@ def trained_exit(cfg: Any, seed: int = 0) -> EarlyExitLayers:
 
 
 @pytest.fixture
-def places(work: Path, target: LanguageModel, tmp_path: Path) -> dict[str, Any]:
+def places(target: LanguageModel, tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "run").mkdir()
     language_model = target.folder / "language_model"
-    return {"store": str(work / "rows"), "out": str(tmp_path / "run"), "language_model": language_model}
+    return {"out": str(tmp_path / "run"), "language_model": language_model}
 
 
 @pytest.fixture
 def exit_cfg(work: Path, places: dict[str, Any]) -> Any:
-    return exit_settings(RECIPE, projector_start=work / "start" / EXIT_START, **places)
+    return exit_settings(RECIPE, work, **places)
 
 
 @pytest.fixture
 def drafter(exit_cfg: Any, work: Path, tmp_path: Path) -> Path:
     """A checkpoint of a drafter."""
-    features = PairStore.open(work / "rows").manifest.features
+    features = PairStore.open(work / TRAIN).manifest.features
     save_checkpoint(tmp_path / "exit", trained_exit(exit_cfg), metrics={}, provenance={}, features=features)
     return tmp_path / "exit"
 
@@ -148,14 +144,14 @@ def test_an_interrupted_command_answers_only_what_is_missing(
     target: LanguageModel, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(draft_data, "_answered", None)
-    again = answered(work / "chunks", target)
+    again = answered(work / "answers", target)
     assert ids_of(again) == layout_in(work).vocabulary
 
 
 def test_a_vocabulary_that_misses_tokens_has_its_share_told(
     target: LanguageModel, work: Path, tmp_path: Path
 ) -> None:
-    chunks = answered(work / "chunks", target)
+    chunks = answered(work / "answers", target)
     ids = ids_of(chunks)
     said = [token for chunk in chunks for each in chunk.answers for token in each]
     layout = write_draft_store(tmp_path / "rows", chunks, target, ids[1:], seed=0)
@@ -240,10 +236,9 @@ def test_event_tokens_begin_at_the_mean_and_learn_through_a_drafter_that_does_no
 ) -> None:
     event_NE, rows_NT = features(work)
     layout = layout_in(work)
-    start = work / "start" / EVENT_START
     mean_X = unpack(layout, rows_NT.float()).image_BX.mean(dim=0)
     for weights in ({"kl": 1.0}, {"acceptance": 1.0}, {"lk": 1.0}, {"cosine": 1.0}, {"kl": 1.0, "cosine": 1.0}):
-        cfg = event_settings(RECIPE, weights, rank=3, drafter=drafter, projector_start=start, **places)
+        cfg = event_settings(RECIPE, work, weights, drafter=drafter, **places)
         state = resume_or_init(RunContext.of(cfg, PairStore.open(cfg.store)), None, CPU)
         objective = state.objective
         torch.testing.assert_close(objective.adapter.eval()(event_NE.float())[0], mean_X, rtol=1e-3, atol=1e-3)
@@ -265,10 +260,7 @@ def test_event_tokens_begin_at_the_mean_and_learn_through_a_drafter_that_does_no
 
 
 def test_a_constant_is_the_same_for_every_event(work: Path, places: dict[str, Any], drafter: Path) -> None:
-    cfg = event_settings(
-        RECIPE, {"kl": 1.0}, rank=3, constant=True, drafter=drafter,
-        projector_start=work / "start" / EVENT_START, **places,
-    )  # fmt: skip
+    cfg = event_settings(RECIPE, work, {"kl": 1.0}, constant=True, drafter=drafter, **places)
     objective = resume_or_init(RunContext.of(cfg, PairStore.open(cfg.store)), None, CPU).objective
     with torch.no_grad():
         torch.nn.init.normal_(objective.adapter.map.output.weight)
@@ -293,11 +285,10 @@ def test_validation_sees_every_answer_and_a_batch_without_pairs_has_a_gradient(w
 def test_what_does_not_fit_is_said_by_name(
     work: Path, places: dict[str, Any], drafter: Path, small_store: Path, exit_cfg: Any
 ) -> None:
-    start = {"projector_start": work / "start" / EVENT_START}
     with pytest.raises(ConfigError, match="an early exit is a drafter itself"):
-        event_settings(RECIPE, {"kl": 1.0}, rank=3, **start, **places)
+        event_settings(RECIPE, work, {"kl": 1.0}, **places)
     with pytest.raises(ConfigError, match=r"--kl-weight, --reverse-kl-weight, .* are all 0"):
-        event_settings(RECIPE, {}, rank=3, drafter=drafter, **start, **places)
+        event_settings(RECIPE, work, {}, drafter=drafter, **places)
     plain = exit_cfg.model_copy(update={"store": str(small_store)})
     with pytest.raises(ConfigError, match="holds no answers of a target with their distributions"):
         RunContext.of(plain, PairStore.open(small_store))
@@ -305,9 +296,9 @@ def test_what_does_not_fit_is_said_by_name(
     smaller = replace(exit_layers.config, vocabulary=layout.vocabulary[1:])
     other = EarlyExitLayers(smaller)
     other.load_state_dict({**exit_layers.state_dict(), "head": exit_layers.head[1:]})
-    features = PairStore.open(work / "rows").manifest.features
+    features = PairStore.open(work / TRAIN).manifest.features
     save_checkpoint(drafter.parent / "less", other, metrics={}, provenance={}, features=features)
-    cfg = event_settings(RECIPE, {"kl": 1.0}, rank=3, drafter=drafter.parent / "less", **start, **places)
+    cfg = event_settings(RECIPE, work, {"kl": 1.0}, drafter=drafter.parent / "less", **places)
     with pytest.raises(ConfigError, match=r"drafts \d+ tokens, .* have \d+, and 1 of these it cannot say"):
         resume_or_init(RunContext.of(cfg, PairStore.open(cfg.store)), None, CPU)
 

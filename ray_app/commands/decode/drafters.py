@@ -22,6 +22,13 @@ from ray_app.errors import ConfigError, InputError
 from ray_app.language_models.aligned import AlignedPictures, event_encoder_of
 from ray_app.language_models.answers import answer
 from ray_app.language_models.drafting import EarlyExit, EarlyExitProposer, ModelProposer, require_same_tokens
+from ray_app.language_models.event_drafter import (
+    EventDrafter,
+    is_event_drafter,
+    read_event_drafter,
+    require_target,
+)
+from ray_app.language_models.exit_network import ExitModel
 from ray_app.language_models.kinds import load, loader
 from ray_app.language_models.model import Context, Frames, LanguageModel
 from ray_app.store.checkpoint import load_checkpoint
@@ -157,6 +164,42 @@ class ModelDrafter:
         return shown
 
 
+class SeeingDrafter:
+    """The drafter of `demo draft`: a trained early exit, and the image tokens that it is shown."""
+
+    def __init__(self, name: str, drafter: EventDrafter, model: ExitModel, sees: Sees) -> None:
+        self.name, self._drafter, self._model, self._sees = name, drafter, model, sees
+
+    def proposer(self, row: RowToDraft) -> Proposer:
+        return ModelProposer(
+            self._model, lambda: self._prefix(row), self._drafter.target.vocabulary_size, row.sampled
+        )
+
+    def _prefix(self, row: RowToDraft) -> Tensor:
+        """Return the prompt as the drafter reads it. InputError: the row lacks its event image."""
+        target, question = self._drafter.target, row.prompt.question
+        if self._sees == "frames":
+            return row.prefix_PD
+        if self._sees == "nothing":
+            return target.prefix(target.prompt(None, question))
+        pictures = row.other if self._sees == "other" else row.pictures
+        events_THWC = pictures.events_THWC if pictures else None
+        if events_THWC is None:
+            raise InputError(f"the row has no event image for --drafter-sees {self._sees}")
+        if self._sees == "constant":
+            events_THWC = np.full_like(events_THWC, GREY)
+        return target.prefix(target.prompt(events_THWC, question), self._drafter.image_tokens(events_THWC))
+
+    def update(self, prompt: Prompt, answer: Sequence[int]) -> None:
+        pass
+
+    def own_answer(self, row: RowToDraft, max_new_tokens: int) -> tuple[list[int], dict[str, float]]:
+        return list(self.proposer(row).propose((), max_new_tokens).tokens), {}
+
+    def weight_bytes(self) -> int:
+        return self._model.weight_bytes() + sum(each.nbytes for each in self._drafter.events.state_dict().values())
+
+
 class EarlyExitDrafter:
     """The target's own first layers."""
 
@@ -207,6 +250,11 @@ def require_drafters(cfg: DecodeConfig) -> None:
                     "instance those of an earlier `decode` or `capture`, or take hybrid, which also learns online."
                 )
             continue
+        if is_event_drafter(Path(name)):
+            require_target(Path(name), cfg.target)
+            if "adapter" in cfg.drafter_sees:
+                raise ConfigError(f"{name} has an adapter of its own; take --drafter-sees events.")
+            continue
         if not Path(name).is_dir():
             known = ", ".join((EARLY_EXIT, *(name for name, kind in DRAFTERS.items() if not kind.needs_states)))
             raise ConfigError(f"there is no drafter '{name}', nor a folder of that name; there are: {known}.")
@@ -232,15 +280,24 @@ def run_drafters(
             rule = DRAFTERS[name]()
             rule.fit(answered)
             made.append(RuleDrafter(name, rule))
+        elif is_event_drafter(folder := Path(name)):
+            drafter = read_event_drafter(folder, target)
+            exit_model = ExitModel(target.text_folder(), drafter.exit_layers, target)
+            shown = cfg.drafter_sees or ("events",)
+            made += [
+                SeeingDrafter(f"{folder.name}-{sees}" if len(shown) > 1 else folder.name, drafter, exit_model, sees)
+                for sees in shown
+            ]
         else:
             model = load(Path(name), cfg.dtype, device)
             require_same_tokens(model, target)
             model.context()
             short = Path(name).name
-            many = len(cfg.drafter_sees) > 1 or model.sees
+            all_sees = cfg.drafter_sees or ("nothing",)
+            many = len(all_sees) > 1 or model.sees
             made += [
                 ModelDrafter(f"{short}-{sees}" if many else short, model, sees, target.vocabulary_size, aligned)
-                for sees in cfg.drafter_sees
+                for sees in all_sees
             ]
     names = [drafter.name for drafter in made]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -103,7 +103,7 @@ def run_demo_build(cfg: DemoBuildConfig) -> dict[str, Any]:
     encoder = demo_encoder(encoder_folder)
     if not kept:
         work = out.with_name(f"{out.name}.build")
-        _claim(work, settings)
+        claim_work(work, settings)
         parts = work / "parts"
         log.rule("1/4 data: rendered scenes, encoded, with questions and true answers")
         _data(work / "data", cfg, recipe, encoder, language_model)
@@ -148,7 +148,7 @@ def _is_of(out: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def _claim(work: Path, settings: dict[str, Any]) -> None:
+def claim_work(work: Path, settings: dict[str, Any]) -> None:
     """Record what is built. StoreError: the folder is of a build of other settings."""
     text = json.dumps(settings, indent=1) + "\n"
     if not work.exists():

@@ -2,6 +2,7 @@
 
 import json
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,16 @@ def render_demo_decode(result: dict[str, Any], console: Console) -> None:
 
 
 def write_prompts(folder: Path, number: int, seed: int) -> Path:
-    """Write pictures of held-out drives and a file of prompts about them; return the file."""
+    """Write pictures of held-out drives, their event images, and a file of prompts about them; return the file."""
     make_folder(folder)
     lines = []
-    for each in list(pictures(seed, HELD_OUT, -(-number // PER_DRIVE), PER_DRIVE))[:number]:
-        name = f"{each.sequence}_{each.t_us}.png"
+    some = pictures(seed, HELD_OUT, -(-number // PER_DRIVE), PER_DRIVE, with_events=True)
+    for each in islice(some, number):
+        name, events = f"{each.sequence}_{each.t_us}.png", f"{each.sequence}_{each.t_us}_events.png"
+        assert each.event_HWC is not None
         write_file(folder / name, png(each.image_HWC))
-        lines.append({"id": name, "sequence": each.sequence, "frames": [name]})
+        write_file(folder / events, png(each.event_HWC))
+        lines.append({"id": name, "sequence": each.sequence, "frames": [name], "events": [events]})
     path = folder / "prompts.jsonl"
     write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return path

@@ -227,7 +227,7 @@ def _around_pictures(target: LanguageModel) -> tuple[tuple[int, ...], tuple[int,
 
 def event_start(event_NE: Tensor, image_NX: Tensor, rank: int) -> dict[str, Tensor]:
     """Return the tensors that `event_tokens` starts from: means and principal subspaces of both sides."""
-    start = {}
+    start: dict[str, Tensor] = {}
     for side, x_NW in (("event", event_NE), ("target", image_NX)):
         mean_W, basis_WR, scale_R = subspace(x_NW.float(), rank)
         start |= {f"map.{side}_mean": mean_W, f"map.{side}_basis": basis_WR, f"map.{side}_scale": scale_R}

@@ -3,7 +3,7 @@
 Shapes: N = rows, T = width of a row, X = numbers of a picture's image tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ray_app.commands.demo.draft_data import event_start, head_of
+from ray_app.commands.demo.answers import HELD_OUT, TRAINING
+from ray_app.commands.demo.draft_data import answered_chunks, event_start, head_of, ids_of, write_draft_store
+from ray_app.commands.demo.target import demo_encoder
 from ray_app.config.train import DraftTrainConfig
 from ray_app.core.adapters.drafting import EarlyExitLayers
 from ray_app.core.adapters.sequences import sequence_cosine
@@ -23,8 +25,10 @@ from ray_app.language_models.draft_objective import DraftObjective, counts
 from ray_app.language_models.draft_rows import DraftLayout, unpack
 from ray_app.language_models.exit_network import ExitNetwork
 from ray_app.language_models.model import LanguageModel
-from ray_app.store.checkpoint import save_verifiable
+from ray_app.store.checkpoint import save_verifiable, tensor_shapes
+from ray_app.store.manifest import MANIFEST
 
+TRAIN, TEST, START = "train", "test", "start"
 EXIT_START, EVENT_START = "exit.safetensors", "event.safetensors"
 ROWS_AT_ONCE = 16
 
@@ -55,38 +59,78 @@ class DraftRecipe:
     """Rows of a step."""
 
 
-def write_starts(
-    folder: Path, target: LanguageModel, layout: DraftLayout, event_NE: Tensor, rows_NT: Tensor, rank: int
+def write_draft_stores(
+    target: LanguageModel,
+    work: Path,
+    recipe: DraftRecipe,
+    num_test_drives: int,
+    seed: int,
+    progress: Callable[[str], None],
 ) -> None:
-    """Write what training starts from: the target's own head, and the subspaces of both sides."""
-    image_NX = rows_NT[:, : layout.image_tokens * layout.width]
-    starts = {
-        EXIT_START: {"head": head_of(target, layout.vocabulary)},
-        EVENT_START: event_start(event_NE, image_NX, min(rank, len(event_NE) - 1)),
+    """Answer about both parts, unless that is done, and write their stores and what training starts from.
+
+    In `work`: `answers`, `train`, `test` and, last of all, `start`.
+    """
+    if (work / START).exists():
+        return
+    encoder = demo_encoder(target.folder / "encoder")
+    chunks = {
+        name: answered_chunks(
+            work / "answers",
+            target,
+            encoder,
+            seed=seed,
+            part=part,
+            num_drives=drives,
+            per_drive=recipe.per_drive,
+            progress=progress,
+        )
+        for name, part, drives in ((TRAIN, TRAINING, recipe.drives), (TEST, HELD_OUT, num_test_drives))
     }
-    save_verifiable(folder, starts, {})
+    for name, some in chunks.items():
+        if not (work / name / MANIFEST).is_file():
+            write_draft_store(work / name, some, target, ids_of(chunks[TRAIN]), seed)
+    event_NE, image_NX = (
+        torch.cat([getattr(chunk, side) for chunk in chunks[TRAIN]]) for side in ("event_NE", "image_NX")
+    )
+    starts = {
+        EXIT_START: {"head": head_of(target, ids_of(chunks[TRAIN]))},
+        EVENT_START: event_start(event_NE, image_NX, min(recipe.event_rank, len(event_NE) - 1)),
+    }
+    save_verifiable(work / START, starts, {})
 
 
-def exit_settings(recipe: DraftRecipe, **places: Any) -> DraftTrainConfig:
-    """Return the settings of a drafter: KL to the target with the target's own picture."""
+def exit_settings(recipe: DraftRecipe, work: Path, **places: Any) -> DraftTrainConfig:
+    """Return the settings of a drafter: KL to the target with the target's own picture.
+
+    `places`: `out`, `language_model`, `seed` and other settings of `train`.
+    """
     return DraftTrainConfig(
         strategy="early_exit",
         exit_layers=recipe.exit_layers,
         rank=recipe.exit_rank,
         kl_weight=1.0,
+        store=str(work / TRAIN),
+        projector_start=work / START / EXIT_START,
         **_shared(recipe.exit_epochs, recipe.exit_learning_rate, recipe.batch_size),
         **places,
     )
 
 
 def event_settings(
-    recipe: DraftRecipe, weights: Mapping[str, float], *, rank: int, constant: bool = False, **places: Any
+    recipe: DraftRecipe, work: Path, weights: Mapping[str, float], *, constant: bool = False, **places: Any
 ) -> DraftTrainConfig:
-    """Return the settings of image tokens for a frozen drafter. `weights`: by loss; `rank`: of the start."""
+    """Return the settings of image tokens for a frozen drafter, by the weight of each loss.
+
+    `places`: `out`, `drafter`, `language_model`, `seed` and other settings of `train`.
+    """
+    start = work / START / EVENT_START
     return DraftTrainConfig(
         strategy="constant_tokens" if constant else "event_tokens",
         exit_layers=recipe.exit_layers,
-        rank=rank,
+        rank=tensor_shapes(start)["map.event_basis"][1],
+        store=str(work / TRAIN),
+        projector_start=start,
         **{f"{name}_weight": weight for name, weight in weights.items()},
         **_shared(recipe.event_epochs, recipe.event_learning_rate, recipe.batch_size),
         **places,
