@@ -148,7 +148,7 @@ def test_an_interrupted_command_answers_only_what_is_missing(
     assert ids_of(again) == layout_in(work).vocabulary
 
 
-def test_a_vocabulary_that_misses_tokens_has_its_share_told(
+def test_the_share_of_tokens_that_a_vocabulary_misses_is_reported(
     target: LanguageModel, work: Path, tmp_path: Path
 ) -> None:
     chunks = answered(work / "answers", target)
