@@ -21,7 +21,7 @@ LK_ETA = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """What a drafter and the target expect at each position of some answers."""
+    """Distributions of a drafter and of the target at each position of some answers."""
 
     log_q_BLI: Tensor
     """Logarithms of the drafter's probabilities."""

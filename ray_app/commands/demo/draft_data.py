@@ -49,7 +49,7 @@ class Chunk:
     answers: list[list[int]]
     """Tokens of the answers, with their ends."""
     states: list[Tensor]
-    """What the target's head reads at each token of an answer, (A, D)."""
+    """Input of the target's head at each token of an answer, (A, D)."""
     normalisers: list[Tensor]
     """Logarithm of the sum over all tokens of the exponentials of the head's outputs, (A,)."""
 
