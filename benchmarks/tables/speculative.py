@@ -1,9 +1,10 @@
 """Tables of docs/results/speculative.md."""
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.results_tables import Table, facts, percent, read
+from benchmarks.results_tables import Table, facts, percent, points, read
 
 LOW = ("none", "eventgpt", "prompt_lookup", "constant", "positional")
 DRAFTERS = (*LOW, "retrieval", "previous_window", "ngram", "hybrid")
@@ -223,6 +224,38 @@ def event_differences() -> Table:
     return Table([*columns, "of tokens"], rows, ["event_drafter"], named=False)
 
 
+def demo_target() -> Table:
+    """Sight of the demo's target: each kind of fact, what it needs its picture for, and how hard its language is."""
+    result = read("demo_target")
+    sight, kinds = result["sight"], result["sight"]["kinds"]
+    rows = []
+    for kind, each in kinds.items():
+        low, high = each["interval95"]
+        right = f"{percent(each['right'])} [{100 * low:.0f}, {100 * high:.0f}]"
+        wanted = "≥ 85 %" if kind in ("place", "light") else "–"
+        rows.append((f"right: {kind}", right, percent(each["majority"]), percent(each["probe"]), wanted))
+    means = [percent(statistics.mean(each[key] for each in kinds.values())) for key in ("right", "majority", "probe")]
+    rows.append(("mean of all kinds", *means, "–"))
+    passes = {
+        name: f"{each['tokens_per_target_pass']:.2f} [{each['interval95'][0]:.2f}, {each['interval95'][1]:.2f}]"
+        for name, each in result["drafters"].items()
+    }
+    for what, measured, wanted in (
+        ("· above the majority, points", points(sight["above_majority"]), "≥ 15"),
+        ("loss of true answers with the own picture", f"{sight['loss']['own']:.3f}", "–"),
+        ("· with another drive's picture, times that", f"{sight['loss_ratio_other']:.2f}", "≥ 2"),
+        (
+            "different texts to one question",
+            f"{sight['distinct_texts']} of {sight['pictures']}",
+            "≥ 60 of 100",
+        ),
+        ("tokens per target pass, γ = 8: table of 3-grams", passes["3-gram"], "≤ 4.5"),
+        ("· `ngram`", passes["ngram"], "–"),
+    ):
+        rows.append((what, measured, "–", "–", wanted))
+    return Table(("what", "measured", "majority", "linear probe", "wanted"), rows, ["demo_target"])
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "drafters": drafters,
     "drafters-duration": by_duration,
@@ -233,4 +266,5 @@ TABLES: dict[str, Callable[[], Table]] = {
     "decode-limits": decode_limits,
     "event-drafter": event_drafter,
     "event-differences": event_differences,
+    "demo-target": demo_target,
 }
