@@ -80,7 +80,4 @@ def render_quickstart(result: dict[str, Any], console: Console) -> None:
     """Print the table of the test part, the report's path, the champion and the next commands."""
     render_evaluate(result["evaluate"], console)
     render_outcome(result["promote"], console)
-    console.print(
-        "Live speculative decoding with a small model that sees: ray-app demo build --out models/demo, then "
-        "ray-app demo decode --target models/demo"
-    )
+    console.print("Live speculative decoding with a small model that sees: ray-app demo decode")

@@ -35,6 +35,8 @@ for name, command in COMMANDS.items():
 assert (files("ray_app") / "py.typed").is_file()
 assert (files("ray_app.reports") / "templates" / "page.html.j2").is_file()
 assert (files("serve") / "config.yaml").is_file()
+for name in ("golden.json", "parts/MANIFEST.sha256", "parts/adapter.safetensors"):
+    assert (files("ray_app.commands.demo") / name).is_file(), name
 """
 
 

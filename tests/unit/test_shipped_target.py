@@ -21,9 +21,11 @@ from ray_app.core.adapters.registry import build_adapter
 from ray_app.errors import CheckpointError, InputError
 from ray_app.language_models.answer_objective import shape_of
 from ray_app.scenes.captions import FACTS
-from ray_app.store.atomic import sha256_file
+from ray_app.store.atomic import sha256_file, verify_folder
+from ray_app.store.checkpoint import read_document
 
 TINY = {"mobilenet_v2": tiny_eye.save_encoder, "smollm2": tiny_eye.save_language_model}
+FETCHED = command.cache_folder()
 
 
 @pytest.fixture
@@ -110,3 +112,33 @@ def test_without_parts_the_error_names_the_build(
     assert names(cache) == {"downloads"}
     with pytest.raises(InputError, match=r"lost is not there; build it first: ray-app demo build --out .*lost"):
         run_demo_decode(DemoDecodeConfig(target=tmp_path / "lost"))
+
+
+def test_the_parts_of_the_package_are_whole_small_and_trained_with_the_models_that_are_fetched() -> None:
+    verify_folder(shipped.PARTS)
+    files = {path.name: path.stat().st_size for path in shipped.PARTS.iterdir()}
+    documents = {"config.json", "facts.json", "provenance.json"}
+    assert files.keys() == {"adapter.safetensors", "MANIFEST.sha256", *documents}
+    assert sum(files.values()) + shipped.ANSWERS.stat().st_size <= 8_000_000
+    models = {"encoder": "mobilenet_v2", "language_model": "smollm2"}
+    trained_with = read_document(shipped.PARTS / "config.json")["models"]
+    assert trained_with == {part: command.MODELS[name].origin() for part, name in models.items()}
+    assert read_document(shipped.PARTS / "provenance.json")["git"]["dirty"] is False
+    assert len(read_document(shipped.ANSWERS)["tokens"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all((FETCHED / name).is_dir() for name in TINY), reason="models are not in the cache: ray-app demo fetch"
+)
+def test_the_parts_of_the_package_answer_as_they_were_measured(tmp_path: Path) -> None:
+    for name in TINY:
+        (tmp_path / name).symlink_to(FETCHED / name)
+    target = shipped.shipped_target(tmp_path)
+    texts = read_document(target / "golden.json")["texts"]
+    assert len(set(texts)) == len(texts), "another picture has another text"
+
+
+def test_the_numbers_of_the_results_are_of_the_parts_of_the_package() -> None:
+    result = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "demo_target.json"
+    assert read_document(result)["build"]["parts"] == verify_folder(shipped.PARTS)
