@@ -373,6 +373,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "cluster": (
         "address",
         "num_workers",
+        "parallelism",
         "num_replicas",
         "use_gpu",
         "cpus_per_worker",

@@ -96,9 +96,12 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     seed: int = 0
     """Seed of weights, order and dropout."""
     num_workers: Workers = "1"
-    """Data-parallel workers: a number, or MIN:MAX such as 1:8. Then as many train as the cluster has room for: fewer
+    """Workers: a number, or MIN:MAX such as 1:8. Then as many train as the cluster has room for: fewer
     train when nodes go, more when nodes come, with the same global batches; a lost node costs the steps since the
     last save (see --checkpoint-every)."""
+    parallelism: Literal["auto", "data", "feature"] = "auto"
+    """Workers divide the pairs of a batch (data) or the columns of its features (feature), for wide adapters: each
+    then holds a slice of the first and the last layer. auto: whichever sends fewer bytes a step."""
     elastic_check_interval_s: float = Field(default=60.0, gt=0.0)
     """With MIN:MAX: seconds between two checks for room for more workers; each change restarts all workers."""
     use_gpu: bool = False
@@ -118,7 +121,7 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.max_workers > self.batch_size:
+        if self.max_workers > self.batch_size and self.parallelism != "feature":
             raise ConfigError(
                 f"--num-workers ({self.num_workers}) asks for more workers than a batch has pairs "
                 f"({self.batch_size}); take at most {self.batch_size}, or a larger --batch-size."

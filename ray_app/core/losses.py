@@ -120,8 +120,7 @@ class AlignmentObjective(nn.Module):
         weights, width = self.weights, self.token_width
         centred_B = self._centred_cosine(aligned_BD, target_BD) if weights.centred else None
         contrastive_B = self._contrastive(aligned_BD, target_BD) if self.log_temperature is not None else None
-        mse_B = sequence_mse(aligned_BD, target_BD, width) if width else mse_per_pair(aligned_BD, target_BD)
-        cos_B = self.cosine(aligned_BD, target_BD)
+        mse_B, cos_B = self._mse_and_cosine(aligned_BD, target_BD)
         if weights.mse_space == "unit":  # |a/|a| − b/|b||² / D = 2 (1 − cos) / D
             mse_B = 2.0 * (1.0 - cos_B) / self.adapter.config.target_dim
         loss_B = weights.mse * mse_B + weights.cosine * (1.0 - cos_B)
@@ -138,6 +137,15 @@ class AlignmentObjective(nn.Module):
             loss_B = loss_B + weights.contrastive * contrastive_B
             parts["contrastive"] = contrastive_B.detach()
         return {"loss": loss_B, **parts}
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the gradient of all parameters."""
+        return nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+
+    def _mse_and_cosine(self, aligned_BD: Tensor, target_BD: Tensor) -> tuple[Tensor, Tensor]:
+        width = self.token_width
+        mse_B = sequence_mse(aligned_BD, target_BD, width) if width else mse_per_pair(aligned_BD, target_BD)
+        return mse_B, self.cosine(aligned_BD, target_BD)
 
     def _centred_cosine(self, aligned_BD: Tensor, target_BD: Tensor) -> Tensor:
         assert self.mean_target is not None

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from ray_app.core.adapters.seeded_noise import BatchNoise
@@ -92,7 +93,10 @@ def training_step(
     loss = losses["loss"].sum() * (world_size / global_pairs)
     if loss.requires_grad:  # not so where an adapter is solved and nothing is trained
         loss.backward()
-    grad_norm = float(nn.utils.clip_grad_norm_(objective.parameters(), grad_clip))
+    inner = objective.module if isinstance(objective, DistributedDataParallel) else objective
+    norm = inner.gradient_norm()
+    nn.utils.clip_grads_with_norm_(objective.parameters(), grad_clip, norm)
+    grad_norm = float(norm)
     if not torch.isfinite(torch.tensor(grad_norm)):
         raise TrainingError(
             f"The gradient is not finite ({grad_norm}){f' at {where}' if where else ''}; the weights are as "

@@ -26,6 +26,11 @@ class PairTensors:
         rows = torch.from_numpy(np.searchsorted(self.positions, positions))
         return self.event_BE[rows], self.target_BD[rows]
 
+    def cut(self, columns: tuple[slice, slice]) -> "PairTensors":
+        """View some columns of the events and of the targets."""
+        event, target = columns
+        return replace(self, event_BE=self.event_BE[:, event], target_BD=self.target_BD[:, target])
+
     def on(self, device: torch.device) -> "PairTensors":
         """Move the pairs to a GPU, unless they would take over a quarter of its free memory.
 

@@ -67,21 +67,30 @@ def to_arrays(batch: pa.Table, store: PairStore) -> tuple[NDArray[np.int64], NDA
 
 
 def load_pair_tensors(
-    blocks: DataIterator | Dataset, store: PairStore, rows: Rows, wanted: NDArray[np.int64]
+    blocks: DataIterator | Dataset,
+    store: PairStore,
+    rows: Rows,
+    wanted: NDArray[np.int64],
+    columns: tuple[slice, slice] = (slice(None), slice(None)),
 ) -> PairTensors:
-    """Copy the pairs rows[wanted] out of a data set of `rows`; `wanted` is sorted."""
-    event, target = store.feature("event"), store.feature("target")
-    pairs = PairTensors(
-        positions=wanted,
-        event_BE=torch.empty(len(wanted), event.width, dtype=getattr(torch, event.read_as)),
-        target_BD=torch.empty(len(wanted), target.width, dtype=getattr(torch, target.read_as)),
+    """Copy the pairs rows[wanted] out of a data set of `rows`; `wanted` is sorted.
+
+    `columns`: those of the events and of the targets; no others are held.
+    """
+    sides = [store.feature(side) for side in ("event", "target")]
+    widths = [len(range(*own.indices(side.width))) for side, own in zip(sides, columns, strict=True)]
+    event_BE, target_BD = (
+        torch.empty(len(wanted), width, dtype=getattr(torch, side.read_as))
+        for side, width in zip(sides, widths, strict=True)
     )
+    pairs = PairTensors(wanted, event_BE, target_BD)
+    event, target = columns
     arrived = 0
     for batch in blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):  # type: ignore[arg-type]  # None: whole blocks
-        position_B, event_BE, target_BD = to_arrays(batch, store)
+        position_B, events, targets = to_arrays(batch, store)
         _, rows_B, into = np.intersect1d(position_B, rows[wanted], assume_unique=True, return_indices=True)
-        pairs.event_BE.numpy()[into] = event_BE[rows_B]
-        pairs.target_BD.numpy()[into] = target_BD[rows_B]
+        pairs.event_BE.numpy()[into] = events[rows_B, event]
+        pairs.target_BD.numpy()[into] = targets[rows_B, target]
         arrived += len(rows_B)
     assert arrived == len(wanted), f"{arrived} of {len(wanted)} pairs arrived"
     return pairs

@@ -26,9 +26,8 @@ from ray_app.store.manifest import Features
 from ray_app.store.scratch import scratch_dir
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a run's records are read without it
-    from torch import Tensor
-
     from ray_app.core.adapters.base import Adapter
+    from ray_app.store.checkpoint import StreamedTensor, Tensors
 
 RUN, BEST, STOP, RESIZE = "run.json", "best.json", "stop", "resize"
 CHECKPOINTS, STATES = "checkpoints", "training_state"
@@ -221,11 +220,15 @@ class RunDir:
         features: Features,
         metrics: Mapping[str, Any],
         provenance: Mapping[str, Any],
-        tensors: "Mapping[str, Tensor]",
+        tensors: "Tensors",
         meta: Mapping[str, Any],
         best_epoch: int,
+        weights: "Mapping[str, StreamedTensor] | None" = None,
     ) -> None:
-        """Save state, then weights, then prune. If interrupted at any point, the checkpoint before is still whole."""
+        """Save state, then weights, then prune. If interrupted at any point, the checkpoint before is still whole.
+
+        `weights`: those of the whole adapter, where `adapter` holds a part of them.
+        """
         from ray_app.store.checkpoint import save_checkpoint, save_training_state
 
         self.mirror.push()  # a checkpoint never holds more steps than the event log
@@ -235,7 +238,8 @@ class RunDir:
             if self.checkpoint(name).exists():  # its state was damaged and is in quarantine
                 self.mirror.quarantine(f"{CHECKPOINTS}/{name}")
         save_training_state(self.state(name), tensors, meta)
-        save_checkpoint(self.checkpoint(name), adapter, metrics=metrics, provenance=provenance, features=features)
+        about = {"metrics": metrics, "provenance": provenance}
+        save_checkpoint(self.checkpoint(name), adapter, **about, features=features, weights=weights)
         for kind in (STATES, CHECKPOINTS):
             self.mirror.upload(f"{kind}/{name}")
         self.prune_checkpoints(name, best_epoch)

@@ -6,7 +6,9 @@ Training state (optimizer, position) is a folder of the same kind. Nothing is ev
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,34 @@ from torch import Tensor
 from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.registry import meta_adapter
+from ray_app.core.adapters.slices import WHOLE, FeatureSlice, TensorSlice
 from ray_app.errors import CheckpointError, ConfigError
 from ray_app.parsing.json_text import parse_object
-from ray_app.store.atomic import CHECKSUMS_FILE, sha256_bytes, sha256_file, staged_folder, verify_folder
+from ray_app.store.atomic import CHECKSUMS_FILE, sha256_file, staged_folder, verify_folder
 from ray_app.store.golden import TOLERANCE, assembled, golden_answers, relative_errors, run_golden
 from ray_app.store.manifest import Features, require_same_features, require_target_features
 
 MODEL = "model.safetensors"
 GOLDEN = "golden.safetensors"
 FORMAT = "ray_app checkpoint 1"
+WHOLE_TENSORS: Mapping[str, TensorSlice] = {}
+"""Of no tensor a part: all are wanted whole."""
 SAFETENSORS_ERRORS = (OSError, SafetensorError, ValueError, RuntimeError, KeyError, AttributeError)
 """Exceptions of a read from a damaged file, or of a type that torch lacks."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedTensor:
+    """A float32 tensor that is not whole in this process: it arrives row by row while it is written."""
+
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    blocks: Iterator[Tensor]
+    """Its rows, some at a time, in order."""
+
+
+Tensors = Mapping[str, Tensor] | Mapping[str, StreamedTensor]
+"""Tensors by name, all of one kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +83,12 @@ def save_checkpoint(
     metrics: Mapping[str, Any],
     provenance: Mapping[str, Any],
     features: Features,
+    weights: Mapping[str, StreamedTensor] | None = None,
 ) -> str:
     """Write a checkpoint and return its identity. CheckpointError if the folder exists.
 
-    The adapter may be training, on any device; it is not changed.
+    The adapter may be training, on any device; it is not changed. `weights`: those of the whole adapter, where this
+    one holds a part of them.
     """
     documents = {
         "config.json": {
@@ -78,13 +99,22 @@ def save_checkpoint(
         "metrics.json": dict(metrics),
         "provenance.json": dict(provenance),
     }
-    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter.state_dict().items()}
-    golden = golden_answers(assembled(adapter.config, weights), features.event)
-    return save_verifiable(folder, {MODEL: weights, GOLDEN: golden}, documents)
+    with verifiable_folder(folder, documents) as partial:
+        if weights is None:
+            whole = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter.state_dict().items()}
+            write_tensors(partial / MODEL, whole)
+        else:
+            write_tensors(partial / MODEL, weights)
+            whole = load_file(partial / MODEL)  # as views of the file
+        write_tensors(partial / GOLDEN, golden_answers(assembled(adapter.config, whole), features.event))
+    return sha256_file(folder / CHECKSUMS_FILE)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Verify every file, then read. CheckpointError names the bad file."""
+def load_checkpoint(folder: Path, part: FeatureSlice = WHOLE) -> Checkpoint:
+    """Verify every file, then read. CheckpointError names the bad file.
+
+    `part`: slice of the features that the adapter works on; of its weights no more than that is read.
+    """
     sha256 = verify_folder(folder)
     config_json = read_document(folder / "config.json")
     if config_json.get("format") != FORMAT:
@@ -93,7 +123,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder / 'config.json'}: format {found!r}, not {FORMAT!r}.")
     try:
         config = AdapterConfig.from_dict(config_json["adapter"])
-        empty = meta_adapter(config)
+        empty = meta_adapter(config, part)
         features = Features.model_validate(config_json["features"])
     except (KeyError, ConfigError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}") from error
@@ -147,46 +177,82 @@ def replay_golden(checkpoint: Checkpoint) -> None:
             )
 
 
-def save_training_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
+def save_training_state(folder: Path, tensors: Tensors, meta: Mapping[str, Any]) -> str:
     """Write what resuming needs in addition to the weights: tensors by name, and JSON values."""
     return save_verifiable(folder, {"training_state.safetensors": tensors}, {"training_state.json": dict(meta)})
 
 
-def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return (tensors by name, JSON values), verified. CheckpointError names the bad file."""
+def load_training_state(
+    folder: Path, slices: Mapping[str, TensorSlice] = WHOLE_TENSORS
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (tensors by name, JSON values), verified. CheckpointError names the bad file.
+
+    `slices`: tensors of which a part is wanted; no more is read.
+    """
     verify_folder(folder)
-    return read_tensors(folder / "training_state.safetensors"), read_document(folder / "training_state.json")
+    tensors = read_tensors(folder / "training_state.safetensors", slices)
+    return tensors, read_document(folder / "training_state.json")
 
 
 def save_verifiable(
-    folder: Path, tensor_files: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, dict[str, Any]]
+    folder: Path, tensor_files: Mapping[str, Tensors], documents: Mapping[str, dict[str, Any]]
 ) -> str:
     """Write a folder for `verify_folder` of tensors and JSON objects by file name; return its identity.
+
+    CheckpointError if it exists.
+    """
+    with verifiable_folder(folder, documents) as partial:
+        for file, tensors in tensor_files.items():
+            write_tensors(partial / file, tensors)
+    return sha256_file(folder / CHECKSUMS_FILE)
+
+
+@contextmanager
+def verifiable_folder(folder: Path, documents: Mapping[str, dict[str, Any]]) -> Iterator[Path]:
+    """Yield a folder to fill; at the end JSON objects by file name and all checksums are added for `verify_folder`.
 
     CheckpointError if it exists.
     """
     if folder.exists():
         raise CheckpointError(f"{folder} already exists; nothing is overwritten.")
     with staged_folder(folder) as partial:
-        for file, tensors in tensor_files.items():
-            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial / file)
+        yield partial
         for file, document in documents.items():
             (partial / file).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        files = sorted((*tensor_files, *documents))
-        sums = "".join(f"{sha256_file(partial / file)}  {file}\n" for file in files).encode()
-        (partial / CHECKSUMS_FILE).write_bytes(sums)
-    return sha256_bytes(sums)
+        sums = "".join(f"{sha256_file(path)}  {path.name}\n" for path in sorted(partial.iterdir()))
+        (partial / CHECKSUMS_FILE).write_text(sums)
+
+
+def write_tensors(path: Path, tensors: Tensors) -> None:
+    """Write a safetensors file; streamed tensors in their order, each as it arrives."""
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    if len(whole) == len(tensors):
+        save_file(whole, path)
+        return
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        first, end = end, end + 4 * math.prod(tensor.shape)
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [first, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            assert isinstance(tensor, StreamedTensor), "tensors of one file are of one kind"
+            for block in tensor.blocks:
+                file.write(block.detach().cpu().contiguous().numpy().astype("<f4", copy=False).tobytes())
 
 
 def _adapter_from(path: Path, empty: Adapter) -> Adapter:
-    expected = {key: list(tensor.shape) for key, tensor in empty.state_dict().items()}
+    slices = empty.slices()
+    expected = {key: list((slices.get(key) or tensor).shape) for key, tensor in empty.state_dict().items()}
     actual = tensor_shapes(path)  # before a number is read
     differing = sorted(k for k in expected | actual if expected.get(k) != actual.get(k))
-    tensors = {} if differing else read_tensors(path)
+    tensors = {} if differing else read_tensors(path, slices)
     differing += [key for key, weight in empty.named_parameters() if tensors and tensors[key].dtype != weight.dtype]
     if differing:
         raise CheckpointError(f"{path} does not fit its config.json: {', '.join(differing)[:500]} differ.")
-    return assembled(empty.config, tensors)
+    return assembled(empty.config, tensors, empty.part)
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -206,9 +272,18 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file by name. CheckpointError: it is missing, or no such file."""
+def read_tensors(path: Path, slices: Mapping[str, TensorSlice] = WHOLE_TENSORS) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name. CheckpointError: it is missing, or no such file.
+
+    `slices`: tensors of which a part is wanted; no more is read.
+    """
     try:
-        return load_file(path, backend="pread")
+        if not slices:
+            return load_file(path, backend="pread")
+        with safe_open(path, framework="pt") as file:
+            return {
+                key: file.get_slice(key)[slices[key].place].clone() if key in slices else file.get_tensor(key).clone()
+                for key in file.keys()  # noqa: SIM118, no mapping
+            }
     except SAFETENSORS_ERRORS as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error

@@ -13,6 +13,7 @@ from torch import Tensor
 from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.registry import meta_adapter
+from ray_app.core.adapters.slices import WHOLE, FeatureSlice
 from ray_app.store.manifest import FeatureSpec
 
 NUM_ROWS = 2
@@ -28,9 +29,9 @@ Threads, kernels, batch sizes and float64 differ by 5e-6 at full width (150,528 
 """
 
 
-def assembled(config: AdapterConfig, tensors: dict[str, Tensor]) -> Adapter:
-    """Return an adapter in evaluation mode that uses these tensors, without a copy."""
-    adapter = meta_adapter(config)
+def assembled(config: AdapterConfig, tensors: dict[str, Tensor], part: FeatureSlice = WHOLE) -> Adapter:
+    """Return an adapter, or one that works on a part of the features, in evaluation mode; without a copy."""
+    adapter = meta_adapter(config, part)
     adapter.load_state_dict(tensors, assign=True)
     return adapter.eval()
 

@@ -56,7 +56,7 @@ def start(cfg: TrainConfig, store: PairStore) -> Start:
     return lambda: resume_or_init(RunContext.of(cfg, store), RunDir(cfg.folder).latest_resumable(), CPU)
 
 
-def keeper(cfg: TrainConfig, store: PairStore, log: EventLog) -> Checkpointer:
+def keeper(cfg: TrainConfig, store: PairStore, log: EventLog | None) -> Checkpointer:
     return Checkpointer(RunDir(cfg.folder), store, log, {})
 
 
@@ -180,7 +180,7 @@ def test_stopped_and_resumed_within_an_epoch_every_pair_comes_once_and_the_weigh
     worker = WorkerContext(RunContext.of(often, store), 0, 1, CPU)
     seen: list[int] = []
 
-    def run(state: TrainState, keep: Checkpointer | None, die_after: int = 99, stop_after: int = 99) -> bool:
+    def run(state: TrainState, keep: Checkpointer, die_after: int = 99, stop_after: int = 99) -> bool:
         def batches() -> Any:
             for batch, *pairs in batches_in_memory(held, lanes, state, worker):
                 if state.step == die_after:
@@ -190,12 +190,12 @@ def test_stopped_and_resumed_within_an_epoch_every_pair_comes_once_and_the_weigh
                 seen.extend(batch.positions.tolist())
                 yield batch, *pairs
 
-        data = WorkerData(lambda _: batches(), True, held if keep else None)
+        data = WorkerData(lambda _: batches(), True, held if keep.log else None)
         return train_epoch(state.objective, state, batches(), worker, keep, data)
 
     whole = start()
     at_start = validate(whole.objective, held, worker, "the start")
-    assert run(whole, None)
+    assert run(whole, keeper(cfg, store, None))
     assert sorted(seen) == list(range(50))
     first = list(seen)
 

@@ -37,6 +37,8 @@ def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]
     if cfg.strategy is None:
         chosen = strategy_of(context.cfg)
         print(f"strategy: {chosen} ({WHY[chosen]}); --strategy lightweight is the reference's", file=sys.stderr)
+    if context.division.reason:
+        print(context.division.reason, file=sys.stderr)
     cfg = context.cfg
     with cluster(cfg.address) as info, open_run(cfg.out) as run:
         plan = make_plan(context, run.path, info)

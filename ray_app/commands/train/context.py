@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from ray_app.commands.train.parallelism import Division, choose_division
 from ray_app.config.base import TrackingFlags, changed_settings, flat
 from ray_app.config.train import AnswerTrainConfig, DraftTrainConfig, TrainConfig
 from ray_app.core.adapters.base import Adapter, InitRequirement
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.initialization import check_rank
 from ray_app.core.adapters.registry import FOR_LANGUAGE_MODELS, STRATEGIES, meta_adapter, num_parameters
+from ray_app.core.adapters.slices import FeatureSlice
 from ray_app.core.adapters.token import TokenAdapter
 from ray_app.core.advice import default_settings
 from ray_app.core.augmentation import Augmentation
@@ -30,7 +32,7 @@ from ray_app.tracking.mlflow_logger import tracking_uri
 
 INIT = "init"
 """Folder of a run with its initial statistics."""
-NUMERICS_CHANGING = {"num_workers", "use_gpu", "cpus_per_worker", "shard_memory_gib"}
+NUMERICS_CHANGING = {"num_workers", "parallelism", "use_gpu", "cpus_per_worker", "shard_memory_gib"}
 """Settings that a resumed run may change at the price of byte-identity: another order of sums, or other kernels."""
 RESUME_OVERRIDABLE = NUMERICS_CHANGING | {
     *("resume", "address", "tracking_uri", "model_name", "max_failures"),
@@ -59,6 +61,8 @@ class RunContext:
     """Number of trained numbers."""
     buffer_bytes: int
     """Bytes that the adapter holds and does not train: means, bases, pairs."""
+    division: Division
+    """How workers divide the work."""
     recorded: dict[str, Any] = field(repr=False)
     """Settings as the run records them; a tracking URI with a password is left out."""
 
@@ -72,6 +76,7 @@ class RunContext:
         cfg = with_default_strategy(cfg, store, len(split.train))
         adapter = _resolve_adapter_config(cfg, store, len(split.train))
         empty = meta_adapter(adapter)
+        parameters = num_parameters(empty)
         return cls(
             cfg,
             store,
@@ -79,8 +84,9 @@ class RunContext:
             adapter,
             _augmentation(cfg, store),
             _init_requirement(cfg),
-            num_parameters(empty),
+            parameters,
             sum(buffer.nbytes for buffer in empty.buffers()),
+            choose_division(cfg, type(empty), adapter, store, len(split.train), parameters),
             persisted_config(cfg),
         )
 
@@ -105,6 +111,10 @@ class RunContext:
         """Statistics that this run computes before its first step, in words; empty if none are missing."""
         names = {"nothing": "", "means": "means", "subspaces": "principal subspaces", "pairs": "the ridge solution"}
         return "" if self.init_from or self.init_dir.exists() else names[self.requires]
+
+    def columns(self, part: FeatureSlice) -> tuple[slice, slice]:
+        """Columns of event and target that a worker with this part of the features needs."""
+        return _adapter_class(self.cfg).columns(self.adapter, part)
 
     def metadata(self, name: str, parent_key: str | None) -> dict[str, Any]:
         """Return what a new run records of itself, with a new key. `parent_key`: key of the sweep it belongs to."""

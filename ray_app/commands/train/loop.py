@@ -23,6 +23,7 @@ from ray_app.commands.train.state import Checkpointer, TrainState, broadcast_res
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.base import InitStats
 from ray_app.core.adapters.seeded_noise import BatchNoise
+from ray_app.core.adapters.slices import WHOLE, FeatureSlice
 from ray_app.core.back_off import back_off_s
 from ray_app.core.evaluation import Baselines
 from ray_app.core.losses import AlignmentObjective
@@ -82,11 +83,10 @@ def train_epochs(
     """
     cfg = worker.cfg
     resume_point = broadcast_resume_point(run, worker.rank, worker.world, worker.device)
-    state = resume_or_init(worker.context, resume_point, worker.device, worker.init)
-    checkpointer = Checkpointer(run, worker.store, log, provenance) if log else None
+    state = resume_or_init(worker.context, resume_point, worker.device, worker.init, worker.part)
+    checkpointer = Checkpointer(run, worker.store, log, provenance)
     model = parallel(state.objective, worker)
-    if checkpointer:
-        checkpointer.begin(state, worker.world)
+    checkpointer.begin(state, worker.world)
 
     while not is_finished(state, cfg):
         try:
@@ -98,12 +98,10 @@ def train_epochs(
                 where = f"epoch {state.epoch + 1}, step {state.step}"
                 val = validate(state.objective, data.validation, worker, where, data.baselines)
         except TrainingError as error:
-            if log:
-                log.write("failed", error=str(error), time=time.time())
+            checkpointer.failed(error)
             return
         state.end_epoch(val.get("loss", train["loss"]), validated=bool(val))
-        if checkpointer:
-            checkpointer.end_of_epoch(state, train, val)
+        checkpointer.end_of_epoch(state, train, val)
         report(state, val)
 
 
@@ -134,6 +132,8 @@ class WorkerContext:
     """Device that it computes on."""
     init: InitStats | None = None
     """Initial statistics, if they are in memory; otherwise they are read from the run."""
+    part: FeatureSlice = WHOLE
+    """Slice of the features that it trains; whole where workers divide the pairs."""
 
     @property
     def cfg(self) -> TrainConfig:
@@ -144,6 +144,21 @@ class WorkerContext:
     def store(self) -> PairStore:
         """The opened store."""
         return self.context.store
+
+    @property
+    def pair_rank(self) -> int:
+        """Number of this worker among those that train different pairs."""
+        return self.rank // self.part.count
+
+    @property
+    def pair_world(self) -> int:
+        """Number of workers that train different pairs of a batch; 1 where all train slices of the same pairs."""
+        return self.world // self.part.count
+
+    @property
+    def columns(self) -> tuple[slice, slice]:
+        """Columns of event and target that it trains."""
+        return self.context.columns(self.part)
 
     def decode_pair(self, event_BE: torch.Tensor, target_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode stored features to float32 on the device."""
@@ -158,13 +173,21 @@ class WorkerContext:
         dist.all_reduce(total)
         return total.tolist()
 
+    def sum_over_pairs(self, numbers: list[float]) -> list[float]:
+        """Add numbers of pairs over all workers; of those with slices of the same pairs the first one's count."""
+        return self.all_reduce_sum(numbers if self.part.index == 0 else [0.0] * len(numbers))
+
+    def count_over_pairs(self, cos: list[torch.Tensor]) -> AlignmentCounts:
+        """Count the cosines of some batches over all workers, in the same way."""
+        return all_reduce_counts(self, AlignmentCounts.of(torch.cat(cos if self.part.index == 0 else [cos[0][:0]])))
+
 
 def parallel(objective: AlignmentObjective, worker: WorkerContext) -> torch.nn.Module:
-    """Wrap the objective: of several workers gradients are averaged, and contrasts see all pairs."""
+    """Wrap the objective: of workers that divide pairs gradients are averaged, and contrasts see all pairs."""
     objective.train()
-    if worker.world > 1:
+    if worker.pair_world > 1:
         objective.gather_pairs = gather_pairs
-    if worker.world == 1 or not any(parameter.requires_grad for parameter in objective.parameters()):
+    if worker.pair_world == 1 or not any(parameter.requires_grad for parameter in objective.parameters()):
         return objective
     devices = [worker.device] if worker.device.type == "cuda" else None
     model = DistributedDataParallel(
@@ -186,7 +209,7 @@ def batches_in_memory(
     pairs: PairTensors, order: ShardedBatchOrder, state: TrainState, worker: WorkerContext
 ) -> Batches:
     """Yield the batches that are left of an epoch, from pairs in memory."""
-    for batch in islice(order.epoch(state.epoch, worker.rank, worker.world), state.sums.batches, None):
+    for batch in islice(order.epoch(state.epoch, worker.pair_rank, worker.pair_world), state.sums.batches, None):
         yield batch, *pairs.take(batch.positions)
 
 
@@ -195,7 +218,7 @@ def train_epoch(
     state: TrainState,
     batches: Batches,
     worker: WorkerContext,
-    checkpointer: Checkpointer | None,
+    checkpointer: Checkpointer,
     data: WorkerData,
 ) -> bool:
     """Train the rest of an epoch, into `state.sums`. False: a stop was requested, at the same step on every worker.
@@ -217,31 +240,29 @@ def train_epoch(
             *worker.decode_pair(event_BE, target_BD),
             BatchNoise(cfg.seed, state.step, batch.first_row, len(batch.positions), batch.global_rows),
             global_pairs=batch.global_rows,
-            world_size=worker.world,
+            world_size=worker.pair_world,
             grad_clip=cfg.grad_clip,
             precision=cfg.precision,
             where=f"epoch {state.epoch + 1}, step {state.step + 1}",
         )
         state.step += 1
-        stop_requested = float(checkpointer is not None and checkpointer.run.stop_requested())
-        n, loss, cos, stop = worker.all_reduce_sum([result.pairs, result.loss_sum, result.cos_sum, stop_requested])
+        of_step = [result.pairs, result.loss_sum, result.cos_sum, float(checkpointer.stop_requested())]
+        n, loss, cos, stop = worker.sum_over_pairs(of_step)
         sums.batches += 1
         sums.pairs, sums.loss, sums.cos_sim = sums.pairs + n, sums.loss + loss, sums.cos_sim + cos
         sums.seconds = before_s + time.perf_counter() - began
-        if checkpointer:
-            checkpointer.step(state, loss / n, cos / n, result, worker.world)
-            if data.resumable and (stop or (cfg.checkpoint_every and state.step % cfg.checkpoint_every == 0)):
-                checkpointer.within_epoch(state)
-            if stop:
-                checkpointer.log.write("stopped", global_step=state.step, time=time.time())
+        checkpointer.step(state, loss / n, cos / n, result, worker.world)
+        if data.resumable and (stop or (cfg.checkpoint_every and state.step % cfg.checkpoint_every == 0)):
+            checkpointer.within_epoch(state)
         if stop:
+            checkpointer.stopped(state)
             return False
         mark = time.perf_counter()
     return True
 
 
 def validate_within_epoch(
-    state: TrainState, pairs: PairTensors | None, worker: WorkerContext, checkpointer: Checkpointer | None
+    state: TrainState, pairs: PairTensors | None, worker: WorkerContext, checkpointer: Checkpointer
 ) -> float:
     """Validate before a step and log the metrics; return the seconds that this took."""
     if pairs is None:
@@ -250,8 +271,7 @@ def validate_within_epoch(
     val = validate(state.objective, pairs, worker, f"epoch {state.epoch + 1}, step {state.step}")
     state.objective.train()
     seconds = time.perf_counter() - began
-    if checkpointer:
-        checkpointer.log.validation(state.step, val=val, seconds=seconds, trained_seconds=state.sums.seconds)
+    checkpointer.validation(state, val, seconds)
     return seconds
 
 
@@ -271,7 +291,7 @@ def validate(
     """
     objective.eval()
     cos, shuffled, loss_sum = [], [], 0.0
-    total = int(worker.all_reduce_sum([len(pairs.positions)])[0])
+    total = int(worker.sum_over_pairs([len(pairs.positions)])[0])
     for batch in np.array_split(np.arange(total), -(-total // worker.cfg.batch_size) or 1):
         positions = np.intersect1d(batch, pairs.positions, assume_unique=True)
         event_BE, target_BD = worker.decode_pair(*pairs.take(positions))
@@ -282,15 +302,13 @@ def validate(
         if baselines:
             _, other_BD = worker.decode_pair(*baselines.all_pairs.take(baselines.baselines.others[positions]))
             shuffled.append(objective.cosine(aligned_BD, other_BD))
-    (loss_sum,) = worker.all_reduce_sum([loss_sum])
+    (loss_sum,) = worker.sum_over_pairs([loss_sum])
     if not math.isfinite(loss_sum):
         raise TrainingError(
             f"The validation loss is not finite ({loss_sum}) at {where}; try a smaller --learning-rate."
         )
-    counts = all_reduce_counts(worker, AlignmentCounts.of(torch.cat(cos)))
-    lift = {}
-    if baselines:
-        lift = baselines.baselines.lift(counts, all_reduce_counts(worker, AlignmentCounts.of(torch.cat(shuffled))))
+    counts = worker.count_over_pairs(cos)
+    lift = baselines.baselines.lift(counts, worker.count_over_pairs(shuffled)) if baselines else {}
     return {"loss": loss_sum / counts.pairs, **counts.means(), **lift}
 
 

@@ -37,9 +37,7 @@ def make_plan(context: RunContext, folder: Path, info: ClusterInfo) -> ResourceP
 
     ConfigError: streaming cannot give the wanted batches. ResourceError: the cluster or the disk is too small.
     """
-    cfg, store = context.cfg, context.store
-    pair_bytes = store.feature("event").num_bytes + store.feature("target").num_bytes
-    shard_bytes = -(-len(context.split.train) // cfg.min_workers) * pair_bytes
+    cfg, shard_bytes = context.cfg, context.division.shard_bytes
     in_memory = shard_bytes <= cfg.shard_memory_gib * 2**30
     if not in_memory:
         _require_streamable(cfg, shard_bytes)
@@ -47,6 +45,8 @@ def make_plan(context: RunContext, folder: Path, info: ClusterInfo) -> ResourceP
     data_cpus = 0.0 if in_memory else 1.0
     share = 1.0 if cfg.use_gpu else info.max_cpus_per_worker(cfg.max_workers, data_cpus)
     share = max(share, 1.0) if cfg.elastic else share  # Ray's elastic policy counts whole CPUs
+    pair_bytes = cfg.min_workers * shard_bytes if in_memory else 0
+    copies = 1 if context.division.by_features else cfg.min_workers
     plan = ResourcePlan(in_memory, cfg.cpus_per_worker or share)
     require_resources(
         info,
@@ -54,7 +54,7 @@ def make_plan(context: RunContext, folder: Path, info: ClusterInfo) -> ResourceP
         cpus_per_worker=plan.cpus_per_worker,
         use_gpu=cfg.use_gpu,
         data_cpus=data_cpus,
-        memory_bytes=cfg.min_workers * (context.parameters * WEIGHTS_AND_MOMENTS_BYTES + in_memory * shard_bytes),
+        memory_bytes=copies * context.parameters * WEIGHTS_AND_MOMENTS_BYTES + pair_bytes,
     )
     needs = DiskNeeds.of(context)
     _require_disk(needs.peak_bytes, context.parameters, folder)

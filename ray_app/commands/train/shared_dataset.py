@@ -164,9 +164,10 @@ def count_fixed_baselines(
 def shared_worker_data(data: SharedDataset, worker: WorkerContext) -> WorkerData:
     """View a worker's pairs in shared memory; training pairs that are not there are streamed."""
     cfg, store, split = worker.cfg, data.store, data.split
-    train, val = shared_pairs(data.train) if data.train else None, shared_pairs(data.val)
-    rows = np.arange(worker.rank, len(split.val), worker.world)
-    validation = val if worker.world == 1 else PairTensors(rows, *val.take(rows))
+    train = shared_pairs(data.train).cut(worker.columns) if data.train else None
+    val = shared_pairs(data.val).cut(worker.columns)
+    rows = np.arange(worker.pair_rank, len(split.val), worker.pair_world)
+    validation = val if worker.pair_world == 1 else PairTensors(rows, *val.take(rows))
     rest_of_epoch: Callable[[TrainState], Batches]
     if train:
         order = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)

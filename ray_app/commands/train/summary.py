@@ -44,6 +44,7 @@ def run_summary(
         "steps": last["global_step"],
         "parameters": context.parameters,
         "workers": last_group["workers"],
+        "parallelism": context.division.parallelism,
         "worker_counts": worker_counts(lines),
         "in_memory": plan.in_memory,
         "resumed_from_step": resumes[-1]["global_step"] if resumes else None,

@@ -21,6 +21,7 @@ from ray_app.commands.train.loop import (
     sleep_before_retry,
     train_epochs,
 )
+from ray_app.commands.train.parallelism import slice_of_worker
 from ray_app.commands.train.shared_dataset import (
     SharedDataset,
     count_fixed_baselines,
@@ -66,7 +67,8 @@ def train_loop_per_worker(config: dict[str, WorkerSpec]) -> None:
     with open_run(spec.run) as run, run.event_log(spec.started) if rank == 0 else nullcontext() as log:
         context = spec.context.at(run.path)
         init = shared_init(spec.shared, context) if spec.shared else None
-        worker = WorkerContext(context, rank, world, get_device(), init)
+        part = slice_of_worker(context.division, rank, world)
+        worker = WorkerContext(context, rank, world, get_device(), init, part)
         if log:
             sleep_before_retry(run)
             log.write("workers_started", workers=world, time=time.time())
@@ -78,11 +80,12 @@ def train_loop_per_worker(config: dict[str, WorkerSpec]) -> None:
 def _data_of_this_worker(worker: WorkerContext, spec: WorkerSpec) -> WorkerData:
     """Take a worker's part of both data sets; its training part in memory, or streamed again each epoch."""
     cfg, store, split = worker.cfg, worker.store, worker.context.split
-    rank, world = worker.rank, worker.world
+    rank, world = worker.pair_rank, worker.pair_world
     train, shard = None, ray.train.get_dataset_shard("train")
     order = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
     if spec.in_memory:
-        train = load_pair_tensors(shard, store, split.train, order.held(rank, world)).on(worker.device)
+        train = load_pair_tensors(shard, store, split.train, order.held(rank, world), worker.columns)
+        train = train.on(worker.device)
 
     def rest_of_epoch(state: TrainState) -> Batches:
         if train:
@@ -102,17 +105,20 @@ def _validation_of_this_worker(
     Without a mean target there are no baselines.
     """
     store, split = worker.store, worker.context.split
-    rows = np.arange(worker.rank, len(split.val), worker.world)
+    rows = np.arange(worker.pair_rank, len(split.val), worker.pair_world)
     others = derangement(store.index.sequence[split.val].tolist(), seed=0)
     shard = ray.train.get_dataset_shard("val")
-    held = load_pair_tensors(shard, store, split.val, np.union1d(rows, others[rows]))
-    val = held if worker.world == 1 else PairTensors(rows, *held.take(rows))
+    held = load_pair_tensors(shard, store, split.val, np.union1d(rows, others[rows]), worker.columns)
+    val = held if worker.pair_world == 1 else PairTensors(rows, *held.take(rows))
     if mean_target_D is None:
         return val.on(worker.device), None
-    own = count_fixed_baselines(store, val.event_BE.numpy(), val.target_BD.numpy(), mean_target_D)
+    whole = val
+    if worker.part.count > 1:  # baselines compare whole features: each worker takes a share of the pairs for a moment
+        whole = load_pair_tensors(shard, store, split.val, np.arange(worker.rank, len(split.val), worker.world))
+    own = count_fixed_baselines(store, whole.event_BE.numpy(), whole.target_BD.numpy(), mean_target_D)
     fixed = {name: all_reduce_counts(worker, counts) for name, counts in own.items()}
     held = held.on(worker.device)
-    val = held if worker.world == 1 else val.on(worker.device)
+    val = held if worker.pair_world == 1 else val.on(worker.device)
     return val, BaselineContext(Baselines(fixed, others), held)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.seeded_noise import BatchNoise
+from ray_app.core.adapters.slices import WHOLE, FeatureSlice, TensorSlice, draw_uniform
 
 InitStats = Mapping[str, Tensor]
 """Statistics of the training part by name: see `ray_app.core.adapters.initialization`."""
@@ -36,6 +37,11 @@ class Adapter(nn.Module):
     PCA_REQUIRES: ClassVar[InitRequirement] = "nothing"
     """Statistics that `initialize_from` needs with `pca`, if the strategy has such a start."""
 
+    DIVISIBLE: ClassVar[frozenset[str]] = frozenset()
+    """Sides of a pair, `event` and `target`, of which a worker may hold a slice; none: features must be whole."""
+    part: FeatureSlice = WHOLE
+    """Slice of the features that this adapter works on."""
+
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
         self.config = config
@@ -43,6 +49,19 @@ class Adapter(nn.Module):
     @classmethod
     def check(cls, config: AdapterConfig) -> None:
         """Raise ConfigError if the strategy does not work on such features."""
+
+    @classmethod
+    def columns(cls, config: AdapterConfig, part: FeatureSlice) -> tuple[slice, slice]:
+        """Columns of the event and of the target feature that an adapter of this part works on."""
+        widths = {"event": config.event_dim, "target": config.target_dim}
+        event, target = (
+            part.of(widths[side]) if side in cls.DIVISIBLE else slice(0, widths[side]) for side in widths
+        )
+        return event, target
+
+    def slices(self) -> dict[str, TensorSlice]:
+        """Parameters of which this adapter holds a part, by name; none if it is whole."""
+        return {}
 
     @abstractmethod
     def forward(self, event_BE: Tensor, noise: BatchNoise | None = None) -> Tensor:
@@ -53,12 +72,15 @@ class Adapter(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Initialise weights as torch does, from this generator: uniform within ± 1/√(inputs)."""
-        for module in self.modules():
+        slices = self.slices()
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                bound = 1.0 / math.sqrt(module.weight[0].numel())
-                module.weight.uniform_(-bound, bound, generator=generator)
+                weight = slices.get(f"{name}.weight")
+                inputs = math.prod(weight.shape[1:]) if weight else module.weight[0].numel()
+                bound = 1.0 / math.sqrt(inputs)
+                draw_uniform(module.weight, bound, generator, weight)
                 assert module.bias is not None
-                module.bias.uniform_(-bound, bound, generator=generator)
+                draw_uniform(module.bias, bound, generator, slices.get(f"{name}.bias"))
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
@@ -95,24 +117,24 @@ def hidden_layers(config: AdapterConfig, activation: Callable[[Tensor], Tensor])
     return nn.Sequential(*(HiddenLayer(config.hidden_dim, activation) for _ in range(config.depth - 1)))
 
 
-def init_input_layer(layer: nn.Linear, stats: InitStats) -> None:
+def init_input_layer(layer: nn.Linear, stats: InitStats, columns: slice, part: FeatureSlice) -> None:
     """Set the first rows to read the whitened coordinates of the event feature in its principal subspace."""
-    basis_ER, scale_R = stats["event_basis"], stats["event_scale"]
+    basis_ER, scale_R = stats["event_basis"][columns], stats["event_scale"]
     rows = min(layer.out_features, basis_ER.shape[1])
     layer.weight[:rows] = (basis_ER[:, :rows] / scale_R[:rows]).T
-    layer.bias[:rows] = -(layer.weight[:rows] @ stats["event_mean"])
+    layer.bias[:rows] = -part.all_reduce(layer.weight[:rows] @ stats["event_mean"][columns])
 
 
-def init_output_layer(layer: nn.Linear, stats: InitStats, residual: float) -> None:
+def init_output_layer(layer: nn.Linear, stats: InitStats, columns: slice, residual: float) -> None:
     """Set the bias to the mean target, less the residual connection's mean event, and the columns to the subspace.
 
     Only the first columns are not zero, each a thousandth of a principal direction's spread: training starts at the
-    mean.
+    mean. `columns`: those of the target feature that the layer computes.
     """
-    basis_DR, scale_R = stats["target_basis"], stats["target_scale"]
-    columns = min(layer.in_features, basis_DR.shape[1])
+    basis_DR, scale_R = stats["target_basis"][columns], stats["target_scale"]
+    hidden = min(layer.in_features, basis_DR.shape[1])
     layer.weight.zero_()
-    layer.weight[:, :columns] = OUTPUT_INIT_SCALE * basis_DR[:, :columns] * scale_R[:columns]
-    layer.bias.copy_(stats["target_mean"])
+    layer.weight[:, :hidden] = OUTPUT_INIT_SCALE * basis_DR[:, :hidden] * scale_R[:hidden]
+    layer.bias.copy_(stats["target_mean"][columns])
     if residual:
-        layer.bias.sub_(residual * stats["event_mean"])
+        layer.bias.sub_(residual * stats["event_mean"][columns])
