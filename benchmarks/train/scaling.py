@@ -128,6 +128,7 @@ def on_raylets(workers: int, folder: Path) -> dict[str, Any]:
             words += f" --batch-size {BATCH} --num-epochs {EPOCHS} --early-stop-patience {EPOCHS}"
             run_command(
                 f"{words} --strategy lightweight --hidden-dim {hidden} --num-workers {workers} --cpus-per-worker 1"
+                " --parallelism data"
             )
             seen[f"step_s_{name}"] = step_seconds(run, BATCH)
         return seen

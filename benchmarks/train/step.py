@@ -94,6 +94,8 @@ def ours(store: Path, run: Path, workers: int, epochs: int) -> dict[str, Any]:
     flags += [
         "--strategy",
         "lightweight",
+        "--parallelism",
+        "data",
         "--batch-size",
         BATCH,
         "--hidden-dim",

@@ -233,7 +233,7 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
     for name, tensor in tensors.items():
         first, end = end, end + 4 * math.prod(tensor.shape)
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [first, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -118,16 +118,36 @@ def test_a_folder_in_use_is_refused_and_left_alone(one_worker: tuple[TrainConfig
     assert sorted(str(path) for path in cfg.folder.rglob("*")) == before
 
 
+def test_two_workers_that_divide_the_features_equal_one(
+    one_worker: tuple[TrainConfig, dict[str, Any]],
+    config: Callable[..., TrainConfig],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Which is what they do by default. Sums in another order: weights agree to 1e-5, metrics to 1e-6."""
+    alone, both = one_worker[1], run_train(config("features", num_workers=2))
+    assert "2 workers divide the features of every pair" in capfd.readouterr().err
+    assert both["parallelism"] == "feature"
+    assert both["worker_counts"] == [{"workers": 2, "steps": alone["steps"]}]
+    for key in ("pairs", "cosine_accept_rate", "baselines", "lift"):
+        assert both["val"][key] == alone["val"][key], key
+    assert both["val"]["cos_sim_mean"] == pytest.approx(alone["val"]["cos_sim_mean"], abs=1e-6)
+    assert both["train"]["pairs"] == alone["train"]["pairs"]
+    assert both["train"]["loss"] == pytest.approx(alone["train"]["loss"], rel=1e-6)
+    a, b = (load_checkpoint(Path(r["checkpoint"])).adapter.state_dict() for r in (alone, both))
+    for key in a:
+        assert torch.allclose(a[key], b[key], atol=1e-5), key
+
+
 @pytest.mark.slow
 def test_three_workers_on_batches_of_eight_equal_one(
     one_worker: tuple[TrainConfig, dict[str, Any]], config: Callable[..., TrainConfig]
 ) -> None:
-    """With dropout, and validation within epochs, which changes nothing.
+    """By pairs; with dropout, and validation within epochs, which changes nothing.
 
     Float32 sums in another order: weights agree to 1e-5, metrics to 1e-6.
     """
     alone = one_worker[1]
-    cfg = config("three", num_workers=3, val_every_steps=2)
+    cfg = config("three", num_workers=3, parallelism="data", val_every_steps=2)
     both = run_train(cfg)
     assert both["worker_counts"] == [{"workers": 3, "steps": alone["steps"]}]
     assert both["steps"] == alone["steps"]
@@ -147,7 +167,7 @@ def test_three_workers_on_batches_of_eight_equal_one(
 @pytest.mark.slow
 def test_contrasts_are_with_the_pairs_of_all_workers(config: Callable[..., TrainConfig]) -> None:
     """Batches of eight on three workers, and validation: a worker's own pairs alone would give another loss."""
-    settings = {"contrastive_weight": 0.5, "num_epochs": 2}
+    settings = {"contrastive_weight": 0.5, "num_epochs": 2, "parallelism": "data"}
     alone, three = (run_train(config(f"contrast-{n}", num_workers=n, **settings)) for n in ("1", "3"))
     assert three["val"]["loss"] == pytest.approx(alone["val"]["loss"], rel=1e-5)
     a, b = (load_checkpoint(Path(result["checkpoint"])).adapter.state_dict() for result in (alone, three))

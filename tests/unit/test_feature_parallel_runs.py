@@ -98,7 +98,7 @@ def test_workers_that_divide_the_features_train_and_save_as_one_does(
 
 def test_killed_and_resumed_by_as_many_workers_a_run_ends_with_the_same_bytes(config: Config) -> None:
     """Killed in the second epoch, a step after a save within it."""
-    often = {"num_workers": 3, "checkpoint_every": 2, "contrastive_weight": 0.1}
+    often = {"num_workers": 2, "checkpoint_every": 2, "contrastive_weight": 0.1}
     whole, killed = config("whole", **often), config("killed", **often)
     train_on_processes(whole)
     with pytest.raises(BrokenProcessPool):
@@ -143,7 +143,11 @@ def test_a_data_parallel_run_is_resumed_by_workers_that_divide_the_features(conf
         ({"shard_memory_gib": 1e-5}, "data", "--shard-memory-gib is 1e-05"),
         ({"num_workers": 15, "batch_size": 128, "hidden_dim": 4096}, "feature", "15 workers"),
         ({"num_workers": 97, "batch_size": 97}, "data", "768 and 768 columns give 97 workers less than 8 each, 96"),
-        ({"strategy": "bottleneck", "hidden_dim": 4, "batch_size": 2000}, "data", r"the features of every pair: 0\.10 MB"),
+        (
+            {"strategy": "bottleneck", "hidden_dim": 4, "batch_size": 2000},
+            "data",
+            r"the features of every pair: 0\.10 MB",
+        ),
     ],
 )
 def test_the_way_is_chosen_by_what_a_step_sends_and_the_reason_is_a_sentence(

@@ -15,9 +15,11 @@ from small_adapters import save_image_tokens, small_adapter
 
 from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.registry import STRATEGIES
+from ray_app.core.adapters.slices import FeatureSlice
 from ray_app.errors import CheckpointError, StoreError
 from ray_app.store import atomic as durable
 from ray_app.store.checkpoint import (
+    StreamedTensor,
     load_checkpoint,
     load_training_state,
     replay_golden,
@@ -404,3 +406,31 @@ def test_a_golden_answer_of_zeros_is_right_only_if_the_answer_is_zeros(tmp_path:
     rewrite(folder, "golden.safetensors", save(golden))
     with pytest.raises(CheckpointError, match="golden row 1"):
         replay_golden(load_checkpoint(folder))
+
+
+def test_streamed_weights_make_the_very_files_of_whole_ones(tmp_path: Path) -> None:
+    adapter, features = adapter_of(), {"metrics": {}, "provenance": {}, "features": FEATURES}
+    save_checkpoint(tmp_path / "whole", adapter, **features)
+    streamed = {
+        name: StreamedTensor(tuple(weight.shape), iter(weight.split(5)))
+        for name, weight in sorted(adapter.state_dict().items())
+    }
+    save_checkpoint(tmp_path / "streamed", adapter, **features, weights=streamed)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "streamed" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("strategy", [name for name, kind in STRATEGIES.items() if kind.DIVISIBLE])
+def test_of_a_whole_checkpoint_a_part_of_the_features_is_read(strategy: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "c", adapter_of(strategy))
+    whole = load_checkpoint(folder).adapter.state_dict()
+    for index in range(3):
+        adapter = load_checkpoint(folder, FeatureSlice(index, 3)).adapter
+        for name, weight in adapter.state_dict().items():
+            place = adapter.slices()[name].place if name in adapter.slices() else ()
+            assert torch.equal(weight, whole[name][place]), name
+    (folder / "model.safetensors").write_bytes(save({name: weight[:1] for name, weight in whole.items()}))
+    rewrite(folder, "config.json", (folder / "config.json").read_bytes())
+    rewrite(folder, "model.safetensors", (folder / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="does not fit its config"):
+        load_checkpoint(folder, FeatureSlice(0, 3))

@@ -165,7 +165,7 @@ class TrainState:
             name: StreamedTensor(slices[name].shape, gather(tensor, slices[name], part))
             if name in slices
             else StreamedTensor(tuple(tensor.shape), iter([tensor]))
-            for name, tensor in tensors.items()
+            for name, tensor in sorted(tensors.items())  # a resumed optimizer has them in another order
         }
 
     def meta(self) -> dict[str, Any]:
