@@ -93,7 +93,7 @@ def training_step(
     loss = losses["loss"].sum() * (world_size / global_pairs)
     if loss.requires_grad:  # not so where an adapter is solved and nothing is trained
         loss.backward()
-    inner = objective.module if isinstance(objective, DistributedDataParallel) else objective
+    inner: Any = objective.module if isinstance(objective, DistributedDataParallel) else objective
     norm = inner.gradient_norm()
     nn.utils.clip_grads_with_norm_(objective.parameters(), grad_clip, norm)
     grad_norm = float(norm)
