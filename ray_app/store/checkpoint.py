@@ -32,7 +32,7 @@ MODEL = "model.safetensors"
 GOLDEN = "golden.safetensors"
 FORMAT = "ray_app checkpoint 1"
 WHOLE_TENSORS: Mapping[str, TensorSlice] = {}
-"""Of no tensor a part: all are wanted whole."""
+"""Default of `slices`: no tensor is wanted in part."""
 SAFETENSORS_ERRORS = (OSError, SafetensorError, ValueError, RuntimeError, KeyError, AttributeError)
 """Exceptions of a read from a damaged file, or of a type that torch lacks."""
 

@@ -35,11 +35,11 @@ class FeatureSlice:
         return slice(self.index * width // self.count, (self.index + 1) * width // self.count)
 
     def sum(self, partial: Tensor) -> Tensor:
-        """Sum of partial results, in float32; every worker goes on alike, so its gradient is that of the sum."""
+        """Sum of partial results, in float32. All workers compute the same with it, so its gradient is theirs as it is."""
         return _Summed.apply(partial.float(), self.all_reduce)
 
     def share(self, replica: Tensor) -> Tensor:
-        """What all workers hold alike and use on their slices; its gradient is the sum of theirs."""
+        """Return a value that all workers hold alike; its gradient is the sum of those that they find on their slices."""
         return replica if self.count == 1 else _Shared.apply(replica, self.all_reduce)
 
 
@@ -73,7 +73,7 @@ class RowBlock(NamedTuple):
     shape: tuple[int, ...]
     """Shape of the block."""
     place: tuple[slice, ...]
-    """Where a worker's part is in the block; empty if it has none of these rows."""
+    """Place of a worker's part in the block; empty if it has none of these rows."""
     rows: slice
     """Rows of the worker's part that are in the block."""
 
