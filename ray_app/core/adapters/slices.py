@@ -35,11 +35,11 @@ class FeatureSlice:
         return slice(self.index * width // self.count, (self.index + 1) * width // self.count)
 
     def sum(self, partial: Tensor) -> Tensor:
-        """Sum of partial results, in float32. All workers compute the same with it, so its gradient is theirs as it is."""
+        """Sum of partial results, in float32. All workers compute the same with it: each has its whole gradient."""
         return _Summed.apply(partial.float(), self.all_reduce)
 
     def share(self, replica: Tensor) -> Tensor:
-        """Return a value that all workers hold alike; its gradient is the sum of those that they find on their slices."""
+        """Return a value that all workers hold alike; its gradient is the sum of those of their slices."""
         return replica if self.count == 1 else _Shared.apply(replica, self.all_reduce)
 
 
