@@ -5,8 +5,9 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+import psutil
 import ray
 from ray.data import Dataset
 from ray.data.exceptions import ExecutionTimeoutError
@@ -21,6 +22,8 @@ from ray_app.cluster.resources import ClusterInfo, cluster_info
 from ray_app.errors import RayAppError, ResourceError
 
 BUSY_HINT = "Something else may hold the cluster's CPUs (see `ray status`); wait for it, or ask for less."
+START_ATTEMPTS = 3
+"""Ray waits 30 s for its own node, and nothing sets that; on a busy machine it takes longer."""
 LONGEST_TASK_S = 1800.0
 """Seconds without the end of any task after which the tasks of a command are given up."""
 
@@ -46,13 +49,7 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
             print("starting Ray on this machine", file=sys.stderr)
         try:
             with interrupt_after():
-                ray.init(
-                    address=where,
-                    logging_level=logging.ERROR,
-                    log_to_driver=False,
-                    include_dashboard=dashboard if where == "local" else None,
-                    _temp_dir=str(private_folder() / "ray") if where == "local" else None,
-                )
+                _connect(where, dashboard)
         except (ConnectionError, RayError) as error:
             raise ResourceError(_no_cluster(where, str(error).splitlines()[0])) from error
         except OSError as error:
@@ -72,6 +69,28 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
             yield info
         finally:
             ray.shutdown()
+
+
+def _connect(where: str, dashboard: bool) -> None:
+    """Start Ray, or connect to it. A start that takes too long on a busy machine is ended and tried again."""
+    local, before = where == "local", set(psutil.Process().children())
+    for attempts_left in reversed(range(START_ATTEMPTS)):
+        try:
+            ray.init(
+                address=where,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                include_dashboard=dashboard if local else None,
+                _temp_dir=str(private_folder() / "ray") if local else None,
+            )
+            return
+        except Exception as error:
+            if not is_node_timeout(error) or not attempts_left:
+                raise
+        for child in set(psutil.Process().children()) - before:  # Ray ends them with this process only
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        print("Ray did not start within 30 s, trying again", file=sys.stderr)
 
 
 def allow_long_tasks(dataset: Dataset) -> Dataset:
@@ -112,8 +131,8 @@ def unwrap_user_errors() -> Iterator[None]:
     except Exception as error:
         if is_node_timeout(error):
             raise ResourceError(
-                "Ray did not start on this machine within 30 s; other programs may keep it busy. Try again when they "
-                "have ended, or start Ray first (`ray start --head`) and set RAY_ADDRESS=auto."
+                f"Ray did not start on this machine in {START_ATTEMPTS} times 30 s; other programs may keep it busy. "
+                "Try again when they have ended, or start Ray first (`ray start --head`) and set RAY_ADDRESS=auto."
             ) from error
         raise
 

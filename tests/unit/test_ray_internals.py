@@ -1,12 +1,14 @@
 """The private names of Ray that `ray_internals` uses are those of the pinned version."""
 
 import inspect
+import signal
+import subprocess
 
 import pytest
 import ray
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
-from ray_app.cluster import ray_internals
+from ray_app.cluster import connection, ray_internals
 from ray_app.cluster.connection import cluster
 from ray_app.commands.train.elastic import ElasticResizeCallback
 from ray_app.errors import ResourceError
@@ -29,14 +31,39 @@ def test_the_cause_of_a_failed_worker_is_unwrapped() -> None:
     assert ray_internals.unwrap_worker_failure(cause) is cause
 
 
+TOO_SLOW = "The current node timed out during startup. This could happen because"
+
+
 def test_ray_that_does_not_start_on_a_busy_machine_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "The current node timed out during startup. This could happen because"
-    assert said.partition(".")[0] in " ".join(inspect.getsource(ray._private.node).replace('"', " ").split())
+    assert TOO_SLOW.partition(".")[0] in " ".join(inspect.getsource(ray._private.node).replace('"', " ").split())
+    starts = []
 
     def start(**_: object) -> None:
-        raise Exception(said)
+        starts.append(subprocess.Popen(["sleep", "600"]))
+        raise Exception(TOO_SLOW)
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", start)
-    with pytest.raises(ResourceError, match="Ray did not start on this machine within 30 s"), cluster("local"):
+    with pytest.raises(ResourceError, match="Ray did not start on this machine in 3 times 30 s"), cluster("local"):
         pass
+    assert len(starts) == 3
+    starts.pop().kill()  # those of the last one end with the command
+    assert all(process.wait(timeout=60) == -signal.SIGKILL for process in starts)
+
+
+def test_ray_that_starts_at_the_second_attempt_is_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = [Exception(TOO_SLOW), None]
+
+    def start(**_: object) -> None:
+        if (error := outcomes.pop(0)) is not None:
+            raise error
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(connection, "cluster_info", lambda: "connected")
+    with cluster("auto") as info:
+        assert info == "connected"
+    assert not outcomes
+    assert "trying again" in capsys.readouterr().err
