@@ -1,0 +1,42 @@
+"""The benchmark of event drafters on a tiny target: every row of its tables, and the same when it is repeated."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_target
+
+from benchmarks.speculative import event_drafter
+from benchmarks.tables import speculative as tables
+from ray_app.commands.demo.draft_training import DraftRecipe
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_arm_is_measured_and_a_repeated_command_measures_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tiny_target.save_target(tmp_path)
+    recipe = DraftRecipe(
+        drives=12, per_drive=2, exit_layers=1, exit_rank=2, exit_epochs=1, event_rank=4, event_epochs=1, batch_size=4
+    )
+    saved: list[dict[str, Any]] = []
+    monkeypatch.setattr(event_drafter, "RECIPE", recipe)
+    monkeypatch.setattr(event_drafter, "TEST_DRIVES", 3)
+    monkeypatch.setattr(event_drafter, "SEEDS", 2)
+    monkeypatch.setattr(event_drafter, "save", lambda _, result: saved.append(result))
+    words = ["event_drafter", str(target), "--work", str(tmp_path / "work")]
+    words += ["--drives", "12", "--test-drives", "3", "--seeds", "2"]
+    monkeypatch.setattr("sys.argv", words)
+    for _ in range(2):
+        event_drafter.main()
+    first, again = saved
+    assert first["all_seeds"] == again["all_seeds"]
+    assert first["by_seed"] == again["by_seed"]
+    arms = first["all_seeds"]["tokens_per_target_pass"]
+    assert arms["the frame itself"]["cosine"] == pytest.approx(1.0)
+    assert arms["mean"]["cosine"] < 1.0
+    assert first["parameters"]["drafter"] > 0
+    monkeypatch.setattr(tables, "read", lambda _: first)
+    assert len(tables.event_drafter().rows) == len(tables.EVENT_ARMS) == len(arms)
+    assert len(tables.event_differences().rows) == len(first["all_seeds"]["differences"]) + 1
