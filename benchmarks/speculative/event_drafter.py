@@ -11,6 +11,7 @@ Writes benchmarks/results/event_drafter.json; with --drives other than the defau
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -55,7 +56,7 @@ from ray_app.runs.event_log import EventLog
 from ray_app.runs.run_dir import RunDir
 from ray_app.scenes.captions import KEY_ELEMENTS
 from ray_app.store.atomic import make_folder
-from ray_app.store.checkpoint import load_checkpoint
+from ray_app.store.checkpoint import load_checkpoint, tensor_shapes
 from ray_app.store.pair_store import PairStore
 
 SEED, TEST_DRIVES, SEEDS = 0, 26, 3
@@ -222,8 +223,18 @@ def of_seed(
         show(name, tokens_NX)
         if name == EVENTS:
             assert isinstance(adapter, EventTokens)
-            events, sizes = adapter, {"drafter": num_parameters(drafter), "events": num_parameters(adapter)}
-            show(OTHERS, tokens_NX.roll(recipe.per_drive, dims=0))  # rows are in order of drives
+            events, sizes = (
+                adapter,
+                {
+                    "target": sum(map(math.prod, tensor_shapes(language_model / "model.safetensors").values())),
+                    "drafter": frozen.num_parameters,
+                    "drafter_trained": num_parameters(drafter),
+                    "events_trained": num_parameters(adapter),
+                },
+            )
+            drives = test.store.index.sequence
+            assert (drives != np.roll(drives, recipe.per_drive)).all(), "rows are in order of drives"
+            show(OTHERS, tokens_NX.roll(recipe.per_drive, dims=0))
     constant = trained(
         event_settings(recipe, work, {"kl": 1.0}, constant=True, out=str(folder / "constant"), **through), train
     )

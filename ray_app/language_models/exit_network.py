@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ray_app.core.adapters.drafting import EarlyExitLayers
 from ray_app.core.adapters.lora import LanguageModelShape
+from ray_app.core.adapters.registry import num_parameters
 from ray_app.encoders.library import transformers
 from ray_app.language_models.loading import read_weights
 from ray_app.language_models.lora import LowRankLayers, merge_changes
@@ -47,6 +48,11 @@ class ExitNetwork:
             merge_changes(self._body.layers, exit_layers.changes())
         else:
             self._factors = LowRankLayers(self._body.layers, shape)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the layers and the head; embeddings are the target's."""
+        return num_parameters(self._body.layers) + self._exit.head.numel()
 
     def log_probabilities(
         self, image_BX: Tensor, before: Sequence[int], after: Sequence[int], ids_BL: Tensor

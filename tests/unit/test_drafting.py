@@ -276,8 +276,13 @@ def test_validation_sees_every_answer_and_a_batch_without_pairs_has_a_gradient(w
     pairs = PairTensors(np.arange(len(event_NE)), event_NE, rows_NT)
     found = validate(state.objective, pairs, WorkerContext(context, 0, 1, CPU), "epoch 1")
     assert found["cos_sim_mean"] == pytest.approx(1.0)
-    state.objective.train()
-    losses = state.objective(event_NE[:0].float(), rows_NT[:0].float())
+    exit_layers = state.objective.adapter
+    assert isinstance(exit_layers, EarlyExitLayers)
+    folder, layout = exit_cfg.language_model, layout_in(work)
+    drafted = FrozenDrafter(exit_layers, folder, layout).along(rows_NT, unpack(layout, rows_NT.float()).image_BX)
+    assert found["tokens_per_target_pass"] == pytest.approx(drafted.tokens_N.sum() / drafted.passes_N.sum())
+    state = resume_or_init(context, None, CPU)
+    losses = state.objective.train()(event_NE[:0].float(), rows_NT[:0].float())
     assert losses["loss"].shape == losses["cos_sim"].shape == (0,)
     losses["loss"].sum().backward()
 

@@ -45,17 +45,17 @@ class DraftRecipe:
     """Layers of the target that the drafter has."""
     exit_rank: int = 32
     """Rank of its LoRA factors."""
-    exit_epochs: int = 8
+    exit_epochs: int = 6
     """Rounds over all rows."""
     exit_learning_rate: float = 3e-3
     """AdamW learning rate of the drafter."""
     event_rank: int = 64
     """Dimensions of the principal subspaces of event features and image tokens."""
-    event_epochs: int = 4
+    event_epochs: int = 3
     """Rounds over all rows."""
     event_learning_rate: float = 2e-3
     """AdamW learning rate of the event adapter."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Rows of a step."""
 
 
@@ -169,6 +169,7 @@ class FrozenDrafter:
     def __init__(self, exit_layers: EarlyExitLayers, language_model: Path, layout: DraftLayout) -> None:
         device = torch.device("cpu")
         network = ExitNetwork(language_model, exit_layers, device, frozen=True)
+        self.num_parameters = network.num_parameters
         self._objective = DraftObjective(exit_layers, LossWeights(), DraftWeights(), layout, network, device)
         self._layout = layout
 

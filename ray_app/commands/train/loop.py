@@ -286,11 +286,13 @@ def validate(
     """Return loss and alignment metrics over the whole validation part; every pair counts once on some worker.
 
     Batches are those of one worker, divided: contrasts are with the same pairs for any number of workers. With
-    `baselines` also their cosine_accept_rate at θ, and `lift` over the best of them. TrainingError, on every worker
+    `baselines` also their cosine_accept_rate at θ, and `lift` over the best of them; of drafters, or of what they are
+    shown, tokens_per_target_pass. TrainingError, on every worker
     alike: the loss is not finite; `where` names the step in that message.
     """
     objective.eval()
     cos, shuffled, loss_sum = [], [], 0.0
+    tokens = passes = 0.0
     total = int(worker.sum_over_pairs([len(pairs.positions)])[0])
     for batch in np.array_split(np.arange(total), -(-total // worker.cfg.batch_size) or 1):
         positions = np.intersect1d(batch, pairs.positions, assume_unique=True)
@@ -299,6 +301,8 @@ def validate(
         losses = objective.losses(aligned_BD, target_BD)
         cos.append(losses["cos_sim"])
         loss_sum += float(losses["loss"].sum())
+        if "passes" in losses:
+            tokens, passes = tokens + float(losses["tokens"].sum()), passes + float(losses["passes"].sum())
         if baselines:
             _, other_BD = worker.decode_pair(*baselines.all_pairs.take(baselines.baselines.others[positions]))
             shuffled.append(objective.cosine(aligned_BD, other_BD))
@@ -309,7 +313,9 @@ def validate(
         )
     counts = worker.count_over_pairs(cos)
     lift = baselines.baselines.lift(counts, worker.count_over_pairs(shuffled)) if baselines else {}
-    return {"loss": loss_sum / counts.pairs, **counts.means(), **lift}
+    tokens, passes = worker.sum_over_pairs([tokens, passes])
+    drafted = {"tokens_per_target_pass": tokens / passes} if passes else {}
+    return {"loss": loss_sum / counts.pairs, **counts.means(), **lift, **drafted}
 
 
 def all_reduce_counts(worker: WorkerContext, counts: AlignmentCounts) -> AlignmentCounts:
