@@ -45,17 +45,17 @@ class DraftRecipe:
     """Layers of the target that the drafter has."""
     exit_rank: int = 32
     """Rank of its LoRA factors."""
-    exit_epochs: int = 6
+    exit_epochs: int = 8
     """Rounds over all rows."""
     exit_learning_rate: float = 3e-3
     """AdamW learning rate of the drafter."""
     event_rank: int = 64
     """Dimensions of the principal subspaces of event features and image tokens."""
-    event_epochs: int = 3
+    event_epochs: int = 4
     """Rounds over all rows."""
     event_learning_rate: float = 2e-3
     """AdamW learning rate of the event adapter."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Rows of a step."""
 
 

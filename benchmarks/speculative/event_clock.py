@@ -1,0 +1,132 @@
+"""A drafter that sees events on the clock: live decoding with it, without it, and with drafters that see nothing.
+
+    python -m benchmarks.speculative.event_clock models/demo --work runs/event_drafter
+
+The drafter is that of seed 0 of `benchmarks.speculative.event_drafter`, whose --work this is, by KL. 12 rendered
+drives that nothing was trained on, four pictures each; every cost is charged, the event image's encoder too. In fp32
+γ is 8, and the passes of each answer are compared with those counted from one pass along it; in bf16 γ is chosen
+online. `hybrid` and `ngram` have learnt the target's answers about the drafter's training drives. One thread. With
+--rows 4 it is a quick look that is not saved. Writes benchmarks/results/event_clock.json.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.provenance import require_commit, save
+from benchmarks.speculative.decode import numbers_of, shard_rows
+from benchmarks.speculative.event_drafter import SEED, Part
+from ray_app.commands.decode.command import DecodePlan, plan_of
+from ray_app.commands.decode.worker import decode_lane
+from ray_app.commands.demo.decode import MAX_NEW_TOKENS, write_prompts
+from ray_app.commands.demo.draft_training import TEST, TRAIN, FrozenDrafter
+from ray_app.config.decode import DecodeConfig
+from ray_app.core.adapters.drafting import EarlyExitLayers, EventTokens
+from ray_app.language_models.draft_objective import GAMMA
+from ray_app.language_models.event_drafter import read_event_drafter, write_event_drafter
+from ray_app.language_models.kinds import load
+from ray_app.runs.run_dir import RunDir
+from ray_app.store.atomic import write_file
+from ray_app.store.capture_store import as_lines
+from ray_app.store.checkpoint import load_checkpoint
+
+NUM_ROWS = 48
+SEES = ("events", "frames", "other", "nothing")
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=NUM_ROWS)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    target, work = asked.target.absolute(), asked.work.absolute()
+    train, test = Part.of(work / TRAIN), Part.of(work / TEST)
+    drafter = drafter_of(work, train)
+    prompts = write_prompts(work / "clock" / "prompts", asked.rows, SEED)
+    traces = work / "clock" / "traces.jsonl"
+    learnt = [
+        {
+            "row": row,
+            "sequence": str(train.store.index.sequence[row]),
+            "question": each.prompt.question,
+            "draft_tokens": [],
+            "target_tokens": list(each.answer),
+        }
+        for row, each in enumerate(train.answered)
+    ]
+    write_file(traces, as_lines(learnt))
+    runs = {}
+    for dtype, draft_length in (("float32", "fixed"), ("bfloat16", "online")):
+        cfg = DecodeConfig(
+            source=(prompts,),
+            target=target,
+            out=work / "clock" / f"{dtype}_{asked.rows}",
+            drafter=(str(drafter), "hybrid", "ngram"),
+            drafter_sees=SEES,
+            learn_from=(traces,),
+            num_speculative_tokens=GAMMA,
+            max_new_tokens=MAX_NEW_TOKENS,
+            dtype=dtype,
+            draft_length=draft_length,
+        )
+        plan = plan_of(cfg)
+        decode_lane(plan.cfg, plan.data, plan.shards, plan.answered, "cpu")
+        runs[dtype] = plan, [dict(row) for shard in plan.shards for row in shard_rows(cfg.out, shard.name)]
+    result = {dtype: numbers_of(*run) for dtype, run in runs.items()}
+    result["counted"] = counted(target, drafter, test, *runs["float32"])
+    if asked.rows == NUM_ROWS:
+        save("event_clock", result)
+    else:
+        print(json.dumps(result, indent=1))
+
+
+def drafter_of(work: Path, train: Part) -> Path:
+    """Return the folder of the drafter, written from the runs of seed 0 unless it is there."""
+    folder = work / "clock" / "drafter"
+    if not folder.exists():
+        best = [RunDir(work / "seed_0" / name).best() for name in ("exit", "events_kl")]
+        assert None not in best, "measure the drafter first"
+        exit_layers, events = (load_checkpoint(each).adapter for each in best if each)
+        assert isinstance(exit_layers, EarlyExitLayers)
+        assert isinstance(events, EventTokens)
+        write_event_drafter(folder, exit_layers, events, train.layout, {"work": "benchmarks.speculative"})
+    return folder
+
+
+@torch.no_grad()
+def counted(
+    target: Path, folder: Path, test: Part, plan: DecodePlan, lines: list[dict[str, Any]]
+) -> dict[str, dict[str, int]]:
+    """Compare the passes of every answer with those that one pass of the drafter along it counts."""
+    drafter = read_event_drafter(folder, load(target, "float32", "cpu"))
+    frozen = FrozenDrafter(drafter.exit_layers, target / "language_model", test.layout)
+    places = {
+        f"{sequence}_{t_us}.png": row
+        for row, (sequence, t_us) in enumerate(
+            zip(test.store.index.sequence, test.store.index.t_start_us, strict=True)
+        )
+    }
+    rows = [places[line["id"]] for line in lines]
+    shown = {"events": drafter.events(test.event_NE.float())[rows], "frames": test.image_NX[rows], "nothing": None}
+    found = {}
+    for sees, shown_NX in shown.items():
+        drafted = frozen.along(test.rows_NT[rows], shown_NX)
+        live = [line["drafters"][f"{folder.name}-{sees}"]["num_passes"] for line in lines]
+        found[sees] = {
+            "passes_counted": int(drafted.passes_N.sum()),
+            "passes_live": sum(live),
+            "rows_that_differ": sum(int(one) != other for one, other in zip(drafted.passes_N, live, strict=True)),
+        }
+    assert plan.cfg.draft_length == "fixed", "γ is the same in every pass"
+    return found
+
+
+if __name__ == "__main__":
+    require_commit()
+    main()
