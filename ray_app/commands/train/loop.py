@@ -287,8 +287,8 @@ def validate(
 
     Batches are those of one worker, divided: contrasts are with the same pairs for any number of workers. With
     `baselines` also their cosine_accept_rate at θ, and `lift` over the best of them; of drafters, or of what they are
-    shown, tokens_per_target_pass. TrainingError, on every worker
-    alike: the loss is not finite; `where` names the step in that message.
+    shown, tokens_per_target_pass. TrainingError, on every worker alike: the loss is not finite; `where` names the
+    step in that message.
     """
     objective.eval()
     cos, shuffled, loss_sum = [], [], 0.0
