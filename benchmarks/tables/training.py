@@ -113,6 +113,25 @@ def scaling() -> Table:
     )
 
 
+def parallelism() -> Table:
+    result = read("parallelism")
+    rows = [
+        (
+            name,
+            f"{1e3 * cell['step_s']:.0f}",
+            f"{cell['speed_of_one']:.2f}",
+            f"{cell['bytes_sent_by_a_worker_a_step'] / 1e6:,.2f}" if "workers" in name else "–",
+            f"{max(cell['peak_gib']):.1f}",
+            f"{max(cell['peak_gib_with_save']):.1f}",
+            f"{cell['save_s']:.1f}",
+            f"{cell['largest_relative_loss_difference']:.0e}",
+        )
+        for name, cell in result["cells"].items()
+    ]
+    columns = ("", "a step, ms", "speed", "sent by a worker a step, MB", "peak memory, GiB", "· with a save")
+    return Table((*columns, "a save, s", "loss differs by"), rows, ["parallelism"])
+
+
 def failure_facts() -> Table:
     return facts(
         ("processes of a training killed", "chaos", "kills", "{}", ""),
@@ -169,6 +188,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "gpu": gpu_facts,
     "reference-job": reference_job,
     "scaling": scaling,
+    "parallelism": parallelism,
     "failures": failure_facts,
     "links": links,
 }
