@@ -3,10 +3,10 @@
     python -m benchmarks.train.parallelism --folder /tmp/parallelism
 
 The reference's adapter (`lightweight`, 150,528 wide, hidden 512, batch 32) on random pairs, trained by the training
-loop in processes of this machine that talk over gloo, without Ray: one with one thread and with two, then two and four
-workers of one thread by pairs and by features, in turn. Bytes are what the kernel counted on loopback, as root in a
-network namespace of the script's own; memory is the most that each process had, before and after the save at its end.
-Losses are compared step by step with those of the process with two threads.
+loop in processes of this machine that talk over gloo, without Ray: one with one thread and with two, then two and
+four workers of one thread by pairs and by features, in turn. Bytes are what the kernel counted on loopback, as root
+in a network namespace of the script's own; memory is the most that each process had, before and after the save at its
+end. Losses are compared step by step with those of the process with two threads.
 
 A model of a step from the process with one thread is held against the workers that divide the features, and the
 arithmetic of `scaling.py` for GPUs is done for both ways. Writes benchmarks/results/parallelism.json.
