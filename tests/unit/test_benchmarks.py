@@ -12,6 +12,7 @@ from benchmarks.adapters import comparison, gpu
 from benchmarks.data import dsec_drive, prepare_dsec, simulator_noise
 from benchmarks.serve.all import PARTS, all_of
 from benchmarks.speculative import replay
+from benchmarks.train import parallelism, scaling
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.registry import STRATEGIES, build_adapter
@@ -51,6 +52,21 @@ def test_every_setting_of_the_comparison_is_one_of_training_and_one_has_the_loss
     assert own == ["token_causal, next"]
     plain = runs["token_causal, spectral"].model_dump(exclude={"next_position_weight"})
     assert runs["token_causal, next"].model_dump(exclude={"next_position_weight"}) == plain
+
+
+def test_the_script_of_parallelism_gives_every_worker_its_part_of_the_same_batches() -> None:
+    whole = list(parallelism.order(3, 0, 1))
+    parts = [list(parallelism.order(3, rank, 4)) for rank in range(4)]
+    for step, batch in enumerate(whole):
+        own = [part[step] for part in parts]
+        assert [n for each in own for n in each.positions] == batch.positions.tolist()
+        assert [each.first_row for each in own] == [0, 8, 16, 24]
+    assert whole[0].positions.tolist() != whole[1].positions.tolist()
+
+
+def test_one_gpu_is_as_fast_whatever_it_would_divide() -> None:
+    by_features, by_pairs = parallelism.by_features(1), scaling.predicted(1)
+    assert {key: by_pairs[key] for key in by_features} == by_features
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the script would run in full")
