@@ -38,7 +38,7 @@ from benchmarks.train.scaling import ASSUMED, predicted, reduced
 from ray_app import write_store
 from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.loop import Batches, WorkerContext, WorkerData, parallel, train_epoch
-from ray_app.commands.train.parallelism import slice_of_worker
+from ray_app.commands.train.parallelism import join
 from ray_app.commands.train.state import Checkpointer, TrainState, resume_or_init
 from ray_app.config.train import TrainConfig
 from ray_app.data.batch_order import BatchSlice
@@ -154,7 +154,7 @@ def worker(cell: Cell, cfg: TrainConfig, rank: int) -> dict[str, Any]:
     store = PairStore.open(cfg.store)
     context = RunContext.of(cfg, store)
     me = WorkerContext(context, rank, cell.workers, torch.device("cpu"))
-    me = replace(me, part=slice_of_worker(context.division, rank, cell.workers))
+    me = replace(me, member=join(context.division, rank, cell.workers, cell.workers, me.device))
     pairs = PairTensors(np.arange(PAIRS), *map(torch.tensor, store.read_rows(np.arange(PAIRS)))).cut(me.columns)
     pairs = PairTensors(pairs.positions, pairs.event_BE.contiguous(), pairs.target_BD.contiguous())
     state = resume_or_init(context, None, me.device, part=me.part)

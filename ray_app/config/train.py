@@ -99,9 +99,10 @@ class TrainConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Workers: a number, or MIN:MAX such as 1:8. Then as many train as the cluster has room for: fewer
     train when nodes go, more when nodes come, with the same global batches; a lost node costs the steps since the
     last save (see --checkpoint-every)."""
-    parallelism: Literal["auto", "data", "feature"] = "auto"
+    parallelism: Literal["auto", "data", "feature", "mesh"] = "auto"
     """Workers divide the pairs of a batch (data) or the columns of its features (feature), for wide adapters: each
-    then holds a slice of the first and the last layer. auto: whichever sends fewer bytes a step."""
+    then holds a slice of the first and the last layer. auto: whichever of these sends fewer bytes a step. mesh: the
+    features inside each node, the pairs over nodes."""
     elastic_check_interval_s: float = Field(default=60.0, gt=0.0)
     """With MIN:MAX: seconds between two checks for room for more workers; each change restarts all workers."""
     use_gpu: bool = False

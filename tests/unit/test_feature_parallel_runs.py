@@ -89,11 +89,23 @@ def test_workers_that_divide_the_features_train_and_save_as_one_does(
 ) -> None:
     alone, divided = config("one", **settings), config("divided", num_workers=workers, **settings)
     train_here(alone)
-    assert RunContext.of(divided, PairStore.open(divided.store)).division.by_features
+    assert RunContext.of(divided, PairStore.open(divided.store)).division.parallelism == "feature"
     train_on_processes(divided)
     assert_equal_runs(divided, alone)
     judged = [[line["val"]["pairs"] for line in of_kind(cfg, "validation")] for cfg in (divided, alone)]
     assert judged[0] == judged[1]
+
+
+@pytest.mark.parametrize(("nodes", "workers"), [((2, 2), 4), ((4, 2), 6)], ids=["2 and 2", "4 and 2"])
+def test_workers_of_a_node_divide_the_features_and_nodes_the_pairs(
+    config: Config, nodes: tuple[int, ...], workers: int
+) -> None:
+    """A mesh of two columns; where a node has more workers than another, it holds two of the lines."""
+    settings = {"contrastive_weight": 0.3, "num_epochs": 1}
+    alone, mesh = config("one", **settings), config("mesh", num_workers=workers, parallelism="mesh", **settings)
+    train_here(alone)
+    train_on_processes(mesh, nodes=nodes)
+    assert_equal_runs(mesh, alone)
 
 
 def test_killed_and_resumed_by_as_many_workers_a_run_ends_with_the_same_bytes(config: Config) -> None:
@@ -137,6 +149,11 @@ def test_a_data_parallel_run_is_resumed_by_workers_that_divide_the_features(conf
             "^2 workers divide the features of every pair: .* MB a step from each .the pairs of a batch",
         ),
         ({"parallelism": "data"}, "data", "divide the pairs of a batch: .* MB"),
+        (
+            {"parallelism": "mesh"},
+            "mesh",
+            "features of every pair inside each node, and the pairs of a batch over nodes",
+        ),
         ({"strategy": "conv"}, "data", "conv needs whole features"),
         ({"flip": 0.5}, "data", "change whole images"),
         ({"bf16_gradients": True}, "data", "--bf16-gradients"),

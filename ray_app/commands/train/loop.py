@@ -8,7 +8,8 @@ Shapes: B = pairs of this worker's batch, E, D = widths of the event and the tar
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,11 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ray_app.commands.train.all_pairs import gather_pairs
 from ray_app.commands.train.context import RunContext
+from ray_app.commands.train.parallelism import Membership
 from ray_app.commands.train.state import Checkpointer, TrainState, broadcast_resume_point, resume_or_init
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.base import InitStats
 from ray_app.core.adapters.seeded_noise import BatchNoise
-from ray_app.core.adapters.slices import WHOLE, FeatureSlice
+from ray_app.core.adapters.slices import FeatureSlice
 from ray_app.core.back_off import back_off_s
 from ray_app.core.evaluation import Baselines
 from ray_app.core.losses import AlignmentObjective
@@ -132,8 +134,8 @@ class WorkerContext:
     """Device that it computes on."""
     init: InitStats | None = None
     """Initial statistics, if they are in memory; otherwise they are read from the run."""
-    part: FeatureSlice = WHOLE
-    """Slice of the features that it trains; whole where workers divide the pairs."""
+    member: Membership = field(default_factory=Membership)
+    """Its slice of the features, and the workers with other pairs; by default all train whole features."""
 
     @property
     def cfg(self) -> TrainConfig:
@@ -144,6 +146,11 @@ class WorkerContext:
     def store(self) -> PairStore:
         """The opened store."""
         return self.context.store
+
+    @property
+    def part(self) -> FeatureSlice:
+        """Slice of the features that it trains; whole where workers divide the pairs."""
+        return self.member.part
 
     @property
     def pair_rank(self) -> int:
@@ -186,12 +193,16 @@ def parallel(objective: AlignmentObjective, worker: WorkerContext) -> torch.nn.M
     """Wrap the objective: of workers that divide pairs gradients are averaged, and contrasts see all pairs."""
     objective.train()
     if worker.pair_world > 1:
-        objective.gather_pairs = gather_pairs
+        objective.gather_pairs = partial(gather_pairs, worker.member.pair_group)
     if worker.pair_world == 1 or not any(parameter.requires_grad for parameter in objective.parameters()):
         return objective
     devices = [worker.device] if worker.device.type == "cuda" else None
     model = DistributedDataParallel(
-        objective, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        objective,
+        device_ids=devices,
+        process_group=worker.member.pair_group,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
     )
     if worker.cfg.bf16_gradients:
         model.register_comm_hook(None, bf16_all_reduce)

@@ -2,12 +2,15 @@
 
 By pairs, workers all-reduce the gradients of all parameters. By features, each trains all pairs of a batch on its
 columns and its part of the first and last layer; workers all-reduce hidden activations, their gradient and a few sums
-of each pair.
+of each pair. In a mesh the workers of a node divide the features, and the nodes the pairs.
 """
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,7 +22,11 @@ from ray_app.core.adapters.slices import WHOLE, FeatureSlice
 from ray_app.errors import ConfigError
 from ray_app.store.pair_store import PairStore
 
-WAYS = {"data": "the pairs of a batch", "feature": "the features of every pair"}
+WAYS = {
+    "data": "the pairs of a batch",
+    "feature": "the features of every pair",
+    "mesh": "the features of every pair inside each node, and the pairs of a batch over nodes",
+}
 MIN_COLUMNS = 8
 """Fewest columns of a feature for each worker."""
 
@@ -28,16 +35,12 @@ MIN_COLUMNS = 8
 class Division:
     """How the workers of a run divide the work."""
 
-    parallelism: Literal["data", "feature"]
-    """By pairs, or by features."""
+    parallelism: Literal["data", "feature", "mesh"]
+    """By pairs, by features, or by both."""
     shard_bytes: int
     """Bytes of the training pairs that each worker of the smallest group trains on."""
     reason: str
     """The choice in a sentence; empty for one worker."""
-
-    @property
-    def by_features(self) -> bool:
-        return self.parallelism == "feature"
 
 
 def choose_division(
@@ -45,14 +48,16 @@ def choose_division(
 ) -> Division:
     """Choose for a run of this adapter; `pairs`: number of training pairs, `parameters`: of trained numbers.
 
-    ConfigError: --parallelism feature for a run that cannot be divided so.
+    ConfigError: --parallelism feature, or mesh, for a run that cannot be divided so.
     """
     shards = _shard_bytes(cfg, kind, store, pairs)
     obstacle = _obstacle(cfg, kind, adapter, shards["feature"])
-    if cfg.parallelism == "feature" and obstacle:
-        raise ConfigError(f"--parallelism feature: {obstacle}; leave it out, and workers divide the pairs")
+    if cfg.parallelism in ("feature", "mesh") and obstacle:
+        raise ConfigError(f"--parallelism {cfg.parallelism}: {obstacle}; leave it out, and workers divide the pairs")
     if cfg.max_workers == 1:
         return Division("data", shards["data"], "")
+    if cfg.parallelism == "mesh":
+        return Division("mesh", shards["feature"], f"{cfg.num_workers} workers divide {WAYS['mesh']}")
     numbers = {"data": parameters, "feature": _numbers_a_step(cfg, kind, adapter)}
     if cfg.parallelism != "auto":
         way = cfg.parallelism
@@ -105,12 +110,40 @@ def _numbers_a_step(cfg: TrainConfig, kind: type[Adapter], adapter: AdapterConfi
     return cfg.batch_size * (hidden + sums)
 
 
-def slice_of_worker(division: Division, rank: int, world: int) -> FeatureSlice:
-    """Return the part of the features that a worker of torch.distributed's default group holds."""
-    return FeatureSlice(rank, world, _all_reduce) if division.by_features and world > 1 else WHOLE
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """What one worker has of a divided run."""
+
+    part: FeatureSlice = WHOLE
+    """Slice of the features that it trains."""
+    pair_group: dist.ProcessGroup | None = None
+    """Workers with the same slice of other pairs; None: all workers, or none."""
 
 
-def _all_reduce(own: Tensor) -> Tensor:
+def join(division: Division, rank: int, world: int, workers_of_node: int, device: torch.device) -> Membership:
+    """Find what a worker of torch.distributed's default group has; all workers call this together.
+
+    Ranks of a node are neighbours. A mesh has as many slices as a node has workers; if nodes have different numbers of
+    them, the largest that divides all.
+    """
+    if world == 1 or division.parallelism == "data":
+        return Membership()
+    slices = world
+    if division.parallelism == "mesh":
+        of_nodes = torch.zeros(world, dtype=torch.int64, device=device)
+        of_nodes[rank] = workers_of_node
+        slices = math.gcd(*_all_reduce(None, of_nodes).tolist())
+    if slices == 1:
+        return Membership()
+    if slices == world:
+        return Membership(FeatureSlice(rank, world, partial(_all_reduce, None)))
+    grid = torch.arange(world).view(-1, slices)
+    feature_groups, pair_groups = ([dist.new_group(ranks) for ranks in lines.tolist()] for lines in (grid, grid.T))
+    node, index = divmod(rank, slices)
+    return Membership(FeatureSlice(index, slices, partial(_all_reduce, feature_groups[node])), pair_groups[index])
+
+
+def _all_reduce(group: dist.ProcessGroup | None, own: Tensor) -> Tensor:
     total = own.clone()
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return total

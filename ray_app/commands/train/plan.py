@@ -46,7 +46,7 @@ def make_plan(context: RunContext, folder: Path, info: ClusterInfo) -> ResourceP
     share = 1.0 if cfg.use_gpu else info.max_cpus_per_worker(cfg.max_workers, data_cpus)
     share = max(share, 1.0) if cfg.elastic else share  # Ray's elastic policy counts whole CPUs
     pair_bytes = cfg.min_workers * shard_bytes if in_memory else 0
-    copies = 1 if context.division.by_features else cfg.min_workers
+    copies = 1 if context.division.parallelism == "feature" else cfg.min_workers
     plan = ResourcePlan(in_memory, cfg.cpus_per_worker or share)
     require_resources(
         info,

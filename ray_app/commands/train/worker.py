@@ -21,7 +21,7 @@ from ray_app.commands.train.loop import (
     sleep_before_retry,
     train_epochs,
 )
-from ray_app.commands.train.parallelism import slice_of_worker
+from ray_app.commands.train.parallelism import join
 from ray_app.commands.train.shared_dataset import (
     SharedDataset,
     count_fixed_baselines,
@@ -67,8 +67,9 @@ def train_loop_per_worker(config: dict[str, WorkerSpec]) -> None:
     with open_run(spec.run) as run, run.event_log(spec.started) if rank == 0 else nullcontext() as log:
         context = spec.context.at(run.path)
         init = shared_init(spec.shared, context) if spec.shared else None
-        part = slice_of_worker(context.division, rank, world)
-        worker = WorkerContext(context, rank, world, get_device(), init, part)
+        device, of_node = get_device(), train_context.get_local_world_size()
+        member = join(context.division, rank, world, of_node, device)
+        worker = WorkerContext(context, rank, world, device, init, member)
         if log:
             sleep_before_retry(run)
             log.write("workers_started", workers=world, time=time.time())
