@@ -112,7 +112,7 @@ def _numbers_a_step(cfg: TrainConfig, kind: type[Adapter], adapter: AdapterConfi
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """What one worker has of a divided run."""
+    """Part of one worker in a divided run."""
 
     part: FeatureSlice = WHOLE
     """Slice of the features that it trains."""
@@ -123,8 +123,8 @@ class Membership:
 def join(division: Division, rank: int, world: int, workers_of_node: int, device: torch.device) -> Membership:
     """Find what a worker of torch.distributed's default group has; all workers call this together.
 
-    Ranks of a node are neighbours. A mesh has as many slices as a node has workers; if nodes have different numbers of
-    them, the largest that divides all.
+    Ranks of a node are neighbours. A mesh has as many slices as a node has workers, or as divide the numbers of all
+    nodes.
     """
     if world == 1 or division.parallelism == "data":
         return Membership()
