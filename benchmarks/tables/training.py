@@ -132,6 +132,22 @@ def parallelism() -> Table:
     return Table((*columns, "a save, s", "loss differs by"), rows, ["parallelism"])
 
 
+def gpus() -> Table:
+    """Arithmetic for GPUs, from assumed numbers, by pairs and by features."""
+    result = read("parallelism")
+    one = result["gpus"]["1"]["by_pairs"]["pairs_per_s"]
+    rows = [
+        (
+            number,
+            *(f"{each[way]['step_ms']:.1f}" for way in ("by_pairs", "by_features")),
+            *(f"{each[way]['pairs_per_s'] / one:.1f}" for way in ("by_pairs", "by_features")),
+        )
+        for number, each in result["gpus"].items()
+    ]
+    columns = ("GPUs", "a step by pairs, ms", "by features, ms", "times one GPU, by pairs", "by features")
+    return Table(columns, rows, ["parallelism"], named=False)
+
+
 def failure_facts() -> Table:
     return facts(
         ("processes of a training killed", "chaos", "kills", "{}", ""),
@@ -189,6 +205,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "reference-job": reference_job,
     "scaling": scaling,
     "parallelism": parallelism,
+    "gpus": gpus,
     "failures": failure_facts,
     "links": links,
 }

@@ -73,6 +73,23 @@ def trained(
     return results, whole_weights(adapter), dict(objective.named_parameters())
 
 
+def test_losses_of_wide_features_are_those_of_float64() -> None:
+    config = config_of("lightweight", 8_000, 8_000, hidden_dim=32, depth=1, dropout=0.0)
+    event_BE, target_BD = (side.double() for side in pairs_of(config))
+    exact = AlignmentObjective(build_adapter(config, 3), LossWeights()).double()
+    optimizer = make_optimizer(exact, 1e-2, 0.01)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = exact.losses(exact.adapter(event_BE), target_BD)["loss"].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(exact.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    results, *_ = on_workers(2, lambda part: trained(config, LossWeights(), part))[0]
+    assert [each.loss_sum / each.pairs for each in results] == pytest.approx(losses, rel=1e-6)
+
+
 @pytest.mark.parametrize("losses", LOSSES)
 @pytest.mark.parametrize("strategy", WIDE)
 @pytest.mark.parametrize(("widths", "count"), [((31, 31), 3), ((30, 42), 2)])
