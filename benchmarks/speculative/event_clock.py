@@ -2,7 +2,7 @@
 
     python -m benchmarks.speculative.event_clock models/demo --work runs/event_drafter
 
-The drafter is that of seed 0 of `benchmarks.speculative.event_drafter`, whose --work this is, by KL. 12 rendered
+The drafter is that of seed 0 of `benchmarks.speculative.event_drafter`, whose --work this is, by KL. 8 rendered
 drives that nothing was trained on, four pictures each; every cost is charged, the event image's encoder too. In fp32
 γ is 8, and the passes of each answer are compared with those counted from one pass along it; in bf16 γ is chosen
 online. `hybrid` and `ngram` have learnt the target's answers about the drafter's training drives. One thread. With
@@ -33,8 +33,8 @@ from ray_app.store.atomic import write_file
 from ray_app.store.capture_store import as_lines
 from ray_app.store.checkpoint import load_checkpoint
 
-NUM_ROWS = 48
-SEES = ("events", "frames", "other", "nothing")
+NUM_ROWS = 32
+SEES = ("events", "frames", "nothing")
 
 
 def main() -> None:

@@ -171,7 +171,7 @@ def measured(
     sequences = test.store.index.sequence.tolist()
     unit, units = resampled_units(sequences)
     tables = {
-        name: replayed(kind(), train.answered, test.answered)
+        name: learnt(kind(), train.answered, test.answered)
         for name, kind in (("3-gram", ThreeGrams), ("hybrid", HybridDrafter))
     }
     shown: list[dict[str, Drafted]] = []
@@ -246,9 +246,14 @@ def of_seed(
     return arms, sizes
 
 
-def replayed(drafter: Drafter, learnt: Sequence[AnsweredPrompt], asked: Sequence[AnsweredPrompt]) -> Drafted:
-    """Replay answers with a rule that learnt others."""
-    drafter.fit(learnt)
+def learnt(drafter: Drafter, answered: Sequence[AnsweredPrompt], asked: Sequence[AnsweredPrompt]) -> Drafted:
+    """Let a rule learn answers, and replay others."""
+    drafter.fit(answered)
+    return replay(drafter, asked)
+
+
+def replay(drafter: Drafter, asked: Sequence[AnsweredPrompt]) -> Drafted:
+    """Replay answers with a rule."""
     rows = replay_rows(drafter, asked, gamma=GAMMA, vocabulary=10**6, clock=time.perf_counter)
     tokens, passes = [float(row.length) for row in rows], [float(len(row.drafted)) for row in rows]
     return Drafted(np.array(tokens), np.array(passes), np.zeros(len(rows)))

@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from benchmarks.results_tables import Table, facts, percent, points, read
 
 LOW = ("none", "eventgpt", "prompt_lookup", "constant", "positional")
@@ -188,6 +190,13 @@ def _with_interval(each: dict[str, Any], form: str = "{:.2f}") -> str:
     return f"{form.format(each['mean'])} [{low}, {high}]".replace("-", "−")
 
 
+def rank_correlation(arms: dict[str, Any]) -> float:
+    """Spearman's correlation of cosine with tokens per target pass over everything that stood for the own picture."""
+    shown = [each for name, each in arms.items() if each["cosine"] and name != "the frame itself"]
+    ranks = [np.argsort(np.argsort([each[key] for each in shown])) for key in ("cosine", "mean")]
+    return float(np.corrcoef(ranks)[0, 1])
+
+
 def event_drafter() -> Table:
     """One frozen drafter, shown one thing or another."""
     result = read("event_drafter")
@@ -220,6 +229,9 @@ def event_differences() -> Table:
     gap = result["all_seeds"]["gap_closed"]
     seeds = [_with_interval(by["gap_closed"]) for by in result["by_seed"]]
     rows.append(("share of the gap from constant to own picture", _with_interval(gap), *seeds, "–"))
+    every = [result["all_seeds"], *result["by_seed"]]
+    correlations = [f"{rank_correlation(each['tokens_per_target_pass']):.2f}".replace("-", "−") for each in every]
+    rows.append(("rank correlation of cosine with tokens per target pass", *correlations, "–"))
     columns = ["difference", "all seeds", *(f"seed {n}" for n in range(len(result["by_seed"])))]
     return Table([*columns, "of tokens"], rows, ["event_drafter"], named=False)
 
@@ -256,6 +268,44 @@ def demo_target() -> Table:
     return Table(("what", "measured", "majority", "linear probe", "wanted"), rows, ["demo_target"])
 
 
+def event_hybrid() -> Table:
+    """The hybrid with a drafter's distribution, by what the drafter is shown."""
+    result = read("event_hybrid")
+    rows = []
+    for name, each in result["tokens_per_target_pass"].items():
+        gain = result["over_hybrid"].get(name)
+        rows.append(
+            (
+                name,
+                _with_interval(each),
+                *(f"{mean:.2f}" for mean in each["by_seed"]),
+                _with_interval(gain, "{:+.2f}") if gain else "–",
+            )
+        )
+    columns = ["drafts by", "tokens per target pass", *(f"seed {n}" for n in range(result["seeds"])), "over `hybrid`"]
+    return Table(columns, rows, ["event_hybrid"])
+
+
+def event_clock() -> Table:
+    """Live decoding with the drafter that sees events."""
+    live = read("event_clock")
+    rows = []
+    for part in ("float32", "bfloat16"):
+        for name, each in live[part]["drafters"].items():
+            low, high = each["interval95"]["speedup"]
+            rows.append(
+                (
+                    name.replace("drafter-", "drafter, shown: ") if "drafter" in name else f"`{name}`",
+                    {"float32": "fp32, γ = 8", "bfloat16": "bf16, γ online"}[part],
+                    f"{each['tokens_per_target_pass']:.2f}",
+                    f"{each['speedup']:.2f} [{low:.2f}, {high:.2f}]",
+                    f"{each['texts_that_differ']} of {each['rows']}",
+                )
+            )
+    columns = ["drafter", "numbers", "tokens per target pass", "speed-up", "texts that differ"]
+    return Table(columns, rows, ["event_clock"])
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "drafters": drafters,
     "drafters-duration": by_duration,
@@ -266,5 +316,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "decode-limits": decode_limits,
     "event-drafter": event_drafter,
     "event-differences": event_differences,
+    "event-hybrid": event_hybrid,
+    "event-clock": event_clock,
     "demo-target": demo_target,
 }

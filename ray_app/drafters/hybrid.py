@@ -125,6 +125,13 @@ class HybridDrafter(Drafter):
             text = (*text, max(scored.scores, key=scored.scores.__getitem__))
         return Draft(text[len(accepted) :])
 
+    def expected(self, prompt: Prompt, accepted: Sequence[int]) -> dict[int, float]:
+        """Return the probability of each candidate for the next token; empty where no context is known."""
+        self._turn_to(prompt)
+        scores = self._scored(tuple(accepted)).scores
+        odds = {token: math.exp(score - max(scores.values())) for token, score in scores.items()}
+        return {token: odd / sum(odds.values()) for token, odd in odds.items()}
+
     def update(self, prompt: Prompt, answer: Sequence[int]) -> None:
         self._turn_to(prompt)
         text = tuple(answer)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny_target
 
-from benchmarks.speculative import event_drafter
+from benchmarks.speculative import event_drafter, event_hybrid
 from benchmarks.tables import speculative as tables
 from ray_app.commands.demo.draft_training import DraftRecipe
 
@@ -38,6 +38,13 @@ def test_every_arm_is_measured_and_a_repeated_command_measures_the_same(
     assert arms["the frame itself"]["cosine"] == pytest.approx(1.0)
     assert arms["mean"]["cosine"] < 1.0
     assert first["parameters"]["drafter"] < first["parameters"]["target"]
+    monkeypatch.setattr(event_hybrid, "save", lambda _, result: saved.append(result))
+    monkeypatch.setattr("sys.argv", words[:4])
+    event_hybrid.main()
+    monkeypatch.setattr(tables, "read", lambda _: saved[-1])
+    assert len(tables.event_hybrid().rows) == len(saved[-1]["tokens_per_target_pass"])
+    hybrid = saved[-1]["tokens_per_target_pass"]["hybrid"]["mean"]
+    assert hybrid == pytest.approx(arms["hybrid"]["mean"])
     monkeypatch.setattr(tables, "read", lambda _: first)
     assert len(tables.event_drafter().rows) == len(tables.EVENT_ARMS) == len(arms)
-    assert len(tables.event_differences().rows) == len(first["all_seeds"]["differences"]) + 1
+    assert len(tables.event_differences().rows) == len(first["all_seeds"]["differences"]) + 2

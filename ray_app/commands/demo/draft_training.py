@@ -1,9 +1,10 @@
 """Settings of a drafter's training, and what it drafts: the same for `demo draft` and for measurements.
 
-Shapes: N = rows, T = width of a row, X = numbers of a picture's image tokens.
+Shapes: N = rows, T = width of a row, X = numbers of a picture's image tokens, A = tokens of an answer, I = ids of the
+drafter's head.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from ray_app.commands.demo.target import demo_encoder
 from ray_app.config.train import DraftTrainConfig
 from ray_app.core.adapters.drafting import EarlyExitLayers
 from ray_app.core.adapters.sequences import sequence_cosine
-from ray_app.core.draft_losses import DraftWeights
+from ray_app.core.draft_losses import DraftWeights, Positions
 from ray_app.core.losses import LossWeights
 from ray_app.language_models.draft_objective import DraftObjective, counts
-from ray_app.language_models.draft_rows import DraftLayout, unpack
+from ray_app.language_models.draft_rows import DraftLayout, DraftRows, unpack
 from ray_app.language_models.exit_network import ExitNetwork
 from ray_app.language_models.model import LanguageModel
 from ray_app.store.checkpoint import save_verifiable, tensor_shapes
@@ -177,12 +178,23 @@ class FrozenDrafter:
     def along(self, rows_NT: Tensor, shown_NX: Tensor | None) -> Drafted:
         """Draft along answers while these image tokens are shown; None: no picture is."""
         parts = []
-        for at in range(0, len(rows_NT), ROWS_AT_ONCE):
-            rows = unpack(self._layout, rows_NT[at : at + ROWS_AT_ONCE].float())
-            shown_BX = rows.image_BX[:, :0] if shown_NX is None else shown_NX[at : at + ROWS_AT_ONCE]
-            tokens_B, passes_B = counts(self._objective.positions(shown_BX, rows))
+        for rows, shown_BX, positions in self._positions(rows_NT, shown_NX):
+            tokens_B, passes_B = counts(positions)
             cos_B = torch.zeros(len(shown_BX))
             if shown_NX is not None:
                 cos_B = sequence_cosine(shown_BX, rows.image_BX, self._layout.width)
             parts.append(torch.stack([tokens_B.double(), passes_B.double(), cos_B.double()]))
         return Drafted(*torch.cat(parts, dim=1).numpy())
+
+    @torch.no_grad()
+    def probabilities(self, rows_NT: Tensor, shown_NX: Tensor | None) -> Iterator[NDArray[np.float64]]:
+        """Yield the drafter's probabilities of its ids at each token of each answer, (A, I)."""
+        for rows, _, positions in self._positions(rows_NT, shown_NX):
+            for log_q_LI, used_L in zip(positions.log_q_BLI, rows.used_BL, strict=True):
+                yield log_q_LI[used_L].double().exp().numpy()
+
+    def _positions(self, rows_NT: Tensor, shown_NX: Tensor | None) -> Iterator[tuple[DraftRows, Tensor, Positions]]:
+        for at in range(0, len(rows_NT), ROWS_AT_ONCE):
+            rows = unpack(self._layout, rows_NT[at : at + ROWS_AT_ONCE].float())
+            shown_BX = rows.image_BX[:, :0] if shown_NX is None else shown_NX[at : at + ROWS_AT_ONCE]
+            yield rows, shown_BX, self._objective.positions(shown_BX, rows)
