@@ -1,4 +1,4 @@
-"""Tables of docs/results/speculative.md."""
+"""Tables of docs/results/speculative.md and event_drafter.md."""
 
 import statistics
 from collections.abc import Callable
