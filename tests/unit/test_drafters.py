@@ -262,3 +262,16 @@ def test_hybrid_forgets_with_every_window() -> None:
     assert tally_new.window - tally_old.window == 4, "windows since the old word was said"
     assert tally_old.recent[1] == pytest.approx(sum(0.2**age for age in range(30)))
     assert drafter.draft(QUESTION, (1, 2), 1).tokens == (4,)
+
+
+def test_the_hybrids_probabilities_add_up_to_one_and_its_draft_begins_with_the_likeliest() -> None:
+    rng = np.random.default_rng(0)
+    asked = Prompt("?", ())
+    drafter = HybridDrafter()
+    assert drafter.expected(asked, ()) == {}
+    for _ in range(12):
+        drafter.update(asked, tuple(rng.integers(5, 9, 6).tolist()))
+    for accepted in ((), (5,), (6, 7)):
+        expected = drafter.expected(asked, accepted)
+        assert sum(expected.values()) == pytest.approx(1.0)
+        assert drafter.draft(asked, accepted, 1).tokens[0] == max(expected, key=lambda token: expected[token])
