@@ -220,7 +220,7 @@ def verifiable_folder(folder: Path, documents: Mapping[str, dict[str, Any]]) -> 
         for file, document in documents.items():
             (partial / file).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         sums = "".join(f"{sha256_file(path)}  {path.name}\n" for path in sorted(partial.iterdir()))
-        (partial / CHECKSUMS_FILE).write_text(sums)
+        (partial / CHECKSUMS_FILE).write_text(sums, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
