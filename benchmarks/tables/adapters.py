@@ -117,6 +117,28 @@ def features() -> Table:
     return Table((*columns, "centred cosine", "R@1"), rows, ["adapters_features", "adapters_scenes"])
 
 
+def durations() -> Table:
+    """Each window length at the θ where its best baseline accepts nearest to a third of the pairs."""
+    rows = []
+    for ms, each in read("durations")["durations"].items():
+        theta = min(each["accept"], key=lambda theta, each=each: abs(best_baseline(each, theta) - 1 / 3))
+        lift = each["lift"][theta]
+        rows.append(
+            (
+                f"{int(ms) / 1000:g} s",
+                str(each["pairs"]["test"]),
+                theta,
+                percent(best_baseline(each, theta)),
+                percent(each["accept"][theta]["mean"]),
+                f"{points(lift['mean'])} ± {100 * lift['std']:.1f}",
+                f"{each['centred_cos_sim']['mean']:.3f}",
+                f"{each['R@1_over_chance']['mean']:.1f}",
+            )
+        )
+    columns = ("window", "test pairs", "θ", "best baseline", "accepted", "lift", "centred cosine", "R@1 over chance")
+    return Table(columns, rows, ["durations"])
+
+
 def race(key: str) -> Callable[[dict[str, Any]], float]:
     """Mean over the seeds of one number of the race."""
     return lambda result: statistics.mean(run[key] for run in result["runs"])
@@ -162,6 +184,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "adapters-footage": lambda: adapters("adapters_footage", STRATEGIES),
     "adapters-tokens": lambda: adapters("adapters_tokens", TOKENS),
     "adapters-features": features,
+    "durations": durations,
     "baselines-features": lambda: baselines("adapters_features", "token_bottleneck, features"),
     "baselines-scenes": lambda: baselines("adapters_scenes", "conv"),
     "baselines-footage": lambda: baselines("adapters_footage", "lowrank"),
