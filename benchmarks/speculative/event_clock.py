@@ -25,7 +25,7 @@ from ray_app.commands.demo.decode import MAX_NEW_TOKENS, write_prompts
 from ray_app.commands.demo.draft_training import TEST, TRAIN, FrozenDrafter
 from ray_app.config.decode import DecodeConfig
 from ray_app.core.adapters.drafting import EarlyExitLayers, EventTokens
-from ray_app.language_models.draft_objective import GAMMA
+from ray_app.core.draft_losses import GAMMA
 from ray_app.language_models.event_drafter import read_event_drafter, write_event_drafter
 from ray_app.language_models.kinds import load
 from ray_app.runs.run_dir import RunDir

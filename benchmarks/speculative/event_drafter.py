@@ -12,6 +12,7 @@ Writes benchmarks/results/event_drafter.json; with --drives other than the defau
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -43,13 +44,13 @@ from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.drafting import ConstantTokens, EarlyExitLayers, EventTokens
 from ray_app.core.adapters.registry import num_parameters
 from ray_app.core.bootstrap import interval95, resampled_means, resampled_units
+from ray_app.core.draft_losses import GAMMA
 from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pair_tensors import PairTensors
 from ray_app.drafters.base import Drafter
 from ray_app.drafters.hybrid import HybridDrafter
 from ray_app.drafters.replay import replay_rows
-from ray_app.language_models.draft_objective import GAMMA
 from ray_app.language_models.draft_rows import DraftLayout, layout_of, unpack
 from ray_app.language_models.kinds import load
 from ray_app.runs.event_log import EventLog
@@ -66,6 +67,7 @@ LOSSES: Mapping[str, Mapping[str, float]] = {
     "events, kl": {"kl": 1.0},
     "events, acceptance": {"acceptance": 1.0},
     "events, lk": {"lk": 1.0},
+    "events, accepted length": {"accepted_length": 1.0},
     "events, cosine": {"cosine": 1.0},
     "events, kl + cosine": {"kl": 1.0, "cosine": 1.0},
 }
@@ -79,7 +81,7 @@ FRAME, CONSTANT, OTHERS, MEAN, NOTHING = (
 EVENTS, COSINE = "events, kl", "events, cosine"
 DIFFERENCES = (
     *((EVENTS, other) for other in (CONSTANT, OTHERS, COSINE, MEAN, NOTHING, "3-gram", "hybrid")),
-    *((f"events, {loss}", COSINE) for loss in ("acceptance", "lk", "kl + cosine")),
+    *((f"events, {loss}", COSINE) for loss in ("acceptance", "lk", "accepted length", "kl + cosine")),
     (FRAME, CONSTANT),
 )
 
@@ -216,7 +218,7 @@ def of_seed(
 
     show(FRAME, test.image_NX)
     for name, weights in LOSSES.items():
-        out = str(folder / name.replace(", ", "_").replace(" + ", "_"))
+        out = str(folder / re.sub(r"\W+", "_", name))
         adapter = trained(event_settings(recipe, work, weights, out=out, **through), train)
         with torch.no_grad():
             tokens_NX = adapter(event_NE)

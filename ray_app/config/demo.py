@@ -80,7 +80,7 @@ class DemoDraftConfig(ClusterFlags):
     """Folder that `demo build` made."""
     out: Path = Path("models/demo-drafter")
     """Folder of the drafter; must be new, or one that this command made."""
-    loss: Literal["kl", "reverse_kl", "acceptance", "lk", "cross_entropy", "cosine"] = "kl"
+    loss: Literal["kl", "reverse_kl", "acceptance", "lk", "accepted_length", "cross_entropy", "cosine"] = "kl"
     """Loss of the event image's tokens: of the drafter's distributions against the target's, or of the tokens."""
     size: Literal["full", "small"] = "full"
     """full: about half an hour on one core. small: minutes, for tests; it drafts little."""

@@ -180,7 +180,16 @@ class AnswerTrainConfig(LanguageModelTrainConfig):
 class DraftTrainConfig(LanguageModelTrainConfig):
     """Train a drafter, or the image tokens that it is shown, on a target's own answers and distributions."""
 
-    LOSSES: ClassVar[tuple[str, ...]] = ("kl", "reverse_kl", "acceptance", "lk", "cross_entropy", "cosine", "mse")
+    LOSSES: ClassVar[tuple[str, ...]] = (
+        "kl",
+        "reverse_kl",
+        "acceptance",
+        "lk",
+        "accepted_length",
+        "cross_entropy",
+        "cosine",
+        "mse",
+    )
 
     strategy: Literal["early_exit", "event_tokens", "constant_tokens"]  # type: ignore[assignment]
     """Adapter: the drafter, image tokens of events for a drafter that is frozen, or the best constant ones."""
@@ -196,6 +205,8 @@ class DraftTrainConfig(LanguageModelTrainConfig):
     """Weight of 1 − Σ min(p, q), the chance that a drawn token is rejected."""
     lk_weight: float = Field(default=0.0, ge=0.0)
     """Weight of KL that gives way to acceptance (arXiv 2602.23881)."""
+    accepted_length_weight: float = Field(default=0.0, ge=0.0)
+    """Weight of the expected share of a draft of eight tokens that is not accepted."""
     cross_entropy_weight: float = Field(default=0.0, ge=0.0)
     """Weight of the cross-entropy of the target's own tokens."""
     mse_weight: float = Field(default=0.0, ge=0.0)

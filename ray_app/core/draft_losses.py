@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+GAMMA = 8
+"""Drafted tokens of a pass where tokens per target pass are counted or learnt."""
 LEAST = 1e-8
 """Probabilities are at least this where their logarithm is taken."""
 LK_ETA = 3.0
@@ -50,6 +53,8 @@ class DraftWeights:
     """Weight of 1 − α."""
     lk: float = 0.0
     """Weight of λ KL + (1 − λ)(1 − α) with λ = exp(−3 α), in which KL gives way to acceptance."""
+    accepted_length: float = 0.0
+    """Weight of the expected share of a draft that is not accepted."""
     cross_entropy: float = 0.0
     """Weight of −log q of the target's own token."""
 
@@ -87,6 +92,17 @@ def lk(each: Positions) -> Tensor:
     return share_BL * kl(each) + (1.0 - share_BL) * rejected_BL
 
 
+def accepted_length(each: Positions) -> Tensor:
+    """Return the expected share of γ tokens drafted from each position that is not accepted, (B, L).
+
+    Token k of a draft is accepted with Π α over tokens 1 to k, so early tokens weigh more than late ones. Behind the
+    end of an answer nothing is lost.
+    """
+    used_BLK = F.pad(each.used_BL, (0, GAMMA - 1)).unfold(1, GAMMA, 1)
+    alpha_BLK = F.pad(acceptance_rate(each), (0, GAMMA - 1)).unfold(1, GAMMA, 1)
+    return ((1.0 - alpha_BLK.cumprod(dim=2)) * used_BLK).sum(dim=2) / GAMMA
+
+
 def cross_entropy(each: Positions) -> Tensor:
     """Return −log q of the target's own token, (B, L); 0 where the drafter has no such token."""
     chosen_BL1 = each.chosen_BL.clamp(min=0)[:, :, None]
@@ -98,6 +114,7 @@ DRAFT_LOSSES: Mapping[str, Callable[[Positions], Tensor]] = {
     "reverse_kl": reverse_kl,
     "acceptance": acceptance,
     "lk": lk,
+    "accepted_length": accepted_length,
     "cross_entropy": cross_entropy,
 }
 """Every loss by its name in `DraftWeights`."""

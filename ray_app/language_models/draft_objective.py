@@ -15,16 +15,13 @@ from torch import Tensor
 from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.drafting import EarlyExitLayers
 from ray_app.core.adapters.sequences import sequence_cosine, sequence_mse
-from ray_app.core.draft_losses import DraftWeights, Positions, draft_loss
+from ray_app.core.draft_losses import GAMMA, DraftWeights, Positions, draft_loss
 from ray_app.core.losses import AlignmentObjective, LossWeights
 from ray_app.core.speculative.teacher_forced import num_passes
 from ray_app.errors import ConfigError
 from ray_app.language_models.draft_rows import DraftLayout, DraftRows, unpack
 from ray_app.language_models.exit_network import ExitNetwork
 from ray_app.store.checkpoint import load_checkpoint
-
-GAMMA = 8
-"""Drafted tokens of a pass where tokens per target pass are counted."""
 
 
 class DraftObjective(AlignmentObjective):
@@ -97,6 +94,7 @@ def draft_objective(cfg: Any, adapter: Adapter, layout: DraftLayout, device: tor
         reverse_kl=cfg.reverse_kl_weight,
         acceptance=cfg.acceptance_weight,
         lk=cfg.lk_weight,
+        accepted_length=cfg.accepted_length_weight,
         cross_entropy=cfg.cross_entropy_weight,
     )
     return DraftObjective(adapter, weights, draft_weights, layout, network, device)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_app.core.draft_losses import DRAFT_LOSSES, DraftWeights, Positions, draft_loss
+from ray_app.core.draft_losses import DRAFT_LOSSES, GAMMA, DraftWeights, Positions, draft_loss
 from ray_app.core.speculative.decoding import FixedGamma, Greedy, Proposal, decode
 from ray_app.core.speculative.teacher_forced import num_passes
 
@@ -53,7 +53,38 @@ def by_numpy(name: str, p: np.ndarray, q: np.ndarray, chosen: int) -> float:
             return float(-np.log(q[chosen])) if chosen >= 0 else 0.0
 
 
-@pytest.mark.parametrize("name", DRAFT_LOSSES)
+def length_by_numpy(p: np.ndarray, q: np.ndarray, used: np.ndarray, row: int, start: int) -> float:
+    """Expected share of a draft that is not accepted, token by token."""
+    accepted, lost = 1.0, 0.0
+    for place in range(start, min(start + GAMMA, L)):
+        if not used[row, place]:
+            break
+        accepted *= np.minimum(p[row, place], q[row, place]).sum()
+        lost += 1.0 - accepted
+    return lost / GAMMA
+
+
+def test_the_expected_length_weighs_early_tokens_more() -> None:
+    positions, p, q = some_positions()
+    used = positions.used_BL.numpy()
+    expected = np.array([[length_by_numpy(p, q, used, b, n) for n in range(L)] for b in range(B)])
+    found_BL = DRAFT_LOSSES["accepted_length"](positions)
+    np.testing.assert_allclose(found_BL.numpy()[used], expected[used], rtol=2e-5)
+    np.testing.assert_allclose(
+        draft_loss(positions, DraftWeights(accepted_length=1.0)).numpy(),
+        (expected * used).sum(axis=1) / used.sum(axis=1),
+        rtol=2e-5,
+    )
+    logits = torch.zeros(1, L, I, requires_grad=True)
+    p_BLI = torch.eye(I)[:1].expand(1, L, I)
+    each = Positions(logits.log_softmax(2), p_BLI, torch.zeros(1, L, dtype=torch.long), torch.ones(1, L).bool())
+    DRAFT_LOSSES["accepted_length"](each)[0, 0].backward()
+    assert logits.grad is not None
+    size_L = logits.grad[0, :, 0].abs()
+    assert (size_L[:-1] > size_L[1:]).all()
+
+
+@pytest.mark.parametrize("name", [name for name in DRAFT_LOSSES if name != "accepted_length"])
 def test_a_loss_is_that_of_numpy_at_each_position_and_a_pair_has_the_mean_over_its_answer(name: str) -> None:
     positions, p, q = some_positions()
     expected = np.array(
@@ -75,7 +106,7 @@ def test_weighted_losses_add_up() -> None:
     torch.testing.assert_close(both, apart)
 
 
-@pytest.mark.parametrize("name", ["kl", "acceptance", "lk"])
+@pytest.mark.parametrize("name", ["kl", "acceptance", "lk", "accepted_length"])
 def test_a_drafter_that_is_the_target_has_no_loss(name: str) -> None:
     _, p, _ = some_positions(2)
     same = torch.tensor(np.maximum(p, 1e-30), dtype=torch.float64)

@@ -27,12 +27,13 @@ from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.loop import WorkerContext, validate
 from ray_app.commands.train.state import resume_or_init
 from ray_app.core.adapters.drafting import EarlyExitLayers
+from ray_app.core.draft_losses import GAMMA
 from ray_app.core.optimizer_step import training_step
 from ray_app.core.speculative.decoding import FixedGamma, Greedy, decode
 from ray_app.data.pair_tensors import PairTensors
 from ray_app.errors import ConfigError, InputError
 from ray_app.language_models.answers import answer
-from ray_app.language_models.draft_objective import GAMMA, DraftObjective
+from ray_app.language_models.draft_objective import DraftObjective
 from ray_app.language_models.draft_rows import DraftLayout, layout_of, pack, unpack
 from ray_app.language_models.drafting import ModelProposer
 from ray_app.language_models.exit_network import ExitModel
@@ -237,7 +238,8 @@ def test_event_tokens_begin_at_the_mean_and_learn_through_a_drafter_that_does_no
     event_NE, rows_NT = features(work)
     layout = layout_in(work)
     mean_X = unpack(layout, rows_NT.float()).image_BX.mean(dim=0)
-    for weights in ({"kl": 1.0}, {"acceptance": 1.0}, {"lk": 1.0}, {"cosine": 1.0}, {"kl": 1.0, "cosine": 1.0}):
+    losses = ("kl", "acceptance", "lk", "accepted_length", "cosine")
+    for weights in (*({name: 1.0} for name in losses), {"kl": 1.0, "cosine": 1.0}):
         cfg = event_settings(RECIPE, work, weights, drafter=drafter, **places)
         state = resume_or_init(RunContext.of(cfg, PairStore.open(cfg.store)), None, CPU)
         objective = state.objective
@@ -247,14 +249,14 @@ def test_event_tokens_begin_at_the_mean_and_learn_through_a_drafter_that_does_no
         frozen = objective.network._exit.state_dict()
         before = {key: each.clone() for key, each in frozen.items()}
         cfg = cfg.model_copy(update={"dropout": 0.0})
-        losses = []
+        sums = []
         for _ in range(8):
             objective.adapter.eval()
             result = training_step(
                 objective, state.optimizer, event_NE.float(), rows_NT.float(), None, global_pairs=len(event_NE)
             )
-            losses.append(result.loss_sum)
-        assert losses[-1] < losses[0], weights
+            sums.append(result.loss_sum)
+        assert sums[-1] < sums[0], weights
         assert all(torch.equal(frozen[key], each) for key, each in before.items())
         assert {key for key, each in objective.named_parameters() if each.grad is not None}
 
