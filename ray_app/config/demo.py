@@ -76,8 +76,9 @@ class DemoDraftConfig(ClusterFlags):
     OUT.build.
     """
 
-    target: Path = Path("models/demo")
-    """Folder that `demo build` made."""
+    target: Path | None = None
+    """Folder that `demo build` made; default: the trained parts in this package, joined with the two models of
+    `demo fetch`."""
     out: Path = Path("models/demo-drafter")
     """Folder of the drafter; must be new, or one that this command made."""
     loss: Literal["kl", "reverse_kl", "acceptance", "lk", "accepted_length", "cross_entropy", "cosine"] = "kl"
@@ -88,6 +89,8 @@ class DemoDraftConfig(ClusterFlags):
     """Seed of scenes and weights; the target's own, so that the drives it is measured on are new to it."""
     num_test_drives: Positive = 26
     """Drives that the drafter is measured on, four pictures each."""
+    cache: Path | None = None
+    """Folder of fetched models; default: ray-app in XDG_CACHE_HOME, else in ~/.cache."""
     tracking_uri: str | None = None
     """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
 

@@ -30,6 +30,7 @@ from ray_app.commands.demo.draft_training import (
     exit_settings,
     write_draft_stores,
 )
+from ray_app.commands.demo.shipped import shipped_target
 from ray_app.commands.train.command import run_train
 from ray_app.config.demo import DemoDraftConfig
 from ray_app.config.train import DraftTrainConfig
@@ -58,11 +59,13 @@ RECIPES = {
 def run_demo_draft(cfg: DemoDraftConfig) -> dict[str, Any]:
     """Train what is not trained yet, then measure it; return the --json object.
 
-    InputError: the target is not there, or is no joined folder. StoreError: a folder holds something else.
+    InputError: the target is not there, or is no joined folder. StoreError: a folder holds something else. Without
+    --target: errors as `shipped_target`.
     """
-    if not cfg.target.exists():
+    folder = (cfg.target or shipped_target(cfg.cache)).absolute()
+    if not folder.exists():
         raise InputError(f"{cfg.target} is not there; build it first: ray-app demo build --out {cfg.target}")
-    target = load(cfg.target.absolute(), "float32", "cpu")
+    target = load(folder, "float32", "cpu")
     if not isinstance(target, JoinedModel):
         raise InputError(f"{cfg.target} is no target that `demo build` made, whose image tokens a drafter reads.")
     recipe, out, log = RECIPES[cfg.size], cfg.out.absolute(), make_console(stderr=True)
