@@ -42,6 +42,14 @@ class ClusterInfo:
         best = max(fitting, default=0.1)
         return float(int(best)) if best >= 1 else max(math.floor(best * 100) / 100, 0.01)
 
+    def max_workers_in_memory(self, cpus_per_worker: float, worker_bytes: float) -> int:
+        """Return how many workers of so many CPUs and so much memory fit: each is on one node."""
+        memory = self.node_memory_bytes or (self.memory_bytes,) * len(self.node_cpus)
+        return sum(
+            min(int(cpus / cpus_per_worker + 1e-9), int(num_bytes // worker_bytes))
+            for cpus, num_bytes in zip(self.node_cpus, memory, strict=True)
+        )
+
 
 def cluster_info() -> ClusterInfo:
     """Return the resources of the nodes that are alive."""
@@ -58,12 +66,12 @@ def require_resources(
     cpus_per_worker: float,
     use_gpu: bool,
     data_cpus: float,
-    memory_bytes: float,
+    worker_bytes: float,
 ) -> None:
     """Raise ResourceError if the workers and their data need more than the cluster has.
 
     Ray would wait in silence: on 2 CPUs two workers of one CPU each leave none to Ray Data. `data_cpus`: needed to
-    stream the pairs; `memory_bytes`: held by all workers.
+    stream the pairs; `worker_bytes`: held by each worker, at least 1.
     """
     if use_gpu and info.gpus < num_workers:
         raise ResourceError(
@@ -79,9 +87,11 @@ def require_resources(
             f"{info.cpus:g}{nodes}; take fewer --num-workers, or --cpus-per-worker {share:g}"
             + (", or hold the data in memory with a larger --shard-memory-gib" if data_cpus else "")
         )
-    if memory_bytes > info.memory_bytes:
+    if (fit := info.max_workers_in_memory(cpus_per_worker, worker_bytes)) < num_workers:
+        nodes = ", ".join(f"{size / 2**30:.1f}" for size in info.node_memory_bytes or (info.memory_bytes,))
         raise ResourceError(
-            f"training would hold about {memory_bytes / 2**30:.1f} GiB, the cluster has "
-            f"{info.memory_bytes / 2**30:.1f} GiB for it; take a smaller --hidden-dim, another --strategy, or "
-            "fewer --num-workers"
+            f"each of {num_workers} workers would hold {worker_bytes / 2**30:.1f} GiB of weights, moments and pairs, "
+            f"and the nodes have {nodes} GiB for workers: room for {fit}; take a smaller --hidden-dim, another "
+            "--strategy, more nodes with workers that divide the features (--parallelism feature), or a smaller "
+            "--shard-memory-gib, which streams the pairs"
         )

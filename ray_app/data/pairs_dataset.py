@@ -15,7 +15,7 @@ from ray.data import DataIterator, Dataset
 
 from ray_app.core.adapters.seeded_noise import derive_seed
 from ray_app.data.batch_order import BatchSlice
-from ray_app.data.pair_tensors import PairTensors
+from ray_app.data.pair_blocks import Block
 from ray_app.store.pair_store import PairStore, feature_matrix
 from ray_app.store.split import Rows
 
@@ -57,7 +57,7 @@ def ordered_pairs(store: PairStore, rows: Rows, *, read_cpus: float = 1.0) -> Da
     return dataset
 
 
-def to_arrays(batch: pa.Table, store: PairStore) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:
+def to_arrays(batch: pa.Table, store: PairStore) -> Block:
     """Return (positions (B,), events (B, E), targets (B, D)) as stored: read-only views of the batch."""
     return (
         batch["position"].to_numpy(),
@@ -66,34 +66,10 @@ def to_arrays(batch: pa.Table, store: PairStore) -> tuple[NDArray[np.int64], NDA
     )
 
 
-def load_pair_tensors(
-    blocks: DataIterator | Dataset,
-    store: PairStore,
-    rows: Rows,
-    wanted: NDArray[np.int64],
-    columns: tuple[slice, slice] = (slice(None), slice(None)),
-) -> PairTensors:
-    """Copy the pairs rows[wanted] out of a data set of `rows`; `wanted` is sorted.
-
-    `columns`: those of the events and of the targets; no others are held.
-    """
-    sides = [store.feature(side) for side in ("event", "target")]
-    widths = [len(range(*own.indices(side.width))) for side, own in zip(sides, columns, strict=True)]
-    event_BE, target_BD = (
-        torch.empty(len(wanted), width, dtype=getattr(torch, side.read_as))
-        for side, width in zip(sides, widths, strict=True)
-    )
-    pairs = PairTensors(wanted, event_BE, target_BD)
-    event, target = columns
-    arrived = 0
-    for batch in blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):  # type: ignore[arg-type]  # None: whole blocks
-        position_B, events, targets = to_arrays(batch, store)
-        _, rows_B, into = np.intersect1d(position_B, rows[wanted], assume_unique=True, return_indices=True)
-        pairs.event_BE.numpy()[into] = events[rows_B, event]
-        pairs.target_BD.numpy()[into] = targets[rows_B, target]
-        arrived += len(rows_B)
-    assert arrived == len(wanted), f"{arrived} of {len(wanted)} pairs arrived"
-    return pairs
+def dataset_blocks(dataset: DataIterator | Dataset, store: PairStore) -> Iterator[Block]:
+    """Yield the blocks of a data set of pairs, a file each."""
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):  # type: ignore[arg-type]  # None: whole blocks
+        yield to_arrays(batch, store)
 
 
 def iter_batches(

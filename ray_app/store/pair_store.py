@@ -6,7 +6,8 @@ by (sequence, t_start_us, sample_id), which does not depend on files.
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -233,6 +234,17 @@ def write_table(folder: StorageDir, name: str, table: pa.Table) -> PartRecord:
 
 def read_part(folder: StorageDir, record: PartRecord) -> pa.Table:
     """One Parquet file with all its columns. Its SHA-256 is taken of the very bytes that are decoded."""
+    return _parse(folder.file(record.name), _verified(folder, record), None)
+
+
+@contextmanager
+def open_part(folder: StorageDir, record: PartRecord) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file, verified in the same way, to read it by row groups. StoreError names it if damaged."""
+    with _opened(folder.file(record.name), _verified(folder, record)) as file:
+        yield file
+
+
+def _verified(folder: StorageDir, record: PartRecord) -> pa.BufferReader:
     path = folder.file(record.name)
     try:
         data = folder.read(record.name)
@@ -240,7 +252,7 @@ def read_part(folder: StorageDir, record: PartRecord) -> pa.Table:
         raise _damaged(path, "the file is missing") from None
     if sha256_bytes(data) != record.sha256:
         raise _damaged(path, "its SHA-256 differs from the one it was written with")
-    return _parse(path, pa.BufferReader(data), None)
+    return pa.BufferReader(data)
 
 
 def read_index(folder: StorageDir, record: PartRecord) -> pa.Table:
@@ -373,15 +385,21 @@ def _index(tables: list[pa.Table], durations: dict[str, int]) -> PairIndex:
     )
 
 
-def _parse(path: str, where: Any, columns: list[str] | None) -> pa.Table:
+@contextmanager
+def _opened(path: str, where: Any) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(where, page_checksum_verification=True) as file:
-            table = file.read(columns)
-        table.validate(full=True)
+            yield file
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, str(error).splitlines()[0]) from error
+
+
+def _parse(path: str, where: Any, columns: list[str] | None) -> pa.Table:
+    with _opened(path, where) as file:
+        table = file.read(columns)
+        table.validate(full=True)
     if {name: table.schema.field(name).type for name in INDEX_COLUMNS if name in table.column_names} != INDEX_COLUMNS:
         raise _damaged(path, f"its columns are {', '.join(table.column_names)}")
     return table

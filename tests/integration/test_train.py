@@ -365,7 +365,8 @@ ROOM = ClusterInfo(cpus=2, gpus=0, memory_bytes=8 * 2**30, node_cpus=(2,))
     [
         ({"num_workers": 3}, "3 workers of 1 CPUs need 3 CPUs, the cluster has 2"),
         ({"num_workers": 2, "data_cpus": 1.0}, "and 1 to stream the data need 3 CPUs.*--cpus-per-worker 0.5"),
-        ({"memory_bytes": 2.0**40}, "1024.0 GiB, the cluster has 8.0 GiB"),
+        ({"worker_bytes": 2.0**40}, "hold 1024.0 GiB .* the nodes have 8.0 GiB for workers: room for 0; .*feature"),
+        ({"num_workers": 2, "worker_bytes": 5.0 * 2**30}, "each of 2 workers would hold 5.0 GiB .* room for 1"),
         ({"use_gpu": True}, "the cluster has 0"),
     ],
 )
@@ -375,7 +376,7 @@ def test_a_request_beyond_the_cluster_is_refused_with_both_numbers(asked: dict[s
         "cpus_per_worker": 1.0,
         "use_gpu": False,
         "data_cpus": 0.0,
-        "memory_bytes": 1.0,
+        "worker_bytes": 1.0,
     }
     require_resources(ROOM, **fits)
     with pytest.raises(ResourceError, match=words):

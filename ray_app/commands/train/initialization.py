@@ -22,8 +22,9 @@ from ray_app.commands.train.context import RunContext
 from ray_app.core.adapters.base import InitStats
 from ray_app.core.adapters.initialization import Part, Sums, compute_stats, solve_ridge
 from ray_app.core.optimizer_step import decode
+from ray_app.data.pair_blocks import load_pair_tensors
 from ray_app.data.pair_tensors import PairTensors
-from ray_app.data.pairs_dataset import load_pair_tensors, to_arrays
+from ray_app.data.pairs_dataset import dataset_blocks, to_arrays
 from ray_app.errors import ConfigError
 from ray_app.store.checkpoint import load_training_state, save_training_state
 from ray_app.store.pair_store import PairStore
@@ -171,7 +172,8 @@ class PairsThroughRay:
 
     def held(self, part: str) -> PairTensors:
         rows = getattr(self.split, part)
-        return load_pair_tensors(self.datasets[part], self.store, rows, np.arange(len(rows)))
+        blocks = dataset_blocks(self.datasets[part], self.store)
+        return load_pair_tensors(blocks, self.store, rows, np.arange(len(rows)))
 
     def _batches(self, part: str, task: Callable[[pa.Table], dict[str, NDArray[Any]]]) -> Dataset:
         dataset = self.datasets[part]

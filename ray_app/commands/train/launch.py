@@ -51,7 +51,7 @@ def run_training(
         last_step = last_logged_step(run.path)
         show(f"starting {cfg.num_workers} {'worker' if cfg.max_workers == 1 else 'workers'}")
         try:
-            run_worker_group(spec, run, cpus_per_worker, name, datasets)
+            run_worker_group(spec, run, cpus_per_worker, name, None if context.division.by_features else datasets)
             break
         except TrainingFailedError:
             run.refresh()
@@ -69,9 +69,14 @@ def run_training(
 
 
 def _datasets(context: RunContext, in_memory: bool) -> dict[str, Dataset]:
-    """Training and validation pairs; what workers hold in memory is read here, before they claim their CPUs."""
+    """Training and validation pairs; what workers hold in memory is read here, before they claim their CPUs.
+
+    Workers that divide features read the store themselves: Ray's memory need not have room for all of it.
+    """
     store, split = context.store, context.split
     read_cpus = 0.0 if context.cfg.elastic else 1.0
+    if context.division.by_features:
+        return {"train": ordered_pairs(store, split.train, read_cpus=read_cpus)}
     if in_memory:
         datasets = {"train": ordered_pairs(store, split.train, read_cpus=read_cpus).materialize()}
     else:

@@ -42,6 +42,11 @@ class Division:
     reason: str
     """The choice in a sentence; empty for one worker."""
 
+    @property
+    def by_features(self) -> bool:
+        """True if workers hold some columns of their pairs, which they read themselves."""
+        return self.parallelism != "data"
+
 
 def choose_division(
     cfg: TrainConfig, kind: type[Adapter], adapter: AdapterConfig, store: PairStore, pairs: int, parameters: int
@@ -126,7 +131,7 @@ def join(division: Division, rank: int, world: int, workers_of_node: int, device
     Ranks of a node are neighbours. A mesh has as many slices as a node has workers, or as divide the numbers of all
     nodes.
     """
-    if world == 1 or division.parallelism == "data":
+    if world == 1 or not division.by_features:
         return Membership()
     slices = world
     if division.parallelism == "mesh":

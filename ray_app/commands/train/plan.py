@@ -45,8 +45,7 @@ def make_plan(context: RunContext, folder: Path, info: ClusterInfo) -> ResourceP
     data_cpus = 0.0 if in_memory else 1.0
     share = 1.0 if cfg.use_gpu else info.max_cpus_per_worker(cfg.max_workers, data_cpus)
     share = max(share, 1.0) if cfg.elastic else share  # Ray's elastic policy counts whole CPUs
-    pair_bytes = cfg.min_workers * shard_bytes if in_memory else 0
-    copies = 1 if context.division.parallelism == "feature" else cfg.min_workers
+    slices = cfg.min_workers if context.division.parallelism == "feature" else 1
     plan = ResourcePlan(in_memory, cfg.cpus_per_worker or share)
     require_resources(
         info,
@@ -54,7 +53,7 @@ def make_plan(context: RunContext, folder: Path, info: ClusterInfo) -> ResourceP
         cpus_per_worker=plan.cpus_per_worker,
         use_gpu=cfg.use_gpu,
         data_cpus=data_cpus,
-        memory_bytes=copies * context.parameters * WEIGHTS_AND_MOMENTS_BYTES + pair_bytes,
+        worker_bytes=context.parameters * WEIGHTS_AND_MOMENTS_BYTES / slices + (shard_bytes if in_memory else 0),
     )
     needs = DiskNeeds.of(context)
     _require_disk(needs.peak_bytes, context.parameters, folder)

@@ -1,6 +1,7 @@
-"""A Ray Train worker: takes its pairs from Ray Data or shared memory, trains, and reports to the controller."""
+"""A Ray Train worker: takes its pairs from Ray Data, shared memory or the store, trains, and reports."""
 
 import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,9 +31,11 @@ from ray_app.commands.train.shared_dataset import (
 )
 from ray_app.commands.train.state import TrainState
 from ray_app.core.evaluation import Baselines, derangement
+from ray_app.core.metrics import AlignmentCounts
 from ray_app.data.batch_order import ShardedBatchOrder
+from ray_app.data.pair_blocks import Block, load_pair_tensors, read_blocks
 from ray_app.data.pair_tensors import PairTensors
-from ray_app.data.pairs_dataset import iter_batches, load_pair_tensors
+from ray_app.data.pairs_dataset import dataset_blocks, iter_batches
 from ray_app.runs.run_dir import open_run
 
 
@@ -82,20 +85,30 @@ def _data_of_this_worker(worker: WorkerContext, spec: WorkerSpec) -> WorkerData:
     """Take a worker's part of both data sets; its training part in memory, or streamed again each epoch."""
     cfg, store, split = worker.cfg, worker.store, worker.context.split
     rank, world = worker.pair_rank, worker.pair_world
-    train, shard = None, ray.train.get_dataset_shard("train")
-    order = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
+    rest_of_epoch: Callable[[TrainState], Batches]
     if spec.in_memory:
-        train = load_pair_tensors(shard, store, split.train, order.held(rank, world), worker.columns)
-        train = train.on(worker.device)
+        order = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
+        blocks, wanted = _blocks_of_part(worker, "train"), order.held(rank, world)
+        train = load_pair_tensors(blocks, store, split.train, wanted, worker.columns).on(worker.device)
 
-    def rest_of_epoch(state: TrainState) -> Batches:
-        if train:
+        def rest_of_epoch(state: TrainState) -> Batches:
             return batches_in_memory(train, order, state, worker)
-        return iter_batches(shard, store, cfg.seed, state.epoch, rank, world, cfg.batch_size)
+    else:
+        shard = ray.train.get_dataset_shard("train")
+
+        def rest_of_epoch(state: TrainState) -> Batches:
+            return iter_batches(shard, store, cfg.seed, state.epoch, rank, world, cfg.batch_size)
 
     if not len(split.val):
         return WorkerData(rest_of_epoch, spec.in_memory, None)
     return WorkerData(rest_of_epoch, spec.in_memory, *_validation_of_this_worker(worker, spec.mean_target_D))
+
+
+def _blocks_of_part(worker: WorkerContext, part: str) -> Iterator[Block]:
+    """Yield the pairs of a part: out of Ray's memory, or read here, where all of them need not fit into it."""
+    if worker.context.division.by_features:
+        return read_blocks(worker.store, getattr(worker.context.split, part))
+    return dataset_blocks(ray.train.get_dataset_shard(part), worker.store)
 
 
 def _validation_of_this_worker(
@@ -108,19 +121,30 @@ def _validation_of_this_worker(
     store, split = worker.store, worker.context.split
     rows = np.arange(worker.pair_rank, len(split.val), worker.pair_world)
     others = derangement(store.index.sequence[split.val].tolist(), seed=0)
-    shard = ray.train.get_dataset_shard("val")
-    held = load_pair_tensors(shard, store, split.val, np.union1d(rows, others[rows]), worker.columns)
+    blocks, wanted = _blocks_of_part(worker, "val"), np.union1d(rows, others[rows])
+    held = load_pair_tensors(blocks, store, split.val, wanted, worker.columns)
     val = held if worker.pair_world == 1 else PairTensors(rows, *held.take(rows))
     if mean_target_D is None:
         return val.on(worker.device), None
-    whole = val
-    if worker.part.count > 1:  # baselines compare whole features: each worker takes a share of the pairs for a moment
-        whole = load_pair_tensors(shard, store, split.val, np.arange(worker.rank, len(split.val), worker.world))
-    own = count_fixed_baselines(store, whole.event_BE.numpy(), whole.target_BD.numpy(), mean_target_D)
+    if worker.part.count > 1:
+        own = _count_share_of_baselines(worker, mean_target_D)
+    else:
+        own = count_fixed_baselines(store, val.event_BE.numpy(), val.target_BD.numpy(), mean_target_D)
     fixed = {name: all_reduce_counts(worker, counts) for name, counts in own.items()}
     held = held.on(worker.device)
     val = held if worker.pair_world == 1 else val.on(worker.device)
     return val, BaselineContext(Baselines(fixed, others), held)
+
+
+def _count_share_of_baselines(worker: WorkerContext, mean_target_D: torch.Tensor) -> dict[str, AlignmentCounts]:
+    """Count baselines, which compare whole features, of a share of the validation pairs, block by block."""
+    store, share = worker.store, np.array_split(worker.context.split.val, worker.world)[worker.rank]
+    none = load_pair_tensors((), store, share, np.arange(0))
+    counts = count_fixed_baselines(store, none.event_BE.numpy(), none.target_BD.numpy(), mean_target_D)
+    for _, event_BE, target_BD in read_blocks(store, share):
+        for name, of_block in count_fixed_baselines(store, event_BE, target_BD, mean_target_D).items():
+            counts[name] += of_block
+    return counts
 
 
 def _report(state: TrainState, val: dict[str, Any]) -> None:

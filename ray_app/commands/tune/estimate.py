@@ -52,14 +52,11 @@ def max_concurrent(sweep: SweepContext, info: ClusterInfo, shared_bytes: int = 0
         cpus_per_worker=cfg.cpus_per_worker,
         use_gpu=cfg.use_gpu,
         data_cpus=0.0,
-        memory_bytes=0.0,
+        worker_bytes=1.0,
     )
-    memory = info.node_memory_bytes or (info.memory_bytes,) * len(info.node_cpus)
-    workers = sum(
-        min(int(cpus / cfg.cpus_per_worker + 1e-9), int(num_bytes // worker_bytes(most)))
-        for cpus, num_bytes in zip(info.node_cpus, memory, strict=True)
-    )
+    workers = info.max_workers_in_memory(cfg.cpus_per_worker, worker_bytes(most))
     if workers < cfg.num_workers:
+        memory = info.node_memory_bytes or (info.memory_bytes,)
         buffers = f" and {most.buffer_bytes / 2**30:.1f} GiB of other tensors" if most.buffer_bytes else ""
         setting = describe({name: getattr(most.cfg, name) for name in sweep.space})
         raise ResourceError(
