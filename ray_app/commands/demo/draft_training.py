@@ -178,7 +178,7 @@ class FrozenDrafter:
     def along(self, rows_NT: Tensor, shown_NX: Tensor | None) -> Drafted:
         """Draft along answers while these image tokens are shown; None: no picture is."""
         parts = []
-        for rows, shown_BX, positions in self._positions(rows_NT, shown_NX):
+        for rows, shown_BX, positions in self.positions(rows_NT, shown_NX):
             tokens_B, passes_B = counts(positions)
             cos_B = torch.zeros(len(shown_BX))
             if shown_NX is not None:
@@ -189,11 +189,13 @@ class FrozenDrafter:
     @torch.no_grad()
     def probabilities(self, rows_NT: Tensor, shown_NX: Tensor | None) -> Iterator[NDArray[np.float64]]:
         """Yield the drafter's probabilities of its ids at each token of each answer, (A, I)."""
-        for rows, _, positions in self._positions(rows_NT, shown_NX):
+        for rows, _, positions in self.positions(rows_NT, shown_NX):
             for log_q_LI, used_L in zip(positions.log_q_BLI, rows.used_BL, strict=True):
                 yield log_q_LI[used_L].double().exp().numpy()
 
-    def _positions(self, rows_NT: Tensor, shown_NX: Tensor | None) -> Iterator[tuple[DraftRows, Tensor, Positions]]:
+    @torch.no_grad()
+    def positions(self, rows_NT: Tensor, shown_NX: Tensor | None) -> Iterator[tuple[DraftRows, Tensor, Positions]]:
+        """Yield some rows at a time, the image tokens shown, and the distributions along the answers."""
         for at in range(0, len(rows_NT), ROWS_AT_ONCE):
             rows = unpack(self._layout, rows_NT[at : at + ROWS_AT_ONCE].float())
             shown_BX = rows.image_BX[:, :0] if shown_NX is None else shown_NX[at : at + ROWS_AT_ONCE]
