@@ -19,6 +19,7 @@ from benchmarks.provenance import require_commit
 PARTS: dict[str, tuple[str, ...]] = {
     "load": ("load matrix --width 150528", "load matrix --width 4096"),
     "rivals": ("load rivals --width 150528", "load rivals --width 4096"),
+    "precision": ("precision --folder /tmp/serve-precision",),
     "overload": ("chaos overload", "chaos overload --precision fp32"),
     "champions": ("chaos champions",),
     "kills": ("chaos kills",),

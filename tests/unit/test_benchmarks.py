@@ -242,7 +242,7 @@ def test_one_command_runs_every_script_of_the_endpoint_and_names_what_failed() -
         return int("kills" in command)
 
     assert all_of(list(PARTS), run) == ["chaos kills"]
-    assert {command.split()[0] for command in commands} == {"load", "chaos", "fuzz", "memory"}
+    assert {command.split()[0] for command in commands} == {"load", "precision", "chaos", "fuzz", "memory"}
     written = (BENCHMARKS / "serve" / "chaos.py").read_text()
     for command in commands:
         assert (BENCHMARKS / "serve" / f"{command.split()[0]}.py").is_file()

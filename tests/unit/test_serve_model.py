@@ -1,6 +1,7 @@
 """Precision and layout of a model in service: other bytes, the same answers."""
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,28 @@ def test_weights_that_lie_in_other_order_answer_as_those_that_do_not(checkpoint:
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         for rows in (1, 3):
             torch.testing.assert_close(packed(event[:rows]), plain(event[:rows]), atol=1e-2, rtol=1e-2)
+
+
+@onednn
+@pytest.mark.parametrize("packed", [True, False])
+def test_weights_are_narrowed_when_a_model_is_loaded_and_not_in_each_pass(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    """No copy in a pass is larger than the input: the first layer's matrix is `hidden` times that."""
+    monkeypatch.setattr(serve.model.loaded_model, "use_packed_linear", lambda _: packed)
+    adapter = optimise_for_device(replace(checkpoint, adapter=copy.deepcopy(checkpoint.adapter)), "bf16", CPU)
+    layers = [module for module in adapter.modules() if isinstance(module, PackedLinear | torch.nn.Linear)]
+    assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
+    with (
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16),
+        torch.profiler.profile(record_shapes=True) as passes,
+    ):
+        for _ in range(2):
+            adapter(torch.rand(1, WIDTH))
+    copied = [math.prod(e.input_shapes[0]) for e in passes.events() if e.name in ("aten::_to_copy", "aten::copy_")]
+    assert WIDTH in copied
+    assert max(copied) <= WIDTH
 
 
 @onednn
