@@ -78,8 +78,9 @@ def wait_until(run: Path, process: "subprocess.Popen[str]", holds: Callable[[lis
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("parallelism", ["data", "feature"])
 def test_a_node_goes_and_one_comes_and_every_epoch_is_that_of_one_worker(
-    three_raylets: Cluster, small_store: Path, tmp_path: Path
+    three_raylets: Cluster, small_store: Path, tmp_path: Path, parallelism: str
 ) -> None:
     """Eight pairs a batch on three, two and three workers. Float32 sums in another order: 1e-5, weights 1e-4."""
     run = tmp_path / "elastic"
@@ -87,7 +88,7 @@ def test_a_node_goes_and_one_comes_and_every_epoch_is_that_of_one_worker(
         f"train --store {small_store} --out {run} --num-workers 1:3 --elastic-check-interval-s 1 --checkpoint-every 3"
     )
     words += f" --num-epochs 5000 --tracking-uri sqlite:///{tmp_path}/mlflow.db --address {three_raylets.address}"
-    for name, value in SETTINGS.items():
+    for name, value in {**SETTINGS, "parallelism": parallelism}.items():
         words += f" --{name.replace('_', '-')} {value}"
     process = subprocess.Popen([sys.executable, "-m", "ray_app", *words.split()], stderr=subprocess.PIPE, text=True)
     wait_until(run, process, lambda steps: len(steps) > 8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_processes import train_here, train_on_processes
 
-from ray_app.commands.train.context import RunContext
+from ray_app.commands.train.context import RunContext, open_run_context
 from ray_app.commands.train.parallelism import choose_division
 from ray_app.config.train import TrainConfig
 from ray_app.core.adapters.config import AdapterConfig
@@ -177,14 +177,59 @@ def test_the_way_is_chosen_by_what_a_step_sends_and_the_reason_is_a_sentence(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"strategy": "lowrank"}, {"strategy": "conv"}, {"event_noise": 0.1}, {"shard_memory_gib": 1e-5}]
+    ("settings", "words"),
+    [
+        ({"strategy": "lowrank"}, "lowrank needs whole features"),
+        ({"strategy": "conv"}, "conv needs whole features"),
+        ({"event_noise": 0.1}, "change whole images"),
+        ({"shard_memory_gib": 1e-5}, "--shard-memory-gib is 1e-05"),
+        ({"num_workers": 97}, "768 and 768 columns give 97 workers less than 8 each, 96 at most"),
+        ({"num_workers": "2:97"}, "give 97 workers less than 8 each, 96 at most"),
+    ],
 )
 def test_features_that_cannot_be_divided_are_refused_with_the_reason(
-    config: Config, settings: dict[str, Any]
+    config: Config, settings: dict[str, Any], words: str
 ) -> None:
-    cfg = config("run", num_workers=2, parallelism="feature", **settings)
-    with pytest.raises(ConfigError, match=r"--parallelism feature: .*; leave it out"):
+    cfg = config("run", **({"num_workers": 2, "parallelism": "feature"} | settings))
+    with pytest.raises(ConfigError, match=rf"--parallelism feature: .*{words}.*; leave it out"):
         RunContext.of(cfg, PairStore.open(cfg.store))
+
+
+def resumed(config: Config, recorded: dict[str, Any], **now: Any) -> RunContext:
+    """Facts of a resumed run that has recorded these settings; None: it knew no such setting."""
+    began = config("run", num_workers=2)
+    context = RunContext.of(began, PairStore.open(began.store))
+    run = RunDir(began.folder)
+    settings = {**context.recorded, **recorded}
+    metadata = context.metadata("run", None)
+    run.create({**metadata, "config": {name: value for name, value in settings.items() if value is not None}})
+    return open_run_context(config("run", **({"num_workers": 2, "resume": began.out} | now)))
+
+
+WARNING = "parallelism changed: the run continues, but its weights will not be byte-identical"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "now", "warned"),
+    [
+        ({"parallelism": "auto"}, {}, False),
+        ({"parallelism": None}, {}, True),
+        ({"parallelism": None}, {"parallelism": "data"}, False),
+        ({"parallelism": None}, {"parallelism": "feature"}, True),
+        ({"parallelism": None, "num_workers": "1"}, {"num_workers": 1}, False),
+        ({"parallelism": "data"}, {"parallelism": "feature"}, True),
+    ],
+)
+def test_a_run_that_would_be_divided_otherwise_than_before_warns(
+    config: Config, recorded: dict[str, Any], now: dict[str, Any], warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resumed(config, recorded, **now)
+    assert (WARNING in capsys.readouterr().err) == warned
+
+
+def test_a_resume_in_another_precision_is_refused_whatever_else_it_changes(config: Config) -> None:
+    with pytest.raises(ConfigError, match="but precision was 'fp32', is 'bf16' now; leave that out"):
+        resumed(config, {"parallelism": "data"}, parallelism="feature", precision="bf16")
 
 
 def test_the_bytes_of_a_step_are_those_of_the_arithmetic(config: Config) -> None:

@@ -159,10 +159,13 @@ def open_run_context(cfg: TrainConfig) -> RunContext:
     cfg = with_default_strategy(cfg, store, len(split.train))
     if _adapter_class(cfg).REQUIRES == "pairs":  # solved in one pass
         cfg = cfg.model_copy(update={"num_epochs": 1})
-    if cfg.resume:
-        _check_resume_compatible(cfg, store, run_metadata(open_storage(cfg.out)))
+    recorded = run_metadata(open_storage(cfg.out)) if cfg.resume else {}
+    changed = _require_resumable(cfg, store, recorded) if cfg.resume else set()
     require_pairs(store, split, ("train",) if cfg.train_on_val else ("train", "val"))
     context = RunContext.of(cfg, store, split)
+    if cfg.resume and "parallelism" not in recorded["config"] and not context.division.by_features:
+        changed.discard("parallelism")  # the run is from before workers could divide anything else
+    _warn_of_other_bytes(changed)
     if context.requires == "subspaces":
         check_rank(cfg.rank, len(split.train))
     return context
@@ -209,15 +212,20 @@ def persisted_config(cfg: TrackingFlags) -> dict[str, Any]:
     return {**flat(cfg), "tracking_uri": uri if uri == redact(uri) else None}
 
 
-def _check_resume_compatible(cfg: TrainConfig, store: PairStore, metadata: Mapping[str, Any]) -> None:
-    """ConfigError if a setting would make it another run; a warning if its weights will not be byte-identical."""
-    old = type(cfg).model_validate({**metadata["config"], "out": str(cfg.out)})
+def _require_resumable(cfg: TrainConfig, store: PairStore, metadata: Mapping[str, Any]) -> set[str]:
+    """Return the settings that a resumed run changes. ConfigError if one would make it another run."""
+    old = type(cfg).model_validate({"parallelism": "data", **metadata["config"], "out": str(cfg.out)})
     changed = changed_settings(str(cfg.out), old, cfg, RESUME_OVERRIDABLE)
     if store.fingerprint != metadata["store_fingerprint"]:
         raise StoreError(
             f"{cfg.out} was trained on pairs of fingerprint {metadata['store_fingerprint']}, {cfg.store} holds "
             f"{store.fingerprint} now; it can continue only with the former."
         )
+    return changed
+
+
+def _warn_of_other_bytes(changed: set[str]) -> None:
+    """Warn if a changed setting means that weights will not be byte-identical."""
     if numerics := ", ".join(sorted(changed & NUMERICS_CHANGING)):
         print(
             f"{numerics} changed: the run continues, but its weights will not be byte-identical to those of a run "

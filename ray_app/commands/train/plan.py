@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from ray_app.cluster.autoscaler import wait_for_autoscaler
 from ray_app.cluster.resources import ClusterInfo, require_resources
 from ray_app.commands.train.context import RunContext
@@ -15,6 +19,8 @@ from ray_app.runs.run_dir import NUM_CHECKPOINTS_KEPT
 
 WEIGHTS_AND_MOMENTS_BYTES = 16
 """Bytes of each parameter: weight, gradient and AdamW's two moments in float32."""
+GPU_CHECK_S = 60.0
+"""Longest wait for the nodes to look for their GPUs, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,8 @@ def make_plan(context: RunContext, folder: Path, info: ClusterInfo) -> ResourceP
         data_cpus=data_cpus,
         worker_bytes=context.parameters * WEIGHTS_AND_MOMENTS_BYTES / slices + (shard_bytes if in_memory else 0),
     )
+    if cfg.use_gpu:
+        require_visible_gpus()
     needs = DiskNeeds.of(context)
     _require_disk(needs.peak_bytes, context.parameters, folder)
     print(needs, file=sys.stderr)
@@ -110,3 +118,28 @@ def _require_disk(needed: int, parameters: int, folder: Path) -> None:
             f"checkpoints of {parameters:,} parameters need {needed / 2**30:.1f} GiB in {existing}, "
             f"{free / 2**30:.1f} GiB are free; free some, or choose another --out (of a run at a URI: another TMPDIR)"
         )
+
+
+def require_visible_gpus() -> None:
+    """Raise ResourceError if torch sees no GPU on a node where Ray counts one; a node that is busy is not asked.
+
+    A worker there would compute on a CPU, and wait for others that talk between GPUs.
+    """
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    look = ray.remote(num_cpus=0, num_gpus=1)(describe_blind_node)
+    on_each = [look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)) for node in nodes]
+    asked = [task.remote() for task in on_each]
+    answered, waiting = ray.wait(asked, num_returns=len(asked), timeout=GPU_CHECK_S)
+    for task in waiting:
+        ray.cancel(task)
+    if blind := sorted(filter(None, ray.get(answered))):
+        raise ResourceError(
+            f"--use-gpu: torch sees no GPU on {len(blind)} of {len(nodes)} nodes where Ray counts some "
+            f"({', '.join(blind)}), and workers cannot compute on GPUs and CPUs together; install a driver and torch "
+            "with CUDA there, start these nodes with --num-gpus 0, or leave --use-gpu out"
+        )
+
+
+def describe_blind_node() -> str:
+    """Return this node's address and torch's version if torch sees no GPU here; else an empty text."""
+    return "" if torch.cuda.is_available() else f"{ray.util.get_node_ip_address()} with torch {torch.__version__}"
