@@ -5,8 +5,9 @@
 The drafter is that of seed 0 of `benchmarks.speculative.event_drafter`, whose --work this is, by KL. 8 rendered
 drives that nothing was trained on, four pictures each; every cost is charged, the event image's encoder too. In fp32
 γ is 8, and the passes of each answer are compared with those counted from one pass along it; in bf16 γ is chosen
-online. `hybrid` and `ngram` have learnt the target's answers about the drafter's training drives. One thread. With
---rows 4 it is a quick look that is not saved. Writes benchmarks/results/event_clock.json.
+online. `hybrid`, alone and with the drafter, and `ngram` have learnt the target's answers about the drafter's
+training drives. One thread. With --rows 4 it is a quick look that is not saved; 104 are all that were answered about.
+Writes benchmarks/results/event_clock.json.
 """
 
 import argparse
@@ -14,18 +15,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.provenance import require_commit, save
 from benchmarks.speculative.decode import numbers_of, shard_rows
-from benchmarks.speculative.event_drafter import SEED, Part
+from benchmarks.speculative.event_drafter import SEED, Part, replay
+from benchmarks.speculative.event_hybrid import WithDrafter
 from ray_app.commands.decode.command import DecodePlan, plan_of
+from ray_app.commands.decode.summary import SUMMED, sums_of
 from ray_app.commands.decode.worker import decode_lane
 from ray_app.commands.demo.decode import MAX_NEW_TOKENS, write_prompts
-from ray_app.commands.demo.draft_training import TEST, TRAIN, FrozenDrafter
+from ray_app.commands.demo.draft_training import TEST, TRAIN, Drafted, FrozenDrafter
 from ray_app.config.decode import DecodeConfig
 from ray_app.core.adapters.drafting import EarlyExitLayers, EventTokens
 from ray_app.core.draft_losses import GAMMA
+from ray_app.core.speculative.metrics import block_bootstrap
+from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
+from ray_app.drafters.hybrid import HybridDrafter
 from ray_app.language_models.event_drafter import read_event_drafter, write_event_drafter
 from ray_app.language_models.kinds import load
 from ray_app.runs.run_dir import RunDir
@@ -67,7 +75,7 @@ def main() -> None:
             source=(prompts,),
             target=target,
             out=work / "clock" / f"{dtype}_{asked.rows}",
-            drafter=(str(drafter), "hybrid", "ngram"),
+            drafter=(str(drafter), f"hybrid+{drafter}", "hybrid", "ngram"),
             drafter_sees=SEES,
             learn_from=(traces,),
             num_speculative_tokens=GAMMA,
@@ -78,9 +86,11 @@ def main() -> None:
         plan = plan_of(cfg)
         decode_lane(plan.cfg, plan.data, plan.shards, plan.answered, "cpu")
         runs[dtype] = plan, [dict(row) for shard in plan.shards for row in shard_rows(cfg.out, shard.name)]
-    result = {dtype: numbers_of(*run) for dtype, run in runs.items()}
+    result: dict[str, Any] = {
+        dtype: numbers_of(*run) | {"over_hybrid": over_hybrid(run[1], drafter.name)} for dtype, run in runs.items()
+    }
     result["counted"] = counted(target, drafter, test, *runs["float32"])
-    if asked.rows == NUM_ROWS:
+    if asked.rows >= NUM_ROWS:
         save("event_clock", result)
     else:
         print(json.dumps(result, indent=1))
@@ -99,11 +109,34 @@ def drafter_of(work: Path, train: Part) -> Path:
     return folder
 
 
+def over_hybrid(lines: list[dict[str, Any]], name: str) -> dict[str, dict[str, Any]]:
+    """Return how many times as fast as `hybrid` each mix of it with the drafter is, paired, 95 % over drives."""
+
+    def ratio(total_KM: NDArray[np.float64]) -> NDArray[np.float64]:
+        return total_KM[:, :1] / total_KM[:, 1:]
+
+    found = {}
+    for sees in SEES:
+        mixed = f"hybrid+{name}-{sees}"
+        times = [sums_of(lines, each)[:, SUMMED.index("total_ms")] for each in ("hybrid", mixed)]
+        sums_S2 = np.stack(times, axis=1)
+        low_1, high_1 = block_bootstrap(sums_S2, ratio, np.random.default_rng(0))
+        found[mixed] = {
+            "mean": float(ratio(sums_S2.sum(axis=0, keepdims=True))[0, 0]),
+            "interval95": [float(low_1[0]), float(high_1[0])],
+        }
+    return found
+
+
 @torch.no_grad()
 def counted(
     target: Path, folder: Path, test: Part, plan: DecodePlan, lines: list[dict[str, Any]]
 ) -> dict[str, dict[str, int]]:
-    """Compare the passes of every answer with those that one pass of the drafter along it counts."""
+    """Compare the passes of every answer with those that one pass of the drafter along it counts.
+
+    Of a mix with `hybrid` also count the tokens that the drafter was asked for.
+    """
+    assert plan.cfg.draft_length == "fixed", "γ is the same in every pass"
     drafter = read_event_drafter(folder, load(target, "float32", "cpu"))
     frozen = FrozenDrafter(drafter.exit_layers, target / "language_model", test.layout)
     places = {
@@ -113,18 +146,32 @@ def counted(
         )
     }
     rows = [places[line["id"]] for line in lines]
+    answers = [
+        AnsweredPrompt(Prompt(line["question"], (), sequence=line["id"]), tuple(line["target_tokens"]))
+        for line in lines
+    ]
+    hybrid = HybridDrafter()
+    hybrid.fit(plan.answered)
     shown = {"events": drafter.events(test.event_NE.float())[rows], "frames": test.image_NX[rows], "nothing": None}
     found = {}
     for sees, shown_NX in shown.items():
-        drafted = frozen.along(test.rows_NT[rows], shown_NX)
-        live = [line["drafters"][f"{folder.name}-{sees}"]["num_passes"] for line in lines]
-        found[sees] = {
-            "passes_counted": int(drafted.passes_N.sum()),
-            "passes_live": sum(live),
-            "rows_that_differ": sum(int(one) != other for one, other in zip(drafted.passes_N, live, strict=True)),
-        }
-    assert plan.cfg.draft_length == "fixed", "γ is the same in every pass"
+        name, rows_NT = f"{folder.name}-{sees}", test.rows_NT[rows]
+        q = zip((line["id"] for line in lines), frozen.probabilities(rows_NT, shown_NX), strict=True)
+        mixed = WithDrafter(hybrid, test.layout.vocabulary, dict(q))
+        found[name] = against(lines, name, frozen.along(rows_NT, shown_NX))
+        found[f"hybrid+{name}"] = against(lines, f"hybrid+{name}", replay(mixed, answers))
+        found[f"hybrid+{name}"]["tokens_asked"] = mixed.asked[GAMMA]
     return found
+
+
+def against(lines: list[dict[str, Any]], name: str, drafted: Drafted) -> dict[str, int]:
+    """Return the passes of live decoding next to those that were counted."""
+    live = [line["drafters"][name]["num_passes"] for line in lines]
+    return {
+        "passes_counted": int(drafted.passes_N.sum()),
+        "passes_live": sum(live),
+        "rows_that_differ": sum(int(one) != other for one, other in zip(drafted.passes_N, live, strict=True)),
+    }
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
     python -m benchmarks.speculative.event_hybrid models/demo --work runs/event_drafter
 
-After `benchmarks.speculative.event_drafter`, whose --work this is, with its drafters of every seed. At each token the
-probabilities that `hybrid` and the drafter give are multiplied, both at least `LEAST`, and the likeliest product is
-drafted. Answers are replayed: the drafter is run once along each. Writes benchmarks/results/event_hybrid.json.
+After `benchmarks.speculative.event_drafter`, whose --work this is, with its drafters of every seed. The probabilities
+that `hybrid` and the drafter give for a token are multiplied as `decode` does, by the rule of
+`ray_app/core/speculative/product.py`. Answers are replayed: the drafter is run once along each. Writes
+benchmarks/results/event_hybrid.json.
 """
 
 import argparse
 import copy
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from benchmarks.speculative.event_drafter import SEED, Part, ratios, replay
 from ray_app.commands.demo.draft_training import TEST, TRAIN, Drafted, FrozenDrafter
 from ray_app.core.adapters.drafting import EarlyExitLayers
 from ray_app.core.bootstrap import interval95, resampled_units
+from ray_app.core.speculative.product import likeliest, product
 from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
 from ray_app.drafters.base import Draft, Drafter
 from ray_app.drafters.hybrid import HybridDrafter
@@ -30,8 +32,6 @@ from ray_app.runs.run_dir import RunDir
 from ray_app.scenes.captions import KEY_ELEMENTS
 from ray_app.store.checkpoint import load_checkpoint
 
-LEAST = 0.01
-"""Least probability of either side; chosen with the validation drives of the first seed."""
 HYBRID, ALONE = "hybrid", "drafter alone, events"
 
 
@@ -43,17 +43,18 @@ class WithDrafter(Drafter):
     def __init__(self, hybrid: HybridDrafter, ids: Sequence[int], q: Mapping[str, NDArray[np.float64]]) -> None:
         """`q` by the prompt's sequence: probabilities of the ids at each token, (A, I)."""
         self._hybrid, self._ids, self._q = copy.deepcopy(hybrid), list(ids), q
+        self.asked: Counter[int] = Counter()
+        """Tokens for which the drafter was asked, by the length of the draft."""
 
     def draft(self, prompt: Prompt, accepted: Sequence[int], num_tokens: int) -> Draft:
         text, q_AI = list(accepted), self._q[prompt.sequence]
+
+        def ask() -> dict[int, float]:
+            self.asked[num_tokens] += 1
+            return dict(zip(self._ids, q_AI[len(text)].tolist(), strict=True))
+
         while len(text) < min(len(accepted) + num_tokens, len(q_AI)):
-            p = self._hybrid.expected(prompt, text)
-            q = dict(zip(self._ids, q_AI[len(text)].tolist(), strict=True))
-            score = {
-                token: math.log(max(p.get(token, 0.0), LEAST)) + math.log(max(q.get(token, 0.0), LEAST))
-                for token in (*p, *q)
-            }
-            text.append(max(score, key=lambda token: score[token]))
+            text.append(likeliest(product(self._hybrid.expected(prompt, text), ask)))
         return Draft(text[len(accepted) :])
 
     def update(self, prompt: Prompt, answer: Sequence[int]) -> None:

@@ -25,7 +25,8 @@ class DecodeConfig(ClusterFlags):
     """Folder for the results; must be new, empty, or a run of the same settings."""
     drafter: tuple[str, ...] = ("hybrid", "previous_window")
     """Drafters, each decoded in turn with the others: those of `replay`, `early_exit`, folders of language models
-    with the target's tokenizer, or a folder that `demo draft` made for the target."""
+    with the target's tokenizer, or a folder that `demo draft` made for the target; hybrid+FOLDER multiplies the
+    probabilities of the latter with those that `hybrid` learns from answers."""
     drafter_sees: tuple[Sees, ...] = ()
     """Pictures for a drafting language model, a drafter for each: the row's events or frames, its events through
     --adapter, a constant, pictures of another drive, or nothing. The last three are baselines. Default: events for a

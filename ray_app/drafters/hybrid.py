@@ -126,9 +126,12 @@ class HybridDrafter(Drafter):
         return Draft(text[len(accepted) :])
 
     def expected(self, prompt: Prompt, accepted: Sequence[int]) -> dict[int, float]:
-        """Return the probability of each candidate for the next token; empty where no context is known."""
+        """Return the probability of each candidate for the next token; empty where no context is known.
+
+        Asking changes nothing that `update` learns.
+        """
         self._turn_to(prompt)
-        scores = self._scored(tuple(accepted)).scores
+        scores = self._score(tuple(accepted)).scores
         odds = {token: math.exp(score - max(scores.values())) for token, score in scores.items()}
         return {token: odd / sum(odds.values()) for token, odd in odds.items()}
 

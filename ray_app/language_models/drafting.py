@@ -5,7 +5,7 @@ D = width.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ray_app.core.speculative.decoding import Proposal, Sampled
+from ray_app.core.speculative.product import product
 from ray_app.core.speculative.verification import draw
 from ray_app.encoders.library import transformers
 from ray_app.errors import InputError
@@ -76,31 +77,56 @@ class ModelProposer:
         limit = self._model.max_positions
         if limit is not None and self._context.length + len(accepted) - len(self._read) + num_tokens > limit:
             return Proposal()
-        logits_1V = self._catch_up(self._context, list(accepted))
         tokens: list[int] = []
         rows: list[NDArray[np.float64]] = []
         while True:
-            token, q_V = choose(logits_1V[:, : self._size], self._sampled)
+            token, q_V = choose(self._logits([*accepted, *tokens]), self._sampled)
             tokens.append(token)
             if q_V is not None:
                 rows.append(np.pad(q_V, (0, self._size - len(q_V))))
             if len(tokens) == num_tokens or token == self._model.end_token:
                 return Proposal(tuple(tokens), np.stack(rows) if rows else None)
-            logits_1V = self._step(self._context, [token])
 
-    def _catch_up(self, context: Context, accepted: list[int]) -> Tensor:
-        """Return the logits behind the accepted tokens, after all else was forgotten; the last is read again."""
+    def _logits(self, text: list[int]) -> Tensor:
+        """Return the logits behind a text, (1, V), after all else was forgotten; its last token is read again."""
+        assert self._context is not None
         same = 0
-        while same < min(len(self._read), len(accepted)) and self._read[same] == accepted[same]:
+        while same < min(len(self._read), len(text)) and self._read[same] == text[same]:
             same += 1
-        same = min(same, max(len(accepted) - 1, 0))
-        context.crop(len(self._read) - same)
-        del self._read[same:]
-        return self._step(context, accepted[same:]) if accepted else self._first_1V
+        same = min(same, max(len(text) - 1, 0))
+        self._context.crop(len(self._read) - same)
+        self._read[same:] = text[same:]
+        logits_1V = self._context.step(text[same:])[-1:] if text else self._first_1V
+        return logits_1V[:, : self._size]
 
-    def _step(self, context: Context, tokens: list[int]) -> Tensor:
-        self._read += tokens
-        return context.step(tokens)[-1:]
+
+class ProductProposer(ModelProposer):
+    """A language model whose distribution is multiplied with that of `hybrid`, which is asked first."""
+
+    def __init__(
+        self,
+        model: DraftModel,
+        prefix: Callable[[], Tensor],
+        vocabulary_size: int,
+        sampled: Sampled | None,
+        *,
+        ids: Sequence[int],
+        expected: Callable[[Sequence[int]], Mapping[int, float]],
+    ) -> None:
+        """`ids`: tokens that the model can say. `expected`: probabilities of the token behind a text."""
+        super().__init__(model, prefix, vocabulary_size, sampled)
+        self._ids, self._expected = list(ids), expected
+
+    def _logits(self, text: list[int]) -> Tensor:
+        """Return the log of the product, −∞ for tokens that neither side names, (1, V)."""
+        scores = product(self._expected(text), lambda: self._probabilities(text))
+        scores_1V = torch.zeros(1, self._size, dtype=torch.double)
+        scores_1V[0, list(scores)] = torch.tensor(list(scores.values()), dtype=torch.double)
+        return scores_1V.log()
+
+    def _probabilities(self, text: list[int]) -> dict[int, float]:
+        q_I = super()._logits(text)[0, self._ids].double().softmax(dim=0)
+        return dict(zip(self._ids, q_I.tolist(), strict=True))
 
 
 class EarlyExit:

@@ -1,6 +1,7 @@
 """Drafters of a target that sees: their rows, their network, and what training of them changes."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import tiny_target
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.speculative.event_drafter import replay
+from benchmarks.speculative.event_hybrid import WithDrafter
 from ray_app.commands.demo import draft_data
 from ray_app.commands.demo.answers import TRAINING, pictures
 from ray_app.commands.demo.draft_data import answered_chunks, ids_of, subspace, write_draft_store
@@ -30,12 +33,14 @@ from ray_app.core.adapters.drafting import EarlyExitLayers
 from ray_app.core.draft_losses import GAMMA
 from ray_app.core.optimizer_step import training_step
 from ray_app.core.speculative.decoding import FixedGamma, Greedy, decode
+from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
 from ray_app.data.pair_tensors import PairTensors
+from ray_app.drafters.hybrid import HybridDrafter
 from ray_app.errors import ConfigError, InputError
 from ray_app.language_models.answers import answer
 from ray_app.language_models.draft_objective import DraftObjective
 from ray_app.language_models.draft_rows import DraftLayout, layout_of, pack, unpack
-from ray_app.language_models.drafting import ModelProposer
+from ray_app.language_models.drafting import ModelProposer, ProductProposer
 from ray_app.language_models.exit_network import ExitModel
 from ray_app.language_models.kinds import load
 from ray_app.language_models.lora import merge_changes
@@ -230,6 +235,52 @@ def test_the_count_along_the_answer_is_that_of_live_decoding(
             assert len(done.passes) == drafted.passes_N[number]
             passes += len(done.passes)
     assert passes < 2 * sum(drafted.tokens_N), "some drafts were accepted"
+
+
+def test_the_replayed_passes_of_a_product_with_hybrid_are_those_of_live_decoding(
+    target: LanguageModel, work: Path, exit_cfg: Any
+) -> None:
+    layout, (_, rows_NT) = layout_in(work), features(work)
+    rows = unpack(layout, rows_NT.float())
+    exit_layers = trained_exit(exit_cfg)
+    ids, folder = exit_layers.config.vocabulary, target.folder / "language_model"
+    frozen, live = FrozenDrafter(exit_layers, folder, layout), ExitModel(folder, exit_layers, target)
+    hybrid = HybridDrafter()
+    answers = [
+        AnsweredPrompt(Prompt(KEY_ELEMENTS, (), sequence=str(number)), tuple(ids_L[used_L].tolist()))
+        for number, (ids_L, used_L) in enumerate(zip(rows.ids_BL, rows.used_BL, strict=True))
+    ]
+    hybrid.fit(answers[:3])
+    q = {str(number): q_AI for number, q_AI in enumerate(frozen.probabilities(rows_NT, rows.image_BX))}
+    replayed = replay(WithDrafter(hybrid, ids, q), answers)
+    asked: list[int] = []
+    for number, each in enumerate(pictures(0, TRAINING, DRIVES, PER_DRIVE)):
+        prefix_PD = target.prefix(target.prompt(each.image_HWC[None], KEY_ELEMENTS))
+        proposer = ProductProposer(
+            live,
+            lambda shown=prefix_PD: shown,  # type: ignore[misc]
+            target.vocabulary_size,
+            None,
+            ids=ids,
+            expected=partial(hybrid.expected, answers[number].prompt),
+        )
+        done = decode(
+            target.context(),
+            prefix_PD,
+            proposer,
+            choice=Greedy(),
+            gamma=FixedGamma(GAMMA),
+            max_new_tokens=MAX_NEW_TOKENS,
+            end_token=target.end_token,
+            clock=lambda: 0.0,
+        )
+        assert done.tokens == answers[number].answer
+        asked.append(len(done.passes))
+        proposer.propose((), MAX_NEW_TOKENS)  # as `decode` asks what it says by itself
+        hybrid.update(answers[number].prompt, done.tokens)
+    assert asked == replayed.passes_N.tolist()
+    alone = frozen.along(rows_NT, rows.image_BX).passes_N
+    assert sum(asked) < alone.sum(), "answers that were learnt help"
 
 
 def test_event_tokens_begin_at_the_mean_and_learn_through_a_drafter_that_does_not(

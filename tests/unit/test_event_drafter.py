@@ -17,10 +17,14 @@ from ray_app.config.decode import DecodeConfig
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.drafting import EarlyExitLayers, EventTokens
 from ray_app.core.adapters.registry import build_adapter
+from ray_app.core.speculative.decoding import Sampled
+from ray_app.core.speculative.product import LEAST
 from ray_app.errors import CheckpointError, ConfigError, InputError, RayAppError
 from ray_app.language_models.answer_objective import shape_of
 from ray_app.language_models.draft_rows import DraftLayout
+from ray_app.language_models.drafting import ProductProposer
 from ray_app.language_models.event_drafter import read_event_drafter, write_event_drafter
+from ray_app.language_models.exit_network import ExitModel
 from ray_app.language_models.joined import CHECKSUMS
 from ray_app.language_models.kinds import load
 from ray_app.store.atomic import sha256_file
@@ -127,6 +131,54 @@ def test_a_drafter_that_sees_changes_no_text_whatever_it_is_shown(
     assert alone["drafter"]["tokens_per_target_pass"] == result["drafter-events"]["tokens_per_target_pass"]
 
 
+def test_with_hybrid_it_learns_from_answers_and_changes_no_text(
+    target: Path, drafter: Path, prompts: Path, tmp_path: Path
+) -> None:
+    cfg = DecodeConfig(
+        source=(prompts,),
+        target=target,
+        out=tmp_path / "first",
+        drafter=(str(drafter), f"hybrid+{drafter}", "hybrid"),
+        drafter_sees=("events", "nothing"),
+        max_new_tokens=12,
+        draft_length="fixed",
+        dtype="float32",
+        watch=True,
+    )
+    first = run_decode(cfg)["results"]
+    mixed = [f"hybrid+drafter-{sees}" for sees in ("events", "nothing")]
+    assert list(first) == ["drafter-events", "drafter-nothing", *mixed, "hybrid"]
+    assert all(each["texts_that_differ"] == 0 for each in first.values())
+    traces = tmp_path / "first" / "traces" / "hybrid_drafter-events.jsonl"
+    again = run_decode(cfg.model_copy(update={"learn_from": (traces,), "out": tmp_path / "again"}))["results"]
+    assert all(each["texts_that_differ"] == 0 for each in again.values())
+    for name in mixed:
+        learnt = again[name]["tokens_per_target_pass"]
+        assert learnt > first[name]["tokens_per_target_pass"], "it has seen the same answers"
+        assert learnt > again[name.removeprefix("hybrid+")]["tokens_per_target_pass"]
+
+
+def test_with_hybrid_a_token_is_drawn_from_the_product(target: Path, drafter: Path) -> None:
+    model = load(target, "float32", "cpu")
+    event_drafter = read_event_drafter(drafter, model)
+    exit_model = ExitModel(model.text_folder(), event_drafter.exit_layers, model)
+    prefix_PD = model.prefix(model.prompt(None, "?"))
+    context = exit_model.context()
+    context.prefill(prefix_PD)
+    q_V = context.step([5, 6])[-1].double().softmax(dim=0).numpy()
+    p = {6: 0.7, 100: 0.3}
+    sampled = Sampled(1.0, 1.0, np.random.default_rng(0))
+    proposer = ProductProposer(
+        exit_model, lambda: prefix_PD, model.vocabulary_size, sampled, ids=VOCABULARY, expected=lambda _: p
+    )
+    expected_V = np.zeros(model.vocabulary_size)
+    expected_V[list(VOCABULARY)] = LEAST * np.maximum(q_V[list(VOCABULARY)], LEAST)
+    expected_V[6] = 0.7 * max(q_V[6], LEAST)
+    expected_V[100] = 0.3 * LEAST
+    found_GV = proposer.propose([5, 6], 1).probabilities_GV
+    np.testing.assert_allclose(found_GV, [expected_V / expected_V.sum()], rtol=1e-5)
+
+
 def damaged(drafter: Path) -> None:
     (drafter / "drafter.json").write_text("{}", encoding="utf-8")
 
@@ -150,6 +202,10 @@ def of_another_target(drafter: Path) -> None:
         (of_another_target, {}, InputError, r"for a target of SHA-256 0{12}…, .* is [0-9a-f]{12}…; train one for it"),
         (None, {"drafter_sees": ("adapter",), "adapter": Path("a")}, ConfigError, "needs --adapter CKPT, and"),
         (None, {"target": "language_model"}, InputError, "drafts for a target that `demo build` made"),
+        (of_another_target, {"drafter": "hybrid+{}"}, InputError, r"for a target of SHA-256 0{12}…, "),
+        (None, {"drafter": "hybrid+{}/none"}, ConfigError, r"none is no folder that `demo draft` made; name one"),
+        (None, {"drafter": "hybrid+ngram"}, ConfigError, r"ngram is no folder that `demo draft` made; name one"),
+        (None, {"drafter": "ngram+{}"}, ConfigError, r"there is no drafter 'ngram\+.*there are: .*, hybrid\+FOLDER"),
     ],
 )
 def test_a_drafter_that_does_not_fit_is_refused_before_a_model_is_loaded(
@@ -164,6 +220,8 @@ def test_a_drafter_that_does_not_fit_is_refused_before_a_model_is_loaded(
 ) -> None:
     if change:
         change(drafter)
+    if "drafter" in changed:
+        changed = {"drafter": (changed["drafter"].format(drafter),)}
     if "target" in changed:
         changed = {"target": shutil.copytree(target / "language_model", tmp_path / "plain")}
     settings = {

@@ -11,6 +11,7 @@ from ray_app.core.speculative.metrics import (
     expected_improvement,
     expected_tokens,
 )
+from ray_app.core.speculative.product import likeliest, product
 from ray_app.core.speculative.verification import (
     DraftTree,
     Verified,
@@ -279,3 +280,20 @@ def test_behind_a_draft_that_is_kept_whole_comes_a_token_of_the_last_distributio
     assert (verified.tokens, verified.num_accepted) == ((1, 2, 3), 2)
     verified = verify_sampled((1, 4), np.eye(5)[[1, 4]], target_G1V, np.random.default_rng(0))
     assert (verified.tokens, verified.num_accepted) == ((1, 2), 1)
+
+
+def test_a_product_of_distributions_is_worked_by_hand_and_its_drafter_is_asked_only_where_it_matters() -> None:
+    def q() -> dict[int, float]:
+        return {5: 0.6, 6: 0.399, 7: 0.001}
+
+    scores = product({7: 0.9, 6: 0.1}, q)
+    assert scores == pytest.approx({7: 0.9 * 0.01, 6: 0.1 * 0.399, 5: 0.01 * 0.6})
+    assert likeliest(scores) == 6
+    assert product({}, q) == q(), "without a memory the drafter alone decides"
+
+    def unasked() -> dict[int, float]:
+        raise AssertionError("the others have less than the least probability")
+
+    assert likeliest(product({7: 0.991, 6: 0.009}, unasked)) == 7
+    assert product({7: 0.99, 6: 0.01}, q) != {7: 0.99, 6: 0.01}
+    assert likeliest({9: 0.5, 8: 0.5, 10: 0.1}) == 8

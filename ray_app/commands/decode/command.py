@@ -22,7 +22,7 @@ from rich.table import Table
 from ray_app import errors
 from ray_app.cluster.connection import BUSY_HINT, cluster
 from ray_app.cluster.resources import ClusterInfo
-from ray_app.commands.decode.drafters import require_drafters
+from ray_app.commands.decode.drafters import named_absolutely, require_drafters
 from ray_app.commands.decode.files import publish, settings_of, write_event_log
 from ray_app.commands.decode.inputs import DecodeInput, open_input, other_row
 from ray_app.commands.decode.page import decode_page
@@ -104,7 +104,7 @@ def plan_of(cfg: DecodeConfig) -> DecodePlan:
     absolute: dict[str, Any] = {name: tuple(path.absolute() for path in getattr(cfg, name)) for name in paths}
     single = {"target": cfg.target, "out": cfg.out, "adapter": cfg.adapter, "event_encoder": cfg.event_encoder}
     absolute |= {name: path and path.absolute() for name, path in single.items()}
-    absolute["drafter"] = tuple(str(Path(name).absolute()) if Path(name).is_dir() else name for name in cfg.drafter)
+    absolute["drafter"] = tuple(map(named_absolutely, cfg.drafter))
     cfg = cfg.model_copy(update=absolute)
     target = vocabulary(cfg.target)
     loader(cfg.target)

@@ -3,8 +3,10 @@
 Each is one way to decode every row, next to plain decoding, which has no drafter.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,12 +18,19 @@ from ray_app.config.decode import DecodeConfig, Sees
 from ray_app.core.speculative.decoding import Proposal, Proposer, Sampled
 from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
 from ray_app.drafters.base import Drafter
+from ray_app.drafters.hybrid import HybridDrafter
 from ray_app.drafters.replay import DRAFTERS
 from ray_app.encoders.registry import encoder_class
 from ray_app.errors import ConfigError, InputError
 from ray_app.language_models.aligned import AlignedPictures, event_encoder_of
 from ray_app.language_models.answers import answer
-from ray_app.language_models.drafting import EarlyExit, EarlyExitProposer, ModelProposer, require_same_tokens
+from ray_app.language_models.drafting import (
+    EarlyExit,
+    EarlyExitProposer,
+    ModelProposer,
+    ProductProposer,
+    require_same_tokens,
+)
 from ray_app.language_models.event_drafter import (
     EventDrafter,
     is_event_drafter,
@@ -36,6 +45,8 @@ from ray_app.store.checkpoint import load_checkpoint
 EARLY_EXIT = "early_exit"
 NEED_ANSWERS = ("constant", "positional", "ngram")
 """Drafters that know nothing but what they learn before the first row."""
+WITH_HYBRID = "hybrid+"
+"""Prefix of a folder of `demo draft` whose drafter is mixed with `hybrid`."""
 GREY = 127
 
 
@@ -167,12 +178,23 @@ class ModelDrafter:
 class SeeingDrafter:
     """The drafter of `demo draft`: a trained early exit, and the image tokens that it is shown."""
 
-    def __init__(self, name: str, drafter: EventDrafter, model: ExitModel, sees: Sees) -> None:
-        self.name, self._drafter, self._model, self._sees = name, drafter, model, sees
+    def __init__(
+        self, name: str, drafter: EventDrafter, model: ExitModel, sees: Sees, hybrid: HybridDrafter | None
+    ) -> None:
+        """`hybrid`: the drafter's probabilities are multiplied with those that it learns from answers."""
+        self.name, self._drafter, self._model, self._sees, self._hybrid = name, drafter, model, sees, hybrid
 
     def proposer(self, row: RowToDraft) -> Proposer:
-        return ModelProposer(
-            self._model, lambda: self._prefix(row), self._drafter.target.vocabulary_size, row.sampled
+        size = self._drafter.target.vocabulary_size
+        if self._hybrid is None:
+            return ModelProposer(self._model, lambda: self._prefix(row), size, row.sampled)
+        return ProductProposer(
+            self._model,
+            lambda: self._prefix(row),
+            size,
+            row.sampled,
+            ids=self._drafter.exit_layers.config.vocabulary,
+            expected=partial(self._hybrid.expected, row.prompt),
         )
 
     def _prefix(self, row: RowToDraft) -> Tensor:
@@ -191,7 +213,8 @@ class SeeingDrafter:
         return target.prefix(target.prompt(events_THWC, question), self._drafter.image_tokens(events_THWC))
 
     def update(self, prompt: Prompt, answer: Sequence[int]) -> None:
-        pass
+        if self._hybrid is not None:
+            self._hybrid.update(prompt, answer)
 
     def own_answer(self, row: RowToDraft, max_new_tokens: int) -> tuple[list[int], dict[str, float]]:
         return list(self.proposer(row).propose((), max_new_tokens).tokens), {}
@@ -224,6 +247,18 @@ class EarlyExitDrafter:
         return 0
 
 
+def folder_of(name: str) -> Path:
+    """Return the folder in a drafter's name: FOLDER or hybrid+FOLDER."""
+    return Path(name.removeprefix(WITH_HYBRID))
+
+
+def named_absolutely(name: str) -> str:
+    """Return a drafter's name with its folder's absolute path."""
+    if Path(name).is_dir():
+        return str(Path(name).absolute())
+    return f"{WITH_HYBRID}{folder_of(name).absolute()}" if name.startswith(WITH_HYBRID) else name
+
+
 def require_drafters(cfg: DecodeConfig) -> None:
     """ConfigError, InputError or CheckpointError unless every drafter can be one, before a model is loaded."""
     if "adapter" in cfg.drafter_sees:
@@ -250,14 +285,18 @@ def require_drafters(cfg: DecodeConfig) -> None:
                     "instance those of an earlier `decode` or `capture`, or take hybrid, which also learns online."
                 )
             continue
-        if is_event_drafter(Path(name)):
-            require_target(Path(name), cfg.target)
+        if is_event_drafter(folder := folder_of(name)):
+            require_target(folder, cfg.target)
             if "adapter" in cfg.drafter_sees:
-                raise ConfigError(f"{name} has an adapter of its own; take --drafter-sees events.")
+                raise ConfigError(f"{folder} has an adapter of its own; take --drafter-sees events.")
             continue
-        if not Path(name).is_dir():
-            known = ", ".join((EARLY_EXIT, *(name for name, kind in DRAFTERS.items() if not kind.needs_states)))
-            raise ConfigError(f"there is no drafter '{name}', nor a folder of that name; there are: {known}.")
+        if name.startswith(WITH_HYBRID):
+            raise ConfigError(f"{name}: {folder} is no folder that `demo draft` made; name one, hybrid+FOLDER.")
+        if not folder.is_dir():
+            known = (EARLY_EXIT, *(name for name, kind in DRAFTERS.items() if not kind.needs_states), "hybrid+FOLDER")
+            raise ConfigError(
+                f"there is no drafter '{name}', nor a folder of that name; there are: {', '.join(known)}."
+            )
         kind = loader(Path(name))
         if not kind.sees and (shown := [sees for sees in cfg.drafter_sees if sees != "nothing"]):
             raise InputError(f"{name} sees no pictures; leave --drafter-sees {shown[0]} out, or take `nothing`.")
@@ -280,12 +319,18 @@ def run_drafters(
             rule = DRAFTERS[name]()
             rule.fit(answered)
             made.append(RuleDrafter(name, rule))
-        elif is_event_drafter(folder := Path(name)):
+        elif is_event_drafter(folder := folder_of(name)):
             drafter = read_event_drafter(folder, target)
             exit_model = ExitModel(target.text_folder(), drafter.exit_layers, target)
             shown = cfg.drafter_sees or ("events",)
+            hybrid, short = None, folder.name
+            if name.startswith(WITH_HYBRID):
+                hybrid, short = HybridDrafter(), f"{WITH_HYBRID}{folder.name}"
+                hybrid.fit(answered)
             made += [
-                SeeingDrafter(f"{folder.name}-{sees}" if len(shown) > 1 else folder.name, drafter, exit_model, sees)
+                SeeingDrafter(
+                    f"{short}-{sees}" if len(shown) > 1 else short, drafter, exit_model, sees, copy.deepcopy(hybrid)
+                )
                 for sees in shown
             ]
         else:
