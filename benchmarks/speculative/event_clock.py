@@ -6,7 +6,7 @@ The drafter is that of seed 0 of `benchmarks.speculative.event_drafter`, whose -
 drives that nothing was trained on, four pictures each; every cost is charged, the event image's encoder too. In fp32
 γ is 8, and the passes of each answer are compared with those counted from one pass along it; in bf16 γ is chosen
 online. `hybrid`, alone and with the drafter, and `ngram` have learnt the target's answers about the drafter's
-training drives. One thread. With --rows 4 it is a quick look that is not saved; 104 are all that were answered about.
+training drives. One thread. With --rows 8 it is a quick look that is not saved; 104 are all that were answered about.
 Writes benchmarks/results/event_clock.json.
 """
 

@@ -4,15 +4,18 @@ from collections.abc import Callable, Mapping
 
 LEAST = 0.01
 """Least probability of either side; chosen with the validation drives of the event drafter's first seed."""
+SURE = 0.9
+"""Above this probability the drafter is not asked. On the same drives it is asked for a quarter of the tokens then,
+and the target passes are as many as without this rule; above 0.8 they are 1 % more."""
 
 
 def product(p: Mapping[int, float], ask: Callable[[], Mapping[int, float]]) -> Mapping[int, float]:
     """Return a score of every token that either side names: p · q, both at least `LEAST`, not normalised.
 
-    `ask` gives the drafter's probabilities q. Where `p` is empty they are the scores. Where `p` leaves less than
-    `LEAST` to all other tokens it is the scores, and the drafter is not asked.
+    `ask` gives the drafter's probabilities q; where `p` is empty they are the scores. Where `p` is sure of a token it
+    is the scores, and the drafter is not asked.
     """
-    if p and max(p.values()) > 1.0 - LEAST:
+    if p and max(p.values()) > SURE:
         return p
     q = ask()
     if not p:
