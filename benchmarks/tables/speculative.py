@@ -293,16 +293,19 @@ def event_clock() -> Table:
     for part in ("float32", "bfloat16"):
         for name, each in live[part]["drafters"].items():
             low, high = each["interval95"]["speedup"]
+            shown = name.replace("hybrid+", "`hybrid` × ").replace("drafter-", "drafter, shown: ")
+            gain = live[part].get("over_hybrid", {}).get(name)
             rows.append(
                 (
-                    name.replace("drafter-", "drafter, shown: ") if "drafter" in name else f"`{name}`",
+                    shown if "drafter" in name else f"`{name}`",
                     {"float32": "fp32, γ = 8", "bfloat16": "bf16, γ online"}[part],
                     f"{each['tokens_per_target_pass']:.2f}",
                     f"{each['speedup']:.2f} [{low:.2f}, {high:.2f}]",
+                    _with_interval(gain) if gain else "–",
                     f"{each['texts_that_differ']} of {each['rows']}",
                 )
             )
-    columns = ["drafter", "numbers", "tokens per target pass", "speed-up", "texts that differ"]
+    columns = ["drafter", "numbers", "tokens per target pass", "speed-up", "over `hybrid`", "texts that differ"]
     return Table(columns, rows, ["event_clock"])
 
 
