@@ -13,6 +13,7 @@ from PIL import Image
 from ray_app import cli
 from ray_app.commands.compare import run_compare
 from ray_app.commands.decode.command import run_decode
+from ray_app.commands.decode.compare import DecodeRun
 from ray_app.config.decode import DecodeConfig
 from ray_app.config.evaluate import CompareConfig
 from ray_app.errors import ConfigError, InputError, RayAppError
@@ -136,3 +137,22 @@ def _changed(at: Path, name: str, change: bool) -> Any:
     shard = read_shard(at, name)
     assert shard
     return Shard([{**row, "target_tokens": [5]} for row in shard.rows], []) if change else shard
+
+
+@pytest.mark.parametrize(
+    ("file", "sees", "drafter", "baseline"),
+    [
+        ("drafter.json", [], "small", None),
+        ("drafter.json", ["nothing"], "small", "nothing"),
+        ("drafter.json", ["events", "nothing"], "small-events", None),
+        ("drafter.json", ["events", "nothing"], "small-nothing", "nothing"),
+        ("model.safetensors", [], "small", "nothing"),
+        ("model.safetensors", [], "hybrid+small", None),
+        ("model.safetensors", [], "hybrid", "hybrid"),
+    ],
+)
+def test_what_a_drafter_was_shown_decides_which_baseline_it_is(
+    file: str, sees: list[str], drafter: str, baseline: str | None
+) -> None:
+    settings = {"drafter": ["/models/small"], "drafter_sees": sees, "models": {"/models/small": {file: "0"}}}
+    assert DecodeRun("run", settings, {}).baseline(drafter) == baseline

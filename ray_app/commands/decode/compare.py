@@ -20,6 +20,7 @@ from ray_app.commands.decode.table import span
 from ray_app.config.evaluate import CompareConfig
 from ray_app.core.speculative.metrics import block_bootstrap
 from ray_app.errors import InputError
+from ray_app.language_models.event_drafter import DRAFTER
 from ray_app.parsing.json_text import parse_object
 from ray_app.reports.folder import COMPARISON_FILES, DECODE_SETTINGS, claim_report_folder
 from ray_app.reports.html import Cell, Outcome, Row, Section, Table, Text, page, write_output
@@ -64,9 +65,12 @@ class DecodeRun:
         """Return the key of `BASELINES` that a drafter is, by how it was asked for."""
         if drafter in ("ngram", "hybrid"):
             return drafter
-        for folder in (Path(name).name for name in self.settings["drafter"] if name in self.settings["models"]):
-            if drafter == folder:
-                return "nothing"  # a language model that sees no pictures
+        models = self.settings["models"]
+        for name in (name for name in self.settings["drafter"] if name in models):
+            folder = Path(name).name
+            if drafter == folder:  # the only picture; by default events for a drafter of `demo draft`, else none
+                shown = self.settings["drafter_sees"] or ["events" if DRAFTER in models[name] else "nothing"]
+                return next((sees for sees in shown if sees in BASELINES), None)
             for sees in BASELINES.keys() & self.settings["drafter_sees"]:
                 if drafter == f"{folder}-{sees}":
                     return sees
