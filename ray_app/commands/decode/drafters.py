@@ -247,7 +247,7 @@ class EarlyExitDrafter:
         return 0
 
 
-def folder_of(name: str) -> Path:
+def drafter_folder(name: str) -> Path:
     """Return the folder in a drafter's name: FOLDER or hybrid+FOLDER."""
     return Path(name.removeprefix(WITH_HYBRID))
 
@@ -256,7 +256,7 @@ def named_absolutely(name: str) -> str:
     """Return a drafter's name with its folder's absolute path."""
     if Path(name).is_dir():
         return str(Path(name).absolute())
-    return f"{WITH_HYBRID}{folder_of(name).absolute()}" if name.startswith(WITH_HYBRID) else name
+    return f"{WITH_HYBRID}{drafter_folder(name).absolute()}" if name.startswith(WITH_HYBRID) else name
 
 
 def require_drafters(cfg: DecodeConfig) -> None:
@@ -285,7 +285,7 @@ def require_drafters(cfg: DecodeConfig) -> None:
                     "instance those of an earlier `decode` or `capture`, or take hybrid, which also learns online."
                 )
             continue
-        if is_event_drafter(folder := folder_of(name)):
+        if is_event_drafter(folder := drafter_folder(name)):
             require_target(folder, cfg.target)
             if "adapter" in cfg.drafter_sees:
                 raise ConfigError(f"{folder} has an adapter of its own; take --drafter-sees events.")
@@ -319,7 +319,7 @@ def run_drafters(
             rule = DRAFTERS[name]()
             rule.fit(answered)
             made.append(RuleDrafter(name, rule))
-        elif is_event_drafter(folder := folder_of(name)):
+        elif is_event_drafter(folder := drafter_folder(name)):
             drafter = read_event_drafter(folder, target)
             exit_model = ExitModel(target.text_folder(), drafter.exit_layers, target)
             shown = cfg.drafter_sees or ("events",)

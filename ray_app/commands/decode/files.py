@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_app.commands.decode.drafters import folder_of
+from ray_app.commands.decode.drafters import drafter_folder
 from ray_app.commands.decode.inputs import DecodeInput
 from ray_app.commands.decode.summary import Line
 from ray_app.config.base import flat
@@ -31,7 +31,7 @@ NOT_RECORDED = ("address", "html", "watch", "out", "use_gpu", "tracking_uri", "e
 def settings_of(cfg: DecodeConfig, data: DecodeInput) -> dict[str, Any]:
     """Return all that decides what is decoded, as JSON values."""
     values = {name: value for name, value in flat(cfg).items() if name not in (*NOT_RECORDED, "source")}
-    folders = [cfg.target, *(folder for name in cfg.drafter if (folder := folder_of(name)).is_dir())]
+    folders = [cfg.target, *(folder for name in cfg.drafter if (folder := drafter_folder(name)).is_dir())]
     folders += [folder for folder in (cfg.adapter, cfg.event_encoder) if folder]
     return {
         **values,
