@@ -74,48 +74,85 @@ def serving_facts() -> Table:
         return lambda result: spread(result["runs"][run]["samples"], pick)
 
     return facts(
-        ("new champions", "serve_champions", "good", "{}", ""),
-        ("· bad ones", "serve_champions", "bad", "{}", ""),
+        ("new champions, bad ones", "serve_champions", lambda r: f"{r['good']}, {r['bad']}", "{}", ""),
         ("· taken or refused rightly", "serve_champions", "taken_or_refused_rightly", "{}", "25"),
         ("· answers other than 200", "serve_champions", "answers_other_than_200", "{}", "0"),
         ("· p99 against the same load without reloads", "serve_champions", "p99_over_idle_p99", "{:.1f} times", ""),
         ("replicas killed", "serve_kills", "kills", "{}", ""),
-        ("· requests through the client", "serve_kills", "requests", "{:,}", ""),
-        ("· failed", "serve_kills", "failures", "{}", "0"),
+        (
+            "· requests through the client, failed",
+            "serve_kills",
+            lambda r: f"{r['requests']:,}; {r['failures']}",
+            "{}",
+            "0",
+        ),
         ("· slowest answer", "serve_kills", lambda r: r["latency"]["max_ms"] / 1e3, "{:.1f} s", ""),
         ("nodes killed under the endpoint", "node_kills_serve", "nodes_killed", "{}", ""),
-        ("· requests through the client", "node_kills_serve", "requests", "{:,}", ""),
-        ("· failed", "node_kills_serve", "failed_through_the_client", "{}", "0"),
+        (
+            "· requests through the client, failed",
+            "node_kills_serve",
+            lambda r: f"{r['requests']:,}; {r['failed_through_the_client']}",
+            "{}",
+            "0",
+        ),
         ("· slowest answer", "node_kills_serve", "slowest_answer_s", "{:.1f} s", ""),
         ("soak, minutes", "serve_soak", "minutes", "{:.0f}", ""),
-        ("· a replica's memory grows by", "serve_soak", "replica_mib_per_hour", "{:.1f} MiB/h", ""),
-        ("· that of all processes", "serve_soak", "all_mib_per_hour", "{:.1f} MiB/h", ""),
         (
-            "3,000 odd requests, two malloc arenas: first",
-            "serve_memory",
-            rss(1, lambda s: next(iter(s))),
-            "{:.0f} MiB",
+            "· memory of a replica, of all processes grows by",
+            "serve_soak",
+            lambda r: ", ".join(f"{r[f'{who}_mib_per_hour']:.1f} MiB/h" for who in ("replica", "all")),
+            "{}",
             "",
         ),
-        ("· most", "serve_memory", rss(1, max), "{:.0f} MiB", ""),
+        (
+            "3,000 odd requests, two malloc arenas: first, most",
+            "serve_memory",
+            lambda r: ", ".join(f"{rss(1, pick)(r):.0f} MiB" for pick in (lambda s: next(iter(s)), max)),
+            "{}",
+            "",
+        ),
         ("· glibc's own number of arenas: most", "serve_memory", rss(0, max), "{:.0f} MiB", ""),
-        ("damaged binary requests", "serve_fuzz", "mutations/cases", "{:,}", ""),
-        ("· findings", "serve_fuzz", "mutations/num_findings", "{}", "0"),
+        (
+            "damaged binary requests, findings",
+            "serve_fuzz",
+            lambda r: f"{r['mutations']['cases']:,}; {r['mutations']['num_findings']}",
+            "{}",
+            "0",
+        ),
         ("memory grown during the fuzz", "serve_fuzz", "memory_grown_mib", "{:.0f} MiB", ""),
     )
 
 
-def fuzz() -> Table:
+def precision() -> Table:
+    """Return the model of a replica in each precision."""
     rows = [
         (
-            f"`{name}`",
-            f"{operation['cases']:,}",
-            f"{operation['cases_of_schema']:,}",
-            f"{operation['codes'].get('200', 0):,}",
-            f"{sum(n for code, n in operation['codes'].items() if code.startswith('4')):,}",
-            str(sum(n for code, n in operation["codes"].items() if code.startswith("5"))),
+            name,
+            *(f"{each['p50_ms'][batch]:.1f}" for batch in ("1", "32")),
+            *(f"{each[key]:,}" for key in ("weights_mib", "mib_loaded", "mib_most")),
         )
-        for name, operation in read("serve_fuzz")["operations"].items()
+        for name, each in read("serve_precision")["precisions"].items()
+    ]
+    columns = ["weights", "1 pair, p50 ms", "32 pairs, p50 ms", "weights, MiB", "replica, MiB", "· while it loads"]
+    return Table(columns, rows, ["serve_precision"])
+
+
+def fuzz() -> Table:
+    """Return a row for each operation; those without a body are one."""
+    operations = read("serve_fuzz")["operations"]
+    gets = [operation for name, operation in operations.items() if name.startswith("GET ")]
+    groups = {name: [operation] for name, operation in operations.items() if not name.startswith("GET ")}
+
+    def count(group: list[dict[str, Any]], code: str) -> int:
+        return sum(n for each in group for key, n in each["codes"].items() if key.startswith(code))
+
+    rows = [
+        (
+            name if name.startswith("the ") else f"`{name}`",
+            *(f"{sum(each[key] for each in group):,}" for key in ("cases", "cases_of_schema")),
+            *(f"{count(group, code):,}" for code in ("200", "4", "5")),
+        )
+        for name, group in {f"the {len(gets)} of `GET`": gets, **groups}.items()
     ]
     columns = ("operation", "requests", "drawn from its schema", "answered 200", "4xx", "5xx")
     return Table(columns, rows, ["serve_fuzz"])
@@ -128,6 +165,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "rivals-4096": lambda: rivals("4096"),
     "rivals-150528": lambda: rivals("150528"),
     "overload": overload,
+    "precision": precision,
     "serving": serving_facts,
     "fuzz": fuzz,
 }

@@ -21,13 +21,6 @@ def step_facts() -> Table:
             percent,
             "3 %",
         ),
-        (
-            "two workers on the same two cores, speed of one",
-            "train_step",
-            "two_workers/speedup_over_one",
-            "{:.2f}",
-            "",
-        ),
         ("cost of safe checkpoints in 3 epochs", "save_cost", "share_of_three_epoch_run", percent, "5 %"),
         ("· more than a bare write, a save", "save_cost", "extra_s", "{:.1f} s", ""),
         (
@@ -39,16 +32,30 @@ def step_facts() -> Table:
         ),
         ("· pairs/s", "reference_job_gpu", f"{job}/pairs_per_second", "{:,.0f}", ""),
         ("· share of it waiting for pairs", "reference_job_gpu", f"{job}/data_wait_fraction", percent, ""),
-        ("· the command", "reference_job_gpu", "splits/sequence/train/seconds", "{:.0f} s", ""),
-        ("· of it saving checkpoints", "reference_job_gpu", f"{job}/save_seconds", "{:.0f} s", ""),
+        (
+            "· the command, of it saving checkpoints",
+            "reference_job_gpu",
+            lambda r: ", ".join(
+                f"{seconds:.0f} s"
+                for train in (r["splits"]["sequence"]["train"],)
+                for seconds in (train["seconds"], train["result"]["save_seconds"])
+            ),
+            "{}",
+            "",
+        ),
     )
 
 
 def gpu_facts() -> Table:
     return facts(
         ("forward and cosine, compiled, pairs/s", "gpu_adapter", "pairs_per_s/compiled", "{:,.0f}", "1,000,000"),
-        ("· as it is", "gpu_adapter", "pairs_per_s/eager", "{:,.0f}", ""),
-        ("· bound by arithmetic", "gpu_adapter", "floors/pairs_per_s_by_operations", "{:,.0f}", ""),
+        (
+            "· as it is, bound by arithmetic",
+            "gpu_adapter",
+            lambda r: f"{r['pairs_per_s']['eager']:,.0f}; {r['floors']['pairs_per_s_by_operations']:,.0f}",
+            "{}",
+            "",
+        ),
         ("3 epochs of 4,166 pairs", "gpu_adapter", "training/seconds", "{:.2f} s", "3 s"),
         ("· bound by bytes", "gpu_adapter", "floors/training_s_by_bytes", "{:.2f} s", ""),
     )
@@ -72,21 +79,21 @@ def reference_job() -> Table:
             "test windows that overlap a training window",
             lambda by: percent(splits[by]["inspect"]["test_windows_overlapping_train"]),
         ),
-        row("mean cos_sim before", lambda by: f"{test[by]['baselines']['before']['cos_sim_mean']:.3f}"),
-        row("mean cos_sim of the adapter", lambda by: f"{test[by]['cos_sim_mean']:.3f}"),
+        row(
+            "mean cos_sim before, of the adapter",
+            lambda by: f"{test[by]['baselines']['before']['cos_sim_mean']:.3f}, {test[by]['cos_sim_mean']:.3f}",
+        ),
         *(row(f"accepted at θ 0.80: `{name}`", lambda by, name=name: accepted(by, name)) for name in BASELINES),
         row("accepted at θ 0.80: adapter", lambda by: percent(test[by]["cosine_accept_rate"]["0.80"])),
         row("lift, points", lambda by: points(test[by]["lift"])),
-        *(
-            row(f"· 95 %, {which}", lambda by, i=i: points(test[by]["interval95"]["lift"][i]))
-            for i, which in enumerate(("lowest", "highest"))
-        ),
+        row("· 95 %", lambda by: " to ".join(points(end) for end in test[by]["interval95"]["lift"][:2])),
         row("centred cosine", lambda by: f"{test[by]['centered_cos_sim_mean']:.3f}"),
         row("R@1", lambda by: percent(test[by]["retrieval"]["R@1"])),
-        row("training", lambda by: f"{train[by]['seconds']:.0f} s"),
-        row("a step", lambda by: f"{train[by]['step_seconds']:.2f} s"),
-        row("peak memory of the worker", lambda by: f"{memory[by]['worker_private'] / 1024:.1f} GiB"),
-        row("peak memory of all processes", lambda by: f"{memory[by]['all_private'] / 1024:.1f} GiB"),
+        row("training, a step", lambda by: f"{train[by]['seconds']:.0f} s, {train[by]['step_seconds']:.2f} s"),
+        row(
+            "peak memory of the worker, of all processes",
+            lambda by: ", ".join(f"{memory[by][f'{who}_private'] / 1024:.1f} GiB" for who in ("worker", "all")),
+        ),
     ]
     return Table(("", "split by sequence", "split by window"), rows, ["reference_job"])
 
@@ -132,6 +139,21 @@ def parallelism() -> Table:
     return Table((*columns, "a save, s", "loss differs by"), rows, ["parallelism"])
 
 
+def memory() -> Table:
+    keys = ("worker_gib", "worker_gib_until_first_step", "driver_gib", "spilled_gib")
+    rows = [
+        (
+            name,
+            "ends" if not run["exit_code"] else "refused" if not run["kills_by_the_kernel"] else "killed",
+            f"{run['steps']:,}",
+            *(f"{run[key]:.2f}" if run[key] else "–" for key in keys),
+        )
+        for name, run in read("larger_than_memory")["runs"].items()
+    ]
+    columns = ("", "run", "steps", "worker, GiB", "· until its first step", "driver, GiB", "spilled by Ray, GiB")
+    return Table(columns, rows, ["larger_than_memory"])
+
+
 def gpus() -> Table:
     """Arithmetic for GPUs, from assumed numbers, by pairs and by features."""
     result = read("parallelism")
@@ -158,22 +180,47 @@ def failure_facts() -> Table:
             "{}",
             "all",
         ),
-        ("· steps lost or logged twice", "chaos", "steps_lost_or_logged_twice", "{:.0f}", "0"),
-        ("· pairs lost or seen twice", "chaos", "pairs_lost_or_seen_twice", "{:.0f}", "0"),
+        (
+            "· steps lost or logged twice, pairs lost or seen twice",
+            "chaos",
+            lambda r: f"{r['steps_lost_or_logged_twice']:.0f}, {r['pairs_lost_or_seen_twice']:.0f}",
+            "{}",
+            "0",
+        ),
         ("nodes killed under `prepare`", "node_kills_prepare", "nodes_killed", "{}", ""),
         ("· pairs lost", "node_kills_prepare", "pairs_lost", "{}", "0"),
-        ("· to the next finished file, median", "node_kills_prepare", "median_s", "{:.0f} s", ""),
-        ("· worst", "node_kills_prepare", "worst_s", "{:.0f} s", ""),
-        ("MLflow away: points of a run", "tracking_outage", lambda r: sum(r["rounds"][0]["points"]), "{:,}", ""),
-        ("· missing after `sync`", "tracking_outage", "missing_after_sync", "{}", "0"),
-        ("· step time, server cut off for 60 s", "tracking_outage", "ratio_cut", "{:.2f} times", "1.01"),
-        ("· step time, server never there", "tracking_outage", "ratio_never", "{:.2f} times", "1.01"),
+        (
+            "· to the next finished file: median, worst",
+            "node_kills_prepare",
+            lambda r: f"{r['median_s']:.0f} s, {r['worst_s']:.0f} s",
+            "{}",
+            "",
+        ),
+        (
+            "MLflow away: points of a run, missing after `sync`",
+            "tracking_outage",
+            lambda r: f"{sum(r['rounds'][0]['points']):,}; {r['missing_after_sync']}",
+            "{}",
+            "0",
+        ),
+        (
+            "· step time, server cut off for 60 s, never there",
+            "tracking_outage",
+            lambda r: f"{r['ratio_cut']:.2f}, {r['ratio_never']:.2f} times",
+            "{}",
+            "1.01",
+        ),
         ("· a line of the event log", "tracking_outage", "event_log_line_us", "{:.0f} µs", ""),
         ("PostgreSQL killed: points missing after `sync`", "tracking_postgres", "path/missing_after_sync", "{}", "0"),
         ("`submit -- train`: code sent", "submit_time", "uploaded_mib", "{:.1f} MiB", "5 MiB"),
-        ("· first job to its first step", "submit_time", "cold/seconds_to_first_step_done", "{:.0f} s", ""),
-        ("· of it until the command runs", "submit_time", "cold/seconds_to_driver", "{:.0f} s", ""),
-        ("· a later job", "submit_time", "warm/0/seconds_to_first_step_done", "{:.0f} s", ""),
+        (
+            "· a first job, a later job to its first step",
+            "submit_time",
+            lambda r: ", ".join(f"{job['seconds_to_first_step_done']:.0f} s" for job in (r["cold"], r["warm"][0])),
+            "{}",
+            "",
+        ),
+        ("· of the first until its command runs", "submit_time", "cold/seconds_to_driver", "{:.0f} s", ""),
     )
 
 
@@ -205,6 +252,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "reference-job": reference_job,
     "scaling": scaling,
     "parallelism": parallelism,
+    "memory": memory,
     "gpus": gpus,
     "failures": failure_facts,
     "links": links,
