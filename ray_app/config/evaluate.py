@@ -66,6 +66,7 @@ class BenchmarkConfig(ReportFlags):
 class PromoteConfig(EvaluationFlags):
     """Register a checkpoint and make it champion if it beats the champion and every baseline.
 
+    A part of a drafter is compared by tokens per target pass, and its model is named after its strategy.
     Or, instead of a run: --rollback or --list.
     """
 
@@ -76,9 +77,11 @@ class PromoteConfig(EvaluationFlags):
     list: bool = False
     """Instead of a run: list the versions with their metrics, and past and present champions."""
     store: StorePlace | None = None
-    """Pair store to evaluate on, a folder or a URI; default: the one the checkpoint was trained on."""
+    """Pair store to evaluate on, a folder or a URI; default: the one the checkpoint was trained on. Of a drafter's
+    part: all pairs of another store."""
     min_gain: float = Field(default=0.0, ge=0.0)
-    """How much cosine_accept_rate_0.80 must gain over the present champion."""
+    """How much cosine_accept_rate_0.80, or a drafter's tokens per target pass, must gain over the present
+    champion."""
     force: bool = False
     """Move the alias whatever the verdict; recorded."""
 

@@ -1,7 +1,7 @@
 """Settings of `train`, which are also what a sweep varies."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -222,3 +222,12 @@ class DraftTrainConfig(LanguageModelTrainConfig):
                 "exit is a drafter itself, and image tokens are trained through one."
             )
         return self
+
+
+DRAFTING: tuple[str, ...] = get_args(DraftTrainConfig.model_fields["strategy"].annotation)
+"""Strategies of `DraftTrainConfig`."""
+
+
+def settings_of(strategy: Any) -> type[TrainConfig]:
+    """Return the settings that a strategy is trained with; those of `ray-app train` for any other value."""
+    return DraftTrainConfig if strategy in DRAFTING else TrainConfig

@@ -6,8 +6,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ray_app.config.base import ClusterFlags, Config, Positive, SplitFlags, StorePlace, Strategy, TrackingFlags
-from ray_app.config.train import TrainConfig
+from ray_app.config.train import DRAFTING, TrainConfig, settings_of
 from ray_app.errors import ConfigError
+
+TOKENS = "tokens_per_target_pass"
+"""Objective of drafters."""
 
 
 class TuneConfig(SplitFlags, ClusterFlags, TrackingFlags):
@@ -21,7 +24,7 @@ class TuneConfig(SplitFlags, ClusterFlags, TrackingFlags):
     out: StorePlace = ""
     """Folder of the sweep, on a disk of all nodes, or a URI such as s3://bucket/sweep; must be new or empty."""
     base: dict[str, Any] = Field(default_factory=dict)
-    """Settings of `train` that all trials share."""
+    """Settings of `train` that all trials share; with a strategy of drafters those of their training."""
     space: dict[str, Any] = Field(default_factory=dict)
     """Settings of `train` that are searched."""
     resume: StorePlace | None = None
@@ -29,9 +32,9 @@ class TuneConfig(SplitFlags, ClusterFlags, TrackingFlags):
     these the budget alone may be changed."""
     watch: StorePlace | None = None
     """Show the sweep in this folder, or at this URI, live, until it ends."""
-    objective: Literal["cosine_accept_rate_0.80", "lift"] = "cosine_accept_rate_0.80"
+    objective: Literal["cosine_accept_rate_0.80", "lift", "tokens_per_target_pass"] = "cosine_accept_rate_0.80"
     """Metric to maximise: on the validation part, at a trial's best checkpoint (lowest validation loss). Of equal
-    trials the one with fewer parameters wins."""
+    trials the one with fewer parameters wins. tokens_per_target_pass is for drafters."""
     secondary_objective: Literal["parameters", "latency_ms"] | None = None
     """Second objective, to minimise: the result is then a Pareto front, and optuna searches for both."""
     search_alg: Literal["grid", "random", "optuna"] = "optuna"
@@ -66,6 +69,8 @@ class TuneConfig(SplitFlags, ClusterFlags, TrackingFlags):
     """Seed of the search and of the trials."""
     final: bool = True
     """Train the best setting with several seeds on all but the test part, and evaluate it on the test part."""
+    test_store: StorePlace | None = None
+    """For drafters: pair store of other drives, all of which are the test part; default: the test part of store."""
     yes: bool = False
     """Start without a question if the estimate is above a limit."""
 
@@ -79,7 +84,29 @@ class TuneConfig(SplitFlags, ClusterFlags, TrackingFlags):
         for name, example in (("store", "stores/scenes"), ("out", "sweeps/first")):
             if not getattr(self, name):
                 raise ConfigError(f"the sweep names no {name}; add `{name}: {example}` to it, or --{name} {example}")
+        strategy = self.base.get("strategy")
+        if (strategy in DRAFTING) != self.drafting:
+            raise ConfigError(
+                f"trials of {strategy} are compared by what they draft; set `objective: {TOKENS}`"
+                if strategy in DRAFTING
+                else f"{TOKENS} needs a drafter's distributions, and {strategy or 'the default strategy'} has none; "
+                f"name one of {', '.join(DRAFTING)} as `strategy` under `base`"
+            )
+        if self.drafting and self.secondary_objective == "latency_ms":
+            raise ConfigError("latency_ms is that of an adapter, not of a drafter; `decode` measures drafters live")
+        if self.test_store and not self.drafting:
+            raise ConfigError("test_store is for drafters; other trials are tested on the test part of the store")
         return self
+
+    @property
+    def drafting(self) -> bool:
+        """True if trials are compared by tokens per target pass."""
+        return self.objective == TOKENS
+
+    @property
+    def train_settings(self) -> type[TrainConfig]:
+        """Settings that a trial is trained with."""
+        return settings_of(self.base.get("strategy"))
 
     @property
     def num_epochs(self) -> int:

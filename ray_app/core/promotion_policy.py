@@ -99,6 +99,47 @@ def promotion_verdict(
         verdict = Verdict(
             "beaten_by_baseline", f"does not beat the best baseline, and the champion does: {lift_words}"
         )
+    return _or_forced(verdict, force)
+
+
+def draft_verdict(
+    challenger: Mapping[str, Any],
+    champion: Mapping[str, Any] | None,
+    gain: Mapping[str, Any] | None,
+    *,
+    min_gain: float = 0.0,
+    force: bool = False,
+    is_champion: bool = False,
+) -> Verdict:
+    """Compare two parts of drafters by tokens per target pass: `DraftEvaluation.metrics()` of the same answers.
+
+    As `promotion_verdict`, but the whole paired interval of the `gain` over the champion must be above `min_gain`.
+    `gain`: `DraftEvaluation.gain_over`; None: the champion cannot be evaluated on these answers.
+    """
+    rate = f"{challenger['tokens_per_target_pass']:.3f} tokens per target pass"
+    over = f"{challenger['gain']:+.3f} over the best baseline ({challenger['best_baseline']})"
+    beaten = challenger["gain"] <= 0
+    if is_champion:
+        return Verdict("already_champion", f"it is the champion already: {rate}, {over}")
+    if champion is None:
+        only = "; it does not beat that baseline, and is promoted only because there is no champion yet"
+        return Verdict("first", f"first version: {rate}, {over}{only if beaten else ''}")
+    if gain is None:
+        return _or_forced(Verdict("other_test_set", "the champion cannot be evaluated on these answers"), force)
+    low, high = gain["interval95"]
+    compared = (
+        f"{rate} against the champion's {champion['tokens_per_target_pass']:.3f}: {gain['difference']:+.3f} (95 %: "
+        f"{low:+.3f} to {high:+.3f})"
+    )
+    verdict = Verdict("promoted", f"{compared}; {over}")
+    if low <= min_gain:
+        verdict = Verdict("no_gain", f"not surely better than the champion by more than {min_gain:.3f}: {compared}")
+    elif beaten and champion["gain"] > 0:
+        verdict = Verdict("beaten_by_baseline", f"does not beat the best baseline, and the champion does: {over}")
+    return _or_forced(verdict, force)
+
+
+def _or_forced(verdict: Verdict, force: bool) -> Verdict:
     if force and not verdict.promoted:
         return Verdict("forced", f"forced, though {verdict.reason}")
     return verdict

@@ -22,7 +22,7 @@ from ray_app.tracking.mlflow_logger import (
 
 EVALUATION_METRICS = (
     *("pairs", "cos_sim_mean", "cos_sim_std", "cosine_accept_rate", "lift", "lift_by_theta", "centered_cos_sim_mean"),
-    "retrieval",
+    *("retrieval", "tokens_per_target_pass", "gain"),
 )
 """Numbers of an evaluation that are metrics of the run."""
 

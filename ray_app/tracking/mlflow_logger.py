@@ -49,7 +49,10 @@ PATIENCE_S = 20.0
 """Longest wait at a run's end for a server that never answered."""
 KEY_TAG = "run_key"
 """Tag that identifies a run's MLflow run, so that there is exactly one."""
-TRIAL_POINTS = ("objective", "lift", "accept_rate", "epochs", "steps", "parameters", "seconds")
+TRIAL_POINTS = (
+    *("objective", "lift", "accept_rate", "tokens_per_target_pass", "cos_sim", "epochs", "steps", "parameters"),
+    "seconds",
+)
 """Metrics of each trial in the MLflow run of its sweep."""
 MLFLOW_SYNC = "mlflow_sync.json"
 """File in a run folder: `uri`, `mlflow_run_id`, `bytes` of the event log that this server has acknowledged, the

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,10 @@ from mlflow_process import MlflowServer
 
 from ray_app.commands.promote import promotion
 from ray_app.commands.promote.champions import alias_moves, predecessor, registry_warnings
-from ray_app.commands.promote.promotion import Challenger, register
+from ray_app.commands.promote.promotion import Challenger, alignment_tags, register
 from ray_app.commands.promote.rollback import list_champions, roll_back
 from ray_app.config.evaluate import PromoteConfig
+from ray_app.core.promotion_policy import promotion_verdict
 from ray_app.errors import ConfigError, RegistryError
 from ray_app.tracking.model_registry import ModelRegistry
 
@@ -129,8 +131,9 @@ class Contest:
             opponent = {"cosine_accept_rate": {"0.80": float(self.registry.tags(against)[key])}}
             opponent["test_fingerprint"] = "f" * 64  # type: ignore[assignment]
         checkpoint: Any = SimpleNamespace(sha256="c" * 64, folder=name)
-        challenger = Challenger(checkpoint, f"weights of {name}", self.run_id, metrics_of(rate))
-        return register(registry, challenger, against, opponent, 0.0, False)
+        metrics = metrics_of(rate)
+        challenger = Challenger(checkpoint, f"weights of {name}", self.run_id, metrics, alignment_tags(metrics))
+        return register(registry, challenger, against, opponent, partial(promotion_verdict, metrics, opponent))
 
 
 def metrics_of(rate: float) -> dict[str, Any]:

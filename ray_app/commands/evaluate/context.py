@@ -3,6 +3,7 @@
 Shapes: D = target width.
 """
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from ray_app.commands.evaluate.evaluator import EvaluatorHandle
 from ray_app.commands.evaluate.report import report_warnings, verdict_sentence
 from ray_app.config.base import SplitConfig
 from ray_app.config.evaluate import EvaluationFlags
-from ray_app.config.train import TrainConfig
+from ray_app.config.train import TrainConfig, settings_of
 from ray_app.core.advice import what_to_try
 from ray_app.core.evaluation import AlignmentEvaluation
 from ray_app.data.training_means import mean_target
@@ -26,7 +27,7 @@ from ray_app.store.checkpoint import Checkpoint
 from ray_app.store.filesystem import open_storage
 from ray_app.store.manifest import MANIFEST
 from ray_app.store.pair_store import PairStore
-from ray_app.store.split import Split, split_pairs, test_fingerprint
+from ray_app.store.split import Rows, Split, split_pairs, test_fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,19 +125,28 @@ class EvaluationContext:
 
     def trained_on(self, checkpoint: Checkpoint) -> int | None:
         """Number of test pairs that the checkpoint was fitted or chosen on; None: its record does not say."""
-        config = training_config(checkpoint)
-        if config is None:
-            return None
-        fingerprint = checkpoint.provenance.get("dataset_fingerprint")
-        folder = self.store.folder if self.store.fingerprint == fingerprint else open_storage(config.store)
-        if not folder.exists() or MANIFEST not in folder.listdir():
-            return None
-        trained = PairStore.open(folder, config.durations)
-        if trained.fingerprint != fingerprint:
-            return None
-        split = split_pairs(trained.index, config.split_config)
-        seen = trained.index.sample_id[np.concatenate([split.train, split.val])]
-        return int(np.isin(self.store.index.sample_id[self.split.test], seen).sum())
+        return pairs_trained_on(checkpoint, self.store, self.split.test)
+
+
+def pairs_trained_on(
+    checkpoint: Checkpoint, store: PairStore, rows: Rows, parts: Sequence[str] = ("train", "val")
+) -> int | None:
+    """Number of these pairs that are in these parts of a checkpoint's training; None: its record does not say."""
+    config = training_config(checkpoint)
+    if config is None:
+        return None
+    fingerprint = checkpoint.provenance.get("dataset_fingerprint")
+    folder = store.folder if store.fingerprint == fingerprint else open_storage(config.store)
+    if not folder.exists() or MANIFEST not in folder.listdir():
+        return None
+    trained = PairStore.open(folder, config.durations)
+    if trained.fingerprint != fingerprint:
+        return None
+    split = split_pairs(trained.index, config.split_config)
+    if config.train_on_val:
+        split = split.without_validation()
+    seen = trained.index.sample_id[np.concatenate([getattr(split, part) for part in parts])]
+    return int(np.isin(store.index.sample_id[rows], seen).sum())
 
 
 def training_config(checkpoint: Checkpoint) -> TrainConfig | None:
@@ -146,6 +156,6 @@ def training_config(checkpoint: Checkpoint) -> TrainConfig | None:
     if config is None and run.is_file():
         config = run_metadata(open_storage(run.parent)).get("config")
     try:
-        return TrainConfig.model_validate(config) if config else None
+        return settings_of(config.get("strategy")).model_validate(config) if config else None
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder}: the settings of its training cannot be read: {error}") from error

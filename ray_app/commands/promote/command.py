@@ -6,6 +6,7 @@ from rich.console import Console
 
 from ray_app.commands.promote.rollback import list_champions, render_list, render_rollback, roll_back
 from ray_app.config.evaluate import PromoteConfig
+from ray_app.config.train import DRAFTING
 from ray_app.runs.run_dir import best_of_run
 from ray_app.store.checkpoint_transfer import local_folder
 from ray_app.tracking.mlflow_logger import tracking_uri
@@ -19,11 +20,16 @@ def run_promote(cfg: PromoteConfig) -> dict[str, Any]:
         return list_champions(registry)
     if cfg.rollback:
         return roll_back(registry)
-    from ray_app.commands.promote.promotion import promote  # torch and Ray, seconds that a list does without
+    # torch and Ray, seconds that a list does without
+    from ray_app.commands.promote.drafter_promotion import promote_drafter
+    from ray_app.commands.promote.promotion import promote, verified
 
     assert cfg.run is not None
     with local_folder(best_of_run(cfg.run)) as folder:
-        return promote(cfg, registry, folder)
+        checkpoint = verified(folder, force=cfg.force)
+        if checkpoint.config.strategy in DRAFTING:
+            return promote_drafter(cfg, registry, checkpoint)
+        return promote(cfg, registry, checkpoint)
 
 
 def render_promote(result: dict[str, Any], console: Console) -> None:

@@ -11,13 +11,15 @@ both, and promoting the same checkpoint again completes them.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mlflow.entities.model_registry import ModelVersion
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from ray_app.cluster.connection import cluster
@@ -26,6 +28,8 @@ from ray_app.commands.evaluate.report import results_table
 from ray_app.commands.promote.champions import EARNED, registry_warnings
 from ray_app.commands.promote.rollback import RATE_TAG, timestamp
 from ray_app.config.evaluate import PromoteConfig
+from ray_app.config.train import DRAFTING
+from ray_app.config.tune import TOKENS
 from ray_app.core.metrics import THETA, rate_key
 from ray_app.core.promotion_policy import InvalidCheckpoint, Verdict, promotion_verdict
 from ray_app.errors import CheckpointError, ConfigError
@@ -35,19 +39,15 @@ from ray_app.store.manifest import require_target_features
 from ray_app.tracking.model_registry import CHAMPION, ModelRegistry
 
 
-def promote(cfg: PromoteConfig, registry: ModelRegistry, folder: Path) -> dict[str, Any]:
+def promote(cfg: PromoteConfig, registry: ModelRegistry, checkpoint: Checkpoint) -> dict[str, Any]:
     """Evaluate, register, and move the alias if it is earned.
 
     A checkpoint whose weights are registered already keeps its version. If another promotion changed the champion
     meanwhile, the checkpoint is compared again with the new one.
 
-    CheckpointError: it is damaged, or does not fit. ConfigError: it was trained on pairs of this test part.
+    CheckpointError: it does not fit. ConfigError: it was trained on pairs of this test part.
     RegistryError: the server refuses or is away.
     """
-    checkpoint = verify_checkpoint(folder)
-    if isinstance(checkpoint, InvalidCheckpoint):
-        verdict = promotion_verdict(checkpoint, None, force=cfg.force)
-        raise CheckpointError(f"not promoted ({verdict.code}): {verdict.reason}")
     store = evaluation_store(cfg, checkpoint)
     context = EvaluationContext.open(cfg, store)
     checkpoint.require(context.store.manifest.features)
@@ -56,13 +56,11 @@ def promote(cfg: PromoteConfig, registry: ModelRegistry, folder: Path) -> dict[s
     with cluster(cfg.address):
         mean_target_D = context.mean_target()
         metrics = context.test_result(checkpoint, mean_target_D)
-        weights = sha256_file(checkpoint.folder / MODEL)
-        version = registry.version_of(weights)
-        run_id = str(version.run_id) if version else registry.ensure_uploaded(checkpoint)
-        challenger = Challenger(checkpoint, weights, run_id, metrics)
+        challenger = Challenger.of(registry, checkpoint, metrics, alignment_tags(metrics))
         while True:
             opponent = champion_metrics(registry, champion, context, mean_target_D, metrics["test_fingerprint"])
-            result = register(registry, challenger, champion, opponent, cfg.min_gain, cfg.force)
+            compare = partial(promotion_verdict, metrics, opponent, min_gain=cfg.min_gain, force=cfg.force)
+            result = register(registry, challenger, champion, opponent, compare)
             if result is not None:
                 return result
             champion = registry.champion()
@@ -80,6 +78,27 @@ class Challenger:
     """MLflow run whose artifacts are the checkpoint."""
     metrics: dict[str, Any]
     """Its result on the test part."""
+    tags: dict[str, str]
+    """The same as tags of a version."""
+
+    @classmethod
+    def of(
+        cls, registry: ModelRegistry, checkpoint: Checkpoint, metrics: dict[str, Any], tags: dict[str, str]
+    ) -> Self:
+        """Upload the checkpoint, unless the registry has it."""
+        weights = sha256_file(checkpoint.folder / MODEL)
+        version = registry.version_of(weights)
+        run_id = str(version.run_id) if version else registry.ensure_uploaded(checkpoint)
+        return cls(checkpoint, weights, run_id, metrics, tags)
+
+
+def verified(folder: Path, *, force: bool) -> Checkpoint:
+    """Load a checkpoint. CheckpointError: it is damaged, or makes nothing that is promoted; also by `force`."""
+    checkpoint = verify_checkpoint(folder)
+    if isinstance(checkpoint, InvalidCheckpoint):
+        verdict = promotion_verdict(checkpoint, None, force=force)
+        raise CheckpointError(f"not promoted ({verdict.code}): {verdict.reason}")
+    return checkpoint
 
 
 def verify_checkpoint(folder: Path) -> Checkpoint | InvalidCheckpoint:
@@ -89,7 +108,8 @@ def verify_checkpoint(folder: Path) -> Checkpoint | InvalidCheckpoint:
     except CheckpointError as error:
         return InvalidCheckpoint("checksum_failed", str(error))
     checkpoint = load_checkpoint(folder)
-    require_target_features(checkpoint.config.strategy, str(folder))
+    if checkpoint.config.strategy not in DRAFTING:
+        require_target_features(checkpoint.config.strategy, str(folder))
     try:
         replay_golden(checkpoint)
     except CheckpointError as error:
@@ -157,14 +177,16 @@ def register(
     challenger: Challenger,
     champion: str | None,
     opponent: dict[str, Any] | None,
-    min_gain: float,
-    force: bool,
+    compare: Callable[..., Verdict],
 ) -> dict[str, Any] | None:
-    """Write the version, and move the alias if it is earned. None: the champion is another by now; compare again."""
+    """Write the version, and move the alias if it is earned. None: the champion is another by now; compare again.
+
+    `compare`: takes `is_champion` and returns the verdict on challenger and `opponent`, the champion's numbers.
+    """
     metrics = challenger.metrics
     version = registry.version_of(challenger.model_sha256)
     is_champion = version is not None and str(version.version) == champion
-    verdict = promotion_verdict(metrics, opponent, min_gain=min_gain, force=force, is_champion=is_champion)
+    verdict = compare(is_champion=is_champion)
     reason = verdict.reason + (f" ({opponent['error']})" if opponent and "error" in opponent else "")
     moves = verdict.promoted and not is_champion
     tags = version_tags(challenger, version, verdict, reason)
@@ -189,7 +211,7 @@ def register(
         "forced": verdict.forced,
         "verdict_code": verdict.code,
         "reason": reason,
-        "lift": metrics["lift"],
+        "lift": metrics.get("lift"),
         "champion": champion_now,
         "champion_before": champion,
         "champion_before_metrics": opponent,
@@ -204,9 +226,22 @@ def register(
 def render_promotion(result: dict[str, Any], console: Console) -> None:
     """Print the results table and the outcome."""
     metrics = result["metrics"]
-    console.print(results_table(metrics, f"{metrics['pairs']:,} test pairs"))
+    if TOKENS in metrics:
+        console.print(tokens_table(metrics))
+    else:
+        console.print(results_table(metrics, f"{metrics['pairs']:,} test pairs"))
     console.print(metrics["verdict"])
     render_outcome(result, console)
+
+
+def tokens_table(metrics: Mapping[str, Any]) -> Table:
+    """Table of a drafter's part next to its baselines."""
+    table = Table("drafts with", "tokens per target pass", title=f"{metrics['pairs']:,} test pairs")
+    low, high = metrics["interval95"][TOKENS]
+    table.add_row(metrics["strategy"], f"{metrics[TOKENS]:.3f} (95 %: {low:.3f} to {high:.3f})")
+    for name, rate in metrics["baselines"].items():
+        table.add_row(f"baseline: {name}", f"{rate:.3f}")
+    return table
 
 
 def render_outcome(result: dict[str, Any], console: Console) -> None:
@@ -219,16 +254,28 @@ def render_outcome(result: dict[str, Any], console: Console) -> None:
         console.print(f"{CHAMPION} stays version {result['champion']}; {result['reason']}", style="yellow")
     for warning in result["warnings"]:
         console.print(f"- {warning}", style="yellow")
-    if result["metrics"]["try_next"]:
-        console.print(result["metrics"]["try_next"], style="bold")
+    if try_next := result["metrics"].get("try_next"):
+        console.print(try_next, style="bold")
 
 
 def version_tags(
     challenger: Challenger, version: ModelVersion | None, verdict: Verdict, reason: str
 ) -> dict[str, str]:
     """Tags of a version. A promoted one keeps the verdict and reason of its promotion until it is promoted again."""
-    metrics = challenger.metrics
-    tags = {
+    tags = challenger.tags
+    if version is None:
+        tags = tags | {"model_sha256": challenger.model_sha256, "checkpoint_sha256": challenger.checkpoint.sha256}
+    elif verdict.code not in EARNED and (
+        "promoted_at" in version.tags
+        or (verdict.code == "already_champion" and version.tags.get("verdict_code") in EARNED)
+    ):
+        return tags
+    return {**tags, "verdict_code": verdict.code, "reason": reason}
+
+
+def alignment_tags(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Numbers of an evaluation as tags of a version."""
+    return {
         RATE_TAG: repr(metrics["cosine_accept_rate"][rate_key(THETA)]),
         "cos_sim_mean": repr(metrics["cos_sim_mean"]),
         "lift": repr(metrics["lift"]),
@@ -237,23 +284,22 @@ def version_tags(
         "best_baseline": metrics["best_baseline"],
         "previous_window_better": str(metrics["previous_window_better"]).lower(),
         "centered_cos_sim_mean": repr(metrics["centered_cos_sim_mean"]),
+        "evaluation": json.dumps(short_evaluation(metrics)),
+        **origin_tags(metrics),
+    }
+
+
+def origin_tags(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Identity of the test pairs of an evaluation, and its verdict."""
+    return {
         "pairs": str(metrics["pairs"]),
         "fingerprint": metrics["fingerprint"],
         "test_fingerprint": metrics["test_fingerprint"],
         "split": metrics["split"]["label"],
         "source": metrics["data"]["source"],
         "events": metrics["data"]["events"],
-        "evaluation": json.dumps(short_evaluation(metrics)),
         "verdict": metrics["verdict"],
     }
-    if version is None:
-        tags |= {"model_sha256": challenger.model_sha256, "checkpoint_sha256": challenger.checkpoint.sha256}
-    elif verdict.code not in EARNED and (
-        "promoted_at" in version.tags
-        or (verdict.code == "already_champion" and version.tags.get("verdict_code") in EARNED)
-    ):
-        return tags
-    return {**tags, "verdict_code": verdict.code, "reason": reason}
 
 
 def short_evaluation(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_app.commands.promote.champions import alias_moves, predecessor, registry_warnings
+from ray_app.config.tune import TOKENS
 from ray_app.core.thresholds import THETA, rate_key
 from ray_app.errors import RegistryError
 from ray_app.tracking.model_registry import CHAMPION, ModelRegistry
@@ -96,6 +97,7 @@ def version_row(version: ModelVersion, champion: str | None) -> dict[str, Any]:
         "registered_at": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
         RATE_TAG: float(tags[RATE_TAG]) if RATE_TAG in tags else None,
         "lift": float(tags["lift"]) if "lift" in tags else None,
+        TOKENS: float(tags[TOKENS]) if TOKENS in tags else None,
         **{key: tags.get(key) for key in ("best_baseline", "pairs", "source", "verdict_code", "reason")},
     }
 
@@ -110,16 +112,16 @@ def render_rollback(result: dict[str, Any], console: Console) -> None:
 def render_list(result: dict[str, Any], console: Console) -> None:
     """Print a table of the versions, the champion, its recorded moves, and the warnings."""
     table = Table(box=None, title=f"{result['model']} ({result['tracking_uri']})")
-    for heading in ("version", "accept 0.80", "lift", "best baseline", "pairs", "data", "verdict"):
+    drafting = any(row[TOKENS] is not None for row in result["versions"])
+    numbers = ((TOKENS, ".3f"),) if drafting else ((RATE_TAG, ".4f"), ("lift", "+.4f"))
+    heads = ("tokens per target pass",) if drafting else ("accept 0.80", "lift")
+    for heading in ("version", *heads, "best baseline", "pairs", "data", "verdict"):
         table.add_column(heading)
     for row in result["versions"]:
-        rate, lift = (
-            f"{row[key]:{form}}" if row[key] is not None else ""
-            for key, form in ((RATE_TAG, ".4f"), ("lift", "+.4f"))
-        )
+        values = [f"{row[key]:{form}}" if row[key] is not None else "" for key, form in numbers]
         mark = f"→ {row['version']}" if row["champion"] else f"  {row['version']}"
         cells = [row[key] or "" for key in ("best_baseline", "pairs", "source", "verdict_code")]
-        table.add_row(mark, rate, lift, *cells, style="bold green" if row["champion"] else None)
+        table.add_row(mark, *values, *cells, style="bold green" if row["champion"] else None)
     console.print(table)
     if result["champion"] is None:
         console.print(f"{CHAMPION}: no version")

@@ -25,6 +25,7 @@ from ray_app.language_models.answer_objective import shape_of
 from ray_app.language_models.draft_rows import layout_of
 from ray_app.parsing.redact import redact
 from ray_app.runs.run_dir import run_metadata
+from ray_app.store.checkpoint import tensor_shapes
 from ray_app.store.filesystem import absolute, open_storage
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import Split, split_pairs, test_fingerprint
@@ -287,6 +288,9 @@ def _for_language_model(cfg: TrainConfig, store: PairStore) -> dict[str, Any]:
         layout = layout_of(store.manifest.source, cfg.store)
         shape = shape_of(cfg.language_model)._replace(layers=cfg.exit_layers)
         early_exit = cfg.strategy == "early_exit"
+        directions = tensor_shapes(cfg.projector_start).get("map.event_basis", [0, cfg.rank])[1]
+        if cfg.rank > directions:
+            raise ConfigError(f"--rank ({cfg.rank}) is above the {directions} directions of {cfg.projector_start}")
         return {
             "image_tokens": layout.image_tokens,
             "language_model": tuple(shape),

@@ -62,11 +62,14 @@ def _origin(context: RunContext) -> dict[str, Any]:
 
 def truncate_rank(init: InitStats, rank: int) -> InitStats:
     """Keep the first directions of subspaces of this rank or a higher one."""
-    if rank == init["event_basis"].shape[1]:
-        return init
+    return init if rank == init["event_basis"].shape[1] else first_directions(init, rank)
+
+
+def first_directions(tensors: InitStats, rank: int) -> dict[str, torch.Tensor]:
+    """Keep at most so many directions of each subspace among these tensors."""
     return {
         key: value[..., :rank].contiguous() if key.endswith(("_basis", "_scale")) else value
-        for key, value in init.items()
+        for key, value in tensors.items()
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ray_app.config.tune import TOKENS
 from ray_app.core.thresholds import THETA, rate_key
 from ray_app.runs.event_log import tail
 from ray_app.terminal import make_console
@@ -91,7 +92,8 @@ def epoch_line(line: dict[str, Any]) -> str:
 
 def validation_line(val: dict[str, Any]) -> str:
     """Format the metrics of a validation."""
-    return f"val loss {val['loss']:.4f} cos_sim {val['cos_sim_mean']:.4f} {acceptance(val)}"
+    tokens = f" {val[TOKENS]:.2f} tokens per target pass" if TOKENS in val else ""
+    return f"val loss {val['loss']:.4f} cos_sim {val['cos_sim_mean']:.4f} {acceptance(val)}{tokens}"
 
 
 def acceptance(val: dict[str, Any]) -> str:

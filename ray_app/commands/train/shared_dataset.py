@@ -74,8 +74,8 @@ class SharedDataset:
     """Event and target features; None if they do not fit, and trials stream them."""
     val: tuple[SharedSide, SharedSide]
     """Event and target features of the validation part."""
-    baselines: Baselines
-    """Baselines of the validation part."""
+    baselines: Baselines | None
+    """Baselines of the validation part; None for drafters, whose rows are no features."""
     inits: dict[InitKey, SharedInit] = field(default_factory=dict)
     """Initial statistics that trials need."""
 
@@ -94,7 +94,9 @@ class SharedDataset:
             "test": len(self.split.test),
             "val_sequences": len(np.unique(self.store.index.sequence[self.split.val])),
             "split": self.split.label,
-            "baselines": {name: counts.accept_rate() for name, counts in self.baselines.fixed.items()},
+            "baselines": {name: counts.accept_rate() for name, counts in self.baselines.fixed.items()}
+            if self.baselines
+            else {},
         }
 
 
@@ -103,7 +105,7 @@ def part_bytes(store: PairStore, rows: NDArray[np.int64]) -> int:
     return len(rows) * (store.feature("event").num_bytes + store.feature("target").num_bytes)
 
 
-def share_dataset(store: PairStore, split: Split, free_bytes: float) -> SharedDataset:
+def share_dataset(store: PairStore, split: Split, free_bytes: float, *, with_baselines: bool = True) -> SharedDataset:
     """Read the training and validation part of a store and share them.
 
     A training part that does not fit is left out, with a line on standard error: trials stream it. StoreError: a part
@@ -119,7 +121,7 @@ def share_dataset(store: PairStore, split: Split, free_bytes: float) -> SharedDa
         )
     if train_bytes + val_bytes <= room:
         event_NE, target_ND = store.read_rows(split.train)
-        means = TrainingMeans.of(target_ND, store.feature("target").token_width)
+        means = TrainingMeans.of(target_ND, store.feature("target").token_width) if with_baselines else None
         train = (ray.put(event_NE), ray.put(target_ND))
         del event_NE, target_ND
     else:
@@ -128,10 +130,12 @@ def share_dataset(store: PairStore, split: Split, free_bytes: float) -> SharedDa
             f"({room / 2**30:.1f} GiB for it): every trial streams it from the store",
             file=sys.stderr,
         )
-        train, means = None, training_means(store, split.train)
+        train, means = None, training_means(store, split.train) if with_baselines else None
     event_NE, target_ND = store.read_rows(split.val)
-    mean_target_D = means.mean_target(store.feature("target").scale)
-    baselines = baselines_of(store, split, event_NE, target_ND, mean_target_D)
+    baselines = None
+    if means:
+        mean_target_D = means.mean_target(store.feature("target").scale)
+        baselines = baselines_of(store, split, event_NE, target_ND, mean_target_D)
     return SharedDataset(store, split, train, (ray.put(event_NE), ray.put(target_ND)), baselines)
 
 
@@ -181,7 +185,8 @@ def shared_worker_data(data: SharedDataset, worker: WorkerContext) -> WorkerData
         def rest_of_epoch(state: TrainState) -> Batches:
             return iter_batches(blocks, store, cfg.seed, state.epoch, worker.rank, worker.world, cfg.batch_size)
 
-    return WorkerData(rest_of_epoch, train is not None, validation, BaselineContext(data.baselines, val))
+    baselines = BaselineContext(data.baselines, val) if data.baselines else None
+    return WorkerData(rest_of_epoch, train is not None, validation, baselines)
 
 
 def share_inits(data: SharedDataset, contexts: Iterable[RunContext], folder: Path) -> SharedDataset:

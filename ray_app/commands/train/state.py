@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ray_app.commands.train.context import RunContext
-from ray_app.commands.train.initialization import load_init
+from ray_app.commands.train.initialization import first_directions, load_init
 from ray_app.config.train import AnswerTrainConfig, DraftTrainConfig, LanguageModelTrainConfig, TrainConfig
 from ray_app.core.adapters.base import Adapter, InitStats
 from ray_app.core.adapters.image_tokens import ImageTokens
@@ -245,7 +245,7 @@ def resume_or_init(
         if init:
             adapter.initialize_from(init, pca=cfg.init == "pca")
         if isinstance(cfg, LanguageModelTrainConfig):
-            adapter.load_state_dict(read_tensors(cfg.projector_start), strict=False)
+            adapter.load_state_dict(first_directions(read_tensors(cfg.projector_start), cfg.rank), strict=False)
     else:
         adapter = load_checkpoint(run.checkpoint(checkpoint), part).adapter
     objective = make_objective(context, adapter, init, device)

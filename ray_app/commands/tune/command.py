@@ -25,7 +25,7 @@ from ray_app.commands.tune.sweep_dir import SWEEP, SweepDir, open_sweep
 from ray_app.commands.tune.trial import normalise_error
 from ray_app.commands.tune.trials import STATUS_OF_END, Trial, best_of
 from ray_app.config.base import TrackingFlags, changed_settings
-from ray_app.config.tune import TuneConfig
+from ray_app.config.tune import TOKENS, TuneConfig
 from ray_app.errors import RunInterrupted, RunStopped, StoreError, TrainingError
 from ray_app.runs.event_log import EVENT_LOG, EventLog
 from ray_app.runs.run_dir import RunDir
@@ -164,7 +164,10 @@ def sweep_summary(folder: SweepDir) -> dict[str, Any]:
     cfg, trials = folder.config, folder.trials()
     best = best_of(trials)
     kept = best and folder.kept_checkpoint(best.name)
-    shown = ("status", "objective", "lift", "steps", "epochs", "parameters", "latency_ms", "seconds", "reason")
+    shown = (
+        *("status", "objective", "lift", TOKENS, "cos_sim", "steps", "epochs", "parameters", "latency_ms"),
+        *("seconds", "reason"),
+    )
     front = pareto_front(trials, read_space(cfg), cfg.secondary_objective or "parameters")
     return {
         "sweep": str(folder),
@@ -192,18 +195,22 @@ def render_tune(result: dict[str, Any], console: Console) -> None:
     """Print the best trials, the winner on the test part, and the command that promotes it."""
     with open_sweep(result["sweep"]) as folder:
         folder.refresh()
-        console.print(trials_table(folder.trials()))
+        drafting = folder.config.drafting
+        console.print(trials_table(folder.trials(), drafting=drafting))
     best, final = result["best"], result["final"]
     if best:
-        verdict = "" if best["lift"] > 0 else ": no better than a rule without learning"
-        console.print(
-            f"best: {best['trial']} ({describe(best['config'])}), "
-            f"{100 * best['objective']:.1f} % on the validation part, lift {100 * best['lift']:+.1f} points{verdict}",
-        )
+        value = f"{best['objective']:.3f} tokens per target pass on the validation part"
+        if not drafting:
+            verdict = "" if best["lift"] > 0 else ": no better than a rule without learning"
+            value = (
+                f"{100 * best['objective']:.1f} % on the validation part, lift {100 * best['lift']:+.1f} "
+                f"points{verdict}"
+            )
+        console.print(f"best: {best['trial']} ({describe(best['config'])}), {value}")
     if final:
         console.print(final["sentence"], style="bold")
         offer = "promote it with:"
-        if (lift := final["seeds"][0]["lift"]) <= 0:
+        if not drafting and (lift := final["seeds"][0]["lift"]) <= 0:
             offer = (
                 f"its first seed is not above the best baseline (lift {100 * lift:+.1f} points). "
                 f"{final['try_next']}\n"

@@ -10,17 +10,21 @@ from typing import Any, Self
 
 import ray
 
+from ray_app.commands.evaluate.drafting import pairs_to_test_on, require_unseen_by_drafter
 from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.shared_dataset import SharedDataset, share_dataset, share_inits
-from ray_app.commands.tune.space import Space, bounds, draws, grid, read_space, train_config
+from ray_app.commands.tune.space import Space, bounds, draws, grid, needed_weights, read_space, train_config
 from ray_app.commands.tune.trials import Setting
-from ray_app.config.train import TrainConfig
+from ray_app.config.train import DraftTrainConfig, TrainConfig
 from ray_app.config.tune import TuneConfig
 from ray_app.errors import ConfigError, ResourceError
+from ray_app.runs.run_dir import best_of_run
 from ray_app.store.filesystem import absolute
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import Split, split_pairs
 
+PATHS = ("init_from", "language_model", "projector_start", "drafter")
+"""Settings of `base` that are paths."""
 NUM_SAMPLED = 64
 """Random settings that represent a space with ranges."""
 MAX_CORNERS = 512
@@ -47,16 +51,20 @@ class SweepContext:
     @classmethod
     def open(cls, cfg: TuneConfig) -> Self:
         """Open the stores and resolve all facts. ConfigError: the space cannot be searched. StoreError: no store."""
-        base = dict(cfg.base)
-        if "init_from" in base:
-            base["init_from"] = absolute(base["init_from"])
-        cfg = cfg.model_copy(update={"store": absolute(cfg.store), "out": absolute(cfg.out), "base": base})
+        base = {name: absolute(value) if name in PATHS else value for name, value in cfg.base.items()}
+        if "drafter" in base:
+            base["drafter"] = best_of_run(base["drafter"])
+        places = {name: absolute(value) for name in ("store", "out", "test_store") if (value := getattr(cfg, name))}
+        cfg = cfg.model_copy(update={**places, "base": base})
         space = read_space(cfg)
         lengths = bounds(space["durations"]) if "durations" in space else [None]
-        configs = [train_config(cfg, {"durations": value} if value else {}) for value in lengths]
+        some = needed_weights(cfg, space)
+        configs = [train_config(cfg, {**some, **({"durations": value} if value else {})}) for value in lengths]
         stores = {data_key(each): PairStore.open(cfg.store, each.durations) for each in configs}
         splits = {key: split_pairs(store.index, cfg.split_config) for key, store in stores.items()}
         sweep = cls(cfg, space, stores, splits)
+        if cfg.drafting:
+            sweep._require_drafter()
         typical = sweep._runs(typical_settings(cfg, space))
         extreme = sweep._runs(extreme_settings(space)) + typical
         if not extreme:
@@ -72,6 +80,18 @@ class SweepContext:
         """Facts of a trial's run. ConfigError: `train` refuses the setting."""
         cfg = train_config(self.cfg, setting, out)
         return RunContext.of(cfg, self.stores[data_key(cfg)], self.splits[data_key(cfg)])
+
+    def _require_drafter(self) -> None:
+        """Raise the error of a trial of a drafter whose files are missing or do not fit, or that has seen too much.
+
+        CheckpointError, InputError, StoreError: as `train` raises them. ConfigError also if it was trained on pairs
+        that are to compare trials, or to test the winner.
+        """
+        run = self.run(extreme_settings(self.space)[0])
+        assert isinstance(run.cfg, DraftTrainConfig)
+        if self.cfg.final:
+            require_unseen_by_drafter(run.cfg, *pairs_to_test_on(self.cfg, self.cfg.test_store, run.store), "test")
+        require_unseen_by_drafter(run.cfg, run.store, run.split.val, "validation", ("train",))
 
     def _runs(self, settings: Iterable[Setting]) -> tuple[RunContext, ...]:
         runs = []
@@ -92,8 +112,10 @@ class SweepContext:
                     file=sys.stderr,
                 )
         room = min(node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"])
+        room, with_baselines = room / len(self.stores), not self.cfg.drafting
         pairs = {
-            key: share_dataset(store, self.splits[key], room / len(self.stores)) for key, store in self.stores.items()
+            key: share_dataset(store, self.splits[key], room, with_baselines=with_baselines)
+            for key, store in self.stores.items()
         }
         if self.cfg.num_workers > 1 and not all(part.train for part in pairs.values()):
             raise ResourceError(

@@ -18,10 +18,11 @@ from ray_app.commands.train.state import make_objective
 from ray_app.commands.tune.context import SweepContext
 from ray_app.commands.tune.progress import duration_words
 from ray_app.commands.tune.space import describe, grid
+from ray_app.config.train import DraftTrainConfig, LanguageModelTrainConfig
 from ray_app.config.tune import TuneConfig
 from ray_app.core.adapters.registry import build_adapter
 from ray_app.core.adapters.seeded_noise import BatchNoise
-from ray_app.core.optimizer_step import make_optimizer, training_step
+from ray_app.core.optimizer_step import decode, make_optimizer, training_step
 from ray_app.errors import ConfigError, ResourceError
 from ray_app.terminal import make_console
 
@@ -36,8 +37,14 @@ SAVED_BYTES_PER_S = 3e8
 
 
 def worker_bytes(run: RunContext) -> int:
-    """Memory of a worker of this run: gradients, moments, the adapter's other tensors and the process itself."""
-    return run.parameters * WEIGHTS_AND_MOMENTS_BYTES + run.buffer_bytes + PROCESS_BYTES
+    """Memory of a worker of this run: gradients, moments, the adapter's other tensors and the process itself.
+
+    A language model's weights are counted twice: in bfloat16 on disk they are float32 in memory.
+    """
+    language_model = 0
+    if isinstance(run.cfg, LanguageModelTrainConfig):
+        language_model = 2 * sum(file.stat().st_size for file in run.cfg.language_model.glob("*.safetensors"))
+    return run.parameters * WEIGHTS_AND_MOMENTS_BYTES + run.buffer_bytes + language_model + PROCESS_BYTES
 
 
 def max_concurrent(sweep: SweepContext, info: ClusterInfo, shared_bytes: int = 0) -> int:
@@ -93,6 +100,7 @@ class Estimate:
 def estimate_sweep(sweep: SweepContext, concurrent: int) -> Estimate:
     """Estimate from a measured step of each strategy, of its fewest parameters, scaled by parameters and pairs.
 
+    Most of a drafter's step is its language model's, whatever its own parameters are.
     Validation counts as a third of a step for each batch; the time of a checkpoint is assumed, not measured. The
     final training is taken to be of an average setting, with all epochs, on as many CPUs as a trial has.
     """
@@ -105,7 +113,7 @@ def estimate_sweep(sweep: SweepContext, concurrent: int) -> Estimate:
     epoch_s = []
     for run in runs:
         measured = smallest[strategy_of(run.cfg)]
-        scale = max(run.parameters, 1) / max(measured.parameters, 1)
+        scale = 1.0 if cfg.drafting else max(run.parameters, 1) / max(measured.parameters, 1)
         pair_s = seconds[strategy_of(run.cfg)] / measured.cfg.batch_size * scale
         epoch_s.append(pair_s * (train + val / 3) + run.parameters * 12 / SAVED_BYTES_PER_S)
     trial_s = float(np.mean(epoch_s)) * cfg.num_epochs
@@ -140,16 +148,22 @@ def kept_share(cfg: TuneConfig) -> float:
 
 
 def step_seconds(context: RunContext, threads: int) -> float:
-    """Median seconds of a training step of this setting, on random pairs."""
+    """Median seconds of a training step of this setting, on random pairs; of a drafter on true ones."""
     torch.set_num_threads(threads)
     cfg, store = context.cfg, context.store
     device = torch.device("cuda" if cfg.use_gpu else "cpu")
     adapter = build_adapter(context.adapter, 0)
-    means = {"target_mean": torch.ones(store.feature("target").width)}
+    features = [store.feature(side) for side in ("event", "target")]
+    means = {"target_mean": torch.ones(features[1].width)}
     objective = make_objective(context, adapter, means, device).train()
     optimizer = make_optimizer(objective, LEARNING_RATE, cfg.weight_decay)
-    widths = store.feature("event").width, store.feature("target").width
-    event_BE, target_BD = (torch.rand(cfg.batch_size, width, device=device) for width in widths)
+    event_BE, target_BD = (torch.rand(cfg.batch_size, feature.width, device=device) for feature in features)
+    if isinstance(cfg, DraftTrainConfig):  # its rows hold token ids
+        sides = store.read_rows(np.resize(context.split.train, cfg.batch_size))
+        event_BE, target_BD = (
+            decode(torch.from_numpy(side), feature.scale, device)
+            for side, feature in zip(sides, features, strict=True)
+        )
     seconds = []
     for step in range(STEPS + 1):
         started = time.perf_counter()

@@ -21,8 +21,7 @@ REFRESH_S = 1.0
 """Seconds between two looks of `watch` at the event logs."""
 DRIVERLESS_S = 5.0
 """Seconds without a writer of the sweep's event log after which its driver counts as dead."""
-TRIAL_HEADS = ("trial", "status", "epochs", "accepted at 0.80", "lift (points)", "parameters", "time", "setting")
-"""Heads of `trial_cells`, in the terminal and on the page."""
+LIFT_HEAD = "lift (points)"
 LIFT_STYLES = {"+": "green", "-": "red"}
 """Colours by a cell's sign, which only a lift has."""
 
@@ -44,13 +43,14 @@ class SweepView:
 
     def update(self, trials: list[Trial]) -> None:
         """Show the sweep as its event log and these trials have it."""
-        self._live.update(Group(header(self.folder.entries(), trials), trials_table(trials)), refresh=True)
+        table = trials_table(trials, drafting=self.folder.config.drafting)
+        self._live.update(Group(header(self.folder.entries(), trials), table), refresh=True)
 
     def trial_changed(self, trial: Trial, trials: list[Trial]) -> None:
         """Show the sweep after a trial started or ended; print a line for one that ended."""
         if trial.ended_at is not None:
-            cells = zip(TRIAL_HEADS, trial_cells(trial), strict=True)
-            line = ", ".join(f"{head} {cell}" for head, cell in cells if cell)
+            cells = trial_cells(trial, drafting=self.folder.config.drafting)
+            line = ", ".join(f"{head} {cell}" for head, cell in cells.items() if cell)
             self.console.print(line, soft_wrap=True)
         self.update(trials)
 
@@ -91,16 +91,17 @@ def header(lines: list[dict[str, Any]], trials: list[Trial]) -> Text:
     )
 
 
-def trials_table(trials: list[Trial]) -> Table:
-    """Table of the best trials, best first; those without a number last."""
+def trials_table(trials: list[Trial], *, drafting: bool = False) -> Table:
+    """Table of the best trials, best first; those without a number last. `drafting`: they train drafters."""
     table = Table(box=None, header_style="bold")
-    for head in TRIAL_HEADS:
+    for head in trial_heads(drafting=drafting):
         left = head in ("trial", "status", "setting")
         table.add_column(
             head, justify="left" if left else "right", no_wrap=left and head != "setting", overflow="fold"
         )
     for trial in ranked(trials)[:NUM_SHOWN]:
-        table.add_row(*(Text(cell, style=LIFT_STYLES.get(cell[:1], "")) for cell in trial_cells(trial)))
+        cells = trial_cells(trial, drafting=drafting).values()
+        table.add_row(*(Text(cell, style=LIFT_STYLES.get(cell[:1], "")) for cell in cells))
     return table
 
 
@@ -111,17 +112,28 @@ def duration_words(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def trial_cells(trial: Trial) -> list[str]:
-    """A trial as a row of text, with its latency and the reason of its failure after its setting."""
-    return [
-        trial.name,
-        trial.status,
-        str(trial.epochs),
+def trial_heads(*, drafting: bool) -> tuple[str, ...]:
+    """Heads of `trial_cells`, in the terminal and on the page."""
+    numbers = ("tokens per target pass", "cosine") if drafting else ("accepted at 0.80", LIFT_HEAD)
+    return ("trial", "status", "epochs", *numbers, "parameters", "time", "setting")
+
+
+def trial_cells(trial: Trial, *, drafting: bool) -> dict[str, str]:
+    """A trial as a row of text by head, with its latency and the reason of its failure after its setting."""
+    numbers = (
         "" if trial.accept_rate is None else f"{100 * trial.accept_rate:.1f} %",
         "" if trial.lift is None else f"{100 * trial.lift:+.1f}",
-        f"{trial.parameters:,}",
-        duration_words(trial.seconds),
+    )
+    if drafting:
+        numbers = (
+            "" if trial.tokens_per_target_pass is None else f"{trial.tokens_per_target_pass:.3f}",
+            "" if trial.cos_sim is None else f"{trial.cos_sim:.3f}",
+        )
+    setting = (
         describe(trial.setting)
         + ("" if trial.latency_ms is None else f"; one pair {trial.latency_ms:.2f} ms")
-        + (f"; {trial.reason}" if trial.reason else ""),
-    ]
+        + (f"; {trial.reason}" if trial.reason else "")
+    )
+    first = (trial.name, trial.status, str(trial.epochs))
+    last = (f"{trial.parameters:,}", duration_words(trial.seconds), setting)
+    return dict(zip(trial_heads(drafting=drafting), (*first, *numbers, *last), strict=True))

@@ -26,7 +26,7 @@ from ray_app.commands.tune.trials import Setting, Trial, scored
 from ray_app.config.base import SplitFlags
 from ray_app.config.train import TrainConfig
 from ray_app.config.tune import TuneConfig
-from ray_app.core.adapters.registry import STRATEGIES
+from ray_app.core.adapters.registry import FOR_LANGUAGE_MODELS, STRATEGIES
 from ray_app.core.adapters.seeded_noise import derive_seed
 from ray_app.errors import ConfigError
 from ray_app.parsing.json_text import parse_json
@@ -57,13 +57,15 @@ def read_space(cfg: TuneConfig) -> Space:
         raise ConfigError(
             "the space is empty: name settings to search under `space`, such as `hidden_dim: [128, 256]`"
         )
-    space = {name: distribution(name, value) for name, value in cfg.space.items()}
+    space = {name: distribution(name, value, cfg.train_settings) for name, value in cfg.space.items()}
     if both := set(space) & set(cfg.base):
         raise ConfigError(f"'{min(both)}' is under both `base` and `space`; remove one")
-    train_config(cfg, {})
+    some = needed_weights(cfg, space)
+    train_config(cfg, some)
     for name, dimension in space.items():
         for value in bounds(dimension):
-            train_config(cfg, {name: value})
+            if value or name not in some:
+                train_config(cfg, {**some, name: value})
     require_used(cfg, space)
     ranges = [name for name, dimension in space.items() if not isinstance(dimension, CategoricalDistribution)]
     if cfg.search_alg == "grid" and ranges:
@@ -75,9 +77,15 @@ def read_space(cfg: TuneConfig) -> Space:
     return space
 
 
-def distribution(name: str, value: Any) -> BaseDistribution:
-    """Parse one entry of `space`."""
-    require_allowed(name)
+def needed_weights(cfg: TuneConfig, space: Space) -> Setting:
+    """Return a weight of each loss that is searched, where no loss has one without: those of drafters."""
+    names = [name for name in space if name.endswith("_weight") and cfg.drafting]
+    return {name: next(filter(None, bounds(space[name])), 0.0) for name in names}
+
+
+def distribution(name: str, value: Any, settings: type[TrainConfig] = TrainConfig) -> BaseDistribution:
+    """Parse one entry of `space`; `settings`: of the training."""
+    require_allowed(name, settings)
     if isinstance(value, list):
         if not value:
             raise ConfigError(f"space: {name} has no values; list some, or move it to `base`")
@@ -95,34 +103,38 @@ def distribution(name: str, value: Any) -> BaseDistribution:
             f"space: {name}: {value!r} is not a range; give two numbers, the lower one first (above 0 and without a "
             "step for log; 1.0e-4 is a number in YAML, 1e-4 is not)"
         )
-    types = get_args(TrainConfig.model_fields[name].annotation) or (TrainConfig.model_fields[name].annotation,)
+    types = get_args(settings.model_fields[name].annotation) or (settings.model_fields[name].annotation,)
     if int in types and float not in types:
         return IntDistribution(int(ends[0]), int(ends[1]), log, int(step or 1))
     return FloatDistribution(ends[0], ends[1], log, step)
 
 
-def require_allowed(name: str) -> None:
-    """Raise ConfigError unless this is a setting of `train` that a sweep may have."""
+def require_allowed(name: str, settings: type[TrainConfig]) -> None:
+    """Raise ConfigError unless this is a setting of the training that a sweep may have."""
     if name in FORBIDDEN:
         raise ConfigError(f"'{name}' cannot be set or searched: {FORBIDDEN[name]}")
-    if name not in TrainConfig.model_fields:
-        known = ", ".join(sorted(set(TrainConfig.model_fields) - set(FORBIDDEN)))
+    if name not in settings.model_fields:
+        known = ", ".join(sorted(set(settings.model_fields) - set(FORBIDDEN)))
         raise ConfigError(f"'{name}' is not a setting of `ray-app train`; known are: {known}")
 
 
 def require_used(cfg: TuneConfig, space: Space) -> None:
     """Raise ConfigError if a searched setting changes no adapter of the space: trials would be equal."""
+    shared = train_config(cfg, needed_weights(cfg, space))
 
     def values(name: str) -> Sequence[Any]:
-        return bounds(space[name]) if name in space else [getattr(train_config(cfg, {}), name)]
+        return bounds(space[name]) if name in space else [getattr(shared, name)]
 
     named = values("strategy")
-    kinds = dict(STRATEGIES) if None in named else {name: STRATEGIES[name] for name in named}
+    known = STRATEGIES | FOR_LANGUAGE_MODELS
+    kinds = dict(STRATEGIES) if None in named else {name: known[name] for name in named}
     used = frozenset[str]().union(*(kind.SETTINGS for kind in kinds.values()))
     if "pca" in values("init") and any(kind.PCA_REQUIRES == "subspaces" for kind in kinds.values()):
         used |= {"rank"}
-    for name in ("hidden_dim", "depth", "patch", "rank", "dropout"):
-        if name in space and name not in used:
+    losses = {f"{name}_weight" for name in TrainConfig.LOSSES}
+    unused = losses - {f"{name}_weight" for name in cfg.train_settings.LOSSES}
+    for name in ("hidden_dim", "depth", "patch", "rank", "dropout", *sorted(losses)):
+        if name in space and (name in unused if name in losses else name not in used):
             raise ConfigError(
                 f"space: {name} changes nothing in {', '.join(kinds)}, so trials would be equal; leave it out, "
                 "or use another `strategy`"
@@ -132,12 +144,12 @@ def require_used(cfg: TuneConfig, space: Space) -> None:
 def train_config(cfg: TuneConfig, setting: Setting, out: str = "", **more: Any) -> TrainConfig:
     """Settings of a training run. ConfigError: `train` refuses a value, or several together."""
     for name in cfg.base:
-        require_allowed(name)
+        require_allowed(name, cfg.train_settings)
     shared = (*SplitFlags.model_fields, "num_workers", "use_gpu", "cpus_per_worker", "seed", "store")
     tracking = ("address", "tracking_uri", "experiment", "model_name")
     values = {name: getattr(cfg, name) for name in (*shared, *tracking)}
     try:
-        return TrainConfig.model_validate({**values, **cfg.base, **setting, **more, "out": out or cfg.out})
+        return cfg.train_settings.model_validate({**values, **cfg.base, **setting, **more, "out": out or cfg.out})
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
@@ -204,7 +216,7 @@ def ask(study: optuna.Study, space: Space) -> Setting:
 def study_of(
     trials: Sequence[Trial], space: Space, second: str | None = None, sampler: BaseSampler | None = None
 ) -> optuna.Study:
-    """Study of these trials, objectives in percent. `second`: an attribute of Trial that is minimised too."""
+    """Study of these trials, rates in percent. `second`: an attribute of Trial that is minimised too."""
     study = new_study(sampler, second)
     study.add_trials([frozen(trial, space, second) for trial in trials])
     return study
@@ -216,7 +228,7 @@ def frozen(trial: Trial, space: Space, second: str | None) -> FrozenTrial:
     state = TrialState.RUNNING if trial.ended_at is None else TrialState.FAIL
     if trial.status in ("finished", "stopped") and None not in values:
         state = TrialState.PRUNED if trial.status == "stopped" and not second else TrialState.COMPLETE
-        values[0] *= 100
+        values[0] = trial.shown_objective
     done = state in (TrialState.COMPLETE, TrialState.PRUNED)
     return create_trial(
         state=state,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
+from ray_app.config.tune import TOKENS
 from ray_app.core.thresholds import THETA, rate_key
 
 Setting = dict[str, Any]
@@ -39,8 +40,10 @@ class Trial:
     """Objective at its best checkpoint."""
     accept_rate: float | None = None
     """cosine_accept_rate_0.80 at its best checkpoint."""
+    tokens_per_target_pass: float | None = None
+    """Tokens per target pass at its best checkpoint, of a drafter."""
     lift: float | None = None
-    """Lift over the best baseline, at its best checkpoint."""
+    """Lift over the best baseline, at its best checkpoint; a drafter has none."""
     cos_sim: float | None = None
     """Mean cosine at its best checkpoint."""
     epochs: int = 0
@@ -70,10 +73,11 @@ class Trial:
         reached["latency_ms"] = next((line["ms"] for line in lines if line["kind"] == "latency"), None)
         if epochs := [line for line in lines if line["kind"] == "epoch"]:
             best = min(epochs, key=lambda line: line["val"]["loss"])
-            reached |= {"epochs": epochs[-1]["epoch"], "best_epoch": best["epoch"], "lift": best["val"]["lift"]}
+            reached |= {"epochs": epochs[-1]["epoch"], "best_epoch": best["epoch"]}
+            reached |= {name: best["val"].get(name) for name in ("lift", TOKENS)}
             reached["accept_rate"] = best["val"]["cosine_accept_rate"][rate_key(THETA)]
             reached["cos_sim"] = best["val"]["cos_sim_mean"]
-            reached["objective"] = reached["lift" if objective == "lift" else "accept_rate"]
+            reached["objective"] = reached[objective if objective in ("lift", TOKENS) else "accept_rate"]
         if lines and lines[-1]["kind"] == "run_ended":
             reached |= {"status": STATUS_OF_END[lines[-1]["status"]], "ended_at": lines[-1]["time"]}
             reached["reason"] = next((line["error"] for line in lines[::-1] if line["kind"] == "failed"), None)
@@ -96,6 +100,13 @@ class Trial:
         assert self.cos_sim is not None
         compared = self.objective + TIE_BREAK * self.cos_sim
         return {"trial": self.name, "epoch": self.epochs, "compared": compared, "seconds": self.seconds}
+
+    @property
+    def shown_objective(self) -> float | None:
+        """Objective as figures have it: tokens per target pass, or a rate in percent."""
+        if self.objective is None or self.tokens_per_target_pass is not None:
+            return self.objective
+        return 100 * self.objective
 
     @property
     def rank(self) -> tuple[float, int, int]:

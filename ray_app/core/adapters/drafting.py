@@ -23,6 +23,8 @@ class EarlyExitLayers(Adapter):
     `forward` returns its input: it aligns nothing, and the objective runs the layers.
     """
 
+    SETTINGS = frozenset({"rank"})
+
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
         shape = LanguageModelShape(*config.language_model)
@@ -51,6 +53,7 @@ class EventTokens(Adapter):
     """Image tokens of an event feature, (B, X): `lowrank` between principal subspaces, from the mean tokens on."""
 
     HIDDEN_DIM = 256
+    SETTINGS = LowRank.SETTINGS
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
