@@ -3,21 +3,26 @@
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 import tiny_target
 import torch
 
+from benchmarks import figures
 from benchmarks.speculative import event_proxies, event_texts
 from benchmarks.speculative.event_drafter import SEED, Part
 from benchmarks.speculative.event_proxies import COLUMNS, PROXIES
+from benchmarks.tables import event_proxies as tables
 from ray_app.commands.demo.draft_training import TEST, TRAIN, DraftRecipe, FrozenDrafter, write_draft_stores
 from ray_app.core.adapters.drafting import EarlyExitLayers
 from ray_app.core.evaluation import AlignmentEvaluator, TrainingMeans
 from ray_app.core.metrics import rate_key
 from ray_app.language_models.draft_rows import unpack
 from ray_app.language_models.kinds import load
+from ray_app.reports.figures import STYLE
 from ray_app.runs.run_dir import RunDir
 from ray_app.store.checkpoint import load_checkpoint
 
@@ -50,6 +55,10 @@ def test_proxies_and_texts_are_measured_and_a_repeated_command_measures_the_same
     for name in ("event_proxies", "event_texts"):
         assert json.dumps(saved[name][0], allow_nan=False) == json.dumps(saved[name][1])
     assert len(saved["event_proxies"][0]["trials"]) == 3
+
+    monkeypatch.setattr(tables, "read", lambda name: saved[name][0])
+    assert len(tables.event_proxies().rows) == len(PROXIES) + 1
+    assert len(tables.event_texts().rows) == len(tables.TEXTS) + len(event_texts.DIFFERENCES)
 
     # a trial's numbers are those of the evaluation and of the drafter's own count
     best = RunDir(work / "seed_0" / "exit").best()
@@ -116,6 +125,24 @@ def test_the_better_half_has_an_order_of_its_own() -> None:
     columns = sums(passes=[8.0, 7.0, 6.0, 5.0, 4.0, 3.0], cosine=[1, 2, 3, 6, 5, 4])
     assert event_proxies.correlations(columns, half=True)["cosine"]["rho"] == pytest.approx(-1.0)
     assert event_proxies.correlations(columns, half=False)["cosine"]["rho"] == pytest.approx(1 - 6 * 8 / (6 * 35))
+
+
+def test_the_figure_has_a_panel_for_each_proxy_and_a_point_for_each_trial() -> None:
+    trials = list(event_proxies.drawn_trials(12, 64))
+    rng = np.random.default_rng(0)
+    columns_TNC = rng.uniform(1.0, 2.0, (12, 8, len(COLUMNS)))
+    columns_TNC[:, :, COLUMNS.index("cosine_accept_rate_0.80")] = columns_TNC[:, :, COLUMNS.index("pictures")]
+    result = event_proxies.numbers(trials, columns_TNC, [f"drive {n // 2}" for n in range(8)])
+    assert set(PROXIES) == set(tables.PROXIES)
+    with matplotlib.rc_context(STYLE):
+        figure = figures.event_proxies(result)
+        root = ElementTree.fromstring(figures.svg_file(figure))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[0] == "all the same"
+    assert len(titles) == len(PROXIES)
+    assert sum(len(points.get_offsets()) for axes in figure.axes for points in axes.collections) == 12 * len(PROXIES)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "#0a0b" not in ElementTree.tostring(root, encoding="unicode"), "a placeholder of a colour"
 
 
 def test_trials_are_drawn_within_their_ends_and_fewer_are_the_first_of_more() -> None:
