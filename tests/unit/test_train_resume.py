@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
@@ -285,6 +286,11 @@ def test_a_disk_that_fails_a_worker_is_named_with_the_resume_command_and_a_defec
             raise error
     with pytest.raises(WorkerGroupError), with_resume_hint(run):
         raise ended_by(ValueError("ours"))
+    killed = (
+        r"processes died \(The actor .*\); a machine whose memory is full kills them.* resume with: ray-app train"
+    )
+    with pytest.raises(TrainingError, match=killed), with_resume_hint(run):
+        raise RayActorError
     with (
         pytest.raises(RunInterrupted, match=r"What was saved is whole; resume with: ray-app train"),
         with_resume_hint(run),

@@ -143,7 +143,8 @@ def with_resume_hint(run: RunDir) -> Iterator[None]:
         ]
         if deaths := [cause for cause in causes if isinstance(cause, RayActorError)]:
             raise TrainingError(
-                f"The training's processes died ({str(deaths[0]).splitlines()[0]}). {resume}"
+                f"The training's processes died ({str(deaths[0]).splitlines()[0]}); a machine whose memory is full "
+                f"kills them, and the log of its kernel says so. {resume}"
             ) from error
         if refusals := [cause for cause in causes if isinstance(cause, StoreError)]:
             raise StoreError(f"{str(refusals[0]).rstrip('.')}. {resume}") from error
