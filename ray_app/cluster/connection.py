@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import psutil
 import ray
@@ -64,6 +65,7 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
         try:
             info = cluster_info()
             if where == "local":
+                info = replace(info, own=True)
                 keep_token_private()
                 print(f"started Ray on this machine: {info.cpus:g} CPUs, {info.gpus:g} GPUs", file=sys.stderr)
             yield info
@@ -74,6 +76,8 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
 def _connect(where: str, dashboard: bool) -> None:
     """Start Ray, or connect to it. A start that takes too long on a busy machine is ended and tried again."""
     local, before = where == "local", set(psutil.Process().children())
+    if local:  # a process that watches for nodes that a cloud takes back: this one is nobody else's
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for attempts_left in reversed(range(START_ATTEMPTS)):
         try:
             ray.init(

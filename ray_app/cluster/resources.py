@@ -28,6 +28,8 @@ class ClusterInfo:
     """CPUs of each node: a worker is on one node."""
     node_memory_bytes: tuple[float, ...] = ()
     """Memory of each node, in the same order."""
+    own: bool = False
+    """This process started the cluster, and it ends with this process."""
 
     def max_workers(self, cpus_per_worker: float, data_cpus: float = 0.0) -> int:
         """Return how many workers of so many CPUs fit, with `data_cpus` kept free on the largest node."""

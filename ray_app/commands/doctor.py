@@ -226,13 +226,8 @@ def check_tracking(uri: str | None) -> DoctorCheck:
     try:
         from mlflow import MlflowClient
 
-        from ray_app.tracking.mlflow_logger import (
-            TRACKING_ERRORS,
-            database_file,
-            failure_cause,
-            is_away,
-            tracking_uri,
-        )
+        from ray_app.tracking.mlflow_logger import TRACKING_ERRORS, failure_cause, is_away
+        from ray_app.tracking.uri import database_file, tracking_uri
     except ImportError as error:
         return cannot_import("MLflow", error)
     try:

@@ -12,8 +12,9 @@ from ray_app.errors import ConfigError
 from ray_app.runs.event_log import EVENT_LOG, entries
 from ray_app.runs.run_dir import open_run
 from ray_app.store.filesystem import open_storage
-from ray_app.tracking.mlflow_logger import sync_run, tracking_uri
+from ray_app.tracking.mlflow_logger import sync_run
 from ray_app.tracking.model_registry import registry_errors
+from ray_app.tracking.uri import tracking_uri
 
 COUNTS = ("points_in_log", "points_sent")
 

@@ -11,14 +11,8 @@ from mlflow.entities import Metric, RunTag
 
 from ray_app.config.base import TrackingFlags
 from ray_app.parsing.redact import redact
-from ray_app.tracking.mlflow_logger import (
-    TRACKING_ERRORS,
-    database_file,
-    failure_cause,
-    flat_params,
-    run_of_key,
-    tracking_uri,
-)
+from ray_app.tracking.mlflow_logger import TRACKING_ERRORS, failure_cause, flat_params, run_of_key
+from ray_app.tracking.uri import database_file, tracking_uri
 
 EVALUATION_METRICS = (
     *("pairs", "cos_sim_mean", "cos_sim_std", "cosine_accept_rate", "lift", "lift_by_theta", "centered_cos_sim_mean"),

@@ -18,14 +18,8 @@ from ray_app.store.atomic import CHECKSUMS_FILE, sha256_file, verify_folder
 from ray_app.store.checkpoint_transfer import local_folder
 from ray_app.store.scratch import scratch_dir
 from ray_app.tracking.artifacts import ARTIFACTS, MODEL_ARTIFACTS, upload_artifacts
-from ray_app.tracking.mlflow_logger import (
-    TRACKING_ERRORS,
-    connect,
-    experiment_id,
-    failure_cause,
-    run_of_key,
-    tracking_uri,
-)
+from ray_app.tracking.mlflow_logger import TRACKING_ERRORS, connect, experiment_id, failure_cause, run_of_key
+from ray_app.tracking.uri import tracking_uri
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a list of versions needs none of it
     from ray_app.store.checkpoint import Checkpoint

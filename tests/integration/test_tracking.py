@@ -32,18 +32,17 @@ from ray_app.runs.event_log import EventLog, entries
 from ray_app.tracking import mlflow_logger as tracking
 from ray_app.tracking.mlflow_logger import (
     MLFLOW_SYNC,
-    Tracker,
     connect,
-    database_file,
     experiment_id,
     failure_cause,
     is_away,
     pending_runs,
     sync_run,
     to_metrics,
-    tracking_uri,
 )
 from ray_app.tracking.model_registry import find_version
+from ray_app.tracking.tracker import Tracker
+from ray_app.tracking.uri import database_file, tracking_uri
 
 
 def begin(log: EventLog, key: str = "k1") -> None:

@@ -29,7 +29,8 @@ from ray_app.runs.run_dir import RunDir
 from ray_app.store.checkpoint import load_checkpoint, load_training_state
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import split_pairs
-from ray_app.tracking.mlflow_logger import to_metrics, tracking_uri
+from ray_app.tracking.mlflow_logger import to_metrics
+from ray_app.tracking.uri import tracking_uri
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -343,6 +344,21 @@ def test_a_tracking_server_that_is_away_costs_neither_run_nor_point(
     output = capfd.readouterr().err
     assert output.count("does not answer") == 1
     assert "secret" not in output
+
+
+def test_a_damaged_file_is_named_at_the_first_attempt(
+    config: Callable[..., TrainConfig], small_store: Path, tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(small_store, tmp_path / "store")
+    part = next(damaged.glob("*.parquet"))
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1  # a page of a feature: the index is whole
+    part.write_bytes(data)
+    cfg = config("damaged").model_copy(update={"store": str(damaged)})
+    with pytest.raises(TrainingError, match=rf"{part.name} is damaged: its SHA-256 differs.*no checkpoint yet"):
+        run_train(cfg)
+    kinds = [line["kind"] for line in entries(cfg.folder)]
+    assert kinds == ["run_started", "workers_started", "failed", "run_ended"]
 
 
 def test_a_file_store_is_refused(config: Callable[..., TrainConfig]) -> None:

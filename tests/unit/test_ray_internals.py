@@ -6,7 +6,11 @@ import subprocess
 
 import pytest
 import ray
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from ray_app.cluster import connection, ray_internals
 from ray_app.cluster.connection import cluster
@@ -29,6 +33,33 @@ def test_the_cause_of_a_failed_worker_is_unwrapped() -> None:
     assert ray_internals.unwrap_worker_failure(UserExceptionWithTraceback(cause, "Traceback")) is cause
     assert ray_internals.unwrap_worker_failure(WorkerHealthCheckFailedError("gone", cause)) is cause
     assert ray_internals.unwrap_worker_failure(cause) is cause
+
+
+@pytest.mark.parametrize("own_cluster", [True, False])
+def test_a_trainer_starts_only_processes_that_a_run_needs(own_cluster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trainer(datasets: dict[str, object]) -> ray_internals.LeanTrainer:
+        return ray_internals.LeanTrainer(print, datasets=datasets, own_cluster=own_cluster)
+
+    kinds = {type(callback) for callback in trainer({"train": None})._create_default_callbacks()}
+    alone = {type(callback) for callback in trainer({})._create_default_callbacks()}
+    assert DatasetsCallback in kinds
+    assert kinds - alone == {DatasetsCallback}
+    assert (PlacementGroupCleanerCallback in kinds) is not own_cluster
+    given: dict[str, object] = {}
+    monkeypatch.setattr(
+        DataParallelTrainer, "_initialize_and_run_controller", lambda _, **kwargs: given.update(kwargs)
+    )
+    trainer({})._initialize_and_run_controller(scaling_policy=None)
+    assert isinstance(given["scaling_policy"], ray_internals.OwnClusterPolicy) is own_cluster
+    trainer({"train": None})._initialize_and_run_controller(scaling_policy=None)
+    assert given["scaling_policy"] is None
+
+
+def test_a_policy_of_an_own_cluster_overrides_methods_that_ray_has() -> None:
+    ours = {name for name in vars(ray_internals.OwnClusterPolicy) if name.endswith("_request")}
+    assert ours == {name for name in dir(FixedScalingPolicy) if name.endswith("_resource_request")} - {
+        "_get_num_workers_for_resource_request"
+    }
 
 
 TOO_SLOW = "The current node timed out during startup. This could happen because"

@@ -41,7 +41,8 @@ from ray_app.reports.html import require_suffix, write_output
 from ray_app.store.capture_store import SHARDS, claim_capture, read_shard
 from ray_app.store.traces import read_traces
 from ray_app.terminal import make_console
-from ray_app.tracking.mlflow_logger import sync_run, tracking_uri
+from ray_app.tracking.mlflow_logger import sync_run
+from ray_app.tracking.uri import tracking_uri
 
 START_S = 300
 """Longest wait for the replicas' resources, in seconds."""

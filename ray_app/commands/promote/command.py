@@ -9,8 +9,8 @@ from ray_app.config.evaluate import PromoteConfig
 from ray_app.config.train import DRAFTING
 from ray_app.runs.run_dir import best_of_run
 from ray_app.store.checkpoint_transfer import local_folder
-from ray_app.tracking.mlflow_logger import tracking_uri
 from ray_app.tracking.model_registry import ModelRegistry
+from ray_app.tracking.uri import tracking_uri
 
 
 def run_promote(cfg: PromoteConfig) -> dict[str, Any]:

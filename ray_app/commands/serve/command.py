@@ -28,7 +28,7 @@ from ray_app.errors import ConfigError, ResourceError
 from ray_app.runs.run_dir import best_of_run
 from ray_app.runs.signals import handle_signals
 from ray_app.store.filesystem import absolute
-from ray_app.tracking.mlflow_logger import tracking_uri
+from ray_app.tracking.uri import tracking_uri
 
 ROOT = Path(__file__).resolve().parents[3]
 APP = "alignment"

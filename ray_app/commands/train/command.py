@@ -23,7 +23,7 @@ from ray_app.runs.event_log import entries
 from ray_app.runs.run_dir import RunDir, open_run
 from ray_app.runs.signals import handle_signals
 from ray_app.store.provenance import provenance
-from ray_app.tracking.mlflow_logger import Tracker
+from ray_app.tracking.tracker import Tracker
 
 __all__ = ["render_train", "run_train"]
 
@@ -45,10 +45,10 @@ def run_train(cfg: TrainConfig, parent_key: str | None = None) -> dict[str, Any]
         new = None if cfg.resume else context.metadata(context.name, parent_key)
         advice = f"What was saved is whole; resume with: {run.resume}"
         with run.exclusive(new), explain_raylet_death(advice), with_resume_hint(run):
-            return _train(context, plan, run)
+            return _train(context, plan, run, own_cluster=info.own)
 
 
-def _train(context: RunContext, plan: ResourcePlan, run: RunDir) -> dict[str, Any]:
+def _train(context: RunContext, plan: ResourcePlan, run: RunDir, *, own_cluster: bool) -> dict[str, Any]:
     """Train on the connected cluster, in a run that this process drives."""
     clock, started = time.perf_counter(), time.time()
     cfg, metadata = context.cfg, run.metadata()
@@ -65,7 +65,7 @@ def _train(context: RunContext, plan: ResourcePlan, run: RunDir) -> dict[str, An
         steps = ShardedBatchOrder(len(context.split.train), cfg.batch_size, cfg.seed).steps * cfg.num_epochs
         with stop_when_terminated(run), TrainingProgress(run.path, steps) as progress, run.synced():
             name = f"{metadata['name']}-{int(started * 1000)}"
-            run_training(spec, run, plan.cpus_per_worker, name, progress.show)
+            run_training(spec, run, plan.cpus_per_worker, name, progress.show, own_cluster=own_cluster)
         last = entries(run.path)[-1]
         if last["kind"] == "stopped":
             raise RunStopped(f"stopped on request after step {last['global_step']}; resume with: {run.resume}")

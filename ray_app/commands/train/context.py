@@ -29,7 +29,7 @@ from ray_app.store.checkpoint import tensor_shapes
 from ray_app.store.filesystem import absolute, open_storage
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import Split, split_pairs, test_fingerprint
-from ray_app.tracking.mlflow_logger import tracking_uri
+from ray_app.tracking.uri import tracking_uri
 
 INIT = "init"
 """Folder of a run with its initial statistics."""

@@ -6,13 +6,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import ray
 from ray.data import Dataset
 from ray.exceptions import RayActorError
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
-from ray.train.torch import TorchTrainer
+from ray.train import (
+    BackendConfig,
+    DataConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 
 from ray_app.cluster.node_address import NodeAddressTorchConfig
-from ray_app.cluster.ray_internals import unwrap_worker_failure
+from ray_app.cluster.ray_internals import LeanTrainer, unwrap_worker_failure
 from ray_app.commands.train.context import INIT, RunContext
 from ray_app.commands.train.elastic import ElasticResizeCallback
 from ray_app.commands.train.initialization import PairsThroughRay, compute_init, load_init
@@ -26,7 +34,13 @@ from ray_app.runs.run_dir import RunDir
 
 
 def run_training(
-    spec: WorkerSpec, run: RunDir, cpus_per_worker: float, name: str, show: Callable[[str], None]
+    spec: WorkerSpec,
+    run: RunDir,
+    cpus_per_worker: float,
+    name: str,
+    show: Callable[[str], None],
+    *,
+    own_cluster: bool,
 ) -> None:
     """Train a run to its end or until it is asked to stop; `show` takes what is done before the first step.
 
@@ -34,24 +48,33 @@ def run_training(
     """
     context = spec.context.at(run.path)
     cfg, store, split = context.cfg, context.store, context.split
-    show(f"reading {len(split.train):,} training and {len(split.val):,} validation pairs")
-    datasets = _datasets(context, spec.in_memory)
+    pairs = f"{len(split.train):,} training and {len(split.val):,} validation pairs"
     run.download(INIT)
+    # A single worker needs nobody to divide its pairs, and Ray Data takes seconds to start.
+    alone = spec.in_memory and cfg.max_workers == 1 and not context.starts_from
+    spec = replace(spec, reads_store=alone or context.division.by_features)
+    datasets: dict[str, Dataset] = {}
+    if not alone:
+        show(f"reading {pairs}")
+        datasets = _datasets(context, spec.in_memory)
     if context.starts_from:
         show(f"computing {context.starts_from} of the training part")
     compute_init(context, PairsThroughRay(store, split, datasets))
     run.upload(INIT)
     if len(split.val) and not isinstance(cfg, LanguageModelTrainConfig):  # there is no baseline of image tokens
-        start = load_init(context) if context.requires != "nothing" else {}
-        mean_D = start["target_mean"] if start else mean_target(store, split.train)
-        spec = replace(spec, mean_target_D=mean_D)
+        if context.requires != "nothing":
+            spec = replace(spec, mean_target_D=load_init(context)["target_mean"])
+        elif not alone:
+            spec = replace(spec, mean_target_D=mean_target(store, split.train))
     if not spec.in_memory and (dropped := len(split.train) % cfg.min_workers):
         print(f"streaming to {cfg.num_workers} workers leaves out {dropped} pairs of each epoch", file=sys.stderr)
     while True:
         last_step = last_logged_step(run.path)
-        show(f"starting {cfg.num_workers} {'worker' if cfg.max_workers == 1 else 'workers'}")
+        noun = "worker" if cfg.max_workers == 1 else "workers"
+        show(f"starting {cfg.num_workers} {noun}" + (f", which reads {pairs}" if alone else ""))
         try:
-            run_worker_group(spec, run, cpus_per_worker, name, None if context.division.by_features else datasets)
+            of_workers = {} if spec.reads_store else datasets
+            run_worker_group(spec, run, cpus_per_worker, name, of_workers, own_cluster=own_cluster)
             break
         except TrainingFailedError:
             run.refresh()
@@ -87,17 +110,24 @@ def _datasets(context: RunContext, in_memory: bool) -> dict[str, Dataset]:
 
 
 def run_worker_group(
-    spec: WorkerSpec, run: RunDir, cpus_per_worker: float, name: str, datasets: dict[str, Dataset] | None = None
+    spec: WorkerSpec,
+    run: RunDir,
+    cpus_per_worker: float,
+    name: str,
+    datasets: dict[str, Dataset] | None = None,
+    *,
+    own_cluster: bool = False,
 ) -> None:
-    """Run a group of workers from its start to its end.
+    """Run a group of workers from its start to its end. `own_cluster`: the cluster ends with this process.
 
     Ray's own records go to this process's copy of the run: its controller runs on this machine.
     """
     cfg = spec.context.cfg
-    TorchTrainer(
+    LeanTrainer(
         train_loop_per_worker,
-        train_loop_config={"spec": spec},
-        torch_config=NodeAddressTorchConfig(),
+        train_loop_config={"spec": ray.put(spec)},
+        # One worker has no process group; and without torch the controller starts seconds earlier.
+        backend_config=NodeAddressTorchConfig() if cfg.max_workers > 1 else BackendConfig(),
         scaling_config=ScalingConfig(
             # Typed as the classes of before Train V2, here and below.
             num_workers=(cfg.min_workers, cfg.max_workers) if cfg.elastic else cfg.max_workers,  # type: ignore[arg-type]
@@ -116,6 +146,7 @@ def run_worker_group(
         ),
         datasets={**(datasets or {})},
         dataset_config=DataConfig(datasets_to_split=[] if spec.in_memory else ["train"]),
+        own_cluster=own_cluster,
     ).fit()
 
 

@@ -1,5 +1,7 @@
 """A Ray Train worker: takes its pairs from Ray Data, shared memory or the store, trains, and reports."""
 
+import importlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -7,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import torch
 from ray.train.torch import get_device
@@ -30,12 +33,14 @@ from ray_app.commands.train.shared_dataset import (
     shared_worker_data,
 )
 from ray_app.commands.train.state import TrainState
-from ray_app.core.evaluation import Baselines, derangement
+from ray_app.config.train import LanguageModelTrainConfig
+from ray_app.core.evaluation import Baselines, TrainingMeans, derangement
 from ray_app.core.metrics import AlignmentCounts
 from ray_app.data.batch_order import ShardedBatchOrder
 from ray_app.data.pair_blocks import Block, load_pair_tensors, read_blocks
 from ray_app.data.pair_tensors import PairTensors
 from ray_app.data.pairs_dataset import dataset_blocks, iter_batches
+from ray_app.errors import InputError, StoreError
 from ray_app.runs.run_dir import open_run
 
 
@@ -57,13 +62,17 @@ class WorkerSpec:
     """Written into each checkpoint."""
     shared: SharedDataset | None = field(default=None, repr=False)
     """Pairs in shared memory, for the trials of a sweep."""
+    reads_store: bool = False
+    """Workers read their pairs from the store themselves; otherwise these come through Ray Data."""
     mean_target_D: torch.Tensor | None = field(default=None, repr=False)
-    """Mean training target, a baseline; None where pairs are shared, nothing is validated, or targets are tokens."""
+    """Mean training target, a baseline; None where there are no baselines, or a single worker computes it."""
 
 
-def train_loop_per_worker(config: dict[str, WorkerSpec]) -> None:
-    """Run one worker. `config`: the WorkerSpec as `spec`."""
-    spec = config["spec"]
+def train_loop_per_worker(config: dict[str, ray.ObjectRef]) -> None:
+    """Run one worker. `config`: a reference to its WorkerSpec as `spec`; Ray Train's controller does not read that."""
+    # torch imports its compiler at the first optimizer step, which takes a core 1.3 s; reading leaves it the time.
+    threading.Thread(target=importlib.import_module, args=("torch._dynamo",), daemon=True).start()
+    spec: WorkerSpec = ray.get(config["spec"])
     train_context = ray.train.get_context()
     rank, world = train_context.get_world_rank(), train_context.get_world_size()
     torch.set_num_threads(spec.threads)
@@ -77,7 +86,13 @@ def train_loop_per_worker(config: dict[str, WorkerSpec]) -> None:
             sleep_before_retry(run)
             log.write("workers_started", workers=world, time=time.time())
         run.download(INIT)
-        data = shared_worker_data(spec.shared, worker) if spec.shared else _data_of_this_worker(worker, spec)
+        try:
+            data = shared_worker_data(spec.shared, worker) if spec.shared else _data_of_this_worker(worker, spec)
+        except (StoreError, InputError) as error:
+            if not (log and world == 1 and spec.reads_store):
+                raise
+            log.write("failed", error=str(error), time=time.time())  # another attempt would fail like this one
+            return
         train_epochs(worker, run, data, log, spec.provenance, _report)
 
 
@@ -86,10 +101,16 @@ def _data_of_this_worker(worker: WorkerContext, spec: WorkerSpec) -> WorkerData:
     cfg, store, split = worker.cfg, worker.store, worker.context.split
     rank, world = worker.pair_rank, worker.pair_world
     rest_of_epoch: Callable[[TrainState], Batches]
+    mean_target_D = spec.mean_target_D
     if spec.in_memory:
         order = ShardedBatchOrder(len(split.train), cfg.batch_size, cfg.seed)
-        blocks, wanted = _blocks_of_part(worker, "train"), order.held(rank, world)
-        train = load_pair_tensors(blocks, store, split.train, wanted, worker.columns).on(worker.device)
+        blocks, wanted = _blocks_of_part(worker, spec, "train"), order.held(rank, world)
+        train = load_pair_tensors(blocks, store, split.train, wanted, worker.columns)
+        if mean_target_D is None and _has_baselines(worker):
+            target = store.feature("target")
+            means = TrainingMeans.of(train.target_BD.numpy(), target.token_width)
+            mean_target_D = means.mean_target(target.scale)
+        train = train.on(worker.device)
 
         def rest_of_epoch(state: TrainState) -> Batches:
             return batches_in_memory(train, order, state, worker)
@@ -101,18 +122,23 @@ def _data_of_this_worker(worker: WorkerContext, spec: WorkerSpec) -> WorkerData:
 
     if not len(split.val):
         return WorkerData(rest_of_epoch, spec.in_memory, None)
-    return WorkerData(rest_of_epoch, spec.in_memory, *_validation_of_this_worker(worker, spec.mean_target_D))
+    return WorkerData(rest_of_epoch, spec.in_memory, *_validation_of_this_worker(worker, spec, mean_target_D))
 
 
-def _blocks_of_part(worker: WorkerContext, part: str) -> Iterator[Block]:
+def _has_baselines(worker: WorkerContext) -> bool:
+    """Return True if validation pairs are compared with baselines; there are none of image tokens."""
+    return bool(len(worker.context.split.val)) and not isinstance(worker.cfg, LanguageModelTrainConfig)
+
+
+def _blocks_of_part(worker: WorkerContext, spec: WorkerSpec, part: str) -> Iterator[Block]:
     """Yield the pairs of a part: out of Ray's memory, or read here, where all of them need not fit into it."""
-    if worker.context.division.by_features:
+    if spec.reads_store:
         return read_blocks(worker.store, getattr(worker.context.split, part))
     return dataset_blocks(ray.train.get_dataset_shard(part), worker.store)
 
 
 def _validation_of_this_worker(
-    worker: WorkerContext, mean_target_D: torch.Tensor | None
+    worker: WorkerContext, spec: WorkerSpec, mean_target_D: torch.Tensor | None
 ) -> tuple[PairTensors, BaselineContext | None]:
     """Take a worker's validation pairs, and the baselines of all of them; the same for any number of workers.
 
@@ -121,7 +147,7 @@ def _validation_of_this_worker(
     store, split = worker.store, worker.context.split
     rows = np.arange(worker.pair_rank, len(split.val), worker.pair_world)
     others = derangement(store.index.sequence[split.val].tolist(), seed=0)
-    blocks, wanted = _blocks_of_part(worker, "val"), np.union1d(rows, others[rows])
+    blocks, wanted = _blocks_of_part(worker, spec, "val"), np.union1d(rows, others[rows])
     held = load_pair_tensors(blocks, store, split.val, wanted, worker.columns)
     val = held if worker.pair_world == 1 else PairTensors(rows, *held.take(rows))
     if mean_target_D is None:

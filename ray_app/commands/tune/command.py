@@ -29,7 +29,9 @@ from ray_app.config.tune import TOKENS, TuneConfig
 from ray_app.errors import RunInterrupted, RunStopped, StoreError, TrainingError
 from ray_app.runs.event_log import EVENT_LOG, EventLog
 from ray_app.runs.run_dir import RunDir
-from ray_app.tracking.mlflow_logger import Tracker, sync_run, tracking_uri
+from ray_app.tracking.mlflow_logger import sync_run
+from ray_app.tracking.tracker import Tracker
+from ray_app.tracking.uri import tracking_uri
 
 SWEEP_RESUME_OVERRIDABLE = {
     *("max_trials", "max_hours", "max_gpu_hours"),
