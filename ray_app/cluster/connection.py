@@ -15,6 +15,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 from ray.train import ControllerError, TrainingFailedError
 
+from ray_app.cluster.env_defaults import OWN_CLUSTER, set_where_unset
 from ray_app.cluster.interrupts import interrupt_after
 from ray_app.cluster.private_folder import keep_token_private, private_folder
 from ray_app.cluster.ray_internals import is_node_timeout, is_startup_timeout
@@ -76,8 +77,8 @@ def cluster(address: str | None, *, dashboard: bool = False) -> Iterator[Cluster
 def _connect(where: str, dashboard: bool) -> None:
     """Start Ray, or connect to it. A start that takes too long on a busy machine is ended and tried again."""
     local, before = where == "local", set(psutil.Process().children())
-    if local:  # a process that watches for nodes that a cloud takes back: this one is nobody else's
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    if local:
+        set_where_unset(OWN_CLUSTER)
     for attempts_left in reversed(range(START_ATTEMPTS)):
         try:
             ray.init(

@@ -31,6 +31,9 @@ DEFAULTS = {
 without a metric, and Ctrl-C is handled by this program. A task that loses its worker or node is retried up to ten
 times: Ray Data has no setting of its own for that."""
 
+OWN_CLUSTER = {"RAY_worker_niceness": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""For a Ray that one command starts on this machine. Ray runs workers at niceness 15, a 28th of a core that any other
+program wants, but they are what the command is there for. No cloud takes the node back: nothing watches for that."""
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names of this machine, to which no proxy leads."""
@@ -43,10 +46,15 @@ def set_defaults() -> None:
     """
     if os.path.expanduser("~") == "~":
         raise ConfigError("no home folder is known for this user; set HOME to one, where Ray keeps its token")
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    set_where_unset(DEFAULTS)
     exclude_loopback_from_proxies()
     show_warnings()
+
+
+def set_where_unset(values: dict[str, str]) -> None:
+    """Set environment variables that are not set yet."""
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
 
 
 def exclude_loopback_from_proxies() -> None:

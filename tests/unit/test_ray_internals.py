@@ -1,19 +1,23 @@
 """The private names of Ray that `ray_internals` uses are those of the pinned version."""
 
 import inspect
+import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import ray
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from ray_app.cluster import connection, ray_internals
+from ray_app.cluster import connection, env_defaults, ray_internals
 from ray_app.cluster.connection import cluster
+from ray_app.cluster.resources import ClusterInfo
 from ray_app.commands.train.elastic import ElasticResizeCallback
 from ray_app.errors import ResourceError
 
@@ -80,6 +84,24 @@ def test_ray_that_does_not_start_on_a_busy_machine_is_one_sentence(monkeypatch: 
     assert len(starts) == 3
     starts.pop().kill()  # those of the last one end with the command
     assert all(process.wait(timeout=60) == -signal.SIGKILL for process in starts)
+
+
+def test_workers_of_an_own_cluster_are_not_nice(monkeypatch: pytest.MonkeyPatch) -> None:
+    raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
+    assert b"RAY_worker_niceness" in raylet.read_bytes()
+    assert set(env_defaults.OWN_CLUSTER) == {"RAY_worker_niceness", ENABLE_PREEMPTION_WATCHER_ENV_VAR}
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(connection, "cluster_info", lambda: ClusterInfo(2.0, 0.0, 0.0, (2.0,)))
+    monkeypatch.setattr(connection, "keep_token_private", lambda: None)
+    with cluster("auto") as info:
+        assert not info.own
+    assert not environment
+    with cluster("local") as info:
+        assert info.own
+    assert environment == env_defaults.OWN_CLUSTER
 
 
 def test_ray_that_starts_at_the_second_attempt_is_used(
