@@ -30,6 +30,7 @@ from ray_app.config.tune import SyncConfig
 from ray_app.errors import ConfigError, RegistryError, StoreError
 from ray_app.runs.event_log import EventLog, entries
 from ray_app.tracking import mlflow_logger as tracking
+from ray_app.tracking import tracker as tracker_module
 from ray_app.tracking.mlflow_logger import (
     MLFLOW_SYNC,
     connect,
@@ -108,7 +109,7 @@ def test_a_server_that_is_killed_and_comes_back_gets_every_point_in_one_run(
     server: MlflowServer, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Away at the start, up, killed in the middle, up again: no write to the event log waits for it."""
-    monkeypatch.setattr(tracking, "MAX_PAUSE_S", 0.5)
+    monkeypatch.setattr(tracker_module, "MAX_PAUSE_S", 0.5)
     slowest = 0.0
     with EventLog(run) as log:
         begin(log)
@@ -256,7 +257,7 @@ def test_a_server_that_is_slow_or_broken_is_not_waited_for(
             pass
 
     silence = threading.Event()
-    monkeypatch.setattr(tracking, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(tracker_module, "PATIENCE_S", 0.5)
     broken = http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), Broken)
     threading.Thread(target=broken.serve_forever, daemon=True).start()
     began = time.monotonic()
