@@ -69,7 +69,7 @@ class WorkerSpec:
 
 
 def train_loop_per_worker(config: dict[str, ray.ObjectRef]) -> None:
-    """Run one worker. `config`: a reference to its WorkerSpec as `spec`; Ray Train's controller does not read that."""
+    """Run one worker. `config`: a reference to its WorkerSpec as `spec`, which Ray Train's controller never reads."""
     # torch imports its compiler at the first optimizer step, which takes a core 1.3 s; reading leaves it the time.
     threading.Thread(target=importlib.import_module, args=("torch._dynamo",), daemon=True).start()
     spec: WorkerSpec = ray.get(config["spec"])
