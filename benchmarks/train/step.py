@@ -6,7 +6,8 @@ The plain loop alternates, step by step, with `ray_app.core.optimizer_step.train
 that ratio is of the code alone, the other also of Ray's processes, which share the two cores. Compared is the
 steady-state step, over all steps after the first epoch: the lower quartile, which other work on the machine
 disturbs least, pooled over the rounds; also the medians of each round, the share of time spent waiting for data
-after the first epoch, and two workers on the same cores. Writes benchmarks/results/train_step.json.
+after the first epoch, the time from the command to the first step, and two workers on the same cores. Writes
+benchmarks/results/train_step.json.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def plain(store: Path, steps: int) -> dict[str, list[float]]:
 
 
 def ours(store: Path, run: Path, workers: int, epochs: int) -> dict[str, Any]:
-    """Seconds of each whole step after the first epoch, and the share of waiting, from the run's event log."""
+    """Seconds of each whole step after the first epoch, the share of waiting, and the seconds to the first step."""
     flags = ["--store", store, "--out", run, "--num-epochs", epochs, "--num-workers", workers]
     flags += [
         "--strategy",
@@ -104,13 +105,16 @@ def ours(store: Path, run: Path, workers: int, epochs: int) -> dict[str, Any]:
         epochs,
     ]
     flags += ["--tracking-uri", f"sqlite:///{run.parent}/mlflow.db", "--json"]
+    began = time.time()
     done = subprocess.run([str(RAY_APP), "train", *map(str, flags)], stdout=subprocess.PIPE, check=True)
     lines = entries(run)
+    first_step = next(line for line in lines if line["kind"] == "step")
     later = [line for line in lines if line["kind"] == "step" and line["epoch"] > 1]
     steps = [b["seconds"] - a["seconds"] for a, b in pairwise(later) if a["epoch"] == b["epoch"]]
     epochs_after = [line["train"] for line in lines if line["kind"] == "epoch" and line["epoch"] > 1]
     return {
         "steps": steps,
+        "first_step_s": first_step["time"] - began,
         "wait_share": sum(e["data_wait_seconds"] for e in epochs_after) / sum(e["seconds"] for e in epochs_after),
         "pairs_per_second": json.loads(done.stdout)["pairs_per_second"],
     }
@@ -167,6 +171,7 @@ def main() -> None:
             "ratio_by_round": [round(r, 3) for r in ratios],
             "lower_quartile_ms": {"plain": round(1e3 * plain_s, 1), "ours": round(1e3 * ours_s, 1)},
             "ratio": round(ours_s / plain_s, 3),
+            "command_to_first_step_s": [round(a["first_step_s"], 1) for a in alone],
             "ratio_in_one_process_without_ray": round(core_s / plain_s, 3),
             "data_wait_fraction_after_first_epoch": [round(a["wait_share"], 4) for a in alone],
             "two_workers": {
