@@ -50,7 +50,7 @@ def run_training(
     cfg, store, split = context.cfg, context.store, context.split
     pairs = f"{len(split.train):,} training and {len(split.val):,} validation pairs"
     run.download(INIT)
-    # A single worker needs nobody to divide its pairs, and Ray Data takes seconds to start.
+    # A single worker shares its pairs with no other, and Ray Data takes seconds to start.
     alone = spec.in_memory and cfg.max_workers == 1 and not context.starts_from
     spec = replace(spec, reads_store=alone or context.division.by_features)
     datasets: dict[str, Dataset] = {}
