@@ -4,8 +4,9 @@
 
 The target is one that `ray-app demo build` made. It answers about drives of its training part, whose answers train a
 drafter (its own first layers, with its own picture) and then, with the drafter frozen, image tokens of event images,
-by one loss or another. Measured is on 26 rendered drives that nothing was trained on, four pictures each, γ = 8, with
-three seeds of training. What is answered and trained is kept in --work: a repeated command continues. One thread.
+by one loss or another. On its states a head is trained, a second kind of drafter. Measured is on 26 rendered drives
+that nothing was trained on, four pictures each, γ = 8, with three seeds of training. What is answered and trained is
+kept in --work: a repeated command continues. One thread.
 Writes benchmarks/results/event_drafter.json; with --drives other than the default, or fewer --seeds, it only prints.
 """
 
@@ -28,11 +29,14 @@ from benchmarks.provenance import require_commit, save
 from benchmarks.speculative.demo_target import ThreeGrams
 from ray_app.commands.demo.draft_training import (
     START,
+    STATES,
     TEST,
     TRAIN,
     Drafted,
     DraftRecipe,
     FrozenDrafter,
+    drafted_by_eagle,
+    eagle_settings,
     event_settings,
     exit_settings,
     write_draft_stores,
@@ -41,7 +45,7 @@ from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.loop import WorkerContext, WorkerData, batches_in_memory, train_epochs
 from ray_app.config.train import DraftTrainConfig
 from ray_app.core.adapters.base import Adapter
-from ray_app.core.adapters.drafting import ConstantTokens, EarlyExitLayers, EventTokens
+from ray_app.core.adapters.drafting import ConstantTokens, EagleHead, EarlyExitLayers, EventTokens
 from ray_app.core.adapters.registry import num_parameters
 from ray_app.core.bootstrap import interval95, resampled_means, resampled_units
 from ray_app.core.draft_losses import GAMMA
@@ -78,11 +82,13 @@ FRAME, CONSTANT, OTHERS, MEAN, NOTHING = (
     "mean",
     "nothing",
 )
-EVENTS, COSINE = "events, kl", "events, cosine"
+EVENTS, COSINE, EAGLE = "events, kl", "events, cosine", "eagle head"
 DIFFERENCES = (
     *((EVENTS, other) for other in (CONSTANT, OTHERS, COSINE, MEAN, NOTHING, "3-gram", "hybrid")),
     *((f"events, {loss}", COSINE) for loss in ("acceptance", "lk", "accepted length", "kl + cosine")),
     (FRAME, CONSTANT),
+    (EAGLE, FRAME),
+    (EAGLE, EVENTS),
 )
 
 
@@ -132,8 +138,10 @@ def main() -> None:
     recipe = replace(RECIPE, drives=asked.drives)
     work = asked.work.absolute()
     folder = asked.target.absolute()
-    if not (work / START).exists():
-        write_draft_stores(load(folder, "float32", "cpu"), work, recipe, asked.test_drives, SEED, print)
+    for states in (False, True):
+        if not (work / (START + STATES * states)).exists():
+            target = load(folder, "float32", "cpu")
+            write_draft_stores(target, work, recipe, asked.test_drives, SEED, print, states=states)
     train, test = Part.of(work / TRAIN), Part.of(work / TEST)
     answered_s = time.process_time() - began
     result = measured(folder / "language_model", work, recipe, train, test, asked.seeds)
@@ -245,7 +253,12 @@ def of_seed(
         show(CONSTANT, constant(event_NE))
     show(MEAN, events.map.target_mean.expand(len(event_NE), -1))
     show(NOTHING, None)
-    return arms, sizes
+    on_states = {side: Part.of(work / (side + STATES)) for side in (TRAIN, TEST)}
+    head = trained(eagle_settings(recipe, work, out=str(folder / "eagle"), **places), on_states[TRAIN])
+    assert isinstance(head, EagleHead)
+    seen = on_states[TEST]
+    arms[EAGLE] = drafted_by_eagle(head, language_model, seen.layout, seen.rows_NT)
+    return arms, sizes | {"eagle_head": num_parameters(head)}
 
 
 def learnt(drafter: Drafter, answered: Sequence[AnsweredPrompt], asked: Sequence[AnsweredPrompt]) -> Drafted:

@@ -172,6 +172,7 @@ def decode_limits() -> Table:
 
 EVENT_ARMS = (
     ("the frame itself", "the target's own picture"),
+    ("eagle head", "the target's own last states: EAGLE head"),
     ("events, kl", "events: adapter by KL"),
     ("events, lk", "events: adapter by LK"),
     ("events, acceptance", "events: adapter by acceptance"),
@@ -204,6 +205,8 @@ def event_drafter() -> Table:
     result = read("event_drafter")
     rows = []
     for name, words in EVENT_ARMS:
+        if name not in result["all_seeds"]["tokens_per_target_pass"]:
+            continue
         whole = result["all_seeds"]["tokens_per_target_pass"][name]
         seeds = [each["tokens_per_target_pass"][name]["mean"] for each in result["by_seed"]]
         cosine = f"{whole['cosine']:.3f}" if whole["cosine"] else "–"

@@ -191,12 +191,14 @@ class DraftTrainConfig(LanguageModelTrainConfig):
         "mse",
     )
 
-    strategy: Literal["early_exit", "event_tokens", "constant_tokens"]  # type: ignore[assignment]
-    """Adapter: the drafter, image tokens of events for a drafter that is frozen, or the best constant ones."""
+    strategy: Literal["early_exit", "eagle_head", "event_tokens", "constant_tokens"]  # type: ignore[assignment]
+    """Adapter: a drafter, image tokens of events for a drafter that is frozen, or the best constant ones."""
     exit_layers: Positive = 2
     """Layers of the target that an early exit has."""
+    draft_steps: int = Field(default=5, ge=1, le=8)
+    """Tokens in a row that an eagle_head learns to draft from its own states."""
     drafter: Path | None = None
-    """Checkpoint of the frozen drafter; for an early exit none."""
+    """Checkpoint of the frozen drafter; for a drafter none."""
     kl_weight: float = Field(default=0.0, ge=0.0)
     """Weight of KL(target ‖ drafter)."""
     reverse_kl_weight: float = Field(default=0.0, ge=0.0)
@@ -210,16 +212,16 @@ class DraftTrainConfig(LanguageModelTrainConfig):
     cross_entropy_weight: float = Field(default=0.0, ge=0.0)
     """Weight of the cross-entropy of the target's own tokens."""
     mse_weight: float = Field(default=0.0, ge=0.0)
-    """Weight of the mean squared error of image tokens."""
+    """Weight of the mean squared error of image tokens; of an eagle_head, of the states that it predicts."""
     cosine_weight: float = Field(default=0.0, ge=0.0)
-    """Weight of 1 − cosine of image tokens."""
+    """Weight of 1 − cosine of the same."""
 
     @model_validator(mode="after")
     def _has_a_drafter(self) -> Self:
-        if (self.strategy == "early_exit") != (self.drafter is None):
+        if (self.strategy in ("early_exit", "eagle_head")) != (self.drafter is None):
             raise ConfigError(
                 f"--strategy {self.strategy} and --drafter {self.drafter or 'none'} do not go together: an early "
-                "exit is a drafter itself, and image tokens are trained through one."
+                "exit is a drafter itself, as an eagle_head is, and image tokens are trained through one."
             )
         return self
 

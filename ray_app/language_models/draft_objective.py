@@ -89,7 +89,12 @@ def draft_objective(cfg: Any, adapter: Adapter, layout: DraftLayout, device: tor
     else:
         network = ExitNetwork(cfg.language_model, frozen_drafter(cfg.drafter, layout), device, frozen=True)
     weights = LossWeights(mse=cfg.mse_weight, cosine=cfg.cosine_weight)
-    draft_weights = DraftWeights(
+    return DraftObjective(adapter, weights, draft_weights(cfg), layout, network, device)
+
+
+def draft_weights(cfg: Any) -> DraftWeights:
+    """Return the weights of a `DraftTrainConfig`."""
+    return DraftWeights(
         kl=cfg.kl_weight,
         reverse_kl=cfg.reverse_kl_weight,
         acceptance=cfg.acceptance_weight,
@@ -97,7 +102,6 @@ def draft_objective(cfg: Any, adapter: Adapter, layout: DraftLayout, device: tor
         accepted_length=cfg.accepted_length_weight,
         cross_entropy=cfg.cross_entropy_weight,
     )
-    return DraftObjective(adapter, weights, draft_weights, layout, network, device)
 
 
 def frozen_drafter(folder: Path, layout: DraftLayout) -> EarlyExitLayers:

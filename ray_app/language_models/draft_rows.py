@@ -5,6 +5,7 @@ A target feature of the pair store is one row of float16, in this order:
     the picture's image tokens as the target reads them (X)
     the answer's token ids, in two numbers each, since float16 holds whole numbers up to 2,048 only (2 L)
     the target's probabilities of the ids of the reduced vocabulary at each token (L · I)
+    if the layout has `states`, the input of the target's head at each token (L · D)
 
 What is the same for all rows is in the manifest's source, as `drafting`.
 
@@ -61,11 +62,13 @@ class DraftLayout(Config):
     """Mean probability that the target gives to ids outside the reduced vocabulary."""
     tokens_outside: float
     """Share of the answers' tokens that are outside the reduced vocabulary."""
+    states: bool = False
+    """Rows hold the target's states too."""
 
     @property
     def row_width(self) -> int:
         """Numbers of a row."""
-        return self.image_tokens * self.width + self.length * (2 + len(self.vocabulary))
+        return self.image_tokens * self.width + self.length * (2 + len(self.vocabulary) + self.states * self.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,8 @@ class DraftRows:
     """Positions that an answer has, bool."""
     p_BLI: Tensor
     """Probabilities of the reduced vocabulary, renormalised; 0 behind an answer's end."""
+    states_BLD: Tensor
+    """Input of the target's head at each token; 0 behind an answer's end. Without states D is 0."""
 
 
 def layout_of(source: Mapping[str, Any], store: object) -> DraftLayout:
@@ -93,8 +98,21 @@ def layout_of(source: Mapping[str, Any], store: object) -> DraftLayout:
         ) from error
 
 
+def require_states(layout: DraftLayout, store: object) -> None:
+    """ConfigError unless rows hold the target's states."""
+    if not layout.states:
+        raise ConfigError(
+            f"{store} holds no states of the target, which an eagle_head reads; take the store of that name with "
+            "_states at its end, which `write_draft_stores` with states=True leaves."
+        )
+
+
 def pack(
-    layout: DraftLayout, image_X: NDArray[np.floating], ids: Sequence[int], p_LI: NDArray[np.floating]
+    layout: DraftLayout,
+    image_X: NDArray[np.floating],
+    ids: Sequence[int],
+    p_LI: NDArray[np.floating],
+    states_LD: NDArray[np.floating] | None = None,
 ) -> NDArray[np.float16]:
     """Return one row. InputError: an answer longer than rows are."""
     if len(ids) > layout.length:
@@ -103,14 +121,21 @@ def pack(
     halves_2L[0, : len(ids)] = np.array(ids) // HALF + 1
     halves_2L[1, : len(ids)] = np.array(ids) % HALF
     wide_LI[: len(ids)] = p_LI
-    return np.concatenate([image_X.ravel(), halves_2L.ravel(), wide_LI.ravel()]).astype(np.float16)
+    parts = [image_X.ravel(), halves_2L.ravel(), wide_LI.ravel()]
+    if layout.states:
+        assert states_LD is not None
+        padded_LD = np.zeros((layout.length, layout.width))
+        padded_LD[: len(ids)] = states_LD
+        parts.append(padded_LD.ravel())
+    return np.concatenate(parts).astype(np.float16)
 
 
 def unpack(layout: DraftLayout, rows_BT: Tensor) -> DraftRows:
     """Return the parts of some rows, up to the longest of their answers."""
     length, num_ids = layout.length, len(layout.vocabulary)
-    image_BX, high_BL, low_BL, p_BX = rows_BT.split(
-        [layout.image_tokens * layout.width, length, length, length * num_ids], dim=1
+    depth = layout.width if layout.states else 0
+    image_BX, high_BL, low_BL, p_BX, states_BX = rows_BT.split(
+        [layout.image_tokens * layout.width, length, length, length * num_ids, length * depth], dim=1
     )
     used_BL = high_BL > 0
     longest = int(used_BL.sum(dim=1).max()) if len(rows_BT) else 0
@@ -122,4 +147,5 @@ def unpack(layout: DraftLayout, rows_BT: Tensor) -> DraftRows:
         ids_BL[:, :longest].where(used_BL, torch.zeros_like(ids_BL[:, :longest])),
         used_BL,
         p_BLI / p_BLI.sum(dim=2, keepdim=True).clamp(min=1e-6),
+        states_BX.unflatten(1, (length, depth))[:, :longest],
     )

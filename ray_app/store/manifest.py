@@ -29,7 +29,7 @@ SCRATCH = ".prepare"
 """Folder in a store that is not finished."""
 IMAGE_TOKENS = "image_tokens"
 """Name of the adapter that `demo build` trains."""
-OF_DRAFTERS = ("early_exit", "event_tokens", "constant_tokens")
+OF_DRAFTERS = ("early_exit", "eagle_head", "event_tokens", "constant_tokens")
 """Names of the adapters that `demo draft` trains."""
 NUM_REJECTED_NAMED = 3
 """Rejected pairs that an error names."""

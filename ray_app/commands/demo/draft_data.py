@@ -174,9 +174,18 @@ def head_of(target: LanguageModel, ids: Sequence[int]) -> Tensor:
 
 
 def write_draft_store(
-    folder: Path, chunks: Sequence[Chunk], target: LanguageModel, vocabulary: Sequence[int], seed: int
+    folder: Path,
+    chunks: Sequence[Chunk],
+    target: LanguageModel,
+    vocabulary: Sequence[int],
+    seed: int,
+    *,
+    states: bool = False,
 ) -> DraftLayout:
-    """Write the pair store of some chunks with the distributions over a vocabulary; return its layout."""
+    """Write the pair store of some chunks with the distributions over a vocabulary; return its layout.
+
+    `states`: with the target's states too.
+    """
     head_ID, known = head_of(target, vocabulary), set(vocabulary)
     distributions = [p_AI for chunk in chunks for p_AI in chunk.probabilities(head_ID)]
     answers = [answer for chunk in chunks for answer in chunk.answers]
@@ -197,6 +206,7 @@ def write_draft_store(
         length=max(map(len, answers)),
         mass_outside=sum(float((1.0 - p_AI.sum(dim=1)).sum()) for p_AI in distributions) / num_tokens,
         tokens_outside=sum(token not in known for answer in answers for token in answer) / num_tokens,
+        states=states,
     )
     probabilities = iter(distributions)
     write_store(
@@ -204,7 +214,13 @@ def write_draft_store(
         (
             {
                 "event": chunk.event_NE[row].numpy(),
-                "target": pack(layout, chunk.image_NX[row].numpy(), answer, next(probabilities).numpy()),
+                "target": pack(
+                    layout,
+                    chunk.image_NX[row].numpy(),
+                    answer,
+                    next(probabilities).numpy(),
+                    chunk.states[row].numpy(),
+                ),
                 "sequence": chunk.sequences[row],
                 "t_start_us": chunk.times_us[row],
                 "t_end_us": chunk.times_us[row] + 1_000_000,

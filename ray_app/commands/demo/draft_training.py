@@ -18,19 +18,23 @@ from ray_app.commands.demo.answers import HELD_OUT, TRAINING
 from ray_app.commands.demo.draft_data import answered_chunks, event_start, head_of, ids_of, write_draft_store
 from ray_app.commands.demo.target import demo_encoder
 from ray_app.config.train import DraftTrainConfig
-from ray_app.core.adapters.drafting import EarlyExitLayers
+from ray_app.core.adapters.drafting import EagleHead, EarlyExitLayers
 from ray_app.core.adapters.sequences import sequence_cosine
 from ray_app.core.draft_losses import DraftWeights, Positions
 from ray_app.core.losses import LossWeights
 from ray_app.language_models.draft_objective import DraftObjective, counts
 from ray_app.language_models.draft_rows import DraftLayout, DraftRows, unpack
+from ray_app.language_models.eagle.network import EagleNetwork, eagle_start, frozen_model
+from ray_app.language_models.eagle.objective import EagleObjective
 from ray_app.language_models.exit_network import ExitNetwork
 from ray_app.language_models.model import LanguageModel
 from ray_app.store.checkpoint import save_verifiable, tensor_shapes
 from ray_app.store.manifest import MANIFEST
 
 TRAIN, TEST, START = "train", "test", "start"
-EXIT_START, EVENT_START = "exit.safetensors", "event.safetensors"
+STATES = "_states"
+"""End of the names of the three where rows hold the target's states too."""
+EXIT_START, EVENT_START, EAGLE_START = "exit.safetensors", "event.safetensors", "eagle.safetensors"
 ROWS_AT_ONCE = 16
 
 
@@ -50,6 +54,12 @@ class DraftRecipe:
     """Rounds over all rows."""
     exit_learning_rate: float = 3e-3
     """AdamW learning rate of the drafter."""
+    eagle_epochs: int = 3
+    """Rounds over all rows."""
+    eagle_learning_rate: float = 1e-3
+    """AdamW learning rate of a head on the target's states."""
+    eagle_batch_size: int = 4
+    """Rows of one of its steps: it has more to learn than factors, and needs many."""
     event_rank: int = 64
     """Dimensions of the principal subspaces of event features and image tokens."""
     event_epochs: int = 4
@@ -67,12 +77,16 @@ def write_draft_stores(
     num_test_drives: int,
     seed: int,
     progress: Callable[[str], None],
+    *,
+    states: bool = False,
 ) -> None:
     """Answer about both parts, unless that is done, and write their stores and what training starts from.
 
-    In `work`: `answers`, `train`, `test` and, last of all, `start`.
+    In `work`: `answers`, `train`, `test` and, last of all, `start`. `states`: for heads on the target's states, in
+    `train_states`, `test_states` and `start_states`.
     """
-    if (work / START).exists():
+    end = STATES if states else ""
+    if (work / (START + end)).exists():
         return
     encoder = demo_encoder(target.folder / "encoder")
     chunks = {
@@ -89,13 +103,18 @@ def write_draft_stores(
         for name, part, drives in ((TRAIN, TRAINING, recipe.drives), (TEST, HELD_OUT, num_test_drives))
     }
     for name, some in chunks.items():
-        if not (work / name / MANIFEST).is_file():
-            write_draft_store(work / name, some, target, ids_of(chunks[TRAIN]), seed)
+        if not (work / (name + end) / MANIFEST).is_file():
+            write_draft_store(work / (name + end), some, target, ids_of(chunks[TRAIN]), seed, states=states)
+    head_ID = head_of(target, ids_of(chunks[TRAIN]))
+    if states:
+        starts = {EAGLE_START: eagle_start(target.model, head_ID)}
+        save_verifiable(work / (START + end), starts, {})
+        return
     event_NE, image_NX = (
         torch.cat([getattr(chunk, side) for chunk in chunks[TRAIN]]) for side in ("event_NE", "image_NX")
     )
     starts = {
-        EXIT_START: {"head": head_of(target, ids_of(chunks[TRAIN]))},
+        EXIT_START: {"head": head_ID},
         EVENT_START: event_start(event_NE, image_NX, min(recipe.event_rank, len(event_NE) - 1)),
     }
     save_verifiable(work / START, starts, {})
@@ -114,6 +133,21 @@ def exit_settings(recipe: DraftRecipe, work: Path, **places: Any) -> DraftTrainC
         store=str(work / TRAIN),
         projector_start=work / START / EXIT_START,
         **_shared(recipe.exit_epochs, recipe.exit_learning_rate, recipe.batch_size),
+        **places,
+    )
+
+
+def eagle_settings(recipe: DraftRecipe, work: Path, **places: Any) -> DraftTrainConfig:
+    """Return the settings of a head on the target's states: KL to the target at the first tokens of drafts.
+
+    `places`: `out`, `language_model`, `seed` and other settings of `train`.
+    """
+    return DraftTrainConfig(
+        strategy="eagle_head",
+        kl_weight=1.0,
+        store=str(work / (TRAIN + STATES)),
+        projector_start=work / (START + STATES) / EAGLE_START,
+        **_shared(recipe.eagle_epochs, recipe.eagle_learning_rate, recipe.eagle_batch_size),
         **places,
     )
 
@@ -200,3 +234,17 @@ class FrozenDrafter:
             rows = unpack(self._layout, rows_NT[at : at + ROWS_AT_ONCE].float())
             shown_BX = rows.image_BX[:, :0] if shown_NX is None else shown_NX[at : at + ROWS_AT_ONCE]
             yield rows, shown_BX, self._objective.positions(shown_BX, rows)
+
+
+@torch.no_grad()
+def drafted_by_eagle(head: EagleHead, language_model: Path, layout: DraftLayout, rows_NT: Tensor) -> Drafted:
+    """Draft along answers from the target's states, which the rows hold; it is shown no image tokens."""
+    device = torch.device("cpu")
+    network = EagleNetwork(frozen_model(language_model, device), head)
+    objective = EagleObjective(head, LossWeights(), DraftWeights(), layout, network, 1, device).eval()
+    parts = []
+    for rows_BT in rows_NT.split(ROWS_AT_ONCE):
+        found = objective.losses(rows_BT[:, :0].float(), rows_BT.float())
+        parts.append(torch.stack([found["tokens"].double(), found["passes"].double()]))
+    tokens_N, passes_N = torch.cat(parts, dim=1).numpy()
+    return Drafted(tokens_N, passes_N, np.zeros(len(rows_NT)))

@@ -22,7 +22,7 @@ from ray_app.core.advice import default_settings
 from ray_app.core.augmentation import Augmentation
 from ray_app.errors import ConfigError, StoreError
 from ray_app.language_models.answer_objective import shape_of
-from ray_app.language_models.draft_rows import layout_of
+from ray_app.language_models.draft_rows import layout_of, require_states
 from ray_app.parsing.redact import redact
 from ray_app.runs.run_dir import run_metadata
 from ray_app.store.checkpoint import tensor_shapes
@@ -287,14 +287,15 @@ def _for_language_model(cfg: TrainConfig, store: PairStore) -> dict[str, Any]:
     if isinstance(cfg, DraftTrainConfig):
         layout = layout_of(store.manifest.source, cfg.store)
         shape = shape_of(cfg.language_model)._replace(layers=cfg.exit_layers)
-        early_exit = cfg.strategy == "early_exit"
+        if cfg.strategy == "eagle_head":
+            require_states(layout, cfg.store)
         directions = tensor_shapes(cfg.projector_start).get("map.event_basis", [0, cfg.rank])[1]
         if cfg.rank > directions:
             raise ConfigError(f"--rank ({cfg.rank}) is above the {directions} directions of {cfg.projector_start}")
         return {
             "image_tokens": layout.image_tokens,
             "language_model": tuple(shape),
-            "vocabulary": layout.vocabulary if early_exit else (),
+            "vocabulary": layout.vocabulary if cfg.drafter is None else (),
         }
     return {}
 

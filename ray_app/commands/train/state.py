@@ -16,6 +16,7 @@ from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.initialization import first_directions, load_init
 from ray_app.config.train import AnswerTrainConfig, DraftTrainConfig, LanguageModelTrainConfig, TrainConfig
 from ray_app.core.adapters.base import Adapter, InitStats
+from ray_app.core.adapters.drafting import EagleHead
 from ray_app.core.adapters.image_tokens import ImageTokens
 from ray_app.core.adapters.registry import build_adapter
 from ray_app.core.adapters.slices import WHOLE, FeatureSlice, TensorSlice, gather
@@ -26,6 +27,7 @@ from ray_app.errors import TrainingError
 from ray_app.language_models.answer_objective import AnswerObjective
 from ray_app.language_models.draft_objective import draft_objective
 from ray_app.language_models.draft_rows import layout_of
+from ray_app.language_models.eagle.objective import eagle_objective
 from ray_app.parsing.json_text import parse_object
 from ray_app.runs.event_log import EventLog
 from ray_app.runs.run_dir import CHECKPOINTS, STATES, RunDir, checkpoint_name
@@ -205,6 +207,8 @@ def make_objective(
         assert isinstance(adapter, ImageTokens)
         return AnswerObjective(adapter, cfg.language_model, device)
     if isinstance(cfg, DraftTrainConfig):
+        if isinstance(adapter, EagleHead):
+            return eagle_objective(cfg, adapter, layout_of(context.store.manifest.source, cfg.store), device)
         return draft_objective(cfg, adapter, layout_of(context.store.manifest.source, cfg.store), device)
     weights = LossWeights(
         mse=cfg.mse_weight,

@@ -6,7 +6,7 @@ from torch import nn
 from ray_app.core.adapters.base import Adapter
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.conv import Conv
-from ray_app.core.adapters.drafting import ConstantTokens, EarlyExitLayers, EventTokens
+from ray_app.core.adapters.drafting import ConstantTokens, EagleHead, EarlyExitLayers, EventTokens
 from ray_app.core.adapters.image_tokens import ImageTokens
 from ray_app.core.adapters.lowrank import LowRank
 from ray_app.core.adapters.mlp import (
@@ -45,6 +45,7 @@ STRATEGIES: dict[str, type[Adapter]] = {
 FOR_LANGUAGE_MODELS: dict[str, type[Adapter]] = {
     "image_tokens": ImageTokens,
     "early_exit": EarlyExitLayers,
+    "eagle_head": EagleHead,
     "event_tokens": EventTokens,
     "constant_tokens": ConstantTokens,
 }
