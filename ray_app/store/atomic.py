@@ -115,6 +115,19 @@ def sole_writer(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Let one process at a time make a folder, while others wait; a file system without locks has no turns."""
+    lock = folder.with_name(f".{folder.name}.lock")
+    with disk_errors(folder):
+        make_folder(folder.parent)
+        with sole_writer(lock):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+
+
+@contextmanager
 def staged_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to fill, which gets its name when the block ends. The name must be free.
 

