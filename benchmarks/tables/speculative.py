@@ -299,7 +299,7 @@ def event_clock() -> Table:
         for name, each in live[part]["drafters"].items():
             low, high = each["interval95"]["speedup"]
             shown = name.replace("hybrid+", "`hybrid` × ").replace("drafter-", "drafter, shown: ")
-            gain = live[part].get("over_hybrid", {}).get(name)
+            gain = live[part]["over_hybrid"].get(name)
             rows.append(
                 (
                     shown if "drafter" in name else f"`{name}`",
@@ -330,17 +330,16 @@ def event_cost() -> Table:
     own_ms = answer_ms / live["speedup"] * (live["stage_share"]["draft"] + live["stage_share"]["learn"])
     number, gamma = alone["pictures"], alone["gamma"]
     length = round(number * alone["tokens_mean"])
-    counted = clock["counted"].get("hybrid+drafter-events")
+    counted = clock["counted"]["hybrid+drafter-events"]
+    asked = counted["tokens_asked"] / counted["passes_counted"]
     drafters = [
         ("drafter, shown: events", each_of["events, kl"]["mean"], gamma, VISION_MS, 0.0),
         ("· best constant", each_of["best constant"]["mean"], gamma, 0.0, 0.0),
         ("· nothing", each_of["nothing"]["mean"], gamma, 0.0, 0.0),
         ("`hybrid`", each_of["hybrid"]["mean"], 0.0, 0.0, own_ms),
         ("`hybrid` × drafter, shown: events", product, gamma, VISION_MS, own_ms),
+        ("· asked where `hybrid` is not sure", product, asked, VISION_MS, own_ms),
     ]
-    if counted:
-        asked = counted["tokens_asked"] / counted["passes_counted"]
-        drafters.append(("· asked where `hybrid` is not sure", product, asked, VISION_MS, own_ms))
     rows = []
     for name, tokens, asked, vision_ms, own in drafters:
         passes = round(length / tokens)
