@@ -175,6 +175,7 @@ EVENT_ARMS = (
     ("eagle head", "the target's own last states: EAGLE head"),
     ("events, kl", "events: adapter by KL"),
     ("events, lk", "events: adapter by LK"),
+    ("events, accepted length", "events: adapter by accepted length"),
     ("events, acceptance", "events: adapter by acceptance"),
     ("events, kl + cosine", "events: adapter by KL and cosine"),
     ("events, cosine", "events: adapter by cosine"),
@@ -205,8 +206,6 @@ def event_drafter() -> Table:
     result = read("event_drafter")
     rows = []
     for name, words in EVENT_ARMS:
-        if name not in result["all_seeds"]["tokens_per_target_pass"]:
-            continue
         whole = result["all_seeds"]["tokens_per_target_pass"][name]
         seeds = [each["tokens_per_target_pass"][name]["mean"] for each in result["by_seed"]]
         cosine = f"{whole['cosine']:.3f}" if whole["cosine"] else "–"
