@@ -58,7 +58,7 @@ def test_a_sweep_of_drafters_has_their_settings(sweep: Callable[..., Path]) -> N
     [
         ({"objective": "lift"}, ConfigError, "trials of event_tokens .* set `objective: tokens_per_target_pass`"),
         ({"base_strategy": "lowrank"}, ConfigError, "needs a drafter's distributions, and lowrank has none"),
-        ({"base_strategy": None}, ConfigError, "the default strategy has none; name one of early_exit, event_tokens"),
+        ({"base_strategy": None}, ConfigError, "the default strategy has none; name one of early_exit, eagle_head"),
         ({"secondary_objective": "latency_ms"}, ConfigError, "latency_ms is that of an adapter"),
         ({"base_drafter": None}, ConfigError, "--strategy event_tokens and --drafter none do not go together"),
         ({"base_drafter": "nowhere"}, CheckpointError, "nowhere is not a folder; name a checkpoint, or the folder"),

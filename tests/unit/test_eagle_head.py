@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import tiny_target
 import torch
+from small_drafting import save_part
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ray_app.commands.demo.answers import TRAINING, pictures
 from ray_app.commands.demo.draft_training import (
     STATES,
+    TEST,
     TRAIN,
     DraftRecipe,
     drafted_by_eagle,
@@ -19,9 +21,11 @@ from ray_app.commands.demo.draft_training import (
     write_draft_stores,
 )
 from ray_app.commands.demo.sight import MAX_NEW_TOKENS
+from ray_app.commands.evaluate.drafting import draft_context, evaluate_drafter
 from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.loop import WorkerContext, validate
 from ray_app.commands.train.state import resume_or_init
+from ray_app.config.evaluate import EvaluationFlags
 from ray_app.core.adapters.drafting import EagleHead
 from ray_app.core.draft_losses import GAMMA
 from ray_app.core.optimizer_step import training_step
@@ -37,7 +41,7 @@ from ray_app.language_models.eagle.objective import EagleObjective
 from ray_app.language_models.kinds import load
 from ray_app.language_models.model import LanguageModel
 from ray_app.scenes.captions import KEY_ELEMENTS
-from ray_app.store.checkpoint import load_training_state
+from ray_app.store.checkpoint import load_checkpoint, load_training_state
 from ray_app.store.pair_store import PairStore
 
 CPU = torch.device("cpu")
@@ -309,6 +313,19 @@ def test_a_head_learns_and_the_target_does_not(work: Path, cfg: Any) -> None:
     empty = objective.train()(event_NE[:0].float(), rows_NT[:0].float())
     assert empty["loss"].shape == empty["cos_sim"].shape == (0,)
     empty["loss"].sum().backward()
+
+
+def test_a_head_is_evaluated_by_the_same_count(work: Path, cfg: Any, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(save_part(tmp_path / "head", cfg))
+    context = draft_context(EvaluationFlags(batch_size=4), str(work / (TEST + STATES)), checkpoint)
+    found = evaluate_drafter(context, checkpoint)
+    store = context.store
+    rows_NT = torch.from_numpy(store.read_rows(range(len(store.index.sequence)))[1])
+    assert isinstance(checkpoint.adapter, EagleHead)
+    layout = layout_of(store.manifest.source, work)
+    drafted = drafted_by_eagle(checkpoint.adapter, cfg.language_model, layout, rows_NT)
+    assert found.passes_N.tolist() == drafted.passes_N.tolist()
+    assert set(found.baselines) == {"no_drafter"}
 
 
 def test_rows_without_states_and_a_head_behind_a_drafter_are_refused(

@@ -16,13 +16,15 @@ from ray_app.commands.evaluate.context import EvaluationContext, pairs_trained_o
 from ray_app.config.base import SplitFlags
 from ray_app.config.evaluate import EvaluationFlags
 from ray_app.config.train import DraftTrainConfig
-from ray_app.core.adapters.drafting import EventTokens
+from ray_app.core.adapters.drafting import EagleHead, EventTokens
 from ray_app.core.evaluation import derangement
+from ray_app.core.losses import AlignmentObjective
 from ray_app.core.optimizer_step import decode
 from ray_app.core.speculative.draft_evaluation import Counts, DraftEvaluation
 from ray_app.errors import CheckpointError, ConfigError
-from ray_app.language_models.draft_objective import DraftObjective, draft_objective, frozen_drafter
+from ray_app.language_models.draft_objective import draft_objective, frozen_drafter
 from ray_app.language_models.draft_rows import layout_of
+from ray_app.language_models.eagle.objective import eagle_objective
 from ray_app.store.checkpoint import Checkpoint, load_checkpoint
 from ray_app.store.pair_store import PairStore
 from ray_app.store.split import Rows, split_pairs
@@ -100,7 +102,11 @@ def evaluate_drafter(context: EvaluationContext, checkpoint: Checkpoint) -> Draf
     if adapter.config.vocabulary and adapter.config.vocabulary != layout.vocabulary:
         raise ConfigError(f"{checkpoint.folder} drafts other tokens than the answers of {store.folder} have.")
     device = torch.device("cuda" if context.use_gpu else "cpu")
-    objective = draft_objective(cfg, adapter, layout, device).eval()
+    objective: AlignmentObjective
+    if isinstance(adapter, EagleHead):
+        objective = eagle_objective(cfg, adapter, layout, device).eval()
+    else:
+        objective = draft_objective(cfg, adapter, layout, device).eval()
     event_NE, rows_NT = (
         decode(torch.from_numpy(side), store.feature(name).scale, device)
         for side, name in zip(store.read_rows(rows), ("event", "target"), strict=True)
@@ -135,7 +141,7 @@ def draft_result(
 
 
 def _along(
-    objective: DraftObjective, shown: Callable[[Tensor], Tensor], rows_NT: Tensor, batch_size: int
+    objective: AlignmentObjective, shown: Callable[[Tensor], Tensor], rows_NT: Tensor, batch_size: int
 ) -> tuple[Counts, Counts, Counts]:
     """Return tokens, target passes and cosine of each pair while `shown` gives the image tokens of some places."""
     found: list[dict[str, Any]] = [
