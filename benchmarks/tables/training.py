@@ -31,7 +31,7 @@ def step_facts() -> Table:
         (
             "waiting for data after the first epoch",
             "train_step",
-            "data_wait_fraction_after_first_epoch/1",
+            "data_wait_fraction_after_first_epoch/0",
             percent,
             "3 %",
         ),
