@@ -195,7 +195,15 @@ def status_kib(name: str) -> int:
 
 
 def measured(read: Callable[[], Any], size: int) -> dict[str, Any]:
-    """Read an example; returns outcome, seconds, bytes, and a finding where it broke a bound or raised else."""
+    """Read an example; returns outcome, seconds, bytes, and a finding where it broke a bound or raised else.
+
+    What breaks a bound is read again and judged by that, since a first reading may pay for imports of any thread.
+    """
+    found = _measured(read, size)
+    return _measured(read, size) if found["finding"] and found["outcome"] != "raised" else found
+
+
+def _measured(read: Callable[[], Any], size: int) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, started = status_kib("VmRSS"), time.process_time()
     outcome, finding = "read", ""
