@@ -2,9 +2,9 @@
 
     python -m benchmarks.train.start --store STORE --folder runs/start
 
-Both run in turn. The short program starts Ray, one worker and nothing else: no split, no baselines, no checkpoint, no tracking. Its
-worker reads the store's pairs into memory, draws the weights of the same adapter and takes one step. What it needs is
-the time of Ray, torch and the pairs themselves. Writes benchmarks/results/train_start.json.
+Both run in turn. The short program starts Ray, one worker and nothing else: no split, no baselines, no checkpoint, no
+tracking. Its worker reads the store's pairs into memory, draws the weights of the same adapter and takes one step.
+What it needs is the time of Ray, torch and the pairs themselves. Writes benchmarks/results/train_start.json.
 """
 
 import argparse
