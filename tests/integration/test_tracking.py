@@ -258,6 +258,7 @@ def test_a_server_that_is_slow_or_broken_is_not_waited_for(
 
     silence = threading.Event()
     monkeypatch.setattr(tracker_module, "PATIENCE_S", 0.5)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
     broken = http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), Broken)
     threading.Thread(target=broken.serve_forever, daemon=True).start()
     began = time.monotonic()
@@ -267,7 +268,7 @@ def test_a_server_that_is_slow_or_broken_is_not_waited_for(
         steps(log, 1, 100)
         end(log)
     assert not tracker.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 300, "it was given up before the request was"
     assert tracker.run_id is None
     assert "ray-app sync" in capsys.readouterr().err
     silence.set()
