@@ -5,7 +5,6 @@ P = positions of each.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,18 +61,18 @@ def answer(
     encode_s = model.now() - began
     model.require_room(len(prefix_PD), max_new_tokens)
     context = model.context()
-    keeps: AbstractContextManager[list[Tensor]] = model.states_of_head() if with_states else nullcontext([])
-    with keeps as states:
-        made = decode(
-            context,
-            prefix_PD,
-            None,
-            choice=Greedy(),
-            gamma=FixedGamma(0),
-            max_new_tokens=max_new_tokens,
-            end_token=model.end_token,
-            clock=model.now,
-        )
+    states = context.keep_states() if with_states else []
+    made = decode(
+        context,
+        prefix_PD,
+        None,
+        choice=Greedy(),
+        gamma=FixedGamma(0),
+        max_new_tokens=max_new_tokens,
+        end_token=model.end_token,
+        clock=model.now,
+    )
+    states_TD = torch.cat(states).to("cpu", torch.bfloat16) if with_states else None
     tokens = list(made.tokens)
     passes = [_verify(model, context, tokens, gamma) for gamma in verify if gamma + 1 < len(tokens)]
     return ModelAnswer(
@@ -84,7 +83,7 @@ def answer(
         verify_ms={gamma: ms for gamma, ms, _ in passes},
         num_verified=sum(gamma + 1 for gamma, _, _ in passes),
         num_verified_otherwise=sum(otherwise for _, _, otherwise in passes),
-        states_TD=torch.stack(states).to("cpu", torch.bfloat16) if with_states else None,
+        states_TD=states_TD,
     )
 
 

@@ -6,8 +6,8 @@ T = frames, H, W = pixels, C = 3 colours.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -122,20 +122,6 @@ class LanguageModel(ABC):
     def weight_bytes(self) -> int:
         return sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
 
-    @contextmanager
-    def states_of_head(self) -> Iterator[list[Tensor]]:
-        """Collect the head's input for the last token of each pass."""
-        states: list[Tensor] = []
-
-        def keep(_: Any, arguments: tuple[Tensor]) -> None:
-            states.append(arguments[0][0, -1].clone())
-
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
-        try:
-            yield states
-        finally:
-            hook.remove()
-
 
 class Context:
     """The KV cache of one prompt and what was read behind it."""
@@ -144,6 +130,7 @@ class Context:
         self._model = model
         self.cache = transformers().DynamicCache(config=model.config)
         require_croppable(self.cache, name, model.config)
+        self._states: list[Tensor] | None = None
 
     @property
     def length(self) -> int:
@@ -172,9 +159,25 @@ class Context:
         kept = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
+    def keep_states(self) -> list[Tensor]:
+        """Return a list to which each pass of this context adds the head's input for its logits, (K, D)."""
+        self._states = []
+        return self._states
+
     def _pass(self, **inputs: Any) -> Tensor:
-        logits: Tensor = self._model(**inputs, cache=self.cache, use_cache=True).logits
+        with self._keeping():
+            logits: Tensor = self._model(**inputs, cache=self.cache, use_cache=True).logits
         return logits[0]
+
+    def _keeping(self) -> AbstractContextManager[Any]:
+        """Hook the head for one pass, so that passes of other contexts are not seen."""
+        states = self._states
+        if states is None:
+            return nullcontext()
+        hook: AbstractContextManager[Any] = self._model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs: states.append(inputs[0][0].clone())
+        )
+        return hook
 
 
 def require_croppable(cache: Any, name: str, config: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_target
 import torch
+from small_drafting import decoded, rows_in
 from transformers import AutoModelForCausalLM
 
 from benchmarks.speculative.event_drafter import replay
@@ -30,16 +31,14 @@ from ray_app.commands.train.context import RunContext
 from ray_app.commands.train.loop import WorkerContext, validate
 from ray_app.commands.train.state import resume_or_init
 from ray_app.core.adapters.drafting import EarlyExitLayers
-from ray_app.core.draft_losses import GAMMA
 from ray_app.core.optimizer_step import training_step
-from ray_app.core.speculative.decoding import FixedGamma, Greedy, decode
 from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
 from ray_app.data.pair_tensors import PairTensors
 from ray_app.drafters.hybrid import HybridDrafter
 from ray_app.errors import ConfigError, InputError
 from ray_app.language_models.answers import answer
 from ray_app.language_models.draft_objective import DraftObjective
-from ray_app.language_models.draft_rows import DraftLayout, layout_of, pack, unpack
+from ray_app.language_models.draft_rows import DraftLayout, pack, unpack
 from ray_app.language_models.drafting import ModelProposer, ProductProposer
 from ray_app.language_models.exit_network import ExitModel
 from ray_app.language_models.kinds import load
@@ -74,12 +73,11 @@ def answered(folder: Path, target: LanguageModel) -> list[draft_data.Chunk]:
 
 
 def features(work: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    event_NE, rows_NT = PairStore.open(work / TRAIN).read_rows(range(DRIVES * PER_DRIVE))
-    return torch.from_numpy(event_NE), torch.from_numpy(rows_NT)
+    return rows_in(work / TRAIN)[1:]
 
 
 def layout_in(work: Path) -> DraftLayout:
-    return layout_of(PairStore.open(work / TRAIN).manifest.source, work)
+    return rows_in(work / TRAIN)[0]
 
 
 def trained_exit(cfg: Any, seed: int = 0) -> EarlyExitLayers:
@@ -221,16 +219,8 @@ def test_the_count_along_the_answer_is_that_of_live_decoding(
         for number, each in enumerate(some):
             prompt = target.prompt(each.image_HWC[None], KEY_ELEMENTS)
             shown_PD = target.prefix(prompt, shown_NX[number].reshape(-1, layout.width))
-            done = decode(
-                target.context(),
-                target.prefix(prompt),
-                ModelProposer(live, lambda shown=shown_PD: shown, target.vocabulary_size, None),  # type: ignore[misc]
-                choice=Greedy(),
-                gamma=FixedGamma(GAMMA),
-                max_new_tokens=MAX_NEW_TOKENS,
-                end_token=target.end_token,
-                clock=lambda: 0.0,
-            )
+            proposer = ModelProposer(live, lambda shown=shown_PD: shown, target.vocabulary_size, None)  # type: ignore[misc]
+            done = decoded(target, each.image_HWC, lambda _, proposer=proposer: proposer)  # type: ignore[misc]
             assert len(done.tokens) == drafted.tokens_N[number]
             assert len(done.passes) == drafted.passes_N[number]
             passes += len(done.passes)
@@ -264,16 +254,7 @@ def test_the_replayed_passes_of_a_product_with_hybrid_are_those_of_live_decoding
             ids=ids,
             expected=partial(hybrid.expected, answers[number].prompt),
         )
-        done = decode(
-            target.context(),
-            prefix_PD,
-            proposer,
-            choice=Greedy(),
-            gamma=FixedGamma(GAMMA),
-            max_new_tokens=MAX_NEW_TOKENS,
-            end_token=target.end_token,
-            clock=lambda: 0.0,
-        )
+        done = decoded(target, each.image_HWC, lambda _, proposer=proposer: proposer)  # type: ignore[misc]
         assert done.tokens == answers[number].answer
         asked.append(len(done.passes))
         proposer.propose((), MAX_NEW_TOKENS)  # as `decode` asks what it says by itself

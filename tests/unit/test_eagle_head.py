@@ -1,5 +1,6 @@
 """A head on the target's last states: its layer, the steps of its drafts, their count, and what trains it."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_target
 import torch
-from small_drafting import save_part
+from small_drafting import decoded, exact_rows, head_that_knows, rows_in, save_part, some_head
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ray_app.commands.demo.answers import TRAINING, pictures
@@ -27,21 +28,20 @@ from ray_app.commands.train.loop import WorkerContext, validate
 from ray_app.commands.train.state import resume_or_init
 from ray_app.config.evaluate import EvaluationFlags
 from ray_app.core.adapters.drafting import EagleHead
-from ray_app.core.draft_losses import GAMMA
 from ray_app.core.optimizer_step import training_step
 from ray_app.core.speculative.decoding import FixedGamma, Greedy, Proposal, Sampled, decode
 from ray_app.core.speculative.teacher_forced import num_passes_by_runs
 from ray_app.data.pair_tensors import PairTensors
 from ray_app.errors import ConfigError
 from ray_app.language_models.answers import answer
-from ray_app.language_models.draft_rows import DraftLayout, DraftRows, layout_of, unpack
+from ray_app.language_models.draft_rows import DraftLayout, DraftRows, unpack
 from ray_app.language_models.eagle.live import EagleModel, EagleProposer
 from ray_app.language_models.eagle.network import EagleNetwork, Seen, frozen_model
 from ray_app.language_models.eagle.objective import EagleObjective
 from ray_app.language_models.kinds import load
 from ray_app.language_models.model import LanguageModel
 from ray_app.scenes.captions import KEY_ELEMENTS
-from ray_app.store.checkpoint import load_checkpoint, load_training_state
+from ray_app.store.checkpoint import load_checkpoint
 from ray_app.store.pair_store import PairStore
 
 CPU = torch.device("cpu")
@@ -69,40 +69,8 @@ def cfg(work: Path, target: LanguageModel, tmp_path: Path) -> Any:
 
 
 def rows_of(work: Path) -> tuple[DraftLayout, torch.Tensor, torch.Tensor, DraftRows]:
-    store = PairStore.open(work / (TRAIN + STATES))
-    event_NE, rows_NT = (torch.from_numpy(side) for side in store.read_rows(range(DRIVES * PER_DRIVE)))
-    layout = layout_of(store.manifest.source, work)
+    layout, event_NE, rows_NT = rows_in(work / (TRAIN + STATES))
     return layout, event_NE, rows_NT, unpack(layout, rows_NT.float())
-
-
-def target_states(work: Path) -> list[torch.Tensor]:
-    """The target's states at each token of each answer, as its passes gave them."""
-    (folder,) = (work / "answers").glob(f"part_{TRAINING}_*")
-    tensors, about = load_training_state(folder)
-    return list(tensors["states"].split([len(each) for each in about["answers"]]))
-
-
-def some_head(cfg: Any, seed: int = 0, noise: float = 0.1) -> EagleHead:
-    """A head whose weights are not where they begin."""
-    adapter = resume_or_init(RunContext.of(cfg, PairStore.open(cfg.store)), None, CPU).objective.adapter
-    assert isinstance(adapter, EagleHead)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in adapter.parameters():
-            weight += noise * torch.randn(weight.shape, generator=generator)
-    return adapter.eval()
-
-
-def head_that_knows(cfg: Any, rows_NT: torch.Tensor) -> EagleHead:
-    """A head that has learnt some answers."""
-    objective = resume_or_init(RunContext.of(cfg, PairStore.open(cfg.store)), None, CPU).objective.train()
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2)
-    for _ in range(80):
-        optimizer.zero_grad()
-        objective.losses(rows_NT[:, :0], rows_NT)["loss"].mean().backward()
-        optimizer.step()
-    assert isinstance(objective.adapter, EagleHead)
-    return objective.adapter.eval()
 
 
 def test_rows_hold_the_states_that_chose_the_tokens(target: LanguageModel, work: Path) -> None:
@@ -207,31 +175,56 @@ def test_passes_by_runs_are_those_of_the_loop_of_decode(gamma: int) -> None:
 
 
 def test_the_count_from_every_position_is_that_of_live_decoding(target: LanguageModel, work: Path, cfg: Any) -> None:
-    layout, _, rows_NT, rows = rows_of(work)
-    exact_NLD = torch.zeros(len(rows_NT), layout.length, layout.width)
-    for number, states_AD in enumerate(target_states(work)):  # rows hold half precision, a live draft the states
-        exact_NLD[number, : len(states_AD)] = states_AD
-    rows_NT = torch.cat([rows_NT[:, : -exact_NLD[0].numel()].float(), exact_NLD.flatten(1)], dim=1)
+    layout, *_, rows = rows_of(work)
+    rows_NT = exact_rows(work)  # rows hold half precision, a live draft the states
     assert torch.allclose(unpack(layout, rows_NT).states_BLD, rows.states_BLD, rtol=1e-2, atol=1e-2)
     passes = tokens = 0
     for head in (some_head(cfg, noise=0.02), head_that_knows(cfg, rows_NT)):
         drafted = drafted_by_eagle(head, cfg.language_model, layout, rows_NT)
         model = EagleModel(head, target)
         for number, each in enumerate(pictures(0, TRAINING, DRIVES, PER_DRIVE)):
-            done = decode(
-                target.context(),
-                target.prefix(target.prompt(each.image_HWC[None], KEY_ELEMENTS)),
-                EagleProposer(model, None),
-                choice=Greedy(),
-                gamma=FixedGamma(GAMMA),
-                max_new_tokens=MAX_NEW_TOKENS,
-                end_token=target.end_token,
-                clock=lambda: 0.0,
-            )
+            done = decoded(target, each.image_HWC, partial(EagleProposer, model, sampled=None))
             assert len(done.tokens) == drafted.tokens_N[number]
             assert len(done.passes) == drafted.passes_N[number]
             passes, tokens = passes + len(done.passes), tokens + len(done.tokens)
     assert passes < 0.8 * tokens, "many drafts of one head were accepted"
+
+
+@torch.no_grad()
+def test_states_are_those_of_one_context_and_no_hook_is_left(target: LanguageModel) -> None:
+    one, other = target.context(), target.context()
+    states = one.keep_states()
+    prefix_PD = target.prefix(target.prompt(None, KEY_ELEMENTS))
+    other.prefill(prefix_PD)
+    head = target.model.get_output_embeddings()
+    assert not states
+    logits = [one.prefill(prefix_PD)]
+    other.step([5, 6])
+    logits.append(one.step([7, 8, 9]))
+    assert [len(each_KD) for each_KD in states] == [1, 3]
+    for states_KD, logits_KV in zip(states, logits, strict=True):
+        torch.testing.assert_close(head(states_KD), logits_KV)
+    assert not head._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_a_drawn_draft_says_what_each_token_was_drawn_from(target: LanguageModel, cfg: Any) -> None:
+    model, sampled = EagleModel(some_head(cfg, noise=0.02), target), Sampled(0.7, 0.9, np.random.default_rng(3))
+    prefix_PD = target.prefix(target.prompt(None, KEY_ELEMENTS))
+    context, same = target.context(), target.context()
+    proposer, states = EagleProposer(model, context, sampled), same.keep_states()
+    logits_1V = context.prefill(prefix_PD)
+    same.prefill(prefix_PD)
+    found = proposer.propose((), 6)
+    states_BLD = torch.nn.functional.pad(states[0][None], (0, 0, 0, len(found.tokens) - 1))
+    steps = model.network.unrolled(states_BLD, torch.tensor([found.tokens]), len(found.tokens) - 1)
+    expected_GV = np.zeros((len(found.tokens), target.vocabulary_size))
+    expected_GV[:1] = sampled.probabilities(logits_1V)
+    for row, states_1LD in zip(expected_GV[1:], steps, strict=True):
+        row[model.ids_I] = sampled.probabilities(model.network.logits(states_1LD[:, 0]))[0]
+    assert found.probabilities_GV is not None
+    np.testing.assert_allclose(found.probabilities_GV, expected_GV, atol=1e-5)
+    assert all(row[token] > 0.0 for row, token in zip(found.probabilities_GV, found.tokens, strict=True))
 
 
 def test_drafts_of_any_length_and_drawn_ones_change_no_greedy_text(
@@ -250,16 +243,7 @@ def test_drafts_of_any_length_and_drawn_ones_change_no_greedy_text(
 
     for number, each in enumerate(pictures(0, TRAINING, DRIVES, PER_DRIVE)):
         for sampled in (None, Sampled(1.0, 1.0, rng)):
-            done = decode(
-                target.context(),
-                target.prefix(target.prompt(each.image_HWC[None], KEY_ELEMENTS)),
-                EagleProposer(model, sampled),
-                choice=Greedy(),
-                gamma=AnyGamma(),
-                max_new_tokens=MAX_NEW_TOKENS,
-                end_token=target.end_token,
-                clock=lambda: 0.0,
-            )
+            done = decoded(target, each.image_HWC, partial(EagleProposer, model, sampled=sampled), AnyGamma())
             assert list(done.tokens) == rows.ids_BL[number][rows.used_BL[number]].tolist()
 
 
@@ -319,10 +303,8 @@ def test_a_head_is_evaluated_by_the_same_count(work: Path, cfg: Any, tmp_path: P
     checkpoint = load_checkpoint(save_part(tmp_path / "head", cfg))
     context = draft_context(EvaluationFlags(batch_size=4), str(work / (TEST + STATES)), checkpoint)
     found = evaluate_drafter(context, checkpoint)
-    store = context.store
-    rows_NT = torch.from_numpy(store.read_rows(range(len(store.index.sequence)))[1])
+    layout, _, rows_NT = rows_in(work / (TEST + STATES))
     assert isinstance(checkpoint.adapter, EagleHead)
-    layout = layout_of(store.manifest.source, work)
     drafted = drafted_by_eagle(checkpoint.adapter, cfg.language_model, layout, rows_NT)
     assert found.passes_N.tolist() == drafted.passes_N.tolist()
     assert set(found.baselines) == {"no_drafter"}

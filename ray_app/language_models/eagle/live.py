@@ -5,7 +5,6 @@ V = the target's vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +16,15 @@ from ray_app.core.adapters.drafting import EagleHead
 from ray_app.core.speculative.decoding import Proposal, Sampled
 from ray_app.language_models.drafting import choose
 from ray_app.language_models.eagle.network import EagleNetwork, Seen
-from ray_app.language_models.model import LanguageModel
+from ray_app.language_models.model import Context, LanguageModel
 
 
 class EagleModel:
-    """A head for one target, whose states it collects from now on."""
+    """A head and its target."""
 
     def __init__(self, head: EagleHead, target: LanguageModel) -> None:
         self.network, self.target = EagleNetwork(target.model, head.eval()), target
         self.ids_I = torch.tensor(head.config.vocabulary, device=target.device)
-        self.passes: list[Tensor] = []
-        """Input of the target's head in each pass since the last draft, (P, D)."""
-        target.model.get_output_embeddings().register_forward_pre_hook(self._keep)
-
-    def _keep(self, _: Any, inputs: tuple[Tensor]) -> None:
-        self.passes.append(inputs[0][0])
 
     def first_logits(self, state_1D: Tensor) -> Tensor:
         """Return the target's logits of the answer's first token, (1, V)."""
@@ -44,13 +37,13 @@ class EagleModel:
 
 
 class EagleProposer:
-    """A head that drafts for one answer, whose prompt the target has not read yet."""
+    """A head that drafts for one answer, in the target's context, which has not read the prompt yet."""
 
-    def __init__(self, model: EagleModel, sampled: Sampled | None) -> None:
+    def __init__(self, model: EagleModel, context: Context, sampled: Sampled | None) -> None:
         self._model, self._sampled = model, sampled
+        self._passes = context.keep_states()
         self._states_LD: Tensor | None = None
         self._seen, self._num_read = Seen(), 0
-        model.passes.clear()
 
     @torch.inference_mode()
     def propose(self, accepted: Sequence[int], num_tokens: int) -> Proposal:
@@ -83,7 +76,7 @@ class EagleProposer:
 
     def _take_states(self, num_accepted: int) -> Tensor:
         """Return the target's states that chose the accepted tokens; before the first, the one behind the prompt."""
-        passes = self._model.passes
+        passes = self._passes
         if self._states_LD is None:
             self._states_LD = passes.pop(0)[-1:]
         if passes:  # the first verified a draft, of which a part was accepted; those after it had none
