@@ -43,9 +43,7 @@ class DraftObjective(AlignmentObjective):
         super().__init__(adapter, weights)
         self.draft_weights, self.layout = draft_weights, layout
         self.network = network
-        place_V = torch.full((layout.vocabulary_size,), -1)
-        place_V[list(layout.vocabulary)] = torch.arange(len(layout.vocabulary))
-        self._place_V = place_V.to(device)
+        self._place_V = layout.places().to(device)
         self.to(device)
 
     def losses(self, aligned_BD: Tensor, target_BD: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ A target feature of the pair store is one row of float16, in this order:
 
 What is the same for all rows is in the manifest's source, as `drafting`.
 
-Shapes: B = rows, L = longest answer, I = ids of the reduced vocabulary, N = image tokens, D = their width, X = N · D.
+Shapes: B = rows, L = longest answer, I = ids of the reduced vocabulary, N = image tokens, D = their width, X = N · D,
+V = tokens of the target.
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,12 @@ class DraftLayout(Config):
         """Numbers of a row."""
         return self.image_tokens * self.width + self.length * (2 + len(self.vocabulary) + self.states * self.width)
 
+    def places(self) -> Tensor:
+        """Return the place of each of the target's tokens in the reduced vocabulary, −1 outside it, (V,)."""
+        place_V = torch.full((self.vocabulary_size,), -1)
+        place_V[list(self.vocabulary)] = torch.arange(len(self.vocabulary))
+        return place_V
+
 
 @dataclass(frozen=True, slots=True)
 class DraftRows:
@@ -103,7 +110,7 @@ def require_states(layout: DraftLayout, store: object) -> None:
     if not layout.states:
         raise ConfigError(
             f"{store} holds no states of the target, which an eagle_head reads; take the store of that name with "
-            "_states at its end, which `write_draft_stores` with states=True leaves."
+            "_states at its end, which `ray-app demo draft --kind eagle_head` leaves in OUT.build."
         )
 
 

@@ -37,9 +37,7 @@ class EagleObjective(AlignmentObjective):
     ) -> None:
         super().__init__(adapter, weights)
         self.draft_weights, self.layout, self.network, self.num_steps = draft_weights, layout, network, num_steps
-        place_V = torch.full((layout.vocabulary_size,), -1)
-        place_V[list(layout.vocabulary)] = torch.arange(len(layout.vocabulary))
-        self._place_V = place_V.to(device)
+        self._place_V = layout.places().to(device)
         self.to(device)
 
     def losses(self, aligned_BD: Tensor, target_BD: Tensor) -> dict[str, Tensor]:
