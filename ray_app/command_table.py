@@ -252,7 +252,7 @@ COMMANDS: dict[str, Command] = {
         "demo.draft",
         "demo_draft",
         "demo draft --out DIR",
-        "train a drafter that sees events, and measure it",
+        "train a drafter that sees events, or an EAGLE head, and measure it",
     ),
     "demo decode": Command(
         demo.DemoDecodeConfig,

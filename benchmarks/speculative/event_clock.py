@@ -29,12 +29,11 @@ from ray_app.commands.decode.worker import decode_lane
 from ray_app.commands.demo.decode import MAX_NEW_TOKENS, write_prompts
 from ray_app.commands.demo.draft_training import TEST, TRAIN, Drafted, FrozenDrafter
 from ray_app.config.decode import DecodeConfig
-from ray_app.core.adapters.drafting import EarlyExitLayers, EventTokens
 from ray_app.core.draft_losses import GAMMA
 from ray_app.core.speculative.metrics import block_bootstrap
 from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
 from ray_app.drafters.hybrid import HybridDrafter
-from ray_app.language_models.event_drafter import read_event_drafter, write_event_drafter
+from ray_app.language_models.drafter_folder import EventDrafter, read_drafter, write_drafter
 from ray_app.language_models.kinds import load
 from ray_app.runs.run_dir import RunDir
 from ray_app.store.atomic import write_file
@@ -102,10 +101,8 @@ def drafter_of(work: Path, train: Part) -> Path:
     if not folder.exists():
         best = [RunDir(work / "seed_0" / name).best() for name in ("exit", "events_kl")]
         assert None not in best, "measure the drafter first"
-        exit_layers, events = (load_checkpoint(each).adapter for each in best if each)
-        assert isinstance(exit_layers, EarlyExitLayers)
-        assert isinstance(events, EventTokens)
-        write_event_drafter(folder, exit_layers, events, train.layout, {"work": "benchmarks.speculative"})
+        parts = [load_checkpoint(each).adapter for each in best if each]
+        write_drafter(folder, parts, train.layout, {"work": "benchmarks.speculative"})
     return folder
 
 
@@ -137,7 +134,8 @@ def counted(
     Of a mix with `hybrid` also count the tokens that the drafter was asked for.
     """
     assert plan.cfg.draft_length == "fixed", "γ is the same in every pass"
-    drafter = read_event_drafter(folder, load(target, "float32", "cpu"))
+    drafter = read_drafter(folder, load(target, "float32", "cpu"))
+    assert isinstance(drafter, EventDrafter)
     frozen = FrozenDrafter(drafter.exit_layers, target / "language_model", test.layout)
     places = {
         f"{sequence}_{t_us}.png": row

@@ -25,12 +25,12 @@ class DecodeConfig(ClusterFlags):
     """Folder for the results; must be new, empty, or a run of the same settings."""
     drafter: tuple[str, ...] = ("hybrid", "previous_window")
     """Drafters, each decoded in turn with the others: those of `replay`, `early_exit`, folders of language models
-    with the target's tokenizer, or a folder that `demo draft` made for the target; hybrid+FOLDER multiplies the
-    probabilities of the latter with those that `hybrid` learns from answers."""
+    with the target's tokenizer, or a folder that `demo draft` made for the target. hybrid+FOLDER multiplies the
+    probabilities of such a drafter that sees events with those that `hybrid` learns from answers."""
     drafter_sees: tuple[Sees, ...] = ()
     """Pictures for a drafting language model, a drafter for each: the row's events or frames, its events through
     --adapter, a constant, pictures of another drive, or nothing. The last three are baselines. Default: events for a
-    drafter of `demo draft`, else nothing."""
+    drafter of `demo draft` that sees, else nothing. An EAGLE head reads the target's states and is shown nothing."""
     adapter: Path | None = None
     """Checkpoint of an adapter from features of event images to the drafter's image tokens, for --drafter-sees
     adapter."""

@@ -1,11 +1,12 @@
 """Settings of `demo`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ray_app.config.base import ClusterFlags, Config, Positive
+from ray_app.errors import ConfigError
 
 DemoPart = Literal["mobilenet_v2", "smollm2"]
 
@@ -69,11 +70,11 @@ class DemoEvaluateConfig(Config):
 
 
 class DemoDraftConfig(ClusterFlags):
-    """Train a drafter that sees event images for a target of `demo build`, and measure what it drafts.
+    """Train a drafter for a target of `demo build`, one that sees event images or an EAGLE head, and measure it.
 
-    The target answers about rendered drives; its first layers learn to draft with its own picture, then image tokens
-    of event images are trained through that drafter. Repeat the command to continue. What it works with is in
-    OUT.build.
+    The target answers about rendered drives. events: its first layers learn to draft with its own picture, then image
+    tokens of event images are trained through that drafter. eagle_head: a layer learns to draft from the target's own
+    last states. Repeat the command to continue. What it works with is in OUT.build.
     """
 
     target: Path | None = None
@@ -81,8 +82,11 @@ class DemoDraftConfig(ClusterFlags):
     `demo fetch`."""
     out: Path = Path("models/demo-drafter")
     """Folder of the drafter; must be new, or one that this command made."""
+    kind: Literal["events", "eagle_head"] = "events"
+    """Drafter: one that is shown event images, or a head that reads the target's states in every pass."""
     loss: Literal["kl", "reverse_kl", "acceptance", "lk", "accepted_length", "cross_entropy", "cosine"] = "kl"
-    """Loss of the event image's tokens: of the drafter's distributions against the target's, or of the tokens."""
+    """Loss of the event image's tokens: of the drafter's distributions against the target's, or of the tokens. An
+    eagle_head learns by KL."""
     size: Literal["full", "small"] = "full"
     """full: about half an hour on one core. small: minutes, for tests; it drafts little."""
     seed: int = Field(default=0, ge=0)
@@ -93,6 +97,15 @@ class DemoDraftConfig(ClusterFlags):
     """Folder of fetched models; default: ray-app in XDG_CACHE_HOME, else in ~/.cache."""
     tracking_uri: str | None = None
     """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
+
+    @model_validator(mode="after")
+    def _has_a_loss_of_its_kind(self) -> Self:
+        if self.kind == "eagle_head" and self.loss != "kl":
+            raise ConfigError(
+                f"--loss {self.loss} is for the image tokens of events; an eagle_head learns by KL: leave it out, or "
+                "take --kind events."
+            )
+        return self
 
 
 class DemoDecodeConfig(Config):

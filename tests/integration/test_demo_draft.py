@@ -12,7 +12,7 @@ from ray_app.commands.demo.decode import write_prompts
 from ray_app.commands.demo.draft import run_demo_draft
 from ray_app.config.decode import DecodeConfig
 from ray_app.config.demo import DemoDraftConfig
-from ray_app.errors import InputError, StoreError
+from ray_app.errors import ConfigError, InputError, StoreError
 from ray_app.store.atomic import sha256_file
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def test_an_interrupted_drafter_ends_with_the_same_weights_and_decode_takes_it(
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    for stage in ("write_draft_stores", "run_train", "write_event_drafter"):
+    for stage in ("write_draft_stores", "run_train", "write_drafter"):
         with monkeypatch.context() as patch:
             patch.setattr(draft, stage, killed)
             with pytest.raises(KeyboardInterrupt):
@@ -58,9 +58,51 @@ def test_an_interrupted_drafter_ends_with_the_same_weights_and_decode_takes_it(
     )
     assert run_decode(decode)["results"]["drafter"]["texts_that_differ"] == 0
 
-    with pytest.raises(StoreError, match=r"drafter\.build is of a build of other settings"):
-        run_demo_draft(cfg.model_copy(update={"loss": "lk"}))
+    for other in ({"loss": "lk"}, {"kind": "eagle_head"}):
+        with pytest.raises(StoreError, match=r"drafter\.build is of a build of other settings"):
+            run_demo_draft(cfg.model_copy(update=other))
     with pytest.raises(InputError, match="build it first: ray-app demo build"):
         run_demo_draft(cfg.model_copy(update={"target": tmp_path / "none"}))
     with pytest.raises(InputError, match="is no target that `demo build` made"):
         run_demo_draft(cfg.model_copy(update={"target": target / "language_model"}))
+
+
+def test_a_head_on_the_targets_states_is_trained_measured_and_decoded_with(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = DemoDraftConfig(
+        kind="eagle_head",
+        target=target,
+        out=tmp_path / "head",
+        size="small",
+        num_test_drives=3,
+        tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
+    )
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(draft, "write_drafter", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_demo_draft(cfg)
+    result = run_demo_draft(cfg)
+    ((name, rate),) = result["tokens_per_target_pass"].items()
+    low, high = rate["interval95"]
+    assert name == "the target's own states"
+    assert 1.0 <= low <= rate["mean"] <= high <= 9.0
+    assert {path.name for path in cfg.out.iterdir()} == {
+        "drafter.json",
+        "eagle_head.safetensors",
+        "provenance.json",
+        "MANIFEST.sha256",
+    }
+    assert run_demo_draft(cfg)["kept"]
+
+    prompts = write_prompts(tmp_path / "pictures", 2, seed=0)
+    decode = DecodeConfig(
+        source=(prompts,), target=target, out=tmp_path / "out", drafter=(str(cfg.out),), max_new_tokens=8, watch=True
+    )
+    assert run_decode(decode)["results"]["head"]["texts_that_differ"] == 0
+    with pytest.raises(ConfigError, match="--loss lk is for the image tokens of events; an eagle_head learns by KL"):
+        DemoDraftConfig(kind="eagle_head", loss="lk")

@@ -142,10 +142,11 @@ def _changed(at: Path, name: str, change: bool) -> Any:
 @pytest.mark.parametrize(
     ("file", "sees", "drafter", "baseline"),
     [
-        ("drafter.json", [], "small", None),
-        ("drafter.json", ["nothing"], "small", "nothing"),
-        ("drafter.json", ["events", "nothing"], "small-events", None),
-        ("drafter.json", ["events", "nothing"], "small-nothing", "nothing"),
+        ("event_tokens.safetensors", [], "small", None),
+        ("event_tokens.safetensors", ["nothing"], "small", "nothing"),
+        ("event_tokens.safetensors", ["events", "nothing"], "small-events", None),
+        ("event_tokens.safetensors", ["events", "nothing"], "small-nothing", "nothing"),
+        ("eagle_head.safetensors", [], "small", None),
         ("model.safetensors", [], "small", "nothing"),
         ("model.safetensors", [], "hybrid+small", None),
         ("model.safetensors", [], "hybrid", "hybrid"),

@@ -12,6 +12,7 @@ import tiny_target
 import torch
 
 from ray_app.commands.decode.command import plan_of, run_decode
+from ray_app.commands.decode.compare import read_run
 from ray_app.commands.demo.decode import png
 from ray_app.config.decode import DecodeConfig
 from ray_app.core.adapters.config import AdapterConfig
@@ -22,8 +23,8 @@ from ray_app.core.speculative.product import LEAST
 from ray_app.errors import CheckpointError, ConfigError, InputError, RayAppError
 from ray_app.language_models.answer_objective import shape_of
 from ray_app.language_models.draft_rows import DraftLayout
+from ray_app.language_models.drafter_folder import EventDrafter, read_drafter, write_drafter
 from ray_app.language_models.drafting import ProductProposer
-from ray_app.language_models.event_drafter import read_event_drafter, write_event_drafter
 from ray_app.language_models.exit_network import ExitModel
 from ray_app.language_models.joined import CHECKSUMS
 from ray_app.language_models.kinds import load
@@ -71,7 +72,7 @@ def drafter(target: Path, tmp_path: Path) -> Path:
         exit_layers.head.normal_(generator=generator)
         for each in (events.map.event_basis, events.map.target_basis, events.map.output.weight):
             each.normal_(generator=generator)
-    write_event_drafter(tmp_path / "drafter", exit_layers, events, layout_for(target), {"seed": 0})
+    write_drafter(tmp_path / "drafter", [exit_layers, events], layout_for(target), {"seed": 0})
     return tmp_path / "drafter"
 
 
@@ -94,7 +95,8 @@ def prompts(tmp_path: Path) -> Path:
 
 def test_a_folder_comes_back_as_it_was_up_to_half_precision(target: Path, drafter: Path) -> None:
     model = load(target, "float32", "cpu")
-    found = read_event_drafter(drafter, model)
+    found = read_drafter(drafter, model)
+    assert isinstance(found, EventDrafter)
     assert found.exit_layers.config.vocabulary == VOCABULARY
     image = np.random.default_rng(1).integers(0, 255, (1, 56, 56, 3), dtype=np.uint8)
     tokens_ND = found.image_tokens(image)
@@ -129,6 +131,8 @@ def test_a_drafter_that_sees_changes_no_text_whatever_it_is_shown(
     alone = run_decode(cfg.model_copy(update={"drafter_sees": (), "out": tmp_path / "alone"}))["results"]
     assert list(alone) == ["drafter"]
     assert alone["drafter"]["tokens_per_target_pass"] == result["drafter-events"]["tokens_per_target_pass"]
+    assert read_run(tmp_path / "alone").baseline("drafter") is None
+    assert read_run(tmp_path / "out").baseline("drafter-nothing") == "nothing"
 
 
 def test_with_hybrid_it_learns_from_answers_and_changes_no_text(
@@ -160,7 +164,8 @@ def test_with_hybrid_it_learns_from_answers_and_changes_no_text(
 
 def test_with_hybrid_a_token_is_drawn_from_the_product(target: Path, drafter: Path) -> None:
     model = load(target, "float32", "cpu")
-    event_drafter = read_event_drafter(drafter, model)
+    event_drafter = read_drafter(drafter, model)
+    assert isinstance(event_drafter, EventDrafter)
     exit_model = ExitModel(model.text_folder(), event_drafter.exit_layers, model)
     prefix_PD = model.prefix(model.prompt(None, "?"))
     context = exit_model.context()

@@ -20,11 +20,12 @@ from ray_app.commands.decode.table import span
 from ray_app.config.evaluate import CompareConfig
 from ray_app.core.speculative.metrics import block_bootstrap
 from ray_app.errors import InputError
-from ray_app.language_models.event_drafter import DRAFTER
+from ray_app.language_models.drafter_folder import part_file
 from ray_app.parsing.json_text import parse_object
 from ray_app.reports.folder import COMPARISON_FILES, DECODE_SETTINGS, claim_report_folder
 from ray_app.reports.html import Cell, Outcome, Row, Section, Table, Text, page, write_output
 from ray_app.store.capture_store import SHARDS, read_shard
+from ray_app.store.manifest import OF_DRAFTERS
 
 BASELINES = {
     "constant": ("a constant picture", "--drafter DIR --drafter-sees constant"),
@@ -68,8 +69,9 @@ class DecodeRun:
         models = self.settings["models"]
         for name in (name for name in self.settings["drafter"] if name in models):
             folder = Path(name).name
-            if drafter == folder:  # the only picture; by default events for a drafter of `demo draft`, else none
-                shown = self.settings["drafter_sees"] or ["events" if DRAFTER in models[name] else "nothing"]
+            if drafter == folder:  # the only picture; by default none for a language model
+                trained = models[name].keys() & set(map(part_file, OF_DRAFTERS))  # shown events, or a head on states
+                shown = self.settings["drafter_sees"] or ([] if trained else ["nothing"])
                 return next((sees for sees in shown if sees in BASELINES), None)
             for sees in BASELINES.keys() & self.settings["drafter_sees"]:
                 if drafter == f"{folder}-{sees}":

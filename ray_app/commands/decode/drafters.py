@@ -1,4 +1,4 @@
-"""Drafters of a run: rules that learn from answers, language models with the picture that each is shown, early exits.
+"""Drafters of a run: rules that learn from answers, language models with their pictures, parts of the target.
 
 Each is one way to decode every row, next to plain decoding, which has no drafter.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ray_app.commands.decode.inputs import RowPictures
 from ray_app.config.decode import DecodeConfig, Sees
+from ray_app.core.adapters.drafting import EagleHead
 from ray_app.core.speculative.decoding import Proposal, Proposer, Sampled
 from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
 from ray_app.drafters.base import Drafter
@@ -24,6 +25,7 @@ from ray_app.encoders.registry import encoder_class
 from ray_app.errors import ConfigError, InputError
 from ray_app.language_models.aligned import AlignedPictures, event_encoder_of
 from ray_app.language_models.answers import answer
+from ray_app.language_models.drafter_folder import EAGLE_HEAD, EventDrafter, is_drafter, read_drafter, require_target
 from ray_app.language_models.drafting import (
     EarlyExit,
     EarlyExitProposer,
@@ -31,12 +33,7 @@ from ray_app.language_models.drafting import (
     ProductProposer,
     require_same_tokens,
 )
-from ray_app.language_models.event_drafter import (
-    EventDrafter,
-    is_event_drafter,
-    read_event_drafter,
-    require_target,
-)
+from ray_app.language_models.eagle.live import EagleModel, EagleProposer
 from ray_app.language_models.exit_network import ExitModel
 from ray_app.language_models.kinds import load, loader
 from ray_app.language_models.model import Context, Frames, LanguageModel
@@ -176,7 +173,7 @@ class ModelDrafter:
 
 
 class SeeingDrafter:
-    """The drafter of `demo draft`: a trained early exit, and the image tokens that it is shown."""
+    """A drafter of `demo draft` that is shown events: a trained early exit, and image tokens."""
 
     def __init__(
         self, name: str, drafter: EventDrafter, model: ExitModel, sees: Sees, hybrid: HybridDrafter | None
@@ -247,6 +244,28 @@ class EarlyExitDrafter:
         return 0
 
 
+class EagleDrafter:
+    """A head of `demo draft` on the target's own states."""
+
+    def __init__(self, name: str, model: EagleModel) -> None:
+        self.name, self._model = name, model
+
+    def proposer(self, row: RowToDraft) -> Proposer:
+        return EagleProposer(self._model, row.context, row.sampled)
+
+    def update(self, prompt: Prompt, answer: Sequence[int]) -> None:
+        pass
+
+    def own_answer(self, row: RowToDraft, max_new_tokens: int) -> tuple[list[int], dict[str, float]]:
+        context = self._model.target.context()
+        own = EagleProposer(self._model, context, None)
+        context.prefill(row.prefix_PD)
+        return list(own.propose((), max_new_tokens).tokens), {}
+
+    def weight_bytes(self) -> int:
+        return self._model.weight_bytes()
+
+
 def drafter_folder(name: str) -> Path:
     """Return the folder in a drafter's name: FOLDER or hybrid+FOLDER."""
     return Path(name.removeprefix(WITH_HYBRID))
@@ -285,21 +304,36 @@ def require_drafters(cfg: DecodeConfig) -> None:
                     "instance those of an earlier `decode` or `capture`, or take hybrid, which also learns online."
                 )
             continue
-        if is_event_drafter(folder := drafter_folder(name)):
-            require_target(folder, cfg.target)
-            if "adapter" in cfg.drafter_sees:
+        if is_drafter(folder := drafter_folder(name)):
+            if EAGLE_HEAD in require_target(folder, cfg.target):
+                _require_unmixed(folder, name, cfg.drafter_sees)
+            elif "adapter" in cfg.drafter_sees:
                 raise ConfigError(f"{folder} has an adapter of its own; take --drafter-sees events.")
             continue
         if name.startswith(WITH_HYBRID):
             raise ConfigError(f"{name}: {folder} is no folder that `demo draft` made; name one, hybrid+FOLDER.")
         if not folder.is_dir():
-            known = (EARLY_EXIT, *(name for name, kind in DRAFTERS.items() if not kind.needs_states), "hybrid+FOLDER")
+            rules = (name for name, kind in DRAFTERS.items() if not kind.needs_states)
+            known = (EARLY_EXIT, *rules, "a folder of a language model or of `demo draft`", "hybrid+FOLDER")
             raise ConfigError(
                 f"there is no drafter '{name}', nor a folder of that name; there are: {', '.join(known)}."
             )
         kind = loader(Path(name))
         if not kind.sees and (shown := [sees for sees in cfg.drafter_sees if sees != "nothing"]):
             raise InputError(f"{name} sees no pictures; leave --drafter-sees {shown[0]} out, or take `nothing`.")
+
+
+def _require_unmixed(head: Path, name: str, sees: Sequence[Sees]) -> None:
+    """ConfigError if an EAGLE head is to be mixed with `hybrid`, or to be shown something."""
+    if name.startswith(WITH_HYBRID):
+        raise ConfigError(
+            f"{name}: {head} is an EAGLE head, which is not mixed with hybrid; name both: --drafter {head} hybrid."
+        )
+    if sees:
+        raise ConfigError(
+            f"{head} is an EAGLE head: it reads the target's own states and is shown no picture; leave out "
+            f"--drafter-sees {' '.join(sees)}. Drafters that see can have a run of their own for `ray-app compare`."
+        )
 
 
 def run_drafters(
@@ -319,8 +353,11 @@ def run_drafters(
             rule = DRAFTERS[name]()
             rule.fit(answered)
             made.append(RuleDrafter(name, rule))
-        elif is_event_drafter(folder := drafter_folder(name)):
-            drafter = read_event_drafter(folder, target)
+        elif is_drafter(folder := drafter_folder(name)):
+            drafter = read_drafter(folder, target)
+            if isinstance(drafter, EagleHead):
+                made.append(EagleDrafter(folder.name, EagleModel(drafter, target)))
+                continue
             exit_model = ExitModel(target.text_folder(), drafter.exit_layers, target)
             shown = cfg.drafter_sees or ("events",)
             hybrid, short = None, folder.name
