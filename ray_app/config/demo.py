@@ -118,8 +118,9 @@ class DemoDecodeConfig(Config):
     """Folder for pictures and results; must be new or empty, or of the same settings."""
     num_pictures: Positive = 8
     """Pictures, four of each drive."""
-    drafter: tuple[str, ...] = ("hybrid", "previous_window")
-    """Drafters, as in `decode`, such as the folder that `demo draft` made."""
+    drafter: tuple[str, ...] = ()
+    """Drafters, as in `decode`, such as the folder that `demo draft` made; default: hybrid, previous_window and, for
+    the target in this package, the drafter in this package that is shown event images."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Number format of the target."""
     cache: Path | None = None

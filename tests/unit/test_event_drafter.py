@@ -13,8 +13,11 @@ import torch
 
 from ray_app.commands.decode.command import plan_of, run_decode
 from ray_app.commands.decode.compare import read_run
+from ray_app.commands.demo import decode as demo_decode
+from ray_app.commands.demo import shipped
 from ray_app.commands.demo.decode import png
 from ray_app.config.decode import DecodeConfig
+from ray_app.config.demo import DemoDecodeConfig
 from ray_app.core.adapters.config import AdapterConfig
 from ray_app.core.adapters.drafting import EarlyExitLayers, EventTokens
 from ray_app.core.adapters.registry import build_adapter
@@ -133,6 +136,23 @@ def test_a_drafter_that_sees_changes_no_text_whatever_it_is_shown(
     assert alone["drafter"]["tokens_per_target_pass"] == result["drafter-events"]["tokens_per_target_pass"]
     assert read_run(tmp_path / "alone").baseline("drafter") is None
     assert read_run(tmp_path / "out").baseline("drafter-nothing") == "nothing"
+
+
+def test_demo_decode_takes_the_drafter_of_the_package_where_it_fits(
+    target: Path, drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipped, "EVENT_DRAFTER", drafter)
+    monkeypatch.setattr(demo_decode, "MAX_NEW_TOKENS", 12)
+    cfg = DemoDecodeConfig(target=target, out=tmp_path / "out", num_pictures=2, dtype="float32")
+    results = demo_decode.run_demo_decode(cfg)["results"]
+    assert {name: each["texts_that_differ"] for name, each in results.items()} == {
+        "hybrid": 0,
+        "previous_window": 0,
+        "drafter": 0,
+    }
+    (drafter / "early_exit.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"early_exit\.safetensors is damaged"):
+        shipped.shipped_drafter(target)
 
 
 def test_with_hybrid_it_learns_from_answers_and_changes_no_text(

@@ -26,6 +26,7 @@ from ray_app.store.checkpoint import read_document
 
 TINY = {"mobilenet_v2": tiny_eye.save_encoder, "smollm2": tiny_eye.save_language_model}
 FETCHED = command.cache_folder()
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -76,13 +77,18 @@ def test_decode_fetches_joins_once_and_decodes(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(decode, "MAX_NEW_TOKENS", 12)
-    cfg = DemoDecodeConfig(cache=cache, out=tmp_path / "out", num_pictures=2, drafter=("hybrid",), dtype="float32")
-    result = run_demo_decode(cfg)["results"]["hybrid"]
-    assert (result["rows"], result["texts_that_differ"]) == (2, 0)
+    cfg = DemoDecodeConfig(cache=cache, out=tmp_path / "out", num_pictures=2, dtype="float32")
+    results = run_demo_decode(cfg)["results"]
+    assert {name: (each["rows"], each["texts_that_differ"]) for name, each in results.items()} == {
+        "hybrid": (2, 0),
+        "previous_window": (2, 0),
+    }
     monkeypatch.setattr(shipped, "join_parts", None)  # is not needed again
     target = shipped.shipped_target(cache)
     assert names(cache) == {"downloads", "mobilenet_v2", "smollm2", target.name}
-    assert capsys.readouterr().err.replace("\n", "").count(f"making {target}, once") == 1
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert said.replace(" ", "").count(f"making{target},once") == 1
+    assert "without the drafter in this package: " in said, "it is of the target with the real models"
     monkeypatch.setattr(evaluate, "judge", lambda target, *_: {"looks": target.folder})
     judged = run_demo_evaluate(DemoEvaluateConfig(cache=cache, num_train_drives=1, num_test_drives=1))
     assert (judged["target"], judged["sight"]["looks"]) == (str(target), target)
@@ -127,6 +133,19 @@ def test_the_parts_of_the_package_are_whole_small_and_trained_with_the_models_th
     assert len(read_document(shipped.ANSWERS)["tokens"]) == 2
 
 
+def test_the_drafter_of_the_package_is_whole_small_and_of_the_target_that_was_measured() -> None:
+    verify_folder(shipped.EVENT_DRAFTER)
+    files = {path.name: path.stat().st_size for path in shipped.EVENT_DRAFTER.iterdir()}
+    tensors = {"early_exit.safetensors", "event_tokens.safetensors"}
+    assert files.keys() == {"drafter.json", "provenance.json", "MANIFEST.sha256", *tensors}
+    assert sum(files.values()) <= 8_000_000
+    measured = read_document(RESULTS / "event_drafter.json")
+    assert read_document(shipped.EVENT_DRAFTER / "drafter.json")["layout"]["target"] == measured["target"]
+    origin = read_document(shipped.EVENT_DRAFTER / "provenance.json")
+    assert origin["git"]["dirty"] is False
+    assert {key: origin["settings"][key] for key in measured["recipe"]} == measured["recipe"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not all((FETCHED / name).is_dir() for name in TINY), reason="models are not in the cache: ray-app demo fetch"
@@ -135,10 +154,10 @@ def test_the_parts_of_the_package_answer_as_they_were_measured(tmp_path: Path) -
     for name in TINY:
         (tmp_path / name).symlink_to(FETCHED / name)
     target = shipped.shipped_target(tmp_path)
+    assert shipped.shipped_drafter(target) == (str(shipped.EVENT_DRAFTER),)
     texts = read_document(target / "golden.json")["texts"]
     assert len(set(texts)) == len(texts), "another picture has another text"
 
 
 def test_the_numbers_of_the_results_are_of_the_parts_of_the_package() -> None:
-    result = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "demo_target.json"
-    assert read_document(result)["build"]["parts"] == verify_folder(shipped.PARTS)
+    assert read_document(RESULTS / "demo_target.json")["build"]["parts"] == verify_folder(shipped.PARTS)

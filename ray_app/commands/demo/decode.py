@@ -13,12 +13,13 @@ from rich.console import Console
 
 from ray_app.commands.decode.command import render_decode, run_decode
 from ray_app.commands.demo.answers import HELD_OUT, pictures
-from ray_app.commands.demo.shipped import shipped_target
+from ray_app.commands.demo.shipped import shipped_drafter, shipped_target
 from ray_app.config.decode import DecodeConfig
 from ray_app.config.demo import DemoDecodeConfig
 from ray_app.errors import InputError
 from ray_app.store.atomic import make_folder, write_file
 
+DRAFTERS = ("hybrid", "previous_window")
 PER_DRIVE = 4
 MAX_NEW_TOKENS = 128
 
@@ -38,7 +39,7 @@ def run_demo_decode(cfg: DemoDecodeConfig) -> dict[str, Any]:
             source=(prompts,),
             target=target,
             out=out / "results",
-            drafter=cfg.drafter,
+            drafter=cfg.drafter or (*DRAFTERS, *shipped_drafter(target)),
             max_new_tokens=MAX_NEW_TOKENS,
             dtype=cfg.dtype,
             watch=True,
