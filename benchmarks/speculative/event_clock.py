@@ -6,8 +6,9 @@ The drafter is that of seed 0 of `benchmarks.speculative.event_drafter`, whose -
 drives that nothing was trained on, four pictures each; every cost is charged, the event image's encoder too. In fp32
 γ is 8, and the passes of each answer are compared with those counted from one pass along it; in bf16 γ is chosen
 online. `hybrid`, alone and with the drafter, and `ngram` have learnt the target's answers about the drafter's
-training drives. One thread. With --rows 8 it is a quick look that is not saved; 104 are all that were answered about.
-Writes benchmarks/results/event_clock.json.
+training drives. With --head, an EAGLE head of `demo draft --kind eagle_head` and `hybrid` are measured instead. One
+thread. With --rows 8 it is a quick look that is not saved; 104 are all that were answered about.
+Writes benchmarks/results/event_clock.json, or with --head eagle_clock.json.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from ray_app.commands.decode.command import DecodePlan, plan_of
 from ray_app.commands.decode.summary import SUMMED, sums_of
 from ray_app.commands.decode.worker import decode_lane
 from ray_app.commands.demo.decode import MAX_NEW_TOKENS, write_prompts
-from ray_app.commands.demo.draft_training import TEST, TRAIN, Drafted, FrozenDrafter
+from ray_app.commands.demo.draft_training import STATES, TEST, TRAIN, Drafted, FrozenDrafter, drafted_by_eagle
 from ray_app.config.decode import DecodeConfig
+from ray_app.core.adapters.drafting import EagleHead
 from ray_app.core.draft_losses import GAMMA
 from ray_app.core.speculative.metrics import block_bootstrap
 from ray_app.core.speculative.prompts import AnsweredPrompt, Prompt
@@ -50,32 +52,26 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=NUM_ROWS)
+    parser.add_argument("--head", type=Path, help="folder of an EAGLE head, to measure that")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     target, work = asked.target.absolute(), asked.work.absolute()
-    train, test = Part.of(work / TRAIN), Part.of(work / TEST)
-    drafter = drafter_of(work, train)
+    train = Part.of(work / TRAIN)
     prompts = write_prompts(work / "clock" / "prompts", asked.rows, SEED)
-    traces = work / "clock" / "traces.jsonl"
-    learnt = [
-        {
-            "row": row,
-            "sequence": str(train.store.index.sequence[row]),
-            "question": each.prompt.question,
-            "draft_tokens": [],
-            "target_tokens": list(each.answer),
-        }
-        for row, each in enumerate(train.answered)
-    ]
-    write_file(traces, as_lines(learnt))
+    traces = written_traces(work / "clock" / "traces.jsonl", train)
+    drafter = asked.head.absolute() if asked.head else drafter_of(work, train)
+    mixed = [f"hybrid+{drafter.name}-{sees}" for sees in SEES]
+    drafters = (str(drafter), "hybrid") if asked.head else (str(drafter), f"hybrid+{drafter}", "hybrid", "ngram")
     runs = {}
     for dtype, draft_length in (("float32", "fixed"), ("bfloat16", "online")):
         cfg = DecodeConfig(
             source=(prompts,),
             target=target,
-            out=work / "clock" / f"{dtype}_{asked.rows}",
-            drafter=(str(drafter), f"hybrid+{drafter}", "hybrid", "ngram"),
-            drafter_sees=SEES,
+            out=work / "clock" / f"{'head_' if asked.head else ''}{dtype}_{asked.rows}",
+            drafter=(str(drafter), "hybrid")
+            if asked.head
+            else (str(drafter), f"hybrid+{drafter}", "hybrid", "ngram"),
+            drafter_sees=() if asked.head else SEES,
             learn_from=(traces,),
             num_speculative_tokens=GAMMA,
             max_new_tokens=MAX_NEW_TOKENS,
@@ -86,13 +82,34 @@ def main() -> None:
         decode_lane(plan.cfg, plan.data, plan.shards, plan.answered, "cpu")
         runs[dtype] = plan, [dict(row) for shard in plan.shards for row in shard_rows(cfg.out, shard.name)]
     result: dict[str, Any] = {
-        dtype: numbers_of(*run) | {"over_hybrid": over_hybrid(run[1], drafter.name)} for dtype, run in runs.items()
+        dtype: numbers_of(*run) | {"over_hybrid": over_hybrid(run[1], [drafter.name] if asked.head else mixed)}
+        for dtype, run in runs.items()
     }
-    result["counted"] = counted(target, drafter, test, *runs["float32"])
+    if asked.head:
+        result["counted"] = counted_of_head(target, drafter, Part.of(work / (TEST + STATES)), runs["float32"][1])
+    else:
+        result["counted"] = counted(target, drafter, Part.of(work / TEST), *runs["float32"])
     if asked.rows >= NUM_ROWS:
-        save("event_clock", result)
+        save("eagle_clock" if asked.head else "event_clock", result)
     else:
         print(json.dumps(result, indent=1))
+
+
+def written_traces(path: Path, train: Part) -> Path:
+    """Write the target's answers about the drafter's training drives, from which rules learn; return the file."""
+    index = train.store.index
+    learnt = [
+        {
+            "row": row,
+            "sequence": str(index.sequence[row]),
+            "question": each.prompt.question,
+            "draft_tokens": [],
+            "target_tokens": list(each.answer),
+        }
+        for row, each in enumerate(train.answered)
+    ]
+    write_file(path, as_lines(learnt))
+    return path
 
 
 def drafter_of(work: Path, train: Part) -> Path:
@@ -106,19 +123,18 @@ def drafter_of(work: Path, train: Part) -> Path:
     return folder
 
 
-def over_hybrid(lines: list[dict[str, Any]], name: str) -> dict[str, dict[str, Any]]:
-    """Return how many times as fast as `hybrid` each mix of it with the drafter is, paired, 95 % over drives."""
+def over_hybrid(lines: list[dict[str, Any]], names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return how many times as fast as `hybrid` other drafters are, paired, 95 % over drives."""
 
     def ratio(total_KM: NDArray[np.float64]) -> NDArray[np.float64]:
         return total_KM[:, :1] / total_KM[:, 1:]
 
     found = {}
-    for sees in SEES:
-        mixed = f"hybrid+{name}-{sees}"
-        times = [sums_of(lines, each)[:, SUMMED.index("total_ms")] for each in ("hybrid", mixed)]
+    for name in names:
+        times = [sums_of(lines, each)[:, SUMMED.index("total_ms")] for each in ("hybrid", name)]
         sums_S2 = np.stack(times, axis=1)
         low_1, high_1 = block_bootstrap(sums_S2, ratio, np.random.default_rng(0))
-        found[mixed] = {
+        found[name] = {
             "mean": float(ratio(sums_S2.sum(axis=0, keepdims=True))[0, 0]),
             "interval95": [float(low_1[0]), float(high_1[0])],
         }
@@ -137,13 +153,7 @@ def counted(
     drafter = read_drafter(folder, load(target, "float32", "cpu"))
     assert isinstance(drafter, EventDrafter)
     frozen = FrozenDrafter(drafter.exit_layers, target / "language_model", test.layout)
-    places = {
-        f"{sequence}_{t_us}.png": row
-        for row, (sequence, t_us) in enumerate(
-            zip(test.store.index.sequence, test.store.index.t_start_us, strict=True)
-        )
-    }
-    rows = [places[line["id"]] for line in lines]
+    rows = rows_of(test, lines)
     answers = [
         AnsweredPrompt(Prompt(line["question"], (), sequence=line["id"]), tuple(line["target_tokens"]))
         for line in lines
@@ -160,6 +170,22 @@ def counted(
         found[f"hybrid+{name}"] = against(lines, f"hybrid+{name}", replay(mixed, answers))
         found[f"hybrid+{name}"]["tokens_asked"] = mixed.asked[GAMMA]
     return found
+
+
+def counted_of_head(target: Path, folder: Path, test: Part, lines: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Compare the passes of every answer with those counted from every position; rows hold half precision."""
+    head = read_drafter(folder, load(target, "float32", "cpu"))
+    assert isinstance(head, EagleHead)
+    drafted = drafted_by_eagle(head, target / "language_model", test.layout, test.rows_NT[rows_of(test, lines)])
+    return {folder.name: against(lines, folder.name, drafted)}
+
+
+def rows_of(test: Part, lines: list[dict[str, Any]]) -> list[int]:
+    """Return the row of the test part that each decoded line is about."""
+    index = test.store.index
+    named = zip(index.sequence, index.t_start_us, strict=True)
+    places = {f"{sequence}_{t_us}.png": row for row, (sequence, t_us) in enumerate(named)}
+    return [places[line["id"]] for line in lines]
 
 
 def against(lines: list[dict[str, Any]], name: str, drafted: Drafted) -> dict[str, int]:
