@@ -68,9 +68,7 @@ def main() -> None:
             source=(prompts,),
             target=target,
             out=work / "clock" / f"{'head_' if asked.head else ''}{dtype}_{asked.rows}",
-            drafter=(str(drafter), "hybrid")
-            if asked.head
-            else (str(drafter), f"hybrid+{drafter}", "hybrid", "ngram"),
+            drafter=drafters,
             drafter_sees=() if asked.head else SEES,
             learn_from=(traces,),
             num_speculative_tokens=GAMMA,
