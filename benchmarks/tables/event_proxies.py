@@ -1,4 +1,4 @@
-"""Tables of proxies and of texts in docs/results/event_drafter.md."""
+"""Tables of proxies and of texts in docs/results/draft_training.md."""
 
 import statistics
 from collections.abc import Callable, Sequence
