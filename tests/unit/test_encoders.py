@@ -115,12 +115,13 @@ def test_a_video_llava_encodes_one_picture_by_its_image_tower_and_several_by_its
     image = model.model.get_image_features(pixels, return_dict=True)
     assert torch.equal(encoded(folder, images, projector=True), image.pooler_output)
     assert torch.equal(encoded(folder, images), image.hidden_states[-2][:, 1:])
-    video = model.model.get_video_features(pixels[None], return_dict=True)
-    for projector, states in ((True, video.pooler_output), (False, video.hidden_states[-2])):
+    clips = [model.model.get_video_features(each[None], return_dict=True) for each in (pixels, pixels.flip(0))]
+    for projector in (True, False):
         encoder = load_encoder(folder, EncoderSettings(projector=projector, num_images=3))
         tokens = encoder.encode([images, images[::-1]])
-        assert torch.equal(tokens[0], states.flatten(0, 1))
-        assert torch.equal(tokens[1], states.flip(0).flatten(0, 1))
+        for found, video in zip(tokens, clips, strict=True):
+            states = video.pooler_output if projector else video.hidden_states[-2]
+            assert torch.equal(found, states.flatten(0, 1))
         assert encoder.name == "VideoLlavaForConditionalGeneration, video_tower"
 
 

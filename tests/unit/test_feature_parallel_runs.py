@@ -58,14 +58,14 @@ def bytes_of(cfg: TrainConfig) -> list[str]:
 
 
 def assert_equal_runs(found: TrainConfig, expected: TrainConfig) -> None:
-    """Losses to 1e-6, accepted pairs equal, weights and moments to 1e-5."""
+    """Losses to 5e-6 (float32 sums in another order, on any processor), accepted pairs equal, weights to 1e-5."""
     steps, epochs = ([of_kind(cfg, kind) for cfg in (found, expected)] for kind in ("step", "epoch"))
     assert len(steps[0]) == len(steps[1])
     for one, other in zip(*steps, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["loss"] == pytest.approx(other["loss"], rel=5e-6)
         assert one["pairs"] == other["pairs"]
     for one, other in zip(*epochs, strict=True):
-        assert one["val"]["loss"] == pytest.approx(other["val"]["loss"], rel=2e-6)
+        assert one["val"]["loss"] == pytest.approx(other["val"]["loss"], rel=5e-6)
         for key in ("pairs", "cosine_accept_rate"):
             assert one["val"][key] == other["val"][key]
     for own, others in zip(saved(found), saved(expected), strict=True):
