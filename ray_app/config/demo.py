@@ -121,8 +121,8 @@ class DemoDecodeConfig(Config):
     drafter: tuple[str, ...] = ()
     """Drafters, as in `decode`, such as the folder that `demo draft` made; default: hybrid, previous_window and, for
     the target in this package, the drafter in this package that is shown event images."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Number format of the target."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the target; auto is bfloat16 where the processor multiplies it, else float32."""
     cache: Path | None = None
     """Folder of fetched models; default: ray-app in XDG_CACHE_HOME, else in ~/.cache."""
     seed: int = Field(default=0, ge=0)

@@ -155,6 +155,19 @@ def test_demo_decode_takes_the_drafter_of_the_package_where_it_fits(
         shipped.shipped_drafter(target)
 
 
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 la57", "bfloat16"),
+        ("flags\t\t: amx_bf16 amx_tile", "bfloat16"),
+        ("Features\t: asimd i8mm bf16", "bfloat16"),
+        ("flags\t\t: fpu avx2 avx512f", "float32"),
+    ],
+)
+def test_the_demo_computes_in_bf16_where_the_processor_does(flags: str, dtype: str) -> None:
+    assert demo_decode.processor_dtype(flags) == dtype
+
+
 def test_with_hybrid_it_learns_from_answers_and_changes_no_text(
     target: Path, drafter: Path, prompts: Path, tmp_path: Path
 ) -> None:
